@@ -27,23 +27,11 @@ ROOT = Path(__file__).parents[1]
 HISTORY = (ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md")
 EVERY = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), ROOT / "tests/claims.md"})
 #: Pages that are being replaced, and those that replace them and are not there yet.
-OLD = {ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "ds_configs/README", "docs/api")} | {
-    ROOT / f"docs/{name}.md"
-    for name in (
-        *(
-            "ablations",
-            "architecture",
-            "benchmarks",
-            "checkpoints",
-            "contrastive",
-            "feature-cache",
-            "kernels",
-            "parallel",
-        ),
-        *("multi-node", "overfit", "planner", "profiling", "proofs", "step", "survival", "tasks", "tuning", "weights"),
-    )
+OLD = {
+    ROOT / f"{name}.md"
+    for name in ("README", *(f"docs/{old}" for old in ("ablations", "benchmarks", "contrastive", "weights")))
 }
-NEW = {ROOT / f"docs/{name}.md" for name in ("training", "memory-and-speed", "export", "evaluation", "configuration")}
+NEW = {ROOT / f"docs/{name}.md" for name in ("export", "evaluation")}
 EVERY = sorted(set(EVERY) - OLD)
 PAGES = [page for page in EVERY if page not in HISTORY and page.name != "claims.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
+from visft_ds.pretrained import TIMM
 from visft_ds.tasks import registry
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -25,7 +26,7 @@ ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 #: Parts of a transformer block that low-rank adapters may go into.
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 #: Towers of our own; TIMM + NAME is a model of timm.
-PRESETS, TIMM = ("eva_e", "eva_g", "debug"), "timm:"
+PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
@@ -104,7 +105,8 @@ class ModelConfig(StrictModel):
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
     until: Text | None = None  #: block that it ends after, such as blocks.5 (docs/training.md); null: it is whole
-    weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
+    #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, a function of weights_seed
+    weights: Text | None
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.config.schema import PRESETS
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
@@ -73,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
-    model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights, any known layout")
+    model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     model.add_argument(
         "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
     )

@@ -19,15 +19,14 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: What a preset begins with that names a model of timm.
-PREFIX = "timm:"
+from visft_ds.pretrained import check_timm
+
 #: Gains of a random model below this are taken for a start at zero.
 SMALLEST_GAIN = 1e-2
 
@@ -341,14 +340,9 @@ def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0
 
     Raises ValueError as `build_timm`.
     """
-    if find_spec("timm") is None:
-        raise ValueError(f"preset {PREFIX}{name} needs timm, which is not installed: pip install timm")
+    check_timm(name)
     import timm
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(PREFIX + known for known in near)}?" if near else "see timm.list_models()"
-        raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     if image_size is not None:
         options = [{"dynamic_img_size": True, "img_size": image_size}, {"img_size": image_size}, {}]

@@ -27,6 +27,7 @@ from visft_ds.experiments.ablations.steps import STEPS, Step, StepList
 from visft_ds.interop.layouts import depth_of, is_lora
 from visft_ds.models.backbone import build_empty
 from visft_ds.prepare.model import plan_groups
+from visft_ds.pretrained import local
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 
 #: Labels of the two models of a trial in the table of benchmarks.
@@ -288,7 +289,7 @@ class Planner:
             base = str(clip_file(needs[-1]))
         else:
             model = self._recipe(2).visft.model
-            base = model.weights or ""
+            base = str(local(model.weights)) if model.weights else ""
             if model.weights is None or model.timm:
                 self._check_no_text(arm, "without weights" if model.weights is None else "of timm")
                 first = self._first(RECIPE, seed)
