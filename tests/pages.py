@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 HISTORY = (ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md")
 EVERY = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), ROOT / "tests/claims.md"})
 #: Pages that are being replaced, and those that replace them and are not there yet.
-OLD = {ROOT / f"{name}.md" for name in ("CONTRIBUTING", "ds_configs/README", "docs/api")} | {
-    ROOT / f"docs/{name}.md" for name in ("ablations", "architecture", "benchmarks", "contrastive", "proofs", "weights")
+OLD = {
+    ROOT / f"{name}.md"
+    for name in ("README", *(f"docs/{old}" for old in ("ablations", "benchmarks", "contrastive", "weights")))
 }
 NEW = {ROOT / f"docs/{name}.md" for name in ("export", "evaluation")}
 EVERY = sorted(set(EVERY) - OLD)
@@ -227,7 +228,6 @@ def _training(words: Sequence[str]) -> None:
         if unknown:
             raise ValueError(f"visft train does not know {', '.join(unknown)}")
         return
-    words = [word for word in words if word != "--download"]  # nothing is fetched here
     own = [word for word in words if re.fullmatch(r"[\w./]+\.json", word)]
     resolve_arguments(["debug" if word in own else word for word in words])
 
