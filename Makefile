@@ -14,7 +14,7 @@ NEW    ?= HEAD
 TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo$(if $(MODEL),-$(MODEL)))
 
-.PHONY: fuzz full-size help install test test-parallel test-slow test-cluster reach lint demo gpu golden freeze clean
+.PHONY: docs fuzz full-size help install test test-parallel test-slow test-cluster reach lint demo gpu golden freeze clean
 
 help:
 	@echo "make demo               ImageNet weights and drawings -> both stages -> gained and lost in another style -> report"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-cluster       a real SLURM, pdsh over ssh and torchrun on two hosts in namespaces; says what is missing for it"
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
 	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 18 GiB free, from random weights to a merged tower"
+	@echo "make docs               the pages as HTML in build/html; a link that leads nowhere is an error"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
@@ -64,6 +65,9 @@ fuzz: install
 
 full-size: install
 	$(BIN)/python -m tests.full_size
+
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/html
 
 reach: install
 	$(BIN)/python -m tests.house

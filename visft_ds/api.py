@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
-from visft_ds.config.cli import DEFAULT_ENGINE, DEFAULT_MODEL, check_resume, folder_flags, resolve_with_data
+from visft_ds.config.backbones import model_of, named
+from visft_ds.config.cli import (
+    DEFAULT_ENGINE,
+    DEFAULT_MODEL,
+    check_resume,
+    fetch_weights,
+    folder_flags,
+    resolve_with_data,
+)
 from visft_ds.config.layers import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.signals import StopFlag
@@ -24,7 +32,9 @@ def fit(
     config: ResolvedConfig | None = None,
     *,
     stage: int | None = None,
-    model: str = DEFAULT_MODEL,
+    model: str | None = None,
+    backbone: AnyPath | None = None,
+    download: bool = False,
     engine: str = DEFAULT_ENGINE,
     data: AnyPath | None = None,
     out: AnyPath | None = None,
@@ -39,9 +49,12 @@ def fit(
     it, and one that fails ends the others.
 
     Args:
-        config: from `visft_ds.config.resolve`; replaces stage, model and engine.
+        config: from `visft_ds.config.resolve`; replaces stage, model, backbone and engine.
         stage: 1 trains the heads, 2 the backbone's adapters.
-        model: name of a file in ds_configs/models, or path of one.
+        model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
+        backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
+            folder for timm.
+        download: fetch weights that are not here from the Hugging Face hub.
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
@@ -61,11 +74,18 @@ def fit(
     if isinstance(settings, Mapping):
         settings = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in settings.items()]
     if config is None:
-        config = resolve_with_data(stage=stage, model=model, engine=engine, settings=settings, flags=folders)
-    elif stage is not None or (model, engine) != (DEFAULT_MODEL, DEFAULT_ENGINE):
-        raise ValueError("config is a complete configuration: leave out stage, model and engine")
+        flags = dict[str, tuple[str, Any]]()
+        if backbone is not None:
+            model, flags = model_of(named(os.fspath(backbone), download=download), model)
+        config = resolve_with_data(
+            stage=stage, model=model or DEFAULT_MODEL, engine=engine, settings=settings, flags=flags | folders
+        )
+    elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
+        raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
     else:
         config = changed(config, [*(f"{key}={json.dumps(value)}" for key, value in folders.values()), *settings])
+    if download:
+        fetch_weights(config)
     from visft_ds.prepare.places import located, of_parent
 
     config = of_parent(config)

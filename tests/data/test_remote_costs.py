@@ -1,4 +1,4 @@
-"""The tables of docs/remote.md: requests, and CPU time of the reading process a sample.
+"""The tables of remote shards in docs/LOG.md: requests, and CPU time of the reading process a sample.
 
 python -m pytest -m slow -n 0 -rP tests/data/test_remote_costs.py
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.evals.test_retention import NAME, net
 from visft_ds.evals.benchmarks.arms import Contender
 from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.price import Point, knee_lines, knees, points_of, price_section
+from visft_ds.evals.benchmarks.price import Point, knee_lines, knees, losses_section, points_of, price_section
 from visft_ds.evals.benchmarks.run import Dose
 from visft_ds.evals.benchmarks.table import Row, section
 from visft_ds.interop.cli import main as merge
@@ -69,6 +70,18 @@ def test_dose_gain_and_price_are_columns() -> None:
     assert (point.loss.value, point.loss.low, point.loss.high) == pytest.approx((0.02, -0.01, 0.03))
     many = section([gain], ["base", "a", "b", "c", "new"])
     assert [line[2] for line in many.rows] == ["base", "a", "b", "c", "new"] and many.rows[-1][4].endswith("*")
+
+
+def test_trained_losses_of_a_run_are_told_once(tmp_path: Path) -> None:
+    """First and last tenth of the steps that a task had; a sweep has many models of one run."""
+    steps = [{"step": step, "loss/loss": 0.0, "loss/captioning": float(step)} for step in range(1, 31)]
+    steps += [{"step": 31, "loss/loss": 0.0, "loss/detection": 7.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kind": "step", **step}) + "\n" for step in steps))
+    models = tuple(ModelSpec(f"new@{scale}", "visft_ds", "x", trained=tmp_path) for scale in (1, 2))
+    told = losses_section([Contender("base", (ModelSpec("base", "visft_ds", "x"),)), Contender("new", models)])
+    assert told is not None
+    assert told.rows == [[str(tmp_path), "detection", "7", "7"], [str(tmp_path), "captioning", "2", "29"]]
+    assert losses_section([Contender("base", (ModelSpec("base", "visft_ds", "x"),))]) is None
 
 
 def test_a_sweep_ends_in_the_merge_to_type(world: Path, net: Path, tmp_path: Path) -> None:

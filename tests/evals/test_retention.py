@@ -19,6 +19,7 @@ from visft_ds.config.schema import LoraConfig
 from visft_ds.evals.benchmarks import encoding
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retention import load_classifier, read_images
+from visft_ds.evals.benchmarks.run import tensors_of
 from visft_ds.evals.benchmarks.scales import Scales
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.layouts import tower_metadata
@@ -156,7 +157,7 @@ def test_scales_of_one_module_are_models_of_their_own(
     specs = _specs(f"{tmp_path}/base.safetensors+{tmp_path}/adapter", (1.0, 0.0, -0.5))
     alone = [load_encoder(spec, LoadOptions("fp32")).module for spec in specs]
     shared = load_encoder(specs[0], LoadOptions("fp32")).module
-    scales = Scales(shared, specs)
+    scales = Scales(shared, [tensors_of(spec) for spec in specs])
     for _ in range(2):
         images = torch.randn(2, 3, 96, 96)
         for number, module in enumerate(alone):
@@ -173,7 +174,8 @@ def test_what_comes_before_the_adapter_is_computed_once(net: Path) -> None:
         module.backbone.get_submodule(part).register_forward_pre_hook(
             lambda *_, part=part: counted.__setitem__(part, counted[part] + 1)
         )
-    scales = Scales(module, _specs(f"{net}/base.safetensors+{net}/adapter", (0.0, 0.5, 1.0)))
+    specs = _specs(f"{net}/base.safetensors+{net}/adapter", (0.0, 0.5, 1.0))
+    scales = Scales(module, [tensors_of(spec) for spec in specs])
     for number in range(3):
         scales.use(number)
         module(torch.randn(1, 3, 96, 96), ("patches",))

@@ -23,6 +23,7 @@ from tests.options import alone, head_of
 from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
+from visft_ds.config.backbones import named
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.layers import parse_assignment
 from visft_ds.config.resolve import resolve
@@ -676,6 +677,14 @@ def make_configs(folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
+def make_backbone(folder: Path) -> None:
+    settings = {"tag": "openai", "input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"architecture": "test_vit", "pretrained_cfg": settings, "model_args": {"img_size": [224, 224]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    named(str(folder))  # imports timm, which costs seconds
+
+
 _M = "val.manifest.json"
 READERS = (
     Reader(
@@ -922,5 +931,11 @@ READERS = (
         make_configs,
         check_folder,
         (m.record("open_clip_config.json"), m.raw("open_clip_config.json")),
+    ),
+    Reader(
+        "folders of backbones",
+        make_backbone,
+        lambda folder: named(str(folder)),
+        (m.record("config.json"), m.raw("config.json")),
     ),
 )

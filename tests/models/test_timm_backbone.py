@@ -100,6 +100,8 @@ def test_published_models_by_shape() -> None:
     assert siglip.pixel_std == (0.5, 0.5, 0.5) and {name.partition(".")[0] for name in siglip.left_out} == {"attn_pool"}
     atto = build_timm("convnext_atto", device="meta")
     assert (atto.width, atto.patch_size) == (320, 32) and set(atto.left_out) == {"head.norm.weight", "head.norm.bias"}
+    lite2 = build_timm("tf_efficientnet_lite2", device="meta")  # 9 rows of 260 pixels, the last a part of a stride
+    assert (lite2.image_size, lite2.patch_size) == (260, 32)
 
 
 @pytest.mark.parametrize(

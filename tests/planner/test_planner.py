@@ -104,7 +104,7 @@ def test_a_traced_step_keeps_what_a_real_one_keeps(
 
 @pytest.mark.parametrize("magnitude", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_adapted_convolutions_are_planned(magnitude: str) -> None:
-    """The targets that docs/tuning.md prints, and an ungrouped convolution; autocast does not know the meta device."""
+    """Targets that docs/training.md prints, and an ungrouped convolution; autocast does not know the meta device."""
     targets = 'visft.lora.targets=["stages.*.mlp.fc1", "stages.*.conv_dw", "stages.*.downsample.1"]'
     tuned = (targets, f"visft.lora.magnitude={magnitude}", "zero_optimization.stage=0")
     config = debug(2, *tuned, model="debug_convnext")

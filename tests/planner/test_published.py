@@ -1,4 +1,4 @@
-"""The planner's links and rates against what others have published; docs/planner.md prints these numbers."""
+"""The planner's links and rates against what others have published, with sources."""
 
 from __future__ import annotations
 

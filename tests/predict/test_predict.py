@@ -281,7 +281,7 @@ def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_five_lines_of_the_pages_run(place: Path) -> None:
     """README and page show the same ones."""
     root = Path(__file__).parents[2]
-    texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/predict.md", "README.md")]
+    texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/getting-started.md", "README.md")]
     blocks = [found[1] for text in texts if (found := re.search(r"```python\n(.*?)```", text, re.S))]
     assert len(blocks) == 2 and blocks[0] == blocks[1]
     names: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What stage 2 trains is configuration: each method of docs/tuning.md trains what it says."""
+"""What stage 2 trains is configuration: each method of docs/training.md trains what it says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepared(*settings: str) -> PreparedModel:
     return prepare_model(config.visft, config.optimizer.params, vocabulary=WORDS)
 
 
-#: Lines of docs/tuning.md -> endings of the names that train, and whether the backbone itself does.
+#: Lines of docs/training.md -> endings of the names that train, and whether the backbone itself does.
 METHODS: dict[str, tuple[list[str], set[str], bool]] = {
     "lora": ([], {"lora_A", "lora_B"}, False),
     "dora": (["visft.lora.magnitude=true"], {"lora_A", "lora_B", "lora_magnitude"}, False),

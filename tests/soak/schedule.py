@@ -29,7 +29,7 @@ class Kind:
 
 
 def _request(target: str, number: Signals) -> Kind:
-    """A request to stop; who passes it on, and with which exit code, see docs/survival.md."""
+    """A request to stop; who passes it on, and with which exit code, see docs/training.md."""
     heard = target in ("rank", "supervisor")
     code = (REQUEUE if number == SIGUSR1 else 0) if heard else None
     says = r"stopped after step \d+"

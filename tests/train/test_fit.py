@@ -192,8 +192,9 @@ def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
-    (tmp_path / "train.py").write_text(text.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    text = (REPOSITORY / "docs/getting-started.md").read_text(encoding="utf-8")
+    script = text.partition("## Train and evaluate from Python\n")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
     write_toy_coco(tmp_path / "coco", train=32, val=2, height=56, width=56)
     annotations = tmp_path / "coco" / "annotations"
     for split in ("train", "val"):

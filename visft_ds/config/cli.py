@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import program
+from visft_ds.config.backbones import model_of, named
 from visft_ds.config.layers import AnyPath, display
 from visft_ds.config.preflight import run_of, tasks_without_labels, without_classes_of_data
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
+from visft_ds.pretrained import fetch, local, on_hub
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
+BACKBONE_HELP = "other weights: a file, timm:NAME, hf-hub:ORG/NAME, a name of ds_configs/models, a folder for timm"
+DOWNLOAD_HELP = "fetch weights that have a name and are not here, from the Hugging Face hub"
 
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
   deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          on the machines of a hostfile, too
+  visft train --stage 1 --backbone timm:vit_base_patch16_dinov3.lvd1689m --download
   visft train --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
 """
 
@@ -43,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL}), or a .json of yours",
     )
+    add(
+        "--backbone",
+        metavar="NAME|FILE",
+        help=BACKBONE_HELP,
+    )
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
     add(
         "--engine",
         metavar="NAME|FILE",
@@ -100,9 +111,10 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     check_resume(arguments.resume)
     if arguments.heads is not None and arguments.start is None:
         raise ValueError("--heads says what becomes of the heads of --from RUN: give that, too")
+    backbone = dict[str, tuple[str, Any]]()
     fork = None if arguments.start is None else fork_of(arguments.start, arguments.out)
     if fork is not None:
-        doubled = [name for name in ("model", "deepspeed_config") if getattr(arguments, name) is not None]
+        doubled = [name for name in ("model", "backbone", "deepspeed_config") if getattr(arguments, name) is not None]
         if doubled:
             raise ValueError(f"--from {arguments.start} has its own settings: leave out --{doubled[0]}")
         recorded = fork[0]["visft"].get("stage")
@@ -112,12 +124,15 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
                 f"stage 2 learns from the heads of stage 1 by --set visft.heads.path={arguments.start}/export"
             )
     elif arguments.deepspeed_config is not None:
-        doubled = [f"--{name}" for name in ("model", "engine") if getattr(arguments, name) is not None]
+        doubled = [f"--{name}" for name in ("model", "backbone", "engine") if getattr(arguments, name) is not None]
         if doubled:
             raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
     else:
         if arguments.stage is None:
             raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
+        if arguments.backbone is not None:
+            found = named(arguments.backbone, download=arguments.download)
+            arguments.model, backbone = model_of(found, arguments.model)
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
     config = resolve_with_data(
@@ -127,13 +142,24 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags=start_flags(arguments, fork is not None)
+        flags=backbone
+        | start_flags(arguments, fork is not None)
         | folder_flags(arguments.data, arguments.out)
         | _run_flags(arguments.track, arguments.trace),
         tasks=arguments.tasks,
     )
     arguments.stage = config.visft.stage
+    if arguments.download and not arguments.dry_run:
+        fetch_weights(config)
     return arguments, config
+
+
+def fetch_weights(config: ResolvedConfig) -> None:
+    """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
+    weights = config.visft.model.weights
+    name = None if weights is None or local(weights).is_file() else on_hub(weights)
+    if name is not None:
+        fetch(name)
 
 
 def resolve_with_data(**given: Any) -> ResolvedConfig:

@@ -14,14 +14,12 @@ from typing import Any
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import registry
 
-#: File name of published base weights -> command that fetches it into a folder. Sources: the model cards of
-#: https://huggingface.co/QuanSun/EVA-CLIP and https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
+#: File name of published base weights that no hub has -> command that fetches it into a folder. Source:
+#: https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
 PUBLISHED_WEIGHTS = {
-    "EVA02_CLIP_E_psz14_plus_s9B.pt": (
-        "hf download QuanSun/EVA-CLIP EVA02_CLIP_E_psz14_plus_s9B.pt --local-dir {folder}"
-    ),
     "eva_vit_g.pth": (
         "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
         "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
@@ -91,13 +89,21 @@ def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
 
 def _weights(config: ResolvedConfig) -> Iterator[Missing]:
     model = config.visft.model
-    if model.weights is None or Path(model.weights).is_file():
+    if model.weights is None or local(model.weights).is_file():
         return
-    path = Path(model.weights)
-    fetch = PUBLISHED_WEIGHTS.get(
-        path.name, "put the file there, or name another one with --set visft.model.weights=FILE"
-    )
-    yield Missing(f"base weights of {model.name}", str(path), fetch.format(folder=path.parent))
+    path, name, what = Path(model.weights), on_hub(model.weights), f"base weights of {model.name}"
+    command = "put the file there, or name another one by --backbone FILE"
+    if path.name in PUBLISHED_WEIGHTS:
+        command = PUBLISHED_WEIGHTS[path.name].format(folder=path.parent)
+    if name == model.weights:
+        what += ", in the hub's cache"
+    if name is not None:
+        command = "the same command with --download, which says size and licence first, or with --backbone FILE"
+        file = HubFile.parse(name)
+        if name != model.weights and file.file == path.name:
+            what += " (or give --download)"
+            command = f"hf download {file.repository} {file.file} --local-dir {path.parent}"
+    yield Missing(what, model.weights, command)
 
 
 def _heads(config: ResolvedConfig) -> Iterator[Missing]:
@@ -118,7 +124,8 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         model = config.sources.get("visft.model.name", "")
         if not model.endswith(".json") or model.startswith(f"{CONFIG_ROOT.name}/"):
             model = config.visft.model.name
-        command = f"{launcher()} --stage 1 --model {model}"
+        named = config.sources.get("visft.model.name", "").rpartition(" (")[0]
+        command = f"{launcher()} --stage 1 {named or f'--model {model}'}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
         if len(others) < len(registry.BUILT_IN):

@@ -25,7 +25,7 @@ KEYS: dict[str, str] = {
     "visft.run.average_last": "average afterwards: visft merge --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
-    "visft.data.cache_mode": "visft.data.cache keeps whole shards (docs/remote.md)",
+    "visft.data.cache_mode": "visft.data.cache keeps whole shards (docs/data.md)",
     "visft.model.checkpoint_every": "visft.model.recompute alone decides, for all blocks: none where this was 0, "
     "block or another policy where it was 1; every k-th block is offered no more, auto takes the fastest that fits",
     "visft.model.fit_memory": "visft.model.recompute=auto, the default, takes the fastest that fits",

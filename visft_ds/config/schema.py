@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
+from visft_ds.pretrained import TIMM
 from visft_ds.tasks import registry
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -25,7 +26,7 @@ ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 #: Parts of a transformer block that low-rank adapters may go into.
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 #: Towers of our own; TIMM + NAME is a model of timm.
-PRESETS, TIMM = ("eva_e", "eva_g", "debug"), "timm:"
+PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
@@ -103,15 +104,16 @@ class ModelConfig(StrictModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    until: Text | None = None  #: block that it ends after, such as blocks.5; null: it is whole, see docs/tuning.md
-    weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
+    until: Text | None = None  #: block that it ends after, such as blocks.5 (docs/training.md); null: it is whole
+    #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, a function of weights_seed
+    weights: Text | None
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start
     recompute: Literal["auto", "none", "block", "mlp", "all_but_attention", "gelu_8bit"] = "auto"
-    kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
-    packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
-    tf32: bool = False  #: float32 products and convolutions of GPUs in TF32, see docs/kernels.md; false: in full
+    kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any (docs/memory-and-speed.md)
+    packed: bool = False  #: the backbone takes images of different sizes without padding (docs/memory-and-speed.md)
+    tf32: bool = False  #: float32 products and convolutions of GPUs in TF32 (docs/memory-and-speed.md); false: in full
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
 
     @property
@@ -130,7 +132,7 @@ class LoraConfig(StrictModel):
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: ROLES; with timm also globs over names of layers
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
     magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
@@ -214,7 +216,7 @@ class RunConfig(StrictModel):
     log_every: Positive = 20
     track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
     trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
-    deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
+    deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look

@@ -44,9 +44,10 @@ def _model_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _nested_models(annotation: Any, repeated: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    arguments = get_args(annotation)  # in Python 3.10 tuple[int] is a type, too
+    if not arguments and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, repeated
-    for argument in get_args(annotation):
+    for argument in arguments:
         yield from _nested_models(argument, repeated or getattr(annotation, "__origin__", None) is tuple)
 
 
@@ -266,10 +267,12 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
                 known = ", ".join(f"'{role}'" for role in ROLES)
                 yield f"visft.lora.targets.{number}", f"must be one of {known} with preset {model.preset}{hint}"
         return
-    for name in model.overrides.model_dump(exclude_none=True):
-        if name != "image_size":
-            problem = f"{model.preset} has its own shape: only image_size may be set"
-            yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"
+    if own := [name for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]:
+        yield (
+            "visft.model.overrides",
+            f"{model.preset} has its own shape: only image_size may be set, not {', '.join(own)}; --backbone "
+            f"{model.preset} in place of --set drops them, as does --set visft.model.overrides={{}}",
+        )
     if model.recompute not in ("auto", "none", "block"):
         yield "visft.model.recompute", f"must be auto, none or block with {model.preset}"
     if model.packed:

@@ -138,7 +138,7 @@ class _Parameters:
 def _is_same(parameter: nn.Parameter, tensor: Tensor) -> bool:
     """Return True if a saved tensor is the parameter itself, not a view of it."""
     alike = parameter.shape == tensor.shape and parameter.stride() == tensor.stride()
-    return alike and parameter.storage_offset() == tensor.storage_offset()
+    return bool(alike and parameter.storage_offset() == tensor.storage_offset())
 
 
 @contextmanager

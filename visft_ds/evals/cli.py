@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.config.schema import PRESETS
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
@@ -21,6 +22,7 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
     deepspeed --num_gpus 8 --module visft_ds evaluate --run runs/stage2-eva_e
     visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
     visft evaluate layers --help            # every block of a model on the same probes
+    visft evaluate dose --help              # an adapter at the scale at which it moves features as far as another
 
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.evals.benchmarks.command import run
 
         return run(words[:place] + words[place + 1 :])
+    if words[place : place + 1] == ["dose"]:
+        from visft_ds.evals.benchmarks.dose_command import run as run_dose
+
+        return run_dose(words[:place] + words[place + 1 :])
     if words[place : place + 1] == ["layers"]:
         from visft_ds.evals.benchmarks.layers_command import run as run_layers
 
@@ -68,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
-    model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights, any known layout")
+    model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     model.add_argument(
         "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest, splits_in
@@ -24,10 +25,10 @@ from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
     EvaluationModel,
-    ModelFiles,
     ModelSource,
     chosen_streams,
     decoding_of,
+    files_without_run,
     heads_in,
     source_of_run,
     streams_without_run,
@@ -77,7 +78,8 @@ class Request:
     """Model, data and options that are asked for; each as the parameter of `evaluate` or the flag of that name."""
 
     run: Path | None
-    backbone: Path | None
+    backbone: AnyPath | None
+    download: bool
     heads: Path | None
     adapter: Path | None  #: None: the run's
     use_adapter: bool
@@ -106,6 +108,7 @@ def evaluate(
     run: AnyPath | None = None,
     *,
     backbone: AnyPath | None = None,
+    download: bool = False,
     heads: AnyPath | None = None,
     adapter: AnyPath | None = None,
     allow_other_base: bool = False,
@@ -132,7 +135,8 @@ def evaluate(
 
     Args:
         run: folder of a finished run; the rest replaces what it says. Without it give backbone, heads and data or coco.
-        backbone: file of base or merged weights, of any known layout.
+        backbone: file of base or merged weights, of any known layout; or a name, as `fit` takes it.
+        download: fetch named weights that are not here from the Hugging Face hub.
         heads: folder of heads: RUN/export, or ViSFT's published files.
         adapter: folder of an adapter, or "none": leave the run's out.
         allow_other_base: go on although the heads learnt from another base.
@@ -158,7 +162,8 @@ def evaluate(
     """
     request = Request(
         run=_path(run),
-        backbone=_path(backbone),
+        backbone=backbone,
+        download=download,
         heads=_path(heads),
         adapter=None if adapter == "none" else _path(adapter),
         use_adapter=adapter != "none",
@@ -241,6 +246,8 @@ def _job(given: Request) -> Job:
     data, coco = given.data, given.coco
     if coco is not None and splits_in(coco) and not (coco / "annotations").is_dir():  # --coco takes shards as well
         data, coco = str(coco), None
+    chosen = None if given.backbone is None else named(os.fspath(given.backbone), download=given.download)
+    backbone = None if chosen is None else chosen.file(download=given.download)
     if given.run:
         visft = given.recorded or recorded_config(given.run).visft
         source = source_of_run(
@@ -248,7 +255,7 @@ def _job(given: Request) -> Job:
             visft,
             where=given.run,
             tasks=given.tasks,
-            backbone=given.backbone,
+            backbone=backbone,
             heads=given.heads,
             adapter=given.adapter,
             use_adapter=given.use_adapter,
@@ -264,9 +271,9 @@ def _job(given: Request) -> Job:
         needed = ("backbone", "heads", *(["out"] if given.command else []))
         missing = [f"--{name}" for name in needed if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
-        if missing or given.backbone is None or given.heads is None:
+        if missing or chosen is None or backbone is None or given.heads is None:
             raise ValueError(f"without --run these are needed: {', '.join(missing)}")
-        files = ModelFiles(given.backbone, given.heads, given.adapter, {})
+        files = files_without_run(chosen, backbone, given.heads, given.adapter)
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
         streams = chosen_streams(streams, given.tasks, given.heads, given.heads)

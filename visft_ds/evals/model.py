@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from visft_ds.config.backbones import Named
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -208,6 +209,14 @@ def files_of_run(
     preset = replace(PRESETS[config.model.preset], **config.model.overrides.model_dump(exclude_none=True))
     hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
     return ModelFiles(backbone, heads, adapter, hints, of_run=of_run, until=config.model.until)
+
+
+def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: Path | None) -> ModelFiles:
+    """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
+    if chosen is None or chosen.preset is None:
+        return ModelFiles(backbone, heads, adapter, {}, None if chosen is None else chosen.timm)
+    tower = PRESETS[chosen.preset]
+    return ModelFiles(backbone, heads, adapter, {"num_heads": tower.num_heads, "post_norm": tower.post_norm})
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:

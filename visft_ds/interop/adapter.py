@@ -286,7 +286,16 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     if any(adapter.magnitude for adapter in adapters):
         raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
     for other in adapters[1:]:
-        if (other.targets, other.depth, other.width) != (first.targets, first.depth, first.width):
+        if other.model is not None and (other.model, other.layers()) != (first.model, first.layers()):
+            raise ValueError(
+                f"adapters of timm's {first.model} ({first.describe()}) and of {other.model} ({other.describe()}) "
+                f"cannot be averaged"
+            )
+        if other.model is None and (other.targets, other.depth, other.width) != (
+            first.targets,
+            first.depth,
+            first.width,
+        ):
             raise ValueError(
                 f"adapters on {'+'.join(first.targets)} (width {first.width}, depth {first.depth}) and on "
                 f"{'+'.join(other.targets)} (width {other.width}, depth {other.depth}) cannot be averaged"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config import tower_setting
+from visft_ds.config.backbones import named
+from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from visft_ds.interop.command import merge
 
     try:
+        if given.base is not None:
+            given.base = named(given.base, download=given.download).file(download=given.download)
         return merge(given)
     except (ValueError, OSError) as error:
         print(f"merge_lora: {redacted(error)}", file=sys.stderr)
@@ -44,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("from")
-    source.add_argument(
-        "--base", type=Path, metavar="FILE", help="weights the change comes on top of (a run knows its own)"
-    )
+    source.add_argument("--base", metavar="NAME|FILE", help="weights the change comes on top of (a run knows its own)")
+    source.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     source.add_argument(
         "--adapter",
         type=Path,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.timm_backbone import PREFIX, TimmBackbone, build_timm
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.pretrained import TIMM
 
 Backbone = EvaViT | TimmBackbone
 
@@ -17,15 +18,15 @@ def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     """A backbone on the meta device.
 
     Args:
-        preset: of `PRESETS`, or PREFIX and the name of a model of timm.
+        preset: of `PRESETS`, or TIMM and the name of a model of timm.
         dtype: of its parameters.
         options: fields that replace the preset's, with timm image_size alone; and `until`, a block to end after.
 
     Raises:
         ValueError: a preset, a shape or a block that does not exist.
     """
-    if preset.startswith(PREFIX):
-        return build_timm(preset.removeprefix(PREFIX), device="meta", dtype=dtype, **options)
+    if preset.startswith(TIMM):
+        return build_timm(preset.removeprefix(TIMM), device="meta", dtype=dtype, **options)
     return build_backbone(preset, device="meta", dtype=dtype, seed=None, **options)
 
 

@@ -19,15 +19,14 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: What a preset begins with that names a model of timm.
-PREFIX = "timm:"
+from visft_ds.pretrained import check_timm
+
 #: Gains of a random model below this are taken for a start at zero.
 SMALLEST_GAIN = 1e-2
 
@@ -263,16 +262,17 @@ class TimmBackbone(nn.Module):
                     setattr(one._timm[0], leaf, nn.Identity())
 
     def _measure(self, probe: TimmBackbone) -> tuple[int, int]:
-        """(width, stride) by the shapes of two feature maps."""
+        """(width, stride) by the shapes of three feature maps; a part of a stride may have a row of its own."""
         side = self.image_size
         with torch.no_grad():
             _, width, rows, _ = probe(self._blank(side, side)).shape
-            stride = round(side / rows)
             try:
+                more = probe(self._blank(side, 33 * side)).shape[3] - rows
+                stride = round(32 * side / more) if more else side  # exact to a part of a pixel
                 other = probe(self._blank(side + stride, 2 * side + stride // 2)).shape
             except (AssertionError, RuntimeError) as error:  # timm's words for a size that it does not take
                 raise ValueError(f"timm's {self.name} takes images of one size only: {error}") from error
-        if other[2] <= rows or other[3] < 2 * rows:
+        if other[2] <= rows or other[3] < 2 * rows - 1:
             raise ValueError(f"timm's {self.name} has a feature map that does not follow the size of its image")
         return int(width), stride
 
@@ -340,14 +340,9 @@ def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0
 
     Raises ValueError as `build_timm`.
     """
-    if find_spec("timm") is None:
-        raise ValueError(f"preset {PREFIX}{name} needs timm, which is not installed: pip install timm")
+    check_timm(name)
     import timm
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(PREFIX + known for known in near)}?" if near else "see timm.list_models()"
-        raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     if image_size is not None:
         options = [{"dynamic_img_size": True, "img_size": image_size}, {"img_size": image_size}, {}]

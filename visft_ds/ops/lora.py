@@ -15,7 +15,7 @@ DoRA, https://arxiv.org/abs/2402.09353: for the rows of each adapted slice W' = 
 length of a row (over its inputs) apart from its direction. As in section 4.3 no gradient flows through the length in
 the denominator. All other rows are as LoRA leaves them.
 
-docs/kernels.md has what each costs, and why small updates need a single rounding.
+docs/memory-and-speed.md#kernels says why small updates need a single rounding.
 Letters: K inputs, F outputs, R adapted outputs, G slices, r rank, M tokens (all leading dimensions of x).
 """
 

@@ -154,7 +154,7 @@ def start_process_group() -> None:
         raise ValueError(
             f"the processes have met at {os.environ['MASTER_ADDR']} and then could not reach each other ({error}): "
             "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
-            "the network interface between them (docs/multi-node.md)"
+            "the network interface between them (docs/training.md#several-machines)"
         ) from error
 
 
@@ -173,7 +173,7 @@ def _who_never_came(told: str) -> str:
     return (
         f"{who} came to {where} within {minutes} min: look in the log of every machine for one that was not reached or "
         "ended, another MASTER_ADDR, MASTER_PORT or number of processes; else a firewall is between them. "
-        "DEEPSPEED_TIMEOUT is the time in minutes (docs/multi-node.md)"
+        "DEEPSPEED_TIMEOUT is the time in minutes (docs/training.md#several-machines)"
     )
 
 

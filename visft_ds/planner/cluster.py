@@ -31,7 +31,7 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.80, 0.42
 #: Of the memory's bandwidth, kernels that only move bytes reach this much; sampling at scattered places a quarter.
 BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
 #: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
-#: as published, see docs/planner.md.
+#: as published, see tests/planner/test_published.py.
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 #: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.flags import Parser
 
 USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model", type=Path, required=True, metavar="RUN", help="a finished run, its export folder, or merged weights"
     )
-    model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights instead of the run's")
+    model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     model.add_argument(
         "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
     )

@@ -47,6 +47,7 @@ def predict(given: argparse.Namespace) -> int:
             device=given.device,
             precision=given.precision,
             backbone=given.backbone,
+            download=given.download,
             heads=given.heads,
             adapter=given.adapter,
             vocabulary=given.vocabulary,

@@ -5,7 +5,9 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from visft_ds.config.backbones import Named, named
 from visft_ds.config.preflight import head_files
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
@@ -28,6 +31,7 @@ from visft_ds.evals.model import (
     chosen_streams,
     decoding_of,
     files_of_run,
+    files_without_run,
     heads_in,
     source_of_run,
     streams_without_run,
@@ -54,6 +58,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str | None = None,
     backbone: str | Path | None = None,
+    download: bool = False,
     heads: str | Path | None = None,
     adapter: str | Path | None = None,
     vocabulary: str | Path | None = None,
@@ -68,8 +73,9 @@ def load(
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
-        backbone, heads, adapter: file, folder of heads and adapter folder that replace the source's; adapter "none"
-            leaves it out.
+        backbone, heads, adapter: file or name, folder of heads and adapter folder that replace the source's; adapter
+            "none" leaves it out.
+        download: fetch a named backbone that is not here from the Hugging Face hub.
         vocabulary: word map of a published captioning head.
         image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in the
             paper where there is no run.
@@ -83,13 +89,15 @@ def load(
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     source, heads = Path(source), None if heads is None else Path(heads)
     run, words = _run_at(source), None if vocabulary is None else Path(vocabulary)
+    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
+    weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         parts = source_of_run(
             run,
             recorded_config(run).visft,
             where=source,
             tasks=names,
-            backbone=None if backbone is None else Path(backbone),
+            backbone=weights,
             heads=heads,
             adapter=None if adapter in (None, "none") else Path(str(adapter)),
             use_adapter=adapter != "none",
@@ -101,7 +109,7 @@ def load(
         found = heads_in(heads or _head_folder(source))
         streams = streams_without_run(found, batch_size=DEFAULT_BATCH, side=image_size)
         streams = chosen_streams(streams, names, heads, heads or source)
-        files = _files_at(source, backbone, heads, adapter)
+        files = _files_at(source, chosen, weights, heads, adapter)
         parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
     loaded, streams = _build(parts, device, allow_other_base=allow_other_base)
     return Model(source, loaded, streams, parts.files)
@@ -113,6 +121,7 @@ def load_backbone(
     device: str | torch.device | None = None,
     precision: str | None = None,
     backbone: str | Path | None = None,
+    download: bool = False,
     adapter: str | Path | None = None,
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it; heads are neither needed nor read. Arguments as `load`.
@@ -122,19 +131,21 @@ def load_backbone(
     """
     source = Path(source)
     run = _run_at(source)
+    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
+    weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         config = recorded_config(run).visft
         files = files_of_run(
             run,
             config,
             [],
-            backbone=None if backbone is None else Path(backbone),
+            backbone=weights,
             adapter=None if adapter in (None, "none") else Path(str(adapter)),
             use_adapter=adapter != "none",
         )
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
-        parts = ModelSource(_files_at(source, backbone, None, adapter), {}, precision=precision or "auto")
+        parts = ModelSource(_files_at(source, chosen, weights, None, adapter), {}, precision=precision or "auto")
     return ImageFeatures(_build(parts, device)[0])
 
 
@@ -353,16 +364,18 @@ def _head_folder(source: Path) -> Path:
     return source
 
 
-def _files_at(source: Path, backbone: str | Path | None, heads: Path | None, adapter: str | Path | None) -> ModelFiles:
+def _files_at(
+    source: Path, chosen: Named | None, backbone: Path | None, heads: Path | None, adapter: str | Path | None
+) -> ModelFiles:
     """Files of an export without its run, or of merged weights."""
     own = None if adapter in (None, "none") else Path(str(adapter))
     exported = source / ADAPTER_FOLDER
     if adapter is None and backbone is None and exported.is_dir():
         own = exported
-    weights = _weights_at(source) if backbone is None else Path(backbone)
+    weights = _weights_at(source) if backbone is None else backbone
     # Of one export: random bases of release 0.1 do not say so themselves.
     of_run = (weights, source) if weights.parent == source else None
-    return ModelFiles(weights, heads or source, own, {}, of_run=of_run)
+    return replace(files_without_run(chosen, weights, heads or source, own), of_run=of_run)
 
 
 def _weights_at(source: Path) -> Path:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,6 +26,7 @@ from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
 from visft_ds.prepare.start import Start
+from visft_ds.pretrained import check_digest, local
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
@@ -104,9 +104,11 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
     timm = _drawn_by_timm(model, backbone, infos, storage) if isinstance(backbone, TimmBackbone) else None
     if model.weights is not None:
-        opened = open_backbone(backbone, model.weights)
+        path = local(model.weights)
+        opened, sha256 = open_backbone(backbone, path), sha256_file(path)
+        check_digest(path, sha256)
         return BaseWeights(
-            sha256_file(model.weights),
+            sha256,
             f"base weights: {opened.summary}",
             infos,
             lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
@@ -127,7 +129,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
 
 def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
     """Raise what `open_base` raises of a file; unlike it, do not read the whole file for its hash."""
-    path = None if model.weights is None else Path(model.weights)
+    path = None if model.weights is None else local(model.weights)
     if path is not None and path.is_file():
         open_backbone(backbone, path)
 

@@ -345,7 +345,7 @@ def _check_stage(module: nn.Module, stage: StageSpec) -> None:
     if not any(parameter.requires_grad and fnmatchcase(name, stage.must_touch) for name, parameter in named.items()):
         raise ValueError(
             f"stage {stage.name!r} must train something of {stage.must_touch}, but no group of visft.param_groups "
-            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias, see docs/tuning.md"
+            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )
 
 

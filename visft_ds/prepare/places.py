@@ -24,6 +24,7 @@ from visft_ds.config.layers import display
 from visft_ds.config.preflight import INPUTS_FOLDER, head_files, heads_inside, run_of
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import manifest_path, read_manifest
+from visft_ds.pretrained import local
 from visft_ds.run.folder import recorded_inputs, saved_something
 
 WEIGHTS, HEADS, DATA = "visft.model.weights", "visft.heads.path", "visft.data.root"
@@ -70,7 +71,7 @@ def located(config: ResolvedConfig, run: Path, trusted: Collection[str] | None =
         return config
     visft, found = config.visft, {}
     for key, path in paths_of(visft).items():
-        if not ((trusted is None or key in trusted) and _is_there(visft, key, Path(path))):
+        if not ((trusted is None or key in trusted) and _is_there(visft, key, path)):
             found[key] = str(find(run, visft, key))
     return with_paths(config, found)
 
@@ -104,7 +105,7 @@ def find(run: Path, config: VisftConfig, key: str, split: str | None = None) -> 
     Raises:
         ValueError: nothing of the kind there; names each place, and what to give.
     """
-    given = Path(paths_of(config)[key])
+    given = local(paths_of(config)[key]) if key == WEIGHTS else Path(paths_of(config)[key])
     copy = _copy(run, config, key, given.name)
     record = recorded_inputs(run).get(key)
     if copy is not None or record is None:
@@ -144,10 +145,13 @@ def _copy(run: Path, config: VisftConfig, key: str, name: str) -> Path | None:
     return folder if _is_there(config, key, folder) else None
 
 
-def _is_there(config: VisftConfig, key: str, path: Path) -> bool:
+def _is_there(config: VisftConfig, key: str, path: str | Path) -> bool:
     """Return True if there is something of the kind at a path, whatever its content."""
     if key == HEADS:
-        return all(head_files(path, task) for task in config.tasks.enabled())
+        return all(head_files(Path(path), task) for task in config.tasks.enabled())
+    if key == WEIGHTS:
+        return local(path).is_file()
+    path = Path(path)
     splits = {DATA: config.data.train} | {f"visft.data.sets.{n}.root": s.split for n, s in enumerate(config.data.sets)}
     return (manifest_path(path, splits[key]) if key in splits else path).is_file()
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
+from visft_ds.config.backbones import model_of, named
 from visft_ds.config.removed import refuse_removed
 from visft_ds.config.resolve import available
 from visft_ds.redaction import redacted_words
@@ -295,7 +296,7 @@ def _plan_flags(commands: Any) -> None:
         help="memory and time on a cluster one does not have: what fits, with which settings, how long it takes",
         description="Predict memory by part and time of both stages, and find the fastest settings that fit.",
         epilog="""--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY] of the GPUs that
-are known, or a JSON file; --network GB/s one way, or dgx-h100, dgx-a100, 200gbit, 100gbit (docs/planner.md).
+are known, or a JSON file; --network GB/s one way, or dgx-h100, dgx-a100, 200gbit, 100gbit (docs/memory-and-speed.md).
 
 examples:
   visft plan --cluster 8xV100-32GB
@@ -311,6 +312,8 @@ examples:
     add("--network", metavar="SPEED", help="of a machine: GB/s or a name (as machines with such GPUs are sold)")
     add("--scaling", action="store_true", help="table: 1, 2, 4, ... GPUs by up to 256 times the images a step")
     add("--model", choices=available("models"), help="(eva_e and eva_g)")
+    add("--backbone", metavar="NAME|FILE", help="as in visft train; of its files only config.json is needed")
+    add("--download", action="store_true", help="fetch that from the hub")
     add("--stage", type=int, choices=(1, 2), help="(both)")
     add("--engine", choices=available("engines"), help="plan this one as configured, search nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
@@ -342,10 +345,20 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
         return int(found is not None and found["largest_error"] > plan_validation.TOLERANCE)
     from visft_ds.profiling import plan
 
+    flags = dict[str, tuple[str, Any]]()
+    if options.backbone is not None:
+        options.model, flags = model_of(named(options.backbone, download=options.download), options.model)
     models = [options.model] if options.model else ["eva_e", "eva_g"]
     stages = [options.stage] if options.stage else [1, 2]
     record = plan.make_plans(
-        options.cluster, models, stages, options.engine, options.set, options.network, scales=options.scaling
+        options.cluster,
+        models,
+        stages,
+        options.engine,
+        options.set,
+        options.network,
+        scales=options.scaling,
+        backbone=flags,
     )
     return _show(record, plan, command, options.json)
 

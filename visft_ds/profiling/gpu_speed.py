@@ -1,4 +1,4 @@
-"""Speed of a GPU: what `make gpu` measures behind its proofs, most important first; see docs/profiling.md.
+"""Speed of a GPU: what `make gpu` measures behind its proofs, most important first; see docs/memory-and-speed.md.
 
 Each part is a process of its own with a time limit and prints a row as soon as it has it, so a part that is cut off has
 still told something. On a CPU the same parts run with the debug model: they show that the parts work, no speed.

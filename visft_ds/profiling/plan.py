@@ -26,6 +26,7 @@ def make_plans(
     network: str | None = None,
     *,
     scales: bool = False,
+    backbone: Mapping[str, tuple[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Plans of all models and stages on a cluster; returns a record of JSON values.
 
@@ -34,6 +35,7 @@ def make_plans(
         engine: planned as it is configured; None: the fastest settings of each one are searched.
         network: of a machine, as `--network`; None: as the cluster's kind of machine has it.
         scales: instead of plans, what more GPUs and more images a step are worth.
+        backbone: flags for `resolve` that replace the models' own.
 
     Raises:
         ValueError: what a user can mend.
@@ -42,7 +44,7 @@ def make_plans(
     plans: list[dict[str, Any]] = []
     for model in models:
         for stage in stages:
-            config = resolve(stage=stage, model=model, engine=engine or "zero1", settings=settings)
+            config = resolve(stage=stage, model=model, engine=engine or "zero1", settings=settings, flags=backbone)
             plan: dict[str, Any] = {"model": model, "stage": stage, "arms": [], "scaling": [], "fewer": None}
             plans.append(plan)
             if scales:

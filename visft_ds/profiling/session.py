@@ -34,6 +34,7 @@ from visft_ds.planner import run_of
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.pretrained import local
 from visft_ds.profiling.data import GENERATED_SIZE, every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.run.machine import choose_recompute
@@ -157,7 +158,7 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
     settings = every_word(config.visft)
     notes = [f"data: generated pictures of {GENERATED_SIZE[1]} x {GENERATED_SIZE[0]} pixels"]
     weights, heads = settings.model.weights, settings.heads.path
-    if weights is not None and not Path(weights).is_file():
+    if weights is not None and not local(weights).is_file():
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": None})})
         notes.append(f"base weights: random, {weights} is not there")
     if heads is not None and any(not head_files(Path(heads), t) for t in settings.tasks.enabled()):

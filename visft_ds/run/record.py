@@ -36,6 +36,7 @@ from visft_ds.prepare.places import (
     with_paths,
 )
 from visft_ds.prepare.start import Start
+from visft_ds.pretrained import local
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.start import record_of
 
@@ -117,6 +118,7 @@ def _places(
     for key, path in paths_of(config).items():
         if key == HEADS or key.endswith(WORDS):
             continue
+        path = str(local(path)) if key == WEIGHTS else path
         found[key] = {"path": os.path.abspath(path), "beside": os.path.relpath(Path(path).resolve(), run.resolve())}
         if key in names:
             manifest = sets[names[key]].manifest

@@ -27,6 +27,7 @@ from visft_ds.redaction import redacted
 #: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
 COMMANDS = {
     "build": ("build_command", "add_build_parser", "make shards, index and manifest; goes on where it was interrupted"),
+    "permute": ("permute", "add_permute_parser", "a control: the same images with the labels of one another"),
     "verify": ("commands", "add_verify_parser", "read every byte and list what is wrong"),
     "info": ("commands", "add_info_parser", "what a folder holds, or the images of a training step"),
 }

@@ -194,10 +194,11 @@ def make_image(
     width: int,
     max_shapes: int = MAX_SHAPES,
     colours: str = "usual",
+    without: Sequence[str] = (),
 ) -> tuple[bytes, dict[str, Any]]:
     """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
     rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
-    scene = draw_scene(rng, style_of(style, colours), height, width, max_shapes=max_shapes)
+    scene = draw_scene(rng, style_of(style, colours, without), height, width, max_shapes=max_shapes)
     key = image_id(split, index)
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None and scene.crowd.visible.any():
@@ -271,15 +272,17 @@ def write_toy_coco(
     seed: int = 0,
     max_shapes: int = MAX_SHAPES,
     colours: str = "usual",
+    without: Sequence[str] = (),
     workers: int = 1,
 ) -> dict[str, int | float]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
-    that holds anything, sides under 28 pixels, an unknown style or kind of colours, negative counts or seeds,
+    that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, negative counts or seeds,
     `max_shapes` outside of 1 to 20, or fewer than one worker.
     """
     check_drawing(out, style, colours, height, width)
+    style_of(style, colours, without)
     if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
         raise ValueError(
             f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
@@ -290,7 +293,7 @@ def write_toy_coco(
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     size = {"height": height, "width": width, "max_shapes": max_shapes}
-    options = {"style": style, "colours": colours, "seed": seed, **size}
+    options = {"style": style, "colours": colours, "without": without, "seed": seed, **size}
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, which says nothing of it"
     )
+    parser.add_argument("--without", metavar="A,B", help="shapes that no picture shows; they stay in the list")
     parser.add_argument(
         "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 make COCO's 7 on average"
     )
@@ -71,6 +72,7 @@ def _write_scenes(given: argparse.Namespace) -> str:
         width=width,
         style=given.style,
         colours=given.colours,
+        without=tuple(given.without.split(",")) if given.without else (),
         seed=given.seed,
         max_shapes=given.max_shapes,
         workers=given.workers,
@@ -82,8 +84,10 @@ def _write_scenes(given: argparse.Namespace) -> str:
 
 
 def _write_classes(given: argparse.Namespace) -> str:
-    if given.max_shapes != MAX_SHAPES:
-        raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
+    if given.max_shapes != MAX_SHAPES or given.without:
+        raise ValueError(
+            "--max-shapes and --without contradict --classification: a class has one shape a picture, all are classes"
+        )
     width, height = given.size
     counts = write_toy_classes(
         given.out,

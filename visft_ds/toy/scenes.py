@@ -8,7 +8,7 @@ Shape letters: H W pixels, P polygon corners.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Style:
     backgrounds: tuple[str, ...]
     background_colours: dict[str, tuple[int, int, int]]
     usual_share: float = COLOURS["usual"]
+    shapes: tuple[int, ...] = tuple(range(len(CATEGORIES)))  #: positions in CATEGORIES of those that scenes show
 
 
 STYLES = {
@@ -117,12 +118,16 @@ STYLES = {
 }
 
 
-def style_of(name: str, colours: str) -> Style:
-    """A style of STYLES with one of COLOURS. Raises ValueError for an unknown one."""
+def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
+    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for what is unknown."""
     for kind, given, known in (("style", name, STYLES), ("colours", colours, COLOURS)):
         if given not in known:
             raise ValueError(f"{kind} {given!r} is unknown; choose one of {', '.join(sorted(known))}")
-    return replace(STYLES[name], usual_share=COLOURS[colours])
+    shapes = tuple(place for place, shape in enumerate(NAMES) if shape not in without)
+    if not shapes or (unknown := [shape for shape in without if shape not in NAMES]):
+        wrong = f"shape {unknown[0]!r} is unknown" if shapes else "no shape is left"
+        raise ValueError(f"{wrong}; shapes to leave out are some of {', '.join(NAMES)}")
+    return replace(STYLES[name], usual_share=COLOURS[colours], shapes=shapes)
 
 
 @dataclass(frozen=True)
@@ -407,12 +412,12 @@ def draw_scene(
     crowd: Shape | None = None
     shapes: list[Shape] = []
     if rng.random() < CROWD_SHARE:
-        category = int(rng.integers(len(NAMES)))
+        category = style.shapes[int(rng.integers(len(style.shapes)))]
         crowd = _add(rng, style, canvas, category, _scatter(rng, NAMES[category], height, width))
     size = math.sqrt(min(1.0, MAX_SHAPES / max_shapes)) if max_shapes else 0.0
     for _ in range(count):
         for _attempt in range(12):
-            category = int(rng.integers(len(NAMES)))
+            category = style.shapes[int(rng.integers(len(style.shapes)))]
             polygons, full = _somewhere(rng, category, height, width, size)
             area = sum(_area(polygon) for polygon in polygons)
             if full.sum() >= 0.85 * area and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):

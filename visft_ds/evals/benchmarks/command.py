@@ -21,7 +21,14 @@ from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, check_numbers, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions
-from visft_ds.evals.benchmarks.price import knee_lines, knees, points_of, price_picture, price_section
+from visft_ds.evals.benchmarks.price import (
+    knee_lines,
+    knees,
+    losses_section,
+    points_of,
+    price_picture,
+    price_section,
+)
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.retention import KEPT, AnswersKept
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
@@ -257,6 +264,7 @@ def _write(
         for row in ([gain] if gain and gain.shown else [])
     ]
     parts += [side] if (side := price_section(arms, doses, gain, [of_name[name] for name in price])) else []
+    parts += [losses] if (losses := losses_section(arms)) else []
     if found:
         title = (
             "knees of the sweeps: furthest above the line to the largest gain and price; judge them on other pictures"

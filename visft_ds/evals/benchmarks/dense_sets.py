@@ -135,6 +135,16 @@ def read_train_and_test(source: str, train: str | None, test: str | None) -> tup
     return found
 
 
+def only_objects(of: DenseSet, names: Sequence[str]) -> DenseSet:
+    """The same with the objects of some categories alone. Raises ValueError for others, and where none is left."""
+    if unknown := [name for name in names if name not in of.names]:
+        raise ValueError(f"only={unknown[0]}: no such category; there are {', '.join(of.names) or 'none'}")
+    kept = np.isin(of.labels, [of.names.index(name) for name in names])
+    if not kept.any():
+        raise ValueError(f"only={'+'.join(names)}: no object of these to judge")
+    return replace(of, masks=of.masks[kept], labels=of.labels[kept], owners=of.owners[kept])
+
+
 Reader = Callable[[str, int], DenseSet]
 
 

@@ -114,7 +114,7 @@ def encode_together(
         ]
         flat = [batch for chunk in batches for batch in chunk]
         name_of_all = f"{name}, {len(workers)} models at once" if others else name
-        decoded = _gauged(worker, name_of_all, _decoded(worker, images, flat), sum(map(len, flat)))
+        decoded = _gauged(worker, name_of_all, pictures(worker, images, flat), sum(map(len, flat)))
         for chunk in batches:
             pieces = [[forward(each, batch, kinds) for each in workers] for batch in islice(decoded, len(chunk))]
             found = []
@@ -175,8 +175,8 @@ def forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str, 
     return {name: value.float().cpu().contiguous() for name, value in found.items()}
 
 
-def _decoded(worker: Worker, images: ImageSet, batches: Sequence[range]) -> Iterator[Tensor]:
-    """Batches (n, 3, side, side); with threads, the next ones are decoded while the model computes."""
+def pictures(worker: Worker, images: ImageSet, batches: Sequence[range]) -> Iterator[Tensor]:
+    """Images as the model takes them, (n, 3, side, side); with threads, the next ones are decoded meanwhile."""
     encoder = worker.encoder
     stretched = square_preprocess(encoder.side, *encoder.normalisation)  # a model's own may cut off the borders
 

@@ -47,7 +47,10 @@ def _objects(label: str, source: str, options: Options) -> Benchmark:
 
 
 def _dense(label: str, source: str, options: Options) -> Benchmark:
-    return Dense(label, *dense_sets.read_train_and_test(source, options.get("train"), options.get("split")))
+    train, test = dense_sets.read_train_and_test(source, options.get("train"), options.get("split"))
+    if "only" not in options:
+        return Dense(label, train, test)
+    return Dense(label, train, dense_sets.only_objects(test, options["only"].split("+")), only_objects=True)
 
 
 def _ocr(label: str, source: str, options: Options) -> Benchmark:
@@ -65,7 +68,9 @@ KINDS: Mapping[str, Kind] = {
     "retrieval": Kind(_retrieval, ("split", "name"), "captions: COCO, Karpathy's JSON, Flickr30k"),
     "objects": Kind(_objects, ("split", "train", "name"), "names of boxed objects: COCO tree, or FILE.json:IMAGES"),
     "dense": Kind(
-        _dense, ("split", "train", "name"), "segmentation and objects by patches: COCO, shards, ADE20k, VOC, CamVid"
+        _dense,
+        ("split", "train", "only", "name"),
+        "segmentation and objects by patches: COCO, shards, ADE20k, VOC, CamVid; only=A+B: these objects are judged",
     ),
     "retention": Kind(_retention, ("name",), "answers of the first model's own classifier that stay: any images"),
     "ocr": Kind(_ocr, ("split", "train", "name", "characters"), "words read by a small head: ICDAR, mmocr, MJSynth"),

@@ -65,6 +65,7 @@ class ModelSpec:
     timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
     until: str | None = None  #: block that it ends after, where a run records one
     block: str | None = None  #: that it is read after
+    trained: Path | None = None  #: folder of the run, where it is one of stage 2
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def parse_model(text: str) -> ModelSpec:
             files.hints,
             files.timm,
             files.until,
+            trained=base if visft.stage == 2 else None,
         )
     if base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")

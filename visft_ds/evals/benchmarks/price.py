@@ -17,7 +17,9 @@ from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.benchmarks.run import Dose
 from visft_ds.evals.benchmarks.table import Row, change
 from visft_ds.evals.charts import Bar, Spot, price_chart
+from visft_ds.evals.curves import read_history
 from visft_ds.monitor.console import Section
+from visft_ds.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ def price_section(
     return Section(
         f"how far features moved from those of {base.label} (share of their spread), gain, price", lines, columns
     )
+
+
+def losses_section(arms: Sequence[Contender]) -> Section | None:
+    """A line for each loss that runs of stage 2 trained: mean of its first and last tenth. None without such a run."""
+    lines = []
+    for run in dict.fromkeys(model.trained for arm in arms for model in arm.models if model.trained):
+        history = read_history(run)
+        for task in TASKS:
+            _, values = history.points(f"loss/{task}")
+            tenth = max(1, len(values) // 10)
+            ends = [f"{sum(part) / tenth:.4g}" for part in (values[:tenth], values[-tenth:])]
+            lines += [[str(run), task, *ends]] if values else []
+    title = "trained losses, which judge nothing"
+    return Section(title, lines, ["run of stage 2", "task", "first tenth", "last tenth"]) if lines else None
 
 
 def _dose(of: Mapping[str, Dose], gain: Row | None) -> Dose:

@@ -23,6 +23,7 @@ from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encode
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score
 from visft_ds.evals.benchmarks.retention import FIRST, AnswersKept, load_classifier
 from visft_ds.evals.benchmarks.scales import Scales
+from visft_ds.evals.model import adapter_for
 from visft_ds.interop.writing import save_tensors
 from visft_ds.parallel import distributed
 
@@ -83,12 +84,20 @@ def encode_all(
     """
     groups: dict[str, list[ModelSpec]] = {}
     for spec in specs:
-        label = "" if spec.adapter else spec.label
-        groups.setdefault(repr(replace(spec, label=label, scale=1.0)), []).append(spec)
+        alike = replace(spec, label="", scale=1.0, adapter=None) if spec.adapter else spec
+        groups.setdefault(repr((alike, _form(spec))), []).append(spec)
     found: dict[str, list[Encoded]] = {}
     for group in groups.values():
         found |= _encode_with(group, specs[0], benchmarks, settings, tell)
     return {spec.label: found[spec.label] for spec in specs}
+
+
+def _form(spec: ModelSpec) -> Any:
+    """Shape of a model's adapter: those that are alike in it can take turns in one module."""
+    if spec.adapter is None:
+        return None
+    adapter = adapter_for(Path(spec.name), spec.adapter)
+    return adapter.describe(), adapter.until, [(name, tuple(value.shape)) for name, value in adapter.tensors.items()]
 
 
 def _encode_with(
@@ -98,7 +107,7 @@ def _encode_with(
     settings: Settings,
     tell: Callable[[str, Mapping[str, str]], None],
 ) -> dict[str, list[Encoded]]:
-    """Features of models that differ by the scale of their adapter alone, of each benchmark."""
+    """Features of models that differ by their adapter alone, of each benchmark."""
     encoder, label = load_encoder(group[0], settings.load), group[0].label
     for benchmark in benchmarks:
         if benchmark.needs_text and encoder.text is None:
@@ -108,8 +117,9 @@ def _encode_with(
                 f"needs a class token and a CLIP projection for it"
             )
     for spec in group:
-        adapter = encoder.facts.get("adapter", "").rpartition(", times ")[0]
-        tell(spec.label, {**encoder.facts, **({"adapter": f"{adapter}, times {spec.scale:g}"} if adapter else {})})
+        adapter = encoder.facts.get("adapter", "").removeprefix(f"{group[0].adapter}").rpartition(", times ")[0]
+        told = {"adapter": f"{spec.adapter}{adapter}, times {spec.scale:g}"} if adapter else {}
+        tell(spec.label, {**encoder.facts, **told})
     workers: dict[bool, list[Worker]] = {}
     found: list[list[Encoded]] = []
     for benchmark in benchmarks:
@@ -121,7 +131,7 @@ def _encode_with(
 
 
 def _workers(encoder: Encoder, group: Sequence[ModelSpec], settings: Settings) -> list[Worker]:
-    scales = Scales(encoder.module, group) if len(group) > 1 else None
+    scales = Scales(encoder.module, [tensors_of(spec) for spec in group]) if len(group) > 1 else None
     workers = []
     for number, spec in enumerate(group):
         before = None if scales is None else partial(scales.use, number)
@@ -129,6 +139,12 @@ def _workers(encoder: Encoder, group: Sequence[ModelSpec], settings: Settings) -
             before()
         workers.append(replace(worker_of(encoder, spec.label, settings), before=before))
     return workers
+
+
+def tensors_of(spec: ModelSpec) -> Mapping[str, Tensor]:
+    """The adapter of a model, times its scale."""
+    assert spec.adapter is not None
+    return adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale).tensors
 
 
 def worker_of(encoder: Encoder, label: str, settings: Settings) -> Worker:
@@ -192,9 +208,13 @@ def dose(base: Encoded, other: Encoded) -> Dose | None:
     if kind is None or of_base[kind].shape != of_other[kind].shape:
         return None
     old, new = of_base[kind], of_other[kind]
+    return Dose(kind, moved(old, new), float(torch.nn.functional.cosine_similarity(new, old, dim=1).mean()))
+
+
+def moved(old: Tensor, new: Tensor) -> float:
+    """|f - f0| / |f0 - mean of f0| of features (n, D, ...), the mean of each channel."""
     mean = old.mean(dim=[place for place in range(old.ndim) if place != 1], keepdim=True)
-    cosine = torch.nn.functional.cosine_similarity(new, old, dim=1).mean()
-    return Dose(kind, float((new - old).norm() / (old - mean).norm().clamp(min=1e-12)), float(cosine))
+    return float((new - old).norm() / (old - mean).norm().clamp(min=1e-12))
 
 
 def _save(path: Path, scores: Sequence[Score]) -> None:

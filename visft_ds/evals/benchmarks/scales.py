@@ -1,36 +1,31 @@
-"""A model at several scales of its adapter: loaded once, and what comes before the adapter computed once a batch."""
+"""Adapters of one form on one base: the base is loaded once, and what comes before them computed once a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.model import adapter_for
 from visft_ds.models.lora import AdaptedLayer, lora_layers, lora_parameters
 
 
 class Scales:
-    """A module whose adapter is set to one of several scales.
+    """A module whose adapter is set to one of several: another scale, another training.
 
-    The modules that run before the first adapted layer give the same for every scale: what they give a batch is kept
-    while the first scale computes, and taken by the others. Nothing is kept where an adapted layer was not called as a
+    The modules that run before the first adapted layer give the same for all of them: what they give a batch is kept
+    while the first one computes, and taken by the others. Nothing is kept where an adapted layer was not called as a
     module, since it could not be known when that was.
 
     Args:
-        module: of an encoder, whose one child has the adapter of all specs.
-        specs: models that differ by their scale alone.
+        module: of an encoder, whose one child has an adapter on the layers of all of them.
+        adapters: tensors of each, equal in names and shapes.
     """
 
-    def __init__(self, module: nn.Module, specs: Sequence[ModelSpec]) -> None:
-        assert specs[0].adapter is not None
-        adapter = adapter_for(Path(specs[0].name), specs[0].adapter)
-        self._tensors = [adapter.scaled(spec.scale).tensors for spec in specs]
+    def __init__(self, module: nn.Module, adapters: Sequence[Mapping[str, Tensor]]) -> None:
+        self._tensors = list(adapters)
         self._parameters = {name.partition(".")[2]: value for name, value in lora_parameters(module).items()}
         self._kept: dict[nn.Module, list[Tensor]] = {}
         self._calls: dict[nn.Module, int] = {}
@@ -41,8 +36,13 @@ class Scales:
         for part in _unadapted(module):
             part.forward = partial(self._run, part, part.forward)
 
+    def add(self, tensors: Mapping[str, Tensor]) -> int:
+        """Take one more adapter; returns its number."""
+        self._tensors.append(tensors)
+        return len(self._tensors) - 1
+
     def use(self, number: int) -> None:
-        """Set the scale of one of the specs, before a forward; the first one before the others of the same images."""
+        """Set one of the adapters, before a forward; the first one before the others of the same images."""
         self._first = number == 0
         if self._first or self._called != self._layers:
             self._kept.clear()

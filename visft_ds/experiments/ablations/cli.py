@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from visft_ds import program
-from visft_ds.experiments.ablations.questions import QUESTIONS
+from visft_ds.demo import PRETRAINED
+from visft_ds.experiments.ablations.questions import EXPERIMENT, GAIN, QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
@@ -54,14 +55,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, QUESTIONS))
-    asked = "\n".join(f"    {name:{width}}  {question.asks}" for name, question in QUESTIONS.items())
+    known = {**QUESTIONS, GAIN: EXPERIMENT}
+    asked = "\n".join(f"    {name:{width}}  {question.asks}" for name, question in known.items())
     parser = Parser(
         prog=program("ablate"),
         description=f"{USAGE}\nquestions:\n{asked}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("questions", nargs="+", metavar="QUESTION", help="one or more, or all")
+    add("questions", nargs="+", metavar="QUESTION", help=f"one or more, or all (but {GAIN})")
     add("--arms", metavar="A,B", help="only these arms of one question, and its first")
     add("--seeds", type=int, default=3, metavar="N", help="of every arm, from 0 (default %(default)s)")
     add("--out", type=Path, default=Path("ablations"), metavar="DIR", help="default %(default)s")
@@ -69,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the commands and stop")
     scale = parser.add_argument_group("scale: the same for all questions of a folder")
     add = scale.add_argument
-    add("--model", default=TOY_MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
+    add("--model", metavar="NAME", help=f"file of ds_configs/models (default {TOY_MODEL}; of gain {PRETRAINED})")
+    add("--base", metavar="timm:NAME=FILE", help="a model of timm with weights, in place of those of --model")
     add("--data", metavar="SHARDS", help="default: toy images that are made on the way")
     add("--second-data", default=SECOND, metavar="SHARDS", help="of the question data (default %(default)s)")
     add("--processes", type=int, default=1, metavar="N", help="of each training (default %(default)s)")

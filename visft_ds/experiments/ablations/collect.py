@@ -23,13 +23,16 @@ from visft_ds.experiments.ablations.plan import AFTER, BEFORE, AblationPlan, Tri
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.scales import HOME
 from visft_ds.experiments.ablations.steps import Step
+from visft_ds.monitor.console import Section
 
 LEVEL = 0.95
 #: Differences below which there is no interval.
 FEWEST = 2
 _NO_WIDTH = 1e-9
 #: Of the numbers of a benchmark, those that tables and charts show; the others are in the record.
-_SHOWN = re.compile(r" (top1|knn|linear|image to text R@1|text to image R@1|words|.*, (text top1|probe))$")
+_SHOWN = re.compile(
+    r" (top1|(knn|linear)( mIoU)?|answers kept|image to text R@1|text to image R@1|words|.*, (text top1|probe))$"
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Outcome:
     seeds: tuple[int, ...]
     metrics: Sequence[Metric]
     arms: Sequence[ArmResult]  #: the first is the reference
+    said: Sequence[str] = ()  #: verdicts, which stand above all
+    tables: Sequence[Section] = ()  #: beside those of the numbers of arms
 
     @property
     def failed(self) -> bool:

@@ -16,11 +16,13 @@ from typing import Any, Literal
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.preflight import CANNOT_START, render_missing
 from visft_ds.config.records import read_record
+from visft_ds.demo import PRETRAINED
 from visft_ds.experiments.ablations.collect import FEWEST, collect
-from visft_ds.experiments.ablations.plan import AblationPlan, Planner
-from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
+from visft_ds.experiments.ablations.gain import GainPlan, GainPlanner, collect_gain
+from visft_ds.experiments.ablations.plan import AblationPlan
+from visft_ds.experiments.ablations.questions import GAIN, QUESTIONS, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure, Runner
-from visft_ds.experiments.ablations.scales import Scale, check_scale
+from visft_ds.experiments.ablations.scales import TOY_MODEL, Scale, check_scale
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
 from visft_ds.flags import check_least
@@ -53,7 +55,7 @@ def ask(given: argparse.Namespace) -> int:
         return _run(given, planner, plans)
 
 
-def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
+def _plan(given: argparse.Namespace) -> tuple[GainPlanner, list[AblationPlan | GainPlan]]:
     """Check everything that can be wrong with the command line, and plan.
 
     Raises:
@@ -68,8 +70,9 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
         if len(names) != 1:
             raise ValueError(f"--arms chooses among the arms of one question, and {len(names)} are given")
         questions = {names[0]: choose_arms(questions[names[0]], [arm.strip() for arm in given.arms.split(",")])}
+    even = bool(given.base) or names == [GAIN]  # a base that knows something is asked for more than colours
     scale = Scale(
-        model=given.model,
+        model=given.model or (PRETRAINED if even else TOY_MODEL),
         processes=given.processes,
         data=given.data,
         second=given.second_data,
@@ -78,13 +81,18 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
         text=given.text,
         settings=tuple(given.set),
         vary_base=given.vary_base,
+        base=given.base,
+        even=even,
     )
     check_scale(scale)
     if given.jobs > 1 and not scale.alone:
         raise ValueError(f"--jobs {given.jobs}: trainings started by deepspeed would share its GPUs; leave it at 1")
     _check_folder(given.out, scale)
-    planner = Planner(given.out, scale)
-    return planner, [planner.plan(name, question, range(given.seeds)) for name, question in questions.items()]
+    planner, seeds = GainPlanner(given.out, scale), range(given.seeds)
+    return planner, [
+        planner.plan_gain(question, seeds) if name == GAIN else planner.plan(name, question, seeds)
+        for name, question in questions.items()
+    ]
 
 
 class AblationsFile(StrictModel):
@@ -127,7 +135,7 @@ def _claim(out: Path, scale: Scale) -> None:
     write_text(out / MARKER, json.dumps(_record(scale), indent=1) + "\n", overwrite=True)
 
 
-def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPlan]) -> int:
+def _run(given: argparse.Namespace, planner: GainPlanner, plans: Sequence[AblationPlan | GainPlan]) -> int:
     began, steps = time.monotonic(), planner.steps.steps
     forks = prepare_environment(given.jobs)
     failures: dict[str, Failure] = {}
@@ -136,8 +144,8 @@ def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPl
         needed_steps = needed(plan, steps)
         print(f"\n== {plan.name}: {plan.question.asks}", flush=True)
         failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True)).run(needed_steps)
-        outcome = collect(plan, steps, failures)
-        written = [*write_question(given.out, outcome), *write_report(given.out, list(QUESTIONS))]
+        outcome = collect_gain(plan, failures) if isinstance(plan, GainPlan) else collect(plan, steps, failures)
+        written = [*write_question(given.out, outcome), *write_report(given.out, [*QUESTIONS, GAIN])]
         print_plan(outcome.asks, shown(outcome))
         print(f"written: {', '.join(str(path) for path in written)}", flush=True)
         failed = failed or outcome.failed
@@ -145,9 +153,9 @@ def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPl
     return 1 if failed else 0
 
 
-def needed(plan: AblationPlan, steps: Mapping[str, Step]) -> dict[str, Step]:
+def needed(plan: AblationPlan | GainPlan, steps: Mapping[str, Step]) -> dict[str, Step]:
     """The steps of a plan and all before them, in the order of the list."""
-    wanted = {step.stem for trial in plan.trials for step in (trial.before, trial.after, trial.benchmarks)}
+    wanted = {step.stem for step in plan.ends}
     for stem in reversed(list(steps)):  # a step comes after all that it needs
         if stem in wanted:
             wanted |= set(steps[stem].needs)
@@ -168,9 +176,9 @@ def prepare_environment(jobs: int) -> bool:
     return True
 
 
-def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> None:
+def _print_plan(plans: Sequence[AblationPlan | GainPlan], steps: Mapping[str, Step]) -> None:
     done = sum(step.marker.is_file() for step in steps.values())
-    trials = sum(len(plan.trials) for plan in plans)
+    trials = sum(len(plan.seeds) * len(plan.question.arms) for plan in plans)
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""

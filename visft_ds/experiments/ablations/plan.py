@@ -22,11 +22,12 @@ import torch
 
 from visft_ds.config import Missing, ResolvedConfig, missing_inputs, resolve_arguments
 from visft_ds.experiments.ablations.questions import RECIPE, TOWERS, Arm, Question
-from visft_ds.experiments.ablations.scales import TOY_SECOND_SEED, TOY_SIDE, Scale, Toy, clip_file
+from visft_ds.experiments.ablations.scales import BASE, TOY_SECOND_SEED, TOY_SIDE, Scale, Toy, clip_file
 from visft_ds.experiments.ablations.steps import STEPS, Step, StepList
 from visft_ds.interop.layouts import depth_of, is_lora
 from visft_ds.models.backbone import build_empty
 from visft_ds.prepare.model import plan_groups
+from visft_ds.pretrained import local
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 
 #: Labels of the two models of a trial in the table of benchmarks.
@@ -55,6 +56,16 @@ class AblationPlan:
     question: Question
     trials: Sequence[Trial]
 
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of its trials."""
+        return list(dict.fromkeys(trial.seed for trial in self.trials))
+
+    @property
+    def ends(self) -> list[Step]:
+        """Steps whose results are read."""
+        return [step for trial in self.trials for step in (trial.before, trial.after, trial.benchmarks)]
+
 
 @dataclass(frozen=True)
 class _Training:
@@ -81,8 +92,9 @@ class Planner:
     def __init__(self, root: Path, scale: Scale) -> None:
         self.scale = scale
         self.steps = StepList(root)
+        self._relabelled: set[str] = set()  # stems of shards
         self.missing: dict[str, Missing] = {}  #: by path: files of the user's that are not there
-        self._toy = Toy(self.steps)
+        self._toy = Toy(self.steps, scale)
 
     def plan(self, name: str, question: Question, seeds: Sequence[int]) -> AblationPlan:
         """Every arm with every seed.
@@ -112,18 +124,20 @@ class Planner:
     # ------------------------------------------------------------------------------------------- trainings
 
     def _stage1(self, arm: Arm, seed: int) -> _Training:
-        return self._training("stage1", f"{_of(arm, seed)}: stage 1", 1, self._tower(arm), seed, ())
+        title = f"{_of(arm, seed)}: stage 1{', permuted labels' if arm.permuted else ''}"
+        kept = [f"visft.features.cache={self.steps.root / STEPS / 'kept'}"] if self.scale.base_file else []
+        return self._training("stage1", title, 1, [*self._both(arm), *kept], seed, self._labels(arm, seed))
 
     def _stage2(self, title: str, arm: Arm, seed: int) -> _Training:
         recipe = self._recipe(2)
         steps = round(arm.updates * recipe.total_steps)
-        if arm.joint:
+        if arm.joint and not arm.short:
             steps += self._recipe(1).total_steps
         settings = [f"scheduler.params.total_num_steps={steps}"] if steps != recipe.total_steps else []
         second = self._toy.shards("a", TOY_SECOND_SEED) if self.scale.toy and "$second" in "".join(arm.stage2) else None
-        needs: list[Step] = [second] if second else []
+        needs: list[Step] = [*self._labels(arm, seed), *([second] if second else [])]
         values = {**self._values(recipe), "second": str(second.out) if second else self.scale.second}
-        settings += [*self._tower(arm), *(_filled(text, values) for text in arm.stage2)]
+        settings += [*self._both(arm), *(_filled(text, values) for text in arm.stage2)]
         settings += [f"visft.lora.targets={json.dumps(TOWERS[arm.tower].targets)}"] if arm.tower else []
         if not arm.joint and self._given_heads(arm):
             settings.append(f"visft.heads.path={self.scale.heads}")
@@ -155,14 +169,16 @@ class Planner:
         chosen = [*self.scale.stage_settings(stage), *settings, f"visft.seed={seed}"]
         if self.scale.toy:
             needs = [*needs, self._toy.shards("a")]
-            if not any(setting.startswith("visft.model.weights=") for setting in chosen):
-                base = self._base(seed)
-                chosen.append(f"visft.model.weights={clip_file(base)}")
-                needs.append(base)
+        if not any(setting.startswith("visft.model.weights=") for setting in chosen):
+            weights, made = self._weights(seed)
+            chosen += [f"visft.model.weights={weights}"] if weights else []
+            needs = [*needs, *made]
+        chosen += [f"visft.data.root={step.out}" for step in needs if step.stem in self._relabelled]
         words = self._words(stage, chosen)
         config, trained = self._checked(tuple(words))
-        made = {str(step.out / "export") for step in needs}
-        self.missing |= {gap.path: gap for gap in missing_inputs(config) if not self.scale.toy and gap.path not in made}
+        ours = str(self.steps.root / STEPS)
+        gaps = [] if self.scale.toy else missing_inputs(config)
+        self.missing |= {gap.path: gap for gap in gaps if not gap.path.startswith(ours)}
         visft, training = config.visft, self.scale.training
         files = [visft.data.root, *(dataset.root for dataset in visft.data.sets), visft.model.weights, visft.heads.path]
         proof = ADAPTER_FOLDER if "lora" in trained else TRAINED_BACKBONE_FILE
@@ -194,9 +210,31 @@ class Planner:
     def _recipe(self, stage: int) -> ResolvedConfig:
         return self._checked(tuple(self._words(stage, self.scale.stage_settings(stage))))[0]
 
-    def _tower(self, arm: Arm) -> tuple[str, ...]:
-        """Settings of both stages that take another backbone."""
-        return TOWERS[arm.tower].settings(self.scale.toy, TOY_SIDE) if arm.tower else ()
+    def _both(self, arm: Arm) -> tuple[str, ...]:
+        """Settings of both stages: those of the arm, and where it takes another backbone."""
+        if arm.tower and self.scale.base_file:
+            raise ValueError("this question is about other towers than --base: leave that out")
+        return (*arm.both, *(TOWERS[arm.tower].settings(self.scale.toy, TOY_SIDE) if arm.tower else ()))
+
+    def _labels(self, arm: Arm, seed: int) -> list[Step]:
+        """The shards with labels of other images that an arm learns from, if it does."""
+        if not arm.permuted:
+            return []
+        shards = [self._toy.shards("a")] if self.scale.toy else []
+        step = self._toy.permuted(self._data, seed, shards)
+        self._relabelled.add(step.stem)
+        return [step]
+
+    def _weights(self, seed: int) -> tuple[Path | None, list[Step]]:
+        """File that trainings begin with where it is not that of the model's configuration, and its step."""
+        if self.scale.base_file:
+            file = self.scale.base_file[1]
+            step = self._toy.weights(file)
+            return (step.out / BASE, [step]) if step else (file, [])
+        if not self.scale.toy:
+            return None, []
+        base = self._base(seed)
+        return clip_file(base), [base]
 
     def _given_heads(self, arm: Arm) -> bool:
         """Return True if heads are given: those of the model's own tower fit no other."""
@@ -240,12 +278,18 @@ class Planner:
             stage1 = self._stage1(arm, seed)
             needs.append(stage1.step)
             base, benchmarks = str(stage1.step.out), _without_text(benchmarks)
+        elif self.scale.base_file:
+            if arm.text:
+                raise ValueError("--base is a model of timm, which has no text side that could learn")
+            first = self._first(RECIPE, seed)
+            needs.append(first.step)
+            base, benchmarks = str(first.step.out), _without_text(benchmarks)
         elif self.scale.toy:
             needs.append(self._base(seed))
             base = str(clip_file(needs[-1]))
         else:
             model = self._recipe(2).visft.model
-            base = model.weights or ""
+            base = str(local(model.weights)) if model.weights else ""
             if model.weights is None or model.timm:
                 self._check_no_text(arm, "without weights" if model.weights is None else "of timm")
                 first = self._first(RECIPE, seed)

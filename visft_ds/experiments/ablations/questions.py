@@ -60,8 +60,14 @@ class Arm:
     stage2: tuple[str, ...] = ()  #: settings of stage 2
     updates: float = 1.0  #: length of stage 2, times that of the recipe; 0: none
     joint: bool = False  #: no stage 1: one training as long as both, whose heads start at random
+    short: bool = False  #: joint, but no longer than stage 2
     tower: str | None = None  #: one of TOWERS in place of the model's own
     text: bool = False  #: then the text tower learns from captions, with what vision has become
+    both: tuple[str, ...] = ()  #: settings of both stages
+    permuted: bool = False  #: each image has the labels of another one, in both stages
+    made: str | None = (
+        None  #: no training: "noise", the reference's adapter at "scales", or the "soup" of those of all seeds
+    )
 
 
 RECIPE = Arm("recipe")
@@ -180,13 +186,36 @@ QUESTIONS: Mapping[str, Question] = {
 }
 
 
+#: Name of the experiment that is judged otherwise than the others: see `gain`.
+GAIN = "gain"
+PERMUTED, LAST = "permuted labels", "last layer"
+_RANDOM_HEADS = ("visft.heads.start=random", "visft.mode=$mode")
+_LATE = json.dumps([*(f"blocks.[456].*.{layer}" for layer in ("conv_pw", "conv_pwl")), "conv_head"])
+EXPERIMENT = Question(
+    "Does stage 2 make the backbone's patches better out of domain, more than controls do, and at what price?",
+    (
+        Arm("two stages"),
+        Arm(PERMUTED, permuted=True),
+        Arm("heads along", _heads("$heads")),
+        Arm("one stage", (*_RANDOM_HEADS, *_heads("$heads")), joint=True, short=True),
+        Arm(LAST, (f"visft.lora.targets={_LATE}",), both=("visft.model.until=null",)),
+        *(Arm(SHORT[task], (f"visft.tasks={task}",)) for task in TASKS),
+        Arm("random heads", (*_RANDOM_HEADS, *_heads("0"), "optimizer.params.lr=$tenth"), joint=True, short=True),
+        Arm("noise", made="noise"),
+        Arm("scales", made="scales"),
+        Arm("soup", made="soup"),
+    ),
+)
+
+
 def find_question(name: str) -> Question:
     """A question by its name.
 
     Raises:
         ValueError: there is none of that name; the nearest one is suggested.
     """
-    return QUESTIONS[_known(name, list(QUESTIONS), "question")]
+    known = {**QUESTIONS, GAIN: EXPERIMENT}
+    return known[_known(name, list(known), "question")]
 
 
 def choose_arms(question: Question, names: Sequence[str]) -> Question:

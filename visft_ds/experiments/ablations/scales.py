@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from visft_ds.demo import PRETRAINED, PROBED
+from visft_ds.demo import TRAIN as DEMO_TRAIN
 from visft_ds.experiments.ablations.steps import Step, StepList
 from visft_ds.flags import check_least
 
@@ -28,10 +33,14 @@ TOY_STAGE2 = (
 )
 #: Seed of the images of the second data set, of the same categories; those of the first are of seed 0.
 TOY_SECOND_SEED = 1
-#: Names of benchmarks by the style of their images.
-HOME, _AWAY = "style-a", "style-b"
+#: Side of the toy images of a pretrained base in pixels; shapes that no training image shows.
+EVEN_SIDE, HELD = 224, ("heart", "arrow")
+#: Names of benchmarks by the style of their images; the last two are looked at once, when all is done.
+HOME, AWAY, THIRD, HELD_OUT = "style-a", "style-b", "style-c", "held-out"
+_BASE = re.compile(r"timm:([\w.]+)=(.+)")
 #: Where a second detection data set is looked for at other scales.
 SECOND = "data/objects365"
+BASE = "base.safetensors"
 #: How backbones are written whose base weights have no text side to keep.
 _LAYOUTS = {"eva_g": "timm"}
 
@@ -49,15 +58,44 @@ class Scale:
     text: str | None = None  #: file with the text tower, where the base weights have none
     settings: tuple[str, ...] = ()  #: --set of every training
     vary_base: bool = False  #: toy base weights for each seed, instead of the same for all
+    base: str | None = None  #: timm:NAME=FILE, in place of the weights of the model's file
+    even: bool = False  #: toy images whose colours say nothing of their shapes
 
     @property
     def toy(self) -> bool:
-        """Return True if images and base weights are made on the way."""
+        """Return True if images are made on the way."""
         return self.data is None
+
+    @property
+    def pretrained(self) -> bool:
+        """Return True if the base is no toy that learns from toy captions, but one with weights of its own."""
+        return not self.toy or self.model != TOY_MODEL
+
+    @property
+    def train(self) -> int:
+        """Number of toy images to learn from."""
+        return DEMO_TRAIN[PRETRAINED] if self.pretrained else TOY_TRAIN
+
+    @cached_property
+    def base_file(self) -> tuple[str, Path] | None:
+        """(name in timm, file) of the base, where it is not that of the model's file. Raises ValueError without any."""
+        if self.base is None:
+            from visft_ds.interop.efficientnet import installed
+
+            return ("tf_efficientnet_lite0", installed()) if self.toy and self.pretrained else None
+        if (match := _BASE.fullmatch(self.base)) is None:
+            raise ValueError(f"--base {self.base}: give timm:NAME=FILE, as in timm:tf_efficientnet_lite2=weights.pth")
+        if not Path(match[2]).is_file():
+            raise ValueError(f"--base {self.base}: {match[2]} is no file")
+        return match[1], Path(match[2])
 
     def stage_settings(self, stage: int) -> tuple[str, ...]:
         """--set values of a stage, the user's last."""
-        toy = (*TOY_BOTH, *(TOY_STAGE1 if stage == 1 else TOY_STAGE2)) if self.toy else ()
+        toy: tuple[str, ...] = TOY_BOTH if self.toy else ()
+        if not self.pretrained:
+            toy += TOY_STAGE1 if stage == 1 else TOY_STAGE2
+        if self.base_file:
+            toy += (f"visft.model.preset=timm:{self.base_file[0]}", f"visft.model.name={self.base_file[0]}")
         return (*toy, *self.settings)
 
     @property
@@ -90,14 +128,14 @@ def check_scale(scale: Scale) -> None:
     """
     check_least(scale, processes=1)
     if scale.toy:
-        if scale.model != TOY_MODEL:
+        if scale.model not in (TOY_MODEL, PRETRAINED):
             raise ValueError(
                 f"--model {scale.model} needs images: --data SHARDS, made by visft shards (toy images are for "
-                f"--model {TOY_MODEL})"
+                f"--model {TOY_MODEL} and {PRETRAINED})"
             )
-        given = [name for name in ("heads", "benchmarks", "text") if getattr(scale, name)]
+        given = [name for name in ("heads", "text") if getattr(scale, name)]
         if given:
-            names = ", ".join(f"--{name.rstrip('s') if name == 'benchmarks' else name}" for name in given)
+            names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{names}: toy scale makes its own; give --data SHARDS too, or leave it out")
     elif not scale.benchmarks:
         raise ValueError(
@@ -114,18 +152,21 @@ def check_scale(scale: Scale) -> None:
 class Toy:
     """Toy data sets and base weights. Their seed is not that of a trial: all trials see the same images."""
 
-    def __init__(self, steps: StepList) -> None:
-        self.steps = steps
+    def __init__(self, steps: StepList, scale: Scale) -> None:
+        self.steps, self.scale = steps, scale
+        self.side = EVEN_SIDE if scale.pretrained else TOY_SIDE
 
-    def images(self, style: str, train: int, seed: int = 0) -> Step:
+    def images(self, style: str, train: int, seed: int = 0, val: int = TOY_VAL) -> Step:
         """A COCO tree of drawn images."""
-        words = ["visft", "toy", "--train", str(train), "--val", str(TOY_VAL), "--size", str(TOY_SIDE)]
+        words = ["visft", "toy", "--train", str(train), "--val", str(val), "--size", str(self.side)]
         words += ["--style", style, "--seed", str(seed), "--workers", "1"]
+        words += ["--colours", "even"] if self.scale.even else []
+        words += ["--without", ",".join(HELD)] if self.scale.even and style != "c" else []
         return self.steps.add("images", f"toy images, style {style}", lambda out: [*words, "--out", str(out)])
 
     def shards(self, style: str, seed: int = 0) -> Step:
         """Shards of both splits; `out` is their folder."""
-        tree = self.images(style, TOY_TRAIN, seed)
+        tree = self.images(style, self.scale.train, seed)
         train = self._packed(tree, "train", None)
         return self._packed(tree, "val", train)
 
@@ -157,12 +198,40 @@ class Toy:
         words += ["--train", str(TOY_CLASS_TRAIN), "--val", str(TOY_CLASS_TEST)]
         return self.steps.add("classes", f"toy classes, style {style}", lambda out: [*words, "--out", str(out)])
 
+    def weights(self, base: Path) -> Step | None:
+        """Base weights under the names that trainings read, where the file has others; `out` is the new one."""
+        from visft_ds.interop.efficientnet import holds_efficientnet
+        from visft_ds.interop.files import open_weights
+
+        if not holds_efficientnet(open_weights(base)):
+            return None
+        words = ["visft", "merge", "--base", str(base), "--format", "timm"]
+        title = f"weights of {base.name}"
+        return self.steps.add("weights", title, lambda out: [*words, "--out", str(out / BASE)])
+
+    def permuted(self, shards: str, seed: int, needs: Sequence[Step]) -> Step:
+        """Shards in which every image has the labels of another one."""
+        words = ["visft", "shards", "permute", shards, "--seed", str(seed)]
+        title = f"seed {seed}: labels of other images"
+        tree = self.steps.add("permuted", title, lambda out: [*words, "--out", str(out)], needs=needs)
+        words = ["visft", "shards", "build", str(tree.out), "--quiet"]
+        return self.steps.add("shards", f"{title}, shards", lambda out: [*words, "--out", str(out)], needs=[tree])
+
+    def dense(self, style: str = "b") -> Step:
+        """Drawings of another style with masks, to learn probes from and to judge."""
+        learnt, judged = (round(share * DEMO_TRAIN[PRETRAINED]) for share in PROBED)
+        return self.images(style, learnt, val=judged)
+
     def benchmarks(self) -> tuple[list[Step], list[str]]:
         """Steps that make benchmark data, and the benchmarks: all out of domain but for the captions of style a."""
-        home, away, classes = self.images("a", TOY_TRAIN), self.images("b", 0), self.classes("b")
-        asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, _AWAY))]
-        asked += [f"{kind}={classes.out},name={_AWAY}" for kind in ("zero_shot", "probe")]
-        return [home, away, classes], [*asked, *TOY_BUILT_IN]
+        if self.scale.even:
+            away = self.dense()
+            kept = [f"retention={away.out / 'val2017'},name={AWAY}"] if self.scale.pretrained else []
+            return [away], [f"dense={away.out},name={AWAY}", *kept, *self.scale.benchmarks]
+        home, away, classes = self.images("a", self.scale.train), self.images("b", 0), self.classes("b")
+        asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, AWAY))]
+        asked += [f"{kind}={classes.out},name={AWAY}" for kind in ("zero_shot", "probe")]
+        return [home, away, classes], [*asked, *TOY_BUILT_IN, *self.scale.benchmarks]
 
 
 def clip_file(step: Step) -> Path:

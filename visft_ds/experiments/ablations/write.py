@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Whole, read_record
@@ -55,6 +55,8 @@ class OutcomeFile(StrictModel):
     note: str
     seeds: list[Whole]
     level: Finite = 0.95
+    said: list[str] = Field(default_factory=list)
+    tables: list[Section] = Field(default_factory=list)
     metrics: list[Metric]
     arms: list[ArmEntry]
 
@@ -77,7 +79,8 @@ def write_question(root: Path, outcome: Outcome) -> list[Path]:
 
 def shown(outcome: Outcome) -> list[Section]:
     """All of a question for a terminal."""
-    return [*sections(outcome), Section("how to read it", [(line,) for line in remarks(outcome)])]
+    said = [Section("verdict", [(line,) for line in outcome.said])] if outcome.said else []
+    return [*said, *sections(outcome), Section("how to read it", [(line,) for line in remarks(outcome)])]
 
 
 def write_report(root: Path, names: Sequence[str]) -> list[Path]:
@@ -104,7 +107,9 @@ def read_outcome(folder: Path) -> Outcome:
         )
         for arm in record.arms
     ]
-    return Outcome(record.question, record.asks, record.note, tuple(record.seeds), record.metrics, arms)
+    seeds = tuple(record.seeds)
+    shown = tuple(record.said), tuple(record.tables)
+    return Outcome(record.question, record.asks, record.note, seeds, record.metrics, arms, *shown)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
@@ -118,7 +123,7 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
 
 def sections(outcome: Outcome) -> list[Section]:
     """Tables of rows and columns: what stage 2 changed, and how the arms differ from the first."""
-    found = []
+    found = list(outcome.tables)
     for where, inside in (("in domain", True), ("out of domain", False)):
         metrics = [metric for metric in outcome.metrics if metric.in_domain is inside]
         if not metrics:
@@ -165,7 +170,13 @@ def remarks(outcome: Outcome) -> list[str]:
 
 def markdown(outcome: Outcome) -> str:
     """A part of a page, with a heading of the second level."""
-    lines = [f"## {outcome.name}", "", outcome.asks, ""]
+    lines = [
+        f"## {outcome.name}",
+        "",
+        outcome.asks,
+        "",
+        *(part for line in outcome.said for part in (f"**{line}**", "")),
+    ]
     for section in sections(outcome):
         lines += [f"**{section.title}**", "", _line(section.columns), _line(["---"] * len(section.columns))]
         lines += [*map(_line, section.rows), ""]
@@ -180,6 +191,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "note": outcome.note,
         "seeds": list(outcome.seeds),
         "level": LEVEL,
+        "said": list(outcome.said),
+        "tables": [asdict(table) for table in outcome.tables],
         "metrics": [asdict(metric) for metric in outcome.metrics],
         "arms": [_arm(arm, outcome.arms[0], outcome.metrics) for arm in outcome.arms],
     }

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from visft_ds.ops.triton import interpreted, readable
 
 #: Tile sizes and launch options of each kernel: of a GPU before sm_90 and from there on, and of the interpreter, where
-#: small tiles make several of them out of a small problem. docs/kernels.md says what they compile to.
+#: small tiles make several of them out of a small problem. tests/ops/compiled_kernels.json has what they compile to.
 TILES: dict[str, dict[str, dict[str, int]]] = {
     "forward": {
         "sm_80": {"BM": 128, "BN": 128, "BK": 64, "BR": 64, "num_warps": 8, "num_stages": 3},

@@ -131,7 +131,7 @@ def _shapes(masks: Sequence[MaskArray], stored: tuple[int, ...], size: tuple[int
 
 
 def _shape(mask: MaskArray, fine: tuple[int, int]) -> _Shape | None:
-    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return None
     thickness = _thickness(fine)
@@ -234,7 +234,7 @@ def _tones(names: Sequence[str], colours: Mapping[str, Colour]) -> Iterator[Colo
 def _tag_places(tag: str, shape: _Shape, size: tuple[int, int]) -> list[Rectangle]:
     """On the mask where it is large enough, else around its bounding box."""
     width, height = tag_size(tag)
-    rows, columns = shape.inside.any(axis=1).nonzero()[0], shape.inside.any(axis=0).nonzero()[0]
+    rows, columns = np.flatnonzero(shape.inside.any(axis=1)), np.flatnonzero(shape.inside.any(axis=0))
     x0, x1 = ((shape.left + int(column)) / _FINE for column in (columns[0], columns[-1]))
     y0, y1 = ((shape.top + int(row)) / _FINE for row in (rows[0], rows[-1]))
     around = tag_places(tag, (x0, y0, x1, y1), size)

@@ -1,0 +1,44 @@
+"""HTML of the pages by Sphinx: `make docs`. The pages are plain Markdown, which GitHub shows as it is."""
+
+import re
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+project = "visft_ds"
+author = copyright = "The visft_ds authors"
+version = re.findall(r'^__version__ = "(.*?)"', (ROOT / "visft_ds/__init__.py").read_text(), re.M)[0]
+extensions = ["myst_parser"]
+highlight_language = "bash"  #: of blocks that do not say what they are
+html_theme = "furo"
+html_copy_source = False
+root_doc = "docs/README"
+#: Left to right in the sidebar's order; what is new in docs/ has to find its place here.
+CONTENTS = (
+    *("getting-started", "data", "training", "memory-and-speed", "export", "evaluation", "configuration", "api"),
+    *("architecture", "proofs", "LOG"),
+)
+AROUND = {
+    "README": "README",
+    "ds_configs/README": "Configuration files",
+    "CONTRIBUTING": "Contributing",
+    "CHANGELOG": "Changelog",
+    "SECURITY": "Security",
+    "tests/claims": "Claims and mistakes",
+}
+include_patterns = [f"{name}.md" for name in (*AROUND, root_doc, *(f"docs/{page}" for page in CONTENTS))]
+myst_heading_anchors = 6
+
+
+def add_contents(_: Sphinx, name: str, source: list[str]) -> None:
+    """Give the index the list of pages that Sphinx wants, which GitHub would show as code."""
+    if name == root_doc:
+        around = (f"{title} </{page}>" for page, title in AROUND.items())
+        pages = "\n".join((*(f"/docs/{page}" for page in CONTENTS), *around))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", add_contents)

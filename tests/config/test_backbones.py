@@ -1,0 +1,148 @@
+"""Backbones by name: what a name sets, where it is looked for, and every refusal as one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_hub import FakeHub, Repository, fake_hub
+from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
+from visft_ds.config.backbones import named
+
+CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+TAGGED = {"tag": "openai", "input_size": [3, 224, 224], **CLIP}
+
+
+def described(**changes: Any) -> bytes:
+    """config.json of a CLIP as timm writes it."""
+    values = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512, "pretrained_cfg": TAGGED, **changes}
+    return json.dumps(values).encode()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    repository = Repository({"model.safetensors": b"weights", "config.json": described()})
+    with fake_hub(monkeypatch, tmp_path / "cache", some__clip=repository) as found:
+        yield found
+
+
+def of(*words: str, stage: int = 1) -> ResolvedConfig:
+    return resolve_arguments(["--stage", str(stage), *words])[1]
+
+
+def test_a_name_of_timm_takes_the_settings_of_the_nearest_model(hub: FakeHub) -> None:
+    config = of("--backbone", "timm:vit_small_patch16_dinov3.lvd1689m")
+    model, recipe = config.visft.model, resolve(stage=1, model="dinov3_b").visft
+    assert (model.preset, model.name) == ("timm:vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_dinov3.lvd1689m")
+    assert model.weights == "hf-hub:timm/vit_small_patch16_dinov3.lvd1689m/model.safetensors"
+    assert config.visft.tasks == recipe.tasks and config.visft.run.out == f"runs/stage1-{model.name}"
+    convnext = of("--backbone", "timm:convnext_tiny.fb_in22k", stage=2).visft
+    assert convnext.lora is not None and convnext.lora.targets == ("stages.*.mlp.fc1", "stages.*.mlp.fc2")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("words", [("--backbone", "dinov3_b"), ("--backbone", "timm:vit_base_patch16_dinov3.lvd1689m")])
+def test_a_name_of_a_shipped_model_is_that_model(words: tuple[str, ...]) -> None:
+    assert of(*words).to_dict() == resolve(stage=1, model="dinov3_b").to_dict()
+
+
+def test_another_backbone_in_a_model_with_a_shape_of_its_own() -> None:
+    model = of("--model", "debug", "--backbone", "timm:test_vit.r160_in1k").visft.model
+    assert model.preset == "timm:test_vit.r160_in1k" and not model.overrides.model_dump(exclude_none=True)
+    assert of("--model", "lite0", "--backbone", "debug").visft.model.backbone_options()["width"] == 128
+
+
+def test_a_file_is_other_weights_of_the_same_model(tmp_path: Path) -> None:
+    (tmp_path / "own.safetensors").touch()
+    model = of("--model", "dinov3_b", "--backbone", str(tmp_path / "own.safetensors")).visft.model
+    assert (model.name, model.weights) == ("dinov3_b", str(tmp_path / "own.safetensors"))
+    assert named(str(tmp_path / "own.safetensors")).file() == tmp_path / "own.safetensors"
+
+
+def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
+    with pytest.raises(ValueError, match=r"^hf-hub:some/clip is not in the hub's cache: --download fetches it"):
+        named("hf-hub:some/clip")
+    config = of("--backbone", "hf-hub:some/clip", "--download")
+    model = config.visft.model
+    assert (model.preset, model.name) == ("timm:vit_base_patch16_clip_224.openai", "clip")
+    assert model.overrides.image_size is None and model.weights == "hf-hub:some/clip"
+    asked = len(hub.requests)
+    found = named("hf-hub:some/clip")
+    assert found.file().read_bytes() == b"weights" and found.timm == ("vit_base_patch16_clip_224.openai", None)
+    assert len(hub.requests) == asked
+    hub.repositories["some/large"] = Repository(
+        {"config.json": described(model_args={"img_size": [448, 448], "num_classes": 3})}
+    )
+    assert named("hf-hub:some/large", download=True).timm == ("vit_base_patch16_clip_224.openai", 448)
+
+
+def test_a_folder_that_timm_reads(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(described(pretrained_cfg={**TAGGED, "tag": None}))
+    (tmp_path / "model.safetensors").touch()
+    found = named(str(tmp_path))
+    assert found.weights == str(tmp_path / "model.safetensors") and found.timm == ("vit_base_patch16_clip_224", None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "has model.safetensors, and not config.json"),
+        (
+            b'{"model_type": "dinov3_vit"}',
+            r"no model of timm \(config.json: dinov3_vit\).*--set visft.model.weights=",
+        ),
+        (b"[1]", r"is no model of timm \(config.json: no architecture\)"),
+        (b"{", "is not valid JSON"),
+        (described(architecture="vit_base_patch16_clop_224"), "did you mean timm:vit_base_patch16_clip_224"),
+        (described(model_args={"img_size": [224, 448]}), r"images of \(224, 448\) pixels: only squares"),
+        (described(model_args={"embed_dim": 9}), "with other embed_dim than timm's"),
+        (described(pretrained_cfg={"tag": "x"}), "pretrained_cfg.input_size is missing"),
+        (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "those of no weights that timm has"),
+    ],
+)
+def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, message: str) -> None:
+    files = {"model.safetensors": b"weights"}
+    hub.repositories["some/other"] = Repository(files if config is None else {**files, "config.json": config})
+    with pytest.raises(ValueError, match=message):
+        named("hf-hub:some/other", download=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--backbone", "dinov3b"), "no such file, folder or name; did you mean dinov3_b"),
+        (("--backbone", "timm:vit_base_patch16_dinov4"), "did you mean timm:vit_base_patch16_dinov3"),
+        (("--backbone", "debug", "--deepspeed_config", "x.json"), "complete configuration: leave out --backbone"),
+    ],
+)
+def test_words_that_name_no_backbone(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        of(*words)
+
+
+def test_random_weights_are_no_file() -> None:
+    with pytest.raises(ValueError, match=r"^debug has random weights: give a file"):
+        named("debug").file()
+
+
+def test_what_is_missing_says_how_to_get_it(hub: FakeHub, tmp_path: Path) -> None:
+    text = render_missing(missing_inputs(of("--model", "dinov3_b", "--data", str(tmp_path))))
+    assert "base weights of dinov3_b, in the hub's cache" in text
+    assert "the same command with --download, which says size and licence first, or with --backbone FILE" in text
+    name = "timm:vit_small_patch16_dinov3.lvd1689m"
+    text = render_missing(missing_inputs(of("--backbone", name, stage=2)))
+    assert f"visft train --stage 1 --backbone {name}" in text
+
+
+def test_download_fetches_what_a_configuration_names(hub: FakeHub) -> None:
+    words = ["--model", "clip_vit_b", "--set", "visft.model.weights=hf-hub:some/clip"]
+    assert [item.what for item in missing_inputs(of(*words))].count("base weights of clip_vit_b, in the hub's cache")
+    assert not hub.requests
+    of(*words, "--download", "--dry-run")
+    assert not hub.requests
+    config = of(*words, "--download")
+    assert not any("weights" in item.what for item in missing_inputs(config))

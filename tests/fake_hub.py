@@ -1,0 +1,151 @@
+"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models: facts, files, ranges, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Repository:
+    """Files by name, and what its card says."""
+
+    files: dict[str, bytes]
+    card: dict[str, Any] = field(default_factory=lambda: {"license": "mit"})
+    gated: bool = False  #: facts are open to everybody, files are not
+
+
+@dataclass
+class FakeHub:
+    """What the hub has, what goes wrong, and what it was asked for."""
+
+    repositories: dict[str, Repository]
+    cut_after: int | None = None  #: bytes after which the next answer with a file breaks off, once
+    portal: bool = False  #: every answer is a page that asks to log in
+    spoiled: bool = False  #: files are sent with another last byte
+    requests: list[str] = field(default_factory=list)  #: "GET path range"
+    url: str = ""
+
+
+@contextmanager
+def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: object, **repositories: Repository) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub talks to in this process, with a cache of its own. `__` in a name stands for `/`."""
+    from huggingface_hub import close_session, constants
+
+    hub = FakeHub({name.replace("__", "/"): one for name, one in repositories.items()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        yield hub
+    finally:
+        close_session()
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        path = self.path.partition("?")[0]
+        if self.hub.portal:
+            self._answer(200, b"<html>log in</html>", {})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            repository = self._repository(match[1], match[2])
+            if repository is not None:
+                self._facts(match[1], repository)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            repository = self._repository(match[1], match[2])
+            if repository is not None:
+                self._file(repository, match[3])
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    def _repository(self, name: str, revision: str | None) -> Repository | None:
+        repository = self.hub.repositories.get(name)
+        if repository is None:
+            self._refuse(401, "RepoNotFound")
+        elif revision not in (None, "main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+            return None
+        return repository
+
+    def _facts(self, name: str, repository: Repository) -> None:
+        siblings = [
+            {
+                "rfilename": file,
+                "size": len(data),
+                "lfs": {"sha256": _sha256(data), "size": len(data), "pointerSize": 130},
+            }
+            for file, data in repository.files.items()
+        ]
+        facts = {"id": name, "sha": COMMIT, "private": False, "gated": "manual" if repository.gated else False}
+        body = json.dumps({**facts, "cardData": repository.card, "siblings": siblings, "tags": []}).encode()
+        self._answer(200, body, {"Content-Type": "application/json"})
+
+    def _file(self, repository: Repository, name: str) -> None:
+        if repository.gated:
+            self._refuse(403, "GatedRepo")
+            return
+        if name not in repository.files:
+            self._refuse(404, "EntryNotFound")
+            return
+        data = repository.files[name]
+        headers = {"ETag": f'"{_sha256(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.hub.spoiled:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        status, whole = 200, len(data)
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
+            status, data = 206, data[start:]
+        self._answer(status, data, headers)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cut_after
+        if cut is not None and "X-Repo-Commit" in headers:
+            self.hub.cut_after = None
+            self.wfile.write(body[:cut])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

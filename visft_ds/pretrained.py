@@ -1,0 +1,238 @@
+"""Pretrained weights by name: `hf-hub:ORG/NAME[@REVISION][/FILE]`, a file on the Hugging Face hub.
+
+What is in the hub's cache of this machine is used without asking anybody; the rest is fetched where a user says so.
+huggingface_hub itself reads HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+#: What a name begins with: on the hub; of a model of timm.
+HUB, TIMM = "hf-hub:", "timm:"
+#: File name that a configuration gives -> the same weights on the hub, which serve where no file is at that path.
+#: Sources: the model cards of https://huggingface.co/QuanSun/EVA-CLIP and of timm.
+PUBLISHED = {
+    "EVA02_CLIP_E_psz14_plus_s9B.pt": "hf-hub:QuanSun/EVA-CLIP/EVA02_CLIP_E_psz14_plus_s9B.pt",
+    "vit_base_patch16_clip_224.openai.safetensors": "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors",
+}
+#: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
+_USUAL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
+_SHARD = re.compile(r".+-of-\d+\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PATIENCE = 30.0  # seconds that the hub has to answer
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """File of a repository on the hub; None: its weights."""
+
+    repository: str
+    revision: str
+    file: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> HubFile:
+        """The file of a name. Raises ValueError for one of another form."""
+        match = _NAME.fullmatch(name)
+        if match is None or ".." in name:
+            raise ValueError(f"{name}: write {HUB}ORG/NAME, {HUB}ORG/NAME@REVISION or {HUB}ORG/NAME/FILE")
+        return cls(match["repository"], match["revision"] or "main", match["file"])
+
+    def cached(self) -> Path | None:
+        """The file in the hub's cache; None where it is not there."""
+        from huggingface_hub import constants
+
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
+        ref = folder / "refs" / self.revision
+        snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else self.revision)
+        file = self.file or weights_among(path.name for path in sorted(snapshot.glob("*")))
+        return snapshot / file if file is not None and (snapshot / file).is_file() else None
+
+
+def weights_among(names: Iterable[str]) -> str | None:
+    """The weight file among the files of a repository or folder; None where there is none, or several are."""
+    known = set(names)
+    others = [name for name in known if name.endswith(_SUFFIXES) and not _SHARD.fullmatch(name)]
+    return next((name for name in _USUAL if name in known), others[0] if len(others) == 1 else None)
+
+
+def on_hub(weights: str) -> str | None:
+    """The name on the hub of what `visft.model.weights` may be; None for a file of the user's own."""
+    return weights if weights.startswith(HUB) else PUBLISHED.get(Path(weights).name)
+
+
+def local(weights: str | Path) -> Path:
+    """Weights on this machine: the file at their path, else that in the hub's cache; else a path without a file."""
+    path = Path(weights)
+    name = None if path.is_file() else on_hub(str(weights))
+    return path if name is None else HubFile.parse(name).cached() or path
+
+
+def fetch(name: str) -> Path:
+    """The file of a name out of the hub's cache, into which it is loaded where it is not there.
+
+    One line says its size and licence. Processes of one machine wait for each other; a connection that is cut is taken
+    up again where it was.
+
+    Raises:
+        ValueError: a repository, revision or file that there is not, or that is not open to this user; no network; a
+            file that is not what the hub says it is.
+        OSError: a full disk.
+    """
+    wanted = HubFile.parse(name)
+    if (found := wanted.cached()) is not None:
+        return found
+    with _asking(name, wanted) as api:
+        told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=_PATIENCE)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in told.siblings or ()}
+        file = wanted.file or weights_among(sizes)
+        if file is None or file not in sizes:
+            there = ", ".join(sorted(sizes)[:12]) or "nothing"
+            missing = "one weight file to take" if wanted.file is None else wanted.file
+            remedy = f"; name a file of it, {HUB}{wanted.repository}/FILE" if wanted.file is None else ""
+            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}{remedy}")
+        files = [*(part for part in sorted(sizes) if file.endswith(".index.json") and _SHARD.fullmatch(part)), file]
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            card = told.card_data
+            licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"
+            size, page = sum(sizes[part] for part in files) / 1e6, f"{api.endpoint}/{wanted.repository}"
+            print(f"fetching {file} of {page}: {size:,.1f} MB, licence: {licence}", file=sys.stderr, flush=True)
+        for part in files:  # an index comes last: what it names is there then
+            found = Path(api.hf_hub_download(wanted.repository, part, revision=wanted.revision))
+            check_digest(found, _digest(found))
+    assert found is not None
+    return found
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Refuse a file in the hub's cache that is not what the hub had, and remove it; others are not in its care.
+
+    Raises:
+        ValueError: another content.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name) or blob.name == sha256:
+        return
+    blob.unlink()
+    path.unlink()
+    raise ValueError(f"{path} is damaged and was removed: sha256 {sha256}, on the hub {blob.name}. Fetch it again")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _asking(name: str, wanted: HubFile) -> Iterator[HfApi]:
+    """The hub's client; what it raises becomes one ValueError that says what to do."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    page = f"{api.endpoint}/{wanted.repository}"
+    transport = errors.HfHubHTTPError.__bases__[0]  # of whichever library it speaks HTTP by
+    try:
+        yield api
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{name}: its licence has to be accepted first, at {page}; then log in (hf auth login, or HF_TOKEN) and "
+            "give the same command"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"{name}: there is no {page}, or it is private: hf auth login, or HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{name}: {page} has no revision {wanted.revision}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise ValueError(f"{name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it") from error
+    except errors.HfHubHTTPError as error:
+        raise ValueError(f"{name}: the hub refuses it ({str(error).splitlines()[0]}); see {page}") from error
+    except (transport, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name}: {api.endpoint} cannot be reached ({reason}). Bring the file here in another way and give its path"
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:  # a portal of a network, or a mirror
+        raise ValueError(f"{name}: {api.endpoint} does not answer as the hub does ({error!r})") from error
+
+
+def check_timm(name: str) -> None:
+    """Raise ValueError for a name that the installed timm has no model of, with the nearest ones."""
+    if find_spec("timm") is None:
+        raise ValueError(f"preset {TIMM}{name} needs timm, which is not installed: pip install timm")
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(TIMM + known for known in near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
+
+
+def weights_of_timm(name: str) -> str:
+    """The name on the hub of timm's weights of a model, of its default ones where no tag is given.
+
+    Raises:
+        ValueError: no such model or tag, or weights that timm has elsewhere.
+    """
+    check_timm(name)
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tagged:
+        near = difflib.get_close_matches(name, tagged, n=1)
+        hint = f"did you mean {TIMM}{near[0]}? " if near else ""
+        known = ", ".join(one.partition(".")[2] for one in tagged) or "none"
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; {hint}there are: {known}")
+    settings = timm.get_pretrained_cfg(name)
+    if not tagged or settings is None or not settings.hf_hub_id:
+        raise ValueError(f"timm has no weights of {name} on the hub: name a file, --set visft.model.weights=FILE")
+    return f"{HUB}{settings.hf_hub_id}/{settings.hf_hub_filename or _USUAL[0]}"
+
+
+def timm_name(
+    architecture: str, tag: str | None, mean: tuple[float, ...], std: tuple[float, ...], image_size: int
+) -> tuple[str, int | None]:
+    """(name of timm's whose images are normalised so, image size where it is not the name's own).
+
+    Raises:
+        ValueError: no such model, or no weights of it in timm that are fed so.
+    """
+    check_timm(architecture)
+    import timm
+
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    own = f"{architecture}.{tag}"
+    for name in [*([own] if own in tagged else []), architecture, *tagged]:
+        settings = timm.get_pretrained_cfg(name)
+        if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
+            return name, None if settings.input_size[-1] == image_size else image_size
+    raise ValueError(
+        f"its images are normalised by {mean} and {std}, those of no weights that timm has of {architecture}"
+    )
