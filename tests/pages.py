@@ -26,9 +26,6 @@ ROOT = Path(__file__).parents[1]
 #: Their commands are history.
 HISTORY = (ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md")
 EVERY = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), ROOT / "tests/claims.md"})
-#: The page that is being replaced, and the one that replaces it and is not there yet.
-OLD, NEW = ROOT / "docs/weights.md", ROOT / "docs/export.md"
-EVERY = [page for page in EVERY if page != OLD]
 PAGES = [page for page in EVERY if page not in HISTORY and page.name != "claims.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 #: At the start of a line or of inline code, maybe behind a prompt and variables.
