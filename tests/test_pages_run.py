@@ -60,6 +60,7 @@ def workspace(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(toy / "shards", tmp_path / "data/coco")
     for name in ("shards", "stage1", "convnext1"):  # the stored runs name their data and heads so
         shutil.copytree(GOLDEN / name, tmp_path / name)
+    shutil.copy(GOLDEN / "stage1/export/backbone.safetensors", tmp_path / "base.safetensors")
     (tmp_path / "photos").mkdir()
     with tarfile.open(GOLDEN / "shards/val-000000.tar") as shard:
         for member in shard.getmembers():
@@ -86,17 +87,17 @@ def run_command(command: str, made: set[str]) -> str:
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
     if words[0] != "visft" or "..." in words:
         return "read: no command of visft alone"
-    kind = words[2] if words[1] == "evaluate" and words[2:3] in (["benchmarks"], ["layers"]) else words[1]
+    kind = next((word for word in ("benchmarks", "layers") if words[1] == "evaluate" and word in words), words[1])
     if kind in READ:
         return f"read: {READ[kind]}"
     if any(ELSEWHERE.search(word) for word in words):
         return "read: names files that are not here"
     make_runs(command)
+    if "--num_gpus" in words:  # one process, without a launcher
+        place = words.index("--num_gpus")
+        del words[place : place + 2]
     if kind == "train":
         words = [word for word in words if word != "--download"]
-        if "--num_gpus" in words:
-            place = words.index("--num_gpus")
-            del words[place : place + 2]
         if not {"--from", "--deepspeed_config"} & set(words) and not re.search(r"--model \S*debug", " ".join(words)):
             # tests/test_pages.py has resolved the model that is named; to rehearse a large one takes a minute
             words = [word for place, word in enumerate(words) if "--model" not in (word, words[place - 1])]
@@ -110,7 +111,7 @@ def run_command(command: str, made: set[str]) -> str:
     if kind in ("report", "predict", "evaluate"):
         shutil.rmtree("found", ignore_errors=True)
     code = main(words[1:])
-    assert code == 0, f"{command}: exit status {code}"
+    assert code == 0 or kind == "doctor", f"{command}: exit status {code}"
     return "run"
 
 
