@@ -18,12 +18,13 @@ from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
 from visft_ds.interop import onnx, vision_models
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.card_data import Publication, front_matter, publication_of
 from visft_ds.interop.files import TensorInfo, WeightFile
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.loaders import load_onnx
 from visft_ds.interop.peft import CONFIG, README, save_peft_adapter
+from visft_ds.interop.towers import build_tower
 from visft_ds.interop.vision_models import export_entries, has_pooling, settings
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import inject_lora
@@ -202,6 +203,10 @@ def test_a_base_has_a_name_where_its_tag_tells_it(tmp_path: Path) -> None:
     assert publication_of(plain, name) == dinov3
     for base, model in ((drawn, name), (plain, name.partition(".")[0]), (plain, None), (None, name)):
         assert publication_of(base, model) is None
+    cached = tmp_path / "models--org--some--name" / "model.safetensors"
+    cached.parent.mkdir()
+    save_tensors(cached, {"x": torch.zeros(1)}, {})
+    assert publication_of(cached, name) == publication_of(cached, None) == Publication("org/some--name")
     eva = tmp_path / "EVA02_CLIP_E_psz14_plus_s9B.pt"
     eva.touch()
     assert publication_of(eva, None) == Publication("QuanSun/EVA-CLIP", "mit")
@@ -254,7 +259,8 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, until: str | None) -> None:
     ours = random_tower(1)
     save_backbone(ours, tmp_path / "base.safetensors")
     if until:
-        ours = random_tower(1, until=until)
+        ours = build_tower(tower_of(ours), until=until).eval()
+        load_backbone(ours, tmp_path / "base.safetensors")
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
     save_peft_adapter(adapter_of(ours), tmp_path / "adapter", tower_of(random_tower(1)))

@@ -217,9 +217,9 @@ def _sources(origin: Origin, change: Change, tower: Tower | None) -> list[str]:
     rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
     rows += [f"| {source} | {adapter.name} | {adapter.sha256} |" for adapter in origin.adapters]
     lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
-    licence = "The licence is that of the base weights" + (
-        f" ({origin.published.repository}: {origin.published.licence})." if origin.published else "."
-    )
+    base = origin.published
+    where = f" ({base.repository}{f': {base.licence}' if base.licence else ''})" if base else ""
+    licence = f"The licence is that of the base weights{where}."
     return [*lines, facts, *(f"{note}." for note in origin.notes), licence, ""]
 
 

@@ -10,6 +10,8 @@ from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, PICKLE_SUFFIXES, TRA
 
 #: Entries of the header of weights that are no published ones any more.
 _CHANGED = {DRAWN_AS, BASE_DRAWN_AS, TRAINED_ON, "lora", "tuned", "unmerged_from"}
+#: What the hub's cache calls the folder of a repository with.
+_CACHED = "models--"
 #: Licences that the hub knows by timm's abbreviation end otherwise; these have a text of their own.
 _OWN_TEXT = "-license"
 
@@ -38,24 +40,28 @@ _FILES = {"EVA02_CLIP_E_psz14_plus_s9B.pt": Publication("QuanSun/EVA-CLIP", "mit
 
 
 def publication_of(base: Path | None, model: str | None) -> Publication | None:
-    """The publication that base weights are from, as far as names tell; None for all others, and for random weights
-    and those that training made.
+    """The publication that base weights are from: that of a file in the hub's cache, or the one that a name tells.
+
+    None for all others, and for random weights and those that training made.
 
     Args:
         model: name of the model of timm, whose tag names a publication; None for a tower of our own.
     """
-    if (
-        base is None
-        or not base.is_file()
-        or (base.suffix not in PICKLE_SUFFIXES and _CHANGED & open_weights(base).metadata.keys())
-    ):
+    if base is None or not base.is_file():
         return None
-    if model is None:
-        return _FILES.get(base.name)
-    from timm import get_pretrained_cfg
+    if base.suffix not in PICKLE_SUFFIXES and not _CHANGED.isdisjoint(open_weights(base).metadata):
+        return None
+    told = _FILES.get(base.name)
+    if model is not None:
+        from timm import get_pretrained_cfg
 
-    config = get_pretrained_cfg(model) if "." in model else None
-    return Publication(config.hf_hub_id, config.license) if config is not None and config.hf_hub_id else None
+        config = get_pretrained_cfg(model) if "." in model else None
+        told = Publication(config.hf_hub_id, config.license) if config is not None and config.hf_hub_id else None
+    for part in base.parts:
+        if part.startswith(_CACHED):
+            repository = part.removeprefix(_CACHED).replace("--", "/", 1)
+            return told if told and told.repository == repository else Publication(repository)
+    return told
 
 
 def front_matter(

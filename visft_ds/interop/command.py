@@ -78,9 +78,13 @@ def merge(given: argparse.Namespace) -> int:
     adapters = [read_change(place) for place in places]
     weights = given.weights or [1 / len(adapters)] * len(adapters)
     model = next((change.timm for change in adapters if change.timm is not None), None)
-    if model is not None and (given.unmerge or given.max_shard_size):
-        raise ValueError(f"{places[0]} is of a model of timm: leave --unmerge and --max-shard-size out")
-    adapter = _joined(adapters, weights if len(adapters) > 1 or given.weights else None, given.scale)
+    several = len(adapters) > 1
+    if model is not None and (given.unmerge or given.max_shard_size or (several and given.verify)):
+        raise ValueError(
+            f"{places[0]} is of a model of timm: --unmerge, --max-shard-size and, of several adapters, --verify are "
+            f"for towers of EVA-CLIP"
+        )
+    adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""

@@ -23,6 +23,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
+from visft_ds.pretrained import HUB, HubFile
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
@@ -209,6 +210,8 @@ class RunState:
         """Publication of the base weights, as far as their name tells it."""
         weights, backbone = self._config.visft.model.weights, self._engine.module.backbone
         name = backbone.name if isinstance(backbone, TimmBackbone) else None
+        if weights is not None and weights.startswith(HUB):
+            return publication_of(HubFile.parse(weights).cached(), name)
         return publication_of(None if weights is None else Path(weights), name)
 
     def __enter__(self) -> RunState:
