@@ -123,6 +123,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}: no such heading"
 
 
+def test_every_entry_of_the_log_has_a_row_in_its_table() -> None:
+    log = ROOT / "docs/LOG.md"
+    entries = {anchor for anchor in anchors(log) if anchor.startswith("20")}
+    assert len(entries) > 60 and not entries - {target.removeprefix("#") for target in links(log)}
+
+
 @pages
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     """But in blocks, which are checked by what they are."""
