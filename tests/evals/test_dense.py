@@ -29,6 +29,7 @@ from visft_ds.evals.benchmarks.dense import (
 )
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
 from visft_ds.evals.benchmarks.intervals import resampled_means
+from visft_ds.evals.benchmarks.kinds import parse_benchmark
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, mean_ratio
 from visft_ds.evals.benchmarks.table import rows_of
 from visft_ds.shards.build import Options, build
@@ -139,6 +140,20 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
     for part in read_train_and_test(str(shards), None, None):
         _check_coco(part)
         assert part.images.read(0).size == (SIDE, SIDE)
+
+
+def test_objects_of_some_categories_alone(tmp_path: Path) -> None:
+    """Held-out ones: probes still tell them from all others, and nothing is said about segmentation."""
+    _coco(tmp_path)
+    whole, dogs = (parse_benchmark(f"dense={tmp_path}{rest}") for rest in ("", ",only=dog,name=dogs"))
+    assert isinstance(whole, Dense) and isinstance(dogs, Dense)
+    assert (dogs.test.labels.tolist(), dogs.test.owners.tolist(), dogs.test.names) == ([1], [0], ("cat", "dog"))
+    assert len(dogs.train.labels) == 3 and dogs.settings != whole.settings
+    features = torch.randn(1, 4, 7, 7, generator=torch.Generator().manual_seed(0))
+    of_both = Features({name: {"patches": features} for name in ("train", "test")}, None)
+    assert [score.name for score in dogs.scores(of_both)] == ["objects knn", "objects linear"]
+    with pytest.raises(ValueError, match="only=fox: no such category; there are cat, dog"):
+        parse_benchmark(f"dense={tmp_path},only=dog+fox")
 
 
 def test_what_is_wrong_with_labels_is_named(tmp_path: Path) -> None:

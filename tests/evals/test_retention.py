@@ -22,6 +22,7 @@ from visft_ds.evals.benchmarks.retention import load_classifier, read_images
 from visft_ds.evals.benchmarks.run import tensors_of
 from visft_ds.evals.benchmarks.scales import Scales
 from visft_ds.interop.adapter import adapter_of_run
+from visft_ds.interop.cli import main as merge_main
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
@@ -165,6 +166,29 @@ def test_scales_of_one_module_are_models_of_their_own(
                 scales.use(number)
                 found, wanted = (one(images, ("pooled", "patches")) for one in (shared, module))
             assert all(torch.equal(found[kind], wanted[kind]) for kind in wanted), number
+
+
+def test_trainings_of_one_recipe_take_turns_in_one_module(net: Path, tmp_path: Path) -> None:
+    """Seeds, scales and averages through the command: each is what it is alone, and the average what its parts give."""
+    _adapter(NAME, LATE, tmp_path / "other", spread=0.3)
+    models = [f"one={net}/base.safetensors+{net}/adapter", f"two={net}/base.safetensors+{tmp_path}/other@0.5"]
+    base = f"base=timm:{NAME}:{net}/base.safetensors"
+    kept = {}
+    for number, group in enumerate([models, *([model] for model in models)]):
+        words = [word for model in (base, *group) for word in ("--model", model)]
+        out = tmp_path / str(number)
+        assert _run(*words, "--benchmark", f"retention={net}/pictures", "--out", out)[0] == 0
+        record = _record(out)
+        kept[number] = {label: of["value"] for label, of in record["rows"][0]["values"].items()}
+        assert all(f"{part}" in str(record["models"]) for part in ([net / "adapter"] if number < 2 else []))
+    assert kept[0] == kept[1] | kept[2] and len(set(kept[0].values())) == 3
+    words = ["--adapter", str(net / "adapter"), "--adapter", str(tmp_path / "other"), "--weights", "0.25", "0.5"]
+    words += ["--base", str(net / "base.safetensors"), "--format", "peft", "--out", str(tmp_path / "soup")]
+    assert merge_main(words) == 0
+    parts = [read_adapter(path) for path in (tmp_path / "soup", net / "adapter", tmp_path / "other")]
+    for weight in parts[0].weights():
+        changes = [part.delta(weight) for part in parts]
+        torch.testing.assert_close(changes[0], 0.25 * changes[1] + 0.5 * changes[2])
 
 
 def test_what_comes_before_the_adapter_is_computed_once(net: Path) -> None:

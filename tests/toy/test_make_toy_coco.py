@@ -118,6 +118,19 @@ def test_even_colours_say_nothing_about_shapes() -> None:
         assert low < np.mean(own) < high, colours
 
 
+def test_shapes_that_are_left_out_never_come() -> None:
+    """Also not in crowds; and without any left out, the same numbers are drawn as ever."""
+    style = style_of("a", "even", ("heart", "arrow"))
+    scenes = [draw_scene(np.random.default_rng(number), style, 56, 56) for number in range(200)]
+    seen = {
+        NAMES[shape.category] for scene in scenes for shape in (*scene.shapes, *([scene.crowd] * bool(scene.crowd)))
+    }
+    assert seen == set(NAMES) - {"heart", "arrow"}
+    for names, told in ((("hart",), "'hart' is unknown"), (NAMES, "no shape is left")):
+        with pytest.raises(ValueError, match=told):
+            style_of("a", "even", names)
+
+
 def test_style_c_shares_neither_colours_nor_textures_nor_grounds() -> None:
     for other in ("a", "b"):
         for name in ("colours", "textures", "backgrounds", "background_colours"):

@@ -132,7 +132,7 @@ class LoraConfig(StrictModel):
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: ROLES; with timm also globs over names of layers
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
     magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 

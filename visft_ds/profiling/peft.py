@@ -220,7 +220,7 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
 def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     """timm's model with separate q, k and v under PEFT, ready to train the same adapters.
 
-    On timm's fused qkv PEFT does nothing (docs/weights.md). Frozen tensors of the wanted dtype are shared with the
+    On timm's fused qkv PEFT does nothing (docs/export.md). Frozen tensors of the wanted dtype are shared with the
     backbone; adapters are copies, in fp32 as PEFT keeps them.
 
     Args:

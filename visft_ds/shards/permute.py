@@ -76,10 +76,7 @@ def write_permuted(reader: ShardReader, out: Path, split: str, seed: int) -> Map
             picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
                 folder / image["file_name"], "JPEG", quality=_QUALITY
             )
-    named = {"instances": objects["annotations"], "captions": captions}
-    for kind, listed in named.items():
-        if listed or kind == "instances":
-            numbered = [{**one, "id": number} for number, one in enumerate(listed, 1)]
-            content = {**objects, "annotations": numbered}
-            (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
+    for kind, listed in {"instances": objects["annotations"], "captions": captions}.items():
+        content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
+        (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
     return {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}

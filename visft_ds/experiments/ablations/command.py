@@ -18,7 +18,7 @@ from visft_ds.config.preflight import CANNOT_START, render_missing
 from visft_ds.config.records import read_record
 from visft_ds.demo import PRETRAINED
 from visft_ds.experiments.ablations.collect import FEWEST, collect
-from visft_ds.experiments.ablations.gain import GainPlan, GainPlanner, collect_gain
+from visft_ds.experiments.ablations.gain import GainPlan, GainPlanner, collect_gain, predicted
 from visft_ds.experiments.ablations.plan import AblationPlan
 from visft_ds.experiments.ablations.questions import GAIN, QUESTIONS, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure, Runner
@@ -70,7 +70,8 @@ def _plan(given: argparse.Namespace) -> tuple[GainPlanner, list[AblationPlan | G
         if len(names) != 1:
             raise ValueError(f"--arms chooses among the arms of one question, and {len(names)} are given")
         questions = {names[0]: choose_arms(questions[names[0]], [arm.strip() for arm in given.arms.split(",")])}
-    even = bool(given.base) or names == [GAIN]  # a base that knows something is asked for more than colours
+    # A base that knows something is asked for more than colours.
+    even = bool(given.base) or given.model == PRETRAINED or names == [GAIN]
     scale = Scale(
         model=given.model or (PRETRAINED if even else TOY_MODEL),
         processes=given.processes,
@@ -180,6 +181,9 @@ def _print_plan(plans: Sequence[AblationPlan | GainPlan], steps: Mapping[str, St
     done = sum(step.marker.is_file() for step in steps.values())
     trials = sum(len(plan.seeds) * len(plan.question.arms) for plan in plans)
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
+    if any(isinstance(plan, GainPlan) for plan in plans):
+        seconds = predicted(step for step in steps.values() if not step.marker.is_file())
+        print(f"# {clock(seconds / 2)} by --jobs 2 on two idle cores, as EfficientNet-Lite0 and drawings took")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""
         print(f"# {step.title}{mark}\n{shlex.join(redacted_words(step.command))}")

@@ -10,7 +10,7 @@ that no training showed are looked at once, by the arms that matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -42,6 +42,19 @@ EXPECTED, CHANGING = 4.5, 0.1
 #: as 1,000 drawings, and over fewer objects the interval of the expected gain has zero in it.
 FEWEST_IMAGES = 500
 FEWEST_OBJECTS = math.ceil((1.96 / EXPECTED * 100) ** 2 * CHANGING)
+
+
+#: Seconds that steps took on a core, by the beginnings of their names; those of tables are for each model.
+_SECONDS = {
+    "images": 8,
+    "weights": 4,
+    "shards": 2,
+    "permuted": 2,
+    "stage1": 75,
+    "stage2": 58,
+    "dose": 17,
+    "benchmarks": 40,
+}
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,19 @@ class GainPlanner(Planner):
         if images < FEWEST_IMAGES or objects < FEWEST_OBJECTS:
             raise ValueError(too_small(images, objects, judge.label))
         return f"{judge.label} objects knn"
+
+
+def predicted(steps: Iterable[Step]) -> float:
+    """Seconds of one core that steps of EfficientNet-Lite0 on drawings take."""
+    total = 0.0
+    for step in steps:
+        kind, models = step.stem.partition("-")[0], 0
+        for word in step.command:
+            models += word.count(f"/{STEPS}/stage1") + word.count(f"/{STEPS}/stage2") * (6 if SCALES in word else 1)
+        if not any(word.startswith(f"{BASE}=") for word in step.command):
+            models = 1  # features and scores of all of them are there
+        total += _SECONDS.get(kind, 0) * (models if kind == "benchmarks" else 1)
+    return total
 
 
 def _take(found: list[_Subject], number: int, label: str, model: str, *needs: Step, end: str = "") -> None:

@@ -221,7 +221,8 @@ class Planner:
         if not arm.permuted:
             return []
         shards = [self._toy.shards("a")] if self.scale.toy else []
-        step = self._toy.permuted(self._data, seed, shards)
+        data = self._recipe(1).visft.data
+        step = self._toy.permuted(self._data, (data.train, data.val), seed, shards)
         self._relabelled.add(step.stem)
         return [step]
 

@@ -82,7 +82,7 @@ class Scale:
         if self.base is None:
             from visft_ds.interop.efficientnet import installed
 
-            return ("tf_efficientnet_lite0", installed()) if self.toy and self.pretrained else None
+            return ("tf_efficientnet_lite0", installed()) if self.even and self.model == PRETRAINED else None
         if (match := _BASE.fullmatch(self.base)) is None:
             raise ValueError(f"--base {self.base}: give timm:NAME=FILE, as in timm:tf_efficientnet_lite2=weights.pth")
         if not Path(match[2]).is_file():
@@ -111,7 +111,7 @@ class Scale:
     @property
     def alone(self) -> bool:
         """Return True if each training is one process without a launcher."""
-        return self.processes == 1 and self.toy
+        return self.processes == 1 and (self.toy or self.base_file is not None)
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def check_scale(scale: Scale) -> None:
             raise ValueError(f"{names}: toy scale makes its own; give --data SHARDS too, or leave it out")
     elif not scale.benchmarks:
         raise ValueError(
-            "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/benchmarks.md), for "
+            "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/evaluation.md), for "
             "example --benchmark zero_shot=imagenet-a --benchmark digits"
         )
     if scale.heads is not None and not Path(scale.heads).exists():
@@ -209,13 +209,12 @@ class Toy:
         title = f"weights of {base.name}"
         return self.steps.add("weights", title, lambda out: [*words, "--out", str(out / BASE)])
 
-    def permuted(self, shards: str, seed: int, needs: Sequence[Step]) -> Step:
-        """Shards in which every image has the labels of another one."""
+    def permuted(self, shards: str, splits: tuple[str, str], seed: int, needs: Sequence[Step]) -> Step:
+        """Shards in which every image has the labels of another one, of the splits to train on and to validate."""
         words = ["visft", "shards", "permute", shards, "--seed", str(seed)]
         title = f"seed {seed}: labels of other images"
         tree = self.steps.add("permuted", title, lambda out: [*words, "--out", str(out)], needs=needs)
-        words = ["visft", "shards", "build", str(tree.out), "--quiet"]
-        return self.steps.add("shards", f"{title}, shards", lambda out: [*words, "--out", str(out)], needs=[tree])
+        return self._packed(tree, splits[1], self._packed(tree, splits[0], None))
 
     def dense(self, style: str = "b") -> Step:
         """Drawings of another style with masks, to learn probes from and to judge."""
