@@ -31,6 +31,8 @@ marked *stated* has no default: the shipped files state it.
 
 This page is written from the schema. In a checkout (`make install` once, then `. .venv/bin/activate` in each shell)
 `python -m tests.test_configuration --write` does so.
+
+## Our keys
 """
 DEEPSPEED = """
 ## DeepSpeed's own keys

@@ -222,7 +222,7 @@ def test_fewer_seeds_and_missing_controls_are_told_on_the_page(tmp_path: Path) -
     assert outcome.said[0].endswith("3 seeds of the 5 that it asks for.")
     assert outcome.arms[0].numbers["dense/b objects knn"][2].change == pytest.approx(4.5)
     rows = {row[0]: row[1:] for row in outcome.tables[0].rows}
-    assert rows["permuted labels at equal dose"] == ["0.250", "+0.1 [-2.0, +2.0]", "–", "-4.4 [-8.0, -0.5] *"]
+    assert rows["permuted labels at equal dose"] == ["0.250", "+0.1 [-2.0, +2.0]", "-4.4 [-8.0, -0.5] *"]
     write_question(tmp_path, outcome)
     assert read_outcome(tmp_path / "gain") == outcome and shown(outcome)[0].rows == [(outcome.said[0],)]
     plan.against_base[PERMUTED].marker.unlink()

@@ -328,6 +328,9 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
 ) -> None:
     base, _, adapter = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter)
+    numbers = {20: {"val/box/AP50": 0.125}, 40: {"val/box/AP50": 0.5, "val/box/AP": -1.0, "val/mask/AP50": "nan"}}
+    lines = [json.dumps({"kind": "step", "step": step, **values}) for step, values in numbers.items()]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
         out = tmp_path / f"out{number}"
         assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft", *PRE_NORM) == 0
@@ -335,6 +338,10 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
         assert read.base_sha256 == adapter.base_sha256 and read.fingerprint() == adapter.fingerprint()
         card = (out / "README.md").read_text()
         assert "| checkpoint | step 40 |" in card and "| stage | 2 |" in card and str(tmp_path) not in card
+        assert "| box/AP50 (val, evaluation of the run, step 40) | 0.5000 |" in card
+        assert "-1.0" not in card and "0.125" not in card and "mask" not in card
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["datasets"] == ["coco"] and front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
     assert "step_00000040" in capsys.readouterr().out
     (run / "export").mkdir()
     other = adapter.scaled(3.0)

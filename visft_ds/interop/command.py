@@ -355,12 +355,12 @@ def _measured_in(run: Path, place: Path) -> tuple[Measurement, ...]:
 
 
 def _measurements(metrics: Mapping[str, float], data: str, split: str) -> tuple[Measurement, ...]:
-    """The numbers of all categories together; -1 is COCO's mark for "nothing of this kind to find"."""
+    """The finite numbers of all categories together; -1 is COCO's mark for "nothing of this kind to find"."""
     kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
     return tuple(
         Measurement(kinds[part], name, float(value), data, split)
         for name, value in metrics.items()
-        if (part := name.partition("/")[0]) in kinds and name.count("/") == 1 and value >= 0
+        if (part := name.partition("/")[0]) in kinds and name.count("/") == 1 and 0 <= float(value) < math.inf
     )
 
 

@@ -49,8 +49,9 @@ def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
     except torch.onnx.OnnxExporterError as error:
         first = str(error.__cause__ or error).split("\n")[0]
         raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
-    assert program is not None
-    if isinstance(program.model.graph.inputs[0].shape[0], int):
+    shape = program.model.graph.inputs[0].shape if program else None
+    assert program and shape
+    if isinstance(shape[0], int):
         raise ValueError(f"torch {torch.__version__} writes {backbone.describe()} as ONNX for two images at once only")
     program.save(path, external_data=size > _LARGEST)
     return [*path.parent.glob(f"{path.name}.data"), path]

@@ -233,7 +233,7 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.20 ({error})") from error
+        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.26 ({error})") from error
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     adapter = adapter_of(backbone)

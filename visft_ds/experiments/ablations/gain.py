@@ -281,7 +281,8 @@ def collect_gain(plan: GainPlan, failures: Mapping[str, Failure]) -> Outcome:
     metrics: dict[str, Metric] = {}
     numbers: dict[str, dict[str, dict[int, Pair]]] = {}
     causes: dict[str, list[str]] = {}
-    lines = []
+    lines: list[list[str]] = []
+    kept: list[str] = []
     for arm in plan.question.arms:
         table, contrast = _record(plan.against_base[arm.name]), _record(plan.against_first.get(arm.name))
         if table is None:
@@ -291,11 +292,12 @@ def collect_gain(plan: GainPlan, failures: Mapping[str, Failure]) -> Outcome:
         for label in list(table.arms)[1:]:
             _pairs(table, label, plan.seeds, metrics, numbers.setdefault(label, {}))
             lines.append(_line(plan.primary, table, contrast, label))
+            kept = kept or [row.name for row in table.rows if row.name.endswith(KEPT)]
     late = _record(plan.late)
     if late is not None:
         for label in list(late.arms)[1:]:
             _pairs(late, label, plan.seeds, metrics, numbers.setdefault(label, {}))
-    columns = ["", "moved", plan.primary, KEPT, f"minus {plan.question.arms[0].name}"]
+    columns = ["", "moved", plan.primary, f"minus {plan.question.arms[0].name}", *kept]
     arms = [ArmResult(name, of, tuple(causes.get(name, ()))) for name, of in numbers.items()]
     asks, note = plan.question.asks, plan.question.note
     tables = (Section("by items and seeds together; * leaves zero out", lines, columns),)
@@ -336,7 +338,7 @@ def _pairs(
     """Put the numbers of an arm before and after, of each seed."""
     base = next(iter(record.arms))
     for row in record.rows:
-        if arm in row.differences:
+        if arm in row.differences and not row.name.startswith("price/"):  # a mean of others
             each = row.seeds[arm].each if arm in row.seeds else [row.differences[arm].value]
             before = 100 * row.values[base].value
             metrics.setdefault(row.name, Metric(row.name, False))
@@ -344,9 +346,9 @@ def _pairs(
 
 
 def _line(primary: str, table: GainFile, contrast: GainFile | None, arm: str) -> list[str]:
-    kept = next((row.name for row in table.rows if row.name.endswith(KEPT)), "")
-    dose = table.dose(arm)
-    shown = [_difference(table, primary, arm), _difference(table, kept, arm), _difference(contrast, primary, arm)]
+    dose, kept = table.dose(arm), [row.name for row in table.rows if row.name.endswith(KEPT)]
+    shown = [_difference(table, primary, arm), _difference(contrast, primary, arm)]
+    shown += [_difference(table, name, arm) for name in kept]
     return [arm, "–" if dose is None else f"{dose:.3f}", *("–" if one is None else _points(one) for one in shown)]
 
 
