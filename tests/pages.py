@@ -26,12 +26,6 @@ ROOT = Path(__file__).parents[1]
 #: Their commands are history.
 HISTORY = (ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md")
 EVERY = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), ROOT / "tests/claims.md"})
-#: Pages that are being replaced, and those that replace them and are not there yet.
-OLD = {ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "ds_configs/README", "docs/api")} | {
-    ROOT / f"docs/{name}.md" for name in ("ablations", "architecture", "benchmarks", "contrastive", "proofs", "weights")
-}
-NEW = {ROOT / f"docs/{name}.md" for name in ("export", "evaluation", "configuration")}
-EVERY = sorted(set(EVERY) - OLD)
 PAGES = [page for page in EVERY if page not in HISTORY and page.name != "claims.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 #: At the start of a line or of inline code, maybe behind a prompt and variables.
@@ -227,6 +221,7 @@ def _training(words: Sequence[str]) -> None:
         if unknown:
             raise ValueError(f"visft train does not know {', '.join(unknown)}")
         return
+    words = [word for word in words if word != "--download"]  # nothing is fetched here
     own = [word for word in words if re.fullmatch(r"[\w./]+\.json", word)]
     resolve_arguments(["debug" if word in own else word for word in words])
 

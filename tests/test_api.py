@@ -21,8 +21,11 @@ import visft_ds
 
 ROOT = Path(__file__).parents[1]
 SNAPSHOT, PAGE = ROOT / "tests/golden/api.txt", ROOT / "docs/api.md"
-#: The rest of the page is written by hand.
-MARK = "<!-- Below: written by `python -m tests.test_api --write`. -->\n"
+HEAD = """# Python reference
+
+What `import visft_ds` offers (`AnyPath`: a text or a `Path`), written from the docstrings;
+[getting started](getting-started.md#train-and-evaluate-from-python) has examples.
+"""
 #: Names that pages tell users to import from the module that has them.
 BY_MODULE = (
     "visft_ds.config.resolve",
@@ -89,9 +92,9 @@ def snapshot() -> str:
 
 
 def reference() -> str:
-    """The part of the page that docstrings give: functions first, then the objects they take and return."""
+    """The page, from docstrings: functions first, then the objects they take and return."""
     functions = sorted(public().items(), key=lambda item: ("." in item[0], inspect.isclass(item[1])))
-    return "".join(part for name, thing in functions for part in _described(name, thing))
+    return HEAD + "".join(part for name, thing in functions for part in _described(name, thing))
 
 
 def _described(name: str, thing: Any) -> Iterator[str]:
@@ -101,7 +104,12 @@ def _described(name: str, thing: Any) -> Iterator[str]:
         yield f"{inspect.getdoc(thing)}\n" + (f"\n```python\n{text}```\n" if text else "")
         for inner, value in own_functions(thing).items():
             shown = "" if isinstance(value, property) else str(signature(getattr(thing, inner))).replace("self, ", "")
-            yield f"\n`.{inner}{shown}`: {inspect.getdoc(value)}\n"
+            head = f"`.{inner}{shown}`:\n"
+            if len(head) > 121:
+                head = (
+                    "```python\n" + _wrapped(f".{inner}", getattr(thing, inner)).replace("    self,\n", "") + "```\n\n"
+                )
+            yield f"\n{head}{inspect.getdoc(value)}\n"
         return
     yield f"```python\n{_wrapped(name, thing)}```\n\n{_as_markdown(inspect.getdoc(thing) or '')}"
 
@@ -145,7 +153,7 @@ def test_public_names_have_the_recorded_signatures() -> None:
 
 
 def test_the_reference_is_that_of_the_docstrings() -> None:
-    assert PAGE.read_text(encoding="utf-8").partition(MARK)[2] == reference(), "python -m tests.test_api --write"
+    assert PAGE.read_text(encoding="utf-8") == reference(), "python -m tests.test_api --write"
 
 
 def test_public_names_are_seen_and_others_refused() -> None:
@@ -177,6 +185,5 @@ def test_importing_the_package_imports_nothing_of_others() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         SNAPSHOT.write_text(snapshot(), encoding="utf-8")
-        head = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
-        PAGE.write_text(head + MARK + reference(), encoding="utf-8")
+        PAGE.write_text(reference(), encoding="utf-8")
     print(snapshot(), end="")

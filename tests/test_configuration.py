@@ -31,6 +31,8 @@ marked *stated* has no default: the shipped files state it.
 
 This page is written from the schema. In a checkout (`make install` once, then `. .venv/bin/activate` in each shell)
 `python -m tests.test_configuration --write` does so.
+
+## Our keys
 """
 DEEPSPEED = """
 ## DeepSpeed's own keys
@@ -102,7 +104,7 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """A table for a model, then those of the models in it."""
     comments = comments_of(model)
     if prefix:
-        yield f"\n### {prefix.rstrip('.')}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
+        yield f"\n## {prefix.rstrip('.')}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
     yield "\n| key | value | default | |\n|---|---|---|---|\n"
     for name, info in model.model_fields.items():
         kind = kind_of(info.annotation, tuple(info.metadata))

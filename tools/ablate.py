@@ -1,4 +1,4 @@
-"""Ten questions about the recipe as experiments; see visft_ds/experiments/ablations/cli.py and docs/ablations.md."""
+"""Ten questions about the recipe as experiments; see visft_ds/experiments/ablations/cli.py and docs/evaluation.md."""
 
 import sys
 from pathlib import Path

@@ -201,7 +201,8 @@ def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
     """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
     common = ["--run", str(world.run(1)), "--coco", str(world.coco), "--split", "val", "--images", "1"]
     outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
-    assert "mask/AP50" in outputs[0] and outputs[1] == ""
+    others = [line for line in outputs[1].splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's own
+    assert "mask/AP50" in outputs[0] and not others
     assert _evaluate(*common, "--out", tmp_path / "one")[0] == 0
     two, one = (read_evaluation(name, tmp_path / name) for name in ("two", "one"))
     assert two.record["processes"] == 2 and two.metrics == pytest.approx(one.metrics, abs=1e-6)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from tests.adapter_bounds import same_change
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
-from visft_ds.interop import hub, writing
+from visft_ds.interop import hub, onnx, writing
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
@@ -327,6 +328,9 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
 ) -> None:
     base, _, adapter = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter)
+    numbers = {20: {"val/box/AP50": 0.125}, 40: {"val/box/AP50": 0.5, "val/box/AP": -1.0, "val/mask/AP50": "nan"}}
+    lines = [json.dumps({"kind": "step", "step": step, **values}) for step, values in numbers.items()]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
         out = tmp_path / f"out{number}"
         assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft", *PRE_NORM) == 0
@@ -334,6 +338,10 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
         assert read.base_sha256 == adapter.base_sha256 and read.fingerprint() == adapter.fingerprint()
         card = (out / "README.md").read_text()
         assert "| checkpoint | step 40 |" in card and "| stage | 2 |" in card and str(tmp_path) not in card
+        assert "| box/AP50 (val, evaluation of the run, step 40) | 0.5000 |" in card
+        assert "-1.0" not in card and "0.125" not in card and "mask" not in card
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["datasets"] == ["coco"] and front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
     assert "step_00000040" in capsys.readouterr().out
     (run / "export").mkdir()
     other = adapter.scaled(3.0)
@@ -362,7 +370,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     record = {
         "format": "visft_ds evaluation",
         "version": 1,
-        "metrics": {"box/AP50": 0.25},
+        "metrics": {"box/AP50": 0.25, "box/AP": -1.0, "box/AP50/cat": 0.5},
         "model": {"backbone": f"{tmp_path}/secret"},
         "data": {"where": str(tmp_path), "split": "val", "images": 7, "fingerprint": "0123456789abcdef"},
     }
@@ -372,8 +380,13 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     assert _run(*given, "--verify", "--results", evaluation) == 0
     card = (out / "README.md").read_text()
     assert "| box/AP50 (val, 7 images, data 0123456789ab) | 0.2500 |" in card
+    front = yaml.safe_load(card.split("---")[1])
+    (result,) = front["model-index"][0]["results"]
+    assert result["task"]["type"] == "object-detection" and result["metrics"] == [{"type": "box/AP50", "value": 0.25}]
+    assert (front["library_name"], front["pipeline_tag"]) == ("timm", "image-feature-extraction")
+    assert not {"license", "base_model", "datasets"} & front.keys() and "-1.0" not in card and "cat" not in card
     assert adapter.base_sha256 in card and adapter.fingerprint() in card and "Not recorded." in card  # type: ignore[operator]
-    assert re.search(r"\| outputs against base \+ change, relative difference \| \d", card)
+    assert re.search(r"\| outputs against base \+ change, relative difference \| \S+ by timm 1\.", card)
     assert str(tmp_path) not in card and "secret" not in card
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert stat.S_IMODE(out.stat().st_mode) & 0o055, "others may read it as any other folder"
@@ -463,7 +476,11 @@ def _spoiled(folder: Path) -> dict[str, Path]:
         ({"--format": "transformers", "--set": "post_norm=true"}, "contradicts the file"),
         ({"--format": "open_clip"}, "has no CLIP projection, text tower"),
         ({"--format": "peft"}, "a folder of files"),
-        ({"--format": "peft", "--verify": True}, "writes the adapter alone"),
+        ({"--format": "peft", "--dtype": "bf16"}, "writes the adapter alone"),
+        ({"--format": "visft", "--verify": True}, "no library on PyPI reads"),
+        ({"--format": "onnx", "--out": "out"}, "onnx needs onnx, onnxscript, onnxruntime: pip install"),
+        ({"--format": "onnx"}, "end the name in .onnx"),
+        ({"--format": "onnx", "--out": "out.onnx", "--dtype": "bf16"}, "writes a graph in fp32"),
         ({"--out": "out.bin"}, "written as .safetensors only"),
         ({"--out": "out.v2"}, "write it without a dot"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "does not fit into torch.float16"),
@@ -477,9 +494,14 @@ def _spoiled(folder: Path) -> dict[str, Path]:
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str | bool], message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str | bool],
+    message: str,
 ) -> None:
     _case(tmp_path)
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
     spoiled = _spoiled(tmp_path)
     before = sorted(os.listdir(tmp_path))
     flags: dict[str, str | bool] = {"--base": "base.safetensors", "--adapter": "adapter", "--out": "out.safetensors"}

@@ -73,6 +73,8 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     found = local(f"hf-hub:timm/{name}")
     assert record["inputs"]["visft.model.weights"]["sha256"] == found.resolve().name  # as the hub states it
     assert evaluate(tmp_path / "2", data=str(shards), split="train", limit=2).metrics
+    named: dict[str, Any] = {"backbone": f"timm:{name}", "heads": first.export, "tasks": ["detection"]}
+    assert evaluate(**named, data=str(shards), split="train", limit=2, image_size=64).metrics
 
     merged = tmp_path / "merged"
     assert merge(["--adapter", str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0
@@ -95,9 +97,10 @@ def _size(model: Any) -> tuple[int, int]:
 
 
 def _random_weights(name: str, path: Path) -> bytes:
-    """A weight file under timm's names, whose gains are open."""
+    """A file of all that timm's model has, classifier and pooling too, whose gains are open."""
+    import timm
     from safetensors.torch import save_file
 
-    backbone = build_timm(name)
-    save_file({key: value.contiguous() for key, value in backbone.state_dict().items()}, path)
+    values = timm.create_model(name).state_dict() | build_timm(name).state_dict()
+    save_file({key: value.contiguous() for key, value in values.items()}, path)
     return path.read_bytes()

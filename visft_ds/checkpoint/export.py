@@ -19,6 +19,7 @@ from torch import Tensor
 from visft_ds.config.schema import LoraConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
+from visft_ds.interop.card_data import Publication
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, UNTIL, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
@@ -46,6 +47,7 @@ def export_weights(
     categories: Sequence[Category],
     base_sha256: str,
     vocabulary: Vocabulary | None = None,
+    base_model: Publication | None = None,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
@@ -57,6 +59,7 @@ def export_weights(
         vocabulary: goes along with heads that work with words.
         instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
+        base_model: publication of the base.
     """
     written = []
     backbone, base_weights = engine.module.backbone, facts["base_weights"]
@@ -74,7 +77,7 @@ def export_weights(
     if not distributed.is_main():
         return []
     if written:
-        base_sha256 = sha256_file(written[0])
+        base_sha256, base_model = sha256_file(written[0]), None
     trained.update({name: value for name, value in instead.items() if name in trained})
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
@@ -89,7 +92,9 @@ def export_weights(
         split = lora.magnitude and tower is not None
         whole_adapter = adapter_of_run(lora, adapter, backbone, "model", base_sha256)
         place = folder / ADAPTER_FOLDER
-        written.append(save_peft_adapter(whole_adapter, place, tower, split=split, overwrite=True))
+        written.append(
+            save_peft_adapter(whole_adapter, place, tower, split=split, base_model=base_model, overwrite=True)
+        )
     return written
 
 

@@ -58,6 +58,7 @@ class TaskConfig(StrictModel):
     metrics: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ()
     main: ClassVar[str] = ""
+    hub_task: ClassVar[str] = "other"  #: its name on the Hugging Face hub, for the results in a model card
     labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads

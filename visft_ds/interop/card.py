@@ -6,17 +6,20 @@ recorded or measured it says so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from visft_ds.interop import peft, visft
+from visft_ds.interop import onnx, peft, visft
 from visft_ds.interop import timm_names as timm
 from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.card_data import Measurement, Publication, front_matter
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower
-from visft_ds.interop.merge import MergeReport, TimmMerge, Verification
+from visft_ds.interop.merge import MergeReport, Share, TimmMerge, Verification
 from visft_ds.interop.tuned import Change, TunedWeights
+from visft_ds.models.backbone import Backbone
 
+_HEADING = ["## How to load it", ""]
 _METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
 
 
@@ -30,21 +33,23 @@ class CardSource:
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of weights. `trained`: setting -> value; `measured`: quantity -> value, of an evaluation; both empty
-    where nothing is known."""
+    """Origin of weights. `trained`: setting -> value; `measured`: numbers of an evaluation; `datasets`: names of the
+    training data on the hub; all empty where nothing is known."""
 
     base: CardSource | None
     adapters: tuple[CardSource, ...]
     trained: Mapping[str, str] = field(default_factory=dict)
-    measured: Mapping[str, str] = field(default_factory=dict)
+    measured: Sequence[Measurement] = ()
     notes: tuple[str, ...] = ()
+    published: Publication | None = None
+    datasets: tuple[str, ...] = ()
 
 
 def merged_card(
     title: str,
     form: str,
     dtype: str,
-    adapter: Change,
+    change: Change,
     origin: Origin,
     report: MergeReport,
     verification: Verification | None,
@@ -54,83 +59,148 @@ def merged_card(
     """README.md of full weights. `side_files`: with these the library loads the folder alone (`formats.side_files`)."""
     tower = report.tower
     what = [
-        f"A vision tower of EVA-CLIP ({tower.describe()}) {_how(adapter)}.",
+        f"A vision tower of EVA-CLIP ({tower.describe()}) {_how(change)}.",
         f"Names of the tensors: {FORMATS[form].library}. The tower is stored in {dtype}, whatever else the base file "
         f"had is as it was. {len(report.weights)} tensors.",
     ]
-    if adapter.until is not None:
+    if change.until is not None:
         what.append(
-            f"It was trained on what {adapter.until} gives, normed by the last norm; behind that block it is the base. "
+            f"It was trained on what {change.until} gives, normed by the last norm; behind that block it is the base. "
             f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
-            f"[{adapter.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
+            f"[{change.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
         )
-    measured = {"share of the change that is in the file, of all blocks": f"{report.total.retained:.2%}"}
-    if report.blocks and report.total.wanted:
-        worst = min(range(len(report.blocks)), key=lambda index: report.blocks[index].retained)
-        measured["the same, block with the least"] = f"block {worst}: {report.blocks[worst].retained:.2%}"
-        measured["error of the change, |missing| / |change|"] = f"{report.total.error:.2g}"
-    if verification is not None:
-        measured["outputs against base + change, relative difference"] = (
-            f"{verification.relative:.2g} (the effect of the change: {verification.effect:.2g})"
-        )
-    lines = [*_front(FORMATS[form].library), f"# {title}", "", *what, ""]
-    lines += _sources(origin, adapter, tower)
-    lines += fact_table("How it was trained", origin.trained, "Not recorded.")
-    lines += fact_table("Measured", measured | dict(origin.measured), "Nothing.")
     sharded = len(report.files) > 1
-    lines += ["## How to load it", "", *_snippet(form, report, side_files, sharded=sharded)]
-    return "\n".join(lines)
+    loading = [*_HEADING, *_snippet(form, report, side_files, sharded=sharded)]
+    measured = _of_merge(report.total, report.blocks, verification)
+    return _card(title, FORMATS[form].library.lower(), origin, _sources(origin, change, tower), what, measured, loading)
 
 
-def adapter_card(title: str, form: str, adapter: Adapter, origin: Origin, tower: Tower, file: str) -> str:
-    """README.md of a LoRA alone."""
-    what = f"The LoRA of a supervised fine-tuning ({_METHOD}) for a vision tower of EVA-CLIP, without the tower."
-    lines = [*_front("peft"), f"# {title}", "", what, peft.facts(adapter, tower), ""]
-    lines += _sources(origin, adapter, tower)
-    lines += fact_table("How it was trained", origin.trained, "Not recorded.")
-    lines += fact_table("Measured", origin.measured, "Nothing.")
-    if form != "visft":
-        return "\n".join(lines) + peft.loading(adapter, tower, split=form == "peft_split")
-    lines += [
-        "## How to load it",
-        "",
-        f"`{file}` has the names and the form of the files that ViSFT published: `visual.blocks.N.attn.qkv.lora_A` "
-        f"(2r, D), `.lora_B` (2D, r), rows of q first, then v; scaling {visft.ALPHA:g}/r. Its own code reads it, and "
-        f"`visft merge --adapter {file}` of visft_ds.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def timm_card(title: str, change: Change, report: TimmMerge) -> str:
-    """README.md of merged weights."""
-    what = "with its LoRA merged in" if isinstance(change, Adapter) else "trained itself"
-    snippet = ["```python", 'FOLDER = "."  # this folder', "import timm", ""]
-    snippet += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)', "```"]
-    if report.backbone.until is not None:
-        snippet[-1:] = ["", f"# It was trained on what {report.backbone.until} gives.", "import torch", ""]
-        snippet += [*report.backbone.ending(), "# features = model.forward_features(images)", "```"]
-    if report.settings is None:
-        snippet = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
-    return "\n".join(
-        [
-            *("---", "library_name: timm", "tags: [vision, visft]", "---", ""),
-            f"# {title}",
-            "",
-            f"timm's {report.backbone.name} after a supervised fine-tuning "
-            f"([ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)), {what}: {change.describe()}.",
-            f"Base weights: sha256 {report.base_sha256}. Change: sha256 {change.fingerprint()}. "
-            f"{report.total.retained:.2%} of the change is in the file.",
-            "",
-            *snippet,
+def adapter_card(
+    title: str,
+    form: str,
+    adapter: Adapter,
+    origin: Origin,
+    tower: Tower | None,
+    file: str,
+    verification: Verification | None,
+) -> str:
+    """README.md of a LoRA alone; `tower`: of one of our own."""
+    model = "a vision tower of EVA-CLIP, without the tower" if tower else f"timm's {adapter.model}, without that model"
+    what = [f"The LoRA of a supervised fine-tuning ({_METHOD}) for {model}.", peft.facts(adapter, tower)]
+    if form == "visft":
+        loading = [
+            *_HEADING,
+            f"`{file}` has the names and the form of the files that ViSFT published: `visual.blocks.N.attn.qkv.lora_A` "
+            f"(2r, D), `.lora_B` (2D, r), rows of q first, then v; scaling {visft.ALPHA:g}/r. Its own code reads it, "
+            f"and `visft merge --adapter {file}` of visft_ds.",
             "",
         ]
+    else:
+        what += [] if origin.published else [peft.NAMELESS]
+        loading = [peft.loading(adapter, tower, split=form == "peft_split")]
+    sources, measured = _sources(origin, adapter, tower), _of_outputs(verification)
+    return _card(title, "peft", origin, sources, what, measured, loading, merged=False)
+
+
+def timm_card(
+    title: str,
+    form: str,
+    dtype: str,
+    change: Change,
+    origin: Origin,
+    report: TimmMerge,
+    verification: Verification | None,
+) -> str:
+    """README.md of a merged model of timm, for timm or transformers."""
+    what = [f"timm's {report.backbone.name} {_how(change)}. Stored in {dtype}."]
+    notes = [f"{note[0].upper()}{note[1:]}." for note in report.unfit]
+    if not report.side_files:
+        loading = []
+    elif form == "transformers":
+        loading = ['FOLDER = "."  # this folder', "from transformers import AutoModel", ""]
+        loading += ["model = AutoModel.from_pretrained(FOLDER)"]
+        if report.side_files["config.json"]["model_type"] == "clip_vision_model":
+            loading += ["# features = model.post_layernorm(model(pixel_values=images).last_hidden_state)"]
+        if report.backbone.until is not None:
+            what.append(f"It ends after {report.backbone.until}, whose normed tokens it was trained on.")
+    else:
+        loading = ['FOLDER = "."  # this folder', "import timm", ""]
+        loading += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)']
+        if report.backbone.until is not None:
+            loading += ["", f"# It was trained on what {report.backbone.until} gives.", "import torch", ""]
+            loading += [*report.backbone.ending(), "# features = model.forward_features(images)"]
+        else:
+            notes.append("transformers loads the folder as `AutoModel.from_pretrained(FOLDER)` (TimmWrapperModel).")
+    lines = [*_HEADING, *(_code(loading) if loading else []), *notes, ""]
+    measured = _of_merge(report.total, (), verification)
+    return _card(title, form, origin, _sources(origin, change, None), what, measured, lines)
+
+
+def onnx_card(
+    title: str,
+    file: str,
+    change: Change,
+    origin: Origin,
+    backbone: Backbone,
+    total: Share,
+    verification: Verification | None,
+) -> str:
+    """README.md of a backbone as ONNX."""
+    side = backbone.image_size
+    what = [
+        f"{backbone.describe()[0].upper()}{backbone.describe()[1:]}, {_how(change)}.",
+        f"A graph of ONNX in fp32: `{onnx.IMAGES}` (B, 3, {side}, {side}), RGB in [0, 1], less the mean "
+        f"{_numbers(backbone.pixel_mean)} and divided by {_numbers(backbone.pixel_std)}; `{onnx.FEATURES}` (B, "
+        f"{backbone.width}, {side // backbone.patch_size}, {side // backbone.patch_size}). Any B.",
+    ]
+    loading = ["import onnxruntime", "", f'session = onnxruntime.InferenceSession("{file}")']
+    loading += [f'# features = session.run(["{onnx.FEATURES}"], {{"{onnx.IMAGES}": images}})[0]']
+    sources, measured = _sources(origin, change, None), _of_merge(total, (), verification)
+    return _card(title, "onnx", origin, sources, what, measured, [*_HEADING, *_code(loading)])
+
+
+def _card(
+    title: str,
+    library: str,
+    origin: Origin,
+    sources: list[str],
+    what: Sequence[str],
+    measured: Mapping[str, str],
+    loading: Sequence[str],
+    *,
+    merged: bool = True,
+) -> str:
+    numbers = {f"{one.name} ({one.split}, {one.data})": f"{one.value:.4f}" for one in origin.measured}
+    front = front_matter(
+        title, library, origin.published, merged=merged, datasets=origin.datasets, measured=origin.measured
     )
+    lines = [*front, f"# {title}", "", *what, "", *sources]
+    lines += fact_table("How it was trained", origin.trained, "Not recorded.")
+    lines += fact_table("Measured", {**measured, **numbers}, "Nothing.")
+    return "\n".join([*lines, *loading])
 
 
-def _front(library: str) -> list[str]:
-    # Read by the hub. No licence: it is that of the base weights, which is not known here.
-    return ["---", f"library_name: {library.lower()}", "tags: [vision, lora, visft]", "---", ""]
+def _of_merge(total: Share, blocks: Sequence[Share], verification: Verification | None) -> dict[str, str]:
+    """Numbers of a merge, as far as they have a value."""
+    measured = {}
+    if total.wanted:
+        measured["share of the change that is in the file"] = f"{total.retained:.2%}"
+        measured["error of the change, |missing| / |change|"] = f"{total.error:.2g}"
+    if total.wanted and blocks:
+        worst = min((index for index, block in enumerate(blocks) if block.wanted), key=lambda i: blocks[i].retained)
+        measured["the share, block with the least"] = f"block {worst}: {blocks[worst].retained:.2%}"
+    return measured | _of_outputs(verification)
+
+
+def _of_outputs(verification: Verification | None) -> dict[str, str]:
+    if verification is None:
+        return {}
+    text = f"{verification.relative:.2g} by {verification.loader} (the effect of the change: {verification.effect:.2g})"
+    return {"outputs against base + change, relative difference": text}
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def _how(change: Change) -> str:
@@ -139,15 +209,18 @@ def _how(change: Change) -> str:
     return f"with the LoRA of a supervised fine-tuning ({_METHOD}) merged into its weights"
 
 
-def _sources(origin: Origin, change: Change, tower: Tower) -> list[str]:
+def _sources(origin: Origin, change: Change, tower: Tower | None) -> list[str]:
     if isinstance(change, TunedWeights):
         source, facts = "run", f"Trained: {change.describe()}."
     else:
-        source, facts = "adapter", f"Adapter: {peft.facts(change, tower)}"
+        source, facts = "adapter", f"Adapter: {peft.facts(change, tower) if tower else f'{change.describe()}.'}"
     rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
     rows += [f"| {source} | {adapter.name} | {adapter.sha256} |" for adapter in origin.adapters]
     lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
-    return [*lines, facts, *(f"{note}." for note in origin.notes), ""]
+    base = origin.published
+    where = f" ({base.repository}{f': {base.licence}' if base.licence else ''})" if base else ""
+    licence = f"The licence is that of the base weights{where}."
+    return [*lines, facts, *(f"{note}." for note in origin.notes), licence, ""]
 
 
 def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:

@@ -27,7 +27,7 @@ is a folder: weights, the configuration of the library that reads them, and a mo
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
 
-WEIGHT_FORMATS = ("eva_clip", "lavis", "open_clip", "timm", "transformers")
+WEIGHT_FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "timm", "transformers")
 ADAPTER_FORMATS = ("peft", "peft_split", "visft")
 
 
@@ -80,14 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
         default="timm",
-        help="full weights as a library names them, or the adapter alone: peft (fused qkv), peft_split (separate q, k, "
-        "v), visft (%(default)s)",
+        help="full weights as a library names them, a graph (onnx), or the adapter alone: peft (fused qkv), peft_split "
+        "(separate q, k, v), visft (%(default)s)",
     )
     out.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
     )
     out.add_argument("--max-shard-size", metavar="SIZE", help="split larger weights into files of at most 5GB, ...")
-    out.add_argument("--verify", action="store_true", help="compare with base + adapter; exit 1 if outputs differ")
+    out.add_argument(
+        "--verify",
+        action="store_true",
+        help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
+    )
     out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
     card = parser.add_argument_group("model card and hub (--out must be a folder)")
     card.add_argument(

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import torch
+
+from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
-from visft_ds.evals.compare import read_evaluation
-from visft_ds.interop import hub, peft
+from visft_ds.evals.compare import MAIN, read_evaluation
+from visft_ds.interop import hub, loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
-from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, timm_card
+from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
+from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, onnx_card, timm_card
+from visft_ds.interop.card_data import Measurement, publication_of
 from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples, open_weights, sha256_file
 from visft_ds.interop.formats import FORMATS, side_files
@@ -36,15 +42,19 @@ from visft_ds.interop.merge import (
     merge_timm,
     verify_merge,
 )
-from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_safetensors, write_text
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, build_backbone
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.run.adapter import base_of, place_of, read_change
-from visft_ds.run.folder import ADAPTER_FOLDER, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
+from visft_ds.tasks.registry import config_class
 
 _VISFT_FILE = "visft_lora.pt"
+_ADAPTER_FORMATS = ("peft", "peft_split", "visft")
 
 
 def merge(given: argparse.Namespace) -> int:
@@ -66,25 +76,34 @@ def merge(given: argparse.Namespace) -> int:
         return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
-    if any(change.timm is not None for change in adapters):
-        return _write_timm(given, places, adapters)
     weights = given.weights or [1 / len(adapters)] * len(adapters)
-    adapter = _joined(adapters, weights if len(adapters) > 1 or given.weights else None, given.scale)
+    model = next((change.timm for change in adapters if change.timm is not None), None)
+    several = len(adapters) > 1
+    if model is not None and (given.unmerge or given.max_shard_size or (several and given.verify)):
+        raise ValueError(
+            f"{places[0]} is of a model of timm: --unmerge, --max-shard-size and, of several adapters, --verify are "
+            f"for towers of EVA-CLIP"
+        )
+    adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
     for path, place, each in zip(given.adapter, places, adapters, strict=True):
         where = f" ({place})" if place != path else ""
-        print(f"adapter  {path}{where}: {each.describe()}")
+        of_timm = f"timm {model[0]}, " if model else ""
+        print(f"adapter  {path}{where}: {of_timm}{each.describe()}")
+    run = _run_of(places[0]) if len(places) == 1 else None
     origin = Origin(
         None,
         tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
-        _trained(places[0]) if len(places) == 1 else {},
-        _measured(given.results) if given.results else {},
+        _trained(run, places[0]) if run else {},
+        _measured(given.results) if given.results else _measured_in(run, places[0]) if run and not factor else (),
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
+        publication_of(given.base, model and model[0]),
+        _datasets(run) if run else (),
     )
-    if given.format in FORMATS:
-        return _write_merged(given, adapter, origin)
+    if given.format not in _ADAPTER_FORMATS:
+        return _write_merged(given, adapter, origin) if model is None else _write_timm(given, adapter, origin)
     if isinstance(adapter, TunedWeights):
         raise ValueError(f"{names[0]} trained its own weights and has no adapter to write: choose --format timm, ...")
     return _write_adapter(given, adapter, origin)
@@ -107,57 +126,50 @@ def _write_efficientnet(given: argparse.Namespace) -> int:
     return 0
 
 
-def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change]) -> int:
-    """Write the change that a run made to a model of timm: full weights for timm, or the adapter for PEFT."""
-    several = len(changes) > 1
-    if given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size or (several and given.verify):
-        raise ValueError(
-            f"{places[0]} is of a model of timm: give --format timm or peft, without --unmerge, --max-shard-size and, "
-            f"of several adapters, --verify"
-        )
-    weights = given.weights or [1 / len(changes)] * len(changes)
-    change = _joined(changes, weights if several or given.weights else None, given.scale)
+def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> int:
+    """Write a changed model of timm: for timm, transformers or ONNX."""
     assert change.timm is not None
-    print(f"adapter  {given.adapter[0]} ({places[0]}): timm {change.timm[0]}, {change.describe()}")
-    if given.format == "peft":
-        if not isinstance(change, Adapter):
-            raise ValueError(f"{given.adapter[0]} trained its own weights and has no adapter to write: --format timm")
-        if reason := peft.why_no_peft(change):
-            raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
-        if given.base is not None:
-            for note in check_timm_base(given.base, change, allow_other=given.allow_other_base)[1]:
-                print(f"note: {note}")
-        print(f"out      {peft.save_peft_adapter(change, given.out)} (peft)")
-        return 0
+    if given.format not in ("timm", "transformers", "onnx"):
+        raise ValueError(
+            f"--format {given.format} is for towers of EVA-CLIP, this is timm's {change.timm[0]}: choose timm, "
+            f"transformers, onnx or peft"
+        )
+    dtype, layout = DTYPES[given.dtype], _layout(given)
     with _staged(given.out) as stage:
-        file = stage / ("model.safetensors" if _is_folder(given.out) else given.out.name)
-        report = merge_timm(given.base, change, file, dtype=DTYPES[given.dtype], allow_other=given.allow_other_base)
+        file = _weights_in(stage, given)
+        report = merge_timm(given.base, change, file, layout=layout, dtype=dtype, allow_other=given.allow_other_base)
         print(f"base     {given.base}\n         sha256 {report.base_sha256}\nout      {given.out} ({given.dtype})")
         print(f"         {report.total.retained:.1%} of the change is in the file, error {report.total.error:.2g}")
         if report.total.lost:
             print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
-        for note in report.notes:
+        for note in (*report.notes, *(report.unfit if given.format == layout else ())):
             print(f"note: {note}")
+        origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
+        files, load = [file], partial(loaders.load_model, layout, backbone=report.backbone)
+        if given.format == "onnx":
+            files = _write_onnx(given, file, load_timm(file, *change.timm, torch.float32, change.until)[0])
+        verification = None
         if given.verify:
-            proof = verify_merge(given.base, change, file, None, dtype=DTYPES[given.dtype], images=given.images)
-            print(
-                f"verify   relative difference {proof.relative:.3g} (allowed {proof.tolerance:.2g}); the effect is "
-                f"{proof.effect:.3g}"
-            )
-            if not proof.passed:
-                print(f"merge_lora: the result computes something else; {given.out} is not written", file=sys.stderr)
+            readable = report.side_files or given.format == "onnx"  # by others than us; a note has said so
+            loading = load if readable else None
+            verification = _verify(given, change, None, files, lambda _: report.side_files, loading)
+            if not verification.passed:
                 return 1
         if _is_folder(given.out):
-            write_text(stage / peft.README, timm_card(given.out.name, change, report))
-            if report.settings is not None:
-                write_text(stage / "config.json", json.dumps(report.settings, indent=2) + "\n")
-        _publish(stage, given.out, [file])
-    if call := report.create_call():
+            title = given.out.name
+            if given.format == "onnx":
+                card = onnx_card(title, onnx.FILE, change, origin, report.backbone, report.total, verification)
+            else:
+                loaders.write_json(stage, report.side_files)
+                card = timm_card(title, layout, given.dtype, change, origin, report, verification)
+            write_text(stage / peft.README, card)
+        _publish(stage, given.out, files)
+    if given.format == layout and (call := report.create_call()):
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
         if report.backbone.until is not None:
             print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
-    return 0
+    return _push(given)
 
 
 def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
@@ -174,11 +186,11 @@ def _check(given: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
-    alone = given.format not in FORMATS
-    if alone and (given.unmerge or given.verify or given.max_shard_size or given.dtype != "fp32"):
+    alone, graph = given.format in _ADAPTER_FORMATS, given.format == "onnx"
+    if (alone or graph) and (given.unmerge or given.max_shard_size or given.dtype != "fp32"):
+        written = "a graph in fp32" if graph else "the adapter alone"
         raise ValueError(
-            f"--unmerge, --verify, --dtype and --max-shard-size are about full weights; --format {given.format} writes "
-            f"the adapter alone"
+            f"--unmerge, --dtype and --max-shard-size are about full weights; --format {given.format} writes {written}"
         )
     if not given.adapter:
         if given.base is None:
@@ -186,17 +198,99 @@ def _check(given: argparse.Namespace) -> None:
         if alone or given.unmerge or given.weights or given.scale != 1 or given.allow_other_base:
             raise ValueError("--adapter PATH is needed: without one only --format, --dtype and shards of --base change")
         if _is_folder(given.out):
-            raise ValueError(f"{given.out}: without --adapter a file is written: end its name in .safetensors")
-    if given.base is None and not (alone and given.model):
-        needed = "--base FILE or --model PRESET" if alone else "--base FILE"
+            suffix = ".onnx" if graph else ".safetensors"
+            raise ValueError(f"{given.out}: without --adapter a file is written: end its name in {suffix}")
+    if given.base is None and not (alone and given.model and not given.verify):
+        needed = "--base FILE or --model PRESET" if alone and not given.verify else "--base FILE"
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
     if (given.results or given.push_to_hub) and not _is_folder(given.out):
         raise ValueError(f"--results and --push-to-hub need a folder as --out, without suffix; {given.out} is a file")
     if (given.upload or given.public) and not (given.push_to_hub and (given.upload or not given.public)):
         raise ValueError("--upload belongs to --push-to-hub USER/NAME, and --public to --upload")
-    if given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
+    if graph and given.out.suffix not in ("", ".onnx"):
+        raise ValueError(f"{given.out}: end the name in .onnx (a file), or write it without a dot (a folder)")
+    if not graph and given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
         raise ValueError(f"{given.out}: end the name in .safetensors (a file), or write it without a dot (a folder)")
     refuse_existing(given.out)
+    if graph:
+        onnx.check_installed()
+    if given.verify and given.format == "visft":
+        raise ValueError("--verify: no library on PyPI reads --format visft; it is proved by --format peft --verify")
+    if given.verify and not given.unmerge:
+        loaders.library_of(given.format)
+
+
+def _layout(given: argparse.Namespace) -> str:
+    """Layout of the weights that are written, be it for a graph that is made of them."""
+    return "timm" if given.format == "onnx" else str(given.format)
+
+
+def _weights_in(stage: Path, given: argparse.Namespace) -> Path:
+    """Path of the weights in a staging folder."""
+    if given.format == "onnx":
+        return stage / "weights.safetensors"
+    return stage / (FORMATS[given.format].file if _is_folder(given.out) else given.out.name)
+
+
+def _write_onnx(given: argparse.Namespace, weights: Path, backbone: Backbone) -> list[Path]:
+    """Write a graph beside weights, which go; returns its files."""
+    weights.unlink()  # its pages stay until the backbone goes
+    return onnx.write_onnx(backbone, weights.with_name(onnx.FILE if _is_folder(given.out) else given.out.name))
+
+
+def _verify(
+    given: argparse.Namespace,
+    change: Change | None,
+    tower: Tower | None,
+    files: Sequence[Path],
+    side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]],
+    load: Callable[[Path], loaders.Features] | None,
+) -> Verification:
+    """Compare what was written with base + change, and say what came of it.
+
+    Args:
+        tower: of one of our own.
+        files: what was written, the one to open last.
+        side_files: folder -> files by which a library loads them there.
+        load: by which it does; None: we load them, as nobody else does.
+    """
+    library = None if given.unmerge or load is None else loaders.library_of(given.format)
+    base, result = given.base, files[-1]
+    if given.unmerge:
+        base, result = result, base
+    with ExitStack() as stack:
+        load_result = None
+        if library is not None and load is not None:
+            if given.format == "onnx":
+                load_result = partial(loaders.load_onnx, result)
+            elif given.format in _ADAPTER_FORMATS:
+                load_result = partial(load, result)
+            else:
+                name = FORMATS[given.format].file
+                load_result = partial(load, stack.enter_context(loaders.as_folder(files, name, side_files)))
+        verification = verify_merge(
+            base,
+            change,
+            result,
+            tower,
+            dtype=DTYPES[given.dtype],
+            images=given.images,
+            loader=library or f"visft_ds {__version__}",
+            load_result=load_result,
+        )
+    print(
+        f"verify   {given.images} random images, by {verification.loader}: largest difference "
+        f"{verification.max_abs:.3g}, relative {verification.relative:.3g} (allowed {verification.tolerance:.2g}); the "
+        f"effect of the change {verification.effect:.3g}"
+    )
+    if verification.passed and 0 < 0.5 * verification.effect < verification.relative:
+        print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")
+    if not verification.passed:
+        print(
+            f"merge_lora: the result does not compute what base + change does; {given.out} is not written",
+            file=sys.stderr,
+        )
+    return verification
 
 
 def _is_folder(out: Path) -> bool:
@@ -209,11 +303,13 @@ def _name(path: Path) -> str:
     return path.parents[1].name if path.name == ADAPTER_FOLDER and path.parent.name == "export" else path.name
 
 
-def _trained(place: Path) -> dict[str, str]:
-    """Settings, without folders, that the adapter was trained with, where it lies inside its run."""
-    run = next((folder for folder in place.resolve().parents if (folder / "run.json").is_file()), None)
-    if run is None:
-        return {}
+def _run_of(place: Path) -> Path | None:
+    """The run that something lies inside of."""
+    return next((folder for folder in place.resolve().parents if (folder / RECORD_FILE).is_file()), None)
+
+
+def _trained(run: Path, place: Path) -> dict[str, str]:
+    """Settings, without folders, that an adapter inside a run was trained with."""
     config: ResolvedConfig = recorded_config(run)
     visft, optimizer, schedule = config.visft, config.optimizer, config.scheduler
     facts = {
@@ -231,11 +327,41 @@ def _trained(place: Path) -> dict[str, str]:
     return facts
 
 
-def _measured(folder: Path) -> dict[str, str]:
+def _datasets(run: Path) -> tuple[str, ...]:
+    """Names of a run's data sets, as their user called them: ends of paths, never folders."""
+    data = recorded_config(run).visft.data
+    names = [Path(urlsplit(data.root).path).name.removesuffix("-shards"), *(one.name for one in data.sets)]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _measured(folder: Path) -> tuple[Measurement, ...]:
+    """Numbers of a folder of visft evaluate."""
     evaluation = read_evaluation("results", folder)
     data = evaluation.record["data"]
-    where = f"{data['split']}, {data['images']} images, data {data['fingerprint'][:12]}"
-    return {f"{name} ({where})": f"{value:.4f}" for name, value in evaluation.metrics.items()}
+    return _measurements(evaluation.metrics, f"{data['images']} images, data {data['fingerprint'][:12]}", data["split"])
+
+
+def _measured_in(run: Path, place: Path) -> tuple[Measurement, ...]:
+    """Numbers of the evaluation in a run after the step whose weights lie at a place; none without one."""
+    records = list(read_metrics(run / METRICS_FILE)) if (run / METRICS_FILE).is_file() else []
+    step = max((record["step"] for record in records), default=0)
+    if place.name.startswith("step_"):
+        step = int(place.name.removeprefix("step_"))
+    elif place.parent.name != "export":  # other values than those that were evaluated
+        return ()
+    found = [record for record in records if record["step"] == step]
+    metrics = {name.removeprefix("val/"): one[name] for one in found for name in one if name.startswith("val/")}
+    return _measurements(metrics, f"evaluation of the run, step {step}", recorded_config(run).visft.data.val)
+
+
+def _measurements(metrics: Mapping[str, float], data: str, split: str) -> tuple[Measurement, ...]:
+    """The finite numbers of all categories together; -1 is COCO's mark for "nothing of this kind to find"."""
+    kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
+    return tuple(
+        Measurement(kinds[part], name, float(value), data, split)
+        for name, value in metrics.items()
+        if (part := name.partition("/")[0]) in kinds and name.count("/") == 1 and 0 <= float(value) < math.inf
+    )
 
 
 @contextmanager
@@ -267,59 +393,72 @@ def _publish(stage: Path, out: Path, files: Sequence[Path]) -> None:
 
 
 def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Origin) -> int:
-    form, dtype = FORMATS[given.format], DTYPES[given.dtype]
+    form, dtype = FORMATS[_layout(given)], DTYPES[given.dtype]
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
     settings = dict(given.set)
     preset = PRESETS.get(tower.preset() or tower.cut_of() or "")
     published = preset is not None and preset.image_size == tower.image_size
-    if given.verify or given.model or settings or form.giant_only or published:
+    if given.verify or given.format == "onnx" or given.model or settings or form.giant_only or published:
         tower = resolve_tower(tower, given.model, settings)
     started = time.perf_counter()
     with _staged(given.out) as stage:
         report = merge_into_file(
             given.base,
             adapter,
-            stage / (form.file if _is_folder(given.out) else given.out.name),
-            layout=given.format,
+            _weights_in(stage, given),
+            layout=_layout(given),
             dtype=dtype,
             allow_other_base=given.allow_other_base,
             tower=tower,
             unmerge=given.unmerge,
             shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
         )
+        until = None if adapter is None else adapter.until
+        if given.format == "onnx":
+            backbone = build_tower(report.tower, until=until)
+            load_backbone(backbone, report.files[-1])
+            report = replace(report, files=tuple(_write_onnx(given, report.files[-1], backbone)))
         _print_report(given, report, time.perf_counter() - started)
+        sharded = len(report.files) > 1
+
+        def beside(folder: Path) -> dict[str, dict[str, Any]]:
+            return side_files(given.format, report.weights, report.tower, dtype, folder, sharded=sharded)
+
         verification = None
         if given.verify:
-            plain, merged = given.base, report.files[-1]
-            if given.unmerge:
-                plain, merged = merged, plain
-            verification = verify_merge(plain, adapter, merged, report.tower, dtype=dtype, images=given.images)
-            _print_verification(verification, given.images)
+            load = None
+            if given.format not in ("eva_clip", "lavis"):
+                load = partial(loaders.load_tower, given.format, tower=report.tower, until=until)
+            verification = _verify(given, adapter, report.tower, report.files, beside, load)
             if not verification.passed:
-                print(
-                    f"merge_lora: the result does not compute what base + change does; {given.out} is not written",
-                    file=sys.stderr,
-                )
                 return 1
         if _is_folder(given.out):
             assert adapter is not None
-            sharded = len(report.files) > 1
-            files = side_files(given.format, report.weights, report.tower, dtype, given.out, sharded=sharded)
             origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
-            for name, content in files.items():
-                write_text(stage / name, json.dumps(content, indent=2) + "\n")
-            card = merged_card(
-                given.out.name, given.format, given.dtype, adapter, origin, report, verification, side_files=files
-            )
+            title = given.out.name
+            if given.format == "onnx":
+                card = onnx_card(title, onnx.FILE, adapter, origin, backbone, report.total, verification)
+            else:
+                files = beside(given.out)
+                loaders.write_json(stage, files)
+                card = merged_card(
+                    title, given.format, given.dtype, adapter, origin, report, verification, side_files=files
+                )
             write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)
     return _push(given)
 
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
-    tower, notes, base = _tower_of_adapter(given, adapter)
-    adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
+    whole, notes, base = _tower_of_adapter(given, adapter)
+    tower = None
+    if whole is not None:
+        adapter, tower = adapter.fit(whole), part_of(whole, adapter.until)
+    elif given.format != "peft":
+        raise ValueError(f"--format {given.format} is for towers of EVA-CLIP, this is timm's {adapter.model}: peft")
+    elif reason := peft.why_no_peft(adapter):
+        raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
@@ -328,15 +467,22 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
         raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
     if not _is_folder(given.out) and given.out.suffix != ".pt":
         raise ValueError(f"{given.out}: ViSFT's LoRA files are .pt; choose such a name")
+    split, verification = given.format == "peft_split", None
     with _staged(given.out) as stage:
         name = _VISFT_FILE if _is_folder(given.out) else given.out.name
-        card = adapter_card(given.out.name, given.format, adapter, origin, tower, name)
         if given.format == "visft":
             write_visft_lora(adapter, stage / name)
-            if _is_folder(given.out):
-                write_text(stage / peft.README, card)
         else:
-            peft.save_peft_adapter(adapter, stage, tower, split=given.format == "peft_split", card=card)
+            published = origin.published
+            peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=published, card="")
+        if given.verify:
+            load = partial(loaders.load_peft, base=given.base, adapter=adapter, tower=whole, split=split)
+            verification = _verify(given, adapter, whole, [stage], lambda _: {}, load)
+            if not verification.passed:
+                return 1
+        if _is_folder(given.out):
+            card = adapter_card(given.out.name, given.format, adapter, origin, tower, name, verification)
+            write_text(stage / peft.README, card, overwrite=True)
         _publish(stage, given.out, [stage / name])
     print(f"out      {given.out} ({given.format}, rank {adapter.rank}, {'+'.join(adapter.targets)})")
     for note in notes:
@@ -344,7 +490,13 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
     return _push(given)
 
 
-def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Tower, list[str], CardSource | None]:
+def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Tower | None, list[str], CardSource | None]:
+    """The tower of our own that an adapter is for (None: a model of timm), notes, and the base where it is given."""
+    if adapter.model is not None:
+        if given.base is None:
+            return None, [], None
+        sha256, notes = check_timm_base(given.base, adapter, allow_other=given.allow_other_base)
+        return None, notes, CardSource(given.base.name, sha256)
     if given.base is None:
         if given.model not in PRESETS:
             raise ValueError(f"unknown model {given.model!r}; allowed: {', '.join(PRESETS)}")
@@ -393,12 +545,3 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
         print(f"note: {note}")
     if report.left_out:
         print(f"note: left out, no place in {given.format}: {examples(report.left_out, 3)}")
-
-
-def _print_verification(result: Verification, images: int) -> None:
-    print(
-        f"verify   {images} random images: largest difference {result.max_abs:.3g}, relative "
-        f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the effect of the change {result.effect:.3g}"
-    )
-    if result.passed and 0 < 0.5 * result.effect < result.relative:
-        print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.interop import eva_clip, peft, visft
+from visft_ds.interop import eva_clip, peft, visft, vision_models
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone, load_timm, open_backbone
 from visft_ds.interop.files import (
@@ -104,20 +104,22 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class TimmMerge:
-    """Report of `merge_timm`."""
+    """Report of `merge_timm`. `side_files` are the files (content: JSON) by which a library loads a folder with the
+    weights; empty where it cannot, for the reason in `unfit`."""
 
     backbone: TimmBackbone  #: on the meta device
     base_sha256: str
     total: Share
-    settings: Mapping[str, Any] | None  #: config.json of a folder; None: timm cannot load it, as a note says
+    side_files: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
+    unfit: tuple[str, ...] = ()
 
     def create_call(self) -> str | None:
-        """Python that builds the model and loads a file FILE of these weights, strictly; None where timm cannot."""
-        if self.settings is None:
+        """Python that builds timm's model and loads a file FILE of these weights, strictly; None where it cannot."""
+        if "pretrained_cfg" not in self.side_files.get("config.json", {}):
             return None
         size = "".join(f", {key}={value}" for key, value in self.backbone.options.items())
-        classes = self.settings["num_classes"]
+        classes = self.side_files["config.json"]["num_classes"]
         return f'timm.create_model("{self.backbone.name}", num_classes={classes}{size}, checkpoint_path=FILE)'
 
 
@@ -280,17 +282,24 @@ def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]
 
 
 def merge_timm(
-    base: str | Path, change: Change, out: str | Path, *, dtype: torch.dtype = torch.float32, allow_other: bool = False
+    base: str | Path,
+    change: Change,
+    out: str | Path,
+    *,
+    layout: str = "timm",
+    dtype: torch.dtype = torch.float32,
+    allow_other: bool = False,
 ) -> TimmMerge:
-    """Write base + change as safetensors under timm's names; all that the base has beside the backbone stays as it is.
+    """Write base + change as safetensors: under timm's names, with all that the base has beside the backbone, or
+    (`layout`) as the class of transformers that has this model.
 
     Raises ValueError, before anything is written, for an existing `out` or another suffix than .safetensors, a base of
-    another model or with an adapter merged in already, and a change that was made on another base (unless
-    `allow_other`); and, leaving nothing behind, as `merge_into_file` does.
+    another model or with an adapter merged in already, a change that was made on another base (unless `allow_other`),
+    and a model that transformers does not have; and, leaving nothing behind, as `merge_into_file` does.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: weights for timm are written as .safetensors only; choose such a name")
+        raise ValueError(f"{out}: weights for {layout} are written as .safetensors only; choose such a name")
     refuse_existing(out)
     assert change.timm is not None
     name, image_size = change.timm
@@ -304,10 +313,17 @@ def merge_timm(
     sha256, notes = check_timm_base(base, change, allow_other=allow_other)
     total = Share()
     merged = _merged(file, "", parameters, change, dtype, total)
-    metadata = {TIMM_KEY: backbone.settings(), **_header(file, change, sha256)}
-    write_safetensors(out, merged.infos, merged.get, metadata)
-    settings, unfit = config_of(backbone, {key: info.shape for key, info in merged.infos.items()})
-    return TimmMerge(backbone, sha256, total, settings, (*notes, *unfit))
+    side_files: dict[str, dict[str, Any]] = {}
+    unfit: list[str] = []
+    if layout == "transformers":
+        side_files = vision_models.settings(backbone, pooled=vision_models.has_pooling(file, backbone), dtype=dtype)
+        merged = view(merged, vision_models.export_entries(merged, backbone))
+    else:
+        config, unfit = config_of(backbone, {key: info.shape for key, info in merged.infos.items()})
+        side_files = {} if config is None else {"config.json": config}
+    metadata = {TIMM_KEY: backbone.settings()} if layout == "timm" else {}
+    write_safetensors(out, merged.infos, merged.get, metadata | _header(file, change, sha256))
+    return TimmMerge(backbone, sha256, total, side_files, tuple(notes), tuple(unfit))
 
 
 def check_timm_base(base: str | Path, change: Change, *, allow_other: bool) -> tuple[str, list[str]]:
@@ -373,12 +389,14 @@ class Verification:
 
     `max_abs` is the largest difference of a feature, `relative` the norm of the difference over the norm of the
     outputs, `effect` the same for base + adapter against base alone. `passed`: `relative` is at most `tolerance`.
+    `loader` is the library, and its version, that loaded and ran the result.
     """
 
     max_abs: float
     relative: float
     effect: float
     tolerance: float
+    loader: str = "visft_ds"
 
     @property
     def passed(self) -> bool:
@@ -394,10 +412,13 @@ def verify_merge(
     dtype: torch.dtype,
     images: int = 2,
     seed: int = 0,
+    loader: str = "visft_ds",
+    load_result: Callable[[], Callable[[Tensor], Tensor]] | None = None,
 ) -> Verification:
     """Run base, base + change, and the merged file (in fp32, one model at a time) on seeded normal noise as images.
 
-    `tower`: sizes of one of our own; None for the model of timm that the change is of, on at most 224 pixels.
+    `tower`: sizes of one of our own; None for the model of timm that the change is of. `load_result` loads the result
+    by a library of others, `loader`; None: as we do.
     """
 
     def load(path: str | Path) -> Backbone:
@@ -409,7 +430,7 @@ def verify_merge(
         return built
 
     model = load(base)
-    side = model.image_size if tower is not None else min(model.image_size, 224)
+    side = model.image_size
     pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         plain = model(pixels)
@@ -417,14 +438,15 @@ def verify_merge(
             change.install(model)
         wanted = model(pixels)
     del model
-    model = load(merged)
+    result: Callable[[Tensor], Tensor] = load(merged) if load_result is None else load_result()
     with torch.no_grad():
-        got = model(pixels)
+        got = result(pixels)
     return Verification(
         max_abs=(got - wanted).abs().max().item(),
         relative=_relative(got, wanted),
         effect=_relative(wanted, plain),
         tolerance=merge_tolerance(dtype),
+        loader=loader,
     )
 
 

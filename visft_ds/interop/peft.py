@@ -25,6 +25,7 @@ from torch import Tensor
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
+from visft_ds.interop.card_data import Publication, front_matter
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
 from visft_ds.interop.layouts import Tower, part_of
@@ -103,12 +104,14 @@ The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that ar
 
 """
 _HEAD = """\
-# LoRA adapter for an EVA vision tower
+# LoRA adapter for {model}
 
 {facts}
 Base weights: sha256 {base}.
-
+{nameless}
 """
+#: Where PEFT's `base_model_name_or_path` is null.
+NAMELESS = "The base weights have no name on a hub that is known: `adapter_config.json` names no base model."
 _SPLIT = """\
 for name in [name for name in weights if name.endswith("attn.qkv.weight")]:
     stem = name.removesuffix("qkv.weight")
@@ -159,16 +162,6 @@ for name in {beside}:  # of a whole CLIP
 `visft merge` of visft_ds adds the adapter into full weights, which need no PEFT.
 """
 
-
-_TIMM_HEAD = """\
-# LoRA adapter for timm's {name}
-
-{facts}
-Base weights: sha256 {base}.
-
-`{file}` is what `visft merge` of visft_ds reads to add it into full weights, which need nothing else.
-
-"""
 _TIMM_LOADING = """\
 ## Load it with timm and PEFT
 
@@ -194,6 +187,7 @@ def save_peft_adapter(
     tower: Tower | None = None,
     *,
     split: bool = False,
+    base_model: Publication | None = None,
     card: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -205,6 +199,7 @@ def save_peft_adapter(
     Args:
         tower: of an adapter on a tower of our own, which is timm's model of these sizes.
         split: for the model with separate q, k and v instead of the fused one.
+        base_model: publication of the base weights.
         card: replaces the README.md.
 
     Raises:
@@ -233,10 +228,11 @@ def save_peft_adapter(
     if reason is None:
         save_tensors(folder / WEIGHTS, peft_tensors(adapter, split), header, overwrite=overwrite)
     if card is None:
-        card = _timm_readme(adapter, reason) if tower is None else _readme(adapter, tower, split)
+        card = _readme(adapter, tower, base_model, split=split)
     write_text(folder / README, card, overwrite=overwrite)
     if reason is None:
-        text = json.dumps(adapter_config(adapter, split), indent=2, sort_keys=True) + "\n"
+        content = adapter_config(adapter, split) | {"base_model_name_or_path": base_model and base_model.repository}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         write_text(config, text, overwrite=overwrite)
     return folder
 
@@ -280,13 +276,12 @@ def why_no_peft(adapter: Adapter) -> str | None:
     return None
 
 
-def _timm_readme(adapter: Adapter, reason: str | None) -> str:
-    base = adapter.base_sha256 or "not recorded"
-    text = _TIMM_HEAD.format(name=adapter.model, facts=f"{adapter.describe()}.", base=base, file=TIMM_FILE)
-    if reason is not None:
-        return f"{text}It is not in PEFT's form: {reason}.\n"
-    size = "".join(f", {key}={value}" for key, value in adapter.options.items())
-    return text + _TIMM_LOADING.format(name=adapter.model, size=size, ending=_ending(adapter))
+def reads_past_layers(adapter: Adapter) -> bool:
+    """Return True if an adapter on a model of timm is on a fused qkv that timm's EVA reads past the layer."""
+    assert adapter.timm is not None
+    backbone = build_timm(adapter.timm[0], image_size=adapter.timm[1], device="meta")
+    parents = {layer.rpartition(".")[0] for layer in adapter.layers() if layer.endswith(".qkv")}
+    return any(hasattr(backbone.get_submodule(parent), "qkv_bias_separate") for parent in parents)
 
 
 def _ending(adapter: Adapter) -> str:
@@ -298,13 +293,19 @@ def _ending(adapter: Adapter) -> str:
     return f"# It was trained on what {adapter.until} gives.\nimport torch\n" + "".join(f"{line}\n" for line in lines)
 
 
-def _readme(adapter: Adapter, tower: Tower, split: bool) -> str:
-    base = adapter.base_sha256 or "not recorded"
-    return _HEAD.format(facts=facts(adapter, tower), base=base) + loading(adapter, tower, split=split)
+def _readme(adapter: Adapter, tower: Tower | None, base_model: Publication | None, *, split: bool) -> str:
+    model = f"timm's {adapter.model}" if tower is None else "an EVA vision tower"
+    base, nameless = adapter.base_sha256 or "not recorded", "" if base_model else f"{NAMELESS}\n"
+    head = _HEAD.format(model=model, facts=facts(adapter, tower), base=base, nameless=nameless)
+    front = front_matter("adapter", "peft", base_model, merged=False)
+    return "\n".join(front) + "\n" + head + loading(adapter, tower, split=split)
 
 
-def facts(adapter: Adapter, tower: Tower) -> str:
-    """Description of an adapter in a sentence or two."""
+def facts(adapter: Adapter, tower: Tower | None) -> str:
+    """Description of an adapter in a sentence or two; `tower`: of one of our own."""
+    if tower is None:
+        text = f"{adapter.describe()}. `{TIMM_FILE}` is what `visft merge` of visft_ds reads to add it into full "
+        return f"{text}weights, which need nothing else."
     kind = "DoRA of rank" if adapter.magnitude else "Rank"
     text = (
         f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
@@ -318,8 +319,15 @@ def facts(adapter: Adapter, tower: Tower) -> str:
     return text
 
 
-def loading(adapter: Adapter, tower: Tower, *, split: bool) -> str:
-    """The part of a README.md that says how PEFT + timm load an adapter folder."""
+def loading(adapter: Adapter, tower: Tower | None, *, split: bool) -> str:
+    """The part of a README.md that says how PEFT + timm load an adapter folder, or why they do not."""
+    if tower is None:
+        if reason := why_no_peft(adapter):
+            return f"It is not in PEFT's form: {reason}.\n"
+        size = "".join(f", {key}={value}" for key, value in adapter.options.items())
+        separate, why = (_SEPARATE, _NECESSARY) if reads_past_layers(adapter) else ("", "")
+        ending = separate + _ending(adapter)
+        return _TIMM_LOADING.format(name=adapter.model, size=size, ending=ending) + why
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
     adjust += _SPLIT if split else ""

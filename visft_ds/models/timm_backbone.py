@@ -96,7 +96,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"features of shape {tuple(features.shape)}")
         grid = images.shape[-2] // patch, images.shape[-1] // patch
         tokens = features[:, model.num_prefix_tokens :]
-        return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """Training mode, of all but batch norms."""

@@ -220,7 +220,7 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
 def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     """timm's model with separate q, k and v under PEFT, ready to train the same adapters.
 
-    On timm's fused qkv PEFT does nothing (docs/weights.md). Frozen tensors of the wanted dtype are shared with the
+    On timm's fused qkv PEFT does nothing (docs/export.md). Frozen tensors of the wanted dtype are shared with the
     backbone; adapters are copies, in fp32 as PEFT keeps them.
 
     Args:
@@ -233,7 +233,7 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.20 ({error})") from error
+        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.26 ({error})") from error
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     adapter = adapter_of(backbone)

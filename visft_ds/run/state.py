@@ -15,12 +15,15 @@ from visft_ds.checkpoint.export import export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
+from visft_ds.interop.card_data import Publication, publication_of
 from visft_ds.interop.writing import remove_unfinished
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
+from visft_ds.pretrained import HUB, HubFile
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
@@ -197,10 +200,19 @@ class RunState:
                     categories=data.categories,
                     base_sha256=base_sha256,
                     vocabulary=data.vocabulary,
+                    base_model=self._publication(),
                     instead=values,
                 )
                 for path in paths:
                     print(f"wrote {path}", flush=True)
+
+    def _publication(self) -> Publication | None:
+        """Publication of the base weights, as far as their name tells it."""
+        weights, backbone = self._config.visft.model.weights, self._engine.module.backbone
+        name = backbone.name if isinstance(backbone, TimmBackbone) else None
+        if weights is not None and weights.startswith(HUB):
+            return publication_of(HubFile.parse(weights).cached(), name)
+        return publication_of(None if weights is None else Path(weights), name)
 
     def __enter__(self) -> RunState:
         self._saver.__enter__()

@@ -139,7 +139,7 @@ def check_scale(scale: Scale) -> None:
             raise ValueError(f"{names}: toy scale makes its own; give --data SHARDS too, or leave it out")
     elif not scale.benchmarks:
         raise ValueError(
-            "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/benchmarks.md), for "
+            "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/evaluation.md), for "
             "example --benchmark zero_shot=imagenet-a --benchmark digits"
         )
     if scale.heads is not None and not Path(scale.heads).exists():

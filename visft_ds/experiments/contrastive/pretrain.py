@@ -44,7 +44,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.resilience.host_memory import host_memory_available
 
-#: Of the debug preset on the toy set, see docs/contrastive.md.
+#: Of the debug preset on the toy set, see docs/evaluation.md.
 DEFAULT_TEXT = TextShape()
 DEFAULT_RECIPE = ContrastiveRecipe(steps=400, batch_size=128, lr=1e-3)
 _ROWS = 256  # images encoded at once where nothing is learnt

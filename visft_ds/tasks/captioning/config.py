@@ -40,6 +40,7 @@ class CaptioningTask(WordsConfig):
     )
     shown = ("caption/CIDEr-D", "caption/BLEU-4")
     main = "caption/CIDEr-D"
+    hub_task = "image-to-text"
     published = "caption"
 
     image: CaptioningImage = CaptioningImage()

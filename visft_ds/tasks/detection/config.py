@@ -60,6 +60,7 @@ class DetectionTask(TaskConfig):
     metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
     shown = ("box/AP", "box/AP50")
     main = "box/AP50"
+    hub_task = "object-detection"
     published = "detection"
     before = MappingProxyType({"loss.average": "batch"})
 

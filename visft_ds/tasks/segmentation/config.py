@@ -82,6 +82,7 @@ class SegmentationTask(TaskConfig):
     metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
     shown = ("mask/AP", "mask/AP50")
     main = "mask/AP50"
+    hub_task = "image-segmentation"
     published = "segment"
     removed = MappingProxyType({"image.content_multiple": (_MULTIPLE, CONTENT_MULTIPLE)})
     before = MappingProxyType({"loss.average": "batch"})

@@ -1,0 +1,57 @@
+"""A backbone as a graph of ONNX: normalised images (B, 3, H, W) of one size -> feature map (B, D, h, w), any B.
+
+torch's own exporter writes it (torch.export, `dynamo=True`; the older one, by TorchScript, is deprecated). It needs
+onnx and onnxscript, and onnxruntime checks the result: the extra `onnx`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from visft_ds.models.backbone import Backbone
+
+FILE = "model.onnx"
+IMAGES, FEATURES = "images", "features"
+#: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
+_LARGEST = 1_900_000_000
+
+
+def check_installed() -> None:
+    """Raise ValueError where a package of the extra `onnx` is missing."""
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'visft_ds[onnx]'")
+
+
+def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
+    """Write a backbone (fp32, on the CPU) for images of its `image_size`; returns the files, the graph last.
+
+    Raises ValueError where torch cannot write it, or only for a fixed number of images.
+    """
+    side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch about its own parts
+            program = torch.onnx.export(
+                backbone.eval(),
+                (torch.zeros(2, 3, side, side),),
+                dynamo=True,
+                input_names=[IMAGES],
+                output_names=[FEATURES],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        first = str(error.__cause__ or error).split("\n")[0]
+        raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
+    shape = program.model.graph.inputs[0].shape if program else None
+    assert program and shape
+    if isinstance(shape[0], int):
+        raise ValueError(f"torch {torch.__version__} writes {backbone.describe()} as ONNX for two images at once only")
+    program.save(path, external_data=size > _LARGEST)
+    return [*path.parent.glob(f"{path.name}.data"), path]
