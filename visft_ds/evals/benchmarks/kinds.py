@@ -101,8 +101,15 @@ def parse_benchmark(text: str) -> Benchmark:
             f"--benchmark {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(kind.options)}"
             + (f". Did you mean {near[0]}?" if near and near[0] != unknown[0] else "")
         )
-    label = f"{name}/{options.get('name') or Path(source.rpartition(':')[2]).name}"
-    return kind.make(label, source, options)
+    return kind.make(label_of(text), source, options)
+
+
+def label_of(text: str) -> str:
+    """Name of a benchmark of a command line, which is not opened."""
+    name, _, rest = text.partition("=")
+    source, *pairs = rest.split(",")
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    return f"{name}/{options.get('name') or Path(source.rpartition(':')[2]).name}"
 
 
 def parse_benchmarks(texts: Sequence[str]) -> list[Benchmark]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from visft_ds.config.records import Finite, read_record
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.benchmarks.dense import Dense
-from visft_ds.evals.benchmarks.kinds import parse_benchmarks
+from visft_ds.evals.benchmarks.kinds import label_of, parse_benchmarks
 from visft_ds.evals.benchmarks.retention import KEPT
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.out_of_domain import DoseEntry, IntervalEntry, NumberEntry
@@ -26,7 +27,7 @@ from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, P
 from visft_ds.experiments.ablations.plan import Planner
 from visft_ds.experiments.ablations.questions import GAIN, LAST, PERMUTED, Arm, Question
 from visft_ds.experiments.ablations.run import Failure
-from visft_ds.experiments.ablations.scales import AWAY, HELD, HELD_OUT, THIRD
+from visft_ds.experiments.ablations.scales import HELD, HELD_OUT, THIRD
 from visft_ds.experiments.ablations.steps import STEPS, Step
 from visft_ds.monitor.console import Section
 from visft_ds.run.folder import ADAPTER_FOLDER
@@ -53,7 +54,7 @@ _SECONDS = {
     "stage1": 75,
     "stage2": 58,
     "dose": 17,
-    "benchmarks": 40,
+    "benchmarks": 28,
 }
 
 
@@ -198,16 +199,17 @@ class GainPlanner(Planner):
         self._dense = [text for text in self._judges if text.startswith("dense=")]
         if not self._dense:
             raise ValueError("gain is judged by patches and objects: give a --benchmark dense=SOURCE")
-        if self.scale.toy:
-            return f"dense/{AWAY} objects knn"
+        primary = f"{label_of(self._dense[0])} objects knn"
+        data = self._recipe(1).visft.data
+        there = manifest_path(Path(data.root), data.train).is_file()  # else it is among what is missing
+        if self.scale.toy or not there:
+            return primary
         judge = parse_benchmarks(self._dense[:1])[0]
         assert isinstance(judge, Dense)
-        objects = len(judge.test.labels)
-        root, split = self._recipe(1).visft.data.root, self._recipe(1).visft.data.train
-        images = len(Manifest.load(root, split))
+        images, objects = len(Manifest.load(data.root, data.train)), len(judge.test.labels)
         if images < FEWEST_IMAGES or objects < FEWEST_OBJECTS:
             raise ValueError(too_small(images, objects, judge.label))
-        return f"{judge.label} objects knn"
+        return primary
 
 
 def predicted(steps: Iterable[Step]) -> float:

@@ -32,6 +32,7 @@ TABLE, CHART, PAGE, MARKDOWN = "table", "chart.svg", "report.html", "report.md"
 BASE_ROW = "before stage 2"
 _NONE = "–"
 _COLUMNS = 3
+_LISTED = 12  # intervals that are named in a remark
 _WIDTH, _ROW, _FRAME = 1000, 20, 62  # of the chart, an arm, and around the arms of a panel, points
 
 
@@ -162,7 +163,7 @@ def remarks(outcome: Outcome) -> list[str]:
     )
     lines.append(
         f"Out of domain {len(sure)} of {count} intervals leave zero out"
-        + (f": {', '.join(sure)}. " if sure else ". ")
+        + (f": {', '.join(sure[:_LISTED])}{', ...' * (len(sure) > _LISTED)}. " if sure else ". ")
         + f"About {count * (1 - LEVEL):.1f} of so many would by chance alone."
     )
     return lines + [f"{arm.name} is incomplete: {cause}" for arm in outcome.arms for cause in arm.failures]
