@@ -162,7 +162,7 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere is neither a folder nor a command; there are build, verify, info"),
+        (["nowhere"], "nowhere is neither a folder nor a command; there are build, permute, verify, info"),
         (["build"], "--images, --out, --split: missing"),
         (["build", "{mine}", "--instances", "x"], "leave out --instances"),
         (["{mine}", "--split", "test"], "has no split 'test'; it is YOLO: data.yaml"),

@@ -179,7 +179,7 @@ def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
         fit(stage=1, model="debug", data=tmp_path / "nothing", out=tmp_path / "run")
     with pytest.raises(ValueError, match="--stage None: must be 1"):
         fit(model="debug")
-    with pytest.raises(ValueError, match="leave out stage, model and engine"):
+    with pytest.raises(ValueError, match="leave out stage, model, backbone and engine"):
         fit(resolve(stage=1, model="debug"), stage=1)
     with pytest.raises(ValueError, match="--resume yes: must be auto"):
         fit(stage=1, model="debug", resume="yes")

@@ -301,8 +301,6 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
     """The backbone with its adapter in it, and what was loaded, by name."""
     weights = open_weights(files.backbone)
     timm = files.timm or timm_settings(weights)
-    if files.adapter is not None:
-        refuse_merged(weights, files.adapter)
     facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
     backbone: Backbone
     adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
@@ -403,13 +401,19 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     """Read an adapter that was trained on these base weights.
 
     Raises:
-        ValueError: it is not there, or records another base.
+        ValueError: it is not there, records another base, or the weights have one merged in.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
+    weights = open_weights(backbone)
+    if is_merged(weights):
+        raise ValueError(
+            f"{backbone} has an adapter merged in already; with {path} on top it would count twice: leave the "
+            f"adapter out, or give the base weights"
+        )
     adapter = read_adapter(path)
     wanted = adapter.base_sha256
-    if wanted is not None and (found := base_identity(open_weights(backbone))) != wanted:
+    if wanted is not None and (found := base_identity(weights)) != wanted:
         raise ValueError(
             f"{path} was trained on base weights with sha256 {wanted}, but {backbone} has {found}: name the base "
             f"it was trained on with --backbone, or --adapter none"
@@ -455,15 +459,6 @@ def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str
             heads = [read_head_info(path, task) for task in infos for path in head_files(files.of_run[1], task)]
             known |= of_run | {info.extra["base_weights"] for info in heads if "base_weights" in info.extra}
     return of_other_base(infos, known)
-
-
-def refuse_merged(weights: WeightFile, adapter: Path) -> None:
-    """Raise ValueError where an adapter would come on top of weights that have one merged in."""
-    if is_merged(weights):
-        raise ValueError(
-            f"{weights.path} has an adapter merged in already; with {adapter} on top it would count twice: leave the "
-            f"adapter out, or give the base weights"
-        )
 
 
 def empty_backbone(tower: Tower, storage: torch.dtype, until: str | None = None) -> EvaViT:

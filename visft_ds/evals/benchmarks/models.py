@@ -36,7 +36,7 @@ from visft_ds.evals.benchmarks.encoders import (
     timm_encoder,
 )
 from visft_ds.evals.benchmarks.text_towers import TextTower, projection_of, text_tower_in
-from visft_ds.evals.model import adapter_for, empty_backbone, end_of, files_of_run, refuse_merged
+from visft_ds.evals.model import adapter_for, empty_backbone, end_of, files_of_run
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import open_weights
@@ -240,7 +240,6 @@ def _adapter_of(spec: ModelSpec) -> Adapter | None:
     """The adapter of a model, if it has one, times its scale."""
     if spec.adapter is None:
         return None
-    refuse_merged(open_weights(spec.name), spec.adapter)
     return adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
 
 
