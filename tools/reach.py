@@ -33,7 +33,7 @@ def _on_event(frame: FrameType, event: str, _: Any) -> None:
     if not code.co_filename.startswith(PACKAGE):
         return
     if event == "call":
-        _seen.add((code.co_filename, code.co_firstlineno, code.co_qualname))
+        _seen.add((code.co_filename, code.co_firstlineno, getattr(code, "co_qualname", code.co_name)))
     elif event == "return" and code.co_name == "train_step" and "parallel" in Path(code.co_filename).parts:
         sys.setprofile(None)
         _report()

@@ -155,6 +155,7 @@ class Planner:
         values = {
             "rate": f"{rate:g}",
             "tenth": f"{rate / 10:g}",
+            "hundredth": f"{rate / 100:g}",
             "heads": f"{stage1.optimizer.params.lr:g}",
             "mode": stage1.visft.mode,
             "shared": str(stage1.visft.shared.batch_size if stage1.visft.shared else 1),

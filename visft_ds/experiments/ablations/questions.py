@@ -2,7 +2,7 @@
 
 A further question is a further entry of QUESTIONS. Settings are those of `visft train --set`, in which
 
-    $rate    is the learning rate of the recipe's stage 2, $tenth a tenth of it,
+    $rate    is the learning rate of the recipe's stage 2, $tenth and $hundredth parts of it,
     $heads   the rate of stage 1, $mode and $shared its visft.mode and visft.shared.batch_size,
     $last    globs of the last quarter of the blocks,
     $second  the folder of a second data set.
@@ -200,7 +200,7 @@ EXPERIMENT = Question(
         Arm("one stage", (*_RANDOM_HEADS, *_heads("$heads")), joint=True, short=True),
         Arm(LAST, (f"visft.lora.targets={_LATE}",), both=("visft.model.until=null",)),
         *(Arm(SHORT[task], (f"visft.tasks={task}",)) for task in TASKS),
-        Arm("random heads", (*_RANDOM_HEADS, *_heads("0"), "optimizer.params.lr=$tenth"), joint=True, short=True),
+        Arm("random heads", (*_RANDOM_HEADS, *_heads("0"), "optimizer.params.lr=$hundredth"), joint=True, short=True),
         Arm("noise", made="noise"),
         Arm("scales", made="scales"),
         Arm("soup", made="soup"),
