@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, PICKLE_SUFFIXES, TRAINED_ON, open_weights
+from visft_ds.pretrained import PUBLISHED, HubFile
 
 #: Entries of the header of weights that are no published ones any more.
 _CHANGED = {DRAWN_AS, BASE_DRAWN_AS, TRAINED_ON, "lora", "tuned", "unmerged_from"}
@@ -35,8 +36,8 @@ class Measurement:
     split: str
 
 
-#: Published files whose name tells where they are from.
-_FILES = {"EVA02_CLIP_E_psz14_plus_s9B.pt": Publication("QuanSun/EVA-CLIP", "mit")}
+#: Licences of repositories that timm does not tell.
+_LICENCES = {"QuanSun/EVA-CLIP": "mit"}
 
 
 def publication_of(base: Path | None, model: str | None) -> Publication | None:
@@ -51,7 +52,10 @@ def publication_of(base: Path | None, model: str | None) -> Publication | None:
         return None
     if base.suffix not in PICKLE_SUFFIXES and not _CHANGED.isdisjoint(open_weights(base).metadata):
         return None
-    told = _FILES.get(base.name)
+    told = None
+    if base.name in PUBLISHED:
+        repository = HubFile.parse(PUBLISHED[base.name]).repository
+        told = Publication(repository, _LICENCES.get(repository))
     if model is not None:
         from timm import get_pretrained_cfg
 

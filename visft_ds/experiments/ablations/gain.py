@@ -342,9 +342,10 @@ def _pairs(
     for row in record.rows:
         if arm in row.differences and not row.name.startswith("price/"):  # a mean of others
             each = row.seeds[arm].each if arm in row.seeds else [row.differences[arm].value]
+            of = seeds if len(each) > 1 else seeds[:1]  # the soup of all seeds is one model
             before = 100 * row.values[base].value
             metrics.setdefault(row.name, Metric(row.name, False))
-            found[row.name] = {seed: Pair(before, before + 100 * one) for seed, one in zip(seeds, each, strict=False)}
+            found[row.name] = {seed: Pair(before, before + 100 * one) for seed, one in zip(of, each, strict=True)}
 
 
 def _line(primary: str, table: GainFile, contrast: GainFile | None, arm: str) -> list[str]:
