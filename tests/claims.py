@@ -87,10 +87,12 @@ def run_mutated(claim: Claim, folder: Path) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def notices(claim: Claim) -> tuple[bool, str]:
-    """Whether the test of a claim sees the mistake, and what pytest printed."""
+def notices(claim: Claim) -> tuple[bool | None, str]:
+    """Whether the test of a claim sees the mistake (None where it was skipped), and what pytest printed."""
     with tempfile.TemporaryDirectory(prefix="claim-") as folder:
         code, printed = run_mutated(claim, Path(folder))
+    if code == 0 and re.search(r"\d+ skipped", printed) and not re.search(r"\d+ passed", printed):
+        return None, printed
     # 2 or 4: a file that cannot be read or found; 5: no test at all; 1 without a number of tests: pytest itself failed.
     return code == 1 and re.search(r"\d+ (failed|error)", printed) is not None, printed
 
@@ -109,8 +111,8 @@ def main() -> int:
     for claim in chosen:
         began = time.monotonic()
         seen, printed = notices(claim)
-        survived += not seen
-        print(f"{'seen' if seen else 'NOT SEEN':8}  {time.monotonic() - began:5.0f} s  {claim.name}", flush=True)
+        survived += seen is False
+        print(f"{'seen' if seen else 'skipped' if seen is None else 'NOT SEEN':8}  {time.monotonic() - began:5.0f} s  {claim.name}", flush=True)
         if not seen:
             print(f"{claim.test}\n{claim.file}: {claim.old} -> {claim.new}\n{printed[-2000:]}", flush=True)
     print(f"{len(chosen)} mistakes, {survived} not seen")

@@ -44,4 +44,6 @@ def test_a_claim_names_a_test_and_a_mistake_that_can_be_made(claim: Claim) -> No
 @pytest.mark.parametrize("claim", [claim for claim in CLAIMS if not claim.slow], ids=lambda claim: claim.name)
 def test_the_mistake_is_noticed(claim: Claim) -> None:
     seen, printed = notices(claim)
+    if seen is None:
+        pytest.skip(next(line for line in printed.splitlines() if line.startswith("SKIPPED")))
     assert seen, printed
