@@ -33,6 +33,8 @@ from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_
 #: Labels of the two models of a trial in the table of benchmarks.
 BEFORE, AFTER = "before", "after"
 MERGED = "merged.safetensors"
+#: Beginnings of settings that decide values, not what trains: a model of timm takes seconds to build.
+_SHAPELESS = ("visft.seed=", "visft.model.weights=", "visft.data.root=", "visft.heads.path=")
 #: Beginnings of benchmarks that need a text side.
 _BY_TEXT = ("zero_shot=", "retrieval=")
 
@@ -176,7 +178,7 @@ class Planner:
             needs = [*needs, *made]
         chosen += [f"visft.data.root={step.out}" for step in needs if step.stem in self._relabelled]
         words = self._words(stage, chosen)
-        config, trained = self._checked(tuple(words))
+        config, trained = self._checked(stage, tuple(chosen))
         ours = str(self.steps.root / STEPS)
         gaps = [] if self.scale.toy else missing_inputs(config)
         self.missing |= {gap.path: gap for gap in gaps if not gap.path.startswith(ours)}
@@ -197,19 +199,23 @@ class Planner:
         return _Training(step, config, trained)
 
     @cache  # noqa: B019  # a planner lives as long as its plan
-    def _checked(self, words: tuple[str, ...]) -> tuple[ResolvedConfig, frozenset[str]]:
+    def _checked(self, stage: int, settings: tuple[str, ...]) -> tuple[ResolvedConfig, frozenset[str]]:
         """The configuration, and what trains; a glob that matches nothing is reported now."""
-        config = resolve_arguments(words)[1]
-        groups = plan_groups(config.visft, config.optimizer.params)
-        names = [name for group in groups for name in group.names]
-        return config, frozenset("lora" if is_lora(name) else name.partition(".")[0] for name in names)
+        config = resolve_arguments(self._words(stage, settings))[1]
+        return config, self._trained(stage, tuple(one for one in settings if not one.startswith(_SHAPELESS)))
+
+    @cache  # noqa: B019
+    def _trained(self, stage: int, settings: tuple[str, ...]) -> frozenset[str]:
+        config = resolve_arguments(self._words(stage, settings))[1]
+        names = [name for group in plan_groups(config.visft, config.optimizer.params) for name in group.names]
+        return frozenset("lora" if is_lora(name) else name.partition(".")[0] for name in names)
 
     def _words(self, stage: int, settings: Sequence[str]) -> list[str]:
         words = ["--stage", str(stage), "--model", self.scale.model, "--data", self._data]
         return words + [part for setting in settings for part in ("--set", setting)]
 
     def _recipe(self, stage: int) -> ResolvedConfig:
-        return self._checked(tuple(self._words(stage, self.scale.stage_settings(stage))))[0]
+        return self._checked(stage, tuple(self.scale.stage_settings(stage)))[0]
 
     def _both(self, arm: Arm) -> tuple[str, ...]:
         """Settings of both stages: those of the arm, and where it takes another backbone."""
@@ -231,12 +237,16 @@ class Planner:
         """File that trainings begin with where it is not that of the model's configuration, and its step."""
         if self.scale.base_file:
             file = self.scale.base_file[1]
-            step = self._toy.weights(file)
+            step = self._renamed
             return (step.out / BASE, [step]) if step else (file, [])
         if not self.scale.toy:
             return None, []
         base = self._base(seed)
         return clip_file(base), [base]
+
+    @cached_property
+    def _renamed(self) -> Step | None:
+        return self._toy.weights(self.scale.base_file[1]) if self.scale.base_file else None
 
     def _given_heads(self, arm: Arm) -> bool:
         """Return True if heads are given: those of the model's own tower fit no other."""
