@@ -112,7 +112,8 @@ def main() -> int:
         began = time.monotonic()
         seen, printed = notices(claim)
         survived += seen is False
-        print(f"{'seen' if seen else 'skipped' if seen is None else 'NOT SEEN':8}  {time.monotonic() - began:5.0f} s  {claim.name}", flush=True)
+        word = "skipped" if seen is None else "seen" if seen else "NOT SEEN"
+        print(f"{word:8}  {time.monotonic() - began:5.0f} s  {claim.name}", flush=True)
         if not seen:
             print(f"{claim.test}\n{claim.file}: {claim.old} -> {claim.new}\n{printed[-2000:]}", flush=True)
     print(f"{len(chosen)} mistakes, {survived} not seen")

@@ -44,10 +44,9 @@ def _model_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _nested_models(annotation: Any, repeated: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    arguments = get_args(annotation)  # in Python 3.10 tuple[int] is a type, too
-    if not arguments and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, repeated
-    for argument in arguments:
+    for argument in get_args(annotation):
         yield from _nested_models(argument, repeated or getattr(annotation, "__origin__", None) is tuple)
 
 
