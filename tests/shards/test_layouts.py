@@ -137,7 +137,7 @@ def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"metadata\.jsonl: 1 lines are wrong:\n  line 2: .*{message}"):
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl: wrong lines: 1\n  line 2: .*{message}"):
         recognise(_captioned(tmp_path, {"file_name": "0.jpg", "text": "A dog."}, line))
 
 

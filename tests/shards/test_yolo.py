@@ -75,14 +75,14 @@ def test_labels_fit_the_picture_as_shown_and_become_those_of_the_stored_one(tmp_
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_yolo(tmp_path, (f"{BOX}\n\n{line}\n", BOX))
     with pytest.raises(
-        ValueError, match=rf"1 lines of its labels are wrong:\n  .*train/labels/0\.txt line 3: {message}"
+        ValueError, match=rf"wrong lines in its labels: 1\n  .*train/labels/0\.txt line 3: {message}"
     ):
         read(path)
 
 
 def test_many_wrong_lines_are_counted_and_a_few_shown(tmp_path: Path) -> None:
     path = write_yolo(tmp_path, ("9 0 0 0 0\n" * 4, BOX, "9 0 0 0 0\n" * 4))
-    with pytest.raises(ValueError, match=r"8 lines .*(\n.* line \d: class 9.*){5}\n  and 3 more$"):
+    with pytest.raises(ValueError, match=r"labels: 8(?=\n)(\n.* line \d: class 9.*){5}\n  and 3 more$"):
         read(path)
 
 

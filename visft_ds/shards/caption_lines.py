@@ -37,7 +37,7 @@ def read_lines(path: Path) -> MadeJson:
             wrong.append(f"\n  line {place}: {error}")
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ValueError(f"{path}: {len(wrong)} lines are wrong:{''.join(wrong[:_SHOWN])}{more}")
+        raise ValueError(f"{path}: wrong lines: {len(wrong)}{''.join(wrong[:_SHOWN])}{more}")
     if not numbers:
         raise ValueError(f'{path} has no line such as {{"file_name": "a.jpg", "text": "A dog."}}')
     images = []

@@ -183,7 +183,7 @@ def read_yolo(description: YoloDescription, split: str) -> tuple[Path, MadeJson]
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(
-            f"{where}: {len(wrong)} lines of its labels are wrong:\n  " + "\n  ".join(wrong[:_SHOWN]) + more
+            f"{where}: wrong lines in its labels: {len(wrong)}\n  " + "\n  ".join(wrong[:_SHOWN]) + more
         )
     categories = [{"id": ids[number], "name": name} for number, name in description.names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}

@@ -279,7 +279,8 @@ def _panel(axes: Axes, arms: Sequence[ArmResult], metric: Metric) -> None:
     for row, arm in enumerate(arms):
         change = arm.change(metric.name)
         if change is None:
-            axes.text(0, row, " no result", va="center")
+            if arm.failures:  # else it was not asked
+                axes.text(0, row, " no result", va="center")
             continue
         colour = "#6f7479" if not change.sure else UP if change.mean > 0 else DOWN
         if change.low is not None and change.high is not None:
