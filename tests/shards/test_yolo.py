@@ -82,7 +82,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 def test_many_wrong_lines_are_counted_and_a_few_shown(tmp_path: Path) -> None:
     path = write_yolo(tmp_path, ("9 0 0 0 0\n" * 4, BOX, "9 0 0 0 0\n" * 4))
-    with pytest.raises(ValueError, match=r"labels: 8(?=\n)(\n.* line \d: class 9.*){5}\n  and 3 more$"):
+    with pytest.raises(ValueError, match=r"labels: 8(\n.* line \d: class 9.*){5}\n  and 3 more$"):
         read(path)
 
 
