@@ -74,9 +74,7 @@ def test_labels_fit_the_picture_as_shown_and_become_those_of_the_stored_one(tmp_
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_yolo(tmp_path, (f"{BOX}\n\n{line}\n", BOX))
-    with pytest.raises(
-        ValueError, match=rf"wrong lines in its labels: 1\n  .*train/labels/0\.txt line 3: {message}"
-    ):
+    with pytest.raises(ValueError, match=rf"wrong lines in its labels: 1\n  .*train/labels/0\.txt line 3: {message}"):
         read(path)
 
 

@@ -182,9 +182,7 @@ def read_yolo(description: YoloDescription, split: str) -> tuple[Path, MadeJson]
             annotations.append({"id": len(annotations) + 1, **entry, "iscrowd": 0})
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ValueError(
-            f"{where}: wrong lines in its labels: {len(wrong)}\n  " + "\n  ".join(wrong[:_SHOWN]) + more
-        )
+        raise ValueError(f"{where}: wrong lines in its labels: {len(wrong)}\n  " + "\n  ".join(wrong[:_SHOWN]) + more)
     categories = [{"id": ids[number], "name": name} for number, name in description.names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     findings = tuple(("label without image", str(label)) for label in _without_image(labels.values(), used))

@@ -116,7 +116,7 @@ def read_outcome(folder: Path) -> Outcome:
 def _summary(outcomes: Sequence[Outcome]) -> str:
     arms = sum(len(outcome.arms) for outcome in outcomes)
     failed = sum(bool(arm.failures) for outcome in outcomes for arm in outcome.arms)
-    return f"{len(outcomes)} questions, {arms} arms" + (f", {failed} of them incomplete" if failed else "")
+    return f"questions: {len(outcomes)}, arms: {arms}" + (f", {failed} of them incomplete" if failed else "")
 
 
 # ------------------------------------------------------------------------------------------------------ tables
