@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -19,6 +20,8 @@ from typing import Any
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+#: What gloo of torch 2.10 prints to standard output of each process group.
+_GLOO = re.compile(r"^\[Gloo\] Rank .*\n", re.MULTILINE)
 
 
 def free_port() -> int:
@@ -119,7 +122,7 @@ def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> tuple[list[int], list[str]]:
     """Wait for all ranks: exit codes and what each printed."""
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        outputs = [_GLOO.sub("", process.communicate(timeout=timeout)[0]) for process in processes]
     finally:
         for process in processes:
             process.kill()
