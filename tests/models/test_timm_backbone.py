@@ -109,7 +109,7 @@ def test_published_models_by_shape() -> None:
     [
         ("convnxt_atto", "did you mean timm:convnext_atto"),
         ("vit_base_patch16_clip_224.opena", "Invalid pretrained tag"),
-        ("test_vit_relpos", "takes images of one size only"),
+        ("vit_relpos_small_patch16_224", "takes images of one size only"),
         ("hiera_tiny_224", r"no map of rows and columns, which heads need \(features of shape \(1, 49, 768\)\)"),
         ("vitamin_small_224", "no map of rows and columns, which heads need .shape"),
     ],
