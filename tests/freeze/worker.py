@@ -103,7 +103,9 @@ def _run_all(cases: Sequence[Case], checkout: Path, jobs: int) -> Iterator[tuple
             elif len(running) < jobs and all(done.get(name) for name in case.needs):
                 del waiting[case.name]
                 running[_start(case, checkout)] = case
-        assert running, f"cases that need what there is not: {', '.join(waiting)}"
+        assert running or not waiting, f"cases that need what there is not: {', '.join(waiting)}"
+        if not running:
+            break
         process, _, used = os.wait4(-1, 0)
         case = running.pop(process)
         answer = _answer(case)

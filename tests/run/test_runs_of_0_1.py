@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
 from tests.freeze.stored import FEW, FOLDER, RESUMED, RUNS
 from tests.freeze.worker import ENVIRONMENT
@@ -18,6 +19,7 @@ from tests.freeze.worker import ENVIRONMENT
 REPOSITORY = Path(__file__).parents[2]
 #: Other processors sum in another order, which two steps magnify.
 TOLERANCE = 1e-3
+TIMM = "1.0.31"  #: with which the runs on a ConvNeXt were made; another version draws other weights
 
 
 @cache
@@ -33,7 +35,6 @@ def results(runs: str, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pytest.importorskip("timm")
     return {runs: tmp_path_factory.mktemp(runs) for runs in ("few", "stored")}
 
 
@@ -45,6 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ],
 )
 def test_the_run_is_read(folders: dict[str, Path], run: str, runs: str) -> None:
+    if run.startswith("convnext") and timm.__version__ != TIMM:
+        pytest.skip(f"began with random weights of timm {TIMM}, and this is {timm.__version__}")
     found = results(runs, folders[runs])
     assert run not in found["failed"], found["failed"][run]
     expected = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))[run]

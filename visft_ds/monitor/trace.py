@@ -33,7 +33,8 @@ def traced(
         return
     first, last = steps
     path = out / f"trace-{first}-{last}-rank{distributed.rank()}.json.gz"
-    profiler = profile(schedule=partial(_action, first - 1 - start, last - 1 - start))
+    # acc_events: there is one cycle, and without it torch 2.10 warns that those before would be lost.
+    profiler = profile(schedule=partial(_action, first - 1 - start, last - 1 - start), acc_events=True)
     profiler.on_trace_ready = partial(_write, path, tell)
     with profiler:
         yield profiler.step
