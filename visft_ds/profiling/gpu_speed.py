@@ -189,7 +189,7 @@ def trace(device: str, folder: Path, gpus: int) -> Iterator[Row]:
                 step, batches = next(made)
                 make_step(session, step.step, batches)
             step, batches = next(made)
-            with profile(activities=activities) as profiler, record_function("the step"):
+            with profile(activities=activities, acc_events=True) as profiler, record_function("the step"):
                 make_step(session, step.step, batches)
                 if device == "cuda":
                     torch.cuda.synchronize()

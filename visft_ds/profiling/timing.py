@@ -191,7 +191,7 @@ def measure_communication(step: Callable[[], object], device: torch.device) -> C
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=False) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         step()
         synchronize(device)
     events: list[Any] = list(profiler.events())
