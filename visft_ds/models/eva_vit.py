@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,11 @@ PRESETS = {
 #: square of the tokens (its result is kept instead).
 #: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
 RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
+
+
+#: Since 2.15 torch asks whether hooks on saved tensors see what is kept of a region; they did not, and the ledger of
+#: `costs` counts so.
+_UNHOOKED = {name: False for name in signature(checkpoint).parameters if name == "respect_saved_tensors_hooks"}
 
 
 def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -215,7 +221,8 @@ def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str)
     elif policy == "gelu_8bit":
         run = partial(block, coded_gelu=True)
     elif policy == "all_but_attention":
-        run = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
+        kept = partial(create_selective_checkpoint_contexts, attention_kernels())
+        run = recomputed(block, context_fn=kept, **_UNHOOKED)
     elif policy == "block":
         if isinstance(block, Block) and block.recomputes_all():
             whole = block if packing is None else partial(block, packing=packing)

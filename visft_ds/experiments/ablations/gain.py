@@ -130,7 +130,8 @@ class GainPlanner(Planner):
             own = f"{BASE}={self._stage1(arm, seeds[0]).step.out}" if arm.both else base
             tables[arm.name] = self._table(f"{arm.name}, all seeds", [own, *words], needs, primary)
             if arm in others and not arm.both:
-                title, needs = f"{arm.name} beside {first.name}", [*reference.needs, *needs]
+                title = f"{arm.name} beside {first.name}"
+                needs = [tables[first.name], tables[arm.name]]  # whose features it reads
                 judges = [text for text in self._judges if not text.startswith("retention=")]
                 contrasts[arm.name] = self._table(title, [reference.word, *words], needs, primary, judges)
         matter = [reference, *(found[arm.name][-1] for arm in question.arms[1:MATTER] if not arm.both)]
