@@ -81,7 +81,9 @@ def test_arms_are_judged_beside_the_base_and_beside_the_first(planned: tuple[Gai
     assert list(plan.against_base) == ["two stages", *ARMS] and list(plan.against_first) == ARMS
     for arm, step in plan.against_base.items():
         assert _value(step, "--model").startswith("base=") and _value(step, "--primary") == plan.primary, arm
-    assert all(_value(step, "--model").startswith("two stages=") for step in plan.against_first.values())
+    for arm, step in plan.against_first.items():
+        assert _value(step, "--model").startswith("two stages=")
+        assert {plan.against_base[name].stem for name in ("two stages", arm)} <= set(step.needs)
     assert any("@0.25:1.5:0.25" in word for word in plan.against_base["scales"].command)
     late = plan.late
     assert late is not None and sum("style-c" in word for word in late.command) == 2

@@ -131,7 +131,8 @@ class GainPlanner(Planner):
             tables[arm.name] = self._table(f"{arm.name}, all seeds", [own, *words], needs, primary)
             if arm in others and not arm.both:
                 title = f"{arm.name} beside {first.name}"
-                needs = [tables[first.name], tables[arm.name]]  # whose features it reads
+                # It reads the features of both tables, which would otherwise be computed twice at the same time.
+                needs = [*reference.needs, *needs, tables[first.name], tables[arm.name]]
                 judges = [text for text in self._judges if not text.startswith("retention=")]
                 contrasts[arm.name] = self._table(title, [reference.word, *words], needs, primary, judges)
         matter = [reference, *(found[arm.name][-1] for arm in question.arms[1:MATTER] if not arm.both)]
