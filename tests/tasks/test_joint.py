@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.options import alone, drawn, together
@@ -139,7 +139,8 @@ def test_evaluation_draws_nothing() -> None:
     st.tuples(*[st.floats(0, 1)] * 4),
     st.sampled_from([None, 36, 50]),
 )
-@settings(max_examples=150, deadline=None)
+# What is left out of them are boxes of a few cells.
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_masks_of_rectangles_lie_on_their_boxes(
     key: int, size: tuple[int, int], shares: tuple[float, float, float, float], fixed_size: int | None
 ) -> None:
