@@ -112,7 +112,7 @@ setup(
             "mlxtend>=0.23",
             HTTP,
             S3,
-            # Its extra states the boto3 that it goes with; else pip tries fifty others, and then another build of torch.
+            # Its extra states the boto3 it goes with; else pip tries fifty others, and then another build of torch.
             "aiobotocore[boto3]>=2.19",
             "moto[server,s3]>=5.2",
             "transformers>=5.24",
