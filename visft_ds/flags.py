@@ -1,14 +1,19 @@
-"""Command lines: errors that name the nearest flag, and numbers that a flag does not take."""
+"""Command lines: errors that name the nearest flag, numbers that a flag does not take, packages that it needs."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NoReturn
 
+from visft_ds import CHECKOUT
 from visft_ds.redaction import redacted
 
 _UNKNOWN = "unrecognized arguments: "
+#: Packages of the extra `eval`, as they are imported.
+EVAL = ("open_clip", "sklearn")
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +35,18 @@ def check_least(given: object, **least: int) -> None:
         value = getattr(given, name)
         if value is not None and value < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
+
+
+def install_command(extra: str = "") -> str:
+    """Command that installs this package where it came from, with an extra."""
+    editable, source = ("-e ", ".") if CHECKOUT else ("", "visft_ds")
+    return f"pip install {editable}" + (f"'{source}[{extra}]'" if extra else source)
+
+
+def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:
+    """Raise ValueError for packages of an extra, as they are imported, that `what` needs and that are not installed."""
+    if lacking := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f"{what} needs {', '.join(lacking)}, not installed here: {install_command(extra)}")
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:

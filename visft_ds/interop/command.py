@@ -22,6 +22,7 @@ from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.evals.compare import MAIN, read_evaluation
+from visft_ds.flags import check_extra
 from visft_ds.interop import hub, loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
@@ -213,7 +214,7 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.out}: end the name in .safetensors (a file), or write it without a dot (a folder)")
     refuse_existing(given.out)
     if graph:
-        onnx.check_installed()
+        check_extra("--format onnx", "onnx", onnx.PACKAGES)
     if given.verify and given.format == "visft":
         raise ValueError("--verify: no library on PyPI reads --format visft; it is proved by --format peft --verify")
     if given.verify and not given.unmerge:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,15 +15,11 @@ import torch
 from visft_ds.models.backbone import Backbone
 
 FILE = "model.onnx"
+#: Packages of the extra `onnx`, as they are imported.
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 IMAGES, FEATURES = "images", "features"
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
 _LARGEST = 1_900_000_000
-
-
-def check_installed() -> None:
-    """Raise ValueError where a package of the extra `onnx` is missing."""
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'visft_ds[onnx]'")
 
 
 def write_onnx(backbone: Backbone, path: Path) -> list[Path]:

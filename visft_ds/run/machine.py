@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.config.schema import RunConfig
+from visft_ds.flags import check_extra
 from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
@@ -68,8 +68,8 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     use_kernels(model.kernels, device)
     use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(model.compile, device)
-    if (tracker := config.visft.run.track) is not None and find_spec(tracker) is None:
-        raise ValueError(f"visft.run.track = {tracker!r}: it is not installed: pip install visft_ds[{tracker}]")
+    if tracker := config.visft.run.track:
+        check_extra("visft.run.track", tracker, [tracker])
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.benchmarks.run import Dose, Settings, check_same_everywhere, dose, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, seeds_section, sheet, verdict
 from visft_ds.evals.charts import Bar, interval_chart
-from visft_ds.flags import Parser, check_least
+from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Gauge, Section, print_plan
@@ -46,7 +45,6 @@ from visft_ds.redaction import redacted, redacted_words
 from visft_ds.resilience.errors import met_by_one_rank, tell
 from visft_ds.tasks.pictures import save_png
 
-_EXTRA = ("open_clip", "sklearn")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1
 RECORD, CHART, GAINS, PICTURES, CACHE = "benchmarks.json", "differences.svg", "gain.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
@@ -137,8 +135,7 @@ def check_folder(out: Path, record: str, primary: str | None) -> None:
 
 def settings_of(given: argparse.Namespace) -> Settings:
     """Settings by the flags of `add_flags`. Raises ValueError for numbers out of range and libraries that lack."""
-    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
+    check_extra("a benchmark", "eval", EVAL)
     check_least(given, batch_size=1, threads=0, image_size=1)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)

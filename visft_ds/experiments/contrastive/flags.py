@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe
 from visft_ds.experiments.contrastive.pairs import PairOrder, read_pairs
-from visft_ds.flags import check_least
+from visft_ds.flags import check_extra, check_least
 from visft_ds.interop.writing import refuse_existing
 from visft_ds.monitor.console import Section, print_plan
-
-_EXTRA = ("open_clip",)  # as they are imported
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +48,7 @@ def recipe_of(given: argparse.Namespace) -> ContrastiveRecipe:
 
 def check_common(given: argparse.Namespace) -> None:
     """Raise ValueError for packages that are missing, an `--out` that exists, nonsense in common flags."""
-    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ValueError(f"not installed: {', '.join(lacking)}. This needs the extra eval: pip install '.[eval]'")
+    check_extra("contrastive training", "eval", ["open_clip"])
     check_least(given, log_every=1)
     refuse_existing(given.out)
 
