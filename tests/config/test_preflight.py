@@ -56,7 +56,14 @@ def test_nothing_is_missing_where_everything_is(tmp_path: Path) -> None:
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=0")
     assert missing_inputs(config) == []
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=1")
-    assert [item.path for item in missing_inputs(config)] == [str(tmp_path / "val.manifest.json")]
+    (missing,) = missing_inputs(config)
+    assert missing.path == str(tmp_path / "val.manifest.json")
+    assert "or train without: --set visft.run.eval_every=0" in missing.what
+
+
+def test_a_folder_is_named_by_its_path() -> None:
+    with pytest.raises(ValueError, match="file:///shards: file:// is not allowed; give the plain path"):
+        missing_inputs(debug("visft.data.root=file:///shards"))
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import DamagedSample, ShardReader
-from visft_ds.data.workers import choose_workers
+from visft_ds.data.workers import _Parts, choose_workers
+from visft_ds.resilience.errors import StoreFailed
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.tasks.transform import collate_joint
@@ -304,6 +306,16 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_process_hands_over_what_reading_ahead_raises(plan: Plan) -> None:
+    def full(indices: Sequence[int], role: str) -> None:
+        raise StoreFailed("the disk of the cache is full")
+
+    maker: Any = SimpleNamespace(
+        sets={"toy": SimpleNamespace(reader=SimpleNamespace(prefetch=full))}, features=None, role="both"
+    )
+    assert isinstance(_Parts(maker, with_cpu=False)[plan.step(0)], StoreFailed)
 
 
 _KILLED = """

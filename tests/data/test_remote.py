@@ -193,9 +193,10 @@ def test_a_server_without_ranges_gives_whole_shards_or_an_error(
             assert [reader.read(index) for index in range(12)] == truth["both"]
 
 
-@pytest.mark.parametrize("url", ["pipe:cat x", "ftp://a/b", "simplecache::http://a/b", "github://a:b@/c"])
+@pytest.mark.parametrize("url", ["pipe:cat x", "ftp://a/b", "simplecache::http://a/b", "github://a:b@/c", "file:///a"])
 def test_other_protocols_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="is not allowed; give a folder or a URL that begins with file://, http://"):
+    allowed = "is not allowed; give the plain path of a folder, or a URL that begins with http://, https://"
+    with pytest.raises(ValueError, match=allowed):
         open_store(url)
 
 
@@ -210,12 +211,6 @@ def test_urls_that_would_spread_a_password_or_are_no_folder_are_refused() -> Non
         open_store("https://me:secret@host/shards")
     with pytest.raises(ValueError, match="URL of a folder"):
         open_store("https://host/shards?token=1")
-
-
-def test_local_folders_have_urls_too(split: Manifest, truth: dict[Role, list[Sample]]) -> None:
-    assert isinstance(split.root, Path)
-    with ShardReader(Manifest.load(split.root.as_uri(), "toy")) as reader:
-        assert reader.read(3) == truth["both"][3] and reader.manifest.root == split.root
 
 
 def test_headers_come_from_the_configuration_of_fsspec(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +358,15 @@ def test_closing_ends_what_is_under_way(served: Served, tmp_path: Path, cache: b
     served.faults.clear()
     assert reader.read(0)[0] is not None, "a later read opens it again"
     reader.close()
+
+
+def test_closing_keeps_the_connections_of_another_store() -> None:
+    first, second = (remote.Requests("http://host/shards", "http") for _ in range(2))
+    kept = first._open()
+    assert second._open() == kept, "fsspec takes them for equal"
+    second.close()
+    assert any(one is kept for one in remote._in_use.values())
+    first.close()
 
 
 @pytest.mark.parametrize(

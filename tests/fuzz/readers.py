@@ -68,7 +68,7 @@ from visft_ds.predict.images import open_image
 from visft_ds.prepare.datasets import _read_map
 from visft_ds.prepare.places import DATA, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
-from visft_ds.resilience.heartbeat import Beat, asked_to_stop, process_state, read_beats
+from visft_ds.resilience.heartbeat import Beat, ended_well, process_state, read_beats
 from visft_ds.resilience.watchdog import Peers
 from visft_ds.run.adapter import read_change
 from visft_ds.run.folder import recorded_config
@@ -418,7 +418,7 @@ def make_beats(folder: Path) -> None:
 
 def look_at_beats(folder: Path) -> None:
     peers = Peers(2, 0, 60, 60, 0.0)
-    asked_to_stop(folder)
+    ended_well(folder, "")
     for now in (1.0, 20.0, 70.0):
         beats = {beat.rank: beat for beat in read_beats(folder) if beat.start == "start"}
         _, blamed = peers.look(beats, now, timed=True)
@@ -491,7 +491,7 @@ def look_at_comparison(folder: Path) -> None:
 
 
 def make_words(folder: Path) -> None:
-    (folder / "ours.json").write_text(Vocabulary(("a", "the", "star")).to_json())
+    (folder / "ours.json").write_text(json.dumps(Vocabulary(("a", "the", "star")).to_dict()))
     words = ["<pad>", "a", "star", "<unk>", "<start>", "<end>"]
     (folder / "map.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "categories.json").write_text(json.dumps({"star": 1, "ring": None, "*": None}))
@@ -500,7 +500,7 @@ def make_words(folder: Path) -> None:
 def read_words(folder: Path) -> None:
     for name in ("ours.json", "map.json"):
         words = read_vocabulary(folder / name)
-        words.encode("a star"), words.decode([1, 2, words.end]), words.to_json()
+        words.encode("a star"), words.decode([1, 2, words.end]), json.dumps(words.to_dict())
     _read_map(folder / "categories.json")
 
 

@@ -182,6 +182,12 @@ def test_shards_of_the_same_name_are_not_those_of_the_run(
         data_of_run(home / "run", config, "train")
 
 
+def test_damaged_shards_are_passed_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "elsewhere", {"shards/train.manifest.json": "{}"})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert data_of_run(home / "run", _config().visft, "train") == str(home / "shards")
+
+
 def test_a_run_without_a_record_of_its_inputs_counts_as_given(home: Path) -> None:
     """Release 0.1 has written none."""
     record = json.loads((home / "run/run.json").read_text())
@@ -207,3 +213,8 @@ def test_a_run_in_place_of_a_folder_of_heads_is_told_the_folder(home: Path) -> N
             heads_in(run)
         with pytest.raises(ValueError, match=f"it is in {run / inside}, give that"):
             find_head(run, "detection")
+
+
+def test_what_needs_no_data_does_not_ask_where_it_is() -> None:
+    """Runs before 0.2 may have named it by file://, which is refused where data is read."""
+    assert DATA not in paths_of(resolve(stage=1, model="debug", settings=["visft.data.root=file:///x"]).visft)

@@ -218,7 +218,7 @@ def test_words_that_were_cut_in_another_way_are_refused(whole: Manifest) -> None
 def test_a_file_of_words_counts_instead_of_the_captions(whole: Manifest, mute: Manifest, tmp_path: Path) -> None:
     own, published = tmp_path / "own.json", tmp_path / "WORDMAP.json"
     words = Vocabulary(("zebra", "red"))
-    own.write_text(words.to_json())
+    own.write_text(json.dumps(words.to_dict()))
     # As the published heads' word maps: in any order, special tokens included.
     published.write_text(json.dumps({"<start>": 4, "red": 2, "<pad>": 0, "<end>": 5, "zebra": 1, "<unk>": 3}))
     for file in (own, published):
@@ -241,7 +241,7 @@ def test_a_file_of_words_counts_instead_of_the_captions(whole: Manifest, mute: M
         ('{"a": 0, "<pad>": 1, "<unk>": 2, "<start>": 3, "<end>": 4}', "<pad> first"),
         ('{"a": {"b": 1}}', "'a' is .*, which is no whole number"),
         ('{"<pad>": false, "a": true, "<unk>": 2, "<start>": 3, "<end>": 4}', "'<pad>' is False"),
-        (Vocabulary(("a", "b")).to_json().replace('"a"', '"c"'), "was changed after it was written"),
+        (json.dumps(Vocabulary(("a", "b")).to_dict()).replace('"a"', '"c"'), "was changed after it was written"),
         (json.dumps({**Vocabulary(("a",)).to_dict(), "version": 99}), "version 99"),
         (json.dumps({**Vocabulary(("a",)).to_dict(), "words": "a"}), "has no list of words"),
     ],
@@ -264,7 +264,7 @@ def test_what_is_known_of_the_words_before_a_run(whole: Manifest, mute: Manifest
     # A file that is not there yet must not be replaced by the words of the captions.
     file = tmp_path / "words.json"
     assert known_vocabulary(config_of(here, f"{FILE}={file}")) is None
-    file.write_text(Vocabulary(("red",)).to_json())
+    file.write_text(json.dumps(Vocabulary(("red",)).to_dict()))
     found = known_vocabulary(config_of(nowhere, f"{FILE}={file}"))
     assert found is not None and found.words == ("red",)
     with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):

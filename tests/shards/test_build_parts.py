@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pytest
 import simplejpeg
 from faster_coco_eval import mask as coco_mask
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, write_tree
 from visft_ds.data.decode import decode_image
 from visft_ds.shards import source
 from visft_ds.shards.categories import COCO_NAMES, map_categories
-from visft_ds.shards.images import check_image, difference_hash
+from visft_ds.shards.images import check_image, difference_hash, stored_frame
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.segmentations import stored_segmentation
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
@@ -261,6 +261,15 @@ def test_lesser_checks_look_less_far() -> None:
     assert check_image(data, other, "none").reason is None
     assert check_image(b"GIF89a", other, "none").reason == "unreadable"
     assert check_image(data, _image(90, 120), "header").dhash == 0 != check_image(data, _image(90, 120)).dhash
+
+
+def test_the_frame_of_a_png_is_that_of_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(image: Image.Image) -> None:
+        raise AssertionError("all pixels were decoded")
+
+    Image.fromarray(_scene(1)).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    assert stored_frame(tmp_path / "a.png") == (90, 120, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- hashes

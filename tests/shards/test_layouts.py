@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.coco_tree import write_tree
 from tests.yolo_folder import BOX, write_picture, write_yolo
@@ -65,6 +67,48 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = [*("build", str(tmp_path / "mine/data.yaml")), "--out", str(tmp_path / "mine-shards"), "--json", "--quiet"]
     assert main(again) == 0
     assert [report["shards_kept"] for report in json.loads(capsys.readouterr().out)] == [1, 1]
+
+
+def test_the_training_that_is_proposed_would_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    for out, split, told in (
+        ("a", "val", "looks for a split train; --set visft.data.train=NAME takes another one\n"),
+        ("a", "train", f"--data {tmp_path}/a\n"),
+        ("b", "train", f"--data {tmp_path}/b --set visft.run.eval_every=0\n"),
+    ):
+        words = ["build", str(tmp_path / "mine"), "--out", str(tmp_path / out), "--split", split, "--quiet"]
+        assert main(words) == 0
+        assert capsys.readouterr().out.endswith(told)
+
+
+def test_a_split_that_is_not_there_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_yolo(tmp_path / "mine")
+    path.write_text(path.read_text() + "test: ../test/images\n")
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    assert "(--split NAME makes one split alone)" in capsys.readouterr().err
+    assert main([str(tmp_path / "mine"), "--quiet", "--split", "train"]) == 0
+
+
+def test_boxes_of_unreadable_pictures_do_not_hide_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    for path in list((tmp_path / "mine").rglob("*.jpg")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".bmp"))
+        path.unlink()
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "but BMP" in error and "normalised" not in error
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / f"mine/train/labels/{odd}.txt").write_text(BOX)
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
+    assert r"labels/caf\udce9.txt" in capsys.readouterr().out, "a label without image"
+    write_picture(tmp_path / f"mine/train/images/{odd}.jpg")
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    assert r"train: caf\udce9.jpg: no UTF-8 name; rename it" in capsys.readouterr().err
 
 
 def test_other_labels_are_another_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +212,8 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsy
         (["{mine}", "--split", "test"], "has no split 'test'; it is YOLO: data.yaml"),
         (["{mine}", "--check", "none"], "--check none believes"),
         (["build", "s3://bucket/mine"], "only local folders are recognised"),
+        (["build", "file:///mine"], "file:///mine: file:// is not allowed; give the plain path"),
+        (["verify", "s3://bucket/mine"], "fetch the shards to a folder first"),
     ],
 )
 def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -300,6 +300,17 @@ def test_a_split_built_otherwise_is_not_overwritten(tmp_path: Path) -> None:
     assert verify(out, "toy") == []
 
 
+def test_shards_that_fewer_images_leave_over_are_replaced(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree")
+    command = ["build", *tree.arguments(tmp_path / "out"), "--max-count", 1]
+    assert _run(*command).returncode == 0
+    (tree.images / "picture.3.jpg").unlink()
+    refused = _run(*command)
+    assert refused.returncode == 2 and "1 shards that this build would not make: toy-000011.tar" in refused.stderr
+    assert _run(*command, "--replace").returncode == 0
+    assert verify(tmp_path / "out", "toy") == []
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree")
     result = _run("build", *tree.arguments(tmp_path / "out"), "--max-count", 5, "--dry-run")

@@ -15,7 +15,9 @@ from PIL import Image
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, write_tree
 from tools.make_shards import main
 from visft_ds.shards.build import Options, build
+from visft_ds.shards.findings import TooManyDropsError
 from visft_ds.shards.finish import BuildReport
+from visft_ds.shards.verify import verify
 from visft_ds.toy.annotations import write_toy_coco
 
 Content = dict[str, Any]
@@ -115,6 +117,7 @@ SPOILED: dict[str, tuple[Change, str, str]] = {
         "there is no 'bbox'; COCO wants four numbers",
         "entry 0 of 'annotations'",
     ),
+    "text for iscrowd": (_text("iscrowd"), "'iscrowd' is text; COCO wants 0 or 1", "'iscrowd' is \""),
     "no id": (
         each(lambda entry: entry.pop("id")),
         "there is no 'id'; COCO wants an integer",
@@ -226,7 +229,30 @@ def test_captions_without_an_image_id_stop_the_build_too(
         assert f"24 x {cause}\n" in capsys.readouterr().err
 
 
+def test_what_is_of_two_images_is_of_neither(tree: Tree, tmp_path: Path) -> None:
+    tree.edit(lambda content: content["images"][1].update(id=content["images"][3]["id"]))
+    with pytest.raises(TooManyDropsError, match="3 x 'image_id' belongs to two images\n"):
+        build(_options(tree, tmp_path / "out"))
+    found = _found(build(_options(tree, tmp_path / "out", allow_drops=True)))
+    assert (found["annotation of two images"], found["caption of two images"]) == (3, 2)
+
+
 # ---------------------------------------------------------------------------------------- boxes of another form
+
+
+def test_boxes_beyond_all_pixels_are_malformed(tree: Tree, tmp_path: Path) -> None:
+    """Their areas would be no numbers of 64 bits, or none at all."""
+
+    def edit(content: Content) -> None:
+        for entry, side in zip(content["annotations"], (5_000_000_000, 1e200), strict=False):
+            entry["bbox"] = [0, 0, side, side]
+            del entry["area"]
+
+    tree.edit(edit)
+    with pytest.raises(TooManyDropsError, match="2 x 'bbox' is out of range; allowed are numbers below 1,000,000,000"):
+        build(_options(tree, tmp_path / "out"))
+    assert _found(build(_options(tree, tmp_path / "out", allow_drops=True)))["box malformed"] == 2
+    assert verify(tmp_path / "out", "toy") == []
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)

@@ -154,6 +154,18 @@ def test_masks_are_the_drawn_pixels(style: str) -> None:
         assert change[~_grow(marked)].max() <= 32  # a tip thinner than a pixel shows faintly
 
 
+def test_a_crowd_that_is_painted_over_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sentence names what no image shows."""
+    dot = np.array([[54.0, 54.0], [58.0, 54.0], [58.0, 58.0], [54.0, 58.0]])
+    monkeypatch.setattr("visft_ds.toy.scenes.CROWD_SHARE", 1.0)
+    monkeypatch.setattr("visft_ds.toy.scenes._scatter", lambda *_: [dot])
+    scenes = [draw_scene(np.random.default_rng(seed), STYLES["a"], 112, 112) for seed in range(40)]
+    assert 0 < sum(scene.crowd is None for scene in scenes) < 40
+    for scene in scenes:
+        told = " ".join(describe(np.random.default_rng(0), scene))
+        assert ("crowd" in told) == bool(scene.crowd and scene.crowd.visible.any())
+
+
 def test_as_many_objects_as_coco_has_when_asked_for() -> None:
     """Smaller shapes find room; each sentence still counts them."""
     scenes = [draw_scene(np.random.default_rng(seed), STYLES["a"], 160, 200, max_shapes=18) for seed in range(24)]

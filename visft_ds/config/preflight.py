@@ -42,7 +42,10 @@ class Missing:
 
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
-    """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
+    """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start.
+
+    Raises ValueError as `is_url`.
+    """
     return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
 
 
@@ -52,10 +55,12 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     for split, purpose in splits.items():
         manifest = Path(data.root) / f"{split}.manifest.json"
         if not is_url(data.root) and not manifest.is_file():
-            what, tree, out = f"shards for {purpose} (or name their folder with --data)", "COCO", data.root
+            without = "" if split == data.train else ", or train without: --set visft.run.eval_every=0"
+            what, tree, out = f"shards for {purpose} (or name their folder with --data{without})", "COCO", data.root
             if (Path(data.root) / "annotations").is_dir():
                 tree, out = data.root.rstrip("/"), f"{data.root.rstrip('/')}-shards"
                 what = f"shards for {purpose}: {data.root} is a COCO tree; make shards of it, then give --data {out}"
+                what += without
             command = (
                 f"visft shards build --images {tree}/{split}2017 "
                 f"--instances {tree}/annotations/instances_{split}2017.json "
@@ -72,9 +77,15 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
             yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
-def is_url(root: str) -> bool:
-    """Return True if shards are read over a network; they are looked for only when they are opened."""
-    return "://" in root and not root.startswith("file://")
+def is_url(place: str | Path) -> bool:
+    """Return True if a place is read over a network; it is looked for only when it is opened.
+
+    Raises:
+        ValueError: `file://`, which is read over none.
+    """
+    if str(place).lower().startswith("file://"):
+        raise ValueError(f"{place}: file:// is not allowed; give the plain path")
+    return "://" in str(place)
 
 
 def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:

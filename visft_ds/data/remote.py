@@ -53,7 +53,8 @@ FIRST_READS = 64
 #: Hints whose parts are kept: they may be read in another order than they came, but not by more.
 _HINTS = 3
 
-_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+#: Those of 4xx that may pass.
+_TRANSIENT_STATUS = {408, 425, 429}
 _PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR}
 #: What packages raise besides OSError where a request fails: (module, class, worth another attempt).
 _FOREIGN_ERRORS = (
@@ -70,9 +71,10 @@ _FOREIGN_ERRORS = (
     ("httpx", "HTTPError", True),
 )
 
-#: File systems in use. A forked child keeps its parent's alive through this list: to drop them would close sockets and
-#: take them out of an epoll instance that both processes share, and the parent would wait for ever.
-_in_use: list[Any] = []
+#: File systems in use, by `id`: fsspec takes those of equal options for equal. A forked child keeps its parent's alive
+#: through this: to drop them would close sockets and take them out of an epoll instance that both processes share, and
+#: the parent would wait for ever.
+_in_use: dict[int, Any] = {}
 
 # fsspec forgets its event loop after a fork, but not the lock around making one, which another thread may have held.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -375,7 +377,7 @@ class Requests:
             self._closed = True
             running = list(self._running)
             if self._filesystem is not None:
-                _in_use.remove(self._filesystem)
+                del _in_use[id(self._filesystem)]
                 self._filesystem = None  # its finaliser closes the connections
         for future in running:
             future.cancel()
@@ -446,7 +448,7 @@ class Requests:
                 if not filesystem.async_impl:
                     filesystem = AsyncFileSystemWrapper(filesystem, asynchronous=False)
                 self._filesystem = filesystem
-                _in_use.append(filesystem)
+                _in_use[id(filesystem)] = filesystem
             return self._filesystem
 
 

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
 
 from visft_ds.redaction import redacted
 
@@ -123,7 +122,7 @@ class Store(Protocol):
 
 
 def open_store(root: Path | str, cache: CacheOptions | None = None) -> Store:
-    """The store of a folder: a path, `file://...`, or a URL of one of `REMOTE_PROTOCOLS`.
+    """The store of a folder: a path, or a URL of one of `REMOTE_PROTOCOLS`.
 
     Nothing is opened before the first read. `cache` is for remote folders; local files are never copied.
 
@@ -134,12 +133,11 @@ def open_store(root: Path | str, cache: CacheOptions | None = None) -> Store:
     if found is None:
         assert not re.match(r"(https?|s3|gs|hf|memory):/", str(root)), f"{root}: a URL that became a path lost a slash"
         return LocalStore(Path(root))
-    if found[1] == "file":
-        return LocalStore(Path(unquote(urlsplit(str(root)).path)))
     if found[1] not in REMOTE_PROTOCOLS:
-        allowed = ", ".join(f"{name}://" for name in ("file", *REMOTE_PROTOCOLS) if name != "memory")
+        allowed = ", ".join(f"{name}://" for name in REMOTE_PROTOCOLS if name != "memory")
         raise ValueError(
-            f"{redacted(root)}: {found[0]} is not allowed; give a folder or a URL that begins with {allowed}"
+            f"{redacted(root)}: {found[0]} is not allowed; give the plain path of a folder, or a URL that begins with "
+            f"{allowed}"
         )
     # Imported here: fsspec and its event loop are not for those who read local disks.
     from visft_ds.data.remote import RemoteStore

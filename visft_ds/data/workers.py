@@ -196,9 +196,9 @@ class _Parts(Dataset[Made | Exception]):
             measure_cpu()
         before = spent()
         reader = self._maker.sets[part.dataset].reader
-        if self._maker.features is None:
-            reader.prefetch(part.indices.tolist(), self._maker.role)
         try:
+            if self._maker.features is None:
+                reader.prefetch(part.indices.tolist(), self._maker.role)
             batch, skipped = self._maker.make(part)
         except (ValueError, OSError, RuntimeError) as error:
             return error  # raised by the consumer: torch would wrap it into another message

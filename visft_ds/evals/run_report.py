@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.decode import MOST_PIXELS, decode_image
 from visft_ds.data.manifest import Manifest
@@ -56,7 +57,7 @@ def report_runs(folders: Sequence[Path], out: Path | None) -> Path:
         runs.append(ReportedRun(label, folder, config.visft, config.total_steps, read_history(folder)))
     lines = [_state(run) for run in runs]
     manifest, why = _validation_split(runs[-1])
-    evaluations = _evaluations(runs, manifest)
+    evaluations = _evaluations(runs)
     found = {}
     if manifest is not None and len(evaluations) > 1:
         try:
@@ -103,14 +104,14 @@ def _validation_split(run: ReportedRun) -> tuple[Manifest | None, str]:
     split = run.visft.data.val
     try:
         root = data_of_run(run.folder, run.visft, split)
-        if "://" in root:
+        if is_url(root):
             return None, f"its images are on a server, {redacted(root)}"
         return Manifest.load(root, split), ""
     except (ValueError, OSError) as error:
         return None, _in_a_line(error)
 
 
-def _evaluations(runs: Sequence[ReportedRun], manifest: Manifest | None) -> list[Evaluation]:
+def _evaluations(runs: Sequence[ReportedRun]) -> list[Evaluation]:
     """The last evaluation of each run that has one; of a single run without `visft evaluate` also its first."""
     found = []
     for run in runs:
@@ -120,8 +121,10 @@ def _evaluations(runs: Sequence[ReportedRun], manifest: Manifest | None) -> list
             found.append(read_evaluation(run.label, made))
             continue
         entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
-        limits = [limit for limit in (settings.eval_limit, manifest and len(manifest)) if limit]
+        judged, _ = _validation_split(run)
+        limits = [limit for limit in (settings.eval_limit, judged and len(judged)) if limit]
         facts = {"where": f"{data.root}/{data.val}", "images": min(limits, default="all")}
+        facts |= {"fingerprint": judged.fingerprint} if judged else {}
         for entry in entries[:1] + entries[1:][-1:] if len(runs) == 1 else entries[-1:]:
             label = run.label if len(runs) > 1 else f"step {entry['step']}"
             metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}

@@ -167,7 +167,10 @@ def _problem(place: Path, record: Mapping[str, str], split: str | None) -> str |
     if not manifest_path(place, record["split"]).is_file():
         other = split is not None and manifest_path(place, split).is_file()
         return None if other else f"no shards of {record['split']}"
-    found = read_manifest(place, record["split"])["fingerprint"]
+    try:
+        found = read_manifest(place, record["split"])["fingerprint"]
+    except ValueError as error:
+        return str(error)
     return None if found == record["fingerprint"] else f"other shards, fingerprint {found}"
 
 

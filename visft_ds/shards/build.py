@@ -29,7 +29,6 @@ from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
 from visft_ds.shards.inputs import MadeJson, open_images
 from visft_ds.shards.outputs import Output, exclusive
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.shard_writer import (
     Planned,
     Prepared,
@@ -103,8 +102,6 @@ class Options:
             raise ValueError(
                 "--check none believes the sizes that COCO files state; this data states none: leave it out"
             )
-        if not is_url(self.images) and not local_path(self.images).is_dir():
-            raise ValueError(f"the images folder {self.images} does not exist")
 
     def selection(self) -> SourceSelection:
         """Selection of annotations and images, for `read_source`."""
@@ -153,11 +150,11 @@ def build(
         options: inputs, output and settings of the samples.
         workers: threads; the result does not depend on it.
         dry_run: read the JSON files, look at file sizes, plan, and write nothing.
-        replace: delete a split of this name that was built with other options or from other JSON files.
+        replace: delete a split of this name that was built with other options, from other JSON files or of more images.
         on_progress: called a few times a second in the calling thread.
 
     Raises:
-        ValueError: unusable input; another build of this split with other options; another build running.
+        ValueError: unusable input; another split of this name, see `replace`; another build running.
         TooManyDropsError: one of these; more than a tenth of the annotations would be lost. Nothing is written.
         KeyboardInterrupt: passed on after the workers have stopped; what is finished is kept.
         OSError: writing failed; what is finished is kept.
@@ -179,9 +176,8 @@ def build(
     with _clear_errors(options):
         output.open()
         with exclusive(output.scratch), BuildWorkers(workers, on_progress) as threads:
-            _claim(options, source, output, replace=replace)
             plan = _cut(samples, options)
-            _refuse_strangers(options, output, len(plan))
+            _claim(options, source, output, len(plan), replace=replace)
             threads.progress.total_images, threads.progress.total_shards = len(samples), len(plan)
             records = _Builder(options, plan, treatment, output, threads).run()
             quarantine = missing + [bad for record in records for bad in record["quarantine"]]
@@ -303,8 +299,8 @@ def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
     return shards
 
 
-def _claim(options: Options, source: CocoSource, output: Output, *, replace: bool) -> None:
-    """Bind the output to these options and JSON files, so that two different builds never mix."""
+def _claim(options: Options, source: CocoSource, output: Output, planned: int, *, replace: bool) -> None:
+    """Bind the output to these options, JSON files and so many shards, so that two different builds never mix."""
     wanted = {"version": VERSION, **options.content(), "sources": source.files}
     name = f"{output.work}/options.json"
     shards = shards_among(output.names(), options.split)
@@ -325,7 +321,14 @@ def _claim(options: Options, source: CocoSource, output: Output, *, replace: boo
             f"{options.out} holds a split {options.split!r} that was built otherwise ({shown}). "
             "Use another --out or --split, the same options, or --replace to throw it away."
         )
-    if differing:
+    ours = {shard_name(options.split, number) for number in range(planned)}
+    strangers = [name for name in shards if name not in ours]
+    if strangers and not replace:
+        raise ValueError(
+            f"{options.out} has {len(strangers)} shards that this build would not make: {', '.join(strangers[:3])}. "
+            "Move them away, or give --replace to make the split anew; they would be taken for a part of it."
+        )
+    if differing or strangers:
         # The manifest first: what it describes must never be half gone.
         for old in (_manifest_name(options), index_path(Path(), options.split).name, *shards, *output.work_names()):
             output.remove(old)
@@ -355,16 +358,6 @@ def _file(source: Any) -> str:
     if not isinstance(source, dict):
         return "none"
     return f"{source.get('name')} (sha256 {source.get('sha256')!s:.12}...)"
-
-
-def _refuse_strangers(options: Options, output: Output, shards: int) -> None:
-    ours = {shard_name(options.split, number) for number in range(shards)}
-    others = [name for name in shards_among(output.names(), options.split) if name not in ours]
-    if others:
-        raise ValueError(
-            f"{options.out} has {len(others)} shards that this build would not make: {', '.join(others[:3])}. "
-            "Move them away; they would be taken for a part of the split."
-        )
 
 
 @contextmanager

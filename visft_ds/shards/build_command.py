@@ -14,8 +14,9 @@ from typing import Any
 
 import orjson
 
+from visft_ds.config.preflight import is_url
 from visft_ds.data.decode import MAX_PIXELS
-from visft_ds.data.manifest import manifest_path
+from visft_ds.data.manifest import manifest_path, splits_in
 from visft_ds.flags import check_least
 from visft_ds.monitor.console import Gauge
 from visft_ds.redaction import redacted
@@ -24,7 +25,6 @@ from visft_ds.shards.finish import BuildReport, left_out
 from visft_ds.shards.images import CHECK_LEVELS
 from visft_ds.shards.layouts import FolderSplit, recognise
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.shards.remote import is_url
 from visft_ds.shards.workers import BuildProgress
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -88,7 +88,7 @@ def add_build_parser(commands: Any, summary: str) -> None:
     running = parser.add_argument_group("how it runs")
     add = running.add_argument
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)")
-    add("--replace", action="store_true", help="throw away a split of this name built otherwise")
+    add("--replace", action="store_true", help="throw away a split of this name built otherwise, or of more images")
     add("--dry-run", action="store_true", help="check the JSON files and plan, write nothing")
     add("--json", action="store_true", help="print JSON")
     add("--quiet", action="store_true", help="show no progress")
@@ -134,7 +134,12 @@ def _build_folder(options: argparse.Namespace, place: Path) -> Iterator[BuildRep
             print(f"{split.name}:")
         yield _build(options, out, split)
     if not options.json and not options.dry_run:
-        print(f"train on it: visft train --stage 1 --data {out}")
+        there = splits_in(Path(out))
+        if "train" in there:
+            without = "" if "val" in there else " --set visft.run.eval_every=0"
+            print(f"train on it: visft train --stage 1 --data {out}{without}")
+        else:
+            print("visft train looks for a split train; --set visft.data.train=NAME takes another one")
 
 
 def _build(options: argparse.Namespace, out: str, split: FolderSplit) -> BuildReport:

@@ -15,11 +15,11 @@ from typing import Any
 
 import orjson
 
+from visft_ds.config.preflight import is_url
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.flags import check_least
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.info import describe, describe_step
-from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.shard_content import Problem, some
 from visft_ds.shards.verify import VerifyProgress, traces_of_splits, verify
 
@@ -29,7 +29,7 @@ _SHOWN = 20
 def add_verify_parser(commands: Any, summary: str) -> None:
     """Add the sub-command that checks finished shards byte by byte."""
     parser = commands.add_parser("verify", help=summary)
-    parser.add_argument("folder", type=_folder, metavar="DIR")
+    parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: all in the folder)")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     parser.add_argument(
@@ -75,23 +75,20 @@ def add_info_parser(commands: Any, summary: str) -> None:
     parser.set_defaults(run=run_info)
 
 
-def _folder(text: str) -> Path:
-    if is_url(text):
-        raise argparse.ArgumentTypeError(f"{text} is a URL; every byte is read, so fetch the shards to a folder first")
-    return local_path(text)
-
-
 def run_verify(options: argparse.Namespace) -> int:
     """Verify splits; 1 if there are problems."""
     check_least(options, workers=1, limit=1)
-    splits = options.split or traces_of_splits(options.folder)
+    if is_url(options.folder):
+        raise ValueError(f"{options.folder} is a URL; every byte is read, so fetch the shards to a folder first")
+    folder = Path(options.folder)
+    splits = options.split or traces_of_splits(folder)
     if not splits:
-        raise ValueError(f"{options.folder} holds nothing of any split")
+        raise ValueError(f"{folder} holds nothing of any split")
     found: dict[str, list[Problem]] = {}
     for split in splits:
         with Gauge(f"reading {split}", enabled=not options.quiet) as gauge:
             found[split] = verify(
-                options.folder,
+                folder,
                 split,
                 decode=options.decode,
                 workers=options.workers,
@@ -132,7 +129,7 @@ def run_info(options: argparse.Namespace) -> int:
     if len(options.rest) != 1 or options.rest[0].startswith("-"):
         given = " ".join(options.rest) or "nothing"
         raise ValueError(f"info needs one folder or URL of shards, or --step N; given: {given}")
-    folder = options.rest[0] if is_url(options.rest[0]) else local_path(options.rest[0])
+    folder = options.rest[0] if is_url(options.rest[0]) else Path(options.rest[0])
     if not options.split and isinstance(folder, str):
         raise ValueError(f"--split is needed with the URL {folder}: not every server lists its files")
     splits = [options.split] if options.split else splits_in(folder)

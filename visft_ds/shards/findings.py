@@ -17,11 +17,13 @@ FINDINGS: Mapping[str, str] = {
     "image id twice": "the first entry kept",
     "annotation malformed": "dropped: its id or category id is no integer",
     "annotation without image": "dropped",
+    "annotation of two images": "dropped: two file names have its image id",
     "annotation id twice": "the first kept",
     "unknown category": "annotation dropped",
     "category name twice": "kept: two classes that tables and pictures name alike",
     "category dropped": "annotation dropped, as --categories asks",
     "box malformed": "annotation dropped",
+    "crowd flag malformed": "annotation dropped: iscrowd is neither 0 nor 1",
     "box without area": "kept in the shard, left out in training",
     "box beyond the image": "kept as given, cut at the border in training",
     "box looks like x1 y1 x2 y2": "kept as given; COCO wants x y width height",
@@ -39,6 +41,7 @@ FINDINGS: Mapping[str, str] = {
     "crowd": "kept in the shard, left out in training, used in evaluation",
     "crowd dropped": "dropped, as --crowd drop asks",
     "caption without image": "dropped",
+    "caption of two images": "dropped: two file names have its image id",
     "caption empty": "dropped",
     "caption in one piece": "kept as one word: words are found by the spaces between them",
     "caption over 50 words": "kept; learnt from only where visft.tasks.captioning.image.max_words allows it",
@@ -52,6 +55,7 @@ FINDINGS: Mapping[str, str] = {
     "WebP converted": "stored as JPEG, as --reencode asks",
     "quarantined": "left out, listed with reasons under 'quarantine' in the manifest",
 }
+MOST_OF_A_BOX = 1e9  #: pixels; the area of a box with shorter sides fits into 64 bits
 _EXAMPLES = 3
 _SHARE = 10  # one in so many may be lost
 _NAMES: Mapping[type, str] = {
@@ -153,11 +157,13 @@ def wrong_integer(entry: Mapping[str, Any], key: str) -> str:
 
 
 def wrong_box(entry: Mapping[str, Any]) -> str:
-    """Reason why the `bbox` of a JSON object is no list of four numbers, for messages."""
+    """Reason why the `bbox` of a JSON object is no list of four numbers of pixels, for messages."""
     box = entry.get("bbox")
     if not isinstance(box, list):
         return wrong_kind(entry, "bbox", "four numbers")
     if len(box) != 4:
         return "'bbox' is no list of four numbers: x y width height"
-    strange = next(value for value in box if type(value) not in (int, float))
-    return f"'bbox' holds {_NAMES[type(strange)]}; COCO wants four numbers"
+    strange = [value for value in box if type(value) not in (int, float)]
+    if not strange:
+        return f"'bbox' is out of range; allowed are numbers below {MOST_OF_A_BOX:,.0f}"
+    return f"'bbox' holds {_NAMES[type(strange[0])]}; COCO wants four numbers"

@@ -182,6 +182,7 @@ def _header(data: bytes) -> tuple[str, int]:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        # Not image.getexif(), which for a PNG decodes all pixels to find what may stand behind them: that is missed.
+        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, struct.error):
         return 1  # damaged EXIF data says nothing about the orientation

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from visft_ds.config.preflight import is_url
 from visft_ds.redaction import redacted
-from visft_ds.shards.remote import is_url, local_path, open_url, readable_errors
+from visft_ds.shards.remote import open_url, readable_errors
 
 #: A folder that is a file, a name that no file can have, or links in a circle are as good as none.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -64,7 +65,7 @@ def read_file(place: str | Path | MadeJson) -> bytes:
             with readable_errors(str(place)):
                 data: bytes = filesystem.cat_file(path)
             return data
-        return local_path(place).read_bytes()
+        return Path(place).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {redacted(place)}: {error.strerror or error}") from error
 
@@ -97,7 +98,7 @@ def open_images(place: str | Path) -> ImageFolder:
     """
     if is_url(place):
         return _RemoteImages(str(place).rstrip("/"))
-    folder = local_path(place)
+    folder = Path(place)
     if not folder.is_dir():
         raise ValueError(f"the images folder {folder} does not exist")
     return _LocalImages(folder)

@@ -168,9 +168,8 @@ def _by_folder(folder: Path, files: Sequence[Path], wanted: str | None) -> Itera
 
 
 def _yolo(place: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
-    description = read_description(files[0])
-    names = [name for name in description.images if wanted in (None, name)]
-    return [FolderSplit(name, *read_yolo(description, name), None) for name in names]
+    description = read_description(files[0], wanted)
+    return [FolderSplit(name, *read_yolo(description, name), None) for name in description.images]
 
 
 def _names(files: Sequence[Path], folder: Path) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from visft_ds.config.preflight import is_url
 from visft_ds.redaction import redacted
-from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.verify import file_sha256
 
 
@@ -27,7 +27,7 @@ class Output:
                 f"--out {redacted(place)}: writing to URLs was removed in 0.2: build into a folder, then copy it with "
                 "`aws s3 sync`, `rclone copy` or the like; training reads it there"
             )
-        self._folder = local_path(place)
+        self._folder = Path(place)
         self.work = f".{split}.build"  #: name of the hidden folder
         self.scratch = self._folder / self.work  #: for files in the making, for one build at a time
 

@@ -1,4 +1,4 @@
-"""Places that fsspec knows: which text is a URL, how to reach it, and what its errors are.
+"""Places that fsspec knows: how to reach them, and what their errors are.
 
 Credentials, endpoints and proxies are the business of fsspec and its protocol packages: their own environment variables
 and configuration files hold (https://filesystem-spec.readthedocs.io/en/latest/features.html#configuration).
@@ -6,7 +6,6 @@ and configuration files hold (https://filesystem-spec.readthedocs.io/en/latest/f
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,22 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from visft_ds.config.preflight import is_url
 from visft_ds.redaction import redacted
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 #: Exceptions of protocol packages that are no OSError; a package that is not loaded cannot raise them.
 _FOREIGN_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))
-
-
-def is_url(text: str | Path) -> bool:
-    """Return True if a text is a URL and no local path; `file://` is local."""
-    found = _URL.match(str(text))
-    return found is not None and found[1].lower() != "file"
-
-
-def local_path(text: str | Path) -> Path:
-    """The path that a text means; `file:///a` is /a."""
-    return Path(str(text).removeprefix("file://")) if str(text).lower().startswith("file://") else Path(text)
 
 
 def short_name(text: str | Path) -> str:

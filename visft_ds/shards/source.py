@@ -25,7 +25,7 @@ import orjson
 from visft_ds.data.manifest import Category
 from visft_ds.redaction import redacted
 from visft_ds.shards.categories import CategoryMap, map_categories
-from visft_ds.shards.findings import Drops, Findings, wrong_box, wrong_integer, wrong_kind
+from visft_ds.shards.findings import MOST_OF_A_BOX, Drops, Findings, wrong_box, wrong_integer, wrong_kind
 from visft_ds.shards.inputs import MadeJson, read_file
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import short_name
@@ -50,6 +50,7 @@ CATEGORY_RULES = ("keep", "coco80")
 _IMAGE_NUMBERS = {"id": (0, (1 << 63) - 1), "width": (1, (1 << 31) - 1), "height": (1, (1 << 31) - 1)}
 _ASKED_FOR = ("category dropped", "crowd dropped")
 _NO_IMAGE = "'image_id' is not among the ids of 'images'"
+_TWO_IMAGES = "'image_id' belongs to two images"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class _Draft:
     count: int = 0  #: of annotations
     crowds: int = 0
     trainable: int = 0
+    shared: bool = False  #: another image has the same id: nobody knows whose its annotations are
 
 
 def _finished(
@@ -277,6 +279,7 @@ def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Find
         image_id, width, height, name = (entry[key] for key in ("id", "width", "height", "file_name"))
         if image_id in drafts:
             findings.add("image id twice", f"image {image_id} ({name})")
+            drafts[image_id].shared |= name != drafts[image_id].file_name
         else:
             # Whoever shows an image must be able to name its author and licence.
             kept = {key: entry[key] for key in ("license", "flickr_url") if entry.get(key) is not None}
@@ -327,6 +330,8 @@ def _add_annotations(
             kind = "annotation malformed"
         elif draft is None:
             kind = "annotation without image"
+        elif draft.shared:
+            kind = "annotation of two images"
         elif number in seen:
             kind = "annotation id twice"
         elif category not in categories.ids:
@@ -335,6 +340,8 @@ def _add_annotations(
             kind, reason = "category dropped", f": category {category}"
         elif not _is_box(entry.get("bbox")):
             kind, reason = "box malformed", f": {entry.get('bbox')!r}"
+        elif entry.get("iscrowd") not in (None, 0, 1):
+            kind, reason = "crowd flag malformed", f": {entry['iscrowd']!r:.40}"
         elif entry.get("iscrowd") and not keep_crowd:
             kind = "crowd dropped"
         else:
@@ -364,11 +371,15 @@ def _loss(kind: str, entry: Mapping[str, Any], categories: CategoryMap) -> tuple
         return key, wrong_integer(entry, key)
     if kind == "annotation without image":
         return "image_id", _no_image(entry)
+    if kind == "annotation of two images":
+        return "image_id", _TWO_IMAGES
     if kind == "annotation id twice":
         return "id", "'id' is that of an earlier entry"
     if kind == "unknown category":
         known = f" ({min(categories.ids)} to {max(categories.ids)})" if categories.ids else ""
         return "category_id", f"'category_id' is not among the ids of 'categories'{known}"
+    if kind == "crowd flag malformed":
+        return "iscrowd", wrong_kind(entry, "iscrowd", "0 or 1")
     return "bbox", wrong_box(entry)
 
 
@@ -455,6 +466,9 @@ def _add_captions(
                 drops.add(_no_image(entry), _example(place, entry, "image_id"))
             else:
                 strangers, example = strangers + 1, example or _example(place, entry, "image_id")
+        elif draft.shared:
+            findings.add("caption of two images", f"caption {entry.get('id')} of image {entry.get('image_id')}")
+            drops.add(_TWO_IMAGES, _example(place, entry, "image_id"))
         elif not isinstance(caption, str) or not caption.strip():
             findings.add("caption empty", f"caption {entry.get('id')} of image {entry.get('image_id')}")
             wrong = "'caption' is empty" if isinstance(caption, str) else wrong_kind(entry, "caption", "text")
@@ -519,4 +533,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and {*map(type, value)} <= _NUMBERS
+    numbers = isinstance(value, list) and len(value) == 4 and {*map(type, value)} <= _NUMBERS
+    return numbers and all(abs(number) < MOST_OF_A_BOX for number in value)

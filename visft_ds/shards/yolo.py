@@ -11,6 +11,7 @@ pixels as they are stored, so that points are turned back.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import orjson
 import yaml
 
+from visft_ds.names import shown_name
 from visft_ds.shards.categories import COCO_NAMES
 from visft_ds.shards.images import stored_frame
 from visft_ds.shards.inputs import MadeJson, read_bounded
@@ -54,8 +56,11 @@ class YoloDescription:
     keypoints: int = 0  #: values of keypoints behind the box in every line
 
 
-def read_description(path: Path) -> YoloDescription:
+def read_description(path: Path, wanted: str | None = None) -> YoloDescription:
     """Read a data.yaml; every value in it counts as text.
+
+    Args:
+        wanted: only the split of this name is looked for.
 
     Raises:
         ValueError: no YAML, no names, names that contradict `nc`, or images that are nowhere; names the file.
@@ -65,16 +70,17 @@ def read_description(path: Path) -> YoloDescription:
     here = Path(os.path.abspath(path.parent))
     root = here / _text(values, "path", path)
     roots = [root, here] if os.path.isdir(root) else [here]
+    named = [key for key in SPLITS if values.get(key)]
+    if not named:
+        raise ValueError(f"{path} names no images: state `train: FOLDER` and `val: FOLDER`")
     images: dict[str, tuple[Path, ...]] = {}
-    for key in (key for key in SPLITS if values.get(key)):
+    for key in (key for key in named if wanted in (None, SPLITS[key])):
         entries = values[key] if isinstance(values[key], list) else [values[key]]
         if not all(isinstance(entry, str) and entry and "\0" not in entry for entry in entries):
             raise ValueError(f"{path}: {key} must be a folder of images, or a list of such")
         if SPLITS[key] in images:
             raise ValueError(f"{path} names images of {SPLITS[key]!r} twice, the second time as {key!r}: leave one out")
         images[SPLITS[key]] = tuple(_find(entry, roots, f"{path}: {key}") for entry in entries)
-    if not images:
-        raise ValueError(f"{path} names no images: state `train: FOLDER` and `val: FOLDER`")
     return YoloDescription(path, names, images, _keypoints(values, path))
 
 
@@ -146,14 +152,15 @@ def _find(entry: str, roots: Sequence[Path], where: str) -> Path:
         if os.path.exists(place):
             return Path(place)
     shown = ", ".join(dict.fromkeys(tried))
-    raise ValueError(f"{where}: {entry!r} does not exist; looked for {shown}")
+    raise ValueError(f"{where}: {entry!r} does not exist; looked for {shown} (--split NAME makes one split alone)")
 
 
 def read_yolo(description: YoloDescription, split: str) -> tuple[Path, MadeJson]:
     """(folder of the images, their objects as a COCO file) of a split.
 
     Raises:
-        ValueError: no image; no label for any of them; lines of labels that are wrong, the first few by file and line.
+        ValueError: no image; no label for any of them; a file name that is no text; lines of labels that are wrong,
+            the first few by file and line.
     """
     where = f"{description.path}: {split}"
     paths = sorted({path for place in description.images[split] for path in _image_files(place)})
@@ -175,9 +182,14 @@ def read_yolo(description: YoloDescription, split: str) -> tuple[Path, MadeJson]
     for number, path in enumerate(paths, 1):
         if len(wrong) >= _MOST_WRONG:
             break
+        name = str(path.relative_to(folder))
+        if any(unicodedata.category(sign) == "Cs" for sign in name):  # bytes that the system could not decode
+            raise ValueError(f"{where}: {shown_name(name)}: no UTF-8 name; rename it")
         height, width, orientation = stored_frame(path)
-        images.append({"id": number, "file_name": str(path.relative_to(folder)), "height": height, "width": width})
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
         for line in _lines(labels[path], description, wrong) if labels[path] in used else ():
+            if (height, width) == (1, 1):
+                continue  # it cannot be read and will be left out with the reason, which its boxes would hide
             entry = {**_placed(line, height, width, orientation), "category_id": ids[line.number], "image_id": number}
             annotations.append({"id": len(annotations) + 1, **entry, "iscrowd": 0})
     if wrong:
@@ -185,7 +197,7 @@ def read_yolo(description: YoloDescription, split: str) -> tuple[Path, MadeJson]
         raise ValueError(f"{where}: wrong lines in its labels: {len(wrong)}\n  " + "\n  ".join(wrong[:_SHOWN]) + more)
     categories = [{"id": ids[number], "name": name} for number, name in description.names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    findings = tuple(("label without image", str(label)) for label in _without_image(labels.values(), used))
+    findings = tuple(("label without image", shown_name(str(label))) for label in _without_image(labels.values(), used))
     return folder, MadeJson(f"{description.path.name} as COCO JSON", orjson.dumps(content), findings)
 
 

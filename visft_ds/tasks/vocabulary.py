@@ -125,17 +125,6 @@ class Vocabulary:
             )
         return vocabulary
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Vocabulary:
-        """The inverse of `to_json`. Raises ValueError for anything else."""
-        try:
-            fields = orjson.loads(text)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"a {FORMAT} must be JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"a {FORMAT} must be a JSON object, not {type(fields).__name__}")
-        return cls.from_dict(fields)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON files and for the metadata of a saved head."""
         return {
@@ -145,10 +134,6 @@ class Vocabulary:
             "fingerprint": self.fingerprint,
             "words": list(self.words),
         }
-
-    def to_json(self) -> str:
-        """Serialize to one line of JSON; equal for equal vocabularies."""
-        return orjson.dumps(self.to_dict()).decode()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -201,7 +201,7 @@ def make_image(
     scene = draw_scene(rng, style_of(style, colours, without), height, width, max_shapes=max_shapes)
     key = image_id(split, index)
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
-    if scene.crowd is not None and scene.crowd.visible.any():
+    if scene.crowd is not None:
         instances.append(_annotate(scene.crowd, key, crowd=True))
     image = {
         "license": 1,

@@ -426,6 +426,8 @@ def draw_scene(
                     shape.visible[full] = False
                 shapes.append(_add(rng, style, canvas, category, polygons))
                 break
+    if crowd is not None and not crowd.visible.any():  # wholly painted over: nobody could see or name it
+        crowd = None
     return Scene(_pixels(canvas), ground, shapes, crowd)
 
 

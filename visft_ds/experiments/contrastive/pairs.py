@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from visft_ds.config.preflight import is_url
 from visft_ds.data.decode import decode_image
 from visft_ds.data.labels import parse_label
 from visft_ds.data.manifest import Manifest, splits_in
@@ -33,7 +34,7 @@ def read_pairs(source: str, split: str) -> CaptionSet:
     Raises:
         ValueError: no such folder or split, no captions at all, images that are named but not there.
     """
-    if "://" in source or (Path(source).is_dir() and splits_in(Path(source))):
+    if is_url(source) or (Path(source).is_dir() and splits_in(Path(source))):
         return _in_shards(Manifest.load(source, split))
     return read_captions(source, split)
 
