@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_hub import COMMIT, FakeHub, Repository, fake_hub
+from visft_ds.interop.hub import upload
 from visft_ds.pretrained import PUBLISHED, HubFile, fetch, local, weights_among, weights_of_timm
 
 WEIGHTS = bytes(range(256)) * 4096
@@ -79,8 +81,15 @@ def test_a_licence_that_has_to_be_accepted(hub: FakeHub) -> None:
 def test_no_weight_file_to_take(hub: FakeHub) -> None:
     hub.repositories["some/model"].files = {"a.pt": b"1", "b.pt": b"2", "flax_model.msgpack": b"3"}
     with pytest.raises(
-        ValueError, match=r"model has a\.pt, b\.pt, .*and not one weight file to take; name a file of it"
+        ValueError, match=r"model has a\.pt, b\.pt, .*and not weights of a usual name; name a file of it"
     ):
+        fetch(NAME)
+
+
+def test_a_file_that_was_fetched_by_its_name_is_not_that_of_the_repository(hub: FakeHub) -> None:
+    hub.repositories["some/model"].files = {"a.pt": b"1", "b.pt": b"2"}
+    assert fetch(f"{NAME}/a.pt") == local(f"{NAME}/a.pt") and local(NAME) == Path(NAME)
+    with pytest.raises(ValueError, match="name a file of it"):
         fetch(NAME)
 
 
@@ -103,12 +112,30 @@ def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         fetch(NAME)
 
 
+def test_an_upload_without_a_network(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(ValueError, match=r"^http://\S+ cannot be reached \(.* is written: send it later, hf upload"):
+        upload(tmp_path, "me/x", private=True)
+
+
 def test_shards_come_before_their_index(hub: FakeHub) -> None:
     files = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 100 for n in (1, 2)}
     hub.repositories["some/model"].files = {"model.safetensors.index.json": b"{}", **files}
     path = fetch(NAME)
     assert path.name == "model.safetensors.index.json"
     assert {file.name for file in path.parent.iterdir()} == {path.name, *files}
+
+
+def test_an_index_without_its_shards_is_not_there(hub: FakeHub) -> None:
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    hub.repositories["some/model"].files = {"model.safetensors.index.json": index, **dict.fromkeys(shards, b"x")}
+    path = fetch(NAME)
+    (path.parent / shards[0]).unlink()
+    assert local(NAME) == Path(NAME)
+    assert fetch(NAME) == local(NAME) == path
 
 
 def test_a_file_at_its_path_goes_before_the_cache(

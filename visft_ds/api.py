@@ -72,7 +72,7 @@ def fit(
     check_resume(resume)
     folders = folder_flags(data, out)
     if isinstance(settings, Mapping):
-        settings = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in settings.items()]
+        settings = [_text(key, value) for key, value in settings.items()]
     if config is None:
         flags = dict[str, tuple[str, Any]]()
         if backbone is not None:
@@ -105,3 +105,13 @@ def fit(
     finally:
         stop.restore()
         gc.collect()
+
+
+def _text(key: str, value: Any) -> str:
+    """A setting as behind --set. Raises ValueError for a value of a kind that JSON has not."""
+    try:
+        return f"{key}={json.dumps(value, default=os.fspath)}"
+    except TypeError as error:
+        raise ValueError(
+            f"settings: {key} is {value!r}, which JSON has not: give a plain number, text, path, list or mapping"
+        ) from error

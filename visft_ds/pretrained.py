@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,6 +41,7 @@ _USUAL = (
 )
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
+_INDEX = ".index.json"
 _SHARD = re.compile(r".+-of-\d+\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 30.0  # seconds that the hub has to answer
@@ -48,7 +49,7 @@ _PATIENCE = 30.0  # seconds that the hub has to answer
 
 @dataclass(frozen=True)
 class HubFile:
-    """File of a repository on the hub; None: its weights."""
+    """File of a repository on the hub; None: its weights, under a usual name."""
 
     repository: str
     revision: str
@@ -63,21 +64,37 @@ class HubFile:
         return cls(match["repository"], match["revision"] or "main", match["file"])
 
     def cached(self) -> Path | None:
-        """The file in the hub's cache; None where it is not there."""
+        """The file in the hub's cache; None where it, or a shard of what it lists, is not there."""
         from huggingface_hub import constants
 
         folder = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
         ref = folder / "refs" / self.revision
         snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else self.revision)
-        file = self.file or weights_among(path.name for path in sorted(snapshot.glob("*")))
-        return snapshot / file if file is not None and (snapshot / file).is_file() else None
+        # One of another name need not be the only one of the repository: it may have been fetched by that.
+        file = self.file or _usual_among({path.name for path in snapshot.glob("*")})
+        return snapshot / file if file is not None and _is_whole(snapshot / file) else None
 
 
 def weights_among(names: Iterable[str]) -> str | None:
-    """The weight file among the files of a repository or folder; None where there is none, or several are."""
+    """The weight file among the files of a folder; None where there is none, or several are."""
     known = set(names)
     others = [name for name in known if name.endswith(_SUFFIXES) and not _SHARD.fullmatch(name)]
-    return next((name for name in _USUAL if name in known), others[0] if len(others) == 1 else None)
+    return _usual_among(known) or (others[0] if len(others) == 1 else None)
+
+
+def _usual_among(names: Container[str]) -> str | None:
+    return next((name for name in _USUAL if name in names), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return True if a file is there, and all shards that it lists."""
+    if not path.is_file() or not path.name.endswith(_INDEX):
+        return path.is_file()
+    try:
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        return all((path.parent / shard).is_file() for shard in shards)
+    except (ValueError, LookupError, TypeError, AttributeError):  # no index: whoever opens it says so
+        return True
 
 
 def on_hub(weights: str) -> str | None:
@@ -109,13 +126,13 @@ def fetch(name: str) -> Path:
     with _asking(name, wanted) as api:
         told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=_PATIENCE)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in told.siblings or ()}
-        file = wanted.file or weights_among(sizes)
+        file = wanted.file or _usual_among(sizes)
         if file is None or file not in sizes:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            missing = "one weight file to take" if wanted.file is None else wanted.file
+            missing = "weights of a usual name" if wanted.file is None else wanted.file
             remedy = f"; name a file of it, {HUB}{wanted.repository}/FILE" if wanted.file is None else ""
             raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}{remedy}")
-        files = [*(part for part in sorted(sizes) if file.endswith(".index.json") and _SHARD.fullmatch(part)), file]
+        files = [*(part for part in sorted(sizes) if file.endswith(_INDEX) and _SHARD.fullmatch(part)), file]
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data
             licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"

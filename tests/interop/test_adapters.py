@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
 from visft_ds.interop.adapter import Adapter, adapter_of, average
@@ -135,6 +135,15 @@ def test_other_files_are_no_published_lora(tmp_path: Path, tensors: dict[str, Te
     torch.save(tensors, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=message):
         read_visft_lora(tmp_path / "lora.pt")
+
+
+def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
+    """As `dict(model.named_parameters())` is saved."""
+    tensors = _published()
+    torch.save(tensors, tmp_path / "tensors.pt")
+    torch.save({name: nn.Parameter(value) for name, value in tensors.items()}, tmp_path / "parameters.pt")
+    found, wanted = (read_visft_lora(tmp_path / f"{name}.pt") for name in ("parameters", "tensors"))
+    assert found.fingerprint() == wanted.fingerprint()
 
 
 def test_sizes_of_the_published_adapters() -> None:

@@ -21,10 +21,10 @@ from tests.options import head_of
 from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
 from visft_ds.interop import load_heads, save_heads
-from visft_ds.interop.files import TensorInfo, WeightFile
+from visft_ds.interop.files import TensorInfo, WeightFile, open_weights
 from visft_ds.interop.head_file import build_empty
 from visft_ds.interop.heads import find_head, open_head, read_head_info
-from visft_ds.interop.published_heads import find_published, read_published_head, sort_names
+from visft_ds.interop.published_heads import find_published, sort_names
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
@@ -159,26 +159,27 @@ def test_checkpoints_of_every_kind(
         save_file({name: tensor.clone() for name, tensor in content.items()}, path)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=nesting != "legacy")
-    found = read_published_head(path, task)
-    assert same(load_heads(path, task), wanted)
-    assert {name: value.dtype for name, value in found.tensors.items()} == dict.fromkeys(
-        wanted.state_dict(), torch.float32
-    )
-    assert found.ignored["LoRA of the backbone"] == 4 and found.ignored["constant of the detection loss"] == 1
-    # Every tensor is either the head's or counted with a reason.
-    assert len(found.tensors) + sum(found.ignored.values()) == len(state)
+    head, content = load_heads(path, task), sort_names(open_weights(path))
+    assert same(head, wanted) and {value.dtype for value in head.state_dict().values()} == {torch.float32}
+    assert {why: len(names) for why, names in content.others.items()} == {
+        "LoRA of the backbone": 4,
+        "constant of the detection loss": 1,
+    }
+    # Every tensor is a head's, the second name of one, or counted with a reason.
+    groups = (*content.heads.values(), *content.others.values(), content.repeats)
+    assert not content.unknown and sum(map(len, groups)) == len(state)
     assert read_visft_lora(path).rank == 4
 
 
 def test_the_foreign_caption_head_is_left_where_it_is(folder: Path) -> None:
-    found = read_published_head(folder / FILES["detection"], "detection")
-    assert found.ignored == {"captioning head": 19, "constant of the detection loss": 1}
     assert read_head_info(folder / FILES["detection"], "captioning").options["decoder_dim"] == 512
+    contents = {task: sort_names(open_weights(folder / file)) for task, file in FILES.items()}
+    counts = {task: {head: len(names) for head, names in one.heads.items()} for task, one in contents.items()}
     # 2 encoder layers of 12, 3 decoder layers of 18, 18 around them
-    assert read_published_head(folder / FILES["captioning"], "captioning").ignored == {"detection head": 96}
-    ignored = read_published_head(folder / FILES["segmentation"], "segmentation").ignored
+    both = {"detection": 96, "captioning": 19}
     # 3 pixel layers of 16, 13 around them, 2 decoder layers of 18, 13 around them; all a second time
-    assert ignored == {"detection head": 96, "captioning head": 19, "second name of a segmentation tensor": 110}
+    assert counts == {"detection": both, "segmentation": {**both, "segmentation": 110}, "captioning": both}
+    assert [len(one.repeats) for one in contents.values()] == [0, 110, 0]
 
 
 def test_the_labelling_is_the_published_one_unless_told(folder: Path) -> None:
@@ -264,9 +265,8 @@ def test_what_does_not_fit_is_named(
     broken: Callable[..., Path], task: str, name: str, value: Tensor, message: str
 ) -> None:
     path = broken(task, **{f"visft_heads.{name}": value})
-    for read in (load_heads, read_published_head):
-        with pytest.raises(ValueError, match=message):
-            read(path, task)
+    with pytest.raises(ValueError, match=message):
+        load_heads(path, task)
     # sizes of ours, so that nothing but this one tensor is in the way
     head = head_of(task, WIDTH, **OPTIONS[task])
     before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
@@ -297,7 +297,7 @@ def test_a_file_without_the_head_says_what_it_has(folder: Path, tmp_path: Path) 
         for read in (lambda path: load_heads(path, "detection"), read_head_info):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / "lora.pt")
-    for read in (load_heads, read_published_head, read_head_info, find_head):
+    for read in (load_heads, read_head_info, find_head):
         with pytest.raises(ValueError, match="unknown task 'caption': known tasks are captioning, "):
             read(folder / FILES["captioning"], "caption")
 

@@ -23,12 +23,13 @@ from tests.adapter_bounds import same_change
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
-from visft_ds.interop import hub, onnx, writing
+from visft_ds.interop import hub, writing
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, save_backbone
+from visft_ds.interop.card import _of_merge
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter
+from visft_ds.interop.merge import Share, merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writing import parse_size, plan_shards, write_shards, write_torch
@@ -104,6 +105,13 @@ def test_adapters_that_do_not_belong_together_are_not_averaged() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             average([first, other], weights)
+
+
+def test_adapters_of_timm_and_of_a_tower_are_not_averaged() -> None:
+    of_timm = replace(_adapter(1), targets=("blocks.*.attn.qkv",), model="test_vit")
+    for pair in ([of_timm, _adapter(2)], [_adapter(2), of_timm]):
+        with pytest.raises(ValueError, match=r"test_vit .*cannot be averaged"):
+            average(pair, [1.0, 1.0])
 
 
 def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,6 +440,10 @@ def test_an_upload_takes_the_files_of_the_folder_and_no_other(tmp_path: Path, mo
         hub.upload(tmp_path, "a/b/c", private=True)
 
 
+def test_a_card_of_a_change_outside_all_blocks_names_no_block() -> None:
+    assert [name for name in _of_merge(Share(1, 1, 0), (Share(), Share()), None) if "block" in name] == []
+
+
 # -- refusals
 
 
@@ -478,7 +490,10 @@ def _spoiled(folder: Path) -> dict[str, Path]:
         ({"--format": "peft"}, "a folder of files"),
         ({"--format": "peft", "--dtype": "bf16"}, "writes the adapter alone"),
         ({"--format": "visft", "--verify": True}, "no library on PyPI reads"),
-        ({"--format": "onnx", "--out": "out"}, "onnx needs onnx, onnxscript, onnxruntime: pip install"),
+        (
+            {"--format": "onnx", "--out": "out"},
+            "onnx needs onnx, onnxscript, onnxruntime, not installed here: pip install",
+        ),
         ({"--format": "onnx"}, "end the name in .onnx"),
         ({"--format": "onnx", "--out": "out.onnx", "--dtype": "bf16"}, "writes a graph in fp32"),
         ({"--out": "out.bin"}, "written as .safetensors only"),
@@ -501,7 +516,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     message: str,
 ) -> None:
     _case(tmp_path)
-    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None)
     spoiled = _spoiled(tmp_path)
     before = sorted(os.listdir(tmp_path))
     flags: dict[str, str | bool] = {"--base": "base.safetensors", "--adapter": "adapter", "--out": "out.safetensors"}

@@ -376,6 +376,16 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
 
 
+def test_statistics_of_a_file_in_half_precision_are_fp32(tmp_path: Path) -> None:
+    values = load_file(_base_file("test_resnet", tmp_path))
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in values.items()}
+    save_file(halves, tmp_path / "half.safetensors")
+    loaded, _ = load_timm(tmp_path / "half.safetensors", "test_resnet", None, torch.float32)
+    kinds = {(name.rpartition(".")[2], value.dtype) for name, value in loaded.stored_buffers().items()}
+    statistics = {(name, torch.float32) for name in ("running_mean", "running_var")}
+    assert kinds == {*statistics, ("num_batches_tracked", torch.int64)}
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.freeze.stored import FOLDER as GOLDEN
 from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
+from visft_ds.config.backbones import named
 from visft_ds.config.schema import LoraConfig, OptimizerParams
-from visft_ds.evals.model import ModelFiles, load_model
+from visft_ds.evals.model import ModelFiles, files_without_run, load_model
 from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.backbones import load_backbone, open_backbone
+from visft_ds.interop.backbones import load_backbone, open_backbone, save_backbone
 from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import read_elsewhere
+from visft_ds.interop.heads import load_heads, read_elsewhere, read_head_info, save_head_files
 from visft_ds.interop.layouts import tower_metadata, tower_of
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.peft import README, save_peft_adapter
@@ -27,6 +30,7 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
 
 timm = pytest.importorskip("timm")
@@ -206,6 +210,17 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     assert read_elsewhere(told, "blocks.1") is None
     assert "learnt to read blocks.1" in (read_elsewhere(told, None) or "")
     assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), "blocks.1") or "")
+
+
+def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
+    """Without a run nothing else tells."""
+    assert files_without_run(named("lite0"), tmp_path, tmp_path, None).until == "blocks.5"
+    save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
+    stored = GOLDEN / "stage1/export/detection.safetensors"
+    info = replace(read_head_info(stored), extra={"until": "blocks.1"})
+    save_head_files({"detection": load_heads(stored, "detection")}, tmp_path / "moved", {"detection": info})
+    model = load(tmp_path / "moved", backbone=tmp_path / "base.safetensors")
+    assert model.facts["ends"] == "after blocks.1"
 
 
 def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:

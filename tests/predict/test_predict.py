@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import files_of_run, load_model
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.predict.images import find_images, open_image
-from visft_ds.predict.model import Model, load, load_backbone
+from visft_ds.predict.images import find_images, open_image, opened
+from visft_ds.predict.model import Model, _run_at, load, load_backbone
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
 from visft_ds.run.folder import recorded_config
@@ -124,6 +125,17 @@ def test_photographs_are_turned_upright(place: Path, tmp_path: Path, orientation
     assert wanted.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
 
 
+def test_exif_that_is_broken_hides_no_picture(tmp_path: Path) -> None:
+    entries = struct.pack("<HHLL", 0x112, 3, 1, 6) + struct.pack("<HHLL", 0x131, 2, 100, 5000)  # the second is cut
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + bytes(4)
+    Image.new("RGB", (40, 24)).save(tmp_path / "cut.jpg", exif=exif)
+    assert open_image(tmp_path / "cut.jpg").pixels.shape == (40, 24, 3)
+    Image.new("RGB", (40, 24)).save(tmp_path / "none.webp", exif=b"Exif\0\0garbage!")
+    assert open_image(tmp_path / "none.webp").pixels.shape == (24, 40, 3)
+    with Image.open(tmp_path / "none.webp") as image:
+        assert opened(image)[0][0].pixels.shape == (24, 40, 3)
+
+
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Images of other shapes would be padded to one size, over which positions would be spread."""
     shutil.copytree(GOLDEN / "stage1/export", place / "moved")  # without its run: sizes of the paper
@@ -180,6 +192,8 @@ def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> Non
         (pixels[0], "shape"),
         (pixels.float() / 127.5 - 1, "float images from -0"),
         (pixels.int(), "int32"),
+        (pixels * torch.nan, "float images from nan"),
+        (pixels[..., :13], "H and W at least 14"),
     ):
         with pytest.raises(ValueError, match=message):
             model.backbone(wrong)
@@ -205,6 +219,22 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
         load_backbone(source)
 
 
+def test_an_export_keeps_its_adapter_on_base_weights_from_elsewhere(place: Path) -> None:
+    carried, base = place / "carried", place / "base.safetensors"
+    shutil.copytree(place / "runs/stage2/export", carried)
+    (carried / "backbone.safetensors").rename(base)
+    pixels = torch.rand(1, 3, 56, 56)
+    wanted = load_backbone(place / "runs/stage2")(pixels)
+    assert torch.equal(load_backbone(carried, backbone=base)(pixels), wanted)
+
+
+def test_an_export_is_known_by_any_name_of_its_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "linked").symlink_to("runs/stage2/export")
+    assert load("linked").tasks == load("runs/stage2").tasks
+    monkeypatch.chdir(place / "runs/stage2/export")
+    assert _run_at(Path(".")) == Path.cwd().parent
+
+
 def test_what_is_no_model_is_refused_in_one_sentence(place: Path) -> None:
     half = place / "half"
     shutil.copytree(place / "runs/stage2", half)
@@ -218,6 +248,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(place: Path) -> None:
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "tpu9"}, "device"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
+        ("runs/stage2", {"device": "meta"}, "give cpu, cuda or cuda:N"),
         ("runs/stage2", {"precision": "int8"}, "int8"),
         ("runs/stage2", {"image_size": 0}, "at least 1 pixel"),
     ]
@@ -248,6 +279,7 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
         (tmp_path / "absent.jpg", "no such file"),
         (f"{tmp_path}/*.jpeg", "no image"),
         (array / 255, "float64"),
+        (torch.from_numpy(array).permute(2, 0, 1).bfloat16(), "numbers of bfloat16: give uint8"),
         (torch.from_numpy(array).permute(2, 0, 1)[None], "a list of them"),
         (array.transpose(2, 0, 1), "shape"),
         (array[..., :2], "shape"),
@@ -274,18 +306,21 @@ def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monke
     assert [found.name(file) for file in found.files] == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
     one = find_images([tmp_path / "a/dog.jpg"])
     assert [one.name(file) for file in one.files] == ["dog.jpg"]
+    with pytest.raises(ValueError, match=r"a/dog.jpg: all of it lies in --out \.: choose another"):
+        find_images(["a/dog.jpg"], outside=Path("."))
     every = find_images(["."], outside=Path("out"))
     assert sorted(every.name(file) for file in every.files) == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
 
 
 def test_the_five_lines_of_the_pages_run(place: Path) -> None:
-    """README and page show the same ones."""
+    """README and page show the same ones, each of a run of its own."""
     root = Path(__file__).parents[2]
     texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/getting-started.md", "README.md")]
     blocks = [found[1] for text in texts if (found := re.search(r"```python\n(.*?)```", text, re.S))]
-    assert len(blocks) == 2 and blocks[0] == blocks[1]
+    here = [re.sub(r"runs/stage2-\w+", "runs/stage2", block) for block in blocks]
+    assert len(here) == 2 and here[0] == here[1]
     names: dict[str, Any] = {}
-    exec(blocks[0], names)
+    exec(here[0], names)
     assert names["r"].caption and (place / "out.png").stat().st_size > 1000
 
 

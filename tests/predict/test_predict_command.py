@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from faster_coco_eval import COCO
 from PIL import Image
 
 from tests.complaints import complaints
+from visft_ds.interop.adapter import average
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.visft import write_visft_lora
 from visft_ds.predict import command
 from visft_ds.predict.cli import main
 from visft_ds.predict.images import OpenedImage
@@ -144,6 +148,29 @@ def test_other_settings_are_refused_in_the_same_folder(
     (tmp_path / command.RECORD).write_text("my notes\n")
     assert _run(tmp_path, "photos", "--no-pictures") == 2
     assert "is damaged" in capsys.readouterr().err and (tmp_path / command.RECORD).read_text() == "my notes\n"
+
+
+def test_another_adapter_file_is_another_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = read_adapter(place / "runs/stage2/export/adapter")
+    write_visft_lora(adapter, tmp_path / "one.pt")
+    write_visft_lora(average([adapter, adapter], [0.5, 0.5]), tmp_path / "other.pt")
+    given = ("dog.jpg", "--no-pictures", "--adapter")
+    assert _run(tmp_path / "out", *given, tmp_path / "one.pt") == 0
+    assert _run(tmp_path / "out", *given, tmp_path / "other.pt") == 2
+    assert "--model: " in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf_8_or_as_long_as_can_be(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in (b"caf\xe9.jpg", b"l" * 251 + b".jpg"):
+        shutil.copy(place / "dog.jpg", tmp_path / "in" / os.fsdecode(name))
+    (tmp_path / "in" / os.fsdecode(b"cut\xe9.jpg")).write_text("no picture")
+    for _ in range(2):  # the second goes on
+        assert _run(tmp_path / "out", tmp_path / "in", *ALL) == 0
+    whole = _results(tmp_path / "out")
+    assert [one["file_name"] for one in whole["images"]] == [r"caf\xe9.jpg", f"{'l' * 251}.jpg"]
+    assert [one["file_name"] for one in whole["skipped"]] == [r"cut\xe9.jpg"]
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
 
 
 @pytest.mark.parametrize("what", ["picture", "record", "results"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed
 
@@ -185,6 +186,8 @@ def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
         fit(stage=1, model="debug", resume="yes")
     with pytest.raises(ValueError, match=r"visft\.sed"):
         fit(stage=1, model="debug", settings={"visft.sed": 1})
+    with pytest.raises(ValueError, match=r"settings: optimizer\.params\.lr is .*give a plain number"):
+        fit(stage=1, model="debug", settings={"optimizer.params.lr": np.float32(1e-3)})
     with pytest.raises(ValueError, match=r"without --run these are needed: --backbone, --heads, --data or --coco"):
         evaluate()
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,15 @@ from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
-from visft_ds.interop.files import UNTIL, WeightFile, base_identity, open_weights, recorded_bases
+from visft_ds.interop.files import (
+    BASE_SHA256,
+    TRAINED_ON,
+    UNTIL,
+    WeightFile,
+    base_identity,
+    open_weights,
+    recorded_bases,
+)
 from visft_ds.interop.heads import (
     HeadInfo,
     classes_of_heads,
@@ -62,7 +70,7 @@ class ModelFiles:
     timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run records them
     #: Backbone and heads of the run, which its training has compared; None without a run.
     of_run: tuple[Path, Path] | None = None
-    until: str | None = None  #: block that the backbone ends after, where a run records one
+    until: str | None = None  #: block that the backbone ends after, where a run or a name tells one
 
 
 @dataclass(frozen=True)
@@ -213,10 +221,13 @@ def files_of_run(
 
 def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: Path | None) -> ModelFiles:
     """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
-    if chosen is None or chosen.preset is None:
-        return ModelFiles(backbone, heads, adapter, {}, None if chosen is None else chosen.timm)
-    tower = PRESETS[chosen.preset]
-    return ModelFiles(backbone, heads, adapter, {"num_heads": tower.num_heads, "post_norm": tower.post_norm})
+    if chosen is None:
+        return ModelFiles(backbone, heads, adapter, {})
+    tower = None if chosen.preset is None else PRESETS[chosen.preset]
+    hints: dict[str, float | bool] = {}
+    if tower is not None:
+        hints = {"num_heads": tower.num_heads, "post_norm": tower.post_norm}
+    return ModelFiles(backbone, heads, adapter, hints, chosen.timm, until=chosen.model.get("until"))
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:
@@ -266,8 +277,10 @@ def load_model(
             heads for another width.
     """
     use_numerics(device)
-    backbone, described = _load_backbone(files, DTYPES[precision], preset)
-    infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
+    infos = {task: read_head_info(find_head(files.heads, task), task) for task in tasks}
+    backbone, described = _load_backbone(files, infos, DTYPES[precision], preset)
+    for task, info in infos.items():
+        _check_head(find_head(files.heads, task), info, backbone)
     problems = _of_other_base(infos, files)
     if problems and not allow_other_base:
         raise ValueError(
@@ -297,7 +310,9 @@ def load_model(
     return EvaluationModel(module, device, precision, infos, words, facts)
 
 
-def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) -> tuple[Backbone, dict[str, str]]:
+def _load_backbone(
+    files: ModelFiles, infos: Mapping[str, HeadInfo], storage: torch.dtype, preset: str | None
+) -> tuple[Backbone, dict[str, str]]:
     """The backbone with its adapter in it, and what was loaded, by name."""
     weights = open_weights(files.backbone)
     timm = files.timm or timm_settings(weights)
@@ -305,6 +320,8 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
     backbone: Backbone
     adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
     until = files.until or end_of(weights, adapter)
+    if until is None and adapter is None and files.of_run is None:
+        until = _end_of_heads(infos, weights)
     if timm is not None:
         backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage, until)
     else:
@@ -426,9 +443,14 @@ def end_of(weights: WeightFile, adapter: Adapter | None) -> str | None:
     return weights.metadata.get(UNTIL) or (adapter.until if adapter is not None else None)
 
 
-def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
-    path = find_head(folder, task)
-    info = read_head_info(path, task)
+def _end_of_heads(infos: Mapping[str, HeadInfo], weights: WeightFile) -> str | None:
+    """The block that all heads learnt to read, where the weights are a base, whose file does not tell."""
+    ends: set[str | None] = {info.extra.get(UNTIL) for info in infos.values()}
+    is_base = {BASE_SHA256, TRAINED_ON}.isdisjoint(weights.metadata)
+    return ends.pop() if is_base and len(ends) == 1 else None
+
+
+def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
     if info.in_channels != backbone.width:
         raise ValueError(
             f"{path} reads features of width {info.in_channels}, but the backbone has {backbone.describe()}: "
@@ -436,7 +458,6 @@ def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
         )
     if problem := read_elsewhere(info, backbone.until):
         raise ValueError(f"{path}: {problem}")
-    return info
 
 
 def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:

@@ -286,11 +286,9 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     if any(adapter.magnitude for adapter in adapters):
         raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
     for other in adapters[1:]:
-        if other.model is not None and (other.model, other.layers()) != (first.model, first.layers()):
-            raise ValueError(
-                f"adapters of timm's {first.model} ({first.describe()}) and of {other.model} ({other.describe()}) "
-                f"cannot be averaged"
-            )
+        if other.model != first.model or (other.model is not None and other.layers() != first.layers()):
+            models = (f"{one.model or 'a tower of EVA'} ({one.describe()})" for one in (first, other))
+            raise ValueError(f"adapters of {' and of '.join(models)} cannot be averaged")
         if other.model is None and (other.targets, other.depth, other.width) != (
             first.targets,
             first.depth,

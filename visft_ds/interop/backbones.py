@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural
-from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights, sha256_file
+from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights
 from visft_ds.interop.layouts import (
     LAYOUTS,
     PROJECTION,
@@ -51,7 +51,6 @@ class LoadReport:
     merged: bool
     mapped: bool  #: False: the file is of a kind that can only be read whole
     ignored: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    sha256: str | None = None
 
     def summary(self) -> str:
         """Summary in one line for the console."""
@@ -68,11 +67,11 @@ class LoadReport:
         return text
 
 
-def load_backbone(backbone: EvaViT, path: str | Path, *, with_sha256: bool = False) -> LoadReport:
+def load_backbone(backbone: EvaViT, path: str | Path) -> LoadReport:
     """Copy the tower of a weight file into the existing parameters, tensor by tensor, cast to their dtype.
 
     The layout is found by prefix (see `LAYOUTS`). `pos_embed` is copied whole, class entry included. LoRA parameters of
-    the backbone stay as they are. `with_sha256` also hashes the file (one more pass over it).
+    the backbone stay as they are.
 
     Raises ValueError, with every name concerned, for tensors that are missing, unexpected or of another shape (and says
     which tower the file holds), for values that are not finite, and for a backbone on the meta device.
@@ -81,7 +80,7 @@ def load_backbone(backbone: EvaViT, path: str | Path, *, with_sha256: bool = Fal
         raise ValueError("the backbone has its adapter merged in: call unmerge_lora before loading weights")
     opened, report = _open_own(backbone, path)
     copy_tensors(opened.file, opened.sources, base_parameters(backbone))
-    return replace(report, sha256=sha256_file(path) if with_sha256 else None)
+    return report
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,9 @@ class BackboneFile:
         return read_tensor(self.file, self.sources[name], dtype)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Stored buffers, in memory of their own."""
-        return {name: self.file.get(name).clone() for name in self.stored}
+        """Stored buffers, in memory of their own; statistics in fp32, as the small weights beside them."""
+        values = {name: self.file.get(name) for name in self.stored}
+        return {name: (v.float() if v.is_floating_point() else v).clone() for name, v in values.items()}
 
 
 def open_backbone(backbone: Backbone, path: str | Path) -> BackboneFile:

@@ -186,7 +186,7 @@ def _of_merge(total: Share, blocks: Sequence[Share], verification: Verification 
     if total.wanted:
         measured["share of the change that is in the file"] = f"{total.retained:.2%}"
         measured["error of the change, |missing| / |change|"] = f"{total.error:.2g}"
-    if total.wanted and blocks:
+    if total.wanted and any(block.wanted for block in blocks):
         worst = min((index for index, block in enumerate(blocks) if block.wanted), key=lambda i: blocks[i].retained)
         measured["the share, block with the least"] = f"block {worst}: {blocks[worst].retained:.2%}"
     return measured | _of_outputs(verification)

@@ -344,7 +344,8 @@ def _open_pickled(path: Path) -> WeightFile:
         raise ValueError(f"{path}: expected name -> tensor, but these entries are no tensors: {shown}")
     renamed = _without_module_prefix(list(tensors))
     infos = {new: TensorInfo.of(tensors[old]) for new, old in renamed.items()}
-    return WeightFile(path, infos, lambda name: tensors[renamed[name]], {}, mapped=_is_zip(path))
+    # Detached, because parameters come back as what requires a gradient.
+    return WeightFile(path, infos, lambda name: tensors[renamed[name]].detach(), {}, mapped=_is_zip(path))
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ def files_to_upload(folder: Path) -> list[tuple[str, int]]:
 def upload(folder: Path, repository: str, *, private: bool) -> str:
     """Make the repository where it is missing and upload the folder's files in one commit; returns the address.
 
-    Raises ValueError where huggingface_hub is not installed, and for what the hub refuses (name, token, rights).
+    Raises ValueError where huggingface_hub is not installed, for what the hub refuses (name, token, rights), and
+    without a network.
     """
     try:
         from huggingface_hub import HfApi
@@ -24,12 +25,18 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
     except ModuleNotFoundError as error:
         raise ValueError("uploading needs huggingface_hub: pip install 'visft_ds[hub]'") from error
     names = [name for name, _ in files_to_upload(folder)]
+    api = HfApi()
     try:
-        api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="Weights by visft_ds"
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise ValueError(f"the hub refuses {repository}: {redacted(error)}") from error
+    except (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError) as error:  # of whatever it speaks HTTP by
+        reason = redacted(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        raise ValueError(
+            f"{api.endpoint} cannot be reached ({reason}). {folder} is written: send it later, hf upload {repository} "
+            f"{folder}{' --private' * private}"
+        ) from error
     return str(commit.commit_url)

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visft_ds.interop.backbones import cast
-from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights
+from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples
 from visft_ds.interop.head_file import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
-from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.registry import BUILT_IN, config_class
 
@@ -132,12 +132,6 @@ class PublishedFile:
     others: Mapping[str, tuple[str, ...]]  #: what belongs to no head: reason -> names
     unknown: tuple[str, ...]
 
-    def ignored(self, task: str) -> dict[str, int]:
-        """Why names are not used when the file is read for a task -> how many."""
-        counts = {f"{other} head": len(names) for other, names in self.heads.items() if other != task}
-        counts |= {reason: len(names) for reason, names in self.others.items()}
-        return counts | ({"second name of a segmentation tensor": len(self.repeats)} if self.repeats else {})
-
 
 def sort_names(file: WeightFile) -> PublishedFile:
     """Account for every name of a file, whatever it holds."""
@@ -206,29 +200,6 @@ def find_published(content: PublishedFile, task: str, *, assume: bool) -> HeadFi
     info = HeadInfo(task, in_channels, options, extra={"format": "visft"})
     # Nothing is read of the other heads, so their second names are not compared.
     return HeadFile(file, info, names, content.unknown, content.repeats if task == "segmentation" else {})
-
-
-@dataclass(frozen=True)
-class PublishedHead:
-    """Head of a published file under our names, fp32, and the reasons why the rest of the file was left."""
-
-    tensors: Mapping[str, Tensor]
-    info: HeadInfo
-    ignored: Mapping[str, int]  #: reason -> number of tensors
-
-
-def read_published_head(path: str | Path, task: str) -> PublishedHead:
-    """Read the head of one task from a published file or a checkpoint of ViSFT's training.
-
-    Sizes come from the tensors; the number of attention heads is taken as 8, the labelling of segmentation as
-    "published". Raises ValueError for an unknown task, a file without such a head (naming those it has), names that are
-    not accounted for, missing tensors, other shapes than the sizes ask for, values that are not finite, and second
-    names of segmentation tensors that hold something else.
-    """
-    get_task(task)
-    content = sort_names(open_weights(path))
-    found = find_published(content, task, assume=True)
-    return PublishedHead(found.build().state_dict(), found.info, content.ignored(task))
 
 
 def write_published_head(head: nn.Module, path: Path, *, overwrite: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from visft_ds.checkpoint.disk import explained
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural, Number, Whole, as_record, parse_json
 from visft_ds.monitor.console import Gauge, Section, print_plan
-from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
+from visft_ds.predict.images import Found, OpenedImage, find_images, open_image, readable
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction, category_name
 from visft_ds.redaction import redacted
@@ -34,6 +35,8 @@ from visft_ds.tasks.pictures import save_png
 RECORD, RESULTS, PICTURES = "predictions.jsonl", "predictions.json", "pictures"
 FORMAT, VERSION = "visft_ds predictions", 1
 _GOES_ON = "What was predicted is kept: the same command goes on"
+#: Bytes of the name of an image whose picture has one of 255 bytes, the most of a file system.
+_LONGEST = 251
 
 
 def predict(given: argparse.Namespace) -> int:
@@ -72,9 +75,10 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
         rows = [*model.facts.items(), ("precision", f"{model.precision} on {model.device}")]
         left = [file for file in found.files if found.name(file) not in record.done]
         done = len(found.files) - len(left)
-        rows.append(("images", f"{len(found.files)} below {found.root}" + (f", {done} done before" if done else "")))
+        below = f"{len(found.files)} below {readable(found.root)}"
+        rows.append(("images", below + (f", {done} done before" if done else "")))
         print_plan("visft_ds prediction", [Section("model and data", rows)])
-        skipped: dict[str, str] = {}
+        skipped: dict[Path, str] = {}
         with Gauge("predicting", len(found.files), "images") as gauge:
             gauge.phase("predicting", len(found.files), "images", done)
             for images in _batches(left, given.batch_size or model.batch_size, skipped, gauge):
@@ -83,12 +87,12 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
                     assert prediction.path is not None
                     record.add(found.name(prediction.path), prediction, pictures=not given.no_pictures)
                     gauge.add()
-        record.finish(model.categories, {found.name(Path(path)): why for path, why in skipped.items()})
+        record.finish(model.categories, {found.name(path): why for path, why in skipped.items()})
         written = [RESULTS] if given.no_pictures else [RESULTS, f"{PICTURES}/"]
         rows = [("predicted", f"{len(record.done)} images")]
         if skipped:
             more = ", ..." if len(skipped) > 5 else ""
-            rows.append(("skipped", f"{len(skipped)}: {', '.join(list(skipped)[:5])}{more}"))
+            rows.append(("skipped", f"{len(skipped)}: {', '.join(map(readable, list(skipped)[:5]))}{more}"))
         print_plan("done", [Section("results", [*rows, ("written", f"{given.out}: {', '.join(written)}")])])
         if not record.done:
             return _complain(f"none of {len(skipped)} files could be predicted")
@@ -98,8 +102,10 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
 def _identity(given: argparse.Namespace, found: Found, model: Model) -> dict[str, str]:
     """Settings that decide what is found, by name: a folder holds predictions of one model with one set of options."""
     files = [model.files.backbone, *(Path(model.facts[f"{task} head"]) for task in model.tasks)]
-    if model.files.adapter is not None:
-        files += sorted(path for path in model.files.adapter.rglob("*") if path.is_file())
+    if (adapter := model.files.adapter) is not None:
+        files += [adapter] if adapter.is_file() else sorted(path for path in adapter.rglob("*") if path.is_file())
+    if given.vocabulary is not None:
+        files.append(given.vocabulary)
     stamps = [f"{os.path.abspath(path)} ({path.stat().st_size} bytes of {path.stat().st_mtime:.0f})" for path in files]
     return {
         "--model": ", ".join(stamps),
@@ -108,25 +114,36 @@ def _identity(given: argparse.Namespace, found: Found, model: Model) -> dict[str
         "--precision": model.precision,
         "--image-size": str(given.image_size or "the run's"),
         "pictures": "no" if given.no_pictures else "yes",
-        "folder of the images": str(found.root),
+        "folder of the images": readable(found.root),
     }
 
 
-def _batches(files: Sequence[Path], size: int, skipped: dict[str, str], gauge: Gauge) -> Iterator[list[OpenedImage]]:
+def _batches(files: Sequence[Path], size: int, skipped: dict[Path, str], gauge: Gauge) -> Iterator[list[OpenedImage]]:
     """Decoded images, so many at once; what is none is named and noted in `skipped`."""
     images: list[OpenedImage] = []
     for file in files:
         try:
             images.append(open_image(file))
         except ValueError as error:
-            skipped[str(file)] = str(error)
-            print(f"skipped {redacted(error)}", file=sys.stderr, flush=True)
+            skipped[file] = readable(str(error))
+            print(f"skipped {redacted(skipped[file])}", file=sys.stderr, flush=True)
             gauge.add()
         if len(images) == size:
             yield images
             images = []
     if images:
         yield images
+
+
+def _picture_of(name: str) -> str:
+    """Name of the picture of an image; what file systems find too long is cut and kept apart by its hash."""
+    parts = name.split("/")
+    for place, part in enumerate(parts):
+        content = part.encode()
+        if len(content) > _LONGEST:
+            mark = hashlib.sha256(content).hexdigest()[:16]
+            parts[place] = f"{content[: _LONGEST - 17].decode(errors='ignore')}-{mark}"
+    return f"{'/'.join(parts)}.png"
 
 
 class PredictedResult(StrictModel):
@@ -210,7 +227,7 @@ class Record:
         line = {"id": len(self.done) + 1, "file_name": name, "width": width, "height": height, "found": found}
         with self._writing():
             if pictures:
-                save_png(np.asarray(prediction.draw()), self.out / PICTURES / f"{name}.png")
+                save_png(np.asarray(prediction.draw()), self.out / PICTURES / _picture_of(name))
             self._write(line)
         self.done[name] = line
 

@@ -58,7 +58,12 @@ class Found:
 
     def name(self, file: Path) -> str:
         """Path below the root, with slashes: no two files have the same."""
-        return Path(os.path.abspath(file)).relative_to(self.root).as_posix()
+        return readable(Path(os.path.abspath(file)).relative_to(self.root).as_posix())
+
+
+def readable(path: str | Path) -> str:
+    """A path, or a text with one, that can be printed and stored: bytes that are no UTF-8 become their numbers."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> Found:
@@ -69,7 +74,8 @@ def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> 
         outside: folder whose files are left out: predictions are no input.
 
     Raises:
-        ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
+        ValueError: nothing there by that name, no image in a folder or among what a pattern matches, or all of it in
+            `outside`.
     """
     files: dict[str, Path] = {}
     roots = []
@@ -83,10 +89,12 @@ def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> 
             found = _matching(str(pattern))
         else:
             raise ValueError(f"{pattern}: no such file or folder")
-        if outside is not None:
-            found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
         if not found:
             raise ValueError(f"{pattern}: no image there (files that end in {', '.join(SUFFIXES)})")
+        if outside is not None:
+            found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
+            if not found:
+                raise ValueError(f"{pattern}: all of it lies in --out {outside}: choose another --out")
         files |= {os.path.abspath(path): path for path in found}
         roots.append(os.path.abspath(root))
     return Found(tuple(files.values()), Path(os.path.commonpath(roots)))
@@ -126,7 +134,7 @@ def open_image(path: Path) -> OpenedImage:
     An orientation that cannot be read is none.
 
     Raises:
-        ValueError: naming the file: none of these, damaged, cut off, with pixels of more than 8 bits, or too large.
+        ValueError: naming the file: none of these, damaged, cut off, grey ones of more than 8 bits, or too large.
     """
     try:
         data = path.read_bytes()
@@ -151,7 +159,7 @@ def _decode_other(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_BY_PILLOW) as image:
                 _check_size(image)
                 image.load()
-                return _turned(to_rgb(image), image.getexif().get(_ORIENTATION, 1))
+                return _turned(to_rgb(image), _orientation(image))
         except UnidentifiedImageError:
             begins = f"it begins with {data[:12]!r}" if data else "it is empty"
             raise ValueError(f"no JPEG, PNG, WebP, BMP, GIF or TIFF file: {begins}") from None
@@ -164,13 +172,14 @@ def _check_size(image: Image.Image) -> None:
         raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS} in all")
 
 
-def _orientation(data: bytes) -> int:
+def _orientation(source: bytes | Image.Image) -> int:
+    """Orientation by the EXIF of a file or a picture; 1, upright, where it cannot be read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore")  # of tags that are cut off, beside which this one can be read
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return int(image.getexif().get(_ORIENTATION, 1))
-        except (OSError, SyntaxError, ValueError, TypeError, struct.error, Warning):
+            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+            return int(image.getexif().get(_ORIENTATION, 1))
+        except (OSError, SyntaxError, ValueError, TypeError, struct.error):
             return 1
 
 
@@ -191,19 +200,20 @@ def _of_memory(image: object, what: str) -> OpenedImage:
         try:
             _check_size(image)
             image.load()
-            return OpenedImage(_turned(to_rgb(image), image.getexif().get(_ORIENTATION, 1)), None)
+            return OpenedImage(_turned(to_rgb(image), _orientation(image)), None)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{what}: {error}") from error
+    if not isinstance(image, Tensor | np.ndarray):
+        raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
+    dtype = str(image.dtype).removeprefix("torch.")
+    if dtype != "uint8":  # NumPy has not all of torch's
+        raise ValueError(f"{what} has numbers of {dtype}: give uint8, 0 to 255")
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"{what} is a tensor of shape {tuple(image.shape)}: {_ALLOWED}")
         array = image.detach().cpu().permute(1, 2, 0).numpy()
-    elif isinstance(image, np.ndarray):
-        array = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
     else:
-        raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
-    if array.dtype != np.uint8:
-        raise ValueError(f"{what} has numbers of {array.dtype}: give uint8, 0 to 255")
+        array = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(f"{what} is an array of shape {image.shape}: {_ALLOWED}")
     return OpenedImage(np.array(array, order="C"), None)

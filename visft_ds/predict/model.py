@@ -36,7 +36,8 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES
+from visft_ds.interop.backbones import is_merged
+from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES, open_weights
 from visft_ds.interop.heads import categories_of
 from visft_ds.model import PixelScale, normalise_pixels
 from visft_ds.parallel import distributed
@@ -172,11 +173,13 @@ class ImageFeatures(nn.Module):
         Raises:
             ValueError: another shape, dtype or range, as of images that are normalised already.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: give (B, 3, H, W)")
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.patch_size:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least {self.patch_size}"
+            )
         if images.is_floating_point():
             low, high = images.aminmax()
-            if low < 0 or high > 1:
+            if not (low >= 0 and high <= 1):  # NaN is neither
                 raise ValueError(
                     f"float images from {low:g} to {high:g}: give 0 to 1, not normalised, or uint8 from 0 to 255"
                 )
@@ -241,8 +244,8 @@ class Model:
         batches of several sizes, a prediction does not depend on the images beside it, but for rounding.
 
         Args:
-            images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8;
-                or several: a list of these, a folder, a pattern such as "photos/*.jpg".
+            images: a file, a Pillow image of any mode but I and F, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
+                both uint8; or several: a list of these, a folder, a pattern such as "photos/*.jpg".
             threshold: least score of boxes and masks.
             batch_size: most images that pass through the model at once; default: the run's.
 
@@ -333,10 +336,13 @@ def _build(
 def _device(wanted: str | torch.device | None) -> torch.device:
     if wanted is None:
         return distributed.local_device()
+    refusal = f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise ValueError(f"device {wanted!r} is not allowed: give cpu, cuda or cuda:N") from error
+        raise ValueError(refusal) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(refusal)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
     return device
@@ -346,8 +352,8 @@ def _run_at(source: Path) -> Path | None:
     """The run that a folder is, or is the export of."""
     if (source / RECORD_FILE).is_file():
         return source
-    whole = source.absolute().parent
-    return whole if source.name == _EXPORT and (whole / RECORD_FILE).is_file() else None
+    places = (source.absolute(), source.resolve())  # "." has no name, a link another one
+    return next((p.parent for p in places if p.name == _EXPORT and (p.parent / RECORD_FILE).is_file()), None)
 
 
 def _head_folder(source: Path) -> Path:
@@ -370,7 +376,7 @@ def _files_at(
     """Files of an export without its run, or of merged weights."""
     own = None if adapter in (None, "none") else Path(str(adapter))
     exported = source / ADAPTER_FOLDER
-    if adapter is None and backbone is None and exported.is_dir():
+    if adapter is None and exported.is_dir() and not (backbone is not None and is_merged(open_weights(backbone))):
         own = exported
     weights = _weights_at(source) if backbone is None else backbone
     # Of one export: random bases of release 0.1 do not say so themselves.
