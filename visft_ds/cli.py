@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from visft_ds import __version__
 from visft_ds.redaction import redacted
+from visft_ds.resilience.processes import without_num_gpus
 
 
 class Program(NamedTuple):
@@ -60,23 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_refusal(words), file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
-    words = [part for word in words for part in (word.split("=") if word.startswith("--num_gpus=") else [word])]
-    if words[0] in PARALLEL and "--num_gpus" in words[1:] and "RANK" not in os.environ:
-        return _start_ranks(words)
+    others, count = without_num_gpus(words)
+    if words[0] in PARALLEL and count is not None and "RANK" not in os.environ:
+        return _start_ranks(others, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))
 
 
-def _start_ranks(words: list[str]) -> int:
+def _start_ranks(words: Sequence[str], count: str) -> int:
     """Become deepspeed's launcher of that many processes, deaf to the Ctrl-C that they get as well: they save and end,
     where it would die with a traceback. Returns only where no number was given."""
-    place = words.index("--num_gpus")
-    count = words[place + 1] if place + 1 < len(words) else ""
     if not count.isdecimal() or int(count) == 0:
         print(f"visft {words[0]}: --num_gpus {count}: give the number of processes, one for each GPU", file=sys.stderr)
         return 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = ("deepspeed.launcher.runner", "--num_gpus", count, "--module", "visft_ds")
-    os.execv(sys.executable, [sys.executable, "-m", *launcher, *words[:place], *words[place + 2 :]])
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, *words])
 
 
 def _usage() -> str:

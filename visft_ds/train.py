@@ -64,7 +64,7 @@ class FitResult:
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: all steps are done and exported; else it was stopped, `step` is saved and the same call goes on
+    finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
     requeue: bool  #: SIGUSR1 asked for the job to be queued again
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 

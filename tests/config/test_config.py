@@ -207,6 +207,11 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
         (2, ["visft.run.keep_best=val/caption/cider-d"], "did you mean caption/CIDEr-D? known: box/AP, box/AP50, "),
         (2, ["visft.run.keep_best=mask/AP", "visft.tasks=detection"], "known: box/AP, box/AP50, box/AP75, box/APs, "),
         (2, ["visft.run.keep_every=750"], "must be a multiple of visft.run.save_every = 500"),
+        (
+            2,
+            ["scheduler.params.total_num_steps=2000", "visft.run.trace=[2001, 2010]"],
+            "its first step 2001 comes after the last one of the run, 2000",
+        ),
         (2, ["visft.run.ema=1"], "less than 1"),
         (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
         (2, ["visft.tasks.detection.image.crop_range=[9, 8]"], r"must be [smallest, largest]"),
@@ -231,9 +236,10 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
         assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 
-def test_a_run_that_began_with_an_unknown_metric_stays_readable() -> None:
+def test_a_run_that_began_with_what_is_refused_today_stays_readable() -> None:
     values = debug("visft.run.keep_best=box/AP", "visft.run.eval_every=500").to_dict()
     values["visft"]["run"]["keep_best"] = "box/Ap"
+    values["visft"]["run"]["trace"] = [values["scheduler"]["params"]["total_num_steps"] + 1] * 2
     assert resolve_values(values, "run.json").visft.run.keep_best == "box/Ap"
 
 

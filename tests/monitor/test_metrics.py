@@ -144,6 +144,24 @@ def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
+    """An earlier start that saved nothing may have had another, or this one none."""
+    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
+    RunRecord({}, 1, [], parent=parent).write(tmp_path)
+    record = json.loads(RunRecord({}, 1, []).write(tmp_path).read_text())
+    assert "parent" not in record and record["earlier"][0]["parent"] == parent
+
+
+def test_a_record_that_does_not_fit_the_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunRecord({}, 1, []).write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_git_revision_of_a_checkout_and_of_none(tmp_path: Path) -> None:
     assert metrics.git_revision(tmp_path) is None
     (tmp_path / ".git").mkdir()  # not a repository git would accept: must not stop a run either

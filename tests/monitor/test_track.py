@@ -63,6 +63,26 @@ def test_an_error_of_a_tracker_ends_no_run(sent: list[Any], tmp_path: Path, caps
     assert said.count("warning: wandb gets nothing any more") == 1 and "secret" not in said
 
 
+@pytest.mark.parametrize("failing", ["start_run", "log_params"])
+def test_no_error_of_mlflow_ends_a_run(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It raises a bare Exception for a record that is open already, which one that failed must not stay."""
+    mlflow, ended = ModuleType("mlflow"), list[str]()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Exception("Run with UUID 1 is already active")
+
+    vars(mlflow).update(
+        set_experiment=lambda _: SimpleNamespace(experiment_id="1"), start_run=lambda **_: None, end_run=ended.append
+    )
+    vars(mlflow)[failing] = fail
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    Tracker("mlflow", tmp_path, {}).on_step(1, {"loss": 1.0})
+    assert "warning: mlflow gets nothing any more: Run with UUID 1 is already active" in capsys.readouterr().err
+    assert len(ended) == (failing == "log_params") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install visft_ds[wandb]")

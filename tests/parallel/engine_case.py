@@ -326,7 +326,7 @@ def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, boo
 
 
 def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
-    """What `safe_get` and `safe_set` do to two parameters of each group, and the average in place of the values."""
+    """What `safe_get` and `safe_set` do to two parameters of each group, after their average was read."""
     from visft_ds.parallel.state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
 
     def in_module(name: str) -> torch.Tensor | None:
@@ -334,11 +334,9 @@ def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
         return on_main(engine, name, None if parameter.is_meta else _gathered(parameter).clone())
 
     values, averages = gather_parameters(engine), average.gather()
-    found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": {}}
+    found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": averages}
     names = [[n for n in trainable(engine) if fnmatchcase(n, group.params)] for group in GROUPS[stage]]
     chosen = sorted({name for one in names for name in (one[0], one[-1])})
-    with average.used():
-        found["average"] = {name: (averages.get(name), in_module(name)) for name in chosen}
     for name in chosen:
         after = in_module(name)  # the average has left
         before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import socket
 import subprocess
@@ -177,6 +179,14 @@ def test_a_full_disk_does_not_hide_why_a_rank_ends(tmp_path: Path, monkeypatch: 
         ending()
     (beat,) = read_beats(tmp_path / FOLDER)
     assert (beat.doing, beat.ended) == ("saving", "OSError: [Errno 28] No space left on device")
+
+
+def test_a_stderr_without_a_descriptor_ends_no_run(tmp_path: Path) -> None:
+    """As a notebook, a service or a test puts in its place; faulthandler wants to write to one."""
+    with contextlib.redirect_stderr(io.StringIO()) as caught:
+        with Watchdog(tmp_path, rank=0, world=1, start="s", heartbeat_timeout=60.0, step_timeout=0.0) as watchdog:
+            watchdog._report("no progress", [])
+    assert "no progress" in caught.getvalue()
 
 
 def test_no_time_out_is_told_by_a_clock_that_can_be_set() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.removed import RUN_SCHEMA
 from visft_ds.monitor.metrics import RunRecord
+from visft_ds.parallel.engine import Engine
 from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, recorded_config, set_aside
+from visft_ds.run.state import RunState
 
 RECORDS = ("run.json", "metrics.jsonl", "refused/step_00000002/state.json", f"export/{BACKBONE_FILE}")
 
@@ -52,7 +55,33 @@ def test_a_start_that_failed_before_its_record_is_nothing_in_the_way(tmp_path: P
     out = _run(tmp_path / "run")
     (out / "notes.txt").unlink()
     set_aside(out)
+    (out / "run.tmp").write_text("{")  # killed while it wrote its record
     assert not open_run_folder(out, OTHER, "auto")
+
+
+def test_what_belongs_to_trackers_and_traces_is_set_aside_with_the_run(tmp_path: Path) -> None:
+    """The next run would go on with its record there, and the folder without a record would be none of a run."""
+    out = _run(tmp_path / "run")
+    (out / "notes.txt").unlink()
+    (out / "wandb").mkdir()
+    names = ("tracker-wandb", "tracker-mlflow", "wandb/latest-run", "trace-2-3-rank0.json.gz")
+    for name in names:
+        (out / name).write_text(name)
+    aside = set_aside(out)
+    assert [(aside / name).read_text() for name in names] == list(names)
+    assert not open_run_folder(out, OTHER, "auto")
+
+
+@pytest.mark.parametrize("how", ["auto", "must"])
+def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: Path) -> None:
+    """Its export would be replaced, and its metrics cut off."""
+    out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
+    state = RunState(_config(f"visft.run.out={out}"), engine, {})
+    if how == "auto":
+        assert state.resume(how) == 0  # the random base alone is nothing that was trained
+    (out / "export/detection.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"has an export and no checkpoint to go on from: choose another --out, or"):
+        state.resume(how)
 
 
 def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:

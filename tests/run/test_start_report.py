@@ -18,7 +18,7 @@ from visft_ds.models.eva_vit import PRESETS
 from visft_ds.ops import attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.run import machine, start_report
-from visft_ds.run.start_report import _attention, print_dry_run
+from visft_ds.run.start_report import describe_attention, print_dry_run
 from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
@@ -151,7 +151,7 @@ def test_both_kernels_of_attention_are_said_with_their_reasons(monkeypatch: pyte
     monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_fixed", frozenset({324, 5329}))
     backbone = build_empty("eva_e", torch.bfloat16, {})
-    text = _attention(backbone, torch.device("cuda", 0), torch.bfloat16)
+    text = describe_attention(backbone, torch.device("cuda", 0), torch.bfloat16)
     assert text.startswith("flash: for varying numbers of tokens; cuDNN would build a plan for each")
     assert "; at 5329 tokens cudnn: Hopper, 5329 tokens" in text and "324" not in text
-    assert "; at" not in _attention(backbone, torch.device("cpu"), torch.float32)
+    assert "; at" not in describe_attention(backbone, torch.device("cpu"), torch.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -12,6 +14,9 @@ from tests.freeze.stored import FOLDER
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY, steps_recorded
 from visft_ds.config import resolve
+from visft_ds.parallel.engine import Engine
+from visft_ds.run.log import RunLog
+from visft_ds.run.state import RunState
 
 #: A learning rate that changes nothing: the first evaluation stays the best one.
 SETTINGS = {
@@ -49,6 +54,17 @@ def test_it_ends_and_exports_at_the_same_step_after_an_interruption(tmp_path: Pa
     assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
     assert told in _train(tmp_path), "the same command finds nothing left to do"
     assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "checkpoints/step_00000001").is_dir()
+
+
+def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> None:
+    settings = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
+    config = resolve(stage=1, model="debug", settings=[*settings, f"visft.run.out={tmp_path}"])
+    state = RunState(config, cast(Engine, None), {})  # an engine is asked for nothing here
+    for step, score in enumerate((0.5, 0.1, 0.1), 1):
+        state.judged(step, {"box/AP50": score})
+    told: list[str] = []
+    assert state.ends_early(3, lambda: None, cast(RunLog, SimpleNamespace(message=told.append)))
+    assert told[0].endswith("(visft.run.stop_after); its checkpoint was not kept")
 
 
 def test_it_needs_a_metric() -> None:

@@ -126,6 +126,8 @@ def test_a_fork_goes_on_without_its_parent(work: Path, tmp_path: Path) -> None:
     fork = tmp_path / "parent-fork"
     shutil.rmtree(fork / "checkpoints/step_00000002")
     shutil.rmtree(tmp_path / "parent")
+    for spelled in ("parent", "parent/", f"parent/checkpoints/step_{STEPS:08d}"):
+        assert resolve_arguments(["--from", f"{tmp_path}/{spelled}"])[1].visft.run.out == str(fork)
     done(*words)
     assert (fork / "checkpoints/step_00000002").is_dir()
     record = json.loads((fork / "run.json").read_text())
@@ -185,6 +187,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
         (["--from", "{one}", "--heads", "x"], "visft.start.heads"),
         (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
         (["--stage", "1", "--heads", "keep"], "--heads says what becomes of the heads of --from RUN"),
+        (["--stage", "2", "--from", "{two}/export/adapter", "--heads", "reset"], "is an adapter, which has no heads"),
         (["--from", "{one}", "--set", "visft.tasks.detection.head.num_queries=5"], "does not fit what this run trains"),
     ],
 )

@@ -23,7 +23,6 @@ from visft_ds.parallel.state import (
     gather_state,
     gather_tensor,
     on_main,
-    refresh_module,
     set_tensor,
     to_host,
     trainable,
@@ -75,14 +74,6 @@ class MovingAverage:
         with self._in_place():
             for name, parameter in trainable(self._engine).items():
                 set_tensor(self._engine, parameter, values[name])
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Inside the block the model computes with the average. Collective; no training step in between."""
-        with self._in_place():
-            refresh_module(self._engine)
-            yield
-        refresh_module(self._engine)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

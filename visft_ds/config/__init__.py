@@ -2,7 +2,7 @@
 
 schema, deepspeed_keys: the allowed settings. layers: merging. validate: every error at once. resolve: from a stage, an
 engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what must be on
-disk. command_line: the flags.
+disk. cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches

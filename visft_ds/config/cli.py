@@ -113,6 +113,8 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         raise ValueError("--heads says what becomes of the heads of --from RUN: give that, too")
     backbone = dict[str, tuple[str, Any]]()
     fork = None if arguments.start is None else fork_of(arguments.start, arguments.out)
+    if arguments.heads is not None and fork is None:
+        raise ValueError(f"--heads is for --from RUN: {arguments.start} is an adapter, which has no heads")
     if fork is not None:
         doubled = [name for name in ("model", "backbone", "deepspeed_config") if getattr(arguments, name) is not None]
         if doubled:
@@ -181,7 +183,7 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     run = run_of(Path(source))
     if run is None and Path(source).exists():
         return None
-    record = (Path(out or f"{source}-fork") if run is None else run) / "run.json"
+    record = (Path(out or _fork_folder(source)) if run is None else run) / "run.json"
     if not record.is_file():
         raise ValueError(f"--from {source}: there is no such run, checkpoint or adapter")
     content = parse_json(record.read_bytes(), str(record))
@@ -191,12 +193,17 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     return without_classes_of_data(values, record.parent), display(record)
 
 
+def _fork_folder(source: str) -> str:
+    """Run folder of a fork that names none: beside the run that a place is, or is a checkpoint of, there or gone."""
+    place = Path(source)
+    return f"{place.parent.parent if place.parent.name == 'checkpoints' else place}-fork"
+
+
 def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
     """The same of --from: what a run starts with, and of a fork its folder."""
     if arguments.start is None:
         return {}
-    run = run_of(Path(arguments.start)) or Path(arguments.start)
-    out = {"--from (folder)": ("visft.run.out", f"{run}-fork")} if fork else {}
+    out = {"--from (folder)": ("visft.run.out", _fork_folder(arguments.start))} if fork else {}
     values = {"path": arguments.start, "heads": arguments.heads or "keep"}
     return {**out, "--from": ("visft.start", values)}
 

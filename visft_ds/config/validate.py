@@ -80,8 +80,8 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     """The typed recipe of a tree of values.
 
     Args:
-        recorded: the values are those of a run that has begun. Earlier releases let it name a metric that nothing
-            measures; what it trained is no less readable for that.
+        recorded: the values are those of a run that has begun. It may name a metric that nothing measures, or a trace
+            of steps that never came; what it trained is no less readable for that.
 
     Raises:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
@@ -96,7 +96,7 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     errors += [(key, message) for key, message in [*found, *more] if key not in handled]
     if recipe is not None:
         errors += _contradictions(recipe)
-        errors += [] if recorded else _unknown_metric(recipe.visft)
+        errors += [] if recorded else [*_unknown_metric(recipe.visft), *_unreached_trace(recipe)]
     if keys is not None:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:
@@ -288,6 +288,14 @@ def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     near = difflib.get_close_matches(best.lower(), (lower := {name.lower(): name for name in measured}), n=1)
     hint = f"did you mean {lower[near[0]]}? " if near else ""
     yield "visft.run.keep_best", f"is no metric of this run's tasks; {hint}known: {', '.join(measured)}"
+
+
+def _unreached_trace(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Check that the steps to trace begin within the run; one without a length has an error of its own."""
+    stated, trace = recipe.scheduler.params.total_num_steps, recipe.visft.run.trace
+    total = recipe.visft.updates() if stated is None else stated
+    if trace is not None and total is not None and trace[0] > total:
+        yield "visft.run.trace", f"its first step {trace[0]} comes after the last one of the run, {total}"
 
 
 def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

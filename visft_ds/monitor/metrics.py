@@ -87,7 +87,7 @@ class MetricsWriter:
             callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened after `step`: "saved", "evaluated", "resumed"; details are JSON values."""
+        """Something that happened in `step`: "bad step", "loss scale", "loss leaps"; details are JSON values."""
         self._write({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
@@ -321,11 +321,11 @@ class RunRecord:
     world_size: int
     command: Sequence[str]
     inputs: Mapping[str, Any] = field(default_factory=dict)  #: where its files are and what proves them
-    parent: Mapping[str, Any] | None = None  #: what it began with, as `Parent`; None: nothing, or it goes on
+    parent: Mapping[str, Any] | None = None  #: what it began with, as `Parent`; None: nothing
 
     def write(self, out_dir: str | Path) -> Path:
         """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
-        path, parent = Path(out_dir) / "run.json", self.parent
+        path = Path(out_dir) / "run.json"
         record = {
             "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -340,12 +340,17 @@ class RunRecord:
         if path.is_file():
             previous = read_record(path, RunFile).model_dump(mode="json", by_alias=True, exclude_unset=True)
             record["earlier"] = [*previous.pop("earlier", []), previous]
-            parent = parent or previous.get("parent")
-        record |= {} if parent is None else {"parent": parent}
+        record |= {} if self.parent is None else {"parent": self.parent}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(record, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure could leave an empty file under the final name
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
 

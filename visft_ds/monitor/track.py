@@ -66,14 +66,12 @@ class Tracker(Callback):
 
 
 def _errors_of(name: Name) -> tuple[type[Exception], ...]:
-    """Exceptions of a tracker's library for a server, an account or a disk that it cannot use."""
+    """Exceptions of a tracker's library for a server, an account, a disk or a record that it cannot use."""
     if name == "wandb":
         from wandb.errors import Error
 
         return (Error, OSError)
-    from mlflow.exceptions import MlflowException
-
-    return (MlflowException, OSError)
+    return (Exception,)  # mlflow has a class of its own, and raises a bare one for a record that is open already
 
 
 def _start_wandb(out: Path, settings: Mapping[str, Any], known: str | None) -> tuple[str, Send, Callable[[], None]]:
@@ -101,7 +99,11 @@ def _start_mlflow(out: Path, settings: Mapping[str, Any], known: str | None) -> 
     experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     run = mlflow.start_run(run_id=known, experiment_id=experiment.experiment_id, run_name=out.name)
     if known is None:  # a parameter is written once
-        mlflow.log_params(settings)
+        try:
+            mlflow.log_params(settings)
+        except Exception:
+            mlflow.end_run("FAILED")  # an open record would be in the way of the next run of this process
+            raise
 
     def send(step: int, values: dict[str, float]) -> None:
         # Names with a slash are paths there, and "loss/detection" has "loss/detection/ce" below it.

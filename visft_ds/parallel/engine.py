@@ -111,13 +111,13 @@ def start_process_group() -> None:
     """Join the process group of the launcher (nccl on GPUs, gloo on CPUs); one process alone works too.
 
     Raises:
-        RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
-        ValueError: the port on which the processes meet is in use, some never came, or they cannot reach each other.
+        ValueError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1; the port on which the
+            processes meet is in use, some never came, or they cannot reach each other.
         LostRank: another rank has found such a thing and ended.
     """
     known = SpecifierSet(DEEPSPEED).contains(deepspeed.__version__, prereleases=True)
     if not known and not os.environ.get("VISFT_ALLOW_UNTESTED_DEEPSPEED"):
-        raise RuntimeError(
+        raise ValueError(
             f"deepspeed {deepspeed.__version__} is installed; visft_ds works with {DEEPSPEED}: pip install "
             f"'deepspeed{DEEPSPEED}', or set VISFT_ALLOW_UNTESTED_DEEPSPEED=1 and run the test suite first"
         )

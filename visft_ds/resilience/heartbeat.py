@@ -51,9 +51,20 @@ def read_beats(folder: Path) -> Iterator[Beat]:
             yield beat
 
 
-def asked_to_stop(folder: Path) -> bool:
-    """Return True if the ranks of the last start ended because somebody sent one of them a signal."""
-    return any(beat.ended.startswith("stopped: signal") for beat in read_beats(folder))
+def last_start(folder: Path) -> str:
+    """The start that rank 0's heartbeat belongs to; "" before the first."""
+    return next((beat.start for beat in read_beats(folder) if beat.rank == 0), "")
+
+
+def ended_well(folder: Path, before: str) -> bool:
+    """Return True if the ranks of the last start were done, or ended because somebody sent one of them a signal.
+
+    Args:
+        before: `last_start` of an earlier time; a start that has left no heartbeat since then has not ended well.
+    """
+    start = last_start(folder)
+    endings = [beat.ended for beat in read_beats(folder) if beat.start == start != before]
+    return any(ended == "done" or ended.startswith("stopped: signal") for ended in endings)
 
 
 def process_state(beat: Beat) -> str:

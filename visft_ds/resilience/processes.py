@@ -1,8 +1,12 @@
-"""Processes of this machine, identified through /proc where there is one. Imports nothing heavy."""
+"""Processes of this machine, identified through /proc where there is one; how many a command asks for.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +67,17 @@ def _status(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return []
+
+
+def without_num_gpus(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N: "" where it is missing, None without both."""
+    for place, word in enumerate(words):
+        flag, equals, number = word.partition("=")
+        if flag == "--num_gpus" and equals:
+            return [*words[:place], *words[place + 1 :]], number
+        if flag == "--num_gpus":
+            return [*words[:place], *words[place + 2 :]], "".join(words[place + 1 : place + 2])
+    return list(words), None
 
 
 def same_code() -> dict[str, str]:

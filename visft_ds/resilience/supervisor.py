@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,15 +25,18 @@ from visft_ds import program
 from visft_ds.config import resolve_arguments
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
-from visft_ds.resilience.heartbeat import FOLDER, asked_to_stop
+from visft_ds.resilience.heartbeat import FOLDER, ended_well, last_start
+from visft_ds.resilience.processes import without_num_gpus
 from visft_ds.resilience.signals import SIGNALS, supervised
-from visft_ds.run.folder import newest_step
+from visft_ds.run.folder import named_steps
 
 GAVE_UP = 1
 #: Exit codes of a run that a restart would not change: a mistake to mend, diverged, interrupted.
 FINAL_CODES = (2, 4, 130)
 #: Restarts in a row that may end before anything new is saved.
 FRUITLESS = 2
+#: Of a process that has ended meanwhile, or is another user's by now.
+_NOT_OURS = (psutil.NoSuchProcess, psutil.AccessDenied)
 _GRACE = 30.0  #: seconds for what is left of a run to end by itself; launchers grant as much
 _EPILOG = """example:
   visft supervise --max-restarts 5 -- deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
@@ -47,21 +50,31 @@ class Attempt:
 
     code: int  #: its exit code; negative for a signal
     seconds: float
-    step: int  #: the newest saved one when it ended
-    finished: bool  #: all steps are done, or somebody asked for an end
+    saved: Set[int]  #: steps that had a checkpoint when it ended
+    finished: bool  #: the run is done, or somebody asked for an end
+
+    @property
+    def newest(self) -> int:
+        """The newest saved step; 0 without any."""
+        return max(self.saved, default=0)
 
 
 def supervise(
-    run: Callable[[], Attempt], *, saved: int, max_restarts: int, backoff: float, sleep: Callable[[float], bool]
+    run: Callable[[], Attempt],
+    *,
+    saved: Set[int],
+    max_restarts: int,
+    backoff: float,
+    sleep: Callable[[float], int | None],
 ) -> int:
     """Run, and run again after losses. Returns the exit code.
 
     Args:
         run: one attempt.
-        saved: newest step that is saved before the first attempt.
+        saved: steps that have a checkpoint before the first attempt.
         max_restarts: attempts after the first one, at most.
         backoff: seconds before the first restart; doubled after each attempt that saved nothing new, up to 64 times.
-        sleep: waits for some seconds; True when asked to stop meanwhile.
+        sleep: waits for some seconds; the exit code when asked to stop meanwhile.
     """
     attempts: list[Attempt] = []
     fruitless = 0
@@ -70,21 +83,22 @@ def supervise(
         attempts.append(attempt)
         if attempt.finished or attempt.code in FINAL_CODES:
             return attempt.code
-        fruitless = 0 if attempt.step > saved else fruitless + 1
-        saved = max(saved, attempt.step)
+        # The newest one does not tell: an attempt that passes a damaged checkpoint over saves steps below that.
+        fruitless = 0 if attempt.saved - saved else fruitless + 1
+        saved = attempt.saved
         if len(attempts) > max_restarts:
             return _give_up(f"{max_restarts} restarts were allowed (--max-restarts)", attempts)
         if fruitless > FRUITLESS:
             return _give_up(
-                f"{fruitless} attempts in a row ended before they saved anything after step {saved}", attempts
+                f"{fruitless} attempts in a row ended before they saved anything after step {attempt.newest}", attempts
             )
         seconds = backoff * 2 ** min(fruitless, 6)
         tell(
             f"the run ended with {named(attempt.code)} after {attempt.seconds:.0f} s; restart {len(attempts)} of "
-            f"{max_restarts} from step {saved} in {seconds:g} s"
+            f"{max_restarts} from step {attempt.newest} in {seconds:g} s"
         )
-        if sleep(seconds):
-            return 0
+        if (asked := sleep(seconds)) is not None:
+            return asked
 
 
 def named(code: int) -> str:
@@ -99,7 +113,7 @@ def tell(text: str) -> None:
 
 def _give_up(why: str, attempts: Sequence[Attempt]) -> int:
     lines = [
-        f"  attempt {number}: {named(attempt.code)} after {attempt.seconds:.0f} s, newest saved step {attempt.step}"
+        f"  attempt {number}: {named(attempt.code)} after {attempt.seconds:.0f} s, newest saved step {attempt.newest}"
         for number, attempt in enumerate(attempts, 1)
     ]
     tell("given up: " + why + "\n" + "\n".join(lines))
@@ -124,9 +138,8 @@ class Command:
         if shutil.which(command[0]) is None:
             raise ValueError(f"{command[0]}: no such command; is its environment active?")
         self.command = list(command)
-        self.out, self.total_steps = Path(config.visft.run.out or ""), config.total_steps
-        self.requeue_code = config.visft.run.requeue_code
-        self.stopping = False
+        self.out, self.requeue_code = Path(config.visft.run.out or ""), config.visft.run.requeue_code
+        self.stopping = self.requeue = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def listen(self) -> None:
@@ -136,37 +149,42 @@ class Command:
 
     def run(self) -> Attempt:
         """Start the command and wait for it and everything below it."""
-        began = time.monotonic()
+        began, before = time.monotonic(), last_start(self.out / FOLDER)
         self._process = subprocess.Popen(self.command, start_new_session=True, env=supervised())
         code = self._process.wait()
         self._wait_for_the_rest(self._process.pid)
-        step = newest_step(self.out)
         # DeepSpeed's launcher also ends with 0 when it lost its child; then the ranks have stopped, but nobody asked.
-        good = code == 0 and (step >= self.total_steps or asked_to_stop(self.out / FOLDER))
+        good = code == 0 and ended_well(self.out / FOLDER, before)
         asked = self.stopping or code == self.requeue_code != 0
-        return Attempt(code, time.monotonic() - began, step, finished=good or asked)
+        return Attempt(code, time.monotonic() - began, named_steps(self.out), finished=good or asked)
 
-    def sleep(self, seconds: float) -> bool:
-        """Wait; True as soon as somebody asks for an end."""
+    def sleep(self, seconds: float) -> int | None:
+        """Wait; an exit code as soon as somebody asks for an end."""
         until = time.monotonic() + seconds
         while not self.stopping and time.monotonic() < until:
             time.sleep(0.1)
-        return self.stopping
+        if not self.stopping:
+            return None
+        return self.requeue_code if self.requeue else 0
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
+        self.stopping, self.requeue = True, self.requeue or number == signal.SIGUSR1
         if self._process is not None:
             for rank in _ranks(self._process.pid):
-                rank.send_signal(number)
+                with contextlib.suppress(*_NOT_OURS):
+                    rank.send_signal(number)
 
     def _wait_for_the_rest(self, session: int) -> None:
         """End ranks that did not end by themselves when their launcher was gone."""
-        until = time.monotonic() + _GRACE
+        until, told = time.monotonic() + _GRACE, False
         while left := _session(session):
             if time.monotonic() > until:
-                tell(f"ending {len(left)} processes that the run left behind")
+                if not told:
+                    tell(f"ending {len(left)} processes that the run left behind")
+                told = True
                 for process in left:
-                    process.kill()
+                    with contextlib.suppress(*_NOT_OURS):
+                        process.kill()
             time.sleep(0.2)
 
 
@@ -180,11 +198,7 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
         if word == "visft_ds.launch" or Path(word).name == "train.py":
             return command[place + 1 :]
         if Path(word).name in ("visft", "visft_ds") and command[place + 1 : place + 2] == ["train"]:
-            flags = list(command[place + 2 :])
-            if "--num_gpus" in flags:  # the command's own, see cli.py
-                number = flags.index("--num_gpus")
-                del flags[number : number + 2]
-            return flags
+            return without_num_gpus(command[place + 2 :])[0]
     raise ValueError(
         f"{' '.join(command) or 'no command'}: give a training after --, for example deepspeed --num_gpus 8 --module "
         "visft_ds.launch --stage 2"
@@ -219,10 +233,10 @@ def _ranks(session: int) -> list[psutil.Process]:
     """The training processes of a session: the topmost with a rank, or all where no launcher gave any."""
     ranked = {}
     for process in _session(session):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        with contextlib.suppress(*_NOT_OURS):
             if "RANK" in process.environ():
-                ranked[process.pid] = process
-    return [process for process in ranked.values() if process.ppid() not in ranked] or _session(session)
+                ranked[process.pid] = process, process.ppid()
+    return [process for process, parent in ranked.values() if parent not in ranked] or _session(session)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     supervised.listen()
     return supervise(
         supervised.run,
-        saved=newest_step(supervised.out),
+        saved=named_steps(supervised.out),
         max_restarts=options.max_restarts,
         backoff=options.backoff,
         sleep=supervised.sleep,

@@ -35,6 +35,9 @@ from visft_ds.resilience.processes import machine, started
 
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2
+#: Faulthandler writes to a descriptor, which sys.stderr need not have (a notebook, a test that catches it) and which
+#: the process's own may have lost. Stacks are a help, nothing that a run ends for.
+_NO_DESCRIPTOR = (OSError, ValueError, AttributeError, RuntimeError)
 #: What a rank says that ends because of another one.
 _FOLLOWED = "another rank ended first"
 _SHOWN = 8  #: ranks in a message
@@ -177,7 +180,8 @@ class Watchdog:
             self._timed = timed
 
     def __enter__(self) -> Watchdog:
-        faulthandler.register(STACKS, all_threads=True, chain=False)
+        with contextlib.suppress(*_NO_DESCRIPTOR):
+            faulthandler.register(STACKS, file=sys.__stderr__ or sys.stderr, all_threads=True, chain=False)
         with explained("heartbeats", self._folder, "The same command goes on"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -245,7 +249,8 @@ class Watchdog:
             f"[rank {here.rank}] here: {here.doing}; {last_collective()}; stacks of this process:",
         ]
         print("\n".join(lines), file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        with contextlib.suppress(*_NO_DESCRIPTOR):
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         self._end(_FOLLOWED, LOST_CODE)
         for beat in blamed:
             if beat.rank != here.rank and self._speaks_for(beat) and process_state(beat) not in ("", "gone"):

@@ -19,11 +19,15 @@ ADAPTER_FOLDER = "adapter"
 REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
 RECORD_FILE = "run.json"
-#: Everything a run writes that is its own alone; the record comes last, so that `set_aside` can be cut off anywhere.
+#: Everything a run writes that is its own alone, as globs; the record comes last, so that `set_aside` can be cut off
+#: anywhere.
 _OF_A_RUN = (
     "export",
     "metrics.jsonl",
     "tensorboard",
+    "tracker-*",  # under which name a tracker knows the run
+    "wandb",
+    "trace-*.json.gz",
     "validation",
     "bundles",  # of runs before 0.2
     REFUSED_FOLDER,
@@ -54,7 +58,8 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
         return False
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
-        if set(found) <= {"export", "heartbeats", INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "tensorboard"}:
+        of_a_start = {"export", "heartbeats", INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
+        if set(found) <= of_a_start:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
     if not saved_something(out):
@@ -94,9 +99,9 @@ def set_aside(out: Path) -> Path:
     number = next(n for n in itertools.count(1) if not (out / f"{_ASIDE}{n}").exists())
     aside = out / f"{_ASIDE}{number}"
     aside.mkdir()
-    for name in _OF_A_RUN:
-        if (out / name).exists():
-            (out / name).rename(aside / name)
+    for pattern in _OF_A_RUN:
+        for path in list(out.glob(pattern)):
+            path.rename(aside / path.name)
     return aside
 
 
@@ -145,6 +150,11 @@ def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def newest_step(out: Path) -> int:
-    """Step of the newest checkpoint of the run in `out` by its name, which it gets when it is whole; 0 without any."""
+    """Step of the newest checkpoint of the run in `out` by its name; 0 without any."""
+    return max(named_steps(out), default=0)
+
+
+def named_steps(out: Path) -> set[int]:
+    """Steps of the checkpoints of the run in `out` by their names, which they get when they are whole."""
     names = [path.name[5:] for path in (out / "checkpoints").glob("step_*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return {int(name) for name in names if name.isdigit()}

@@ -37,7 +37,7 @@ from visft_ds.prepare.places import (
 )
 from visft_ds.prepare.start import Start
 from visft_ds.pretrained import local
-from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.run.folder import BACKBONE_FILE, read_run, saved_something
 from visft_ds.run.start import record_of
 
 
@@ -49,7 +49,7 @@ def write_record(
     Args:
         config: with paths at which its inputs lie now.
         base_sha256: hash of the base file.
-        start: what the run begins with, of one that does.
+        start: what the run begins with; None: drawn values, or it goes on.
 
     Raises:
         OSError: a full disk, a read-only folder.
@@ -59,8 +59,11 @@ def write_record(
         keep_inputs(run, config.visft, data.categories)
     inputs = _places(run, config.visft, data.sets, base_sha256)
     with explained("the record of the run", run, "Nothing else was changed"):
-        recorded = with_paths(config, data.given).to_dict()
-        RunRecord(recorded, distributed.world_size(), list(command), inputs, record_of(start, run)).write(run)
+        recorded, parent = with_paths(config, data.given).to_dict(), record_of(start, run)
+        if start is None and saved_something(run):  # it goes on, and has begun with what its record says
+            before = read_run(run).parent
+            parent = None if before is None else before.model_dump(mode="json")
+        RunRecord(recorded, distributed.world_size(), list(command), inputs, parent).write(run)
 
 
 def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:

@@ -65,7 +65,7 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("attention", _attention(module.backbone, run.device, dtype)),
+                ("attention", describe_attention(module.backbone, run.device, dtype)),
                 (
                     "numerics",
                     describe_numerics(run.device, tf32=model.tf32, deterministic=config.visft.run.deterministic),
@@ -91,8 +91,8 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    """For an image of the size that the position embeddings belong to, and for sizes that have another kernel."""
+def describe_attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    """Kernel and reason for an image of the size of the position embeddings, and for sizes that have another one."""
     if not isinstance(backbone, EvaViT):
         return "timm's own: its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2

@@ -25,6 +25,7 @@ from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
 from visft_ds.pretrained import HUB, HubFile
 from visft_ds.resilience.errors import met_by_one_rank
+from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
 
@@ -62,7 +63,7 @@ class RunState:
             how: "auto", "must" or "no".
 
         Raises:
-            ValueError: damaged checkpoints only, none although one is a must, one of another run.
+            ValueError: damaged checkpoints only, none although one is a must or there is an export, one of another run.
         """
         found, problem = None, None
         folder = self._saver.folder
@@ -71,7 +72,12 @@ class RunState:
             for line in skipped:
                 print(f"warning: not used: {line}", file=sys.stderr, flush=True)
             found = str(checkpoint.path) if checkpoint else None
-            if checkpoint is None and (skipped or how == "must"):
+            if checkpoint is None and not skipped and saved_something(self._out):
+                problem = (
+                    f"{self._out} has an export and no checkpoint to go on from: choose another --out, or move export "
+                    "away to train anew"
+                )
+            elif checkpoint is None and (skipped or how == "must"):
                 problem = f"--resume {how}: no whole checkpoint in {folder}"
                 problem += "; move the damaged ones away to start anew" if skipped else "; use --resume auto to start"
         found, problem = distributed.broadcast_object((found, problem))
@@ -162,9 +168,10 @@ class RunState:
         count, best = distributed.broadcast_object(self._saver.since_best())
         if best is None or count < run.stop_after:
             return False
+        place = checkpoint_path(self._saver.folder, best)
         log.message(
             f"ends after step {step}: {count} evaluations without a better {run.keep_best} than that of step {best} "
-            f"(visft.run.stop_after); its checkpoint is {checkpoint_path(self._saver.folder, best)}"
+            f"(visft.run.stop_after); its checkpoint {f'is {place}' if place.is_dir() else 'was not kept'}"
         )
         return True
 
