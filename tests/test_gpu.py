@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import REPOSITORY
 from tools.gpu import COLUMNS, FAILED, PARTS, PASSED, SKIPPED, main, run_part
+from visft_ds.ops import attention
 from visft_ds.profiling import gpu_speed
 
 
@@ -70,6 +73,26 @@ def test_what_takes_too_long_is_ended_and_said(tmp_path: Path) -> None:
 def test_a_measurement_that_takes_too_long_is_said(tmp_path: Path) -> None:
     (row,) = gpu_speed.run_part("speed", "cpu", tmp_path, 1, 0.2)  # what it had measured would stand before it
     assert (row["verdict"], row["case"]) == (FAILED, "cut off after 0 s")
+
+
+def test_a_gpu_that_the_planner_does_not_know_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    medians = {name: {"median": 1.0} for name in ("images_per_second", "step_seconds")}
+    numbers = {**medians, "flops": {"hardware_utilisation": 0.5}, "memory_bytes": {"process_peak": 2**30}}
+    found = {"tasks": {task: {"ranks": [numbers]} for task in gpu_speed.TASKS}}
+    monkeypatch.setattr(gpu_speed, "command", lambda *_: found)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2**24))
+    *measured, last = gpu_speed.full_steps("cuda", tmp_path, 1)
+    assert len(measured) == 3 * len(gpu_speed.TASKS) and all(row["value"] for row in measured)
+    assert (last["verdict"], last["case"]) == (SKIPPED, "no plan: the planner knows no Voodoo")
+
+
+def test_cudnn_is_examined_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table takes it for numbers of tokens alone that were named."""
+    monkeypatch.setattr(attention, "_fixed", frozenset())
+    assert [*gpu_speed.kernels("cpu", tmp_path, 1)] and attention.fixed_lengths() == (64,)
+    name, found, *_ = next(PARTS["attention"](torch.device("cpu"), tmp_path))
+    assert name.startswith("the table") and found() and attention.fixed_lengths() == (33,)
 
 
 def test_without_a_gpu_its_absence_is_an_error(

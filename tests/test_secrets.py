@@ -91,6 +91,8 @@ def test_modes_are_those_of_the_umask(day: tuple[Path, int, bytes]) -> None:
         ),
         ("AccountName=a;AccountKey=abc;x", "AccountName=a;AccountKey=***;x"),
         ('{"api_key": "zzz", "x": 1}', '{"api_key": "***", "x": 1}'),
+        ("password='a b&c,d', x=1", "password='***', x=1"),
+        (r'{"password": "a; \"b\" c", "x": 1}', '{"password": "***", "x": 1}'),
         *(
             (text, text)
             for text in (

@@ -27,9 +27,10 @@ _URL = re.compile(rf"({_SCHEME})([^\s\"<>`|]*[^\s\"<>`|.,:;)\]}}'])", re.IGNOREC
 _WHOLE_URL = re.compile(rf"({_SCHEME})(\S*)", re.IGNORECASE)
 #: user@, user:password@ in front of a host; also a password with characters that belong escaped, behind no port.
 _USER = re.compile(r"[^/?#]*@|[^/?#@:\[]*:(?!\d*(?:[/?#]|$))\S*@")
-#: name=value, and "name": value as JSON, Python or a header writes it.
+#: name=value, and "name": value as JSON, Python or a header writes it; in quotes the value ends where they do.
 _NAMED = re.compile(
-    rf"(?<![\w-])(-{{0,2}}{_SECRET})(\s*=\s*['\"]?|['\"]\s*:\s*b?['\"]?)(?:(?:Bearer|Basic|Token)\s+)?[^\s'\"&,;)}}\]]+",
+    rf"(?<![\w-])(-{{0,2}}{_SECRET})((?:\s*=|['\"]\s*:)\s*(?:b(?=['\"]))?)"
+    r"(?:(['\"])(?:\\.|(?!\3).)+|(?:(?:Bearer|Basic|Token)\s+)?[^\s'\"&,;)}\]]+)",
     re.IGNORECASE,
 )
 _HEADER = re.compile(r"\b((?:proxy-)?authorization\s*:\s*(?:\w+\s+)?|Bearer\s+|Basic\s+(?=\S*[0-9=]))[^\s'\",;]+", re.I)
@@ -53,7 +54,7 @@ def redacted(text: object) -> str:
         found = found.replace(secret, MASK)
     whole = _WHOLE_URL.fullmatch(found)
     found = _masked_url(whole) if whole else _URL.sub(_masked_url, found)
-    return _HEADER.sub(rf"\g<1>{MASK}", _NAMED.sub(rf"\g<1>\g<2>{MASK}", found))
+    return _HEADER.sub(rf"\g<1>{MASK}", _NAMED.sub(rf"\g<1>\g<2>\g<3>{MASK}", found))
 
 
 def redacted_words(words: Sequence[str]) -> list[str]:

@@ -260,6 +260,13 @@ def test_slices_that_do_not_fit_are_refused(slices: Slices, message: str) -> Non
         lora_linear(x, weight, bias, a, b, SCALE, slices)
 
 
+def test_triton_takes_16_bit_alone_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visft_ds.ops.lora.why_not", lambda device: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"cannot run here: it computes in torch\.bfloat16, torch\.float16, not in"):
+        lora_linear(*(tensor.float() for tensor in _tensors(QV)), SCALE, QV, backend="triton")
+
+
 def test_backends_that_cannot_run_are_refused() -> None:
     with pytest.raises(ValueError, match="eager or augmented or triton"):
         lora_linear(*_tensors(QV), SCALE, QV, backend="cutlass")

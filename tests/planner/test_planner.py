@@ -292,6 +292,21 @@ def test_settings_that_fit_are_of_different_kinds_and_fit() -> None:
     assert fitting_settings(run, 1000) == []
 
 
+def test_engines_that_refuse_a_model_are_not_suggested() -> None:
+    config = debug(2, "visft.tasks=detection", model="debug_convnext")  # which no pipeline takes
+    assert fitting_settings(run_of(config, 2, "fp32", None, CPU), 1000) == []
+
+
+def test_engines_that_refuse_what_is_set_are_not_searched() -> None:
+    config = debug(2, "visft.model.compile=blocks", "visft.tasks=detection")  # which ZeRO-3 does not take
+    assert [arm.engine for arm in search(config, parse_cluster("2xH100"))] == ["ZeRO-1"]
+
+
+def test_gpus_without_bf16_have_pipelines() -> None:
+    arms = scaling(debug(2, "visft.tasks=detection"), parse_cluster("2xV100-32GB"), (1,))
+    assert "pipeline of 2" in {arm.engine for _, arm in arms}
+
+
 def test_a_forecast_of_a_cluster() -> None:
     arm = forecast(debug(2, "visft.tasks=detection"), parse_cluster("1xH100"))
     assert arm.fits and arm.engine == "ZeRO-1" and set(arm.streams) == {"detection"}
@@ -325,3 +340,20 @@ def test_attention_is_planned_however_a_model_calls_it(device: str, named: dict[
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=None, **named)
         out.sum().backward()
     assert out.shape == q.shape and q.grad is not None and q.grad.shape == q.shape
+
+
+def test_a_mask_for_all_heads_and_queries_is_planned_as_one_row() -> None:
+    """Torch pads the rows of a mask to a multiple of 8 before it expands them."""
+    q, k = (torch.empty((2, 3, n, 8), dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (5, 19))
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    mask = torch.empty((2, 1, 1, 19), dtype=torch.bool, device="meta")
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with chosen_kernels(CUDA, linear_keeps_input=False), hooks:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k, mask)
+    (bias,) = (tensor for tensor in kept if tensor.shape == (2, 3, 5, 19))
+    assert bias.untyped_storage().nbytes() == 2 * 24 * bias.element_size()

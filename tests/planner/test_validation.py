@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks import finish, start_ranks
 from tools.profile import main
-from visft_ds.profiling.plan_validation import CASES, TOLERANCE, error_of
+from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.profiling.plan_validation import CASES, TOLERANCE, _storages, error_of, tables, time_ratios
 
 
 @pytest.mark.slow
@@ -25,6 +28,30 @@ def test_every_peak_is_predicted(processes: int, tmp_path: Path) -> None:
     assert len(records) == 3 * sum(case.processes == processes for case in CASES)
     wrong = {(one["case"], one["task"]): error_of(one) for one in records if abs(error_of(one)) > TOLERANCE}
     assert wrong == {}
+
+
+def test_storages_are_those_of_one_kind_of_device() -> None:
+    kept = torch.ones(3)
+    assert kept.untyped_storage()._cdata in _storages("cpu") and not _storages("cuda")
+
+
+def test_a_gpu_is_compared_by_memory_alone() -> None:
+    """The times are those of a processor."""
+    record = {"case": "one", "task": "detection", "processes": 1, "cpu_seconds": None, "predicted_seconds": None}
+    record |= {"measured": {"other": 2**20}, "predicted": {"total": 2**20}}
+    ratios = time_ratios([record])
+    _, (steps, _) = tables({"records": [record], "time_ratios": ratios, "largest_error": 0.0})
+    assert steps.rows == [("one", "detection", "1.00", "1.00", "+0.0 %", "", "")] and ratios == []
+
+
+def test_a_plan_takes_the_file_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(CONFIG_ROOT / "models" / "debug.json", tmp_path / "copy.json")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--cluster", "1xH100", "--stage", "2", "--model", "copy.json", "--set", "visft.tasks=detection"]
+    assert main(["plan", *arguments]) == 0
+    assert "copy.json, stage 2, ZeRO-1: time" in capsys.readouterr().out
 
 
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,6 +275,23 @@ def test_a_tree_is_repeated(tmp_path: Path) -> None:
         assert all(len(values) == 1 for values in crcs.values()) and len(set.union(*crcs.values())) == 5
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"images": [], "annotations": []}, "has no images"),
+        ([], "'images' must be a list of objects with id, file_name"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "'annotations' must be a list of objects with image_id"),
+    ],
+)
+def test_a_tree_of_other_json_is_refused(content: Any, said: str, tmp_path: Path) -> None:
+    for folder in ("annotations", "train2017"):
+        (tmp_path / folder).mkdir()
+    for kind in ("instances", "captions"):
+        (tmp_path / "annotations" / f"{kind}_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said), open_set(tmp_path, "train", 2):
+        pass
+
+
 def test_only_the_first_shards_are_read_where_they_suffice(data: MeasuredSet) -> None:
     some = MeasuredSet.of("toy", data.manifest, 5)
     assert (some.shards, len(some), len(some.urls)) == (2, 8, 2)

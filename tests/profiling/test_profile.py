@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.coco_tree import write_tree
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from tools.profile import main
+from visft_ds.config import resolve
 from visft_ds.costs.ledger import KINDS
+from visft_ds.prepare.model import plan_model
+from visft_ds.profiling import timing
 from visft_ds.profiling.timing import MATCHER, PARTS
-from visft_ds.profiling.train import FORMAT, VERSION, tables
+from visft_ds.profiling.train import FORMAT, VERSION, make_record, tables
 from visft_ds.shards.build import Options, build
 
 #: One task: of the three heads detection alone has a formula for its operations.
@@ -100,6 +106,28 @@ def test_the_record_has_its_form(results: dict[str, Any]) -> None:
             assert rank["batch"]["images"] == 4 and rank["batch"]["accumulation"] == 4 // world
             assert rank["batch"]["shapes"] == [[1, 3, 56, 56]] * (4 // world)
         assert record["mix"]["images_per_second"] > 0
+
+
+def test_the_attention_of_a_record_is_that_of_its_model() -> None:
+    config = resolve(stage=1, model="debug_convnext", settings=["visft.mode=sampled", "visft.tasks=detection"])
+    module, _ = plan_model(config.visft, config.optimizer.params, 100)
+    engine = SimpleNamespace(device=torch.device("cpu"), module=module, stage=1)
+    session: Any = SimpleNamespace(config=config, engine=engine, precision="fp32", precision_reason="", notes=())
+    measured = {"step_seconds": {"median": 1.0}, "memory_bytes": {"at_peak": {}}, "batch": {"images": 1}}
+    assert make_record(session, [{"detection": measured}])["attention"].startswith("timm's own")
+
+
+def test_copies_of_host_ranges_are_no_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(name: str, end: float, annotation: bool) -> Any:
+        place, span = SimpleNamespace(name="CUDA"), SimpleNamespace(start=0.0, end=end)
+        return SimpleNamespace(name=name, device_type=place, time_range=span, is_user_annotation=annotation)
+
+    events = [event("ncclDevKernel_AllReduce_Sum_f32(args)", 1e6, False), event("nccl:all_reduce", 3e6, True)]
+    monkeypatch.setattr(timing, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    found = timing.measure_communication(lambda: None, torch.device("cuda"))
+    assert (found.seconds, found.calls) == (1.0, {"AllReduce_Sum_f32": 1})
 
 
 def test_parts_are_positive_and_the_matcher_lies_inside_the_criterion(results: dict[str, Any]) -> None:

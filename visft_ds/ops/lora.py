@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visft_ds.ops import kernels, matmul_dtype, movable, no_autocast, placed
-from visft_ds.ops.triton import DTYPES, why_not
+from visft_ds.ops.triton import DTYPES, interpreted, why_not
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
 BACKENDS = ("eager", "augmented", "triton")
+#: Dtypes of 16 bit.
+_SHORT = (torch.bfloat16, torch.float16)
 
 
 def lora_linear(
@@ -77,8 +79,8 @@ def lora_linear(
         out = _KeptAugmented.apply(x, bias, lora_a, lora_b, wide, scale)
         return out
     _check_shapes(weight, lora_a, lora_b, slices)
-    if backend == "triton":
-        _check_triton(weight.device, dtype)
+    if backend == "triton" and (reason := why_not_triton(weight.device, dtype)) is not None:
+        raise ValueError(f"lora_linear: backend 'triton' cannot run here: {reason}; use auto")
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend)
     return out
@@ -91,11 +93,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     rounds it together with the bias first, which loses most of an update below the 16-bit resolution of the bias.
     "triton" keeps it too; it is taken where `visft_ds.ops.use_kernels` says so.
     """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if device.type == "cuda" and dtype in _SHORT:
         if kernels(device) == "triton":
             return "triton", "Triton kernels were asked for; small updates are added before rounding"
         return "augmented", "16 bit on a GPU: small updates must be added before rounding"
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype in _SHORT:
         return "eager", f"{device.type}: fastest here; updates below the 16-bit resolution of the bias are rounded off"
     return "eager", f"{dtype}: rounding is no concern"
 
@@ -328,12 +330,12 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
-def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
-    reason = why_not(device)
-    if reason is None and dtype not in DTYPES:
-        reason = f"it computes in {', '.join(str(known) for known in DTYPES)}, not in {dtype}"
-    if reason is not None:
-        raise ValueError(f"lora_linear: backend 'triton' cannot run here: {reason}; use auto")
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend "triton" cannot compute in this dtype on this device; None where it can."""
+    if (reason := why_not(device)) is not None:
+        return reason
+    known = DTYPES if interpreted() else _SHORT  # a GPU's shared memory holds tiles of this size in 16 bit only
+    return None if dtype in known else f"it computes in {', '.join(map(str, known))}, not in {dtype}"
 
 
 def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:

@@ -57,16 +57,16 @@ def fitting_settings(now: PlannedRun, capacity: int) -> list[Suggestion]:
     found = []
     for kind in (_recomputing(config), _fewer_images(config, world_size), _engines(config, world_size)):
         for flags, candidate, factor in kind:
+            plans: list[MemoryPlan] = []
             try:
                 changed_run = now.changed(candidate)
+                for name in names:
+                    plans.append(plan_stream(changed_run, candidate.visft.streams()[name]))
+                    if plans[-1].total > capacity:
+                        break
             except ValueError:
-                continue  # its batches do not divide that way
-            plans: list[MemoryPlan] = []
-            for name in names:
-                plans.append(plan_stream(changed_run, candidate.visft.streams()[name]))
-                if plans[-1].total > capacity:
-                    break
-            else:
+                continue  # its batches do not divide that way, or there are more stages than layers
+            if plans[-1].total <= capacity:
                 time = factor * (operations(changed_run) / operations(now) if factor == 1 else 1)
                 found.append(Suggestion(flags, max(plans, key=lambda memory: memory.total), time))
                 break
@@ -115,9 +115,20 @@ def _engines(config: ResolvedConfig, world_size: int) -> Candidates:
     if config.pipeline_stages > 1:
         return
     if world_size > 1 and config.deepspeed["zero_optimization"]["stage"] < 3:
-        yield ("--engine zero3",), changed(config, engine="zero3"), _DIVIDED
+        for flags, candidate in under_engine(config, "zero3"):
+            yield flags, candidate, _DIVIDED
     for stages in (2, 4, 8):
-        if world_size % stages == 0 and config.visft.model.precision != "fp16":
-            settings = (f"pipeline.stages={stages}",)
-            flags = ("--engine pipeline", *_flags(settings))
-            yield flags, changed(config, settings, engine="pipeline"), _DIVIDED
+        if world_size % stages == 0:
+            for flags, candidate in under_engine(config, "pipeline", (f"pipeline.stages={stages}",)):
+                yield flags, candidate, _DIVIDED
+
+
+def under_engine(
+    config: ResolvedConfig, engine: str, settings: Sequence[str] = ()
+) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
+    """(flags, configuration) under another engine; nothing where the engine refuses what is configured."""
+    try:
+        candidate = changed(config, settings, engine=engine)
+    except ValueError:
+        return  # a pipeline takes no model of timm, ZeRO-3 no compiled blocks
+    yield (f"--engine {engine}", *_flags(settings)), candidate

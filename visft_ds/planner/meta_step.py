@@ -221,10 +221,10 @@ def _attention(
             flash = aten._scaled_dot_product_flash_attention
             out = flash(query, key, value, dropout_p, is_causal, scale=scale)
             return out[0]
-        if attn_mask is not None:  # a bias of every head and query, whose rows are aligned
-            batch, heads, queries = query.shape[:3]
-            bias = query.new_zeros(batch, 1, queries, -(-key.shape[2] // 16) * 16)
-            attn_mask = bias[..., : key.shape[2]].expand(batch, heads, queries, key.shape[2])
+        if attn_mask is not None:  # a bias, whose rows are aligned before it is expanded (preprocess_mask of torch)
+            length = attn_mask.shape[-1]
+            bias = query.new_zeros(*attn_mask.shape[:-1], -(-length // 8) * 8)
+            attn_mask = bias[..., :length].expand(*query.shape[:3], key.shape[2])
         efficient, keeps = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and query.requires_grad
         out = efficient(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)
         return out[0]

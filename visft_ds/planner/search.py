@@ -12,7 +12,7 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
 from visft_ds.models.eva_vit import PRESETS, depth_until
 from visft_ds.planner.cluster import Cluster, PlannedTime, Rates, micro_batch_seconds, rates_of, step_time
-from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting
+from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting, under_engine
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
@@ -277,14 +277,13 @@ def _key(stream: str) -> str:
 def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
     yield ("--engine zero1",), changed(config, engine="zero1")
     if cluster.count > 1:
-        yield ("--engine zero3",), changed(config, engine="zero3")
+        yield from under_engine(config, "zero3")
     model = config.visft.model
     depth = 0 if model.timm else model.overrides.depth or PRESETS[model.preset].depth
     depth = depth_until(model.until, depth) if model.until and not model.timm else depth
     for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
-        if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth) and cluster.gpu.precision() != "fp16":
-            settings = (f"pipeline.stages={stages}",)
-            yield ("--engine pipeline", f"--set {settings[0]}"), changed(config, settings, engine="pipeline")
+        if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth):
+            yield from under_engine(config, "pipeline", (f"pipeline.stages={stages}",))
 
 
 def _variants(

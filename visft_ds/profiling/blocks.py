@@ -27,8 +27,7 @@ from visft_ds.models.layers import Linear
 from visft_ds.models.lora import LoRALinear, inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
 from visft_ds.ops.attention import attention_backend, use_fixed_lengths
-from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
-from visft_ds.ops.triton import why_not
+from visft_ds.ops.lora import BACKENDS, Slices, lora_linear, why_not_triton
 from visft_ds.profiling.harness import (
     circumstances,
     clock,
@@ -213,7 +212,7 @@ def _projection_cases(backbone: EvaViT, plain: nn.Module) -> dict[str, Case]:
     layer = next(module for module in backbone.modules() if isinstance(module, LoRALinear))
     weight, rest = layer.weight, (layer.lora_A, layer.lora_B, layer.scale, layer.slices)
     bias = torch.zeros(len(weight), device=weight.device, dtype=weight.dtype)
-    usable = [name for name in BACKENDS if name != "triton" or why_not(weight.device) is None]
+    usable = [name for name in BACKENDS if name != "triton" or why_not_triton(weight.device, weight.dtype) is None]
 
     def by(backend: str) -> Case:
         return lambda x: lora_linear(x, weight, bias, *rest, backend=backend)

@@ -28,7 +28,6 @@ from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.removed import refuse_removed
-from visft_ds.config.resolve import available
 from visft_ds.redaction import redacted_words
 from visft_ds.resilience.errors import tell
 
@@ -311,11 +310,11 @@ examples:
     add("--cluster", metavar="SPEC", help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090, or FILE.json")
     add("--network", metavar="SPEED", help="of a machine: GB/s or a name (as machines with such GPUs are sold)")
     add("--scaling", action="store_true", help="table: 1, 2, 4, ... GPUs by up to 256 times the images a step")
-    add("--model", choices=available("models"), help="(eva_e and eva_g)")
+    add("--model", metavar="NAME|FILE", help="as in visft train (eva_e and eva_g)")
     add("--backbone", metavar="NAME|FILE", help="as in visft train; of its files only config.json is needed")
     add("--download", action="store_true", help="fetch that from the hub")
     add("--stage", type=int, choices=(1, 2), help="(both)")
-    add("--engine", choices=available("engines"), help="plan this one as configured, search nothing")
+    add("--engine", metavar="NAME|FILE", help="plan this one as configured, search nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
     add("--validate", action="store_true", help="compare predictions with measurements on this machine")
     add("--json", type=Path, metavar="FILE", help="write everything there")

@@ -60,8 +60,9 @@ from visft_ds.profiling.timing import Communication, measure_communication
 
 FORMAT, VERSION = "visft_ds comm profile", 1
 COPY = "copy in memory"
-#: Bytes of the sweep, if nothing else is asked for; GPUs are asked for larger ones.
+#: Bytes of the sweep, if nothing else is asked for.
 SIZES = tuple(1 << power for power in range(10, 26, 3))
+#: Bytes up to which the messages of a configuration are measured.
 LARGEST = {"cpu": 1 << 25, "cuda": 1 << 30}
 #: Calls of one measurement: so many that about this many bytes are sent, within bounds.
 _ENOUGH, _CALLS = 1 << 21, (2, 20)

@@ -59,6 +59,8 @@ _SAMPLES_PER_SHARD = 64
 _DRAWN = 64
 #: Between the ids of one repetition of a set and the next; COCO's are below a million.
 _REPETITION = 10_000_000
+#: Lists of a COCO file, and what of their entries repetitions need.
+_FIELDS: dict[str, dict[str, type]] = {"images": {"id": int, "file_name": str}, "annotations": {"image_id": int}}
 REST = "rest"
 #: The calls that do most of the work and release the interpreter lock meanwhile (a test checks that).
 RELEASING: tuple[tuple[Any, str], ...] = (
@@ -343,6 +345,8 @@ def _pack(tree: Path, part: str, work: Path, images: int, reencode: Reencoding |
     Each repetition of an image or annotation has an id of its own.
     """
     instances, captions = (_read(tree / "annotations" / f"{kind}_{part}.json") for kind in ("instances", "captions"))
+    if not instances["images"]:
+        raise ValueError(f"--data {tree}: instances_{part}.json has no images; give a tree with at least one")
     turns = range(max(1, -(-images // len(instances["images"]))))
 
     def file_name(image: Mapping[str, Any], turn: int) -> str:
@@ -390,7 +394,15 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    for name, fields in _FIELDS.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(_has(entry, fields) for entry in entries):
+            raise ValueError(f"{path} is no COCO file: '{name}' must be a list of objects with {', '.join(fields)}")
     return content
+
+
+def _has(entry: Any, fields: Mapping[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
 
 
 def joint_pipeline(vocabulary: Vocabulary) -> SamplePipeline:

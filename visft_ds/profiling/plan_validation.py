@@ -168,7 +168,8 @@ def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
     Cases for another number of processes are left out.
     """
     start_process_group()
-    records, rates = [], measured_rates() if distributed.world_size() == 1 else None
+    timed = distributed.world_size() == 1 and distributed.local_device().type == "cpu"
+    records, rates = [], measured_rates() if timed else None
     for case in cases:
         if case.processes == distributed.world_size():
             for record in _measure(case, rates):
@@ -180,7 +181,8 @@ def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
 
 def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     """This process's part of every task's step."""
-    before = _storages()  # of earlier cases, which may go later than one thinks
+    kind = distributed.local_device().type
+    before = _storages(kind)  # of earlier cases, which may go later than one thinks
     config = case.config()
     visft, world = config.visft, distributed.world_size()
     batches = derive_batches(config, world)
@@ -210,7 +212,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
         step = partial(engine.train_step, number, parts, loss_denominators)
         for _ in range(2):
             step()
-        seconds = min(_cpu_seconds(step) for _ in range(3))
+        seconds = min(_cpu_seconds(step) for _ in range(3)) if kind == "cpu" else None
         ledger = Ledger(engine.device.type)
         note_residents(ledger, engine)
         ledger.forget_peaks()
@@ -218,7 +220,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
         with step_watched(ledger, engine.module, optimizer):
             step()
             note_gradients(ledger, optimizer)
-        stale = sum(size for key, size in _storages().items() if before.get(key) == size)
+        stale = sum(size for key, size in _storages(kind).items() if before.get(key) == size)
         yield {
             "case": case.name,
             "task": name,
@@ -230,10 +232,11 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
         }
 
 
-def _storages() -> dict[int, int]:
-    """Bytes of everything that lives now, by storage."""
+def _storages(kind: str) -> dict[int, int]:
+    """Bytes of everything that lives now on a kind of device, by storage."""
     gc.collect()
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in live_tensors()}
+    here = (tensor.untyped_storage() for tensor in live_tensors() if tensor.device.type == kind)
+    return {storage._cdata: storage.nbytes() for storage in here}
 
 
 def _parts_of(whole: Batch, accumulation: int, stages: int) -> list[Batch]:
@@ -371,7 +374,7 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
                 f"{sum(case['measured'].values()) / _MIB:.2f}",
                 f"{case['predicted']['total'] / _MIB:.2f}",
                 f"{100 * error_of(case):+.1f} %",
-                f"{1e3 * case['cpu_seconds']:.0f}",
+                "" if case["cpu_seconds"] is None else f"{1e3 * case['cpu_seconds']:.0f}",
                 f"{next(ratios):.2f}" if timed else "",
             )
         )

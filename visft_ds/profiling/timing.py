@@ -197,6 +197,8 @@ def measure_communication(step: Callable[[], object], device: torch.device) -> C
     events: list[Any] = list(profiler.events())
     prefix, kind = ("nccl", "CUDA") if cuda else ("gloo:", "CPU")
     found = [event for event in events if event.name.startswith(prefix) and event.device_type.name == kind]
+    if cuda:  # beside kernels there are copies of the ranges in which the host started them
+        found = [event for event in found if not event.is_user_annotation]
     calls: dict[str, int] = {}
     for event in found:
         name = event.name.removeprefix("gloo:").removeprefix("ncclDevKernel_").split("(")[0]

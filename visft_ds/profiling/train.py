@@ -22,7 +22,6 @@ from visft_ds.costs.flops import Flops
 from visft_ds.costs.hardware import DTYPES, reference_rate
 from visft_ds.costs.ledger import KINDS, TRANSIENT, Ledger
 from visft_ds.monitor.console import Section
-from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport
 from visft_ds.prepare.model import stage_of
@@ -46,6 +45,7 @@ from visft_ds.profiling.timing import (
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.run.operations import StepFormula, formula_of
+from visft_ds.run.start_report import describe_attention
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
@@ -254,7 +254,7 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]]) -> dict[st
         "model": config.visft.model.name,
         "engine": f"ZeRO-{session.engine.stage}",
         "precision": f"{session.precision} ({session.precision_reason})",
-        "attention": ": ".join(attention_backend(device, DTYPES[session.precision])),
+        "attention": describe_attention(session.engine.module.backbone, device, DTYPES[session.precision]),
         "differs_from_training": list(session.notes),
         "config": config.to_dict(),
         "tasks": tasks,

@@ -1,9 +1,9 @@
-"""Boxes: two formats and two measures of overlap, for any leading shape.
+"""Boxes: two formats and a measure of overlap, for any leading shape.
 
-`centers` are (cx, cy, w, h), `corners` are (x0, y0, x1, y1); any unit, last axis 4. The measures pair boxes by
+`centers` are (cx, cy, w, h), `corners` are (x0, y0, x1, y1); any unit, last axis 4. The measure pairs boxes by
 broadcasting: (N, 4) with (N, 4) compares row by row, (N, 1, 4) with (M, 4) gives every pair. `torchvision.ops` has the
-pairwise measures and serves as oracle in the tests; it is not used here because its row-by-row loss indexes with a
-boolean mask, which makes the host wait for the device in every decoder layer, and because its pairwise measures divide
+pairwise measure and serves as oracle in the tests; it is not used here because its row-by-row loss indexes with a
+boolean mask, which makes the host wait for the device in every decoder layer, and because its pairwise measure divides
 0 by 0 for two boxes without area.
 """
 
@@ -24,35 +24,18 @@ def centers_to_corners(boxes: Tensor) -> Tensor:
     return corners
 
 
-def corners_to_centers(boxes: Tensor) -> Tensor:
-    """(..., 4) xyxy -> (..., 4) cxcywh, same unit."""
-    centers: Tensor = box_convert(boxes, in_fmt="xyxy", out_fmt="cxcywh")
-    return centers
-
-
-def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of corner boxes paired by broadcasting, in [0, 1]; 0 where neither box has area."""
-    intersection, union = _intersection_and_union(first, second)
-    return intersection / union.clamp(min=_SMALLEST_AREA)
-
-
 def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     """Generalized IoU of corner boxes paired by broadcasting, in (-1, 1].
 
     Rezatofighi et al., arXiv 1902.09630, algorithm 1: IoU minus the share of the smallest enclosing box that neither
     box covers. Finite for boxes without area.
     """
-    intersection, union = _intersection_and_union(first, second)
+    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    intersection = overlap.clamp(min=0).prod(dim=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (first, second)]
+    union = areas[0] + areas[1] - intersection
     low = torch.minimum(first[..., :2], second[..., :2])
     high = torch.maximum(first[..., 2:], second[..., 2:])
     hull = (high - low).prod(dim=-1)
     iou = intersection / union.clamp(min=_SMALLEST_AREA)
     return iou - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
-
-
-def _intersection_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    low = torch.maximum(first[..., :2], second[..., :2])
-    high = torch.minimum(first[..., 2:], second[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(dim=-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (first, second)]
-    return intersection, areas[0] + areas[1] - intersection
