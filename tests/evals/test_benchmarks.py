@@ -310,9 +310,9 @@ def test_the_word_benchmarks_is_a_command_in_its_place_only(capsys: pytest.Captu
 def test_packages_of_the_extra_are_named_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visft_ds.evals.benchmarks.command.find_spec", lambda name: None if name == "sklearn" else name)
+    monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None if name == "sklearn" else name)
     status, _, errors = _run("--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
-    assert status == 2 and "not installed: sklearn. Benchmarks need the extra eval" in errors
+    assert status == 2 and "a benchmark needs sklearn, not installed here: pip install" in errors
 
 
 def test_a_text_side_from_another_file(world: Path, tmp_path: Path) -> None:

@@ -267,6 +267,21 @@ def test_numbers_are_those_of_an_independent_computation(monkeypatch: pytest.Mon
     assert len(scores["objects knn"].values) == 6 and scores["objects knn"].groups is not None
 
 
+def test_scores_of_objects_alone_are_kept_apart() -> None:
+    """With all categories named, labels and features are those of the whole benchmark."""
+    both = [_random_set(np.random.default_rng(0), 3)] * 2
+    assert Dense("x", *both).settings != Dense("x", *both, only_objects=True).settings
+
+
+def test_a_probe_is_not_judged_on_what_it_learnt(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").touch()
+    for kind in ("dense", "objects"):
+        with pytest.raises(ValueError, match="would learn from train and be judged on it"):
+            parse_benchmark(f"{kind}={tmp_path},split=train")
+
+
 def test_two_classes_are_told_apart() -> None:
     """scikit-learn keeps one row of weights for two classes."""
     cells = np.zeros((2, CELLS, CELLS), np.int16)

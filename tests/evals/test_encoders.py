@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.clip_case import SIDE, TOWER, make_clip, save_clip
 from visft_ds.evals.benchmarks.encoders import KINDS, eva_preprocess
-from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
 from visft_ds.evals.benchmarks.text_towers import text_tower_in
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.models.lora import inject_lora, lora_layers
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", ""]
 
@@ -60,6 +62,33 @@ def test_classes_are_those_of_open_clips_zero_shot_classifier(clip: Any, tmp_pat
     ours = class_embeddings(tower.encode(sentences(classes, templates)), len(templates))
     theirs = open_clip.build_zero_shot_classifier(clip, open_clip.SimpleTokenizer(), classes, templates)
     torch.testing.assert_close(ours, theirs.T, rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_tensor_tells_is_part_of_the_keys(tmp_path: Path) -> None:
+    """Features of one file under two activations, or of one adapter under two scales, are not each other's."""
+    config = {
+        "embed_dim": 20,
+        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 64, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    names = ("Tiny-gelu", "Tiny-quick")
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | ({"quick_gelu": True} if "quick" in name else {})))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    save_file(open_clip.create_model(names[0], load_weights=False).state_dict(), tmp_path / "w.safetensors")
+    gelu, quick = (
+        load_encoder(parse_model(f"open_clip:{tmp_path}/{name}.json:{tmp_path}/w.safetensors"), LoadOptions("fp32"))
+        for name in names
+    )
+    assert identity(gelu.module) == identity(quick.module) and gelu.settings != quick.settings
+    specs = [parse_model(f"timm:{name}:random") for name in ("test_vit", "test_vit2")]
+    timms = [load_encoder(spec, LoadOptions("fp32")) for spec in specs]
+    assert timms[0].settings["architecture"] != timms[1].settings["architecture"]
+    tower = build_backbone("debug")
+    inject_lora(tower, rank=4)
+    before = identity(tower)
+    next(iter(lora_layers(tower).values())).scale *= 2
+    assert identity(tower) != before
 
 
 @torch.no_grad()

@@ -321,7 +321,7 @@ def _other_categories(world: World, folder: Path) -> list[Any]:
 
 
 def _other_words(world: World, folder: Path) -> list[Any]:
-    (folder / "words.json").write_text(Vocabulary(("other", "words")).to_json())
+    (folder / "words.json").write_text(json.dumps(Vocabulary(("other", "words")).to_dict()))
     return ["--run", world.run(1), "--vocabulary", folder / "words.json"]
 
 

@@ -40,7 +40,9 @@ def _evaluation(folder: Path, manifest: Manifest, scores: list[float], **data: A
     results = [{"image_id": image_id, "score": score, **box} for image_id, score in pairs]
     (folder / "detection_results.json").write_text(json.dumps(results))
     metrics = {"box/AP": float(np.mean(scores)), "box/APl": -1.0}
-    return Evaluation(folder.name, folder, {"metrics": metrics, "data": {"images": len(scores), **data}})
+    given = {"images": len(scores), "fingerprint": manifest.fingerprint, **data}
+    of = {key: value for key, value in given.items() if value is not None}
+    return Evaluation(folder.name, folder, {"metrics": metrics, "data": of})
 
 
 @pytest.mark.parametrize("most", [1000, 8])
@@ -67,7 +69,11 @@ def test_the_same_predictions_have_changed_nothing(split: Manifest, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("count", "data", "said"),
-    [(11, {}, "a and b were not judged on the same images"), (12, {"fingerprint": "other"}, "the same images")],
+    [
+        (11, {}, "a and b were not judged on the same images"),
+        (12, {"fingerprint": "other"}, "the same images"),
+        (12, {"fingerprint": None}, "the same images"),  # of a run whose images are not here
+    ],
 )
 def test_other_images_are_refused(count: int, data: dict[str, Any], said: str, split: Manifest, tmp_path: Path) -> None:
     first = _evaluation(tmp_path / "a", split, [0.5] * 12)

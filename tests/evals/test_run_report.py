@@ -134,6 +134,8 @@ def test_an_interval_where_the_images_are_here(tmp_path: Path, split: Manifest, 
     assert row is not None and '<td class="">+0.0000 <small>+0.0000 to +0.0000</small></td>' in row[0]
     assert "coloured is what leaves zero out" in text
     assert "without colours: 12 images are too few, 20 are needed" in _page(*runs, "--out", tmp_path / "few.html")
+    elsewhere = _run(tmp_path / "elsewhere", f"visft.data.root={tmp_path}/nowhere", f"visft.data.val={split.split}")
+    assert "were not judged on the same images" in _page(elsewhere, runs[1], "--out", tmp_path / "other.html")
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,17 @@ def test_ratios_of_several_seeds_are_drawn_together() -> None:
         assert np.array_equal(both[number], resampled([values], None, np.random.default_rng(3))[0])
 
 
+def test_of_few_items_nothing_is_shown() -> None:
+    """All of n are of one sign by chance in 2^(1 - n) of cases; captions of one image are one item."""
+    for count, groups in ((5, None), (30, np.repeat(np.arange(5), 6))):
+        results = {name: {"n": Score("n", np.full(count, value), groups)} for name, value in (("a", 0.0), ("b", 1.0))}
+        (row,) = rows_of(results, {}, primary="n")
+        assert not row.shown["b"] and row.p["b"] == 2.0**-4 and row.differences["b"].low == 0.0
+    results = {name: {"n": Score("n", np.full(6, value))} for name, value in (("a", 0.0), ("b", 1.0))}
+    (row,) = rows_of(results, {}, primary="n")
+    assert row.shown["b"] and row.p["b"] == 2.0**-5
+
+
 def test_without_spread_over_items_it_is_students_t() -> None:
     values = np.array([1.0, 2.0, 4.0])
     means = np.repeat(values[:, None], 1000, axis=1)

@@ -34,7 +34,7 @@ def changes(first: Evaluation, last: Evaluation, manifest: Manifest) -> dict[str
     """
     images = last.record["data"]["images"]
     for data in (first.record["data"], last.record["data"]):
-        same = data.get("fingerprint", manifest.fingerprint) == manifest.fingerprint and data["images"] == images
+        same = data.get("fingerprint") == manifest.fingerprint and data["images"] == images
         if not same or images > len(manifest):
             raise ValueError(f"{first.label} and {last.label} were not judged on the same images of {manifest.root}")
     used = min(images, MOST_IMAGES)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from visft_ds.config.records import read_record
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
-from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
+from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
 
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)
 TESTS = ("test", "val", "validation")
@@ -107,6 +107,7 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
             for place, number in enumerate(of_class):
                 halves[place % 2].append(number)
         return classes.part(sorted(halves[0])), classes.part(sorted(halves[1]))
+    check_apart(source, split, test)
     parts = read_classes(source, split), read_classes(source, test)
     if parts[0].classes != parts[1].classes:
         lone = sorted(set(parts[0].classes) ^ set(parts[1].classes))

@@ -71,7 +71,8 @@ class Dense:
     def settings(self) -> Mapping[str, Any]:
         protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
         truths = [self.train.truth, self.test.truth]
-        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
+        names = {"names": list(self.test.names), **({"only": "objects"} if self.only_objects else {})}
+        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, **names}
 
     @property
     def classes(self) -> int:

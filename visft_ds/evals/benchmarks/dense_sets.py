@@ -36,7 +36,7 @@ from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.benchmarks.images import SUFFIXES, chosen, decode, digest, from_files, image_files
 from visft_ds.evals.benchmarks.objects import ListedBox, ListedCategory
-from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
+from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
 from visft_ds.monitor.console import gauged
 from visft_ds.names import checked_name
@@ -123,6 +123,7 @@ def read_train_and_test(source: str, train: str | None, test: str | None) -> tup
         if part not in parts:
             raise ValueError(f"{source} has no part {part or ' or '.join(_SPLITS)}; it has {', '.join(parts)}")
     assert held is not None
+    check_apart(source, learnt, held)
     found = reader(learnt, MOST["train"]), reader(held, MOST["test"])
     if found[0].names != found[1].names:
         lone = sorted(set(found[0].names) ^ set(found[1].names))

@@ -31,6 +31,7 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import Section, print_plan
+from visft_ds.parallel import distributed
 from visft_ds.resilience.errors import tell
 
 RECORD = "dose.json"
@@ -53,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     try:
         settings = settings_of(given)
+        if distributed.world_size() > 1:
+            raise ValueError(f"the dose is measured by one process, and {distributed.world_size()} were started")
         check_least(given, images=2)
         if given.out.exists():
             raise ValueError(f"{given.out} is there already and nothing is overwritten; name a new folder")

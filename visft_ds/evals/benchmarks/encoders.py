@@ -58,7 +58,7 @@ class Encoder:
     preprocess: Preprocess
     normalisation: tuple[Sequence[float], Sequence[float]]  #: (mean, std) of RGB in [0, 1], the last step of it
     side: int  #: of its images, pixels
-    settings: Mapping[str, Any]  #: what features depend on beside the weights
+    settings: Mapping[str, Any]  #: what features depend on beside the weights; "architecture" where these do not tell
     text: TextTower | None
     facts: Mapping[str, str]  #: what was loaded, for people
 
@@ -353,7 +353,7 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
         image_transform_v2(PreprocessCfg(**config), is_train=False),
         (config["mean"], config["std"]),
         _side(config["size"]),
-        {"preprocess": json.dumps(config, sort_keys=True)},
+        {"preprocess": json.dumps(config, sort_keys=True), "architecture": open_clip.get_model_config(name)},
         tower_of_model(model.requires_grad_(False).eval(), tokenizer, f"open_clip {name}"),
         {"backbone": f"open_clip {name}, weights {weights or 'of its repository'}"},
     )
@@ -393,7 +393,10 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
         int(config["input_size"][-1]),
-        {"preprocess": json.dumps({key: config[key] for key in sorted(config)})},
+        {
+            "preprocess": json.dumps({key: config[key] for key in sorted(config)}),
+            "architecture": name.partition(".")[0],
+        },
         None,
         facts,
     )

@@ -147,6 +147,7 @@ def encode_texts(worker: Worker, texts: Sequence[str]) -> Stored:
 
     content = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     what = {"version": VERSION, "model": worker.texts, "device": worker.device.type, "texts": content}
+    what |= {key: value for key, value in worker.encoder.settings.items() if key == "architecture"}
     stored = Stored(worker.cache / "texts", what, len(texts))
     fill([stored], compute)
     return stored

@@ -42,6 +42,7 @@ from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.models.lora import lora_layers
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.run.folder import recorded_config
 
@@ -172,6 +173,7 @@ def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptio
         facts["adapter"] = f"{spec.adapter}: {adapter.describe()}, times {spec.scale:g}"
     side = options.image_size or backbone.image_size
     settings = {"preprocess": f"{side} {backbone.pixel_mean} {backbone.pixel_std}", "pooled": _POOLED}
+    settings |= {"architecture": timm[0].partition(".")[0]}
     settings |= {} if backbone.until is None else {"until": backbone.until}
     module = FeatureMapEncoder(backbone)
     return Encoder(
@@ -300,8 +302,10 @@ def _text_of(path: Path, encoder: Encoder) -> TextTower | None:
 
 
 def identity(module: nn.Module) -> str:
-    """sha256 over all tensors of a module, their names, dtypes and shapes."""
+    """sha256 over all tensors of a module, their names, dtypes and shapes, and the scales of its adapters."""
     digest = hashlib.sha256()
+    for name, layer in lora_layers(module).items():
+        digest.update(json.dumps([name, layer.scale]).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -32,6 +32,7 @@ from visft_ds.evals.benchmarks.protocol import (
     ImageSet,
     IntArray,
     Score,
+    check_apart,
     class_embeddings,
     hits,
     rank_of,
@@ -93,7 +94,8 @@ class Objects:
     @property
     def settings(self) -> Mapping[str, Any]:
         labels = [part.labels.tolist() for part in (self.test, self.train) if part is not None]
-        return {"benchmark": "objects 1", "labels": labels, "owners": self.test.owners.tolist()}
+        names = list(self.test.classes)
+        return {"benchmark": "objects 1", "labels": labels, "owners": self.test.owners.tolist(), "names": names}
 
     def scores(self, features: Features) -> Iterator[Score]:
         labels, classes = self.test.labels, self.test.classes
@@ -196,11 +198,11 @@ def read_train_and_test(source: str, split: str | None, train: str | None) -> tu
     file, colon, folder = source.rpartition(":")
     if colon and file.endswith(".json"):
         return None, read_objects(Path(file), Path(folder))
-    root = Path(source)
-    test = _of_tree(root, split or "val")
+    root, held = Path(source), split or "val"
     if train is None and not (root / "annotations/instances_train2017.json").is_file():
-        return None, test
-    learnt = _of_tree(root, train or "train")
+        return None, _of_tree(root, held)
+    check_apart(source, train or "train", held)
+    test, learnt = _of_tree(root, held), _of_tree(root, train or "train")
     if set(learnt.classes) != set(test.classes):
         lone = sorted(set(learnt.classes) ^ set(test.classes))
         raise ValueError(f"{source}: the splits have other categories: {', '.join(lone[:5])}")

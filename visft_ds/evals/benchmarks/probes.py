@@ -55,7 +55,7 @@ class Probe:
     def settings(self) -> Mapping[str, Any]:
         protocol = [NEIGHBOURS, TEMPERATURE, STRENGTHS, SHOTS, DRAWS, FEW_SHOT_STRENGTH]
         labels = [self.train.labels.tolist(), self.test.labels.tolist()]
-        return {"benchmark": "probe 1", "protocol": protocol, "labels": labels}
+        return {"benchmark": "probe 1", "protocol": protocol, "labels": labels, "names": list(self.test.classes)}
 
     def scores(self, features: Features) -> Iterator[Score]:
         train, test = (features.images[name]["pooled"] for name in ("train", "test"))

@@ -92,6 +92,12 @@ class Benchmark(Protocol):
         """The numbers of one model; higher is better."""
 
 
+def check_apart(source: str, train: str, test: str | None) -> None:
+    """Raise ValueError where a probe would be judged on what it learnt."""
+    if train == test:
+        raise ValueError(f"{source}: probes would learn from {train} and be judged on it: name two parts")
+
+
 def mean_ratio(sums: FloatArray) -> FloatArray:
     """Mean over the classes of (..., 2, C) sums, first by second; those whose second is 0 do not count."""
     above, below = sums[..., 0, :], sums[..., 1, :]

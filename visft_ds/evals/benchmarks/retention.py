@@ -127,7 +127,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
         int(config["input_size"][-1]),
-        {"preprocess": str(sorted(config.items()))},
+        {"preprocess": str(sorted(config.items())), "architecture": name.partition(".")[0]},
         None,
         {},
     )

@@ -84,7 +84,7 @@ def encode_all(
     """
     groups: dict[str, list[ModelSpec]] = {}
     for spec in specs:
-        alike = replace(spec, label="", scale=1.0, adapter=None) if spec.adapter else spec
+        alike = replace(spec, label="", scale=1.0, adapter=None, trained=None) if spec.adapter else spec
         groups.setdefault(repr((alike, _form(spec))), []).append(spec)
     found: dict[str, list[Encoded]] = {}
     for group in groups.values():

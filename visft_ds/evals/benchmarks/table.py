@@ -25,6 +25,7 @@ from visft_ds.evals.benchmarks.intervals import (
     over_seeds,
     resampled,
     two_sided,
+    with_few,
 )
 from visft_ds.evals.benchmarks.protocol import Benchmark, FloatArray, IntArray, Score
 from visft_ds.monitor.console import Section
@@ -113,13 +114,18 @@ def _row(name: str, names: Sequence[str], results: Results, arms: Mapping[str, S
         if arm == base:
             continue
         each, means = _resampled(name, seeds, having[base])
-        differences[arm] = _interval(name, each, means)
-        p[arm] = two_sided(over_both(each, means, _rng(name, "seeds")))
+        found = _interval(name, each, means), two_sided(over_both(each, means, _rng(name, "seeds")))
+        differences[arm], p[arm] = with_few(*found, sum(map(_units, seeds[0])))
         if len(each) > 1:
             items = interval(float(each.mean()), means.mean(axis=0))
             of_seeds[arm] = Seeds(tuple(each.tolist()), items, over_seeds(each))
     count = sum(len(score.values) for score in next(iter(having.values()))[0]) if having else 0
     return Row(name, count, values, differences, p, of_seeds)
+
+
+def _units(score: Score) -> int:
+    """Number of independent items."""
+    return len(score.values if score.groups is None else np.unique(score.groups))
 
 
 def _rng(name: str, part: str = "") -> np.random.Generator:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.evals.benchmarks.images import chosen, from_files
-from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.evals.benchmarks.protocol import ImageSet, check_apart
 
 _FILES = ("gt.txt", "labels.txt", "label.txt", "labels.tsv")
 _NAMED = ("{}_label.txt", "{}_labels.txt", "{}_gt.txt", "annotation_{}.txt")
@@ -69,6 +69,7 @@ def read_train_and_test(source: str, train: str | None, test: str | None, charac
                 f"{tests} has {len(everything.words)} word(s): a head needs some to train and some to test"
             )
         return everything.half(False), everything.half(True)
+    check_apart(str(root), str(learnt), str(tests))
     return _read(learnt, characters), _read(tests, characters)
 
 
