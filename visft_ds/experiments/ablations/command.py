@@ -25,7 +25,7 @@ from visft_ds.experiments.ablations.run import Failure, Runner
 from visft_ds.experiments.ablations.scales import TOY_MODEL, Scale, check_scale
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
-from visft_ds.flags import check_least
+from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
 from visft_ds.redaction import redacted_words
@@ -64,6 +64,7 @@ def _plan(given: argparse.Namespace) -> tuple[GainPlanner, list[AblationPlan | G
     if given.seeds < FEWEST:
         raise ValueError(f"--seeds {given.seeds}: an interval over seeds needs at least {FEWEST}, better 3 or more")
     check_least(given, jobs=1)
+    check_extra("what is trained here is judged by benchmarks, which", "eval", EVAL)
     names = list(QUESTIONS) if given.questions == ["all"] else list(dict.fromkeys(given.questions))
     questions = {name: find_question(name) for name in names}
     if given.arms is not None:
@@ -144,7 +145,8 @@ def _run(given: argparse.Namespace, planner: GainPlanner, plans: Sequence[Ablati
     for plan in plans:
         needed_steps = needed(plan, steps)
         print(f"\n== {plan.name}: {plan.question.asks}", flush=True)
-        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True)).run(needed_steps)
+        weigh = predicted if isinstance(plan, GainPlan) else lambda _: 1.0
+        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True), weigh).run(needed_steps)
         outcome = collect_gain(plan, failures) if isinstance(plan, GainPlan) else collect(plan, steps, failures)
         written = [*write_question(given.out, outcome), *write_report(given.out, [*QUESTIONS, GAIN])]
         print_plan(outcome.asks, shown(outcome))
@@ -182,7 +184,7 @@ def _print_plan(plans: Sequence[AblationPlan | GainPlan], steps: Mapping[str, St
     trials = sum(len(plan.seeds) * len(plan.question.arms) for plan in plans)
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
     if any(isinstance(plan, GainPlan) for plan in plans):
-        seconds = predicted(step for step in steps.values() if not step.marker.is_file())
+        seconds = sum(predicted(step) for step in steps.values() if not step.marker.is_file())
         print(f"# {clock(seconds / 2)} by --jobs 2 on two idle cores, as EfficientNet-Lite0 and drawings took")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""

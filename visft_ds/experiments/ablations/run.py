@@ -50,11 +50,13 @@ class Runner:
         jobs: steps at a time.
         forks: start Python scripts as forks of a process with everything imported; else anew.
         say: takes lines for people.
+        weigh: a step's share of the time, in a unit of its own.
     """
 
     jobs: int
     forks: bool
     say: Callable[[str], None]
+    weigh: Callable[[Step], float]
 
     def run(self, steps: Mapping[str, Step]) -> dict[str, Failure]:
         """Run all that is not finished; returns what failed or could not start, by stem.
@@ -65,6 +67,7 @@ class Runner:
         failures: dict[str, Failure] = {}
         waiting = [step for step in steps.values() if not step.marker.is_file()]
         kept, total, begun, began = len(steps) - len(waiting), len(steps), 0, time.monotonic()
+        weight, done = sum(map(self.weigh, waiting)), 0.0
         if kept:
             self.say(f"{kept} of {total} steps have finished before")
         running: dict[int, _Running] = {}
@@ -74,19 +77,19 @@ class Runner:
                     lost = [stem for stem in step.needs if stem in failures]
                     if lost:
                         waiting.remove(step)
+                        weight -= self.weigh(step)
                         failures[step.stem] = Failure(f"needs {steps[lost[0]].title}, which failed")
                     elif len(running) < self.jobs and all(steps[stem].marker.is_file() for stem in step.needs):
                         waiting.remove(step)
                         begun += 1
-                        done = begun - 1 - len(running)  # what this start has finished, each in its share of the time
-                        each = (time.monotonic() - began) / done if done else 0.0
-                        left = f"  left {clock(each * (total - kept - done))}" if each else ""
+                        left = f"  left {clock((time.monotonic() - began) / done * (weight - done))}" if done else ""
                         self.say(f"[{kept + begun}/{total}] {step.title}{left}")
                         child = _start(step, self.forks)
                         running[child.process.sentinel] = child
                 for sentinel in wait(list(running)) if running else ():
                     assert isinstance(sentinel, int)
-                    failure = running.pop(sentinel).finish()
+                    child = running.pop(sentinel)
+                    failure, done = child.finish(), done + self.weigh(child.step)
                     if failure is not None:
                         failures[failure[0].stem] = failure[1]
                         self.say(f"  FAILED: {failure[0].title}; the end of {failure[0].log}:")

@@ -1,4 +1,7 @@
-"""Commands that are run once: a step is named by a hash of its command and of everything that it reads."""
+"""Commands that are run once: a step is named by a hash of its command and of the steps that it reads from.
+
+A file from outside the folder is known by its path: where its content changes, another folder is needed.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def _side_of_file(name: str, encoder: Encoder) -> TextSide:
             f"the whole EVA-CLIP or open_clip file"
         )
     entries = open_clip.export_entries(file, layout)  # refuses half a model
-    assert encoder.text is not None and isinstance(encoder.module, EvaEncoder)
+    if encoder.text is None or not isinstance(encoder.module, EvaEncoder):
+        raise ValueError(f"{name}: read after a block, a tower has no embedding to learn with; give the whole model")
     # Heads and norms, which follow from no tensor, are known by now.
     merged = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
     parameters = {PREFIX + key: value for key, value in encoder.text.module.named_parameters()}
