@@ -226,7 +226,7 @@ def test_the_exit_status_tells_clean_damaged_and_unusable(copy: Path, capsys: py
     assert capsys.readouterr().out == "toy: every byte is as it was made\n"
     for arguments in (["nowhere"], [str(copy), "--split", "other"], [str(copy), "--workers", "0"]):
         assert main(["verify", *arguments]) == 2
-        assert capsys.readouterr().err.startswith("make_shards: ")
+        assert capsys.readouterr().err.startswith("shards: ")
     os.truncate(copy / "toy-000001.tar", 3000)
     assert main(["verify", str(copy), "--limit", "2"]) == 1
     output = capsys.readouterr().out

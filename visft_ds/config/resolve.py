@@ -154,7 +154,7 @@ def _layer_file(folder: str, flag: str, name: str) -> Path:
     known = available(folder)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(
             f"{flag} {name}: no such file {display(CONFIG_ROOT / folder)}/{name}.json{hint} "
             f"There are: {', '.join(known)}, or the path of a .json file"

@@ -220,7 +220,7 @@ examples:
     add("--data", type=Path, metavar="FOLDER", help="shards, or a COCO tree")
     add("--split", metavar="NAME", help="of the shards or the tree (train)")
     add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
-    add("--reencode", metavar="Q[:SIDE]", help="with --compare: store pictures so first, as make_shards.py build does")
+    add("--reencode", metavar="Q[:SIDE]", help="with --compare: store pictures so first, as visft shards build does")
     add("--images", type=int, metavar="N", help="samples of one measurement (512)")
     add("--batch", type=int, default=32, metavar="N", help="samples of a step of the plain sample (%(default)s)")
     add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads that are measured (0 1 2)")

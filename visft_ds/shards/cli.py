@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         from visft_ds.shards.findings import TooManyDropsError
 
-        print(f"make_shards: {redacted(error)}", file=sys.stderr)
+        print(f"shards: {redacted(error)}", file=sys.stderr)
         return 3 if isinstance(error, TooManyDropsError) else 2
     except KeyboardInterrupt:
-        print("\nmake_shards: interrupted; run the same command again to go on", file=sys.stderr)
+        print("\nshards: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
 
 

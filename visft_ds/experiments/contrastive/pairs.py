@@ -43,7 +43,7 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
     chosen = manifest.select("captions").tolist()
     where = f"{manifest.root}/{manifest.split}"
     if not chosen:
-        raise ValueError(f"{where} has no captions: build it with make_shards.py build --captions FILE, or give others")
+        raise ValueError(f"{where} has no captions: build it with visft shards build --captions FILE, or give others")
     reader = ShardReader(manifest)
     found = [parse_label(label)["captions"] for label in reader.read_labels(chosen)]
     captions = [[text.strip() for text in texts if text.strip()] for texts in found]
