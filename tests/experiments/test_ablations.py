@@ -304,6 +304,8 @@ def test_tables_and_charts_tell_what_is_missing(tmp_path: Path) -> None:
     assert any("incomplete: seed 2: lost" in line for line in remarks(outcome))
     drawn = chart(outcome)
     assert "no result" in drawn and "&lt;all&gt; &amp; more" in drawn and "nan" not in drawn
+    unasked = replace(outcome, arms=[outcome.arms[0], replace(outcome.arms[1], failures=())])
+    assert drawn.count("&lt;all&gt;") == 2 and chart(unasked).count("&lt;all&gt;") == 1  # in domain alone
     write_question(tmp_path, outcome)
     assert read_outcome(tmp_path / "mine") == outcome
     page, text = write_report(tmp_path, ["mine", "absent"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
@@ -244,11 +243,16 @@ def _line(cells: Sequence[str]) -> str:
 
 def chart(outcome: Outcome) -> str:
     """An `<svg>` element: what stage 2 changed, by arm: a panel for each metric, in it a dot with its interval for each
-    arm, and its seeds. Green and red: the interval leaves zero out.
+    arm, and its seeds. Green and red: the interval leaves zero out. A row of panels has the arms that it is about.
     """
     sides = [[metric for metric in outcome.metrics if metric.in_domain is inside] for inside in (True, False)]
-    groups = [(title, side) for title, side in zip(("in domain", "out of domain"), sides, strict=True) if side]
-    rows = [math.ceil(len(metrics) / _COLUMNS) for _, metrics in groups]
+    groups = [
+        (title, [side[place : place + _COLUMNS] for place in range(0, len(side), _COLUMNS)])
+        for title, side in zip(("in domain", "out of domain"), sides, strict=True)
+        if side
+    ]
+    arms = [[_asked(outcome.arms, line) for line in lines] for _, lines in groups]
+    heights = [[_FRAME + _ROW * len(of_line) for of_line in of_lines] for of_lines in arms]
     seeds = f"{len(outcome.seeds)} seeds, {LEVEL:.0%} t intervals of the mean"
 
     def draw(figure: Figure) -> None:
@@ -256,17 +260,23 @@ def chart(outcome: Outcome) -> str:
         figure.suptitle(title, x=0.01, ha="left", color=INK, size=10)
         if not groups:
             return
-        parts = figure.subfigures(len(groups), height_ratios=rows, squeeze=False)[:, 0]
-        for part, count, (title, metrics) in zip(parts, rows, groups, strict=True):
+        parts = figure.subfigures(len(groups), height_ratios=list(map(sum, heights)), squeeze=False)[:, 0]
+        for part, of_lines, ratios, (title, lines) in zip(parts, arms, heights, groups, strict=True):
             part.suptitle(title, x=0.01, ha="left", weight="bold", color=INK, size=10)
-            panels = part.subplots(count, _COLUMNS, sharey=True, squeeze=False).flat
-            for axes, metric in zip_longest(panels, metrics):
-                axes.set_visible(metric is not None)
-                if metric is not None:
-                    _panel(axes, outcome.arms, metric)
+            panels = part.subplots(len(lines), _COLUMNS, sharey="row", squeeze=False, height_ratios=ratios)
+            for row, of_line, line in zip(panels, of_lines, lines, strict=True):
+                for axes, metric in zip_longest(row, line):
+                    axes.set_visible(metric is not None)
+                    if metric is not None:
+                        _panel(axes, of_line, metric)
 
-    height = 44 + 24 * len(groups) + sum(rows) * (_FRAME + _ROW * len(outcome.arms))
+    height = 44 + 24 * len(groups) + sum(map(sum, heights))
     return svg(draw, title=outcome.asks, width=_WIDTH, height=height)
+
+
+def _asked(arms: Sequence[ArmResult], metrics: Sequence[Metric]) -> list[ArmResult]:
+    """The arms that have, or failed to have, one of these numbers."""
+    return [arm for arm in arms if arm.failures or any(arm.change(metric.name) for metric in metrics)]
 
 
 def _panel(axes: Axes, arms: Sequence[ArmResult], metric: Metric) -> None:
