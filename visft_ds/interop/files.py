@@ -12,6 +12,7 @@ import os
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -291,7 +292,9 @@ def load_pickled(path: Path) -> Any:
         wanted = _size_of_zip(path) if head.startswith(_ZIP_MAGIC) else _size_of_legacy(path)
         if wanted > path.stat().st_size:
             raise ValueError(f"its tensors would take {wanted:,} bytes")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TypedStorage")  # of torch, about its own message on damaged pickles
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
