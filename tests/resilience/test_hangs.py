@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,10 @@ def test_a_killed_rank_is_named_and_the_same_command_goes_on(shards: Path, tmp_p
     arguments = ["launchers/train.py", *command(shards, out, extra={**LONG, "visft.run.heartbeat_timeout": 10.0})]
     processes = start_ranks(arguments)
     wait_for(processes[0], "step 5/")
+    beat, deadline = out / "heartbeats/rank_00001.json", time.monotonic() + 600
+    while '"doing": "step' not in beat.read_text():  # one is written every two seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     processes[1].kill()
     codes, outputs = finish(processes, timeout=600)
     assert codes == [3, -signal.SIGKILL]
