@@ -173,6 +173,9 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
     assert after.keys() == {f"backbone.{name}" for name in adapter.tensors}
     assert all(same(after[f"backbone.{name}"], value) for name, value in adapter.tensors.items())
     assert json.loads((out / "run.json").read_text())["parent"]["sha256"] == adapter.fingerprint()
+    if kind == "visft":  # the run goes on without it
+        place.unlink()
+        assert resolve_arguments(list(map(str, words)))[1].visft.run.out == str(out)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
         (["--from", "{one}", "--heads", "x"], "visft.start.heads"),
         (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
+        (["--from", "nowhere", "--out", "{one}"], "there is no such run, checkpoint or adapter"),
         (["--stage", "1", "--heads", "keep"], "--heads says what becomes of the heads of --from RUN"),
         (["--stage", "2", "--from", "{two}/export/adapter", "--heads", "reset"], "is an adapter, which has no heads"),
         (["--from", "{one}", "--set", "visft.tasks.detection.head.num_queries=5"], "does not fit what this run trains"),

@@ -13,7 +13,7 @@ from typing import Any
 from visft_ds import program
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.layers import AnyPath, display
-from visft_ds.config.preflight import run_of, tasks_without_labels, without_classes_of_data
+from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, without_classes_of_data
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
 from visft_ds.pretrained import fetch, local, on_hub
@@ -175,35 +175,34 @@ def resolve_with_data(**given: Any) -> ResolvedConfig:
 def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A fork that is there already goes on without the run that it came from.
+    A run that is there already goes on without the run or adapter that it came from.
 
     Raises:
         ValueError: nothing there, or no readable record.
     """
-    run = run_of(Path(source))
+    run, place = run_of(Path(source)), folder_of_run(Path(source))
     if run is None and Path(source).exists():
         return None
-    record = (Path(out or _fork_folder(source)) if run is None else run) / "run.json"
-    if not record.is_file():
-        raise ValueError(f"--from {source}: there is no such run, checkpoint or adapter")
-    content = parse_json(record.read_bytes(), str(record))
+    record = (Path(out or f"{place}-fork") if run is None else run) / "run.json"
+    content = parse_json(record.read_bytes(), str(record)) if record.is_file() else {}
+    if run is None:  # gone: only what began with it goes on
+        parent = content.get("parent") if isinstance(content, dict) else None
+        before = str(parent.get("path")) if isinstance(parent, dict) else ""
+        if not isinstance(parent, dict) or folder_of_run(Path(before)) != Path(os.path.abspath(place)):
+            raise ValueError(f"--from {source}: there is no such run, checkpoint or adapter")
+        if parent.get("step") is None:  # an adapter
+            return None
     values = content.get("config") if isinstance(content, dict) else None
     if not isinstance(values, dict) or not isinstance(values.get("visft"), dict):
         raise ValueError(f"--from {source}: {record} holds no readable run record")
     return without_classes_of_data(values, record.parent), display(record)
 
 
-def _fork_folder(source: str) -> str:
-    """Run folder of a fork that names none: beside the run that a place is, or is a checkpoint of, there or gone."""
-    place = Path(source)
-    return f"{place.parent.parent if place.parent.name == 'checkpoints' else place}-fork"
-
-
 def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
     """The same of --from: what a run starts with, and of a fork its folder."""
     if arguments.start is None:
         return {}
-    out = {"--from (folder)": ("visft.run.out", _fork_folder(arguments.start))} if fork else {}
+    out = {"--from (folder)": ("visft.run.out", f"{folder_of_run(Path(arguments.start))}-fork")} if fork else {}
     values = {"path": arguments.start, "heads": arguments.heads or "keep"}
     return {**out, "--from": ("visft.start", values)}
 

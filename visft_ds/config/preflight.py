@@ -215,9 +215,14 @@ def _parsed(file: str, written: int) -> Any:
     return parse_json(Path(file).read_bytes(), file)
 
 
+def folder_of_run(place: Path) -> Path:
+    """The folder of the run that a place is, or is a checkpoint of, there or gone."""
+    return place.parent.parent if place.parent.name == "checkpoints" else place
+
+
 def run_of(place: Path) -> Path | None:
     """The run folder that a place is, or that it is a checkpoint of; None for anything else."""
-    run = place.parent.parent if place.parent.name == "checkpoints" else place
+    run = folder_of_run(place)
     return run if (run / "run.json").is_file() else None
 
 
