@@ -164,6 +164,7 @@ def test_a_process_that_has_ended_meanwhile_is_no_error(
         (["deepspeed", "other.py"], "give a training after --"),
         (["deepspeed", "launchers/train.py", "--stage", "3"], "--stage 3"),
         (["python", "launchers/train.py", "--stage", "1", "--model", "debug", "--resume", "no"], "leave it out"),
+        (["visft", "train", "--stage", "1", "--model", "debug", "--dry-run"], "give it to visft train itself"),
         (
             ["deepspeed", "--bind_cores_to_rank", "launchers/train.py", "--stage", "1", "--model", "debug"],
             "needs numactl, which is not installed",

@@ -134,6 +134,8 @@ class Command:
         arguments, config = resolve_arguments(flags_of_training(command))
         if arguments.resume == "no":
             raise ValueError("--resume no: a restart has to go on from a checkpoint; leave it out")
+        if arguments.dry_run:
+            raise ValueError("--dry-run starts nothing that could be lost: give it to visft train itself")
         check_core_binding(command)
         if shutil.which(command[0]) is None:
             raise ValueError(f"{command[0]}: no such command; is its environment active?")
