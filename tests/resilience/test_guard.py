@@ -69,6 +69,13 @@ def test_a_leap_is_reported_against_its_own_task_and_the_update_is_made() -> Non
     assert not any(text for _, text in play(LossGuard(settings(spike_threshold=None)), losses))
 
 
+def test_a_leap_whose_gradient_overflows_is_reported_without_an_update() -> None:
+    guard = LossGuard(settings())
+    play(guard, normal_losses(120))
+    said = guard.observe(PLAN.step(120), StepReport({"loss": 1e4}, math.inf, {}, True, loss_scale=8.0))
+    assert "leaps" in said and said.endswith("no update was made: the gradient overflows in fp16")
+
+
 def test_the_first_losses_of_a_task_are_never_leaps() -> None:
     said = play(LossGuard(settings()), [1000.0 * (step % 7) for step in range(19)])
     assert not any(text for _, text in said)

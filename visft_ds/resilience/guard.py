@@ -85,9 +85,11 @@ class LossGuard:
         if threshold is not None and now.finite and len(known) >= min(FEWEST, self._settings.spike_window):
             score = robust_score(known, loss)
             if score > threshold:
+                skipped = "no update was made: the gradient overflows in fp16"
                 message = (
                     f"{where}: loss {loss:.4g} leaps: {score:.1f} robust standard deviations above the median "
-                    f"{statistics.median(known):.4g} of the last {len(known)}; the update was made all the same"
+                    f"{statistics.median(known):.4g} of the last {len(known)}; "
+                    f"{skipped if report.skipped else 'the update was made all the same'}"
                 )
         self._note(now)
         if report.refused:
