@@ -115,6 +115,7 @@ def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, m
     ("words", "message"),
     [
         (("--backbone", "dinov3b"), "no such file, folder or name; did you mean dinov3_b"),
+        (("--backbone", "xyz"), r"no such file, folder or name\. Give timm:NAME"),
         (("--backbone", "timm:vit_base_patch16_dinov4"), "did you mean timm:vit_base_patch16_dinov3"),
         (("--backbone", "debug", "--deepspeed_config", "x.json"), "complete configuration: leave out --backbone"),
     ],

@@ -64,7 +64,7 @@ def test_a_task_can_be_turned_off_by_null() -> None:
         ("detektion", "did you mean detection? There are: detection, segmentation, captioning"),
         ("detection,Caption", "did you mean captioning?"),
         ('["segment", "depth"]', "did you mean segmentation?"),
-        ("detection,", "give names of tasks"),
+        ("detection,", "visft.tasks=detection,captioning. There are: detection"),
         ("[]", "visft.tasks=[]: give names of tasks, for example --set visft.tasks=detection"),
         ("null", "visft.tasks=null: give names of tasks"),
         ("2", "visft.tasks=2: give names of tasks"),

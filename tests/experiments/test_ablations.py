@@ -353,6 +353,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["task"], "'task' is no question; did you mean 'tasks'"),
+        (["xyz"], "'xyz' is no question. There are: "),
         (["heads", "--arms", "trainde"], "did you mean 'trained'"),
         (["heads", "lora", "--arms", "trained"], "one question"),
         (["heads", "--seeds", "1"], "needs at least 2"),

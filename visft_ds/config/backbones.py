@@ -129,7 +129,7 @@ def named(text: str, *, download: bool = False) -> Named:
     if path.is_file() or path.suffix:
         return Named(text, None, {"weights": text})
     near = difflib.get_close_matches(text, available("models"), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(
         f"--backbone {text}: there is no such file, folder or name{hint} Give {TIMM}NAME, {HUB}ORG/NAME, a file, or "
         f"one of {', '.join(available('models'))}"

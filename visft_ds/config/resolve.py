@@ -234,7 +234,7 @@ def _keep_tasks(tree: Tree, value: Any, flag: str) -> None:
     if not isinstance(names, list) or not names or any(name not in known for name in names):
         unknown = [name for name in names if name not in known] if isinstance(names, list) else []
         near = [match for name in unknown for match in difflib.get_close_matches(str(name).lower(), known, n=1)]
-        hint = f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
+        hint = f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else "."
         raise ValueError(
             f"{given}: give names of tasks, for example {flag}{known[0]} or {flag}{known[0]},{known[-1]}{hint} "
             f"There are: {', '.join(known)}"

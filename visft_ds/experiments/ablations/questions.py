@@ -233,5 +233,5 @@ def _known(name: str, known: Sequence[str], what: str) -> str:
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"{name!r} is no {what}{hint} There are: {', '.join(known)}")
