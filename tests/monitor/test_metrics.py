@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from visft_ds.monitor import metrics
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord, read_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, RunRecord, read_metrics, truncate_metrics
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -152,7 +152,7 @@ def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
     assert "parent" not in record and record["earlier"][0]["parent"] == parent
 
 
-def test_a_record_that_does_not_fit_the_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -160,6 +160,11 @@ def test_a_record_that_does_not_fit_the_disk_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(OSError, match="No space left"):
         RunRecord({}, 1, []).write(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    path, text = tmp_path / METRICS_FILE, '{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
+    path.write_text(text)
+    with pytest.raises(OSError, match="No space left"):
+        truncate_metrics(path, 1)
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
 
 
 def test_git_revision_of_a_checkout_and_of_none(tmp_path: Path) -> None:

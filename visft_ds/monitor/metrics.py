@@ -245,7 +245,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> dict[str, float]:
-    """Keep the records up to and including `step`; makes the folder. The file is replaced in one move.
+    """Keep the records up to and including `step`; makes the folder.
 
     Returns the newest number of each name among those that stay.
     """
@@ -259,10 +259,21 @@ def truncate_metrics(path: Path, step: int) -> dict[str, float]:
             kept.append(json.dumps(record))
             if record["kind"] == "step":
                 last |= {name: float(value) for name, value in record.items() if name not in ("kind", "step", "time")}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    _replace(path, "".join(line + "\n" for line in kept))
     return last
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one move: a power failure leaves the old one or the new one, never an empty one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Revision(StrictModel):
@@ -342,15 +353,7 @@ class RunRecord:
             record["earlier"] = [*previous.pop("earlier", []), previous]
         record |= {} if self.parent is None else {"parent": self.parent}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(record, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # or a power failure could leave an empty file under the final name
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _replace(path, json.dumps(record, indent=2) + "\n")
         return path
 
 
