@@ -51,15 +51,6 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
     return Written(digest.hexdigest(), size)
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on disk; without it a power failure may undo a rename."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def remove_folder(path: Path, waste: Path) -> None:
     """Delete a folder with everything in it: renamed to `waste` first, so that half of it never bears its name."""
     os.replace(path, waste)

@@ -12,8 +12,9 @@ import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 from visft_ds.redaction import redacted
 
@@ -250,11 +251,14 @@ def pread_all(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def file_digest(file: BinaryIO) -> str:
-    """sha256 of a file from its beginning, in hexadecimal; memory does not grow with the file."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    offset = 0
-    while size := os.preadv(file.fileno(), [buffer], offset):
-        digest.update(buffer[:size])
-        offset += size
-    return digest.hexdigest()
+    """sha256 of a file that was just opened, in hexadecimal; memory does not grow with the file."""
+    return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()  # BinaryIO is less than all files can
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk; without it a power failure may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

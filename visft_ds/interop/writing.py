@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from visft_ds import __version__
+from visft_ds.data.store import sync_folder
 from visft_ds.interop.files import INDEX, SAFETENSORS_DTYPES, TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -58,12 +59,7 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, overwrite: boo
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    # Without this the rename itself may be lost by a power failure.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # or the rename itself may be lost by a power failure
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from visft_ds.config.preflight import is_url
+from visft_ds.data.store import file_digest, sync_folder
 from visft_ds.redaction import redacted
-from visft_ds.shards.verify import file_sha256
 
 
 class Output:
@@ -66,11 +66,7 @@ class Output:
         """Move a complete file to its final name."""
         target = self._folder / name
         os.replace(temporary, target)
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(target.parent)
 
     def remove(self, name: str) -> None:
         """Delete a file if it is there."""
@@ -79,7 +75,10 @@ class Output:
     def holds(self, name: str, size: int, sha256: str) -> bool:
         """Return True if a file exists with this size in bytes and this SHA-256 digest."""
         path = self._folder / name
-        return path.is_file() and path.stat().st_size == size and file_sha256(path) == sha256
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+        with path.open("rb") as file:
+            return file_digest(file) == sha256
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from visft_ds.data.manifest import (
     rebuild_hint,
     shard_files,
 )
-from visft_ds.data.store import file_digest
 from visft_ds.shards.shard_compare import compare_shard
 from visft_ds.shards.shard_content import Places, Problem, ShardContent, read_shard, some
 
@@ -280,9 +279,3 @@ class _Totals:
         if unlisted:
             messages.append(f"annotations use categories that it does not list: {some([str(id_) for id_ in unlisted])}")
         return messages
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return file_digest(file)
