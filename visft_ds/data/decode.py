@@ -47,6 +47,12 @@ def image_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
+def check_pixels(height: int, width: int, most: int) -> None:
+    """Raise ValueError for an image of no pixels, or of more than `most`."""
+    if not 0 < height * width <= most:
+        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {most} in all")
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode a JPEG or PNG file.
 
@@ -64,8 +70,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np
         ValueError: not a JPEG or PNG, damaged, larger than `max_pixels`, or with 16 bits per grey value.
     """
     height, width = image_size(data)
-    if height * width > max_pixels or height * width == 0:
-        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {max_pixels} in all")
+    check_pixels(height, width, max_pixels)
     if image_format(data) == "jpg":
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     return _decode_png(data)

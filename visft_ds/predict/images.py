@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from visft_ds.data.decode import JPEG, PNG, decode_image, to_rgb
+from visft_ds.data.decode import JPEG, PNG, check_pixels, decode_image, to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -157,7 +157,7 @@ def _decode_other(data: bytes) -> Pixels:
         warnings.simplefilter("error")  # Pillow's word for a file that is cut off
         try:
             with Image.open(io.BytesIO(data), formats=_BY_PILLOW) as image:
-                _check_size(image)
+                check_pixels(image.height, image.width, MAX_PIXELS)
                 image.load()
                 return _turned(to_rgb(image), _orientation(image))
         except UnidentifiedImageError:
@@ -165,11 +165,6 @@ def _decode_other(data: bytes) -> Pixels:
             raise ValueError(f"no JPEG, PNG, WebP, BMP, GIF or TIFF file: {begins}") from None
         except (OSError, SyntaxError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
             raise ValueError(f"damaged: {error}") from error
-
-
-def _check_size(image: Image.Image) -> None:
-    if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS} in all")
 
 
 def _orientation(source: bytes | Image.Image) -> int:
@@ -198,7 +193,7 @@ _ALLOWED = (
 def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
         try:
-            _check_size(image)
+            check_pixels(image.height, image.width, MAX_PIXELS)
             image.load()
             return OpenedImage(_turned(to_rgb(image), _orientation(image)), None)
         except (OSError, SyntaxError, ValueError) as error:

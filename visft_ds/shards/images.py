@@ -20,7 +20,7 @@ import simplejpeg
 from isal import isal_zlib
 from PIL import Image
 
-from visft_ds.data.decode import MAX_PIXELS, decode_image, image_format, image_size
+from visft_ds.data.decode import MAX_PIXELS, check_pixels, decode_image, image_format, image_size
 from visft_ds.shards.reencode import decode_webp, is_webp
 from visft_ds.shards.source import SourceImage
 
@@ -72,7 +72,7 @@ def check_image(
     try:
         extension = "webp" if convert and is_webp(data) else image_format(data)
         if level == "none":
-            _check_pixels(image.height, image.width, max_pixels)
+            check_pixels(image.height, image.width, max_pixels)
             return Checked(extension, crc32, findings=tuple(_named_otherwise(extension, image, convert)))
         decoded = _decoded(data, extension, max_pixels) if level == "decode" else (_header_size(data, max_pixels), 0)
         (height, width), dhash = decoded
@@ -110,7 +110,7 @@ def _decoded(data: bytes, extension: str, max_pixels: int) -> tuple[tuple[int, i
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in _WITH_BRIGHTNESS:
         return _hashed(decode_image(data, max_pixels=max_pixels))
-    _check_pixels(height, width, max_pixels)
+    check_pixels(height, width, max_pixels)
     # All of the compressed data is read, as in training, so that any damage shows. But the inverse transform is that of
     # the smallest image that can be hashed, an eighth as large for most, and there is no colour.
     grey = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE)
@@ -125,13 +125,8 @@ def _hashed(rgb: npt.NDArray[np.uint8]) -> tuple[tuple[int, int], int]:
 
 def _header_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     height, width = image_size(data)
-    _check_pixels(height, width, max_pixels)
+    check_pixels(height, width, max_pixels)
     return height, width
-
-
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if not 0 < height * width <= max_pixels:
-        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {max_pixels} in all")
 
 
 def stored_frame(path: Path) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from visft_ds.data.decode import MOST_PIXELS, decode_image
+from visft_ds.data.decode import MOST_PIXELS, check_pixels, decode_image
 
 _FORM = re.compile(r"q(\d{1,3})(?::(\d+))?")
 _WEBP = (b"RIFF", b"WEBP")
@@ -81,8 +81,7 @@ def decode_webp(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Decode a WebP file -> (H, W, 3) uint8. Raises ValueError: damaged, animated or too large."""
     try:
         with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {max_pixels} in all")
+            check_pixels(image.height, image.width, max_pixels)
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError("a moving WebP picture")
             return np.asarray(image.convert("RGB"))
