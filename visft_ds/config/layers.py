@@ -32,7 +32,6 @@ class Replaced:
     key: str  #: dotted
     old: Any  #: None where no layer had set it
     new: Any
-    old_source: str  #: file, or "default"
     source: str  #: file or flag
 
 
@@ -213,7 +212,7 @@ def assign(tree: Tree, key: str, value: Any, source: str) -> None:
             node[step] = old = {} if old is None else old
             node = old
             continue
-        tree.replaced.append(Replaced(key, copy.deepcopy(old), value, tree.sources.get(key, "default"), source))
+        tree.replaced.append(Replaced(key, copy.deepcopy(old), value, source))
         node[step] = copy.deepcopy(value)
     for other in [other for other in tree.sources if other.startswith(key + ".")]:
         del tree.sources[other]

@@ -291,7 +291,7 @@ def going_on(config: ResolvedConfig, recorded: ResolvedConfig) -> ResolvedConfig
     """The configuration with which a recorded run goes on: as it began where its record lacks a key, unless stated."""
     now = dict(flatten(config.to_dict()))
     kept = [
-        Replaced(key, now[key], value, "default", EARLIER)
+        Replaced(key, now[key], value, EARLIER)
         for key, value in registry.earlier_settings().items()
         if recorded.sources.get(key) == EARLIER and key not in config.sources and now.get(key, value) != value
     ]

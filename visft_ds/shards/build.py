@@ -236,7 +236,7 @@ class _Builder:
 
     def _prepare(self, sample: Planned) -> Prepared:
         prepared = self._treatment.prepare(sample)
-        self._threads.count(prepared.size)
+        self._threads.count()
         return prepared
 
 

@@ -159,7 +159,7 @@ def _by_folder(folder: Path, files: Sequence[Path], wanted: str | None) -> Itera
     found: dict[str, Path] = {}
     for path in files:
         split = "train" if path.parent == folder else _split_of(path.parent.name)
-        if split in found or not split:
+        if split in found:
             raise ValueError(
                 f"{folder} has two files of the split {split!r}: {found.get(split)} and {path}; move one away"
             )

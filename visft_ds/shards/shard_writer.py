@@ -80,10 +80,10 @@ class Treatment:
         convert = self.reencoding is not None
         checked = check_image(data, sample.image, self.level, convert=convert, max_pixels=self.max_pixels)
         if checked.reason is not None:
-            return Prepared(sample, len(data), checked, b"")
+            return Prepared(sample, checked, b"")
         if self.reencoding is None:
-            return Prepared(sample, len(data), checked, data)
-        return Prepared(sample, len(data), replace(checked, extension="jpg"), self.reencoding.encode(data))
+            return Prepared(sample, checked, data)
+        return Prepared(sample, replace(checked, extension="jpg"), self.reencoding.encode(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,6 @@ class Prepared:
     """An image that is ready for its shard."""
 
     sample: Planned
-    size: int  #: bytes of the source file
     checked: Checked
     stored: bytes  #: the file that goes into the shard; empty if it is unusable
 

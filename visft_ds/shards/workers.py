@@ -26,11 +26,10 @@ _AHEAD = 2
 
 @dataclass
 class BuildProgress:
-    """Progress of a build: its phase, and images, source bytes and shards that are done."""
+    """Progress of a build: its phase, and images and shards that are done."""
 
     phase: str = "reading annotations"  #: then "writing shards"
     images: int = 0
-    bytes: int = 0
     shards: int = 0
     kept: int = 0  #: shards that were there already
     total_images: int = 0
@@ -83,8 +82,7 @@ class BuildWorkers:
         while waiting:
             yield waiting.popleft().result()
 
-    def count(self, size: int) -> None:
-        """Note that an image of so many bytes is done."""
+    def count(self) -> None:
+        """Note that an image is done."""
         with self.lock:
             self.progress.images += 1
-            self.progress.bytes += size
