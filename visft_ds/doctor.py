@@ -25,7 +25,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.flags import Parser, install_command
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 MODELS = ("debug", "eva_g", "eva_e")
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         findings = list(examine(options.folder, options.model, options.port))
     except ValueError as error:
-        print(f"error: {redacted(error)}", file=sys.stderr)
-        return 2
+        return tell(error)
     order = (PROBLEM, WARNING, OK)
     rows = [finding.row() for status in order for finding in findings if finding.status == status]
     counts = {status: sum(finding.status == status for finding in findings) for status in order}

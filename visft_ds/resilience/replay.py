@@ -7,13 +7,12 @@ Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable inpu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
 from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,5 +34,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return replay(options.run, options.step, options.set, options.limit)
     except (ValueError, OSError) as error:
-        print(f"error: {redacted(error)}", file=sys.stderr, flush=True)
-        return 2
+        return tell(error)

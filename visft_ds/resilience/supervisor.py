@@ -24,7 +24,7 @@ import psutil
 from visft_ds import program
 from visft_ds.config import resolve_arguments
 from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
+from visft_ds.resilience import errors
 from visft_ds.resilience.heartbeat import FOLDER, ended_well, last_start
 from visft_ds.resilience.processes import without_num_gpus
 from visft_ds.resilience.signals import SIGNALS, supervised
@@ -260,8 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--max-restarts and --backoff must not be negative")
         supervised = Command(command)
     except (ValueError, OSError) as error:
-        print(f"error: {redacted(error)}", file=sys.stderr, flush=True)
-        return 2
+        return errors.tell(error)
     supervised.listen()
     return supervise(
         supervised.run,
