@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from visft_ds.cli import COMMANDS
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, parse_size
 
 ROOT = Path(__file__).parents[1]
 #: But reach.py, which takes the flags of launchers/train.py and trains, and gpu.py, a test of torch itself.
@@ -92,3 +92,10 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit):
             parser.parse_args(words)
         assert capsys.readouterr().err.endswith(told)
+
+
+def test_sizes_are_understood_or_refused() -> None:
+    assert [parse_size(text) for text in ("5GB", "1.5 kb", "2GiB", "7")] == [5 * 10**9, 1500, 2 * 2**30, 7]
+    for wrong in ("5 G", "GB", "0", "-1MB", "1e9"):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_size(wrong)

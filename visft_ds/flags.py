@@ -1,9 +1,11 @@
-"""Command lines: errors that name the nearest flag, numbers that a flag does not take, packages that it needs."""
+"""Command lines: errors that name the nearest flag, numbers and sizes that a flag takes, packages that it needs."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn
@@ -14,6 +16,7 @@ from visft_ds.redaction import redacted
 _UNKNOWN = "unrecognized arguments: "
 #: Packages of the extra `eval`, as they are imported.
 EVAL = ("open_clip", "sklearn")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +38,14 @@ def check_least(given: object, **least: int) -> None:
         value = getattr(given, name)
         if value is not None and value < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `200MB`, `1GiB`, `1000000` -> bytes. Raises ValueError for anything else and for less than one byte."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
+        raise ValueError(f"{text!r} is no size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    return math.floor(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def install_command(extra: str = "") -> str:

@@ -32,7 +32,7 @@ from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import Share, merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writing import parse_size, plan_shards, write_shards, write_torch
+from visft_ds.interop.writing import plan_shards, write_shards, write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
 
@@ -165,13 +165,6 @@ def test_only_what_was_merged_in_is_taken_out(tmp_path: Path) -> None:
 
 
 # -- shards and torch files
-
-
-def test_sizes_are_understood_or_refused() -> None:
-    assert [parse_size(text) for text in ("5GB", "1.5 kb", "2GiB", "7")] == [5 * 10**9, 1500, 2 * 2**30, 7]
-    for wrong in ("5 G", "GB", "0", "-1MB", "1e9"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_size(wrong)
 
 
 def test_shards_hold_what_fits_and_one_tensor_at_least() -> None:

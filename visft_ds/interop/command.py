@@ -22,7 +22,7 @@ from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.evals.compare import MAIN, read_evaluation
-from visft_ds.flags import check_extra
+from visft_ds.flags import check_extra, parse_size
 from visft_ds.interop import hub, loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
@@ -46,7 +46,7 @@ from visft_ds.interop.merge import (
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_safetensors, write_text
+from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import mmap
 import os
-import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +28,6 @@ from visft_ds.interop.files import INDEX, SAFETENSORS_DTYPES, TensorInfo
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 #: Numbers of the errors of a disk, or of a user's share of it, that is full.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALIGNMENT = 64  # bytes, as torch.save aligns storages itself
 
 
@@ -159,14 +156,6 @@ def save_tensors(
     """`write_safetensors` for tensors that are in memory already."""
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
     write_safetensors(path, infos, lambda name: tensors[name], metadata, overwrite=overwrite)
-
-
-def parse_size(text: str) -> int:
-    """`5GB`, `200MB`, `1GiB`, `1000000` -> bytes. Raises ValueError for anything else and for less than one byte."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ValueError(f"{text!r} is no size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB")
-    return math.floor(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:

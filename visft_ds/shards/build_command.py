@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import orjson
 from visft_ds.config.preflight import is_url
 from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path, splits_in
-from visft_ds.flags import check_least
+from visft_ds.flags import check_least, parse_size
 from visft_ds.monitor.console import Gauge
 from visft_ds.redaction import redacted
 from visft_ds.shards.build import Options, build
@@ -27,7 +27,6 @@ from visft_ds.shards.layouts import FolderSplit, recognise
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.workers import BuildProgress
 
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _EPILOG = """images and JSON files may be URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
 
 examples:
@@ -57,8 +56,9 @@ def add_build_parser(commands: Any, summary: str) -> None:
     add("--captions", metavar="FILE|URL", help="captions_*.json of COCO; at least one of the two")
     add("--out", metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
     add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
+    size, reencoding = (partial(_parsed, parse) for parse in (parse_size, Reencoding.parse))
     shards = parser.add_argument_group("shards")
-    shards.add_argument("--max-size", type=_size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
+    shards.add_argument("--max-size", type=size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
     shards.add_argument("--max-count", type=int, metavar="N", help="samples in a shard (default: no limit)")
     shards.add_argument("--seed", type=_seed, default=0, metavar="N|none", help="order of samples; none: by image id")
     chosen = parser.add_argument_group("what is taken")
@@ -84,7 +84,7 @@ def add_build_parser(commands: Any, summary: str) -> None:
     add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
     add("--bad", choices=("quarantine", "fail"), default="quarantine", help="unusable images: leave out, or stop")
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"largest image (default {MAX_PIXELS:,})")
-    add("--reencode", type=_reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
+    add("--reencode", type=reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
     running = parser.add_argument_group("how it runs")
     add = running.add_argument
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)")
@@ -203,13 +203,6 @@ def _print_report(report: BuildReport, seconds: float) -> None:
         print(f"  fingerprint {report.fingerprint}")
 
 
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if found is None or found[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for instance 256MB ({', '.join(_UNITS)[2:]})")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
 def _seed(text: str) -> int | None:
     if text == "none":
         return None
@@ -224,8 +217,8 @@ def _licenses(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _reencoding(text: str) -> Reencoding:
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return Reencoding.parse(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
