@@ -50,8 +50,7 @@ class StepLoader:
     `wait_seconds` is the time the last step made its consumer wait; `skipped` has every sample that was replaced.
 
     Raises:
-        ValueError: something in the plan without data or pipeline, a global batch that cannot be split as asked, or
-            skipping where it is not allowed.
+        ValueError: a global batch that cannot be split as asked.
     """
 
     def __init__(
@@ -70,17 +69,7 @@ class StepLoader:
         skip_damaged: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        _check_complete(sets, plan, pipelines)
-        if min(num_workers, prefetch_steps, skip_damaged) < 0:
-            raise ValueError(
-                f"num_workers={num_workers}, prefetch_steps={prefetch_steps} and skip_damaged={skip_damaged} must not "
-                "be negative"
-            )
-        if skip_damaged and role != "both":
-            raise ValueError(
-                f"skip_damaged={skip_damaged} with role {role!r} is not allowed: the process that reads the other part "
-                "would go on with the damaged sample, and labels would belong to other pictures"
-            )
+        assert role == "both" or not skip_damaged
         plan.check_split(dp_size, accumulation)
         self.plan = plan
         self._dp_rank, self._dp_size, self._accumulation = dp_rank, dp_size, accumulation
@@ -197,18 +186,6 @@ def _samples(parts: list[StepPlan]) -> int:
     return sum(len(part.indices) for part in parts)
 
 
-def _check_complete(
-    sets: Mapping[str, DataSet], plan: Plan, pipelines: Mapping[str, Mapping[str, SamplePipeline]]
-) -> None:
-    missing = [task for task in plan.tasks if task not in pipelines]
-    if missing:
-        raise ValueError(f"no pipeline for {', '.join(missing)}; the plan has {', '.join(plan.tasks)}")
-    for task, part in plan.tasks.items():
-        for dataset in part.sets:
-            if dataset not in sets or dataset not in pipelines[task]:
-                raise ValueError(f"task {task!r} draws from data set {dataset!r}, which has no reader or no pipeline")
-
-
 def evaluation_batches(
     reader: ShardReader,
     pipeline: SamplePipeline,
@@ -218,18 +195,12 @@ def evaluation_batches(
     limit: int | None = None,
     *,
     threads: int = 2,
-    role: Role = "both",
 ) -> Iterator[Batch]:
     """This rank's batches of a split: each image (of the first `limit`) once over all ranks, equally many batches.
 
     Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective operations stay
     in step and no result is counted twice.
-
-    Raises:
-        ValueError: a batch size, rank or limit out of range.
     """
-    if batch_size < 1 or not 0 <= rank < world_size or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size={batch_size}, rank={rank} of {world_size}, limit={limit} is not allowed")
     count = len(reader) if limit is None else min(limit, len(reader))
     rounds = -(-count // world_size)
     indices = rank + world_size * np.arange(rounds)
@@ -239,9 +210,9 @@ def evaluation_batches(
         for part in np.split(indices, range(batch_size, rounds, batch_size))
         if len(part)
     ]
-    maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}}, role)
+    maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
     workers: Workers = Threads(maker, threads) if threads else Caller(maker)
-    reader.prefetch(indices.clip(max=count - 1).tolist() if isinstance(reader.manifest.root, str) else (), role)
+    reader.prefetch(indices.clip(max=count - 1).tolist() if isinstance(reader.manifest.root, str) else ())
     for number, made in enumerate(workers.made(parts, ahead=2)):
         real = indices[number * batch_size : (number + 1) * batch_size] < count
         yield replace(made.batch, real=torch.from_numpy(real))

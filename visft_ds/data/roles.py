@@ -21,13 +21,8 @@ from visft_ds.data.spans import Spent
 
 
 def role_of_stage(stage: int, stages: int) -> Role | None:
-    """Role of a pipeline stage in reading; None in the middle: nothing.
-
-    Raises:
-        ValueError: there is no such stage.
-    """
-    if not 0 <= stage < stages:
-        raise ValueError(f"stage {stage} of {stages} does not exist: stages count from 0 to {stages - 1}")
+    """Role of a pipeline stage in reading; None in the middle: nothing."""
+    assert 0 <= stage < stages
     if stages == 1:
         return "both"
     return {0: "images", stages - 1: "labels"}.get(stage)  # type: ignore[return-value]

@@ -59,13 +59,9 @@ class Selection:
         return int(self.counts[-1])
 
     def positions(self, ranks: Int64Array) -> Int64Array:
-        """Positions (K,) int64 of the i-th eligible samples in the split, for each i of `ranks` (K,), in any order.
-
-        Raises ValueError for ranks outside 0..len - 1.
-        """
+        """Positions (K,) int64 of the i-th eligible samples in the split, for each i of `ranks` (K,), in any order."""
         ranks = np.asarray(ranks, dtype=np.int64)
-        if ranks.size and not 0 <= ranks.min() <= ranks.max() < len(self):
-            raise ValueError(f"ranks {ranks.min()} to {ranks.max()} are not allowed: there are 0 to {len(self) - 1}")
+        assert not ranks.size or 0 <= ranks.min() <= ranks.max() < len(self)
         if self.bits is None:
             return ranks.copy()
         found = np.empty(ranks.shape, dtype=np.int64)

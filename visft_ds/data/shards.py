@@ -88,7 +88,6 @@ class ShardReader:
             return self._payloads(index, name, ("image", *self._image(row)))[0], None
         if role == "labels":
             return None, self._payloads(index, name, ("label", *self._label(row)))[0]
-        _check_role(role)
         image, label = self._payloads(index, name, ("image", *self._image(row)), ("label", *self._label(row)))
         return image, label
 
@@ -119,9 +118,8 @@ class ShardReader:
         The more samples a hint has, the more of them are neighbours that one request can fetch. It is no promise: any
         sample may be read without.
 
-        Raises ValueError for a position that does not exist and for an unknown role.
+        Raises ValueError for a position that does not exist.
         """
-        _check_role(role)
         self._store.will_need(self._parts(indices, role))
 
     def _parts(self, indices: Sequence[int], role: Role) -> list[Part]:
@@ -163,11 +161,6 @@ class ShardReader:
             if attempt or not self._store.forget(name, start, size):
                 break
         raise DamagedSample(f"{self.describe(index)}: {damaged} {rebuild_hint(self.manifest.split)}")
-
-
-def _check_role(role: str) -> None:
-    if role not in ROLES:
-        raise ValueError(f"role {role!r} is not allowed; allowed are {', '.join(ROLES)}")
 
 
 def _problem(payload: _Payload, data: bytes) -> str:

@@ -45,17 +45,10 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """A folder for copies of remote files, shared by all processes of a host.
-
-    Raises ValueError for a bound below 1.
-    """
+    """A folder for copies of remote files, shared by all processes of a host."""
 
     folder: Path  #: made if it is not there
     max_bytes: int  #: of all copies together; those not used for longest go first
-
-    def __post_init__(self) -> None:
-        if self.max_bytes < 1:
-            raise ValueError(f"a cache of {self.max_bytes} bytes is not allowed: give at least the size of one shard")
 
 
 @dataclass(frozen=True)
