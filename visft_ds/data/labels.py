@@ -12,7 +12,7 @@ of `width` x `height`; where the stored one has another size, `stored_width` and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -67,10 +67,11 @@ def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
 def trainable(label: Mapping[str, Any]) -> int:
     """Number of annotations that are not crowd and have area inside the image."""
     width, height = label["width"], label["height"]
-    return sum(not item["iscrowd"] and _has_area(item["bbox"], width, height) for item in label["annotations"])
+    return sum(not item["iscrowd"] and has_area(item["bbox"], width, height) for item in label["annotations"])
 
 
-def _has_area(bbox: list[float], width: int, height: int) -> bool:
+def has_area(bbox: Sequence[float], width: int, height: int) -> bool:
+    """Return True if a part of a box (left, top, width, height) with an area lies inside an image of this size."""
     left, top, wide, high = bbox
     return min(left + wide, width) > max(left, 0) and min(top + high, height) > max(top, 0)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds.data.labels import has_area
 from visft_ds.data.manifest import Category
 from visft_ds.redaction import redacted
 from visft_ds.shards.categories import CategoryMap, map_categories
@@ -406,11 +407,11 @@ def _checked(
     x, y, width, height = bbox = entry["bbox"]
     crowd = bool(entry.get("iscrowd"))
     right, bottom = x + width, y + height
-    has_area = min(right, draft.width) > max(x, 0) and min(bottom, draft.height) > max(y, 0)
+    useful = has_area(bbox, draft.width, draft.height)
     draft.crowds += crowd
-    draft.trainable += has_area and not crowd
+    draft.trainable += useful and not crowd
     segmentation, kinds = stored_segmentation(entry.get("segmentation"), draft.height, draft.width)
-    if not has_area:
+    if not useful:
         kinds.append("box without area")
     beyond = max(-x, -y, right - draft.width, bottom - draft.height) > _BORDER
     if beyond:
