@@ -35,12 +35,10 @@ from visft_ds.run.machine import (
     settle_recompute,
 )
 from visft_ds.run.record import keep_random_base, write_record
-from visft_ds.run.start import identity_of, open_run
+from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, validation_of
-
-_ANOTHER = "asked by another rank"
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ def train(
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **identity_of(start_from)})
+        began = {} if start_from is None else {"start": start_from.sha256}
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **began})
         config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
@@ -175,7 +174,7 @@ def train(
                 state.export(step, base_sha256, data)
             requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
             distributed.close()
-            watchdog.leave("done" if finished else stop.why())
+            watchdog.leave("done" if finished else f"stopped: {stop.why()}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
@@ -202,9 +201,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     missed = validation and start and validation.resume(start) and validation.is_due(start, total_steps)
     if validation and missed and not validation.evaluate(engine.predict, start, log, stop):
         # The run had ended between saving this step and evaluating it, and is asked to end again.
-        log.message(
-            f"stopped in the evaluation after step {start} ({stop.reason or _ANOTHER}); the same command makes it"
-        )
+        log.message(f"stopped in the evaluation after step {start} ({stop.why()}); the same command makes it")
         return start, False
     if validation and start and state.ends_early(start, partial(validation.poll, log, wait=True), log):
         return start, True
@@ -254,15 +251,13 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 if not stopping and state.ends_early(step, partial(validation.poll, log, wait=True), log):
                     return step, True
         if stopping and step < total_steps:
-            log.message(f"stopped after step {step} ({stop.reason or _ANOTHER}); the same command goes on")
+            log.message(f"stopped after step {step} ({stop.why()}); the same command goes on")
             break
         began = time.perf_counter()
         begin(f"step {step + 1}: reading")
     missing = validation is not None and stopping and step == total_steps
     if missing:
-        log.message(
-            f"asked to stop ({stop.reason or _ANOTHER}): the last evaluation is left out; the same command makes it"
-        )
+        log.message(f"asked to stop ({stop.why()}): the last evaluation is left out; the same command makes it")
     return step, step == total_steps and not missing
 
 

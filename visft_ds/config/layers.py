@@ -123,7 +123,7 @@ def merge(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Tree:
     for name, values in layers:
         errors += _merge_into(tree, tree.values, values, name, "")
     if errors:
-        raise ValueError(_join(f"{len(errors)} values are set by two files", errors))
+        raise ValueError("\n  ".join([f"{len(errors)} values are set by two files:", *errors]))
     return tree
 
 
@@ -217,7 +217,3 @@ def assign(tree: Tree, key: str, value: Any, source: str) -> None:
     for other in [other for other in tree.sources if other.startswith(key + ".")]:
         del tree.sources[other]
     tree.sources[key] = source
-
-
-def _join(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)])

@@ -123,8 +123,8 @@ class StopFlag:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
     def why(self) -> str:
-        """Why this rank stopped, for its last heartbeat; `reason` is empty where another rank was asked."""
-        return f"stopped: {self.reason or 'asked by another rank'}"
+        """Why this rank stops; `reason` is empty where another rank was asked."""
+        return self.reason or "asked by another rank"
 
     def restore(self) -> None:
         """Give the signals back to those who had them before `listen`."""

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import orjson
 
@@ -26,6 +26,7 @@ from visft_ds.config.records import Finite, Whole, read_record
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import as_metrics, measure
+from visft_ds.interop.writing import write_text
 from visft_ds.tasks import Results
 
 _ORDER, _METRICS, _LOG = "evaluation.json", "metrics.json", "judge.log"
@@ -76,7 +77,8 @@ class AsyncEvaluation:
             for task, results in collected.items():
                 (place / f"{task}_results.json").write_bytes(orjson.dumps(results))
             # Last and in one move: without it there is nothing to measure.
-            _write(place / _ORDER, {"step": step, "tasks": list(collected), **self._data})
+            order = orjson.dumps({"step": step, "tasks": list(collected), **self._data})
+            write_text(place / _ORDER, order.decode(), overwrite=True)
         except OSError as error:
             self._failed.append(EvalResult(step, {}, (f"results cannot be written: {error}",)))
             return
@@ -172,12 +174,6 @@ def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[
     )
 
 
-def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(orjson.dumps(fields))
-    temporary.replace(path)
-
-
 def _read_results(path: Path) -> Results:
     try:
         results: Results = orjson.loads(path.read_bytes())
@@ -202,7 +198,7 @@ def main(folder: Path, shards: Path | str) -> int:
     with ShardReader(Manifest.load(shards, order["split"])) as reader:
         outcome, problems = measure(collected, reader, limit=order["limit"])
     whole = {"step": order["step"], "metrics": as_metrics(outcome), "problems": [*unread, *problems]}
-    _write(folder / _METRICS, whole)
+    write_text(folder / _METRICS, orjson.dumps(whole).decode(), overwrite=True)
     return 0
 
 

@@ -55,11 +55,6 @@ def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | No
     return _of_run(config, data, run, checkpoint)
 
 
-def identity_of(start: Start | None) -> dict[str, str]:
-    """Facts that must be the same on all ranks."""
-    return {} if start is None else {"start": start.sha256}
-
-
 def record_of(start: Start | None, out: Path) -> dict[str, Any] | None:
     """The parent of a run for its record: where it is, its step, the hash of what was read."""
     if start is None:

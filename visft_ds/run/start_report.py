@@ -14,6 +14,7 @@ from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
 from visft_ds.config.resolve import EARLIER
 from visft_ds.config.schema import RunConfig, VisftConfig
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
@@ -56,8 +57,7 @@ def print_start(
     module, run = prepared.module, machine.planned
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
-    model = config.visft.model
+    dtype, model = DTYPES[run.precision], config.visft.model
     sections = [
         Section(
             "model",
