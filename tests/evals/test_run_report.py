@@ -95,6 +95,12 @@ def test_runs_of_one_name_are_told_by_their_paths(run: Path, tmp_path: Path, und
     assert f"<h1>Runs {run}, {tmp_path / 'first'}</h1>" in text
 
 
+def test_a_group_that_stands_still_has_the_rate_zero(tmp_path: Path, undrawn: None) -> None:
+    heads = '[{"name": "lora", "params": "backbone.*.lora_*"}, {"name": "heads", "params": "heads.*", "lr": 0}]'
+    text = _page(_run(tmp_path / "run", f"visft.param_groups={heads}", "optimizer.params.lr=0.25"))
+    assert "lora (backbone.*.lora_*, learning rate 0.25), heads (heads.*, learning rate 0)" in text
+
+
 def test_an_old_run_gives_a_page_without_what_it_has_not(tmp_path: Path, undrawn: None) -> None:
     text = _page(GOLDEN / "stage1", "--out", tmp_path / "old.html")
     assert "stage1: not recorded: evaluations, speed by task, memory, model FLOP utilisation" in text

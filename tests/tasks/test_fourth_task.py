@@ -36,6 +36,8 @@ import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
 from visft_ds.planner import plan_memory
 visft_ds.tasks.register("classification", "tests.fourth_task:SPEC")
+from visft_ds.evals.compare import read_evaluation
+from visft_ds.evals.run_report import report_runs
 out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
 if mode == "shared":
@@ -46,12 +48,14 @@ first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}}
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
 found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", images=1)
+same = read_evaluation("own", out / "evaluation").results("classification") == found.results["classification"]
+report_runs([out / "stage2"], None)
 model = visft_ds.load(out / "stage2")
 predicted = model.predict(sys.argv[3])
 predicted.draw().save(out / "drawn.png")
 texts = [f"{{key}}={{json.dumps(value)}}" for key, value in settings.items() if key != "visft.heads.path"]
 plan = plan_memory(resolve(stage=2, model="debug", settings=texts), 1, precision="fp32")
-print(json.dumps([dict(found.metrics), predicted.to_coco(1)["classification"], repr(predicted), plan.total]))
+print(json.dumps([dict(found.metrics), predicted.to_coco(1)["classification"], repr(predicted), plan.total, same]))
 """
 
 
@@ -67,15 +71,18 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", [pytest.param("sampled", marks=pytest.mark.slow), "shared"])
 def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tmp_path: Path, picture: Path) -> None:
     (printed,) = run_ranks(["-c", SCRIPT, str(tmp_path), mode, str(picture)], world=1)
-    metrics, (result,), told, planned = json.loads(printed.splitlines()[-1])
+    metrics, (result,), told, planned, same = json.loads(printed.splitlines()[-1])
     assert 0 <= metrics["class/accuracy"] <= 1 and {"box/AP", "mask/AP", "caption/CIDEr-D"} <= set(metrics)
-    assert result["image_id"] == 1 and f"{result['score']:.2f}" in told and planned > 0
+    assert result["image_id"] == 1 and f"{result['score']:.2f}" in told and planned > 0 and same
     for stage in (1, 2):
         records = list(read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl"))
         losses = [record["loss/classification"] for record in records if "loss/classification" in record]
         assert losses and (stage == 1 or any("class/accuracy" in json.dumps(record) for record in records))
     assert (tmp_path / "stage1/export/classification.safetensors").is_file()
     assert (tmp_path / "drawn.png").is_file() and list((tmp_path / "evaluation/pictures").glob("*classification*"))
+    page = (tmp_path / "stage2/report.html").read_text(encoding="utf-8")
+    assert "class accuracy step 8" in page and "Detection: the same images" in page
+    assert "Classification: the same images" not in page  # its pictures have no ground truth beside them
 
 
 def test_it_is_small() -> None:

@@ -59,12 +59,17 @@ class EvaluationFile(StrictModel):
     caption_tokenizer: str | None = None
 
 
-class BoxResult(StrictModel):
-    """Predicted box in COCO's results format."""
+class ImageResult(StrictModel):
+    """Prediction for an image in COCO's results format."""
 
     model_config = ConfigDict(extra="allow")
 
     image_id: Number
+
+
+class BoxResult(ImageResult):
+    """Predicted box."""
+
     category_id: Number
     score: Finite
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
@@ -83,16 +88,17 @@ class MaskResult(BoxResult):
     segmentation: RunLengths
 
 
-class CaptionResult(StrictModel):
-    """Predicted caption in COCO's results format."""
+class CaptionResult(ImageResult):
+    """Predicted caption."""
 
-    model_config = ConfigDict(extra="allow")
-
-    image_id: Number
     caption: str
 
 
-_KINDS: Mapping[str, Any] = {"captioning": list[CaptionResult], "segmentation": list[MaskResult]}
+_KINDS: Mapping[str, Any] = {
+    "detection": list[BoxResult],
+    "segmentation": list[MaskResult],
+    "captioning": list[CaptionResult],
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Evaluation:
     def results(self, task: str) -> list[dict[str, Any]]:
         """A task's predictions in COCO's results format."""
         path = self.folder / results_name(task)
-        read_record(path, _KINDS.get(task, list[BoxResult]))
+        read_record(path, _KINDS.get(task, list[ImageResult]))
         results: list[dict[str, Any]] = orjson.loads(path.read_bytes())
         return results
 

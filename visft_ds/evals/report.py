@@ -25,6 +25,7 @@ from visft_ds.evals.page import embed, render
 from visft_ds.monitor.metrics import RunFile
 from visft_ds.redaction import redacted_values, redacted_words
 from visft_ds.run.folder import read_run, recorded_config
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
@@ -44,7 +45,6 @@ MEANINGS = {
     "BLEU-4": "up to four",
     "ROUGE-L": "longest common subsequence of words",
 }
-_NAMES = {"box/AP50": "box AP50", "mask/AP50": "mask AP50", "caption/CIDEr-D": "caption CIDEr-D"}
 _MOST_CATEGORIES = 20
 _NONE = "–"
 #: Pictures of a task; fewer where each task has two sections of them.
@@ -150,7 +150,7 @@ def _drawn(evaluations: Sequence[Evaluation]) -> dict[str, Drawn]:
 def _panels(of_models: Mapping[str, Drawn], task: str) -> dict[int, list[Picture]]:
     """Image id -> [ground truth, prediction of each model], for the images that were drawn of all of them."""
     drawn = [pictures.get(task, {}) for pictures in of_models.values()]
-    if not drawn:
+    if not drawn or TASKS[task].draw is None:  # its picture has no ground truth beside it
         return {}
     shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
     halves = {image_id: [split_panels(pictures[image_id]) for pictures in drawn] for image_id in shared}
@@ -160,7 +160,7 @@ def _panels(of_models: Mapping[str, Drawn], task: str) -> dict[int, list[Picture
 def _card(report: Report, task: str) -> dict[str, Any]:
     name = MAIN[task]
     values = [evaluation.metrics.get(name, math.nan) for evaluation in report.evaluations]
-    lines = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
+    lines = [f"{name.replace('/', ' ')} {report.evaluations[-1].label}"]
     if len(values) > 1:
         change = _change(report.evaluations, name)
         known = report.changes.get(name)
@@ -320,11 +320,11 @@ def _environment(record: RunFile) -> dict[str, str]:
 
 def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
     visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]
-    lora, model = visft["lora"], visft["model"]
+    lora, model, rate = visft["lora"], visft["model"], optimizer["params"]["lr"]
     return {
         "backbone": f"{model['name']}, weights: {model['weights'] or 'random'}",
         "what trains": ", ".join(
-            f"{group['name']} ({group['params']}, learning rate {group['lr'] or optimizer['params']['lr']:g})"
+            f"{group['name']} ({group['params']}, learning rate {rate if group['lr'] is None else group['lr']:g})"
             for group in visft["param_groups"]
         ),
         "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {'+'.join(lora['targets'])}" if lora else "none",
