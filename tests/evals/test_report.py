@@ -241,6 +241,12 @@ def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
     assert _Page(text).open == []
 
 
+def test_pictures_of_one_model_are_not_called_before_and_after(tmp_path: Path) -> None:
+    only = _evaluation(tmp_path / "only", "now", METRICS)
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, [only])).read_text(encoding="utf-8")
+    assert "<h2>Detection: the same images, side by side</h2>" in text and "before and after" not in text
+
+
 def test_training_images_are_kept_apart(report: Report, tmp_path: Path) -> None:
     trained = [_evaluation(tmp_path / "trained", "after stage 1", {"box/AP": 0.875})]
     text = write_report(tmp_path / "report.html", replace(report, training=trained)).read_text(encoding="utf-8")

@@ -96,7 +96,7 @@ def write_report(path: Path, report: Report) -> Path:
     drawn = report.drawn if report.drawn is not None else _drawn(report.evaluations)
     pictures = []
     for task in report.tasks if report.drawn is None else MAIN:
-        title = f"{task.capitalize()}: the same images, {'side by side' if len(drawn) > 2 else 'before and after'}"
+        title = f"{task.capitalize()}: the same images, {'before and after' if len(drawn) == 2 else 'side by side'}"
         pictures.append(_pictures(f"{title}{where and ', held out'}", drawn, task, most))
         pictures.append(_pictures(f"{title}, trained on", _drawn(report.training), task, most))
     read = report.histories

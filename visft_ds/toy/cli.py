@@ -5,7 +5,7 @@ visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b
 visft toy --out toy_even --colours even
 visft toy --out shapes_b --classification shape --train 0 --val 480 --style b
 
-With --classification one shape a picture in folders of classes, for `evaluate.py benchmarks zero_shot=` and `probe=`.
+With --classification one shape a picture in folders of classes, for `visft evaluate benchmarks`, zero_shot= and probe=.
 
 The same arguments give the same bytes, whatever the number of workers.
 """
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_write_classes(given) if given.classification else _write_scenes(given))
     except (ValueError, OSError) as error:
-        print(f"make_toy_coco: {redacted(error)}", file=sys.stderr)
+        print(f"toy: {redacted(error)}", file=sys.stderr)
         return 2
     return 0
 
