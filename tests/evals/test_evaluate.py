@@ -27,6 +27,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
+from visft_ds.evals.evaluate import evaluate
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
@@ -236,6 +237,13 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
     (tmp_path / "heads" / name).write_bytes((world.run(1) / "export" / name).read_bytes())
     captions = _finished(tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
     assert _captions(captions) == _captions(whole) and captions.metrics.keys() < whole.metrics.keys()
+
+
+def test_from_python_tasks_and_precision_are_as_behind_their_flags(world: World) -> None:
+    found = evaluate(world.run(2), tasks="captioning, detection", limit=2)
+    assert found.results.keys() == {"captioning", "detection"}
+    with pytest.raises(ValueError, match="precision 'int8' is not allowed: give auto, fp32, bf16, fp16"):
+        evaluate(world.run(2), precision="int8")
 
 
 def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:

@@ -47,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_layers(words[:place] + words[place + 1 :])
     given = vars(_parser().parse_args(words))
     del given["local_rank"]
-    if given["tasks"] is not None:
-        given["tasks"] = [name.strip() for name in given["tasks"].split(",")]
     given["use_adapter"] = given["adapter"] != "none"
     given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
     from visft_ds.resilience.errors import tell

@@ -85,7 +85,7 @@ class Request:
     use_adapter: bool
     allow_other_base: bool
     model: str | None
-    tasks: Sequence[str] | None
+    tasks: str | Sequence[str] | None
     vocabulary: Path | None
     beam_size: int | None
     precision: str | None
@@ -113,7 +113,7 @@ def evaluate(
     adapter: AnyPath | None = None,
     allow_other_base: bool = False,
     model: str | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     vocabulary: AnyPath | None = None,
     beam_size: int | None = None,
     precision: str | None = None,
@@ -141,7 +141,7 @@ def evaluate(
         adapter: folder of an adapter, or "none": leave the run's out.
         allow_other_base: go on although the heads learnt from another base.
         model: preset, where the file of the backbone does not tell.
-        tasks: by default every task that has a head.
+        tasks: names, in a list or with commas; by default every task that has a head.
         vocabulary: word map of a published captioning head.
         beam_size: of captions; by default the run's, or 1 (greedy).
         precision: "auto", "fp32", "bf16" or "fp16"; by default the run's, or "auto".

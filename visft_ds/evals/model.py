@@ -138,7 +138,7 @@ def source_of_run(
     config: VisftConfig,
     *,
     where: Path,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     backbone: Path | None = None,
     heads: Path | None = None,
     adapter: Path | None = None,
@@ -369,12 +369,12 @@ def tasks_of(streams: Mapping[str, Stream]) -> list[str]:
 
 
 def chosen_streams(
-    streams: Mapping[str, Stream], names: Sequence[str] | None, heads: Path | None, where: Path
+    streams: Mapping[str, Stream], names: str | Sequence[str] | None, heads: Path | None, where: Path
 ) -> dict[str, Stream]:
     """Streams with only the tasks that were asked for, by default all that have a head among those given.
 
     Args:
-        names: of the tasks; None: all.
+        names: of the tasks, in a list or with commas; None: all.
         heads: folder that replaces the run's heads.
         where: what messages call the model.
 
@@ -385,7 +385,8 @@ def chosen_streams(
     if heads is not None and heads.is_dir():
         present = heads_in(heads)
         found = [task for task in found if task in present]
-    names = found if names is None else [name.strip() for name in names]
+    listed = names.split(",") if isinstance(names, str) else names
+    names = found if listed is None else [name.strip() for name in listed]
     unknown = [name for name in names if name not in found]
     if unknown or not names:
         raise ValueError(

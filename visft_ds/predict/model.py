@@ -87,7 +87,6 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
     source, heads = Path(source), None if heads is None else Path(heads)
     run, words = _run_at(source), None if vocabulary is None else Path(vocabulary)
     chosen = None if backbone is None else named(os.fspath(backbone), download=download)
@@ -97,7 +96,7 @@ def load(
             run,
             recorded_config(run).visft,
             where=source,
-            tasks=names,
+            tasks=tasks,
             backbone=weights,
             heads=heads,
             adapter=None if adapter in (None, "none") else Path(str(adapter)),
@@ -109,7 +108,7 @@ def load(
     else:
         found = heads_in(heads or _head_folder(source))
         streams = streams_without_run(found, batch_size=DEFAULT_BATCH, side=image_size)
-        streams = chosen_streams(streams, names, heads, heads or source)
+        streams = chosen_streams(streams, tasks, heads, heads or source)
         files = _files_at(source, chosen, weights, heads, adapter)
         parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
     loaded, streams = _build(parts, device, allow_other_base=allow_other_base)
@@ -327,8 +326,6 @@ def check_options(threshold: float, batch_size: int | None) -> None:
 def _build(
     parts: ModelSource, device: str | torch.device | None, *, allow_other_base: bool = False
 ) -> tuple[EvaluationModel, dict[str, Stream]]:
-    if parts.precision not in ("auto", *DTYPES):
-        raise ValueError(f"precision {parts.precision!r} is not allowed: give auto, {', '.join(DTYPES)}")
     place = _device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place, allow_other_base=allow_other_base)
 

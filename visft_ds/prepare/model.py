@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -275,7 +275,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     """The precision of a run and why.
 
     Raises:
-        ValueError: the hardware cannot do what was asked for.
+        ValueError: the hardware cannot do what was asked for, or there is no such precision.
     """
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if requested == "auto":
@@ -287,7 +287,8 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
         raise ValueError(
             f"visft.model.precision: bf16 asked for, {torch.cuda.get_device_name(device)} has none; use fp16 or auto"
         )
-    assert requested in ("fp32", "bf16", "fp16")  # the schema allows nothing else
+    if requested not in get_args(Precision):
+        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
     return cast(Precision, requested), "as configured"
 
 
