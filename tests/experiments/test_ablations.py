@@ -7,9 +7,12 @@ import math
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +252,24 @@ if __name__ == "__main__":
     assert len(list(root.glob("steps/*.json"))) == 2 and marker.stat().st_mtime_ns == before and told.is_file()
 
 
+def test_what_a_later_question_mended_is_not_missing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "prepare_environment", lambda jobs: False)
+    once = (
+        "import sys, pathlib; out = pathlib.Path(sys.argv[1]); tried = out.with_name('tried')\n"
+        "if not tried.exists(): tried.touch(), sys.exit(3)\n"
+        "out.mkdir(); (out / 'metrics.json').write_text('{\"metrics\": {\"box/AP50\": 0.5}}')\n"
+        "(out / 'benchmarks.json').write_text('{\"rows\": []}')"
+    )
+    steps = steps_of(tmp_path, {"once": once}, {})
+    [step] = steps.values()
+    question, trial = Question("?", (Arm("recipe"),)), Trial("recipe", 0, step, step, step)
+    planner: Any = SimpleNamespace(steps=SimpleNamespace(steps=steps))
+    plans = [AblationPlan(name, question, [trial]) for name in ("first", "second")]
+    assert command._run(Namespace(jobs=1, out=tmp_path), planner, plans) == 1
+    (lost,), (whole,) = (read_outcome(tmp_path / name).arms for name in ("first", "second"))
+    assert lost.failures and not lost.numbers and not whole.failures and whole.numbers
+
+
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
@@ -343,7 +364,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     ]
     numbers = {name: of[0] for name, of in outcome.arms[0].numbers.items()}
     assert numbers["caption/CIDEr-D"] == Pair(50, 100) and numbers["probe/digits knn"].change == 12.5
-    assert outcome.failed and outcome.arms[1].failures == ("seed 0: lost: exit status 2: error: why",)
+    assert outcome.arms[1].failures == ("seed 0: lost: exit status 2: error: why",)
 
 
 # ------------------------------------------------------------------------------------------------- command line

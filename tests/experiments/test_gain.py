@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,13 @@ import torch
 from PIL import Image
 
 from tests.coco_tree import write_tree
+from tests.experiments.ablation_steps import steps_of
 from tests.tiny import TINY
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.benchmarks.dose_command import WITHIN, as_noise, scale_for
-from visft_ds.experiments.ablations import cli, gain, scales
+from visft_ds.experiments.ablations import cli, command, gain, scales
 from visft_ds.experiments.ablations.gain import GainPlan, GainPlanner, collect_gain, verdict
 from visft_ds.experiments.ablations.questions import EXPERIMENT, PERMUTED, choose_arms
 from visft_ds.experiments.ablations.run import Failure
@@ -232,8 +236,17 @@ def test_fewer_seeds_and_missing_controls_are_told_on_the_page(tmp_path: Path) -
     plan.against_base[PERMUTED].marker.unlink()
     plan.against_first[PERMUTED].marker.unlink()
     outcome = collect_gain(plan, {"labels": Failure("exit status 2: error: why")})
-    assert outcome.said[0].startswith("The claim was not judged") and outcome.failed
+    assert outcome.said[0].startswith("The claim was not judged")
     assert any("permuted labels is incomplete: exit status 2: error: why" in line for line in remarks(outcome))
+
+
+def test_a_table_that_failed_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one without which every arm has its numbers."""
+    monkeypatch.setattr(command, "prepare_environment", lambda jobs: False)
+    [late] = steps_of(tmp_path, {"late": "import sys; sys.exit(3)"}, {}).values()
+    plan = replace(_plan(tmp_path, (4.5, 2.7, 6.3), (-4.4, -8.0, -0.5), 2), late=late)
+    planner: Any = SimpleNamespace(steps=SimpleNamespace(steps={step.stem: step for step in plan.ends}))
+    assert command._run(Namespace(jobs=1, out=tmp_path), planner, [plan]) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

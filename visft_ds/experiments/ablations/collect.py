@@ -125,11 +125,6 @@ class Outcome:
     said: Sequence[str] = ()  #: verdicts, which stand above all
     tables: Sequence[Section] = ()  #: beside those of the numbers of arms
 
-    @property
-    def failed(self) -> bool:
-        """Return True if any trial is missing."""
-        return any(arm.failures for arm in self.arms)
-
 
 def collect(plan: AblationPlan, steps: Mapping[str, Step], failures: Mapping[str, Failure]) -> Outcome:
     """Read the results of a plan that was run.

@@ -21,7 +21,7 @@ from visft_ds.experiments.ablations.collect import FEWEST, collect
 from visft_ds.experiments.ablations.gain import GainPlan, GainPlanner, collect_gain, predicted
 from visft_ds.experiments.ablations.plan import AblationPlan
 from visft_ds.experiments.ablations.questions import GAIN, QUESTIONS, choose_arms, find_question
-from visft_ds.experiments.ablations.run import Failure, Runner
+from visft_ds.experiments.ablations.run import Runner
 from visft_ds.experiments.ablations.scales import TOY_MODEL, Scale, check_scale
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
@@ -140,18 +140,17 @@ def _claim(out: Path, scale: Scale) -> None:
 def _run(given: argparse.Namespace, planner: GainPlanner, plans: Sequence[AblationPlan | GainPlan]) -> int:
     began, steps = time.monotonic(), planner.steps.steps
     forks = prepare_environment(given.jobs)
-    failures: dict[str, Failure] = {}
     failed = False
     for plan in plans:
-        needed_steps = needed(plan, steps)
         print(f"\n== {plan.name}: {plan.question.asks}", flush=True)
         weigh = predicted if isinstance(plan, GainPlan) else lambda _: 1.0
-        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True), weigh).run(needed_steps)
+        runner = Runner(given.jobs, forks, lambda line: print(line, flush=True), weigh)
+        failures = runner.run(needed(plan, steps))
+        failed = failed or bool(failures)
         outcome = collect_gain(plan, failures) if isinstance(plan, GainPlan) else collect(plan, steps, failures)
         written = [*write_question(given.out, outcome), *write_report(given.out, [*QUESTIONS, GAIN])]
         print_plan(outcome.asks, shown(outcome))
         print(f"written: {', '.join(str(path) for path in written)}", flush=True)
-        failed = failed or outcome.failed
     print(f"\n{clock(time.monotonic() - began)}", flush=True)
     return 1 if failed else 0
 
