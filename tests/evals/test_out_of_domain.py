@@ -20,8 +20,11 @@ def _row(name: str, change: float, half: float, shown: bool) -> dict[str, Any]:
     values = {"before": of, "after": of | {"value": 0.5 + change}}
     return {
         "name": f"dense/b {name}",
+        "items": 9,
         "values": values,
         "differences": {"after": difference},
+        "p": {"after": 0.5},
+        "seeds": {},
         "shown": {"after": shown},
     }
 

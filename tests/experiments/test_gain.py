@@ -184,10 +184,16 @@ def _table(folder: Path, name: str, arms: dict[str, tuple[float, float, float]],
         arm: dict(zip(("value", "low", "high"), np.divide(of, 100), strict=True)) for arm, of in arms.items()
     }
     values = {arm: {"value": 0.8, "low": 0.7, "high": 0.9} for arm in (first, *arms)}
-    row: dict[str, Any] = {"name": "dense/b objects knn", "values": values, "differences": differences, "shown": {}}
-    row["seeds"] = {arm: {"each": [of[0] / 100] * seeds} for arm, of in arms.items()} if seeds > 1 else {}
+    of_seeds = {
+        arm: {"each": [of[0] / 100] * seeds, "items": differences[arm], "seeds": differences[arm]}
+        for arm, of in arms.items()
+        if seeds > 1
+    }
+    row: dict[str, Any] = {"name": "dense/b objects knn", "items": 9, "values": values, "differences": differences}
+    row |= {"p": dict.fromkeys(arms, 0.5), "seeds": of_seeds, "shown": {}}
     models = {arm: [f"{arm} {number}" for number in range(1, seeds + 1)] for arm in (first, *arms)}
-    doses = {model: {"dense/b": {"change": 0.25, "cosine": 0.9}} for arm in arms for model in models[arm]}
+    moved = {"dense/b": {"kind": "patches", "change": 0.25, "cosine": 0.9}}
+    doses = {model: moved for arm in arms for model in models[arm]}
     (step.out / RECORD).write_text(json.dumps({"arms": models, "rows": [row], "doses": doses}))
     return step
 

@@ -465,8 +465,11 @@ def make_comparison(folder: Path) -> None:
     rows = [
         {
             "name": f"{name} {number}",
+            "items": 9,
             "values": {"a": interval, "b": interval},
             "differences": {"b": interval},
+            "p": {"b": 0.5},
+            "seeds": {"b": {"each": [0.5], "items": interval, "seeds": interval}},
             "shown": {"b": True},
         }
         for name, number in (("dense/x", "objects knn"), ("retention/x", "answers kept"))
@@ -476,7 +479,7 @@ def make_comparison(folder: Path) -> None:
         "arms": {"a": ["a"], "b": ["b"]},
         "primary": "dense/x objects knn",
         "rows": rows,
-        "doses": {"b": {"dense/x": {"change": 0.25, "cosine": 0.5}}},
+        "doses": {"b": {"dense/x": {"kind": "patches", "change": 0.25, "cosine": 0.5}}},
         "pictures": ["pictures/one.png"],
     }
     (folder / "pictures").mkdir()

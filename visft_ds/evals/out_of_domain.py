@@ -8,40 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from visft_ds.config.records import Finite, read_record
+from visft_ds.config.records import read_record
 from visft_ds.evals.benchmarks.command import PICTURES, RECORD
 from visft_ds.evals.benchmarks.retention import KEPT
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
+from visft_ds.evals.benchmarks.run import Dose
+from visft_ds.evals.benchmarks.table import Row, verdict
 from visft_ds.evals.compare import read_picture
 from visft_ds.tasks.pictures import Picture
-
-
-class IntervalEntry(ForeignRecord):
-    """A number and its interval, as fractions of one."""
-
-    value: Finite
-    low: Finite
-    high: Finite
-
-    def text(self) -> str:
-        """`+4.50 [+2.50, +6.40]`, in percentage points."""
-        return f"{100 * self.value:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
-
-
-class NumberEntry(ForeignRecord):
-    """Number of all models."""
-
-    name: str
-    values: dict[str, IntervalEntry]
-    differences: dict[str, IntervalEntry]
-    shown: dict[str, bool]
-
-
-class DoseEntry(ForeignRecord):
-    """Distance that features moved."""
-
-    change: Finite
-    cosine: Finite
 
 
 class ComparisonFile(ForeignRecord):
@@ -50,8 +24,8 @@ class ComparisonFile(ForeignRecord):
     format: Literal["visft_ds benchmarks"]
     arms: Annotated[dict[str, list[str]], Field(min_length=2, max_length=2)]
     primary: str
-    rows: list[NumberEntry]
-    doses: dict[str, dict[str, DoseEntry]]
+    rows: list[Row]
+    doses: dict[str, dict[str, Dose]]
     pictures: list[Annotated[str, StringConstraints(pattern=rf"^{PICTURES}/[^/\\\x00]+$")]]
 
 
@@ -93,7 +67,7 @@ class Comparison:
                     row.name.partition(" ")[2] if short else row.name,
                     f"{100 * row.values[before].value:.2f}",
                     f"{100 * row.values[after].value:.2f}",
-                    change.text() + " *" * shown,
+                    change.text(shown=shown),
                     ("up" if change.value > 0 else "down") if shown else "",
                     row.name == self.record.primary,
                 )
@@ -102,9 +76,8 @@ class Comparison:
 
     def verdict(self) -> str:
         """Words on the number that was named before the run: `not shown: +0.40 [-1.90, +2.70]`."""
-        after = self.labels[1]
         row = next(row for row in self._rows() if row.name == self.record.primary)
-        return f"{'' if row.shown[after] else 'not '}shown: {row.differences[after].text()}"
+        return verdict(row, self.labels[1])
 
     def outcome(self) -> list[tuple[str, str]]:
         """The verdict, what was gained and lost, and how far features moved for it; what -> words."""
@@ -132,7 +105,7 @@ class Comparison:
         """Sheets of answers before and after."""
         return [read_picture(self.folder / name) for name in self.record.pictures]
 
-    def _rows(self) -> list[NumberEntry]:
+    def _rows(self) -> list[Row]:
         before, after = self.labels
         rows = [row for row in self.record.rows if {before, after} <= row.values.keys()]
         return [row for row in rows if after in row.differences and after in row.shown]

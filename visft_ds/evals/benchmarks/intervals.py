@@ -40,6 +40,14 @@ class Interval:
         """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
+    def bounds(self, digits: int = 2) -> str:
+        """`[+2.50, +6.40]`, in percentage points."""
+        return f"[{100 * self.low:+.{digits}f}, {100 * self.high:+.{digits}f}]"
+
+    def text(self, digits: int = 2, shown: bool = False) -> str:
+        """`+4.50 [+2.50, +6.40] *`, in percentage points; marked * where it is shown."""
+        return f"{100 * self.value:+.{digits}f} {self.bounds(digits)}{' *' if shown else ''}"
+
 
 def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.random.Generator) -> FloatArray:
     """(arrays, DRAWS), means of resampled values, of all arrays by the same draws.

@@ -148,10 +148,7 @@ def _level(value: Interval) -> str:
 
 def _difference(choice: Choice) -> str:
     value = choice.difference
-    if value is None:
-        return "–"
-    mark = " *" if value.sure else ""
-    return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]{mark}"
+    return "–" if value is None else value.text(shown=value.sure)
 
 
 def _reading(model: str, best: str) -> str:

@@ -128,15 +128,11 @@ def knee_lines(found: Mapping[str, Point | None]) -> list[tuple[str, str]]:
             "--scale",
             f"{point.arm.scale:g}",
         ]
-        lines.append((sweep, f"@{point.arm.scale:g}: gain {_said(point.gain)}, price {_said(point.loss)}"))
+        lines.append((sweep, f"@{point.arm.scale:g}: gain {point.gain.text()}, price {point.loss.text()}"))
         lines.append(
             (f"merge {model.label}" if several else "merge", shlex.join([*words, "--out", "merged.safetensors"]))
         )
     return lines
-
-
-def _said(value: Interval) -> str:
-    return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
 
 
 def _percent(of: Interval) -> Bar:

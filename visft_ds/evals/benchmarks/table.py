@@ -194,7 +194,7 @@ def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = No
 def seeds_section(rows: Sequence[Row]) -> Section | None:
     """Table of what the intervals of arms of several seeds are made of; None without any."""
     lines = [
-        [label, row.name, " ".join(f"{100 * one:+.2f}" for one in of.each), _bounds(of.items), _bounds(of.seeds)]
+        [label, row.name, " ".join(f"{100 * one:+.2f}" for one in of.each), of.items.bounds(), of.seeds.bounds()]
         for row in rows
         for label, of in row.seeds.items()
     ]
@@ -205,24 +205,17 @@ def seeds_section(rows: Sequence[Row]) -> Section | None:
 def verdict(row: Row, label: str) -> str:
     """A decided difference in words: "not shown: +0.40 [-1.90, +2.70]"."""
     shown = "shown" if row.shown[label] else "not shown"
-    return f"{shown}: {change(row, label).removesuffix(' *')}"
+    return f"{shown}: {row.differences[label].text()}"
 
 
 def change(row: Row, label: str) -> str:
     """A difference with its interval, in percent; marked as `section` says."""
     value = row.differences.get(label)
-    if value is None:
-        return "–"
-    mark = " *" if row.shown.get(label, value.sure) else ""
-    return f"{100 * value.value:+.2f} {_bounds(value)}{mark}"
+    return "–" if value is None else value.text(shown=row.shown.get(label, value.sure))
 
 
 def _percent(value: Interval | None) -> str:
     return "–" if value is None else f"{100 * value.value:.2f}"
-
-
-def _bounds(value: Interval) -> str:
-    return f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from visft_ds.config.records import Finite, read_record
+from visft_ds.config.records import read_record
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.benchmarks.dense import Dense
+from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.benchmarks.kinds import label_of, parse_benchmarks
 from visft_ds.evals.benchmarks.retention import KEPT
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
-from visft_ds.evals.out_of_domain import DoseEntry, IntervalEntry, NumberEntry
+from visft_ds.evals.benchmarks.run import Dose
+from visft_ds.evals.benchmarks.table import Row
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair
 from visft_ds.experiments.ablations.plan import Planner
 from visft_ds.experiments.ablations.questions import GAIN, LAST, PERMUTED, Arm, Question
@@ -244,26 +246,14 @@ def too_small(images: int, objects: int, judge: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-class SeedsEntry(ForeignRecord):
-    """Parts of a difference over several seeds."""
-
-    each: list[Finite]
-
-
-class GainRow(NumberEntry):
-    """Number of all arms, with the differences of each seed."""
-
-    seeds: dict[str, SeedsEntry]
-
-
 class GainFile(ForeignRecord):
     """Content of benchmarks.json, as far as it is told here; the first arm is what the others are compared with."""
 
     arms: dict[str, list[str]]
-    rows: list[GainRow]
-    doses: dict[str, dict[str, DoseEntry]]
+    rows: list[Row]
+    doses: dict[str, dict[str, Dose]]
 
-    def row(self, name: str) -> GainRow | None:
+    def row(self, name: str) -> Row | None:
         """A number by its name."""
         return next((row for row in self.rows if row.name == name), None)
 
@@ -314,12 +304,13 @@ def verdict(plan: GainPlan) -> str:
     against = _difference(other, plan.primary, control)
     if gain is None or against is None:
         return f"The claim was not judged: it needs {first!r} and {PERMUTED!r}, and there is no result of one of them."
-    more = IntervalEntry(value=-against.value, low=-against.high, high=-against.low)
+    more = Interval(-against.value, -against.high, -against.low)
     lacks = [name for name, one in (("over the base", gain), ("over labels of other images", more)) if one.low <= 0]
     few = f" {len(plan.seeds)} seeds of the {SEEDS} that it asks for." if len(plan.seeds) < SEEDS else ""
+    said = [one.text(1, one.sure) for one in (gain, more)]
     return (
         f"{'The claim does not stand' if lacks else 'The claim stands'}: {first}, {plan.primary}, "
-        f"{_points(gain)} over the base and {_points(more)} over labels of other images at equal dose, by items and "
+        f"{said[0]} over the base and {said[1]} over labels of other images at equal dose, by items and "
         f"seeds together" + (f"; zero is not excluded {' and '.join(lacks)}." if lacks else ".") + few
     )
 
@@ -328,7 +319,7 @@ def _record(step: Step | None) -> GainFile | None:
     return read_record(step.out / RECORD, GainFile) if step is not None and step.marker.is_file() else None
 
 
-def _difference(record: GainFile | None, name: str, arm: str) -> IntervalEntry | None:
+def _difference(record: GainFile | None, name: str, arm: str) -> Interval | None:
     row = record.row(name) if record else None
     return row.differences.get(arm) if row else None
 
@@ -351,9 +342,5 @@ def _line(primary: str, table: GainFile, contrast: GainFile | None, arm: str) ->
     dose, kept = table.dose(arm), [row.name for row in table.rows if row.name.endswith(KEPT)]
     shown = [_difference(table, primary, arm), _difference(contrast, primary, arm)]
     shown += [_difference(table, name, arm) for name in kept]
-    return [arm, "–" if dose is None else f"{dose:.3f}", *("–" if one is None else _points(one) for one in shown)]
-
-
-def _points(value: IntervalEntry) -> str:
-    sure = value.low > 0 or value.high < 0
-    return f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]{' *' if sure else ''}"
+    told = ("–" if one is None else one.text(1, one.sure) for one in shown)
+    return [arm, "–" if dose is None else f"{dose:.3f}", *told]
