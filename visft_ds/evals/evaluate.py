@@ -33,7 +33,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
+from visft_ds.evals.runner import as_metrics, check_truth, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
@@ -386,7 +386,7 @@ def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> 
 def _write(
     out: Path,
     collected: Mapping[str, Results],
-    outcome: Sequence[TaskEvaluation],
+    outcome: Mapping[str, Mapping[str, float]],
     record: Mapping[str, Any],
     pictures: Mapping[str, Any],
 ) -> None:
@@ -417,11 +417,11 @@ def _print_start(model: EvaluationModel, precision: str, data: str) -> None:
     print_plan("visft_ds evaluation", [Section("model and data", rows)])
 
 
-def _print_results(out: Path, tasks: Sequence[str], outcome: Sequence[TaskEvaluation], speed: float) -> None:
+def _print_results(out: Path, tasks: Sequence[str], outcome: Mapping[str, Mapping[str, float]], speed: float) -> None:
     named = {name: value for name, value in as_metrics(outcome).items() if name.count("/") == 1}
     # -1 is COCO's mark for "there is nothing of this kind to find".
     rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in named.items()]
-    rows += [(name.replace("_", " "), str(value)) for name, value in _facts([part.task for part in outcome]).items()]
+    rows += [(name.replace("_", " "), str(value)) for name, value in _facts(list(outcome)).items()]
     files = [*(results_name(task) for task in tasks), METRICS, f"{PICTURES}/"]
     rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
     print_plan("results", [Section("name and value", rows)])

@@ -6,7 +6,6 @@ The two are apart so that no rank has to wait in a collective while the main pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from visft_ds.config.task_schema import Stream
@@ -21,15 +20,6 @@ from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
-
-
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """Outcome of one task; on the main process only."""
-
-    task: str
-    metrics: Mapping[str, float]
-    results: Results
 
 
 def collect(
@@ -90,20 +80,19 @@ def measure(
     limit: int | None = None,
     per_category: bool = False,
     scorer: Scorer = "faster-coco-eval",
-) -> tuple[list[TaskEvaluation], list[str]]:
+) -> tuple[dict[str, Mapping[str, float]], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
-    Returns the outcomes, and a line for each task that cannot be judged: it takes nothing from the others.
+    Returns the numbers of each task, and a line for each task that cannot be judged: it takes nothing from the others.
     """
-    outcome, problems = [], []
+    outcome: dict[str, Mapping[str, float]] = {}
+    problems = []
     for task, results in collected.items():
         evaluator = TASKS[task].evaluator
         try:
-            metrics = evaluator.measure(_truth(task, reader, limit), results, per_category, scorer)
+            outcome[task] = evaluator.measure(_truth(task, reader, limit), results, per_category, scorer)
         except ValueError as error:
             problems.append(f"{task}: {error}")
-        else:
-            outcome.append(TaskEvaluation(task, metrics, results))
     return outcome, problems
 
 
@@ -117,6 +106,6 @@ def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:
     return TASKS[task].evaluator.truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
 
 
-def as_metrics(outcome: Sequence[TaskEvaluation]) -> dict[str, float]:
+def as_metrics(outcome: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """All numbers of an evaluation in one flat dict."""
-    return {name: value for part in outcome for name, value in part.metrics.items()}
+    return {name: value for metrics in outcome.values() for name, value in metrics.items()}
