@@ -94,16 +94,7 @@ def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: f
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
 
 
-def line_chart(
-    series: Sequence[Series],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    width: int = 520,
-    height: int = 300,
-    linear: bool = False,
-) -> str:
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, linear: bool = False) -> str:
     """An `<svg>` element with grid lines and a legend of the named series.
 
     Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
@@ -136,7 +127,7 @@ def line_chart(
         if any(curve.name for curve in series):
             axes.legend(frameon=False)
 
-    return svg(draw, title=title, width=width, height=height)
+    return svg(draw, title=title, width=360, height=260)
 
 
 @dataclass(frozen=True)
@@ -150,7 +141,7 @@ class Bar:
     shown: bool | None = None  #: None: its interval decides
 
 
-def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int = 760) -> str:
+def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
     """An `<svg>` element with a horizontal bar from zero for each value, and its interval as a line.
 
     A bar is strong where it is shown, or its interval leaves zero out, pale otherwise.
@@ -170,7 +161,7 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int 
             axes.plot((bar.low, bar.high), (row, row), color=INK, lw=1.5)
             axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
 
-    return svg(draw, title=title, width=width, height=66 + 20 * len(bars))
+    return svg(draw, title=title, width=760, height=66 + 20 * len(bars))
 
 
 @dataclass(frozen=True)
@@ -183,9 +174,7 @@ class Spot:
     marked: bool  #: gets a ring
 
 
-def price_chart(
-    curves: Mapping[str, Sequence[Spot]], *, title: str, x_label: str, y_label: str, width: int = 560, height: int = 360
-) -> str:
+def price_chart(curves: Mapping[str, Sequence[Spot]], *, title: str, x_label: str, y_label: str) -> str:
     """An `<svg>` element with a line through the named points of each curve, and their intervals as thin crosses."""
 
     def draw(figure: Figure) -> None:
@@ -207,18 +196,10 @@ def price_chart(
                     axes.plot(*place, "o", ms=11, mfc="none", mec=INK)
         axes.legend(frameon=False)
 
-    return svg(draw, title=title, width=width, height=height)
+    return svg(draw, title=title, width=560, height=360)
 
 
-def block_chart(
-    names: Sequence[str],
-    curves: Mapping[str, Sequence[Bar]],
-    *,
-    title: str,
-    y_label: str,
-    width: int = 640,
-    height: int = 340,
-) -> str:
+def block_chart(names: Sequence[str], curves: Mapping[str, Sequence[Bar]], *, title: str, y_label: str) -> str:
     """An `<svg>` element with a curve over named places for each of several numbers, and its intervals as a band."""
 
     def draw(figure: Figure) -> None:
@@ -236,4 +217,4 @@ def block_chart(
             )
         axes.legend(frameon=False)
 
-    return svg(draw, title=title, width=width, height=height)
+    return svg(draw, title=title, width=640, height=340)

@@ -24,7 +24,6 @@ _OPTIONAL = {
     "memory/peak_gib": "memory",
     "mfu": "model FLOP utilisation (on GPUs whose peak is known)",
 }
-_WIDTH, _HEIGHT = 360, 260  # of a chart, points
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,7 @@ def _rates(histories: Mapping[str, History]) -> str:
 
 
 def _drawn(series: Sequence[Series], title: str, unit: str, linear: bool) -> str:
-    return line_chart(
-        series, title=title, x_label="optimiser step", y_label=unit, width=_WIDTH, height=_HEIGHT, linear=linear
-    )
+    return line_chart(series, title=title, x_label="optimiser step", y_label=unit, linear=linear)
 
 
 def time_by_part(history: History, visft: Mapping[str, Any]) -> dict[str, float]:

@@ -24,29 +24,9 @@ from visft_ds.toy.scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Sc
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
 JPEG_QUALITY = 92
-CAPTIONS_PER_IMAGE = 5
 _NUMBERS = (
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
+    *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 
 
@@ -245,9 +225,9 @@ def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any
         (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
-def check_drawing(out: Path, style: str, colours: str, height: int, width: int) -> None:
-    """Raise ValueError for a folder that holds anything, sides under 28 pixels, an unknown style or kind of colours."""
-    style_of(style, colours)
+def check_drawing(out: Path, style: str, colours: str, height: int, width: int, without: Sequence[str] = ()) -> None:
+    """Raise ValueError for a folder that is not empty, sides under 28 pixels, an unknown style, shape or colours."""
+    style_of(style, colours, without)
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -281,8 +261,7 @@ def write_toy_coco(
     that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, negative counts or seeds,
     `max_shapes` outside of 1 to 20, or fewer than one worker.
     """
-    check_drawing(out, style, colours, height, width)
-    style_of(style, colours, without)
+    check_drawing(out, style, colours, height, width, without)
     if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
         raise ValueError(
             f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "

@@ -118,20 +118,10 @@ def knee_lines(found: Mapping[str, Point | None]) -> list[tuple[str, str]]:
             lines.append((sweep, "no knee: the gain is not shown at any scale"))
             continue
         model, several = point.arm.models[0], len(point.arm.models) > 1
-        words = [
-            "visft",
-            "merge",
-            "--base",
-            model.name,
-            "--adapter",
-            str(model.adapter),
-            "--scale",
-            f"{point.arm.scale:g}",
-        ]
+        words = ["visft", "merge", "--base", model.name, "--adapter", str(model.adapter)]
+        words += ["--scale", f"{point.arm.scale:g}", "--out", "merged.safetensors"]
         lines.append((sweep, f"@{point.arm.scale:g}: gain {point.gain.text()}, price {point.loss.text()}"))
-        lines.append(
-            (f"merge {model.label}" if several else "merge", shlex.join([*words, "--out", "merged.safetensors"]))
-        )
+        lines.append((f"merge {model.label}" if several else "merge", shlex.join(words)))
     return lines
 
 
