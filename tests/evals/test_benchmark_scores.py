@@ -11,7 +11,7 @@ import torch
 from visft_ds.evals.benchmarks import intervals, probes, retrieval, words
 from visft_ds.evals.benchmarks.class_sets import ClassSet
 from visft_ds.evals.benchmarks.images import from_arrays
-from visft_ds.evals.benchmarks.intervals import interval, resampled_means
+from visft_ds.evals.benchmarks.intervals import interval, resampled
 from visft_ds.evals.benchmarks.probes import Probe, linear_probe, nearest_neighbours
 from visft_ds.evals.benchmarks.protocol import Features, Score, rank_of
 from visft_ds.evals.benchmarks.table import rows_of, section
@@ -50,7 +50,7 @@ def test_bootstrap_is_that_of_resampled_items() -> None:
     """Spread of the mean against plain resampling and, for shares, the formula."""
     rng = np.random.default_rng(0)
     values = rng.random(200)
-    means = resampled_means(values, None, rng)
+    means = resampled([values], None, rng)[0]
     plain = values[rng.integers(0, 200, (4000, 200))].mean(axis=1)
     assert len(means) == intervals.DRAWS
     # the standard error of a standard deviation of 4,000 draws is 1.1 %
@@ -59,19 +59,19 @@ def test_bootstrap_is_that_of_resampled_items() -> None:
     )
     right = (rng.random(1000) < 0.3).astype(np.float64)
     share = right.mean()
-    assert resampled_means(right, None, rng).std() == pytest.approx(math.sqrt(share * (1 - share) / 1000), rel=0.06)
+    assert resampled([right], None, rng)[0].std() == pytest.approx(math.sqrt(share * (1 - share) / 1000), rel=0.06)
 
 
 def test_items_of_a_group_are_drawn_together() -> None:
     """Five captions that all say the same about an image are one piece of evidence, not five."""
     rng = np.random.default_rng(0)
     once = rng.random(100)
-    alone = resampled_means(once, None, rng).std()
-    grouped = resampled_means(np.repeat(once, 5), np.repeat(np.arange(100), 5), rng).std()
+    alone = resampled([once], None, rng)[0].std()
+    grouped = resampled([np.repeat(once, 5)], np.repeat(np.arange(100), 5), rng)[0].std()
     assert grouped == pytest.approx(alone, rel=0.06)
     # groups of other sizes: the mean over items, not over groups
     values, groups = np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 0, 7])
-    assert set(np.unique(resampled_means(values, groups, rng)).tolist()) == {0.0, 0.75, 1.0}
+    assert set(np.unique(resampled([values], groups, rng)[0]).tolist()) == {0.0, 0.75, 1.0}
 
 
 def test_differences_are_paired() -> None:

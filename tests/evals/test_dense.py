@@ -28,7 +28,7 @@ from visft_ds.evals.benchmarks.dense import (
     segmentation_sheet,
 )
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
-from visft_ds.evals.benchmarks.intervals import resampled_means
+from visft_ds.evals.benchmarks.intervals import resampled
 from visft_ds.evals.benchmarks.kinds import parse_benchmark
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, mean_ratio
 from visft_ds.evals.benchmarks.table import rows_of
@@ -326,7 +326,7 @@ def test_bootstraps_draw_images_and_pair_models() -> None:
     values = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
     drawn = rng.integers(0, 60, (intervals.DRAWS, 60))
     plain = mean_ratio(values[drawn].sum(axis=1))
-    means = resampled_means(values, None, np.random.default_rng(5))
+    means = resampled([values], None, np.random.default_rng(5))[0]
     assert means.shape == (intervals.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
     assert means.mean() == pytest.approx(plain.mean(), abs=0.003)
     base = Score("mIoU", values)

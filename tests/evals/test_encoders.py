@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.clip_case import SIDE, TOWER, make_clip, save_clip
-from visft_ds.evals.benchmarks.encoders import KINDS, eva_preprocess
+from visft_ds.evals.benchmarks.encoders import KINDS, NORMALISATIONS, square_preprocess
 from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
 from visft_ds.evals.benchmarks.text_towers import text_tower_in
@@ -177,7 +177,7 @@ def test_images_are_prepared_as_by_open_clip(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     theirs = image_transform_v2(PreprocessCfg(size=SIDE), is_train=False)(image)
-    torch.testing.assert_close(eva_preprocess(SIDE, "clip")(image), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(square_preprocess(SIDE, *NORMALISATIONS["clip"])(image), theirs, rtol=0, atol=1e-6)
 
 
 def test_half_a_text_tower_is_refused(clip: Any, tmp_path: Path) -> None:

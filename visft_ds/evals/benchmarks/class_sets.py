@@ -17,7 +17,7 @@ import gzip
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -52,9 +52,7 @@ class ClassSet:
     def part(self, places: Sequence[int]) -> ClassSet:
         """Some of the images, with all classes."""
         numbers = np.asarray(places, dtype=np.int64)
-        return ClassSet(
-            chosen(self.images, numbers.tolist()), self.labels[numbers], self.classes, self.templates, self.family
-        )
+        return replace(self, images=chosen(self.images, numbers.tolist()), labels=self.labels[numbers])
 
     def truths(self) -> list[str]:
         """The class of each image."""
@@ -208,7 +206,7 @@ def _read_objectnet(root: Path) -> ClassSet:
         return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
     images = changed(labelled.images, cut, f"without {_BORDER} pixels of border")
-    return ClassSet(images, labelled.labels, labelled.classes, labelled.templates, labelled.family)
+    return replace(labelled, images=images)
 
 
 def _read_shards(root: Path, folder: Path, tars: Sequence[Path]) -> ClassSet:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.benchmarks.dense_sets import CELLS
-from visft_ds.evals.benchmarks.text_towers import TextTower, tower_of_model
+from visft_ds.evals.benchmarks.text_towers import TextOf, TextTower
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
 from visft_ds.interop.timm_names import classes_in
 from visft_ds.models.eva_vit import EvaViT, block_names, depth_until
@@ -277,16 +277,11 @@ def _patches(model: Any, tokens: Tensor) -> Tensor:
     return tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
-def eva_preprocess(side: int, normalisation: str) -> Preprocess:
+def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
     """EVA-CLIP's: the shorter side to `side` pixels by bicubic interpolation, the middle square, normalised.
 
     https://github.com/baaivision/EVA/blob/master/EVA-CLIP/rei/eva_clip/transform.py
     """
-    return square_preprocess(side, *NORMALISATIONS[normalisation])
-
-
-def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
-    """The same with numbers of one's own."""
     return transforms.Compose(
         [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(list(mean), list(std))]
     )
@@ -348,13 +343,13 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
     tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
     return Encoder(
-        _frozen(visual),
+        visual.requires_grad_(False).eval(),
         visual.kinds,
         image_transform_v2(PreprocessCfg(**config), is_train=False),
         (config["mean"], config["std"]),
         _side(config["size"]),
         {"preprocess": json.dumps(config, sort_keys=True), "architecture": open_clip.get_model_config(name)},
-        tower_of_model(model.requires_grad_(False).eval(), tokenizer, f"open_clip {name}"),
+        TextTower(TextOf(model.requires_grad_(False).eval()), tokenizer, f"open_clip {name}"),
         {"backbone": f"open_clip {name}, weights {weights or 'of its repository'}"},
     )
 
@@ -388,7 +383,7 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
         raise ValueError(f"timm:{name}: {error}") from error
     config = timm.data.resolve_model_data_config(model)
     return Encoder(
-        _frozen(_TimmEncoder(model)),
+        _TimmEncoder(model).requires_grad_(False).eval(),
         KINDS_WITHOUT_TEXT,
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
@@ -427,7 +422,3 @@ def _timm_of_file(name: str, path: str) -> tuple[Any, list[str]]:
 
 def _side(size: int | tuple[int, int] | list[int]) -> int:
     return size if isinstance(size, int) else int(size[0])
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    return module.requires_grad_(False).eval()

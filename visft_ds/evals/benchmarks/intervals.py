@@ -73,12 +73,6 @@ def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.ra
     return np.concatenate(means).T
 
 
-def resampled_means(values: FloatArray, groups: IntArray | None, rng: np.random.Generator) -> FloatArray:
-    """DRAWS means of resampled values; arguments as above."""
-    means: FloatArray = resampled([values], groups, rng)[0]
-    return means
-
-
 def interval(value: float, means: FloatArray) -> Interval:
     """The interval of a value whose resampled versions are given."""
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

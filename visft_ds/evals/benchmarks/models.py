@@ -30,7 +30,6 @@ from visft_ds.evals.benchmarks.encoders import (
     Encoder,
     EvaEncoder,
     FeatureMapEncoder,
-    eva_preprocess,
     open_clip_encoder,
     square_preprocess,
     timm_encoder,
@@ -216,7 +215,7 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     if projection is None and until is None and options.text is not None and tower.class_token:
         projection = projection_of(options.text)
     module = EvaEncoder(backbone, projection, options.pool)
-    side = options.image_size or tower.image_size
+    side, normalisation = options.image_size or tower.image_size, NORMALISATIONS[options.normalisation]
     settings = {
         "preprocess": f"EVA-CLIP {side} {options.normalisation}",
         "pooled": "class token" if module.by_token else "mean of the patches",
@@ -229,8 +228,8 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     return Encoder(
         module.requires_grad_(False).eval(),
         module.kinds,
-        eva_preprocess(side, options.normalisation),
-        NORMALISATIONS[options.normalisation],
+        square_preprocess(side, *normalisation),
+        normalisation,
         side,
         settings,
         text,

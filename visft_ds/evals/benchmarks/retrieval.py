@@ -25,7 +25,7 @@ from torch import Tensor
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Number, read_record
 from visft_ds.evals.benchmarks.images import from_files
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits
+from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits, rank_of
 from visft_ds.names import checked_name
 
 CAPTIONS = 5
@@ -148,9 +148,7 @@ def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     """Place of the right image of each caption, behind all that are as similar."""
     ranks = []
     for start in range(0, len(texts), _ROWS):
-        similarity = texts[start : start + _ROWS] @ images.T
-        true = similarity.gather(1, owners[start : start + _ROWS, None])
-        ranks.append((similarity >= true).sum(dim=1) - 1)
+        ranks.append(rank_of(texts[start : start + _ROWS] @ images.T, owners[start : start + _ROWS]))
     return torch.cat(ranks)
 
 

@@ -98,12 +98,7 @@ def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
     return file.get(names[0]).float().clone(), file.get(names[1]).float().clone()
 
 
-def tower_of_model(model: Any, tokenizer: Any, source: str) -> TextTower:
-    """The text side of an open_clip model."""
-    return TextTower(_TextOf(model), tokenizer, source)
-
-
-class _TextOf(nn.Module):
+class TextOf(nn.Module):
     """The text side of a model that has both: older open_clip models keep its parts at the top."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visft_ds.evals.benchmarks.images import chosen, from_files
@@ -99,8 +99,7 @@ def _read(path: Path, characters: str) -> WordSet:
             words.append(word)
     if not words:
         raise ValueError(f"{path} has no word with {characters} characters")
-    images = from_files(files, path.parent)
-    return WordSet(ImageSet(images.names, images.read, images.fingerprint, stretched=True), tuple(words))
+    return WordSet(replace(from_files(files, path.parent), stretched=True), tuple(words))
 
 
 def _split(line: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -112,7 +112,7 @@ class GainPlanner(Planner):
         self._made, self._judges = self._toy.benchmarks() if self.scale.toy else ([], list(self.scale.benchmarks))
         primary = self._primary()
         if self._recipe(2).visft.model.until is None:  # all arms are read at the end of the network
-            question = Question(question.asks, tuple(arm for arm in question.arms if arm.name != LAST), question.note)
+            question = replace(question, arms=tuple(arm for arm in question.arms if arm.name != LAST))
         first, *others = question.arms
         self._base_run = self._stage1(first, seeds[0]).step
         base = f"{BASE}={self._base_run.out}"

@@ -14,7 +14,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TASKS = ("detection", "segmentation", "captioning")
 SHORT = {"detection": "boxes", "segmentation": "masks", "captioning": "captions"}
@@ -226,7 +226,7 @@ def choose_arms(question: Question, names: Sequence[str]) -> Question:
     """
     wanted = {_known(name, [arm.name for arm in question.arms], "arm") for name in names}
     arms = tuple(arm for place, arm in enumerate(question.arms) if place == 0 or arm.name in wanted)
-    return Question(question.asks, arms, question.note)
+    return replace(question, arms=arms)
 
 
 def _known(name: str, known: Sequence[str], what: str) -> str:
