@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from visft_ds import program
@@ -27,28 +28,19 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
+#: Word behind visft evaluate -> module of what it does.
+_COMMANDS = {"benchmarks": "command", "dose": "dose_command", "layers": "layers_command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     place = 1 if words and words[0].startswith("--local_rank=") else 0  # the deepspeed launcher puts it in front
-    if words[place : place + 1] == ["benchmarks"]:
-        from visft_ds.evals.benchmarks.command import run
-
-        return run(words[:place] + words[place + 1 :])
-    if words[place : place + 1] == ["dose"]:
-        from visft_ds.evals.benchmarks.dose_command import run as run_dose
-
-        return run_dose(words[:place] + words[place + 1 :])
-    if words[place : place + 1] == ["layers"]:
-        from visft_ds.evals.benchmarks.layers_command import run as run_layers
-
-        return run_layers(words[:place] + words[place + 1 :])
+    if (module := _COMMANDS.get("".join(words[place : place + 1]))) is not None:
+        run = import_module(f"visft_ds.evals.benchmarks.{module}").run
+        return int(run(words[:place] + words[place + 1 :]))
     given = vars(_parser().parse_args(words))
     del given["local_rank"]
-    given["use_adapter"] = given["adapter"] != "none"
-    given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
     from visft_ds.resilience.errors import tell
     from visft_ds.run.folder import recorded_config, refuse_filled
 

@@ -81,8 +81,7 @@ class Request:
     backbone: AnyPath | None
     download: bool
     heads: Path | None
-    adapter: Path | None  #: None: the run's
-    use_adapter: bool
+    adapter: AnyPath | None
     allow_other_base: bool
     model: str | None
     tasks: str | Sequence[str] | None
@@ -165,8 +164,7 @@ def evaluate(
         backbone=backbone,
         download=download,
         heads=_path(heads),
-        adapter=None if adapter == "none" else _path(adapter),
-        use_adapter=adapter != "none",
+        adapter=adapter,
         allow_other_base=allow_other_base,
         model=model,
         tasks=tasks,
@@ -258,7 +256,6 @@ def _job(given: Request) -> Job:
             backbone=backbone,
             heads=given.heads,
             adapter=given.adapter,
-            use_adapter=given.use_adapter,
             vocabulary=given.vocabulary,
             beam_size=given.beam_size,
             precision=given.precision,

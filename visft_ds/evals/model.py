@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from visft_ds.config.backbones import Named
+from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -141,8 +142,7 @@ def source_of_run(
     tasks: str | Sequence[str] | None = None,
     backbone: Path | None = None,
     heads: Path | None = None,
-    adapter: Path | None = None,
-    use_adapter: bool = True,
+    adapter: AnyPath | None = None,
     vocabulary: Path | None = None,
     beam_size: int | None = None,
     precision: str | None = None,
@@ -157,9 +157,7 @@ def source_of_run(
     streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
     streams = chosen_streams(streams, tasks, heads, heads or where)
     return ModelSource(
-        files_of_run(
-            run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter, use_adapter=use_adapter
-        ),
+        files_of_run(run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter),
         streams,
         vocabulary or recorded_words(run, config),
         decoding_of(config, beam_size),
@@ -175,24 +173,23 @@ def files_of_run(
     *,
     backbone: Path | None = None,
     heads: Path | None = None,
-    adapter: Path | None = None,
-    use_adapter: bool = True,
+    adapter: AnyPath | None = None,
 ) -> ModelFiles:
     """The files a finished run wrote or was given, wherever it lies now: what it trained comes from its own export
     folder, heads that it was given from its copies of them, base weights from where `prepare.places` finds them.
 
     Args:
         tasks: whose heads are needed.
-        backbone, heads, adapter: replace the run's. A backbone that has an adapter merged in takes none from the run.
-        use_adapter: False leaves the run's adapter out.
+        backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an adapter merged
+            in takes none from the run.
 
     Raises:
         ValueError: the run has not written what it trains yet, or a file is missing.
     """
-    export = run / "export"
-    if adapter is None and use_adapter and config.stage == 2 and config.lora is not None:
+    export, own_adapter = run / "export", _adapter_folder(adapter)
+    if adapter is None and config.stage == 2 and config.lora is not None:
         merged = backbone is not None and is_merged(open_weights(backbone))
-        adapter = None if merged else export / ADAPTER_FOLDER
+        own_adapter = None if merged else export / ADAPTER_FOLDER
     if trains_backbone(config):
         own_backbone = export / TRAINED_BACKBONE_FILE
     elif config.model.weights is None:
@@ -203,7 +200,7 @@ def files_of_run(
     of_run = own_backbone, export if complete or config.heads.path is None else find(run, config, HEADS)
     backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
-    wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
+    wanted = [backbone, *own_heads, *([own_adapter] if own_adapter else [])]
     missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise ValueError(
@@ -213,21 +210,26 @@ def files_of_run(
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
-        return ModelFiles(backbone, heads, adapter, {}, timm, of_run, config.model.until)
+        return ModelFiles(backbone, heads, own_adapter, {}, timm, of_run, config.model.until)
     preset = replace(PRESETS[config.model.preset], **config.model.overrides.model_dump(exclude_none=True))
     hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
-    return ModelFiles(backbone, heads, adapter, hints, of_run=of_run, until=config.model.until)
+    return ModelFiles(backbone, heads, own_adapter, hints, of_run=of_run, until=config.model.until)
 
 
-def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: Path | None) -> ModelFiles:
+def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
     """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
     if chosen is None:
-        return ModelFiles(backbone, heads, adapter, {})
+        return ModelFiles(backbone, heads, _adapter_folder(adapter), {})
     tower = None if chosen.preset is None else PRESETS[chosen.preset]
     hints: dict[str, float | bool] = {}
     if tower is not None:
         hints = {"num_heads": tower.num_heads, "post_norm": tower.post_norm}
-    return ModelFiles(backbone, heads, adapter, hints, chosen.timm, until=chosen.model.get("until"))
+    return ModelFiles(backbone, heads, _adapter_folder(adapter), hints, chosen.timm, until=chosen.model.get("until"))
+
+
+def _adapter_folder(adapter: AnyPath | None) -> Path | None:
+    """Folder of an adapter that is given; None also for "none"."""
+    return None if adapter is None or adapter == "none" else Path(adapter)
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:

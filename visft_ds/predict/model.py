@@ -99,8 +99,7 @@ def load(
             tasks=tasks,
             backbone=weights,
             heads=heads,
-            adapter=None if adapter in (None, "none") else Path(str(adapter)),
-            use_adapter=adapter != "none",
+            adapter=adapter,
             vocabulary=words,
             precision=precision,
             side=image_size,
@@ -135,14 +134,7 @@ def load_backbone(
     weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         config = recorded_config(run).visft
-        files = files_of_run(
-            run,
-            config,
-            [],
-            backbone=weights,
-            adapter=None if adapter in (None, "none") else Path(str(adapter)),
-            use_adapter=adapter != "none",
-        )
+        files = files_of_run(run, config, [], backbone=weights, adapter=adapter)
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
         parts = ModelSource(_files_at(source, chosen, weights, None, adapter), {}, precision=precision or "auto")
@@ -371,14 +363,13 @@ def _files_at(
     source: Path, chosen: Named | None, backbone: Path | None, heads: Path | None, adapter: str | Path | None
 ) -> ModelFiles:
     """Files of an export without its run, or of merged weights."""
-    own = None if adapter in (None, "none") else Path(str(adapter))
     exported = source / ADAPTER_FOLDER
     if adapter is None and exported.is_dir() and not (backbone is not None and is_merged(open_weights(backbone))):
-        own = exported
+        adapter = exported
     weights = _weights_at(source) if backbone is None else backbone
     # Of one export: random bases of release 0.1 do not say so themselves.
     of_run = (weights, source) if weights.parent == source else None
-    return replace(files_without_run(chosen, weights, heads or source, own), of_run=of_run)
+    return replace(files_without_run(chosen, weights, heads or source, adapter), of_run=of_run)
 
 
 def _weights_at(source: Path) -> Path:
