@@ -17,7 +17,7 @@ from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
+from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
@@ -138,9 +138,10 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
 
 
 def load_stage2(world: World) -> EvaluationModel:
-    files = files_of_run(world.run(2), world.configs[2].visft, list(TASKS))
-    given = {"captioning": {"max_length": 6}}
-    return load_model(files, list(TASKS), precision="fp32", device=torch.device("cpu"), decoding=given)
+    config = world.configs[2].visft
+    files = files_of_run(world.run(2), config, list(TASKS))
+    source = ModelSource(files, config.streams(), decoding={"captioning": {"max_length": 6}})
+    return source.build("fp32", torch.device("cpu"))[0]
 
 
 def _predictions(world: World, shards: Path) -> dict[str, Results]:

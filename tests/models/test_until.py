@@ -18,7 +18,7 @@ from tools.merge_lora import main as merge
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import LoraConfig, OptimizerParams
-from visft_ds.evals.model import ModelFiles, files_without_run, load_model
+from visft_ds.evals.model import ModelFiles, ModelSource, files_without_run
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.backbones import load_backbone, open_backbone, save_backbone
 from visft_ds.interop.head_file import HeadInfo
@@ -123,7 +123,7 @@ def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: P
 
 
 def _features(files: ModelFiles, images: Tensor) -> Tensor:
-    model = load_model(files, (), precision="fp32", device=torch.device("cpu"))
+    model, _ = ModelSource(files, {}).build("fp32", torch.device("cpu"))
     with torch.no_grad():
         features: Tensor = model.module.backbone(images)
     return features

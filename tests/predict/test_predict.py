@@ -20,7 +20,7 @@ from tests.freeze.stored import FOLDER as GOLDEN
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.model import files_of_run, load_model
+from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.predict.images import find_images, open_image, opened
@@ -54,7 +54,8 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     config = recorded_config(place / "runs/stage2").visft
     files = files_of_run(place / "runs/stage2", config, TASKS)
     decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
-    evaluated = load_model(files, TASKS, precision="fp32", device=torch.device("cpu"), decoding=decoding)
+    source = ModelSource(files, config.streams(), decoding=decoding)
+    evaluated, _ = source.build("fp32", torch.device("cpu"))
     manifest = Manifest.load(GOLDEN / "shards", "val")
     with ShardReader(manifest) as reader:
         collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)

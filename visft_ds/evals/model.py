@@ -118,20 +118,52 @@ class ModelSource:
         preset: str | None = None,
         allow_other_base: bool = False,
     ) -> tuple[EvaluationModel, dict[str, Stream]]:
-        """The model, and its streams with the classes of its heads. Arguments and errors as `load_model`."""
-        model = load_model(
-            self.files,
-            self.tasks,
-            precision=precision,
-            device=device,
-            preset=preset,
-            vocabulary=read_vocabulary(self.vocabulary) if self.vocabulary else None,
-            decoding=self.decoding,
-            packed=self.packed,
-            allow_other_base=allow_other_base,
-        )
-        classes = classes_of_heads(model.heads)
-        return model, {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
+        """Build the model, strictly of what its files hold, and its streams with the classes of its heads.
+
+        Args:
+            precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
+            preset: name in PRESETS, needed only where neither the file nor `files.hints` give the number of heads.
+            allow_other_base: go on with heads that learnt from another base, and say so among the facts.
+
+        Raises:
+            ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged
+                weights, heads for another width.
+        """
+        files, vocabulary = self.files, read_vocabulary(self.vocabulary) if self.vocabulary else None
+        use_numerics(device)
+        infos = {task: read_head_info(find_head(files.heads, task), task) for task in self.tasks}
+        backbone, described = _load_backbone(files, infos, DTYPES[precision], preset)
+        for task, info in infos.items():
+            _check_head(find_head(files.heads, task), info, backbone)
+        problems = _of_other_base(infos, files)
+        if problems and not allow_other_base:
+            raise ValueError(
+                f"{problems[0]}, and {files.backbone} neither is these nor says that it was made of them: use the base "
+                "weights of stage 1, or go on with --allow-other-base"
+            )
+        own_words = vocabulary_in(infos)
+        if needs_vocabulary(infos) and own_words is None and vocabulary is None:
+            raise ValueError(
+                f"{find_head(files.heads, 'captioning')} does not say which words its ids mean: give its word map (a "
+                "JSON object word -> id) with --vocabulary FILE"
+            )
+        words = own_words or vocabulary
+        check_vocabulary(infos, vocabulary or words, "the given vocabulary")
+        facts, modules = dict(described), {}
+        facts |= {"allowed": "; ".join(problems)} if problems else {}
+        for task, info in infos.items():
+            path = find_head(files.heads, task)
+            head = load_heads(path, task)
+            modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), self.decoding.get(task, {}))
+            facts[f"{task} head"] = str(path)
+        module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
+        module.packed = self.packed
+        if self.packed:
+            facts["images"] = "packed, without padding"
+        module.requires_grad_(False).eval().to(device)
+        classes = classes_of_heads(infos)
+        streams = {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
+        return EvaluationModel(module, device, precision, infos, words, facts), streams
 
 
 def source_of_run(
@@ -249,67 +281,6 @@ def heads_in(folder: Path) -> tuple[str, ...]:
             + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")
         )
     return found
-
-
-def load_model(
-    files: ModelFiles,
-    tasks: Sequence[str],
-    *,
-    precision: Precision,
-    device: torch.device,
-    preset: str | None = None,
-    vocabulary: Vocabulary | None = None,
-    decoding: Mapping[str, Mapping[str, Any]] | None = None,
-    packed: bool = False,
-    allow_other_base: bool = False,
-) -> EvaluationModel:
-    """Build the model the files describe and load them strictly.
-
-    Args:
-        tasks: which heads to load.
-        precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
-        vocabulary: for a head that brings none of its own, as the published ones do.
-        decoding: task -> what its head is also called with.
-        packed: images of different sizes pass through the backbone without padding, as the run has trained.
-        allow_other_base: go on with heads that learnt from another base, and say so among the facts.
-        preset: name in PRESETS, needed only where neither the file nor `files.hints` give the number of heads.
-
-    Raises:
-        ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
-            heads for another width.
-    """
-    use_numerics(device)
-    infos = {task: read_head_info(find_head(files.heads, task), task) for task in tasks}
-    backbone, described = _load_backbone(files, infos, DTYPES[precision], preset)
-    for task, info in infos.items():
-        _check_head(find_head(files.heads, task), info, backbone)
-    problems = _of_other_base(infos, files)
-    if problems and not allow_other_base:
-        raise ValueError(
-            f"{problems[0]}, and {files.backbone} neither is these nor says that it was made of them: use the base "
-            "weights of stage 1, or go on with --allow-other-base"
-        )
-    own_words = vocabulary_in(infos)
-    if needs_vocabulary(infos) and own_words is None and vocabulary is None:
-        raise ValueError(
-            f"{find_head(files.heads, 'captioning')} does not say which words its ids mean: give its word map (a JSON "
-            "object word -> id) with --vocabulary FILE"
-        )
-    words = own_words or vocabulary
-    check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-    facts, modules = dict(described), {}
-    facts |= {"allowed": "; ".join(problems)} if problems else {}
-    for task, info in infos.items():
-        path = find_head(files.heads, task)
-        head = load_heads(path, task)
-        modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), (decoding or {}).get(task, {}))
-        facts[f"{task} head"] = str(path)
-    module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
-    module.packed = packed
-    if packed:
-        facts["images"] = "packed, without padding"
-    module.requires_grad_(False).eval().to(device)
-    return EvaluationModel(module, device, precision, infos, words, facts)
 
 
 def _load_backbone(
