@@ -105,11 +105,11 @@ def test_recipe_and_loop() -> None:
         loss.backward()
         return loss.item()
 
-    losses = fit(compute, {"value": value, "logit_scale": scale}, scale, recipe, quiet=True).losses
+    losses = fit(compute, {"value": value, "logit_scale": scale}, scale, recipe).losses
     assert len(losses) == 10 and losses[-1] < losses[0]
     assert scale.item() == pytest.approx(LARGEST_LOG_SCALE)
     with pytest.raises(ValueError, match=r"step 1: the loss is nan.*lower learning rate"):
-        fit(lambda step: math.nan, {"value": value}, scale, recipe, quiet=True)
+        fit(lambda step: math.nan, {"value": value}, scale, recipe)
     for wrong in ({"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"seed": -1}, {"max_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ContrastiveRecipe(**{"steps": 1, "batch_size": 2, "lr": 1.0, **wrong})

@@ -103,7 +103,6 @@ def fit(
     recipe: ContrastiveRecipe,
     *,
     log_every: int = 20,
-    quiet: bool = False,
 ) -> Curve:
     """Train.
 
@@ -111,7 +110,6 @@ def fit(
         compute: step -> its loss; adds the gradients of all pairs of the step to `.grad`, on every rank alike.
         parameters: all that trains, by name; the optimiser sees nothing else.
         log_scale: kept from 0 to LARGEST_LOG_SCALE, whether it trains or not.
-        quiet: no progress line.
 
     Raises:
         ValueError: a loss or gradient that is not finite, with its step.
@@ -119,7 +117,7 @@ def fit(
     optimizer = optimizer_for(parameters, recipe)
     losses: list[float] = []
     norms: list[float] = []
-    with Progress(recipe.steps, log_every=log_every, enabled=distributed.is_main() and not quiet) as progress:
+    with Progress(recipe.steps, log_every=log_every, enabled=distributed.is_main()) as progress:
         for step in range(recipe.steps):
             began = time.perf_counter()
             for group in optimizer.param_groups:

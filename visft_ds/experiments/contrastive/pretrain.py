@@ -13,8 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ from visft_ds.parallel import distributed
 from visft_ds.resilience.host_memory import host_memory_available
 
 #: Of the debug preset on the toy set, see docs/evaluation.md.
-DEFAULT_TEXT = TextShape()
 DEFAULT_RECIPE = ContrastiveRecipe(steps=400, batch_size=128, lr=1e-3)
 _ROWS = 256  # images encoded at once where nothing is learnt
 _READERS = 4  # threads that decode
@@ -55,67 +53,10 @@ _READERS = 4  # threads that decode
 class Pretraining:
     """Models to be built, and their recipe."""
 
-    preset: str = "debug"
-    overrides: Mapping[str, Any] = field(default_factory=dict)  #: fields of the preset that are replaced
-    text: TextShape = DEFAULT_TEXT
-    recipe: ContrastiveRecipe = DEFAULT_RECIPE
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """Result of `pretrain`."""
-
-    weights: Path  #: the file for `visft.model.weights` and `visft evaluate benchmarks --model`
-    losses: tuple[float, ...]  #: of every step
-    before: Mapping[str, float]  #: recall on the validation images with random weights; empty without such images
-    after: Mapping[str, float]
-    seconds: float
-
-
-def pretrain(
-    train: CaptionSet,
-    out: Path,
-    how: Pretraining,
-    *,
-    validation: CaptionSet | None = None,
-    device: torch.device | None = None,
-    log_every: int = 20,
-    quiet: bool = False,
-) -> Pretrained:
-    """Train both towers on captions and write a folder with one file of weights, configurations and a model card.
-
-    The same arguments give the same bits on one kind of device with one number of threads.
-
-    Args:
-        train: images with captions, see `pairs.read_pairs`.
-        out: a new folder; it appears whole or not at all.
-        validation: images to measure recall with, before and after.
-        quiet: print nothing.
-
-    Raises:
-        ValueError: sizes that do not work out, more images than memory, fewer than a batch, a loss that is not finite,
-            several processes, or `out` exists.
-    """
-    check_alone()
-    began = time.perf_counter()
-    clip = build(how)
-    side = clip.images.backbone.image_size
-    order = PairOrder(train.owners, how.recipe.batch_size, how.recipe.seed)
-    tokens = tokens_of(text_tower_of(clip), train.captions)
-    check_memory(train.images, side)
-    with staged(out) as folder:
-        device = device or distributed.local_device()
-        clip.to(device).train()
-        pixels = read_pixels(train.images, side)
-        judge = None if validation is None else (read_pixels(validation.images, side), validation)
-        before = _measure(clip, judge)
-        curve = _fit(clip, pixels, tokens, order, how.recipe, log_every, quiet)
-        after = _measure(clip, judge)
-        configs = save_clip(clip.cpu().eval(), folder, named=out)
-        seconds = time.perf_counter() - began
-        result = Result("pretrain", how.recipe, curve, {"before": before, "after": after}, seconds)
-        write_result(folder, out.name, result, _facts(how, clip, train, tokens), configs)
-    return Pretrained(out / FILE, curve.losses, before, after, seconds)
+    preset: str
+    overrides: Mapping[str, Any]  #: fields of the preset that are replaced
+    text: TextShape
+    recipe: ContrastiveRecipe
 
 
 def check_alone() -> None:
@@ -157,7 +98,7 @@ def normalised(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def _fit(
-    clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: ContrastiveRecipe, log_every: int, quiet: bool
+    clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: ContrastiveRecipe, log_every: int
 ) -> Curve:
     device = clip.logit_scale.device
 
@@ -169,7 +110,7 @@ def _fit(
         return loss.item()
 
     parameters = dict(clip.named_parameters())
-    return fit(compute, parameters, clip.logit_scale, recipe, log_every=log_every, quiet=quiet)
+    return fit(compute, parameters, clip.logit_scale, recipe, log_every=log_every)
 
 
 @torch.no_grad()
@@ -221,7 +162,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(given: argparse.Namespace) -> None:
-    """Pretrain. Raises ValueError for whatever the user can cause."""
+    """Train both towers on captions and write a folder with one file of weights, configurations and a model card.
+
+    The same arguments give the same bits on one kind of device with one number of threads.
+
+    Raises:
+        ValueError: sizes that do not work out, more images than memory, fewer than a batch, a loss that is not finite,
+            several processes, or `--out` exists.
+    """
     check_common(given)
     check_alone()
     text = TextShape(given.text_width, given.text_layers, given.context_length, given.embedding)
@@ -255,8 +203,20 @@ def run_pretrain(given: argparse.Namespace) -> None:
     )
     if given.dry_run:
         return
-    done = pretrain(train, given.out, how, validation=validation, log_every=given.log_every)
-    finished({"before": done.before, "after": done.after}, done.seconds, done.weights)
+    began = time.perf_counter()
+    tokens = tokens_of(text_tower_of(clip), train.captions)
+    with staged(given.out) as folder:
+        clip.to(distributed.local_device()).train()
+        pixels = read_pixels(train.images, backbone.image_size)
+        judge = None if validation is None else (read_pixels(validation.images, backbone.image_size), validation)
+        before = _measure(clip, judge)
+        curve = _fit(clip, pixels, tokens, order, how.recipe, given.log_every)
+        recalls = {"before": before, "after": _measure(clip, judge)}
+        configs = save_clip(clip.cpu().eval(), folder, named=given.out)
+        seconds = time.perf_counter() - began
+        result = Result("pretrain", how.recipe, curve, recalls, seconds)
+        write_result(folder, given.out.name, result, _facts(how, clip, train, tokens), configs)
+    finished(recalls, seconds, given.out / FILE)
 
 
 def _overrides(given: argparse.Namespace) -> dict[str, int | float | bool]:

@@ -79,7 +79,6 @@ def tune_text(
     how: TextTuning,
     *,
     log_every: int = 20,
-    quiet: bool = False,
 ) -> Tuned:
     """Train the text side in place; collective. LoRA is merged at the end.
 
@@ -124,7 +123,7 @@ def tune_text(
         distributed.sum_in_place([value.grad for value in parameters.values() if value.grad is not None])
         return loss.item()
 
-    curve = fit(compute, trained, scale, how.recipe, log_every=log_every, quiet=quiet)
+    curve = fit(compute, trained, scale, how.recipe, log_every=log_every)
     merge_updates(module)
     module.requires_grad_(False)
     return Tuned(curve, tuple(changed), sum(value.numel() for value in trained.values()))
