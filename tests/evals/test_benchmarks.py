@@ -19,11 +19,14 @@ from tests.clip_case import HEADS, SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
+from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks import cache, encoding
 from visft_ds.evals.benchmarks.cache import Stored
 from visft_ds.evals.benchmarks.class_sets import read_classes
-from visft_ds.evals.benchmarks.encoding import encode_images, start_worker
+from visft_ds.evals.benchmarks.encoders import Encoder
+from visft_ds.evals.benchmarks.encoding import Worker, encode_together
 from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
+from visft_ds.evals.benchmarks.run import Settings, worker_of
 from visft_ds.evals.cli import main
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
@@ -190,6 +193,11 @@ def test_scale_of_an_adapter(world: Path) -> None:
     assert len({identity(module) for module in loaded}) == len(loaded)
 
 
+def _worker(encoder: Encoder, folder: Path, precision: Precision = "fp32") -> Worker:
+    settings = Settings(torch.device("cpu"), precision, folder, 2, 0, LoadOptions(precision))
+    return worker_of(encoder, "model", settings)
+
+
 def test_processes_share_chunks_and_leave_the_same_bits(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,13 +205,11 @@ def test_processes_share_chunks_and_leave_the_same_bits(
     monkeypatch.setattr(cache, "CHUNK", 5)  # 12 images: chunks of 5, 5 and 2
     data = read_classes(str(world / "shapes"))
     encoder = load_encoder(parse_model(str(world / "clip.safetensors")), LoadOptions("fp32"))
-    worker = start_worker(
-        encoder, device=torch.device("cpu"), precision="fp32", cache=tmp_path, batch_size=2, threads=0
-    )
+    worker = _worker(encoder, tmp_path)
 
     def encode(folder: str, threads: int = 0) -> Stored:
         own = replace(worker, cache=tmp_path / folder, threads=threads)
-        return encode_images(own, data.images, ["pooled", "clip"])
+        return encode_together([own], data.images, ["pooled", "clip"])[0]
 
     alone = encode("alone", threads=3)
     everything = [range(0, 5), range(5, 10), range(10, 12)]
@@ -242,10 +248,8 @@ def test_bf16_is_near_fp32_and_another_entry(world: Path, tmp_path: Path) -> Non
     data, stored = read_classes(str(world / "shapes")), []
     for precision in ("fp32", "bf16"):
         encoder = load_encoder(parse_model(f"{world}/clip.safetensors+{world}/adapter"), LoadOptions(precision))
-        worker = start_worker(
-            encoder, device=torch.device("cpu"), precision=precision, cache=tmp_path, batch_size=4, threads=0
-        )
-        stored.append(encode_images(worker, data.images, ["clip", "columns"]))
+        worker = _worker(encoder, tmp_path, precision)
+        stored += encode_together([worker], data.images, ["clip", "columns"])
     one, other = (part.read() for part in stored)
     assert stored[0].what != stored[1].what
     assert one["columns"].shape == (12, 2 * 48, 2) and one["clip"].dtype == other["clip"].dtype == torch.float32
@@ -257,11 +261,9 @@ def test_bf16_is_near_fp32_and_another_entry(world: Path, tmp_path: Path) -> Non
 def test_numbers_that_are_none_are_not_scored(world: Path, tmp_path: Path) -> None:
     encoder = load_encoder(parse_model(str(world / "clip.safetensors")), LoadOptions("fp32"))
     encoder.module.backbone.norm.weight.data.fill_(torch.inf)  # type: ignore[union-attr]
-    worker = start_worker(
-        encoder, device=torch.device("cpu"), precision="fp32", cache=tmp_path, batch_size=4, threads=0
-    )
+    worker = _worker(encoder, tmp_path)
     with pytest.raises(ValueError, match=r"pooled of circle/0.png or one of the next 11 images is no finite number"):
-        encode_images(worker, read_classes(str(world / "shapes")).images, ["pooled"])
+        encode_together([worker], read_classes(str(world / "shapes")).images, ["pooled"])
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

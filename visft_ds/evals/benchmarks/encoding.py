@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.cache import Chunk, Stored, fill
 from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
-from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
@@ -48,27 +47,6 @@ class Worker:
     before: Callable[[], None] | None = None  #: called before its forwards, where several share a module
 
 
-def start_worker(
-    encoder: Encoder,
-    *,
-    device: torch.device,
-    precision: Precision,
-    cache: Path,
-    batch_size: int,
-    threads: int,
-    label: str = "model",
-) -> Worker:
-    """Hash a model on the main process, and move it to the device of each. Collective."""
-    hashes = None
-    if distributed.is_main():
-        hashes = (identity(encoder.module), None if encoder.text is None else identity(encoder.text.module))
-    images, texts = distributed.broadcast_object(hashes)
-    encoder.module.to(device)
-    if encoder.text is not None:
-        encoder = replace(encoder, text=replace(encoder.text, module=encoder.text.module.to(device)))
-    return Worker(encoder, device, precision, cache, batch_size, threads, label, images, texts)
-
-
 def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str, Any]:
     return {
         "version": VERSION,
@@ -81,11 +59,6 @@ def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str,
         "stretched": "whole" if images.stretched else False,
         "kinds": sorted(kinds),
     }
-
-
-def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str], name: str = "images") -> Stored:
-    """Features of one model, see `encode_together`."""
-    return encode_together([worker], images, kinds, name)[0]
 
 
 def encode_together(

@@ -18,8 +18,8 @@ from visft_ds.config.records import as_record
 from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Stored, key_of, load_record
 from visft_ds.evals.benchmarks.encoders import Encoder
-from visft_ds.evals.benchmarks.encoding import Worker, encode_texts, encode_together, start_worker
-from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder
+from visft_ds.evals.benchmarks.encoding import Worker, encode_texts, encode_together
+from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, identity, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score
 from visft_ds.evals.benchmarks.retention import FIRST, AnswersKept, load_classifier
 from visft_ds.evals.benchmarks.scales import Scales
@@ -148,16 +148,16 @@ def tensors_of(spec: ModelSpec) -> Mapping[str, Tensor]:
 
 
 def worker_of(encoder: Encoder, label: str, settings: Settings) -> Worker:
-    """A model on its device. Collective."""
-    return start_worker(
-        encoder,
-        label=label,
-        device=settings.device,
-        precision=settings.precision,
-        cache=settings.cache,
-        batch_size=settings.batch_size,
-        threads=settings.threads,
-    )
+    """Hash a model on the main process, and move it to the device of each. Collective."""
+    hashes = None
+    if distributed.is_main():
+        hashes = (identity(encoder.module), None if encoder.text is None else identity(encoder.text.module))
+    images, texts = distributed.broadcast_object(hashes)
+    encoder.module.to(settings.device)
+    if encoder.text is not None:
+        encoder = replace(encoder, text=replace(encoder.text, module=encoder.text.module.to(settings.device)))
+    given = settings.device, settings.precision, settings.cache, settings.batch_size, settings.threads
+    return Worker(encoder, *given, label, images, texts)
 
 
 def encode(workers: Sequence[Worker], benchmark: Benchmark) -> list[Encoded]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, Encoder
-from visft_ds.evals.benchmarks.encoding import Worker, encode_images, start_worker
+from visft_ds.evals.benchmarks.encoding import Worker, encode_together
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
+from visft_ds.evals.benchmarks.run import Settings, worker_of
 from visft_ds.experiments.contrastive.captions import Tokens, encode_captions, recall, tokens_of
 from visft_ds.experiments.contrastive.flags import (
     add_data,
@@ -75,7 +75,7 @@ class _TextJob:
     validation: CaptionSet | None
     tokens: Tokens
     order: PairOrder
-    device: torch.device
+    settings: Settings
 
 
 def run_text(given: argparse.Namespace) -> None:
@@ -89,13 +89,12 @@ def run_text(given: argparse.Namespace) -> None:
         from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
         start_process_group()
-    cache = given.cache or given.out.with_name(f".{given.out.name}.features")
     try:
-        _train(job, cache, began)
+        _train(job, began)
         distributed.close()
     finally:
         if given.cache is None and distributed.is_main():
-            shutil.rmtree(cache, ignore_errors=True)
+            shutil.rmtree(job.settings.cache, ignore_errors=True)
 
 
 def _prepare(given: argparse.Namespace) -> _TextJob:
@@ -118,7 +117,9 @@ def _prepare(given: argparse.Namespace) -> _TextJob:
     tokens = tokens_of(side.tower, train.captions)
     if how.train == "projection":
         side.projection()
-    return _TextJob(given, how, spec, encoder, side, train, validation, tokens, order, device)
+    cache = given.cache or given.out.with_name(f".{given.out.name}.features")
+    settings = Settings(device, precision, cache, given.encode_batch, given.threads, options)
+    return _TextJob(given, how, spec, encoder, side, train, validation, tokens, order, settings)
 
 
 def _plan(job: _TextJob) -> list[Section]:
@@ -146,16 +147,9 @@ def _what(how: TextTuning) -> str:
     return "all of the text tower" if how.train == "all" else "the text projection"
 
 
-def _train(job: _TextJob, cache: Path, began: float) -> None:
-    worker = start_worker(
-        job.encoder,
-        device=job.device,
-        precision="bf16" if job.how.bf16 else "fp32",
-        cache=cache,
-        batch_size=job.given.encode_batch,
-        threads=job.given.threads,
-    )
-    job.side.logit_scale.data = job.side.logit_scale.data.to(job.device)
+def _train(job: _TextJob, began: float) -> None:
+    worker = worker_of(job.encoder, "model", job.settings)
+    job.side.logit_scale.data = job.side.logit_scale.data.to(job.settings.device)
     images = _features(worker, job.train)
     judge = None if job.validation is None else (_features(worker, job.validation), job.validation)
     before = _measure(job.side, judge)
@@ -166,7 +160,7 @@ def _train(job: _TextJob, cache: Path, began: float) -> None:
 
 
 def _features(worker: Worker, captions: CaptionSet) -> Tensor:
-    return encode_images(worker, captions.images, ("clip",)).read()["clip"]
+    return encode_together([worker], captions.images, ("clip",))[0].read()["clip"]
 
 
 def _measure(side: TextSide, judge: tuple[Tensor, CaptionSet] | None) -> dict[str, float]:
