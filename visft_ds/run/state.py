@@ -23,7 +23,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
-from visft_ds.pretrained import HUB, HubFile
+from visft_ds.pretrained import local
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
@@ -214,12 +214,10 @@ class RunState:
                     print(f"wrote {path}", flush=True)
 
     def _publication(self) -> Publication | None:
-        """Publication of the base weights, as far as their name tells it."""
+        """Publication of the base weights, as far as their name or their place in the hub's cache tells it."""
         weights, backbone = self._config.visft.model.weights, self._engine.module.backbone
         name = backbone.name if isinstance(backbone, TimmBackbone) else None
-        if weights is not None and weights.startswith(HUB):
-            return publication_of(HubFile.parse(weights).cached(), name)
-        return publication_of(None if weights is None else Path(weights), name)
+        return publication_of(None if weights is None else local(weights), name)
 
     def __enter__(self) -> RunState:
         self._saver.__enter__()
