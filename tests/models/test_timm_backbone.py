@@ -19,8 +19,8 @@ from visft_ds.config.schema import LoraConfig, ModelConfig
 from visft_ds.interop.adapter import Adapter, adapter_of_run
 from visft_ds.interop.backbones import load_timm, open_backbone
 from visft_ds.interop.layouts import tower_metadata
-from visft_ds.interop.merge import merge_timm, verify_merge
-from visft_ds.interop.peft import README, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
+from visft_ds.interop.merge import merge_timm, read_adapter, verify_merge
+from visft_ds.interop.peft import README, TIMM_FILE, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -263,6 +263,17 @@ def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:
     assert b.shape == (len(weight), 3) and not b[len(weight) // 3 :].any()
     change = adapter.apply("blocks.0.attn.qkv.weight", weight.detach())[1]
     assert torch.allclose(change, 0.5 * (b @ a), atol=1e-6)
+
+
+def test_our_own_file_of_an_adapter_is_no_lora_of_visft(tmp_path: Path) -> None:
+    """On q and v of a ViT nothing but the header tells the two apart."""
+    backbone = _adapted("test_vit", targets=("q", "v"))
+    tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
+    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q", "v")), tensors, backbone, "model")
+    file = save_peft_adapter(adapter, tmp_path / "adapter") / TIMM_FILE
+    assert read_adapter(file).fingerprint() == adapter.fingerprint() and read_adapter(file).model == "test_vit"
+    save_file({f"visual.{name}": value for name, value in load_file(file).items()}, tmp_path / TIMM_FILE)
+    assert read_adapter(tmp_path / TIMM_FILE).model is None
 
 
 @pytest.mark.parametrize(

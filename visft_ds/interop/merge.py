@@ -124,11 +124,11 @@ class TimmMerge:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """An adapter from a folder of ours or PEFT's (or a PEFT file inside one) or from a ViSFT LoRA file."""
+    """An adapter from a folder of ours or PEFT's (or a file inside one) or from a ViSFT LoRA file."""
     path = Path(path)
     if path.is_dir():
         return peft.read_peft_adapter(path)
-    if path.name in (peft.WEIGHTS, peft.CONFIG):
+    if path.name in (peft.WEIGHTS, peft.CONFIG) or peft.is_timm_file(path):
         return peft.read_peft_adapter(path.parent)
     return visft.read_visft_lora(path)
 

@@ -511,6 +511,11 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
     return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage, until=until)
 
 
+def is_timm_file(path: Path) -> bool:
+    """Return True for our own file of an adapter on a model of timm, not for a LoRA of ViSFT that is called so."""
+    return path.name == TIMM_FILE and _TIMM_KEY in open_weights(path).metadata
+
+
 def _read_timm(path: Path) -> Adapter:
     """Read our own file of an adapter on a model of timm. Raises ValueError for another file."""
     file = open_weights(path)
