@@ -325,7 +325,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
 
 
 def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, _, adapter = _case(tmp_path)
     run = _unfinished_run(tmp_path, base, adapter)
@@ -349,6 +349,14 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
     save_peft_adapter(other, run / "export" / "adapter", tower_of(_model()))
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft", *PRE_NORM) == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
+    monkeypatch.chdir(run / "export")
+    given = ("--base", base, "--adapter", "adapter", "--format", "peft", *PRE_NORM)
+    assert _run(*given, "--out", tmp_path / "beside") == 0
+    card = (tmp_path / "beside" / "README.md").read_text()
+    assert "(val, evaluation of the run, step 40) | 0.5000 |" in card and "| values |" not in card
+    assert _run(*given, "--weights", 0.5, "--out", tmp_path / "weighted") == 0
+    card = (tmp_path / "weighted" / "README.md").read_text()
+    assert "averaged with 0.5." in card and "evaluation of the run" not in card, "it is half of what was evaluated"
 
 
 def test_a_checkpoint_whose_adapter_is_not_all_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,18 +87,20 @@ def merge(given: argparse.Namespace) -> int:
         )
     adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
-    shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
+    shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if several or given.weights else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
-    for path, place, each in zip(given.adapter, places, adapters, strict=True):
-        where = f" ({place})" if place != path else ""
+    for path, found, each in zip(given.adapter, places, adapters, strict=True):
+        where = f" ({found})" if found != path else ""
         of_timm = f"timm {model[0]}, " if model else ""
         print(f"adapter  {path}{where}: {of_timm}{each.describe()}")
-    run = _run_of(places[0]) if len(places) == 1 else None
+    place = places[0].resolve()
+    run = None if several else _run_of(place)
+    own = run if not (shares or factor) else None  # whose evaluation judged what is written
     origin = Origin(
         None,
         tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
-        _trained(run, places[0]) if run else {},
-        _measured(given.results) if given.results else _measured_in(run, places[0]) if run and not factor else (),
+        _trained(run, place) if run else {},
+        _measured(given.results) if given.results else _measured_in(own, place) if own else (),
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
         publication_of(given.base, model and model[0]),
         _datasets(run) if run else (),
@@ -306,7 +308,7 @@ def _name(path: Path) -> str:
 
 def _run_of(place: Path) -> Path | None:
     """The run that something lies inside of."""
-    return next((folder for folder in place.resolve().parents if (folder / RECORD_FILE).is_file()), None)
+    return next((folder for folder in place.parents if (folder / RECORD_FILE).is_file()), None)
 
 
 def _trained(run: Path, place: Path) -> dict[str, str]:
