@@ -148,6 +148,16 @@ def test_unmerging_gives_the_base_back(tmp_path: Path, dtype: str) -> None:
     assert (file.metadata["lora_merged"], file.metadata["unmerged_from"]) == ("false", sha256_file(merged))
 
 
+def test_a_base_that_is_taken_back_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, folder, _ = _case(tmp_path)
+    merged = tmp_path / "merged.safetensors"
+    assert _run("--base", base, "--adapter", folder, "--out", merged) == 0
+    given = ("--base", merged, "--adapter", folder, "--unmerge", "--out", tmp_path / "back")
+    assert _run(*given, "--push-to-hub", "someone/model") == 2 and "without a card" in capsys.readouterr().err
+    assert _run(*given) == 0
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_only_what_was_merged_in_is_taken_out(tmp_path: Path) -> None:
     base, _, adapter = _case(tmp_path)
     merged, out = tmp_path / "merged.safetensors", tmp_path / "out.safetensors"

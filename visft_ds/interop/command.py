@@ -208,6 +208,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
     if (given.results or given.push_to_hub) and not _is_folder(given.out):
         raise ValueError(f"--results and --push-to-hub need a folder as --out, without suffix; {given.out} is a file")
+    if given.unmerge and (given.results or given.push_to_hub):
+        raise ValueError("--unmerge gives the base back, without a card: --results and --push-to-hub do not go with it")
     if (given.upload or given.public) and not (given.push_to_hub and (given.upload or not given.public)):
         raise ValueError("--upload belongs to --push-to-hub USER/NAME, and --public to --upload")
     if graph and given.out.suffix not in ("", ".onnx"):
@@ -448,7 +450,8 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
                 card = merged_card(
                     title, given.format, given.dtype, adapter, origin, report, verification, side_files=files
                 )
-            write_text(stage / peft.README, card)
+            if not given.unmerge:  # what is taken back is the base: nothing was trained, nothing measured
+                write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)
     return _push(given)
 
