@@ -31,7 +31,7 @@ from visft_ds.evals.evaluate import evaluate
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
-from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.published_heads import KINDS
 from visft_ds.interop.writing import save_tensors
 from visft_ds.monitor.metrics import RunRecord
@@ -163,10 +163,13 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
 
 
 def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
-    """Merged weights say so themselves; those that an older release wrote are known by the run's base."""
+    """Merged weights say so themselves, in another form too; those of an older release are known by the run's base."""
     common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
     apart = ["--heads", world.run(1) / "export", "--backbone"]
     _finished(tmp_path / "merged", *apart, world.merged, *common)
+    for name, base in {"base": world.run(1) / "export" / BACKBONE_FILE, "changed": world.merged}.items():
+        merge_into_file(base, None, tmp_path / f"{name}.safetensors", layout="eva_clip")
+        _finished(tmp_path / name, *apart, tmp_path / f"{name}.safetensors", *common)
     file = open_weights(world.merged)
     tensors, told = {name: file.get(name) for name in file}, dict(file.metadata)
     save_tensors(tmp_path / "old.safetensors", tensors, {k: v for k, v in told.items() if k != BASE_DRAWN_AS})

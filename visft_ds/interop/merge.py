@@ -23,6 +23,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone, load_timm, open_backbone
 from visft_ds.interop.files import (
     BASE_SHA256,
+    TRAINED_ON,
     UNTIL,
     VISION_OF,
     Entry,
@@ -199,11 +200,11 @@ def merge_into_file(
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
     """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
-    names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from", UNTIL)
+    names = ("lora_merged", BASE_SHA256, TRAINED_ON, "lora", "tuned", "unmerged_from", UNTIL)
     metadata = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
     tower_tensors = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
     exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in tower_tensors)
-    return metadata | ({VISION_OF: base_identity(file)} if exact else {})
+    return metadata | recipe_of_base(file) | ({VISION_OF: base_identity(file)} if exact else {})
 
 
 def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str]:
