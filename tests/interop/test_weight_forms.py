@@ -107,11 +107,14 @@ def test_adapters_that_do_not_belong_together_are_not_averaged() -> None:
             average([first, other], weights)
 
 
-def test_adapters_of_timm_and_of_a_tower_are_not_averaged() -> None:
+def test_adapters_of_different_models_are_not_averaged() -> None:
     of_timm = replace(_adapter(1), targets=("blocks.*.attn.qkv",), model="test_vit")
     for pair in ([of_timm, _adapter(2)], [_adapter(2), of_timm]):
         with pytest.raises(ValueError, match=r"test_vit .*cannot be averaged"):
             average(pair, [1.0, 1.0])
+    for change, named in (({"until": "blocks.0"}, "up to blocks.0"), ({"options": {"img_size": 96}}, "img_size=96")):
+        with pytest.raises(ValueError, match=rf"test_vit \(.* and of test_vit, {named} .*cannot be averaged"):
+            average([of_timm, replace(of_timm, **change)], [1.0, 1.0])  # type: ignore[arg-type]
 
 
 def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

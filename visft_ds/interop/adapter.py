@@ -286,8 +286,8 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     if any(adapter.magnitude for adapter in adapters):
         raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
     for other in adapters[1:]:
-        if other.model != first.model or (other.model is not None and other.layers() != first.layers()):
-            models = (f"{one.model or 'a tower of EVA'} ({one.describe()})" for one in (first, other))
+        if _model_of(other) != _model_of(first) or (other.model is not None and other.layers() != first.layers()):
+            models = (f"{_model_of(one)} ({one.describe()})" for one in (first, other))
             raise ValueError(f"adapters of {' and of '.join(models)} cannot be averaged")
         if other.model is None and (other.targets, other.depth, other.width) != (
             first.targets,
@@ -324,6 +324,14 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         base_sha256=next(iter(bases), None),
         base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
     )
+
+
+def _model_of(adapter: Adapter) -> str:
+    """The model that an adapter is of; the number of its blocks tells where a tower of our own ended."""
+    if adapter.model is None:
+        return "a tower of EVA"
+    size = "".join(f", {name}={value}" for name, value in adapter.options.items())
+    return f"{adapter.model}{size}{'' if adapter.until is None else f', up to {adapter.until}'}"
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:
