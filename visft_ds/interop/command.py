@@ -420,8 +420,11 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
         )
         until = None if adapter is None else adapter.until
+        computed = report.tower
         if given.format == "onnx":
-            backbone = build_tower(report.tower, until=until)
+            # Others' models need the class token. This graph is the tower as it trained and as heads read it, without.
+            computed = replace(report.tower, class_token=False)
+            backbone = build_tower(computed, until=until)
             load_backbone(backbone, report.files[-1])
             report = replace(report, files=tuple(_write_onnx(given, report.files[-1], backbone)))
         _print_report(given, report, time.perf_counter() - started)
@@ -435,7 +438,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             load = None
             if given.format not in ("eva_clip", "lavis"):
                 load = partial(loaders.load_tower, given.format, tower=report.tower, until=until)
-            verification = _verify(given, adapter, report.tower, report.files, beside, load)
+            verification = _verify(given, adapter, computed, report.files, beside, load)
             if not verification.passed:
                 return 1
         if _is_folder(given.out):
