@@ -171,7 +171,7 @@ def train(
             finished = complete or step >= config.total_steps
             if finished:
                 watchdog.begin("exporting", timed=False)
-                state.export(step, base_sha256, data)
+                state.export(step, base_sha256, data, prepared.base)
             requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
             distributed.close()
             watchdog.leave("done" if finished else f"stopped: {stop.why()}")

@@ -112,7 +112,8 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
     groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
     config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
-    engine = engine_of(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
+    prepared = prepare(config, placement_for(for_deepspeed, None))
+    engine = engine_of(config, prepared, for_deepspeed)
     replaced = "backbone.blocks.1.mlp.fc1.weight"
     expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
     expected[replaced] = expected[replaced] + 1
@@ -133,6 +134,7 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
             facts={"step": 0, "base_weights": "", "mode": config.visft.mode},
             categories=(),
             base_sha256="",
+            base=prepared.base,
             vocabulary=WORDS,
             instead=instead,
         )

@@ -16,7 +16,11 @@ from tools.merge_lora import main as merge
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import load_timm
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, verify_merge
+from visft_ds.interop.tuned import read_tuned
+from visft_ds.interop.writing import save_tensors
+from visft_ds.models.timm_backbone import build_timm
 from visft_ds.predict.model import load
 from visft_ds.predict.model import load_backbone as load_features
 from visft_ds.run.adapter import base_of, place_of, read_change
@@ -104,3 +108,23 @@ def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path:
     assert any(name.endswith("running_mean") for name in after)
     backbone, _ = load_timm(run / "export" / "trained_backbone.safetensors", "test_resnet", None, torch.float32)
     assert torch.equal(backbone.get_parameter("bn1.weight"), after["bn1.weight"])
+
+
+def test_what_is_frozen_is_as_in_the_base_whatever_the_precision(shards: Path, tmp_path: Path) -> None:
+    """The engine has matrices in 16 bits; a merge moves nothing but what trained."""
+    base, drawn = tmp_path / "base.safetensors", build_timm("test_convnext", seed=1)
+    save_tensors(base, {**drawn.state_dict(), **drawn.left_out}, tower_metadata(drawn))
+    more: dict[str, object] = {
+        "visft.model.weights": str(base),
+        "visft.model.precision": "bf16",
+        "visft.lora": None,
+        "visft.param_groups": [{"name": "norms", "params": "backbone.*norm*"}],
+        "visft.heads.start": "random",
+    }
+    run, out = _train(shards, tmp_path / "norms", 2, **more), tmp_path / "merged.safetensors"
+    trained = run / "export" / "trained_backbone.safetensors"
+    assert merge(["--adapter", str(run), "--out", str(out)]) == 0
+    before, names = load_file(base), set(read_tuned(trained).weights())
+    for after in (load_file(trained), load_file(out)):
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert changed and changed <= names and all("norm" in name for name in names)

@@ -7,6 +7,7 @@ written at the start of the run.)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from visft_ds.config.schema import LoraConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
-from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, UNTIL, TensorInfo, sha256_file
+from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED, TRAINED_ON, UNTIL, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.peft import save_peft_adapter
@@ -46,6 +47,7 @@ def export_weights(
     facts: Mapping[str, Any],
     categories: Sequence[Category],
     base_sha256: str,
+    base: BaseWeights,
     vocabulary: Vocabulary | None = None,
     base_model: Publication | None = None,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
@@ -59,6 +61,7 @@ def export_weights(
         vocabulary: goes along with heads that work with words.
         instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
+        base: has the values of what is frozen, which the engine holds in the precision of the run alone.
         base_model: publication of the base.
     """
     written = []
@@ -67,11 +70,11 @@ def export_weights(
     base_names = [
         name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
     ]
-    if names.keys() & set(base_names):
+    if own := [name.removeprefix("backbone.") for name in base_names if name in names]:
         path = folder / TRAINED_BACKBONE_FILE
-        began = {TRAINED_ON: base_sha256}
+        began = {TRAINED_ON: base_sha256, TRAINED: json.dumps(own)}
         began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
-        written.append(_export_tower(engine, base_names, path, instead, began))
+        written.append(_export_tower(engine, base_names, path, base, instead, began))
     # Heads and adapters: small.
     trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
     if not distributed.is_main():
@@ -113,18 +116,23 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
 
 
 def _export_tower(
-    engine: Engine, names: Sequence[str], path: Path, instead: Mapping[str, Tensor], began: Mapping[str, str]
+    engine: Engine,
+    names: Sequence[str],
+    path: Path,
+    base: BaseWeights,
+    instead: Mapping[str, Tensor],
+    began: Mapping[str, str],
 ) -> Path:
-    """Gather and write a tower one tensor at a time. Collective; the main process writes.
+    """Gather what trained of a tower, and write it whole, one tensor at a time. Collective; the main process writes.
 
     Args:
         names: qualified, of all of its parameters.
-        instead: see `export_weights`.
+        base, instead: see `export_weights`.
         began: what the file says of the base.
     """
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
-    backbone = engine.module.backbone
+    backbone, trained = engine.module.backbone, trainable(engine)
     # Statistics of batch norms are the same on every process, and as they were.
     buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
 
@@ -132,6 +140,8 @@ def _export_tower(
         if name in buffers:
             return buffers[name].cpu()
         qualified = f"backbone.{name}"
+        if qualified not in trained:
+            return base.whole(name)
         found = gather_parameters(engine, (qualified,))
         return {**found, **instead}[qualified]
 
@@ -139,7 +149,7 @@ def _export_tower(
         stored = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
         _write_tower(path, stored, gather, {**tower_metadata(backbone), **began})
     else:
-        for name in file_order(infos):
+        for name in file_order({name: info for name, info in infos.items() if f"backbone.{name}" in trained}):
             gather_parameters(engine, (f"backbone.{name}",))
     return path
 

@@ -41,6 +41,8 @@ VISION_OF = "vision_of"
 DRAWN_AS, BASE_DRAWN_AS = "drawn_as", "base_drawn_as"
 #: Entries of the header of weights that training changed: sha256 of the base they were made of, by merging or directly.
 BASE_SHA256, TRAINED_ON = "base_sha256", "trained_on"
+#: Entry of the header of a tower that trained itself: JSON, our names of what trained; the rest is as in its base.
+TRAINED = "trained"
 #: Entry of the header of weights that trained up to a block, whose result is what they are read for: its name.
 UNTIL = "until"
 _ZIP_MAGIC = b"PK\x03\x04"

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter, fingerprint_of
 from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.files import TRAINED_ON, UNTIL, TensorInfo, WeightFile, examples, open_weights
+from visft_ds.interop.files import TRAINED, TRAINED_ON, UNTIL, TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
 from visft_ds.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class TunedWeights:
-    """Values of a tower's parameters after training, by our names; what is absent is as in the base.
+    """Values of a tower's parameters after training, by our names; what did not train, or is absent, is as in the base.
 
     `scale` is a factor on the change. `base_sha256` is None where nobody recorded the base.
     """
@@ -42,8 +42,11 @@ class TunedWeights:
         return self.file.metadata.get(UNTIL)
 
     def weights(self) -> tuple[str, ...]:
-        """Names of all base weights that it replaces."""
-        return tuple(self.file)
+        """Names of all base weights that trained; all of a file that does not tell, as earlier releases wrote them."""
+        if TRAINED not in self.file.metadata:
+            return tuple(self.file)
+        told = set(self.file.told(TRAINED, list[str]))
+        return tuple(name for name in self.file if name in told)
 
     def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(result, change) of one base weight, fp32 all."""
@@ -68,12 +71,12 @@ class TunedWeights:
 
     def record(self) -> dict[str, object]:
         """Entry in the metadata of merged weights."""
-        return {"tensors": len(self.file), "scale": self.scale}
+        return {"tensors": len(self.weights()), "scale": self.scale}
 
     def describe(self) -> str:
         """A few words for the console and the card."""
-        count = sum(info.numel for info in self.file.infos.values())
-        return f"{len(self.file)} tensors of a backbone that trained itself, {count:,} values"
+        count = sum(self.file.infos[name].numel for name in self.weights())
+        return f"{len(self.weights())} tensors of a backbone that trained itself, {count:,} values"
 
     def fit(self, tower: Tower) -> TunedWeights:
         """Itself. Raises ValueError where it has tensors that the tower has not, or of another shape."""

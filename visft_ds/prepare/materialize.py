@@ -77,6 +77,7 @@ class BaseWeights:
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
     beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
     drawn_as: str | None = None  #: recipe of random weights, also of those that were written to a file
+    exact: Callable[[str], Tensor] | None = None  #: a value as its file has it, not rounded to the run's precision
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,6 +90,10 @@ class BaseWeights:
         Raises ValueError for values that are not finite.
         """
         return self.load(name).to(self.infos[name].dtype)
+
+    def whole(self, name: str) -> Tensor:
+        """Read a tensor in fp32 as its file has it; of random weights as the run has it, and the file it writes."""
+        return (self.exact or self.load)(name).float()
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
@@ -114,6 +119,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
             lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
             lambda: {**(timm.buffers() if timm is not None else {}), **opened.buffers()},
             drawn_as=opened.file.metadata.get(DRAWN_AS),
+            exact=lambda name: opened.read(name, torch.float32),
         )
     if timm is not None:
         return timm

@@ -23,6 +23,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
+from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.pretrained import local
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import saved_something
@@ -180,12 +181,13 @@ class RunState:
         if distributed.is_main():
             self._saver.delete_obsolete()
 
-    def export(self, step: int, base_sha256: str, data: RunData) -> None:
+    def export(self, step: int, base_sha256: str, data: RunData, base: BaseWeights) -> None:
         """Export what has trained, and in RUN/export/ema its moving average. Collective.
 
         Args:
             base_sha256: hash of the base file.
             data: categories and words that heads are exported with.
+            base: weights that the run started from.
 
         Raises:
             OSError: a full disk.
@@ -206,6 +208,7 @@ class RunState:
                     facts={"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode},
                     categories=data.categories,
                     base_sha256=base_sha256,
+                    base=base,
                     vocabulary=data.vocabulary,
                     base_model=self._publication(),
                     instead=values,
