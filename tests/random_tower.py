@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visft_ds.interop.layouts import LAYOUTS, base_parameters, tower_metadata
+from visft_ds.interop.writing import save_tensors
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import lora_parameters
+from visft_ds.models.lora import AdaptedLayer, lora_layers, lora_parameters
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
 
@@ -34,6 +38,36 @@ def move_adapters(model: nn.Module, *, spread: float = 0.3) -> None:
                 parameter.normal_(std=spread)
             elif name.endswith("lora_magnitude"):
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+
+
+def save_backbone(
+    model: EvaViT,
+    path: Path,
+    layout: str = "timm",
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a tower without its adapters in one of `LAYOUTS`, cast to `dtype`, with its sizes in the header."""
+    tensors = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
+    tensors = {LAYOUTS[layout].prefix + name: value.to(dtype or value.dtype) for name, value in tensors.items()}
+    save_tensors(path, tensors, {**tower_metadata(model), "lora_merged": "false", **(metadata or {})})
+
+
+@torch.no_grad()
+def change_of(layer: AdaptedLayer) -> Tensor:
+    """The dense change of its weight."""
+    return layer.adapted.change(layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scale)
+
+
+@torch.no_grad()
+def fold_adapters(model: nn.Module) -> None:
+    """Add what adapters do to the weights, and leave them without an effect."""
+    for layer in lora_layers(model).values():
+        layer.weight += change_of(layer)
+        layer.lora_B.zero_()
+        if layer.lora_magnitude is not None:
+            layer.lora_magnitude.copy_(layer.first_magnitude(layer.weight))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.coco_tree import Tree, write_tree
+from tests.random_tower import save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Category, Manifest
@@ -20,7 +21,6 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import DRAWN_AS, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import tower_of

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.clip_case import HEADS, SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
+from tests.random_tower import save_backbone
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.config.schema import Precision
@@ -29,7 +30,6 @@ from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder
 from visft_ds.evals.benchmarks.run import Settings, worker_of
 from visft_ds.evals.cli import main
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter

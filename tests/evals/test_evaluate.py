@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from tests.coco_tree import write_tree
 from tests.complaints import complaints
 from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
+from tests.random_tower import save_backbone
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
@@ -28,7 +29,6 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.evaluate import evaluate
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
 from visft_ds.interop.merge import merge_into_file, read_adapter

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
+from tests.random_tower import change_of, save_backbone
 from visft_ds.interop.adapter import Adapter, adapter_of, average
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import Tower, tower_of
 from visft_ds.interop.merge import check_base
 from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.visft import read_visft_lora, write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings, merge_lora
+from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings
 
 WIDTH, RANK = 8, 2
 
@@ -50,7 +50,7 @@ def test_a_published_file_changes_q_and_v_by_one_over_r(tmp_path: Path, prefix: 
     expected = torch.zeros(3 * WIDTH, WIDTH)
     expected[:WIDTH] = b[:WIDTH] @ a[:RANK] / RANK
     expected[2 * WIDTH :] = b[WIDTH:] @ a[RANK:] / RANK
-    assert torch.allclose(lora_layers(model)["blocks.1.attn.qkv"].delta(), expected, atol=1e-6)
+    assert torch.allclose(change_of(lora_layers(model)["blocks.1.attn.qkv"]), expected, atol=1e-6)
     assert torch.allclose(adapter.delta("blocks.1.attn.qkv.weight"), expected, atol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_dense_change_agrees_with_the_models(targets: tuple[str, ...]) -> None:
     layers = lora_layers(model)
     assert set(adapter.weights()) == {f"{name}.weight" for name in layers}
     for name, layer in layers.items():
-        assert torch.allclose(adapter.delta(f"{name}.weight"), layer.delta(), atol=1e-6)
+        assert torch.allclose(adapter.delta(f"{name}.weight"), change_of(layer), atol=1e-6)
 
 
 def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
@@ -114,10 +114,7 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
             replace(adapter, tensors=changed).install(model)
     assert not lora_parameters(model), "nothing may be injected by a refused adapter"
     inject_lora(model, rank=RANK, alpha=2.0)
-    with pytest.raises(ValueError, match=r"alpha 2 on q\+v; the adapter has LoRA of rank 2, alpha 1"):
-        adapter.install(model)
-    merge_lora(model)
-    with pytest.raises(ValueError, match="unmerge_lora"):
+    with pytest.raises(ValueError, match="adapters already"):
         adapter.install(model)
 
 

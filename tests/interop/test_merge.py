@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
-from tests.random_tower import SIZES, move_adapters, random_tower
+from tests.random_tower import SIZES, fold_adapters, move_adapters, random_tower, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.adapter import Adapter, adapter_of
-from visft_ds.interop.backbones import load_backbone, save_backbone
+from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.layouts import Tower, tower_of
 from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, verify_merge
@@ -26,7 +26,7 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import resolve_tower
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
+from visft_ds.models.lora import inject_lora, lora_parameters
 
 
 def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")) -> tuple[Path, Adapter, EvaViT]:
@@ -52,7 +52,7 @@ def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "
 def test_merged_file_equals_a_merged_model(tmp_path: Path, targets: tuple[str, ...]) -> None:
     base, adapter, model = _case(tmp_path, targets=targets)
     report = merge_into_file(base, adapter, tmp_path / "out.safetensors", layout="timm")
-    merge_lora(model)
+    fold_adapters(model)
     written = load_file(tmp_path / "out.safetensors")
     lora = lora_parameters(model)
     for name, parameter in model.named_parameters():

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.random_tower import move_adapters, random_tower, relative
+from tests.random_tower import move_adapters, random_tower, relative, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.peft import CONFIG, README, WEIGHTS, read_peft_adapter, save_peft_adapter

@@ -13,12 +13,12 @@ import timm
 import torch
 import yaml
 
-from tests.random_tower import move_adapters, random_tower, relative
+from tests.random_tower import move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
 from visft_ds.interop import onnx, vision_models
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import load_backbone, save_backbone
+from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.card_data import Publication, front_matter, publication_of
 from visft_ds.interop.files import TensorInfo, WeightFile
 from visft_ds.interop.layouts import tower_of

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.random_tower import save_backbone
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import hub, writing
 from visft_ds.interop.adapter import Adapter, average
-from visft_ds.interop.backbones import load_backbone, save_backbone
+from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.card import _of_merge
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of

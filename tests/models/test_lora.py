@@ -1,4 +1,4 @@
-"""LoRA in a backbone: shapes, start values, forward = dense merge, merge and unmerge, precision, the start-up check."""
+"""LoRA in a backbone: shapes, start values, forward = dense merge, precision, the start-up check."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from visft_ds.models.lora import (
     lora_layers,
     lora_parameters,
     lora_settings,
-    merge_lora,
-    unmerge_lora,
 )
 
 TINY = {"width": 32, "depth": 2, "num_heads": 4, "image_size": 56}
@@ -112,7 +110,7 @@ def test_forward_equals_the_dense_merge(images: Tensor, targets: tuple[str, ...]
     backbone = _adapted(targets=targets, dtype=torch.float64)
     plain = build_backbone("debug", **TINY, dtype=torch.float64)
     weights = {name: value for name, value in backbone.state_dict().items() if "lora_" not in name}
-    # Written out from the definition of each target, independently of LoRALinear.delta.
+    # Written out from the definition of each target, independently of AdaptedRows.
     for index in range(2):
         for target, (path, part, _) in TARGETS.items():
             if target not in targets:
@@ -131,51 +129,6 @@ def test_forward_equals_the_dense_merge(images: Tensor, targets: tuple[str, ...]
     images = images.double()
     assert _difference(backbone(images), plain(images)) < 1e-12
     assert _difference(plain(images), unchanged(images)) > 1e-3
-
-
-def test_merge_keeps_the_function_and_unmerge_the_bits(images: Tensor) -> None:
-    backbone = _adapted(targets=EVERYTHING)
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    output = backbone(images)
-    names = list(dict(backbone.named_parameters()))
-    shares = merge_lora(backbone)
-    assert all(layer.merged for layer in lora_layers(backbone).values())
-    # fp32 rounding of W + delta and of the sums behind it.
-    assert _difference(backbone(images), output) < 1e-6
-    assert shares.keys() == lora_layers(backbone).keys()
-    assert all(share == pytest.approx(1.0, abs=1e-4) for share in shares.values())
-    with pytest.raises(ValueError, match="already merged"):
-        merge_lora(backbone)
-    assert _difference(backbone(images), output) < 1e-6
-    assert list(dict(backbone.named_parameters())) == names
-    unmerge_lora(backbone)
-    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    assert torch.equal(backbone(images), output)
-    with pytest.raises(ValueError, match="not merged"):
-        unmerge_lora(backbone)
-
-
-def test_a_merged_state_dict_is_that_of_a_plain_backbone(images: Tensor) -> None:
-    backbone = _adapted()
-    output = backbone(images)
-    merge_lora(backbone)
-    plain = build_backbone("debug", **TINY, seed=5)
-    plain.load_state_dict(backbone.state_dict(), strict=True)
-    assert _difference(plain(images), output) < 1e-6
-    with pytest.raises(ValueError, match="unmerge it first"):
-        backbone.load_state_dict(_adapted().state_dict())
-
-
-def test_merging_into_bf16_reports_what_it_lost() -> None:
-    small = merge_lora(_adapted(dtype=torch.bfloat16, spread=3e-4))
-    large = merge_lora(_adapted(dtype=torch.bfloat16, spread=0.3))
-    exact = merge_lora(_adapted(spread=3e-4))
-    # An update far below the weights' resolution is rounded away or up entry by entry: the share of it that survives is
-    # noisy, and further from 1 than fp32's rounding can bring it.
-    assert all(abs(share - 1) > 1e-3 for share in small.values())
-    assert all(abs(share - 1) < 0.02 for share in large.values())
-    assert all(abs(share - 1) < 1e-3 for share in exact.values())
-    assert set(merge_lora(_adapted(spread=0.0)).values()) == {1.0}
 
 
 def test_evaluation_mode_changes_nothing(images: Tensor) -> None:
@@ -292,7 +245,6 @@ def test_whoever_changes_adapters_or_weights_no_stale_value_is_multiplied(images
         "weight": lambda: layer.weight.data.mul_(1.5),
         "another weight": lambda: setattr(layer.weight, "data", layer.weight.data.neg()),
         "moved": lambda: backbone.double().bfloat16() and layer.lora_B.data.mul_(-1),
-        "merged and not": lambda: (merge_lora(backbone), unmerge_lora(backbone), layer.lora_B.data.mul_(-1)),
         "a norm": lambda: backbone.blocks[0].norm1.weight.mul_(1.5),
         "another norm": lambda: setattr(backbone.blocks[0].norm2.bias, "data", torch.ones(32)),
         "bias of q": lambda: backbone.blocks[0].attn.q_bias.add_(1),
@@ -348,9 +300,6 @@ def test_adapters_that_are_gone_around_have_no_effect(images: Tensor) -> None:
     assert has_effect(backbone, images) > 0
     attention.qkv = _GoesAround(attention.qkv)
     assert has_effect(backbone, images) == 0.0
-    merge_lora(backbone)
-    with pytest.raises(ValueError, match="unmerge first"):
-        has_effect(backbone, images)
 
 
 @pytest.mark.parametrize(
@@ -379,9 +328,8 @@ def test_missing_places_and_second_injections_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Linear layer at blocks\.1\.mlp\.fc1"):
         inject_lora(backbone, targets=("q", "fc1"))
     assert not lora_layers(backbone)  # nothing half done
-    for action in (merge_lora, unmerge_lora, lora_settings):
-        with pytest.raises(ValueError, match="call inject_lora first"):
-            action(backbone)
+    with pytest.raises(ValueError, match="call inject_lora first"):
+        lora_settings(backbone)
     inject_lora(backbone)
     with pytest.raises(ValueError, match="adapters already"):
         inject_lora(backbone, targets=("proj",))

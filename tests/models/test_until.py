@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.freeze.stored import FOLDER as GOLDEN
-from tests.random_tower import move_adapters, relative
+from tests.random_tower import move_adapters, relative, save_backbone
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import LoraConfig, OptimizerParams
 from visft_ds.evals.model import ModelFiles, ModelSource, files_without_run
 from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.backbones import load_backbone, open_backbone, save_backbone
+from visft_ds.interop.backbones import load_backbone, open_backbone
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import load_heads, read_elsewhere, read_head_info, save_head_files
 from visft_ds.interop.layouts import tower_metadata, tower_of

@@ -14,9 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.start_case import WORDS, configured
+from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
-from visft_ds.interop.backbones import open_backbone, save_backbone
+from visft_ds.interop.backbones import open_backbone
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement, open_base

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.random_tower import save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve, resolve_values
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, verify_merge

@@ -30,7 +30,6 @@ from visft_ds.models.lora import (
     LoRAConv2d,
     LoraSettings,
     inject_lora,
-    lora_layers,
     lora_parameters,
     lora_settings,
 )
@@ -224,9 +223,9 @@ class Adapter:
         return replace(self, tensors=tensors)
 
     def install(self, backbone: Backbone) -> None:
-        """Put it into a model: inject LoRA of its settings where the model has none, then copy every value.
+        """Put it into a model without adapters: inject LoRA of its settings, then copy every value.
 
-        Raises ValueError where it does not fit the model, and where the model has LoRA of other settings.
+        Raises ValueError where it does not fit the model, and where the model has adapters already.
         """
         adapter = self
         if self.until != backbone.until:
@@ -239,19 +238,7 @@ class Adapter:
                 f"the adapter is for a tower of EVA of width {self.width}, depth {self.depth}, and the model is timm's "
                 f"{backbone.name}: take the adapter and the base of the same model"
             )
-        layers = lora_layers(backbone)
-        if any(layer.merged for layer in layers.values()):
-            raise ValueError("the model has its adapter merged in: call unmerge_lora before loading another")
-        if isinstance(backbone, EvaViT) and layers:
-            settings = lora_settings(backbone)
-            wanted = LoraSettings(self.rank, self.alpha, self.targets, self.magnitude)
-            if settings != wanted:
-                raise ValueError(
-                    f"the model has {_described(settings)}; the adapter has {_described(wanted)}: use the adapter's "
-                    f"settings"
-                )
-        else:
-            inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets, magnitude=self.magnitude)
+        inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets, magnitude=self.magnitude)
         parameters = lora_parameters(backbone)
         wrong = sorted(parameters.keys() ^ adapter.tensors.keys())
         wrong += [n for n, p in parameters.items() if n in adapter.tensors and p.shape != adapter.tensors[n].shape]
@@ -380,8 +367,3 @@ def adapter_of_run(
     }
     tensors = {name: tensors[name] for name in names}
     return replace(adapter, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
-
-
-def _described(settings: LoraSettings) -> str:
-    kind = "DoRA" if settings.magnitude else "LoRA"
-    return f"{kind} of rank {settings.rank}, alpha {settings.alpha:g} on {'+'.join(settings.targets)}"

@@ -1,4 +1,4 @@
-"""Weights of a backbone, in from every known file layout and out again; those of models of timm under timm's names.
+"""Weights of a backbone, in from every known file layout; those of models of timm under timm's names.
 
 Reading is strict: each tensor of the file is loaded, or ignored for a named reason, or the file is refused. Names
 and shapes are all checked before the first copy.
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural
-from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights
+from visft_ds.interop.files import WeightFile, all_finite, examples, open_weights
 from visft_ds.interop.layouts import (
-    LAYOUTS,
     PROJECTION,
     TIMM_KEY,
     Layout,
@@ -27,15 +26,12 @@ from visft_ds.interop.layouts import (
     depth_of,
     is_lora,
     tower_in,
-    tower_metadata,
     tower_of,
 )
 from visft_ds.interop.timm_names import classifier_names
 from visft_ds.interop.towers import open_tower
-from visft_ds.interop.writing import write_safetensors
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import lora_layers
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 
 
@@ -76,8 +72,6 @@ def load_backbone(backbone: EvaViT, path: str | Path) -> LoadReport:
     Raises ValueError, with every name concerned, for tensors that are missing, unexpected or of another shape (and says
     which tower the file holds), for values that are not finite, and for a backbone on the meta device.
     """
-    if any(layer.merged for layer in lora_layers(backbone).values()):
-        raise ValueError("the backbone has its adapter merged in: call unmerge_lora before loading weights")
     opened, report = _open_own(backbone, path)
     copy_tensors(opened.file, opened.sources, base_parameters(backbone))
     return report
@@ -336,47 +330,6 @@ def load_timm(
         parameter.data = opened.read(key, torch.float32 if small else storage)
     backbone.set_buffers(opened.buffers())
     return backbone, opened.summary
-
-
-def save_backbone(
-    backbone: EvaViT,
-    path: str | Path,
-    layout: str = "timm",
-    *,
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write the tower as safetensors in one of `LAYOUTS`, cast to `dtype` (None: as it is), streaming and atomic.
-
-    The metadata has sizes, number of heads and norm placement, so that our own readers need no hints, and whether
-    adapters are merged into the weights. Raises ValueError for an unknown layout, an existing file (unless
-    `overwrite`), adapters that are not merged (they would be lost in silence), and a cast that overflows.
-    """
-    path = Path(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: weights are written as .safetensors only; choose such a name")
-    merged = [layer.merged for layer in lora_layers(backbone).values()]
-    if not all(merged):
-        raise ValueError(
-            "the backbone has LoRA adapters, which this file does not hold: save the adapter on its own, or call "
-            "merge_lora first (which --base + --adapter in visft merge do without a model)"
-        )
-    prefix = LAYOUTS[layout].prefix
-    parameters = {prefix + name: parameter for name, parameter in base_parameters(backbone).items()}
-    infos = {
-        name: TensorInfo(tuple(parameter.shape), dtype or parameter.dtype) for name, parameter in parameters.items()
-    }
-    header = {**tower_metadata(backbone), "lora_merged": "true" if merged else "false", **(metadata or {})}
-    write_safetensors(
-        path,
-        infos,
-        lambda name: cast(parameters[name].detach(), infos[name].dtype, name),
-        header,
-        overwrite=overwrite,
-    )
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Low-rank adapters inside a backbone (LoRA, https://arxiv.org/abs/2106.09685), with an explicit merge.
+"""Low-rank adapters inside a backbone (LoRA, https://arxiv.org/abs/2106.09685).
 
 An adapted layer keeps the names of the layer it replaces (`weight`, `bias`), adding `lora_A` and `lora_B`, stacked over
 the adapted slices as loralib's MergedLinear stacks them, so files of either kind load as they are. A slice is a range
@@ -11,8 +11,7 @@ for each output channel, as in LoCon (https://github.com/KohakuBlueleaf/LyCORIS)
 convolution to r channels followed by a 1x1 one, which is PEFT's form. With groups all groups share A, so that the
 update has the shape of the grouped weight and can be merged; PEFT's has that of a weight without groups.
 
-Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it twice (loralib merges in `eval()`, which
-ViSFT's code then adds a second time).
+Evaluation mode changes nothing (loralib merges in `eval()`, and ViSFT's code then adds the update a second time).
 
 Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' widths.
 """
@@ -91,7 +90,6 @@ class AdaptedRows:
 class AdaptedLayer(nn.Module):
     """Layer with the weight and bias of the one it replaces, lora_A, lora_B and, for DoRA, lora_magnitude.
 
-    While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them twice.
     Subclasses compute the forward and the initial magnitudes.
     """
 
@@ -147,59 +145,6 @@ class AdaptedLayer(nn.Module):
         """Initial magnitudes, fp32: the norms of the adapted rows of a weight on any device."""
         raise AssertionError("subclasses define it")
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """The dense change of the unmerged weight, in the precision of the adapters."""
-        return self.adapted.change(self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.scale)
-
-    @property
-    def merged(self) -> bool:
-        """Return True while the update is part of `weight`."""
-        return self._original is not None
-
-    _original: Tensor | None = None
-
-    @torch.no_grad()
-    def merge(self) -> float:
-        """Add the update to the weight, in fp32 and rounded once; keeps the original weight for `unmerge`.
-
-        Returns:
-            The share of the update that survived the rounding: <W_after - W_before, delta> / <delta, delta>, 1 for a
-            zero update.
-
-        Raises:
-            ValueError: already merged.
-        """
-        if self.merged:
-            raise ValueError("this LoRA layer is merged already; unmerge it first")
-        before = self.weight.detach()
-        delta = self.delta()
-        after = (before.to(delta.dtype) + delta).to(before.dtype)
-        self._original = before
-        self.weight.data = after
-        size = torch.sum(delta.double() ** 2)
-        kept = torch.sum((after.double() - before.double()) * delta.double())
-        return float(kept / size) if size > 0 else 1.0
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. Raises ValueError where nothing is merged."""
-        if self._original is None:
-            raise ValueError("this LoRA layer is not merged; merge it first")
-        self.weight.data = self._original.to(self.weight.device)
-        self._original = None
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            for name in KINDS:
-                destination.pop(prefix + name, None)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise ValueError(f"{prefix}: cannot load into a merged LoRA layer; unmerge it first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class LoRALinear(AdaptedLayer):
     """A `Linear` with low-rank updates on slices of its output.
@@ -244,8 +189,6 @@ class LoRALinear(AdaptedLayer):
         dtype = matmul_dtype(weight)
         if bias is not None and bias.dtype != dtype:
             (bias,) = self._cast(dtype, bias)
-        if self.merged:
-            return F.linear(x.to(dtype), weight.to(dtype), bias)
         factors = (weight, bias, self.lora_A, self.lora_B)
         if self.lora_magnitude is not None:
             return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices, wide=self._wide)
@@ -254,7 +197,7 @@ class LoRALinear(AdaptedLayer):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, slices={self.slices}, "
-            f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+            f"rank={self.rank}, alpha={self.alpha:g}"
         )
 
 
@@ -287,8 +230,6 @@ class LoRAConv2d(AdaptedLayer):
         """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
         window: tuple[Any, Any, Any] = (self.stride, self.padding, self.dilation)
         y = F.conv2d(x, self.weight, self.bias, *window, self.groups)
-        if self.merged:
-            return y
         if self.groups == 1:
             inner = F.conv2d(x, self.lora_A, None, *window)
             y = y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
@@ -310,7 +251,7 @@ class LoRAConv2d(AdaptedLayer):
     def extra_repr(self) -> str:
         return (
             f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, bias={self.bias is not None}, "
-            f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+            f"rank={self.rank}, alpha={self.alpha:g}"
         )
 
 
@@ -505,34 +446,6 @@ def lora_settings(module: nn.Module) -> LoraSettings:
     return LoraSettings(first.rank, first.alpha, targets, first.lora_magnitude is not None)
 
 
-def merge_lora(module: nn.Module) -> dict[str, float]:
-    """Merge every adapter into its weight (see `AdaptedLayer.merge`); the originals are kept for `unmerge_lora`.
-
-    Returns:
-        Layer name -> share of its update that survived rounding: 16-bit weights lose part of a small update.
-
-    Raises:
-        ValueError: no adapters, or any of them merged already (then nothing is changed).
-    """
-    layers = _require_lora(module)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(
-            f"{len(merged)} of {len(layers)} LoRA layers are already merged, e.g. {merged[0]}; unmerge first"
-        )
-    return {name: layer.merge() for name, layer in layers.items()}
-
-
-def unmerge_lora(module: nn.Module) -> None:
-    """Put every original weight back, bit for bit. Raises ValueError where adapters are missing or not merged."""
-    layers = _require_lora(module)
-    plain = [name for name, layer in layers.items() if not layer.merged]
-    if plain:
-        raise ValueError(f"{len(plain)} of {len(layers)} LoRA layers are not merged, e.g. {plain[0]}; merge first")
-    for layer in layers.values():
-        layer.unmerge()
-
-
 @torch.no_grad()
 def has_effect(module: nn.Module, inputs: Tensor) -> float:
     """Relative change of the output under perturbation of every lora_B, to find adapters that the forward bypasses.
@@ -541,18 +454,16 @@ def has_effect(module: nn.Module, inputs: Tensor) -> float:
     a parameter has values only then.
 
     Args:
-        module: with unmerged adapters, tensor -> tensor.
+        module: with adapters, tensor -> tensor.
         inputs: on the module's device; images (B, 3, H, W) for a backbone.
 
     Returns:
         |changed - plain| / |plain| (Frobenius norms); 0.0 as soon as one adapted layer is not run at all.
 
     Raises:
-        ValueError: no adapters, or merged ones.
+        ValueError: no adapters.
     """
     layers = _require_lora(module)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the LoRA layers are merged and have no effect of their own; unmerge first")
     names, saved = {layer: name for name, layer in layers.items()}, dict[AdaptedLayer, Tensor]()
 
     def perturb(layer: AdaptedLayer, _: Any) -> None:
