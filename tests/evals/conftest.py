@@ -22,7 +22,8 @@ from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.files import DRAWN_AS, sha256_file
-from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import save_head_files
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter

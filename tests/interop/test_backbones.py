@@ -13,7 +13,8 @@ from tests.parallel.start_case import peak
 from tests.random_tower import save_backbone
 from visft_ds.interop.backbones import load_backbone, read_tensor
 from visft_ds.interop.files import all_finite, open_weights
-from visft_ds.interop.heads import HeadInfo, head_file, open_head, read_head_info, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import head_file, open_head, read_head_info, save_head_files
 from visft_ds.interop.layouts import LAYOUTS, Tower, base_parameters, find_layout, tower_in, tower_names, tower_of
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
@@ -216,7 +217,7 @@ def test_heads_keep_weights_buffers_and_how_they_were_built(tmp_path: Path) -> N
     info = found.info
     wanted = heads["detection"].state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in target.state_dict().items())
-    assert read_head_info(paths[0]) == info
+    assert read_head_info(paths[0], "detection") == info
     assert (info.in_channels, info.options, info.extra) == (8, {"queries": 5}, {"step": 7})
     assert list(info.categories) == [{"id": 1, "name": "cat"}]
     with pytest.raises(ValueError, match="holds a detection head; a captioning head"):

@@ -14,7 +14,8 @@ from torch import nn
 
 from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import open_weights
-from visft_ds.interop.heads import HeadInfo, find_head, head_file, open_head, read_head_info, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import find_head, head_file, open_head, read_head_info, save_head_files
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks.captioning.head import CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
@@ -85,8 +86,8 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
     assert repr(again) == repr(head) and _described(again) == _described(head)
     wanted = head.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
-    info = read_head_info(path)
-    assert info == HeadInfo(task, WIDTH, OPTIONS[task], [], {}) == read_head_info(path, task)
+    info = read_head_info(path, task)
+    assert info == HeadInfo(task, WIDTH, OPTIONS[task], [], {})
     opened = open_head(_head(task).to("meta"), path, task)
     assert opened.info == info and all(torch.equal(opened.read(name, v.dtype), v) for name, v in wanted.items())
     with pytest.raises(ValueError, match="not overwritten"):

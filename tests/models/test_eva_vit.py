@@ -115,15 +115,6 @@ def test_random_weights_never_need_a_second_copy() -> None:
     assert len(ratios) == 2 and max(ratios) < 1.25
 
 
-def test_parts_make_the_whole(images: Tensor) -> None:
-    backbone = build_backbone("debug", **TINY)
-    x = images
-    for _, layer in backbone.layers():
-        x = layer(x)
-    assert [name for name, _ in backbone.layers()] == ["embed", "blocks.0", "blocks.1", "blocks.2", "norm"]
-    assert torch.equal(backbone.feature_map(x, backbone.grid(images)), backbone(images))
-
-
 def _gradients(backbone: EvaViT, images: Tensor) -> dict[str, Tensor]:
     backbone.zero_grad()
     backbone(images).square().mean().backward()

@@ -18,7 +18,8 @@ from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
 from visft_ds.interop.backbones import open_backbone
-from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import save_head_files
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement, open_base
 from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model

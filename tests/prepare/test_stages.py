@@ -15,7 +15,8 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Category
 from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import save_head_files
 from visft_ds.interop.published_heads import KINDS
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary

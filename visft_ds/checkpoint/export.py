@@ -22,7 +22,8 @@ from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED, TRAINED_ON, UNTIL, TensorInfo, sha256_file
-from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.writing import file_order, write_safetensors

@@ -31,8 +31,8 @@ from visft_ds.interop.files import (
     open_weights,
     recorded_bases,
 )
+from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import (
-    HeadInfo,
     classes_of_heads,
     find_head,
     head_file,

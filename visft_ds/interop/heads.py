@@ -30,22 +30,6 @@ from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
 from visft_ds.tasks.segmentation.config import Labelling
 
-__all__ = [
-    "HeadInfo",
-    "categories_of",
-    "check_categories",
-    "check_classes",
-    "classes_of_heads",
-    "find_head",
-    "head_file",
-    "load_heads",
-    "of_other_base",
-    "open_head",
-    "read_head_info",
-    "save_head_files",
-    "save_heads",
-]
-
 FORMATS = ("visft", "safetensors")
 _KEY = "visft_head"
 
@@ -181,23 +165,13 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
     return found.build()
 
 
-def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
-    """Read the description of the head in a file: enough to build it again.
+def read_head_info(path: str | Path, task: str) -> HeadInfo:
+    """Read the description of a task's head in a file: enough to build it again.
 
-    `task` is needed only for a published file that holds several heads and does not bear its published name. Raises
-    ValueError for a file that is no head, or has none of this task.
+    Raises ValueError for an unknown task, and for a file that is no head, or has none of this task.
     """
-    if task is not None:
-        get_task(task)
-        return _open(path, task, assume=True).info
-    file = open_weights(path)
-    if _KEY in file.metadata:
-        return _own_info(file)
-    tasks = _sorted(file).heads
-    named = published_task(Path(path))
-    if named is None and len(tasks) > 1:
-        raise ValueError(f"{path} holds heads for {', '.join(tasks)}: say which is meant")
-    return _open(path, named or next(iter(tasks), next(iter(TASKS))), assume=True).info
+    get_task(task)
+    return _open(path, task, assume=True).info
 
 
 def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:

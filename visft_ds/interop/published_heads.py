@@ -25,7 +25,6 @@ from torch import nn
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples
 from visft_ds.interop.head_file import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
-from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
@@ -124,19 +123,17 @@ def _our_name(task: str, inner: str) -> str | None:
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """The names of a published file, sorted: every one is in exactly one of the fields."""
+    """The names of a published file, sorted: every one that may matter is in exactly one of the fields."""
 
     file: WeightFile
     heads: Mapping[str, Mapping[str, str]]  #: task -> our name -> name in the file; only tasks that are there
     repeats: Mapping[str, str]  #: second name in the file -> the name it repeats
-    others: Mapping[str, tuple[str, ...]]  #: what belongs to no head: reason -> names
     unknown: tuple[str, ...]
 
 
 def sort_names(file: WeightFile) -> PublishedFile:
     """Account for every name of a file, whatever it holds."""
     heads: dict[str, dict[str, str]] = {}
-    others: dict[str, list[str]] = {}
     repeats, unknown = {}, []
     for name in file:
         inner = name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
@@ -146,18 +143,13 @@ def sort_names(file: WeightFile) -> PublishedFile:
             heads.setdefault(task, {})[ours] = name
         elif alias is not None and inner is not None:
             repeats[name] = PREFIX + _ALIASES[alias] + inner.removeprefix(alias)
-        elif inner is not None and inner.startswith("backbone.0."):
-            others.setdefault("LoRA of the backbone" if is_lora(name) else "backbone", []).append(name)
-        elif name == _LOSS_CONSTANT:
-            others.setdefault("constant of the detection loss", []).append(name)
-        else:
+        elif name != _LOSS_CONSTANT and not (inner or "").startswith("backbone.0."):
             unknown.append(name)
     unknown += [name for name, original in repeats.items() if original not in file]
     return PublishedFile(
         file,
         {task: heads[task] for task in TASKS if task in heads},
         {name: original for name, original in repeats.items() if original in file},
-        {reason: tuple(names) for reason, names in others.items()},
         tuple(unknown),
     )
 

@@ -387,13 +387,6 @@ class EvaViT(nn.Module):
         del self.blocks[self.depth :]
         self.until = block
 
-    def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""
-        blocks: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-            (f"blocks.{index}", block) for index, block in enumerate(self.blocks)
-        ]
-        return [("embed", self.embed), *blocks, ("norm", self.norm)]
-
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w) for images (B, 3, H, W). Raises ValueError for another shape and for images below one patch."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.patch_size:
