@@ -103,8 +103,8 @@ def test_open_clip_loads_the_folder_and_computes_the_same(pretrained: Path) -> N
 
 def test_the_file_is_base_weights_of_a_training(pretrained: Path) -> None:
     backbone = build_backbone("debug", seed=None, **TOWER)  # as training builds it: without class token
-    report = load_backbone(backbone, pretrained / FILE)
-    assert report.tensors == len(list(backbone.parameters())) and "CLIP projection" in report.ignored
+    summary = load_backbone(backbone, pretrained / FILE)
+    assert f" {len(list(backbone.parameters()))} tensors" in summary and "(CLIP projection)" in summary
     random = build_backbone("debug", seed=0, **TOWER)
     assert (backbone.blocks[0].attn.qkv.weight != random.blocks[0].attn.qkv.weight).float().mean() > 0.99
 

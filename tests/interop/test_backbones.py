@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,10 @@ def test_every_layout_loads_and_every_key_is_accounted_for(tmp_path: Path, layou
     tensors |= {name: torch.zeros(3) for name in BESIDE[layout]}
     torch.save({"model": {f"module.{name}": value for name, value in tensors.items()}}, tmp_path / "w.pth")
     model = _tiny(2)
-    report = load_backbone(model, tmp_path / "w.pth")
+    summary = load_backbone(model, tmp_path / "w.pth")
     assert _equal(model, _weights(source))
-    assert report.layout == layout and report.tensors + sum(map(len, report.ignored.values())) == len(tensors)
-    assert sorted(name for names in report.ignored.values() for name in names) == sorted(BESIDE[layout])
-    assert not report.merged
+    assert f"layout {layout}, {len(_weights(source))} tensors" in summary and "merged" not in summary
+    assert sum(map(int, re.findall(r"ignored (\d+) ", summary))) == len(BESIDE[layout])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +76,7 @@ def test_written_files_read_back_exactly(tmp_path: Path, layout: str) -> None:
     source, path = _tiny(1, class_token=True, post_norm=True), tmp_path / "w.safetensors"
     save_backbone(source, path, layout)
     model = _tiny(2, class_token=True, post_norm=True)
-    assert load_backbone(model, path).layout == layout and _equal(model, _weights(source))
+    assert f"layout {layout}," in load_backbone(model, path) and _equal(model, _weights(source))
     file = open_weights(path)
     assert tower_in(file, find_layout(file)) == tower_of(source), "number of heads and norm placement must survive"
 
@@ -87,10 +87,10 @@ def test_values_are_cast_and_the_parameters_stay_the_same_objects(tmp_path: Path
     save_backbone(source, path, dtype=dtype)
     model = _tiny(2)
     before = list(model.parameters())
-    report = load_backbone(model, path)
+    summary = load_backbone(model, path)
     assert _equal(model, {name: value.to(dtype).float() for name, value in _weights(source).items()})
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
-    assert report.dtypes == {str(dtype).removeprefix("torch."): report.tensors}
+    assert f"({len(before)} {str(dtype).removeprefix('torch.')})" in summary
 
 
 def test_adapters_in_the_model_are_left_alone(tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ def test_we_load_what_timm_saves_with_its_head(tmp_path: Path, post_norm: bool) 
     name, arguments = model_arguments(tower_of(ours), num_classes=7)
     theirs = timm.create_model(name, **arguments).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    report = load_backbone(ours, tmp_path / "timm.pth")
-    assert report.ignored == {"CLIP projection": ("head.weight", "head.bias")}
+    assert load_backbone(ours, tmp_path / "timm.pth").endswith("; ignored 2 (CLIP projection)")
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         assert relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE

@@ -302,7 +302,7 @@ def _load_backbone(
         # Training builds towers without class token; a file that has one is read the same way.
         tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
         backbone = empty_backbone(tower, storage, until)
-        facts["backbone"] = load_backbone(backbone, files.backbone).summary()
+        facts["backbone"] = load_backbone(backbone, files.backbone)
     facts |= {} if until is None else {"ends": f"after {until}"}
     if adapter is not None:
         adapter.install(backbone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,46 +35,18 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Report of `load_backbone` on each tensor of a file."""
-
-    path: Path
-    layout: str
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-    merged: bool
-    mapped: bool  #: False: the file is of a kind that can only be read whole
-    ignored: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """Summary in one line for the console."""
-        kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
-        text = (
-            f"{self.path.name}: layout {self.layout}, {self.tensors} tensors, {self.parameters:,} parameters ({kinds})"
-        )
-        if self.merged:
-            text += "; LoRA already merged in"
-        if not self.mapped:
-            text += "; READ WHOLE by every process (written by torch before 1.6): save it again to save host memory"
-        for reason, names in self.ignored.items():
-            text += f"; ignored {len(names)} ({reason})"
-        return text
-
-
-def load_backbone(backbone: EvaViT, path: str | Path) -> LoadReport:
+def load_backbone(backbone: EvaViT, path: str | Path) -> str:
     """Copy the tower of a weight file into the existing parameters, tensor by tensor, cast to their dtype.
 
     The layout is found by prefix (see `LAYOUTS`). `pos_embed` is copied whole, class entry included. LoRA parameters of
-    the backbone stay as they are.
+    the backbone stay as they are. Returns what became of each tensor of the file, in one line for the console.
 
     Raises ValueError, with every name concerned, for tensors that are missing, unexpected or of another shape (and says
     which tower the file holds), for values that are not finite, and for a backbone on the meta device.
     """
-    opened, report = _open_own(backbone, path)
+    opened = _open_own(backbone, path)
     copy_tensors(opened.file, opened.sources, base_parameters(backbone))
-    return report
+    return opened.summary
 
 
 @dataclass(frozen=True)
@@ -102,10 +74,10 @@ def open_backbone(backbone: Backbone, path: str | Path) -> BackboneFile:
     Of a model of timm, what lies behind the feature map (classifier, pooling, the norm of a head) is passed over and
     named. Raises ValueError as `load_backbone` does for names, shapes and quantised weights; values are not looked at.
     """
-    return _open_timm(backbone, path) if isinstance(backbone, TimmBackbone) else _open_own(backbone, path)[0]
+    return _open_timm(backbone, path) if isinstance(backbone, TimmBackbone) else _open_own(backbone, path)
 
 
-def _open_own(backbone: EvaViT, path: str | Path) -> tuple[BackboneFile, LoadReport]:
+def _open_own(backbone: EvaViT, path: str | Path) -> BackboneFile:
     file, layout = open_tower(path)
     targets = base_parameters(backbone)
     wanted = {name: tuple(value.shape) for name, value in targets.items()}
@@ -113,17 +85,16 @@ def _open_own(backbone: EvaViT, path: str | Path) -> tuple[BackboneFile, LoadRep
     sources = {name: layout.prefix + name for name in targets}
     _check_kinds(file, sources, targets)
     dtypes = Counter(str(file.dtype(source)).removeprefix("torch.") for source in sources.values())
-    report = LoadReport(
-        path=file.path,
-        layout=layout.name,
-        tensors=len(targets),
-        parameters=sum(value.numel() for value in targets.values()),
-        dtypes=dict(dtypes),
-        merged=is_merged(file),
-        mapped=file.mapped,
-        ignored=ignored,
-    )
-    return BackboneFile(file, sources, report.summary()), report
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
+    count = sum(value.numel() for value in targets.values())
+    text = f"{file.path.name}: layout {layout.name}, {len(targets)} tensors, {count:,} parameters ({kinds})"
+    if is_merged(file):
+        text += "; LoRA already merged in"
+    if not file.mapped:
+        text += "; READ WHOLE by every process (written by torch before 1.6): save it again to save host memory"
+    for reason, names in ignored.items():
+        text += f"; ignored {len(names)} ({reason})"
+    return BackboneFile(file, sources, text)
 
 
 def _open_timm(backbone: TimmBackbone, path: str | Path) -> BackboneFile:

@@ -204,7 +204,7 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     if options.image_size is not None and options.image_size < tower.patch_size:
         raise ValueError(f"--image-size {options.image_size} is less than one patch of {tower.patch_size} pixels")
     backbone = empty_backbone(tower, DTYPES[options.precision], until)
-    facts = {"backbone": load_backbone(backbone, spec.name).summary()}
+    facts = {"backbone": load_backbone(backbone, spec.name)}
     facts["adapter"] = "merged into the weights" if is_merged(weights) else "none"
     if adapter is not None:
         # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
