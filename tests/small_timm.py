@@ -84,4 +84,4 @@ def adapted(name: str, base: Path, until: str | None = None) -> tuple[TimmBackbo
     inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     move_adapters(backbone)
     tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
-    return backbone, adapter_of_run(lora, tensors, backbone, "model", sha256_file(base))
+    return backbone, adapter_of_run(lora, tensors, backbone, sha256_file(base))

@@ -140,7 +140,8 @@ def fetch(name: str) -> Path:
             print(f"fetching {file} of {page}: {size:,.1f} MB, licence: {licence}", file=sys.stderr, flush=True)
         for part in files:  # an index comes last: what it names is there then
             found = Path(api.hf_hub_download(wanted.repository, part, revision=wanted.revision))
-            check_digest(found, _digest(found))
+            with found.open("rb") as file_of_part:
+                check_digest(found, hashlib.file_digest(file_of_part, "sha256").hexdigest())
     assert found is not None
     return found
 
@@ -157,14 +158,6 @@ def check_digest(path: Path, sha256: str) -> None:
     blob.unlink()
     path.unlink()
     raise ValueError(f"{path} is damaged and was removed: sha256 {sha256}, on the hub {blob.name}. Fetch it again")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _adapter(name: str, targets: tuple[str, ...], folder: Path, spread: float = 
     inject_lora(backbone, rank=2, alpha=2, targets=targets)
     generator = torch.Generator().manual_seed(0)
     tensors = {key: spread * torch.randn(p.shape, generator=generator) for key, p in lora_parameters(backbone).items()}
-    save_peft_adapter(adapter_of_run(lora, tensors, backbone, "model"), folder)
+    save_peft_adapter(adapter_of_run(lora, tensors, backbone), folder)
 
 
 def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> None:

@@ -90,11 +90,11 @@ def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
 def test_forty_block_adapter_on_the_39_block_giant() -> None:
     tower = Tower(width=WIDTH, depth=39, hidden=16, patch_size=14, positions=5, class_token=False)
     tensors = {name.removeprefix("visual."): value for name, value in _published(40).items()}
-    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, published=True)
     with pytest.warns(UserWarning, match="block 39 is ignored"):
         assert adapter.fit(tower).depth == 39
     # Only the published files are known to carry a block that their users' tower lacks.
-    for wrong, sizes in ((replace(adapter, origin="peft"), tower), (adapter, replace(tower, depth=38))):
+    for wrong, sizes in ((replace(adapter, published=False), tower), (adapter, replace(tower, depth=38))):
         with pytest.raises(ValueError, match=r"width 8, depth 40; this tower has width 8, depth 3"):
             wrong.fit(sizes)
 
@@ -102,7 +102,7 @@ def test_forty_block_adapter_on_the_39_block_giant() -> None:
 def test_an_adapter_that_does_not_fit_is_refused() -> None:
     model = _tiny()
     tensors = {name.removeprefix("visual."): value for name, value in _published().items()}
-    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, published=True)
     first = "blocks.0.attn.qkv.lora_A"
     cases = [
         ({**tensors, first: torch.full_like(tensors[first], float("inf"))}, "holds NaN or infinity"),

@@ -74,7 +74,7 @@ def test_ten_gigabytes_are_merged_in_the_memory_of_a_few_tensors(tmp_path: Path)
     infos = _infos(tower)
     assert sum(info.nbytes for info in infos.values()) == 10_089_778_178
     base, lora, out = tmp_path / "base.pt", tmp_path / "lora.pt", tmp_path / "out.safetensors"
-    empty = Adapter(64, 1.0, ("q", "v"), {}, "visft")
+    empty = Adapter(64, 1.0, ("q", "v"), {}, published=True)
     shapes = empty.expected_shapes(tower)
     write_visft_lora(replace(empty, tensors={name: torch.randn(shape) for name, shape in shapes.items()}), lora)
     _write_base(base, infos)

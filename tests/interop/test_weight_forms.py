@@ -60,7 +60,7 @@ def _adapter(seed: int = 0, rank: int = 3, targets: tuple[str, ...] = ("q", "v")
                 stem = f"blocks.{index}.{module}."
                 tensors[stem + "lora_A"] = torch.randn(count * rank, 32, generator=generator)
                 tensors[stem + "lora_B"] = size * torch.randn(count * 32, rank, generator=generator)
-    return Adapter(rank, 2.0, targets, tensors, "model")
+    return Adapter(rank, 2.0, targets, tensors)
 
 
 def _case(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Adapter]:

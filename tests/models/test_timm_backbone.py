@@ -47,7 +47,7 @@ def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | N
 def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> Adapter:
     lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name], magnitude=magnitude)
     tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
-    return adapter_of_run(lora, tensors, backbone, "model")
+    return adapter_of_run(lora, tensors, backbone)
 
 
 def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
@@ -254,7 +254,7 @@ def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:
     """Its rows come first: only the length of the fused layer tells them from all rows."""
     backbone = _adapted("test_vit", targets=("q",))
     tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
-    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q",)), tensors, backbone, "model")
+    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q",)), tensors, backbone)
     written = load_file(save_peft_adapter(adapter, tmp_path / "adapter") / WEIGHTS)
     a, b = (written[f"base_model.model.blocks.0.attn.qkv.lora_{part}.weight"] for part in "AB")
     weight = backbone.get_parameter("blocks.0.attn.qkv.weight")
@@ -267,7 +267,7 @@ def test_our_own_file_of_an_adapter_is_no_lora_of_visft(tmp_path: Path) -> None:
     """On q and v of a ViT nothing but the header tells the two apart."""
     backbone = _adapted("test_vit", targets=("q", "v"))
     tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
-    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q", "v")), tensors, backbone, "model")
+    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q", "v")), tensors, backbone)
     file = save_peft_adapter(adapter, tmp_path / "adapter") / TIMM_FILE
     assert read_adapter(file).fingerprint() == adapter.fingerprint() and read_adapter(file).model == "test_vit"
     save_file({f"visual.{name}": value for name, value in load_file(file).items()}, tmp_path / TIMM_FILE)

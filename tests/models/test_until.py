@@ -117,7 +117,7 @@ def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: P
     inject_lora(backbone, rank=2, alpha=2.0, targets=targets)
     move_adapters(backbone, spread=0.2)
     tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
-    adapter = adapter_of_run(LoraConfig(rank=2, alpha=2.0, targets=targets), tensors, backbone, "model")
+    adapter = adapter_of_run(LoraConfig(rank=2, alpha=2.0, targets=targets), tensors, backbone)
     tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
     return save_peft_adapter(adapter, folder / "adapter", tower)
 

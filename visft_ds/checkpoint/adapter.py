@@ -47,7 +47,7 @@ def change_of_checkpoint(folder: Path) -> Change:
             f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "
             f"to weights that only its export has: let the run finish and give {run.name}/export/adapter"
         )
-    return adapter_of_run(lora, tensors, empty, "checkpoint", base)
+    return adapter_of_run(lora, tensors, empty, base)
 
 
 def newest_checkpoint_folder(run: Path) -> Path:

@@ -53,17 +53,15 @@ class Adapter:
     """Settings and tensors of an adapter. `tensors` are those of the legend above; `targets` as configured, those of a
     tower of our own in the order q k v proj fc1 fc2.
 
-    `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
-    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
-    earlier release kept that base, "full" or in few bits; the adapter belongs to the file, in full precision, all the
-    same. `model` is None for a tower of our own.
+    `base_sha256` is the hash of the base weight file it was trained on, None where nobody recorded it. `base_storage`
+    says how a run of an earlier release kept that base, "full" or in few bits; the adapter belongs to the file, in full
+    precision, all the same. `model` is None for a tower of our own.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     tensors: dict[str, Tensor]
-    origin: str
     base_sha256: str | None = None
     magnitude: bool = False
     base_storage: str = "full"
@@ -71,6 +69,7 @@ class Adapter:
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
     groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
     until: str | None = None  #: block that the tower ended after when it was trained
+    published: bool = False  #: read from a LoRA file of ViSFT's
 
     @property
     def scaling(self) -> float:
@@ -194,7 +193,7 @@ class Adapter:
                 f"adapter and the base of the same model"
             )
         tensors, tower = self.tensors, part_of(tower, self.until)
-        if self.origin == "visft" and (self.depth, tower.depth) == (40, 39):
+        if self.published and (self.depth, tower.depth) == (40, 39):
             warnings.warn(
                 "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
                 "ignored",
@@ -301,15 +300,14 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         columns = [f * adapter.tensors[b].float() for f, adapter in zip(factors, adapters, strict=True)]
         tensors[b] = torch.cat(columns, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
-    origins = {adapter.origin for adapter in adapters}
     return replace(
         first,
         rank=rank,
         alpha=float(rank),
         tensors=tensors,
-        origin=first.origin if len(origins) == 1 else "average",
         base_sha256=next(iter(bases), None),
         base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
+        published=all(adapter.published for adapter in adapters),
     )
 
 
@@ -333,14 +331,13 @@ def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> Adapter:
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in lora_parameters(backbone).items()
     }
-    return adapter_of_run(lora_settings(backbone), tensors, backbone, "model", base_sha256)
+    return adapter_of_run(lora_settings(backbone), tensors, backbone, base_sha256)
 
 
 def adapter_of_run(
     lora: LoraConfig | LoraSettings,
     tensors: Mapping[str, Tensor],
     backbone: Backbone,
-    origin: str,
     base_sha256: str | None = None,
 ) -> Adapter:
     """The adapter that a run with `visft.lora` has in these tensors; the model may be on the meta device."""
@@ -349,7 +346,6 @@ def adapter_of_run(
         lora.alpha,
         tuple(lora.targets),
         dict(tensors),
-        origin,
         base_sha256,
         lora.magnitude,
         until=backbone.until,

@@ -21,6 +21,7 @@ import torch
 from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.compare import MAIN, read_evaluation
 from visft_ds.flags import check_extra, parse_size
 from visft_ds.interop import hub, loaders, onnx, peft
@@ -33,7 +34,6 @@ from visft_ds.interop.files import PICKLE_SUFFIXES, examples, open_weights, sha2
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, part_of, tower_in, tower_of
 from visft_ds.interop.merge import (
-    DTYPES,
     MergeReport,
     Share,
     Verification,

@@ -242,7 +242,8 @@ def _open_safetensors(path: Path) -> WeightFile:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). {_looks_like(path)}") from error
     renamed = _without_module_prefix(list(infos))
-    return WeightFile(path, {new: infos[old] for new, old in renamed.items()}, _reader(handle, renamed), metadata)
+    infos = {new: infos[old] for new, old in renamed.items()}
+    return WeightFile(path, infos, lambda name: handle.get_tensor(renamed[name]), metadata)
 
 
 class ShardIndex(StrictModel):
@@ -275,10 +276,6 @@ def _open_shards(path: Path) -> WeightFile:
     infos = {name: files[shard].infos[name] for name, shard in places.items()}
     metadata = next((file.metadata for file in files.values()), {})
     return WeightFile(path, infos, lambda name: files[places[name]].get(name), metadata)
-
-
-def _reader(handle: Any, renamed: Mapping[str, str]) -> Callable[[str], Tensor]:
-    return lambda name: handle.get_tensor(renamed[name])
 
 
 def load_pickled(path: Path) -> Any:

@@ -45,7 +45,6 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.monitor.console import Gauge
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
 MIN_RETAINED, MAX_ERROR = 0.9, 0.5
 

@@ -90,10 +90,8 @@ class PeftConfig(StrictModel):
 
     model_config = ConfigDict(extra="allow")
 
-    peft_type: str
     lora_alpha: float
     alpha_pattern: dict[str, float] | None = None
-    bias: str = "none"
     use_dora: bool = False
     use_rslora: bool = False
 
@@ -508,7 +506,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
             value = gathered
         tensors[our_name] = value
     base, storage, until = (told.base_sha256, told.base_storage, told.until) if told else (None, "full", None)
-    return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage, until=until)
+    return Adapter(rank, scaling * rank, targets, tensors, base, magnitude, storage, until=until)
 
 
 def is_timm_file(path: Path) -> bool:
@@ -535,7 +533,6 @@ def _read_timm(path: Path) -> Adapter:
         told.alpha,
         tuple(told.targets),
         {name: file.get(name) for name in names} if whole else {},
-        "model",
         told.base_sha256,
         told.magnitude,
         model=told.name,

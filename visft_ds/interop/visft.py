@@ -50,7 +50,8 @@ def read_visft_lora(path: str | Path) -> Adapter:
             f"{path}: lora_A has {rows} rows and lora_B {rank} columns; ViSFT adapts q and v, so 2 x {rank} rows are "
             f"expected: not a ViSFT LoRA file"
         )
-    return Adapter(rank, ALPHA, TARGETS, {name: value.float() for name, value in tensors.items()}, "visft")
+    tensors = {name: value.float() for name, value in tensors.items()}
+    return Adapter(rank, ALPHA, TARGETS, tensors, published=True)
 
 
 def write_visft_lora(adapter: Adapter, path: str | Path, *, overwrite: bool = False) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
 from visft_ds.ops import FrozenCasts, matmul_dtype, no_autocast
-from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, row_lengths
+from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, parts_of, row_lengths
 
 #: Parameters that an adapted layer may add to those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
@@ -66,10 +66,8 @@ class AdaptedRows:
 
     def parts(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
         """(rows of the weight, rows of lora_A, rows of lora_B) of each slice."""
-        start = 0
-        for index, (lo, hi) in enumerate(self.slices):
-            yield slice(lo, hi), slice(index * rank, (index + 1) * rank), slice(start, start + hi - lo)
-            start += hi - lo
+        for lo, hi, rows_of_a, rows_of_b in parts_of(self.slices, rank):
+            yield slice(lo, hi), rows_of_a, rows_of_b
 
     def update(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Dense scale * B A (rows, fan in) in the precision of the factors; zero in rows that are not adapted."""

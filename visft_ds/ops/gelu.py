@@ -68,7 +68,12 @@ class _Gelu(torch.autograd.Function):
 class _CodedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, code = _triton_forward(x) if _fused(x) else _forward(x)
+        if _fused(x):
+            from visft_ds.ops.triton.pointwise import gelu_coded
+
+            y, code = gelu_coded(x, STEPS, ZERO)
+        else:
+            y, code = _forward(x)
         ctx.save_for_backward(code)
         return y
 
@@ -77,7 +82,9 @@ class _CodedGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (code,) = ctx.saved_tensors
         if _fused(dy):
-            return _triton_backward(dy, code)
+            from visft_ds.ops.triton.pointwise import gelu_coded_backward
+
+            return gelu_coded_backward(dy, code, STEPS, ZERO)
         if torch.compiler.is_compiling():
             return _slopes(code, dy).mul_(dy).to(dy.dtype)
         dx = dy.contiguous()
@@ -126,18 +133,6 @@ def _precise(x: Tensor) -> torch.dtype:
 
 def _fused(x: Tensor) -> bool:
     return kernels(x.device) == "triton" and x.dtype in DTYPES
-
-
-def _triton_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    from visft_ds.ops.triton.pointwise import gelu_coded
-
-    return gelu_coded(x, STEPS, ZERO)
-
-
-def _triton_backward(dy: Tensor, code: Tensor) -> Tensor:
-    from visft_ds.ops.triton.pointwise import gelu_coded_backward
-
-    return gelu_coded_backward(dy, code, STEPS, ZERO)
 
 
 def layer_norm(

@@ -141,7 +141,7 @@ class _LoraLinear(torch.autograd.Function):
         # The backward pass may run under another state of autocast than the forward did.
         with no_autocast(grad.device):
             dy = grad.reshape(-1, grad.shape[-1])
-            groups = list(_groups(ctx.slices, lora_b.shape[1]))
+            groups = list(parts_of(ctx.slices, lora_b.shape[1]))
             if need_x or need_a:
                 b = _cast(lora_b, dy)
                 du = dy.new_empty(len(dy), len(groups) * b.shape[1])
@@ -207,7 +207,7 @@ class WideWeight:
             self._buffer, self.all, self.weight = buffer, buffer[:, :width], buffer[:, :fan_in]
             self.a = weight.new_empty(width - fan_in, fan_in)
             self.b = buffer[:, fan_in:width]
-            self.places = [(lo, hi, cols, self.b[lo:hi, cols]) for lo, hi, cols, _ in _groups(slices, lora_b.shape[1])]
+            self.places = [(lo, hi, cols, self.b[lo:hi, cols]) for lo, hi, cols, _ in parts_of(slices, lora_b.shape[1])]
             self.heights = [hi - lo for lo, hi in slices]
             weight.data = self.weight
         return True
@@ -272,7 +272,7 @@ def _forward_eager(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b:
     # The small products come first and the wide one is added to them: in 16 bit an update that is rounded together with
     # the bias alone survives, one that is added to a rounded result does not; and it takes less time.
     y = x.new_zeros(len(x), len(weight)) if bias is None else bias.expand(len(x), -1).clone()
-    for lo, hi, cols, part in _groups(slices, b.shape[1]):
+    for lo, hi, cols, part in parts_of(slices, b.shape[1]):
         y[:, lo:hi].addmm_(u[:, cols], b[part].t())
     return y.addmm_(x, weight.t())
 
@@ -281,7 +281,7 @@ def _forward_augmented(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None
     fan_in = weight.shape[1]
     wide = weight.new_zeros(weight.shape[0], fan_in + u.shape[1])
     wide[:, :fan_in] = weight
-    for lo, hi, cols, part in _groups(slices, b.shape[1]):
+    for lo, hi, cols, part in parts_of(slices, b.shape[1]):
         wide[lo:hi, fan_in + cols.start : fan_in + cols.stop] = b[part]
     rows = torch.cat([x, u], dim=1)
     return rows @ wide.t() if bias is None else torch.addmm(bias, rows, wide.t())
@@ -312,7 +312,7 @@ def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
-def _groups(slices: Sequence[tuple[int, int]], rank: int) -> Iterator[tuple[int, int, slice, slice]]:
+def parts_of(slices: Sequence[tuple[int, int]], rank: int) -> Iterator[tuple[int, int, slice, slice]]:
     """For every slice: its output range, its columns of u (rows of A), its rows of B."""
     start = 0
     for index, (lo, hi) in enumerate(slices):
@@ -378,7 +378,7 @@ def dora_linear(
     with no_autocast(y.device):
         excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 at the start of training: y stays as it is
         of_all = excess.new_zeros(weight.shape[0])
-        for lo, hi, _, part in _groups(slices, lora_b.shape[1]):
+        for lo, hi, _, part in parts_of(slices, lora_b.shape[1]):
             of_all[lo:hi] = excess[part]
         without_bias = y if bias is None else y.to(excess.dtype) - bias.to(excess.dtype)
         return (y + of_all * without_bias).to(y.dtype)
@@ -403,7 +403,7 @@ def row_lengths(
     found = []
     wide = torch.promote_types(weight.dtype, torch.float32)
     with no_autocast(weight.device):
-        for lo, hi, rows_of_a, rows_of_b in _groups(slices, lora_b.shape[1]):
+        for lo, hi, rows_of_a, rows_of_b in parts_of(slices, lora_b.shape[1]):
             rows, a, b = weight[lo:hi].to(wide), lora_a[rows_of_a].to(wide), lora_b[rows_of_b].to(wide)
             squares = rows.square().sum(1) + 2 * scale * (b * (rows @ a.t())).sum(1)
             found.append((squares + scale**2 * (b * (b @ (a @ a.t()))).sum(1)).sqrt())

@@ -210,15 +210,11 @@ def fill_model(
         torch.manual_seed(config.seed)
         for task, head in module.heads.items():
             if task in heads:
-                _fill(head, f"heads.{task}.", _reader(heads[task]), held, placement)
+                _fill(head, f"heads.{task}.", partial(heads[task].read, dtype=torch.float32), held, placement)
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
             drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
             _fill(head, f"heads.{task}.", _begun(f"heads.{task}.", drawn, start), held, placement)
-
-
-def _reader(file: HeadFile) -> Callable[[str], Tensor]:
-    return lambda name: file.read(name, torch.float32)
 
 
 def _begun(prefix: str, drawn: dict[str, nn.Parameter], start: Start | None) -> Callable[[str], Tensor]:

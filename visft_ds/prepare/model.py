@@ -18,6 +18,7 @@ from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
@@ -144,7 +145,7 @@ def prepare_model(
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
             must train but does not, adapters without effect.
     """
-    storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    storage = DTYPES[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
     use_fixed_lengths(_fixed_lengths(config, module.backbone))
