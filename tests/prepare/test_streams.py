@@ -19,10 +19,9 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.permutation import hash_ints
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import ShortSides
-from visft_ds.prepare.datasets import TrainingSet, check_samples
+from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary
 from visft_ds.prepare.streams import (
     known_vocabulary,
-    needs_vocabulary,
     pipeline_of,
     plan_of,
     read_vocabulary,

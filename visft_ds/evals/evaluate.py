@@ -39,10 +39,9 @@ from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import cache_of
+from visft_ds.prepare.datasets import cache_of, needs_vocabulary
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
-from visft_ds.prepare.streams import needs_vocabulary
 from visft_ds.redaction import redacted_words
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled

@@ -49,9 +49,10 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.ops.numerics import use_numerics
+from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
-from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
+from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.registry import config_class

@@ -65,7 +65,7 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
 
 def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
     """The splits whose words a captioning head has to know."""
-    return [one.manifest for one in sets.values() if any(TASKS[task].uses_vocabulary for task in one.tasks)]
+    return [one.manifest for one in sets.values() if needs_vocabulary(one.tasks)]
 
 
 def cache_of(data: DataConfig) -> CacheOptions | None:
@@ -106,6 +106,11 @@ def evaluation_threads(data: DataConfig) -> int:
 def needs_categories(tasks: Sequence[str]) -> bool:
     """Return True if one of the tasks learns from annotated objects."""
     return any(TASKS[task].config.labels == "annotations" for task in tasks)
+
+
+def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
+    """Return True if one of the tasks uses a vocabulary."""
+    return any(TASKS[task].uses_vocabulary for task in tasks)
 
 
 def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,11 +86,6 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
     """Data set -> the stream as far as the set has labels for it; without sets that have none."""
     taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
     return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
-
-
-def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
-    """Return True if one of the tasks uses a vocabulary."""
-    return any(TASKS[task].uses_vocabulary for task in tasks)
 
 
 def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
