@@ -452,3 +452,20 @@ def test_what_is_divided_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     session.check_fits(resolve(stage=2, model="eva_e", engine="zero3"), "bf16", CPU)
     with pytest.raises(ValueError, match=r"weights of 4 processes on this machine 3\d\.\d.*--engine zero3"):
         session.check_fits(resolve(stage=2, model="eva_e", engine="zero1"), "bf16", CPU)
+
+
+@pytest.mark.parametrize(("engine", "too_little", "enough"), [("zero2", 272, 294), ("zero3", 112, 124)])
+def test_what_trains_is_divided_as_the_engine_divides_it(
+    engine: str, too_little: int, enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights W of 16 to 17 GiB, gradients W, moments and masters 3 W, on 8 processes of a machine: 5 W under ZeRO-3,
+    under ZeRO-2 8 W and 4 W, and of the memory 70 % may be spoken for."""
+    whole = ["visft.lora=null", "visft.param_groups=backbone.*"]
+    config = resolve(stage=2, model="eva_e", engine=engine, settings=whole)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    monkeypatch.setattr(session, "host_memory_available", lambda: enough * 2**30)
+    session.check_fits(config, "bf16", CPU)
+    monkeypatch.setattr(session, "host_memory_available", lambda: too_little * 2**30)
+    with pytest.raises(ValueError, match=r"eva_e does not fit: .*gradients and optimizer state 6\d\.\d"):
+        session.check_fits(config, "bf16", CPU)

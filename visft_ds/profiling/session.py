@@ -184,9 +184,9 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     weights = frozen + trained * 4
     zero, ranks = config.deepspeed["zero_optimization"], distributed.world_size()
     stage = int(zero["stage"])
-    training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
-    if stage == 3:
-        weights, training = weights // ranks, training // ranks
+    gradients, moments = trained * 4, trained * (8 if stage == 0 else 12)  # beside the moments, ZeRO's masters
+    training = gradients // (ranks if stage > 1 else 1) + moments // (ranks if stage else 1)
+    weights //= ranks if stage == 3 else 1
     help_ = "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
     # Values go straight to where an engine wants them: beside GPUs, a host has one tensor, and what is offloaded.
     on_host, state = {}, "gradients and optimizer state"
