@@ -78,7 +78,8 @@ def test_what_more_gpus_are_worth_is_printed(capsys: pytest.CaptureFixture[str])
     ("arguments", "message"),
     [
         (["--cluster", "16xH100", "--network", "fast"], "--network fast: give the GB/s of a machine"),
-        (["--validate", "--network", "25"], "--network and --scaling go with --cluster"),
+        (["--validate", "--network", "25", "--scaling"], "leave out --network, --scaling: --validate has"),
+        (["--validate", "--model", "eva_e", "--set", "visft.seed=1"], "leave out --model, --set: --validate has"),
         (["--cluster", "2xH100", "--scaling", "--engine", "zero1"], "leave out --engine"),
         ([], "give --cluster SPEC, or --validate"),
         (["--cluster", "8xA10O-80GB"], "did you mean A100-80GB"),

@@ -19,6 +19,7 @@ import torch
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, make_split, write_tree
 from tools.profile import main
+from visft_ds.config import ResolvedConfig
 from visft_ds.data.shards import ShardReader
 from visft_ds.profiling import data as parts
 from visft_ds.profiling import data_compare as comparison
@@ -315,12 +316,24 @@ def test_only_the_first_shards_are_read_where_they_suffice(data: MeasuredSet) ->
         (["--comparee"], "--comparee: unknown argument; did you mean --compare?"),
         (["--synthetic", "--json", "nowhere/at/all.json"], "there is no folder"),
         (["--stage", "3", "--synthetic"], "--stage 3: must be 1"),
+        (["--stage", "2", "--synthetic", "--data", "x"], "both are given"),
     ],
 )
 def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *arguments]) == 2
     printed = capsys.readouterr()
     assert said in printed.err and printed.out == ""
+
+
+def test_a_url_reaches_the_configuration_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def configured(config: ResolvedConfig, *_: Any, **__: Any) -> Any:
+        raise ValueError(f"{config.visft.data.root} is far away")
+
+    monkeypatch.setattr(parts, "configured", configured)
+    assert main(["data", "--stage", "2", "--model", "debug", "--data", "s3://bucket/coco"]) == 2
+    assert "s3://bucket/coco is far away" in capsys.readouterr().err
 
 
 def test_worker_processes_need_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

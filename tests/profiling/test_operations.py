@@ -89,6 +89,7 @@ def test_threads_are_those_of_the_measurement_alone(tmp_path: Path) -> None:
         (["--repeat", "3"], "did you mean --repeats"),
         (["--threads", "0"], "--threads 0 must be at least 1"),
         (["--json", "nowhere/at/all.json"], "there is no folder"),
+        (["--targets", "proj"], "invalid choice: 'proj'"),
         (["--against", "."], "add --parts host"),
         (["--against", "nowhere", "--parts", "host"], "there is no visft_ds in it"),
     ],

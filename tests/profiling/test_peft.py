@@ -72,6 +72,14 @@ def test_what_does_not_compute_the_same_is_not_compared(monkeypatch: pytest.Monk
         main(SMALL)
 
 
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None if name == "timm" else name)
+    assert main(SMALL) == 2
+    assert "profile peft needs timm, not installed here: pip install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -217,7 +217,7 @@ examples:
 """,
     )
     add("--compare", action="store_true", help="beside plain webdataset pipelines, in one run")
-    add("--data", type=Path, metavar="FOLDER", help="shards, or a COCO tree")
+    add("--data", metavar="FOLDER", help="shards (with --stage also by a URL), or a COCO tree")
     add("--split", metavar="NAME", help="of the shards or the tree (train)")
     add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
     add("--reencode", metavar="Q[:SIDE]", help="with --compare: store pictures so first, as visft shards build does")
@@ -237,6 +237,8 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if not configured or options.compare:
         _check_all_known(rest, options)
     _check_folder(options.json)
+    if options.data is not None and options.synthetic:
+        raise ValueError("--data FOLDER or --synthetic: both are given; one of them says what is read")
     if options.reencode is not None and not options.compare:
         raise ValueError("--reencode belongs to --compare")
     split, images = options.split or "train", {} if options.images is None else {"images": options.images}
@@ -255,7 +257,7 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
             return _show(data_compare.compare(comparison), data_compare, command, options.json)
     config: ResolvedConfig | None = None
     if configured:
-        given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
+        given = [*rest, *([] if options.data is None else ["--data", options.data])]
         resolved = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
         if isinstance(resolved, int):
             return resolved
@@ -276,12 +278,10 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
-    """The folder of the set; None for generated images. Raises ValueError unless one of both is asked for."""
-    if (options.data is None) != options.synthetic:
-        both = "both are given" if options.synthetic else "neither is given"
-        raise ValueError(f"--data FOLDER or --synthetic: {both}; one of them says what is read")
-    folder: Path | None = options.data
-    return folder
+    """The folder of the set; None for generated images. Raises ValueError where neither is asked for."""
+    if options.data is None and not options.synthetic:
+        raise ValueError("--data FOLDER or --synthetic: neither is given; one of them says what is read")
+    return None if options.data is None else Path(options.data)
 
 
 # -------------------------------------------------------------------------------------------------------- plan
@@ -330,8 +330,10 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     _check_folder(options.json)
     if options.validate == bool(options.cluster):
         raise ValueError("plan: give --cluster SPEC, or --validate")
-    if options.validate and (options.network is not None or options.scaling):
-        raise ValueError("plan: --network and --scaling go with --cluster")
+    others = ("network", "scaling", "model", "backbone", "download", "stage", "engine", "set")
+    unused = [f"--{name}" for name in others if getattr(options, name)]
+    if options.validate and unused:
+        raise ValueError(f"plan: leave out {', '.join(unused)}: --validate has models and settings of its own")
     if options.scaling and options.engine:
         raise ValueError("plan: --scaling plans ZeRO-1 and pipelines; leave out --engine")
     if options.validate:
@@ -380,7 +382,7 @@ def _ops_flags(commands: Any) -> None:
 """,
     )
     _block_flags(add, rank="of the adapters")
-    add("--targets", nargs="+", default=("q", "v"), metavar="T", help="of the projection (q v), or k")
+    add("--targets", nargs="+", choices=("q", "k", "v"), default=("q", "v"), help="of the projection (q v)")
     add("--parts", nargs="+", choices=(*_PARTS, "host"), default=_PARTS, help="what to measure (all but host)")
     add("--against", type=Path, metavar="CHECKOUT", help="compare the host time with that of another checkout")
 

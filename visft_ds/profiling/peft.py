@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import FROZEN, OTHER, TRAINED, Ledger
+from visft_ds.flags import check_extra
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.layouts import is_lora, tower_of
 from visft_ds.interop.peft import adapter_config, peft_tensors
@@ -78,9 +79,10 @@ def measure_peft(options: PeftOptions) -> dict[str, Any]:
     """Every image size and dtype; a record of JSON values.
 
     Raises:
-        ValueError: timm is not installed.
+        ValueError: timm or PEFT is not installed.
         RuntimeError: gradients that do not agree: the two do not compute the same.
     """
+    check_extra("profile peft", "", ("timm", "peft"))
     device, load = torch.device(options.device), os.getloadavg()
     results = [_measure(options, name, side, device) for name in options.dtypes for side in options.pixels]
     return {
@@ -228,12 +230,9 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
         dtype: of everything that is frozen; None: each tensor as the backbone has it, so that all are shared.
 
     Raises:
-        ValueError: timm is not installed, or the backbone has no adapters.
+        ValueError: the backbone has no adapters.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.26 ({error})") from error
+    import timm
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     adapter = adapter_of(backbone)
