@@ -75,16 +75,19 @@ def test_a_measurement_that_takes_too_long_is_said(tmp_path: Path) -> None:
     assert (row["verdict"], row["case"]) == (FAILED, "cut off after 0 s")
 
 
-def test_a_gpu_that_the_planner_does_not_know_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "memory"), [("Voodoo", 2**24), ("NVIDIA H100 PCIe", 80 * 2**30)])
+def test_a_gpu_that_the_planner_does_not_know_keeps_its_rows(
+    name: str, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     medians = {name: {"median": 1.0} for name in ("images_per_second", "step_seconds")}
     numbers = {**medians, "flops": {"hardware_utilisation": 0.5}, "memory_bytes": {"process_peak": 2**30}}
     found = {"tasks": {task: {"ranks": [numbers]} for task in gpu_speed.TASKS}}
     monkeypatch.setattr(gpu_speed, "command", lambda *_: found)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo")
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2**24))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: name)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
     *measured, last = gpu_speed.full_steps("cuda", tmp_path, 1)
     assert len(measured) == 3 * len(gpu_speed.TASKS) and all(row["value"] for row in measured)
-    assert (last["verdict"], last["case"]) == (SKIPPED, "no plan: the planner knows no Voodoo")
+    assert (last["verdict"], last["case"]) == (SKIPPED, f"no plan: the planner knows no {name}")
 
 
 def test_cudnn_is_examined_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

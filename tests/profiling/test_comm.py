@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tools.profile import main
 from visft_ds.config import resolve
 from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Message, broadcasts_of, messages_of
 from visft_ds.planner.step import run_of
+from visft_ds.profiling import comm
 from visft_ds.profiling.comm import bus_factor, seconds_of
 
 _TINY = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
@@ -79,6 +81,27 @@ def test_bandwidths_are_those_of_nccl_tests_and_times_lie_between_measured_ones(
     assert [bus_factor(name, 4) for name in (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND)] == [1.5, 0.75, 0.75, 1.0]
     known = {1000: 1.0, 3000: 2.0}
     assert [seconds_of(size, known) for size in (10, 1000, 2000, 3000, 6000)] == [1.0, 1.0, 1.5, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "source"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79, "planned for A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+        ("NVIDIA H100 PCIe", 80, None),
+        ("Tesla V100-PCIE-32GB", 32, None),
+    ],
+)
+def test_a_share_is_worked_out_for_the_gpu_that_is_there_or_not_at_all(
+    name: str, gigabytes: int, source: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 2**30)
+    )
+    rates, found = comm._rates(torch.device("cuda"))
+    assert (rates is None, found) == (source is None, source or f"{name} is in no table")
 
 
 def test_messages_follow_the_engine() -> None:

@@ -271,14 +271,18 @@ def rates_of(gpu: Gpu) -> Rates:
     )
 
 
+def gpu_here(device: torch.device) -> Gpu | None:
+    """The known kind that this GPU is by its peaks, of several the nearest in memory; None for any other."""
+    peak, memory = find_peak(torch.cuda.get_device_name(device)), torch.cuda.get_device_properties(device).total_memory
+    alike = [g for g in GPUS.values() if peak and (g.tflops.get("bf16"), g.tflops["fp32"]) == (peak.bf16, peak.fp32)]
+    return min(alike, key=lambda gpu: abs(gpu.memory - memory), default=None)
+
+
 def rates_here(device: torch.device) -> Rates:
     """Rates of this process's device, by which policies are compared: of a GPU that is known, else operations alone."""
-    peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if peak is not None:
-        memory = torch.cuda.get_device_properties(device).total_memory
-        alike = [gpu for gpu in GPUS.values() if (gpu.tflops.get("bf16"), gpu.tflops["fp32"]) == (peak.bf16, peak.fp32)]
-        if alike:
-            return rates_of(min(alike, key=lambda gpu: abs(gpu.memory - memory)))
+    gpu = gpu_here(device) if device.type == "cuda" else None
+    if gpu is not None:
+        return rates_of(gpu)
     equal, free = dict.fromkeys(DTYPES, 1.0), math.inf
     return Rates(equal, equal, {"curve": free, "sampling": free, "plain": free}, call=0.0)
 

@@ -30,7 +30,7 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
-from visft_ds.planner.cluster import GPUS, Rates, rates_of, step_time
+from visft_ds.planner.cluster import Rates, gpu_here, rates_of, step_time
 from visft_ds.planner.messages import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -302,14 +302,12 @@ class _Sum(nn.Module):
 
 
 def _rates(device: torch.device) -> tuple[Rates | None, str]:
-    """(compute rates of a rank, their source): measured on a CPU, planned for a GPU; None for a GPU not in `GPUS`."""
+    """(compute rates of a rank, their source): measured on a CPU, planned for a GPU; None for an unknown GPU."""
     if device.type == "cpu":
         return measured_rates(), "measured here, one thread"
-    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    close = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name]
-    if not close:
-        return None, f"{name} is in no table"
-    gpu = min(close, key=lambda gpu: abs(gpu.memory - memory))
+    gpu = gpu_here(device)
+    if gpu is None:
+        return None, f"{torch.cuda.get_device_name(device)} is in no table"
     return rates_of(gpu), f"planned for {gpu.name}"
 
 

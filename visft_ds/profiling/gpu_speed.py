@@ -155,14 +155,14 @@ def _planned(folder: Path, settings: Sequence[str], measured: Mapping[str, Any])
     """Memory and time of these steps as planned, over what was measured; a row that says so where there is no plan."""
     import torch
 
-    from visft_ds.planner.cluster import GPUS
+    from visft_ds.planner.cluster import gpu_here
 
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    near = [kind for kind, gpu in GPUS.items() if kind.split("-")[0] in name and 0.8 < memory / gpu.memory < 1.1]
-    if not near:
+    gpu = gpu_here(torch.device("cuda"))
+    if gpu is None:
+        name = torch.cuda.get_device_name()
         yield dict(case=f"no plan: the planner knows no {name}", value=None, unit="", goal="", verdict=SKIPPED)
         return
-    planned = command("cuda", folder, "plan", "--cluster", f"1x{near[0]}", *settings, "--engine", "zero1")
+    planned = command("cuda", folder, "plan", "--cluster", f"1x{gpu.name}", *settings, "--engine", "zero1")
     for task, plan in planned["plans"][0]["arms"][0]["streams"].items():
         peak, seconds = measured[task]["memory_bytes"]["process_peak"], measured[task]["step_seconds"]["median"]
         yield row(f"{task}, planned / measured memory", plan["memory"]["total"] / peak, "times")
