@@ -97,9 +97,7 @@ def test_a_share_is_worked_out_for_the_gpu_that_is_there_or_not_at_all(
     name: str, gigabytes: int, source: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
-    monkeypatch.setattr(
-        "torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 2**30)
-    )
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 2**30))
     rates, found = comm._rates(torch.device("cuda"))
     assert (rates is None, found) == (source is None, source or f"{name} is in no table")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ from tests.tiny import TINY
 from tools.profile import main
 from visft_ds.config import resolve
 from visft_ds.costs.ledger import KINDS
+from visft_ds.planner import run_of
 from visft_ds.prepare.model import plan_model
 from visft_ds.profiling import timing
 from visft_ds.profiling.timing import MATCHER, PARTS
-from visft_ds.profiling.train import FORMAT, VERSION, make_record, tables
+from visft_ds.profiling.train import FORMAT, VERSION, make_record, measure_stream, tables
+from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory
 from visft_ds.shards.build import Options, build
 
 #: One task: of the three heads detection alone has a formula for its operations.
@@ -41,9 +44,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A training run, its profile, and a profile of stage 2 under ZeRO-3 on two ranks without any file; at once."""
     folder = tmp_path_factory.mktemp("profile")
     tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
+    for split in ("train", "more"):
+        build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split))
     before = {path.name for path in folder.iterdir()}
-    common = ["--model", "debug", "--data", str(folder / "shards"), *SETTINGS]
+    more = json.dumps([{"name": "more", "root": str(folder / "shards"), "split": "more"}])
+    order = [f"--set=visft.data.sets={more}", "--set=visft.data.shuffle=windowed"]
+    common = ["--model", "debug", "--data", str(folder / "shards"), *SETTINGS, *order]
     measured = ["tools/profile.py", "train", "--steps", "2", "--warmup", "1"]
     commands = {
         "train": (["launchers/train.py", "--stage", "1", "--out", str(folder / "run"), *common], 1),
@@ -87,7 +93,8 @@ def ranks_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_what_is_measured_is_what_trains(results: dict[str, Any]) -> None:
-    """Bit for bit the losses of the first two steps of the training run: same data, model, optimizer, schedule."""
+    """Bit for bit the losses of the first two steps of the training run: same sets and order of samples, model,
+    optimizer, schedule."""
     (rank,) = ranks_of(results["one"])
     assert rank["losses"] == results["losses"] and len(results["losses"]) == 2
 
@@ -183,6 +190,38 @@ def test_three_heads_of_one_forward_are_one_measurement(results: dict[str, Any])
     assert rank["batch"]["images"] == 4
     # Without formulas for two of the heads, what was counted stands for all.
     assert rank["flops"]["ratio"] is None and rank["flops"]["hardware_per_second"] > 0
+
+
+def test_generated_pictures_have_as_many_objects_as_photographs(results: dict[str, Any]) -> None:
+    """The toy's own have three at most; at least one of four pictures has more."""
+    assert max(rank["batch"]["content"]["objects"] for rank in ranks_of(results["two"])) > 3
+
+
+def test_a_step_that_does_not_fit_is_explained_as_in_training() -> None:
+    """Also where no exception of torch's says so; and less than one image at once is no advice."""
+    alone = [f"{key}={json.dumps(value)}" for key, value in ONE_TASK.items()]
+    config, device = (
+        resolve(stage=2, model="debug", settings=[*alone, "visft.model.recompute=none"]),
+        torch.device("cpu"),
+    )
+    run = run_of(config, 1, "fp32", None, device)
+
+    def steps(*_: int) -> Iterator[Any]:
+        raise RuntimeError("std::bad_alloc")
+        yield
+
+    loader, engine = SimpleNamespace(steps=steps), SimpleNamespace(device=device)
+    found = {
+        "config": config,
+        "engine": engine,
+        "batches": run.batches,
+        "precision": "fp32",
+        "memory": MemoryWatch(run),
+    }
+    session: Any = SimpleNamespace(**found, loader_of=lambda name: loader)
+    with pytest.raises(OutOfMemory, match="out of memory in a step of detection: micro-batches of 1\n") as caught:
+        measure_stream(session, "detection", 1, 1)
+    assert "activations" in str(caught.value) and "micro_batch=" not in str(caught.value)
 
 
 def test_one_process_prints_and_nothing_else_is_written(results: dict[str, Any]) -> None:

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
+from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.plan import Plan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
-from visft_ds.models.compiled import check_compiler
-from visft_ds.ops import use_kernels
-from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
-from visft_ds.parallel.placement import placement_for
-from visft_ds.planner import run_of
-from visft_ds.prepare.datasets import settle_classes, workers_of
-from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
-from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.prepare.datasets import (
+    TrainingSet,
+    captioned,
+    data_identity,
+    first_of,
+    open_training_data,
+    settle_classes,
+    workers_of,
+)
+from visft_ds.prepare.model import plan_groups, prepare_model
+from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.pretrained import local
-from visft_ds.profiling.data import GENERATED_SIZE, every_word
+from visft_ds.profiling.data import GENERATED_SIZE, every_word, open_set
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
-from visft_ds.run.machine import choose_recompute
-from visft_ds.shards.build import Options, build
+from visft_ds.resilience.out_of_memory import MemoryWatch
+from visft_ds.run.machine import check_machine, choose_recompute
 from visft_ds.tasks.vocabulary import Vocabulary
-from visft_ds.toy.annotations import write_toy_coco
 
-SYNTHETIC_SPLIT = "profile-synthetic"
-SYNTHETIC_COUNT = 8  #: drawing one takes longer than training on it; a larger batch repeats them
 #: Part of the memory that weights and optimizer may fill. The rest of a CPU's has to do for all activations, and where
 #: it ends the kernel kills the process without a word; a GPU's allocator says what is the matter.
 FILLED = {"cpu": 0.7, "cuda": 0.95}
@@ -56,26 +53,22 @@ class Session:
     config: ResolvedConfig
     batches: Batches
     engine: ZeroEngine
-    manifest: Manifest
+    sets: Mapping[str, TrainingSet]
     vocabulary: Vocabulary | None
     precision: Precision
     precision_reason: str
+    memory: MemoryWatch  #: explains a step that does not fit
     notes: tuple[str, ...]  #: differences from the run of the same command
 
     def loader_of(self, name: str) -> StepLoader:
         """The loader of a run that has this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
-        stream = streams_of(settings, self.manifest)[name]
         kind, number, _ = workers_of(settings.data)
-        if self.manifest.split == SYNTHETIC_SPLIT:
-            kind = "threads"  # another process would open the split again, without the repeated samples
-        dataset, manifest = settings.data.train, self.manifest
-        if manifest.split == SYNTHETIC_SPLIT and len(manifest) < stream.batch_size:
-            manifest = replace(manifest, index=np.resize(manifest.index, stream.batch_size))
+        plan = plan_of(settings, self.sets)
         return StepLoader(
-            {dataset: DataSet(ShardReader(manifest))},
-            Plan({name: TaskPlan({dataset: SetPlan(manifest.selection())}, stream.batch_size)}, settings.seed),
-            {name: {dataset: pipeline_of(stream, self.vocabulary, train=True)}},
+            {one: DataSet(ShardReader(part.manifest), part.categories) for one, part in self.sets.items()},
+            Plan({name: plan.tasks[name]}, plan.seed, plan.shuffle),
+            pipelines_of(settings, self.sets, self.vocabulary),
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
             accumulation=batches.accumulation,
@@ -104,44 +97,51 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     notes: tuple[str, ...] = ()
     if synthetic:
         config, notes = without_missing_weights(config)
-    batches = derive_batches(config, distributed.world_size())
-    device = distributed.local_device()
-    precision, why = choose_precision(config.visft.model.precision, device)
-    use_kernels(config.visft.model.kernels, device)
-    use_numerics(device, tf32=config.visft.model.tf32, deterministic=config.visft.run.deterministic)
-    check_compiler(config.visft.model.compile, device)
-    check_fits(config, precision, device)
-    with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
-        config = settle_classes(config, manifest)
-        settings = config.visft
+    if config.visft.features is not None:
+        notes += ("features: computed in every step, not kept as visft.features says",)
+    with (
+        _data(config, synthetic) as sets,
+        memory_bounded(distributed.local_device(), distributed.processes_here()),
+    ):
+        config = settle_classes(config, first_of(sets))
+        vocabulary = vocabulary_of(config.visft, *captioned(sets))
+        machine = check_machine(config, None if vocabulary is None else vocabulary.size)
+        run = machine.planned
+        check_fits(config, run.precision, run.device)
         start_process_group()
-        distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
-        heads = Path(settings.heads.path) if settings.heads.path else None
-        vocabulary = vocabulary_of(settings, manifest)
-        if settings.model.recompute == "auto":
-            words = None if vocabulary is None else vocabulary.size
-            run = run_of(config, distributed.world_size(), precision, words, device)
+        distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": data_identity(sets)})
+        if config.visft.model.recompute == "auto":
             config, _ = choose_recompute(config, run, None)
-            settings = config.visft
-        for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
+            run = run.changed(config)
+        settings = config.visft
         prepared = prepare_model(
             settings,
             config.optimizer.params,
-            precision=precision,
-            heads_from=heads,
+            precision=run.precision,
+            heads_from=Path(settings.heads.path) if settings.heads.path else None,
             vocabulary=vocabulary,
-            placement=placement_for(for_deepspeed, None),
+            placement=machine.placement,
         )
         engine = build_engine(
             prepared,
-            for_deepspeed,
+            machine.deepspeed_config,
             config.optimizer.params,
             Schedule.of(config.scheduler, config.total_steps),
             seed=settings.seed,
             compile=settings.model.compile,
         )
         assert isinstance(engine, ZeroEngine)
-        yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
+        yield Session(
+            config=config,
+            batches=run.batches,
+            engine=engine,
+            sets=sets,
+            vocabulary=vocabulary,
+            precision=run.precision,
+            precision_reason=machine.why_precision,
+            memory=MemoryWatch(run),
+            notes=notes,
+        )
 
 
 def make_step(session: Session, step: int, batches: Sequence[Batch]) -> StepReport:
@@ -215,15 +215,11 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
 
 
 @contextmanager
-def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
-    """The configured split, or one of generated images in a temporary folder that is deleted afterwards."""
+def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Mapping[str, TrainingSet]]:
+    """The configured sets, or one of generated pictures in a temporary folder that is deleted afterwards."""
+    settings = config.visft
     if not synthetic:
-        yield Manifest.load(config.visft.data.root, config.visft.data.train)
+        yield open_training_data(settings)
         return
-    with tempfile.TemporaryDirectory(prefix="visft-profile-") as name:
-        folder, (height, width) = Path(name), GENERATED_SIZE
-        write_toy_coco(folder / "coco", train=SYNTHETIC_COUNT, val=0, height=height, width=width)
-        labels = folder / "coco" / "annotations"
-        instances, captions = (labels / f"{kind}_train2017.json" for kind in ("instances", "captions"))
-        build(Options(folder / "coco" / "train2017", instances, captions, folder / "shards", SYNTHETIC_SPLIT))
-        yield Manifest.load(folder / "shards", SYNTHETIC_SPLIT)
+    with open_set(None, "train", max(stream.batch_size for stream in settings.streams().values())) as drawn:
+        yield {settings.data.train: TrainingSet(drawn.manifest, tuple(settings.tasks.enabled()))}

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.task_schema import SHARED
 from visft_ds.costs.counting import FlopMeter
 from visft_ds.costs.flops import Flops
 from visft_ds.costs.hardware import DTYPES, reference_rate
@@ -42,7 +40,6 @@ from visft_ds.profiling.timing import (
     metered,
     typical_parts,
 )
-from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.run.operations import StepFormula, formula_of
 from visft_ds.run.start_report import describe_attention
@@ -77,7 +74,7 @@ def measure_stream(session: Session, stream: str, count: int, warmup: int) -> di
     """Everything about one stream on this rank, as JSON values. Collective: every rank measures the same steps.
 
     Raises:
-        ValueError: the step does not fit into memory.
+        OutOfMemory: the step does not fit into memory; says what would.
     """
     engine, micro = session.engine, session.batches.micro[stream]
     device, loader = engine.device, session.loader_of(stream)
@@ -99,7 +96,7 @@ def measure_stream(session: Session, stream: str, count: int, warmup: int) -> di
         step = divide(time.perf_counter() - began, wait, watch.seconds() if watch else {})
         return step, formula_of(session.engine, session.config, session.precision, batches).total
 
-    with out_of_memory_explained(stream, micro):
+    with session.memory.watched(f"a step of {stream}", stream, lambda: f"micro-batches of {micro}"):
         for _ in range(warmup):
             timed()
         if device.type == "cuda":
@@ -195,24 +192,6 @@ class _AtBackward:
         self.meter.stop(part)
         if part == BACKWARD:
             note_gradients(self.ledger, self.optimizer)
-
-
-@contextmanager
-def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
-    """Turn the allocator's error into one that says what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
-        first = (str(error).splitlines() or ["out of memory"])[0]
-        raise RankError(
-            f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
-            f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
-            "visft.model.recompute=block; divided weights: --engine zero3 on more GPUs"
-        ) from error
 
 
 def _by_part(formula: StepFormula) -> dict[str, int | None]:
