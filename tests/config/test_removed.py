@@ -165,6 +165,7 @@ def test_other_arguments_pass() -> None:
         "data --start",
         "data --synthetic --shuffle",
         "data --samples=9",
+        "ops --against=../before",
     ],
 )
 def test_removed_measurements_say_where_they_stand(line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,23 +56,6 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
     assert first["kept"]["none"] == second["kept"]["none"]
 
 
-@pytest.mark.slow  # each checkout is measured in a process of its own
-def test_host_time_beside_another_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The other checkout is this one, so it launches as many operators."""
-    file, root = tmp_path / "ops.json", Path(__file__).resolve().parents[2]
-    flags = ["--parts", "host", "--depth", "2", "--against", str(root)]
-    assert main([*SMALL, *flags, "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
-    assert record["results"] == [] and record["host"]["depth"] == 2
-    operators = {}
-    for policy, found in record["host"]["policies"].items():
-        assert found["this"]["operators"] == found["other"]["operators"]
-        assert found["ratio"]["median"] > 0 and found["this"]["least"] > 0
-        operators[policy] = found["this"]["operators"]
-    assert operators["none"] < operators["mlp"] < operators["block"]
-    assert "host time: 2 tiny blocks" in capsys.readouterr().out
-
-
 def test_threads_are_those_of_the_measurement_alone(tmp_path: Path) -> None:
     file, before = tmp_path / "ops.json", torch.get_num_threads()
     flags = ["--parts", "kept", "--dtypes", "fp32", "--depth", "1", "--threads", str(before + 1)]
@@ -90,8 +73,6 @@ def test_threads_are_those_of_the_measurement_alone(tmp_path: Path) -> None:
         (["--threads", "0"], "--threads 0 must be at least 1"),
         (["--json", "nowhere/at/all.json"], "there is no folder"),
         (["--targets", "proj"], "invalid choice: 'proj'"),
-        (["--against", "."], "add --parts host"),
-        (["--against", "nowhere", "--parts", "host"], "there is no visft_ds in it"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

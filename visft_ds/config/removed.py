@@ -18,7 +18,10 @@ from visft_ds.tasks import registry
 RUN_SCHEMA = 2
 _PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
 _COPIES = "find copies with a program made for that, as imagededup, and name the images to keep in --ids FILE"
-_MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
+_MEASURED, _COMPARED = (
+    f"what it measured stands in docs/LOG.md; commit {commit} is the last that has it"
+    for commit in ("584c6d3", "eb9e60c")
+)
 
 #: Dotted key -> what serves instead; those of the tasks come from `TaskConfig.removed`.
 KEYS: dict[str, str] = {
@@ -54,6 +57,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "data --start": _MEASURED,
         "data --shuffle": _MEASURED,
         "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
+        "ops --against": _COMPARED,
     },
     "make_shards": {
         "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",

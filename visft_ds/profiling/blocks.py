@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +36,12 @@ from visft_ds.profiling.harness import (
     spread,
     with_quartiles,
 )
-from visft_ds.profiling.host import DEPTH, host_rows, measure_host
 from visft_ds.profiling.memory import live_tensors, step_watched
 
 FORMAT, VERSION = "visft_ds ops", 1
 FROZEN_LAYERS, OURS, DENSE, AFTERWARDS = "frozen", "adapted", "dense update, as loralib", "added afterwards, as PEFT"
 FORWARD, BACKWARD = "forward", "backward"
 PARTS = BLOCKS, PROJECTION, KEPT = "blocks", "projection", "kept"
-HOST = "host"  #: part for which neither sizes nor dtypes matter
 #: Debug width instead of EVA-ViT-E's.
 SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
 
@@ -65,12 +62,9 @@ class OperationOptions:
     repeats: int = 5  #: rounds after one to warm up
     device: str = "cpu"
     small: bool = False  #: debug width instead of EVA-ViT-E's
-    against: Path | None = None  #: checkout whose host time is measured in turn with this one's
 
     def __post_init__(self) -> None:
         check_blocks(self)
-        if self.against is not None and HOST not in self.parts:
-            raise ValueError(f"--against {self.against} compares the host time: add --parts {HOST}")
 
 
 def check_blocks(options: Any, *, counts: Sequence[str] = ("depth", "rank", "repeats"), whole: bool = False) -> None:
@@ -133,10 +127,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
     device, load = torch.device(options.device), os.getloadavg()
     sizes: dict[str, Any] = SMALL if options.small else {}
     results = []
-    host = None
-    if HOST in options.parts:
-        host = measure_host(options.against, options.repeats, options.depth if options.small else DEPTH)
-    for name in options.dtypes if set(options.parts) & set(PARTS) else ():
+    for name in options.dtypes:
         backbone = build_backbone("eva_e", depth=options.depth, dtype=DTYPES[name], device=device, **sizes)
         backbone.requires_grad_(False).train()
         plain = _projections(backbone)
@@ -160,9 +151,8 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         **circumstances(load, device),
-        "options": {**asdict(options), "against": None if options.against is None else str(options.against)},
+        "options": asdict(options),
         "results": results,
-        **({} if host is None else {HOST: host}),
     }
 
 
@@ -295,9 +285,6 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
     """(title, tables) of a record: blocks, projection and memory of every image size and dtype."""
     options = record["options"]
     sections = [Section("measured on", [*measured_on(record), rounds_row(options)])]
-    if HOST in record:
-        rows, head = host_rows(record[HOST])
-        sections.append(Section(f"host time: {record[HOST]['depth']} tiny blocks, forward and backward", rows, head))
     names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"

@@ -378,13 +378,11 @@ def _ops_flags(commands: Any) -> None:
   visft profile ops
   visft profile ops --pixels 224 --dtypes fp32 --repeats 3
   visft profile ops --device cuda --dtypes bf16 --pixels 224 448 1022 --repeats 30
-  visft profile ops --parts host --repeats 25 --against ../before
 """,
     )
     _block_flags(add, rank="of the adapters")
     add("--targets", nargs="+", choices=("q", "k", "v"), default=("q", "v"), help="of the projection (q v)")
-    add("--parts", nargs="+", choices=(*_PARTS, "host"), default=_PARTS, help="what to measure (all but host)")
-    add("--against", type=Path, metavar="CHECKOUT", help="compare the host time with that of another checkout")
+    add("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="what to measure (all)")
 
 
 def _peft_flags(commands: Any) -> None:
