@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,17 +39,7 @@ def test_predicted_messages_are_those_of_real_steps(world: int, tmp_path: Path) 
 @pytest.mark.slow
 def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     flags = [f"--set={setting}" for setting in _TINY]
-    own = [
-        "--sizes",
-        "1024",
-        "65536",
-        "--repeats",
-        "2",
-        "--json",
-        str(tmp_path / "c.json"),
-        "--csv",
-        str(tmp_path / "c.csv"),
-    ]
+    own = ["--sizes", "1024", "65536", "--repeats", "2", "--json", str(tmp_path / "c.json")]
     command = ["tools/profile.py", "comm", "--stage", "2", "--model", "debug", "--engine", "zero2", *own, *flags]
     codes, texts = finish(start_ranks(command))
     assert codes == [0, 0], texts
@@ -63,11 +52,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
         assert call["seconds"]["count"] == 2 and call["algbw"] == call["bytes"] / call["seconds"]["median"]
         assert call["busbw"] == call["algbw"] * bus_factor(call["call"], 2)
     assert all(0 < share["share"] <= share["share_nothing_hidden"] < 1 for share in record["share"].values())
-    assert record["update"]["calls"]["all_reduce"] >= 1 and record["update"]["ratio"]["median"] > 0
-    with (tmp_path / "c.csv").open(encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == len(record["calls"]) and rows[0]["backend"] == "gloo" and rows[0]["device"]
-    assert "share of the step" in texts[0] and "engine / plain" in texts[0] and "share" not in texts[1]
+    assert "share of the step" in texts[0] and "share" not in texts[1]
 
 
 def test_one_process_alone_is_told_how(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "data --shuffle": _MEASURED,
         "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
         "ops --against": _COMPARED,
+        "comm --csv": "--json has the same numbers",
     },
     "make_shards": {
         "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",

@@ -88,9 +88,9 @@ def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:
         raise ValueError(f"{rest[0]}: unknown argument; {hint}")
 
 
-def _check_folder(file: Path | None, option: str = "--json") -> None:
+def _check_folder(file: Path | None) -> None:
     if file is not None and not file.resolve().parent.is_dir():
-        raise ValueError(f"{option} {file}: there is no folder {file.resolve().parent}; make it first")
+        raise ValueError(f"--json {file}: there is no folder {file.resolve().parent}; make it first")
 
 
 def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[str], file: Path | None) -> int:
@@ -464,7 +464,7 @@ def _comm_flags(commands: Any) -> None:
 
 examples:
   deepspeed --num_gpus 2 --module visft_ds profile comm --stage 2 --model debug
-  deepspeed --num_gpus 8 --module visft_ds profile comm --stage 2 --engine zero3 --json comm.json --csv comm.csv
+  deepspeed --num_gpus 8 --module visft_ds profile comm --stage 2 --engine zero3 --json comm.json
   deepspeed --num_gpus 2 --module visft_ds profile comm --stage 2 --model debug --engine pipeline
 """,
     )
@@ -472,7 +472,6 @@ examples:
     add("--max-bytes", type=int, metavar="N", help="of one message (32 MiB; 1 GiB on GPUs)")
     add("--repeats", type=int, default=10, metavar="N", help="rounds after one (%(default)s)")
     add("--json", type=Path, metavar="FILE", help=_RECORD)
-    add("--csv", type=Path, metavar="FILE", help="write a row for every call there")
 
 
 def profile_comm(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
@@ -481,12 +480,7 @@ def profile_comm(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if isinstance(config, int):
         return config
     _check_folder(options.json)
-    _check_folder(options.csv, "--csv")
     from visft_ds.profiling import comm
 
     record = comm.measure_comm(config, comm.CommOptions(options.sizes, options.max_bytes, options.repeats))
-    _show(record, comm, command, options.json)
-    if record is not None and options.csv is not None:
-        comm.write_csv(record, options.csv)
-        print(f"wrote {options.csv}", flush=True)
-    return 0
+    return _show(record, comm, command, options.json)

@@ -1,8 +1,7 @@
 """Benchmark of the collectives of a run's engine: bandwidth, latency, and the share of communication in a step.
 
 Every call of `torch.distributed` that engines use, at sizes of a sweep and at the sizes of the configuration, beside a
-copy in memory; and an engine's own averaging and update beside plain calls for the same bytes. All take turns in every
-round. A call's time is that of the slowest rank.
+copy in memory. All take turns in every round. A call's time is that of the slowest rank.
 
 Bandwidths as nccl-tests define them (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md): algbw is S over the time, busbw
 what each link has to carry for it: S is all that is reduced, gathered or sent, in bytes, over n ranks.
@@ -10,26 +9,21 @@ what each link has to carry for it: S is all that is reduced, gathered or sent, 
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from visft_ds.config import ResolvedConfig, deepspeed_dict
-from visft_ds.config.schema import Precision
-from visft_ds.model import MultiTaskModel
+from visft_ds.config import ResolvedConfig
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine, start_process_group
+from visft_ds.parallel.engine import start_process_group
 from visft_ds.planner.cluster import Rates, gpu_here, rates_of, step_time
 from visft_ds.planner.messages import (
     ALL_GATHER,
@@ -44,21 +38,11 @@ from visft_ds.planner.messages import (
     messages_of,
 )
 from visft_ds.planner.step import PlannedRun, run_of
-from visft_ds.prepare.model import choose_precision, plan_groups
-from visft_ds.profiling.harness import (
-    Spread,
-    circumstances,
-    in_turn,
-    load_row,
-    ratio,
-    spread,
-    synchronize,
-    with_quartiles,
-)
+from visft_ds.prepare.model import choose_precision
+from visft_ds.profiling.harness import Spread, circumstances, in_turn, load_row, synchronize, with_quartiles
 from visft_ds.profiling.plan_validation import measured_rates
-from visft_ds.profiling.timing import Communication, measure_communication
 
-FORMAT, VERSION = "visft_ds comm profile", 1
+FORMAT, VERSION = "visft_ds comm profile", 2
 COPY = "copy in memory"
 #: Bytes of the sweep, if nothing else is asked for.
 SIZES = tuple(1 << power for power in range(10, 26, 3))
@@ -84,7 +68,7 @@ class CommOptions:
 
 
 def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any] | None:
-    """Measure a sweep, the messages of the configuration, and its engine. Collective; the main process gets the record.
+    """Measure a sweep and the messages of the configuration. Collective; the main process gets the record.
 
     Raises:
         ValueError: one process alone, batches that do not divide over them.
@@ -108,7 +92,6 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
     calls = {key: make_call(*key, device) for key in keys}
     seconds = in_turn(keys, lambda key: _seconds(calls[key], key, device), options.repeats)
     slowest = _slowest_rank(list(seconds.values()), device)
-    engine = _measure_engine(config, run, precision, options.repeats) if run.batches.stages == 1 else None
     record: dict[str, Any] | None = None
     if distributed.is_main():
         times = {key: Spread.of(row) for key, row in zip(seconds, slowest, strict=True)}
@@ -138,7 +121,6 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
             ],
             "messages": costs,
             "at_start": _costs(at_start, times, world) if at_start else [],
-            "update": engine,
             "share": {name: _share(run, name, found, rates) for name, found in costs.items()} if rates else {},
             "rates": source,
         }
@@ -233,71 +215,6 @@ def seconds_of(size: int, known: Mapping[int, float]) -> float:
     return float(np.interp(size, sizes, [known[measured] for measured in sizes]))
 
 
-# ------------------------------------------------------------------------------------------------------- engine
-
-
-def _measure_engine(config: ResolvedConfig, run: PlannedRun, precision: Precision, repeats: int) -> dict[str, Any]:
-    """Measure averaging and update by the engine itself, of tensors of the trained sizes, without computation.
-
-    In turn with plain calls of the same bytes; both are seen by torch's profiler, and waiting for the other ranks
-    counts in both.
-    """
-    groups = plan_groups(config.visft, config.optimizer.params)
-    shapes = [tuple(parameter.shape) for group in groups for parameter in group.parameters]
-    module = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
-    given = deepspeed_dict(config, distributed.world_size(), precision)
-    given.pop("torch_autocast", None)
-    given |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1}
-    given.pop("train_batch_size", None)
-    engine = ZeroEngine(
-        cast(MultiTaskModel, _Sum(module)),
-        [{"name": "all", "params": list(module), "lr": 0.0, "weight_decay": 0.0}],
-        given,
-        build_optimizer=torch.optim.AdamW,
-        schedule=lambda step: 1.0,
-        seed=0,
-    )
-
-    size, device = 4 * sum(torch.Size(shape).numel() for shape in shapes), engine.device
-    zero = run.zero().stage
-    names = {0: (ALL_REDUCE,), 3: (REDUCE_SCATTER,)}.get(zero, (ALL_REDUCE, ALL_GATHER))
-    calls = [make_call(name, size, device) for name in names]
-
-    def by_engine() -> None:
-        engine.deepspeed.backward(engine.deepspeed())
-        engine.deepspeed.step()
-
-    def plainly() -> None:
-        for call in calls:
-            call()
-
-    def sent(kind: str) -> Communication:
-        distributed.barrier()
-        return measure_communication(by_engine if kind == "engine" else plainly, device)
-
-    found = in_turn(("engine", "plain"), sent, repeats)
-    ours, plain = _slowest_rank([[timed.seconds for timed in kind] for kind in found.values()], device)
-    return {
-        "bytes": size,
-        "plain_calls": list(names),
-        "calls": dict(found["engine"][0].calls),
-        "seconds": spread(ours),
-        "plain_seconds": spread(plain),
-        "ratio": ratio(ours, plain),
-    }
-
-
-class _Sum(nn.Module):
-    """A model whose gradients cost nothing to compute."""
-
-    def __init__(self, parameters: nn.ParameterList) -> None:
-        super().__init__()
-        self.values = parameters
-
-    def forward(self) -> Tensor:
-        return torch.stack([value.sum() for value in self.values]).sum()
-
-
 # ------------------------------------------------------------------------------------------------------- share
 
 
@@ -327,30 +244,6 @@ def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates
 
 
 # ------------------------------------------------------------------------------------------------------- tables
-
-
-def write_csv(record: Mapping[str, Any], file: Path) -> None:
-    """Write a CSV file with a row for every measured call, each with hardware, ranks, time, versions and commit."""
-    facts = {
-        "device": record["hardware"]["device"],
-        "backend": record["backend"],
-        "ranks": record["ranks"],
-        "measured": record["measured"],
-        "versions": json.dumps(record["versions"]),
-        "git": json.dumps(record["git"]),
-    }
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = [
-            {
-                **{key: call[key] for key in ("call", "bytes", "algbw", "busbw")},
-                **{f"seconds_{key}": value for key, value in call["seconds"].items()},
-                **facts,
-            }
-            for call in record["calls"]
-        ]
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 _CALL_HEAD = ("call", "bytes", "µs (quartiles)", "algbw GB/s", "busbw GB/s", "of a copy")
@@ -412,16 +305,6 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
         count, size = sum(row["calls"] for row in once), sum(row["calls"] * row["bytes"] for row in once)
         text = f"{count} broadcasts, {size:,} bytes, {sum(row['of_step'] for row in once):.3f} s"
         sections.append(Section("sent once, when the engine is built", [("every parameter", text)]))
-    if found := record["update"]:
-        by_engine = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items()))
-        seconds, plain = (with_quartiles(found[key], 2, 1e3, " ms", " ") for key in ("seconds", "plain_seconds"))
-        facts = [
-            ("bytes that train", f"{found['bytes']:,}"),
-            ("the engine", f"{seconds} inside {by_engine}"),
-            ("plain", f"{plain} inside {' and '.join(found['plain_calls'])}"),
-            ("engine / plain", f"{with_quartiles(found['ratio'], 2)}, round by round"),
-        ]
-        sections.append(Section("averaging and update of what trains, nothing computed", facts))
     shares = [
         (
             name,
