@@ -44,12 +44,8 @@ from visft_ds.shards.reencode import Reencoding
 from visft_ds.tasks.vocabulary import Vocabulary
 
 check_secure()  # the program may have imported the library before
-FORMAT, VERSION = "visft_ds data comparison", 1
-#: Passes of one kind; each returns its number of samples.
-Passes = Mapping[str, Callable[[], int]]
+FORMAT, VERSION = "visft_ds data comparison", 2
 _WORKERS = (0, 1, 2)
-#: Times that a pass of plain reading goes through the set: once takes milliseconds only.
-_TURNS = 8
 #: CLIP's mean and standard deviation of the channels.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WEBDATASET = str(webdataset.__version__)
@@ -58,31 +54,23 @@ _SHARD_BUFFER = 100
 NAIVE_BUFFER = 1000
 
 WdsSample = dict[str, Any]  # "__key__", "jpg", "json"
-SAMPLE, LABELS_READ, LABELS_PARSED, LABELS, RAW = (
-    "three-task sample at 224 pixels",
-    "labels, bytes",
-    "labels, parsed",
-    "labels, batches of targets",
-    "bytes of samples, nothing decoded",
-)
+SAMPLE = "three-task sample at 224 pixels"
 
 
 class Rivals(NamedTuple):
-    """Two passes of a group whose CPU times are compared."""
+    """Two passes whose CPU times are compared."""
 
-    group: str
     theirs: str
     ours: str
 
 
 PAIRS = (
-    Rivals(SAMPLE, "naive webdataset, 0 workers", "ours, 0 threads"),
-    Rivals(SAMPLE, "naive webdataset, 2 workers", "ours, 2 threads"),
-    Rivals(SAMPLE, "tuned webdataset, 0 workers", "ours, 0 threads"),
-    Rivals(SAMPLE, "tuned webdataset, 1 workers", "ours, 1 threads"),
-    Rivals(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 threads"),
-    Rivals(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 processes"),
-    Rivals(LABELS_READ, "webdataset, json files selected", "ours, shuffled, crc"),
+    Rivals("naive webdataset, 0 workers", "ours, 0 threads"),
+    Rivals("naive webdataset, 2 workers", "ours, 2 threads"),
+    Rivals("tuned webdataset, 0 workers", "ours, 0 threads"),
+    Rivals("tuned webdataset, 1 workers", "ours, 1 threads"),
+    Rivals("tuned webdataset, 2 workers", "ours, 2 threads"),
+    Rivals("tuned webdataset, 2 workers", "ours, 2 processes"),
 )
 
 
@@ -107,7 +95,7 @@ class CompareOptions:
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Measure every group of passes on one set; returns a record of JSON values.
+    """Measure all passes on one set; returns a record of JSON values.
 
     Raises ValueError where the shards are fewer than the worker processes.
     """
@@ -119,11 +107,9 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 f"{data.name} has {data.shards} shard: webdataset needs one for each of {max(_WORKERS)} worker "
                 "processes. Make smaller shards (--max-count), or give the COCO tree itself"
             )
-        measured: dict[str, dict[str, list[Cost]]] = {}
+        todo = passes(data, reader, options.batch)
         with quiet():
-            for name, group in passes(data, reader, options.batch).items():
-                costs = in_turn(group.items(), lambda case: measure_pass(case[1]), options.rounds)
-                measured[name] = {case: found for (case, _), found in costs.items()}
+            found = in_turn(todo, lambda name: measure_pass(todo[name]), options.rounds)
         facts = data.facts()
     return {
         "format": FORMAT,
@@ -132,23 +118,16 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         "webdataset": WEBDATASET,
         "options": {**asdict(options), "folder": None if options.folder is None else str(options.folder)},
         "set": facts,
-        "groups": {
+        "passes": {
             name: {
-                case: {
-                    "cpu_seconds_per_sample": spread(cost.cpu for cost in costs),
-                    "wall_samples_per_second": spread(cost.wall for cost in costs),
-                    "samples": costs[0].samples,
-                }
-                for case, costs in group.items()
+                "cpu_seconds_per_sample": spread(cost.cpu for cost in costs),
+                "wall_samples_per_second": spread(cost.wall for cost in costs),
+                "samples": costs[0].samples,
             }
-            for name, group in measured.items()
+            for name, costs in found.items()
         },
         "ratios": [
-            {
-                **pair._asdict(),
-                "ratio": ratio(*((cost.cpu for cost in measured[pair.group][case]) for case in pair[1:])),
-            }
-            for pair in PAIRS
+            {**pair._asdict(), "ratio": ratio(*((cost.cpu for cost in found[name]) for name in pair))} for pair in PAIRS
         ],
     }
 
@@ -156,13 +135,12 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- passes
 
 
-def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
-    """The passes that are compared, by group and name."""
+def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Callable[[], int]]:
+    """The passes that are compared, by name; each returns its number of samples."""
     pipeline, urls, whole = joint_pipeline(data.vocabulary), data.urls, len(data)
     ours = partial(our_loader, data, reader, pipeline, batch)
     as_written = partial(naive, urls, data.vocabulary, batch)
     as_ours = partial(tuned, urls, pipeline, batch, buffer=whole)
-    selected = partial(as_ours, workers=0, labels_only=True)
 
     def of_pairs(start: Callable[[], Iterator[Any]]) -> int:
         return sum(len(images) for images, _ in start())
@@ -170,58 +148,19 @@ def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Pass
     def of_batches(start: Callable[[], Iterator[Any]]) -> int:
         return sum(len(found.indices) for found in start())
 
-    def of_samples(start: Callable[[], Iterator[Any]]) -> int:
-        return sum(1 for _ in range(_TURNS) for _ in start())
-
     def of_loader(loader: StepLoader) -> int:
         return sum(len(part.indices) for _, parts in loader.steps(0, whole // batch) for part in parts)
 
-    def of_reader() -> int:
-        order = shuffled(whole)
-        for _ in range(_TURNS):
-            for index in order:
-                reader.read(index)
-        return _TURNS * whole
-
-    def of_label_reader(*, parse: bool) -> int:
-        order = shuffled(whole)
-        for _ in range(_TURNS):
-            for first in range(0, whole, batch):
-                for label in reader.read_labels(order[first : first + batch]):
-                    if parse:
-                        orjson.loads(label)
-        return _TURNS * whole
-
-    sample: dict[str, Callable[[], int]] = {}
+    found: dict[str, Callable[[], int]] = {}
     for workers in (0, 2):
-        sample[f"naive webdataset, {workers} workers"] = partial(of_pairs, partial(as_written, workers=workers))
+        found[f"naive webdataset, {workers} workers"] = partial(of_pairs, partial(as_written, workers=workers))
     for workers in _WORKERS:
-        sample[f"tuned webdataset, {workers} workers"] = partial(of_batches, partial(as_ours, workers=workers))
-        sample[f"ours, {workers} threads"] = partial(of_loader, ours(num_workers=workers))
+        found[f"tuned webdataset, {workers} workers"] = partial(of_batches, partial(as_ours, workers=workers))
+        found[f"ours, {workers} threads"] = partial(of_loader, ours(num_workers=workers))
     for number in _WORKERS[1:]:
         processes = ours(workers="processes", num_workers=number)
-        sample[f"ours, {number} processes"] = partial(of_loader, processes)
-    return {
-        SAMPLE: sample,
-        LABELS: {
-            "webdataset, json files selected": partial(of_batches, selected),
-            "ours, 0 threads": partial(of_loader, ours(num_workers=0, role="labels")),
-        },
-        LABELS_PARSED: {
-            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=True)),
-            "ours, shuffled, crc": partial(of_label_reader, parse=True),
-        },
-        LABELS_READ: {
-            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=False)),
-            "ours, shuffled, crc": partial(of_label_reader, parse=False),
-        },
-        RAW: {
-            "webdataset, shards in order": partial(of_samples, partial(raw, urls, 0)),
-            "webdataset, shuffled": partial(of_samples, partial(raw, urls, whole)),
-            "index and pread, shuffled, no crc": lambda: sum(pread(data) for _ in range(_TURNS)),
-            "ours, shuffled, crc": of_reader,
-        },
-    }
+        found[f"ours, {number} processes"] = partial(of_loader, processes)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -247,7 +186,7 @@ def measure_pass(run: Callable[[], int]) -> Cost:
 # --------------------------------------------------------------------------------------------- plain webdataset
 #
 # `naive` is what people write first; `tuned` has this project's decoder, transforms and collate, and differs in how
-# samples are read, shuffled and handed to the consumer alone. `labels` and `raw` are the reading by itself.
+# samples are read, shuffled and handed to the consumer alone.
 
 
 def naive(urls: Sequence[str], vocabulary: Vocabulary, batch: int, *, workers: int) -> Iterator[Any]:
@@ -273,61 +212,26 @@ def tuned(
     workers: int,
     buffer: int,
     key_of: Callable[[int], int] = int,
-    labels_only: bool = False,
 ) -> Iterator[Any]:
     """This project's decoder, transforms and collate in a webdataset pipeline: one pass over the shards.
 
     Args:
         buffer: samples of the shuffle buffer; as many as the set has for a global order.
         key_of: image id -> key of the sample's random numbers.
-        labels_only: batches of targets without pixels.
     """
     dataset = (
-        _shards(urls, buffer, **({"select_files": _is_label} if labels_only else {}))
+        _shards(urls, buffer)
         .map(partial(_tuned_sample, pipeline=pipeline, key_of=key_of))
         .batched(batch, collation_fn=pipeline.collate)
     )
     return _loaded(dataset, workers)
 
 
-def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
-    """The labels alone, as bytes or parsed, in the order of the shards; the images lie between them in the stream."""
-    dataset = _shards(urls, 0, select_files=_is_label)
-    return iter(dataset.map(_parse) if parse else dataset)
-
-
-def raw(urls: Sequence[str], buffer: int) -> Iterator[WdsSample]:
-    """The bytes of all samples, nothing decoded; `buffer` 0 keeps the order of the shards."""
-    return iter(_shards(urls, buffer))
-
-
-def shuffled(count: int) -> list[int]:
-    """The positions of a set in a random order, the same in every run."""
-    order: list[int] = np.random.default_rng(0).permutation(count).tolist()
-    return order
-
-
-def pread(data: MeasuredSet) -> int:
-    """Every sample in random order by its place in the index: one read for both members, no check of their bytes."""
-    files = [os.open(url, os.O_RDONLY) for url in data.urls]
-    rows = data.rows
-    start, end = rows["image_offset"], rows["label_offset"] + rows["label_size"]
-    places = list(zip(rows["shard"].tolist(), (end - start).tolist(), start.tolist(), strict=True))
-    try:
-        for index in shuffled(len(rows)):
-            shard, size, offset = places[index]
-            os.pread(files[shard], size, offset)
-    finally:
-        for file in files:
-            os.close(file)
-    return len(rows)
-
-
-def _shards(urls: Sequence[str], buffer: int, **options: Any) -> Any:
-    """Samples of the shards, shuffled by shard and through a buffer of that many samples; 0 for none."""
-    dataset = webdataset.WebDataset(list(urls), shardshuffle=_SHARD_BUFFER if buffer else False, seed=0, **options)
+def _shards(urls: Sequence[str], buffer: int) -> Any:
+    """Samples of the shards, shuffled by shard and through a buffer of that many samples."""
+    dataset = webdataset.WebDataset(list(urls), shardshuffle=_SHARD_BUFFER, seed=0)
     # A full buffer before the first sample leaves it: with the default of 100, early ones would come from few shards.
-    return dataset.shuffle(buffer, initial=buffer, seed=0) if buffer else dataset
+    return dataset.shuffle(buffer, initial=buffer, seed=0)
 
 
 def _loaded(dataset: Any, workers: int) -> Iterator[Any]:
@@ -345,21 +249,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _is_label(name: str) -> bool:
-    return name.endswith(".json")
-
-
-def _parse(sample: WdsSample) -> Any:
-    return orjson.loads(sample["json"])
-
-
 def _tuned_sample(sample: WdsSample, *, pipeline: SamplePipeline, key_of: Callable[[int], int]) -> Any:
     label = orjson.loads(sample["json"])
     raw_sample = RawSample(
         index=0,  # a stream does not know
         image_id=label["image_id"],
         size=(label["height"], label["width"]),
-        image=decode_image(sample["jpg"]) if "jpg" in sample else None,
+        image=decode_image(sample["jpg"]),
         annotations=label["annotations"],
         captions=label["captions"],
     )
@@ -419,7 +315,7 @@ def _naive_collate(samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Te
 
 
 def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
-    """(title, tables) of a record: what was read, every group, the ratios."""
+    """(title, tables) of a record: what was read, all passes, the ratios."""
     options = record["options"]
     facts = [
         *facts_rows(record["set"]),
@@ -427,20 +323,18 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
         load_row(record, f"before, {record['cores']} cores"),
         ("CPU time", "of this process and its workers, their start included; wall-clock rates depend on the load"),
     ]
-    sections = [Section("on", facts)]
-    for name, group in record["groups"].items():
-        rows = [
-            (
-                case,
-                f"{1e6 * numbers['cpu_seconds_per_sample']['median']:10.1f}",
-                quartiles(numbers["cpu_seconds_per_sample"], 1, 1e6),
-                f"{1 / numbers['cpu_seconds_per_sample']['median']:10.0f}",
-                f"{numbers['wall_samples_per_second']['median']:10.0f}",
-            )
-            for case, numbers in group.items()
-        ]
-        columns = ("", "CPU us a sample", "quartiles", "samples per CPU-second", "samples a second")
-        sections.append(Section(name, rows, columns))
+    rows = [
+        (
+            case,
+            f"{1e6 * numbers['cpu_seconds_per_sample']['median']:10.1f}",
+            quartiles(numbers["cpu_seconds_per_sample"], 1, 1e6),
+            f"{1 / numbers['cpu_seconds_per_sample']['median']:10.0f}",
+            f"{numbers['wall_samples_per_second']['median']:10.0f}",
+        )
+        for case, numbers in record["passes"].items()
+    ]
+    columns = ("", "CPU us a sample", "quartiles", "samples per CPU-second", "samples a second")
+    sections = [Section("on", facts), Section(SAMPLE, rows, columns)]
     ratios = [
         (f"{pair['theirs']} / {pair['ours']}", f"{pair['ratio']['median']:.2f}", quartiles(pair["ratio"], 2))
         for pair in record["ratios"]
