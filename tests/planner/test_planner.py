@@ -327,7 +327,7 @@ def test_a_stage_of_a_pipeline_holds_its_layers() -> None:
     run = PlannedRun(config, derive_batches(config, 2), "fp32", VOCABULARY, CPU, Content())
     stream = config.visft.streams()["detection"]
     first, last, whole = (trace_step(run, stream, stage) for stage in (0, 1, None))
-    assert first.parameters + last.parameters == whole.parameters
+    assert first.weights + last.weights == whole.weights
     assert first.moments[0][ACTIVATIONS] > 0 and last.moments[0][ACTIVATIONS] > 0
 
 

@@ -34,7 +34,7 @@ import json, sys
 from pathlib import Path
 import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
-from visft_ds.planner import plan_memory
+from visft_ds.planner import plan_largest, run_of
 visft_ds.tasks.register("classification", "tests.fourth_task:SPEC")
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.evals.run_report import report_runs
@@ -54,7 +54,7 @@ model = visft_ds.load(out / "stage2")
 predicted = model.predict(sys.argv[3])
 predicted.draw().save(out / "drawn.png")
 texts = [f"{{key}}={{json.dumps(value)}}" for key, value in settings.items() if key != "visft.heads.path"]
-plan = plan_memory(resolve(stage=2, model="debug", settings=texts), 1, precision="fp32")
+plan = plan_largest(run_of(resolve(stage=2, model="debug", settings=texts), 1, "fp32", None, None))
 print(json.dumps([dict(found.metrics), predicted.to_coco(1)["classification"], repr(predicted), plan.total, same]))
 """
 

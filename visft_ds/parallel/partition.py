@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.costs.flops import Flops, block_flops, product, tower_from
+from visft_ds.costs.flops import Flops, block_flops, tower_flops, tower_from
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import require_eva_vit
 from visft_ds.tasks import TASKS
@@ -73,7 +73,7 @@ def plan_partition(
     *,
     lora: LoraConfig | None,
     name: str,
-) -> Partition | None:
+) -> Partition:
     """Divide the layers of a model such that the slowest stage has as little work as possible.
 
     Args:
@@ -82,14 +82,9 @@ def plan_partition(
         lora: of its adapters, where they train.
         name: of the model, for messages.
 
-    Returns:
-        None for one stage: a run without a pipeline.
-
     Raises:
         ValueError: more stages than layers.
     """
-    if stages == 1:
-        return None
     depth = require_eva_vit(module.backbone).depth
     names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
     if stages > len(names):
@@ -145,14 +140,7 @@ def _stream_costs(module: MultiTaskModel, lora: LoraConfig | None, stream: Strea
     patches = side * side
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     tower = tower_from(backbone, lora, trained)
-    inner = 3 * backbone.patch_size**2
-    embedding = product(
-        images * patches,
-        inner,
-        backbone.width,
-        to_input=False,
-        to_weight="patch_embed.proj.weight" in tower.trainable,
-    )
+    embedding = tower_flops(tower, images, 0, patches)
     blocks = block_flops(tower, images, patches + (backbone.cls_token is not None))
     heads = sum(
         (_head_flops(module, task, stream.image, images, side, flows=bool(trained)) for task in stream.tasks), Flops()

@@ -113,7 +113,6 @@ class TracedStep:
     moments: tuple[Mapping[str, int], ...]
     work: Total  #: of one micro-batch, forward and backward; the whole model's
     trained: int  #: values that train in this step, of the layers on this rank
-    parameters: int  #: bytes of the undivided weights of the layers on this rank
     backbone_trains: bool
     blocks: int  #: of the backbone that are recomputed one by one, where any are
 
@@ -126,7 +125,7 @@ def tokens_shape(module: MultiTaskModel, images: Tensor) -> tuple[int, int, int]
 
 
 _KNOWN: dict[tuple[Any, ...], TracedStep] = {}
-_PARTITIONS: dict[str, Partition | None] = {}
+_PARTITIONS: dict[str, Partition] = {}
 
 
 def trace_step(run: PlannedRun, stream: Stream, stage: int | None = None) -> TracedStep:
@@ -228,7 +227,6 @@ def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tupl
         moments=tuple(moments),
         work=tracer.work,
         trained=sum(p.numel() for group in taught for p in group),
-        parameters=sum(p.numel() * p.element_size() for p in parameters),
         backbone_trains=module.train_backbone,
         # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
         blocks=len(list(getattr(module.backbone, "blocks", getattr(module.backbone, "stages", ())))),
@@ -297,37 +295,9 @@ class MemoryPlan:
         return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("whole", self.total)]]
 
 
-def plan_memory(
-    config: ResolvedConfig,
-    world_size: int,
-    *,
-    precision: Precision,
-    task: str | None = None,
-    vocabulary_size: int | None = None,
-    device: torch.device | None = None,
-    content: Content | None = None,
-) -> MemoryPlan:
-    """Peak memory of a rank of this run, by part.
-
-    Args:
-        world_size: number of processes.
-        precision: what visft.model.precision means on the device; never "auto".
-        task: or stream; None: the largest of the run's.
-        vocabulary_size: of the captions; None: that of the published heads.
-        device: where ranks compute, which need not exist here; None: this process's own.
-        content: of the micro-batches; None: more than most have.
-
-    Raises:
-        ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
-    """
-    return plan_largest(run_of(config, world_size, precision, vocabulary_size, device, content), task)
-
-
 def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
-    """`plan_memory` of a run."""
+    """Peak memory of a rank, by part: of a stream, or of the largest one of the run."""
     streams = run.config.visft.streams()
-    if task is not None and task not in streams:
-        raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
     chosen = streams.values() if task is None else [streams[task]]
     return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
 
@@ -340,7 +310,18 @@ def run_of(
     device: torch.device | None,
     content: Content | None = None,
 ) -> PlannedRun:
-    """Run to be planned; arguments as those of `plan_memory`."""
+    """Run to be planned.
+
+    Args:
+        world_size: number of processes.
+        precision: what visft.model.precision means on the device; never "auto".
+        vocabulary_size: of the captions; None: that of the published heads.
+        device: where ranks compute, which need not exist here; None: this process's own.
+        content: of the micro-batches; None: more than most have.
+
+    Raises:
+        ValueError: batches that cannot be divided.
+    """
     return PlannedRun(
         config=config,
         batches=derive_batches(config, world_size),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
@@ -33,7 +33,7 @@ from visft_ds.parallel.engine import Schedule, start_process_group
 from visft_ds.planner import run_of
 from visft_ds.planner.cluster import Rates, step_time
 from visft_ds.planner.meta_step import traced_as
-from visft_ds.planner.step import PlannedRun, plan_memory
+from visft_ds.planner.step import plan_stream
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
 from visft_ds.tasks.captioning.data import CaptionTargets
@@ -48,9 +48,9 @@ FORMAT, VERSION = "visft_ds plan validation", 1
 OBJECTS, FIRST_IDS, VOCABULARY = 5, 10, 300
 _LENGTHS = 11  #: of captions; from there on the first ones again
 _PATCH, _MASK_STRIDE = 14, 4  # pixels: of a patch, and of a cell of the target masks
-#: Larger than any gradient of these models but small beside their activations, so that it decides no comparison.
-TOLERANCE, TIME_TOLERANCE = 0.10, 0.20  #: of memory, and of time in units of the geometric mean of all
+TOLERANCE = 0.10  #: of memory
 _MIB = 2**20
+#: Larger than any gradient of these models but small beside their activations, so that it decides no comparison.
 _BUCKET = "zero_optimization.reduce_bucket_size=400000"
 _WIDE = 'visft.model.overrides={"width": 192, "depth": 6, "num_heads": 4}'
 _LARGE = (
@@ -185,25 +185,25 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     before = _storages(kind)  # of earlier cases, which may go later than one thinks
     config = case.config()
     visft, world = config.visft, distributed.world_size()
-    batches = derive_batches(config, world)
     precision = visft.model.precision
     assert precision != "auto", "the debug model states one"
     words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
     prepared = prepare_model(visft, config.optimizer.params, precision=precision, vocabulary=words)
-    partition = run_of(config, world, precision, words.size, None).partition
+    run = run_of(config, world, precision, words.size, None)
+    batches = run.batches
     engine = build_engine(
         prepared,
         deepspeed_dict(config, world, precision),
         config.optimizer.params,
         Schedule.of(config.scheduler, config.total_steps),
         seed=visft.seed,
-        partition=partition,
+        partition=run.partition,
     )
     for number, (name, stream) in enumerate(visft.streams().items()):
         full_batch = made_up_batch(stream, batches.micro[name])
         content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], _LENGTHS) - 1)
-        run = PlannedRun(config, batches, precision, words.size, engine.device, content)
-        plan = plan_memory(config, world, precision=precision, task=name, vocabulary_size=words.size, content=content)
+        planned = replace(run, content=content)
+        plan = plan_stream(planned, stream)
         parts = _parts_of(full_batch, batches.accumulation, batches.stages)
         loss_denominators: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in engine.module.count(full_batch).items():
@@ -228,7 +228,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
             "measured": {**ledger.at_peak, OTHER: ledger.at_peak[OTHER] - stale},
             "predicted": {**asdict(plan), "total": plan.total},
             "cpu_seconds": seconds,
-            "predicted_seconds": step_time(run, stream, rates).total if rates else None,
+            "predicted_seconds": step_time(planned, stream, rates).total if rates else None,
         }
 
 
