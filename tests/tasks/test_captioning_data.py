@@ -108,8 +108,3 @@ def test_collate_without_labels() -> None:
     sample = alone("captioning", False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
     unlabelled = type(sample)(**{**vars(sample), "targets": {}})
     assert collate_joint([unlabelled]).tasks == ()
-
-
-def test_impossible_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="'best' is not known: give one of random, first, consensus"):
-        alone("captioning", False, vocabulary=VOCABULARY, caption_choice="best")

@@ -207,21 +207,6 @@ def test_fixed_size() -> None:
         assert (middle[:3] > 0).any() == train and (middle[4:] > 0).any() != train
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "sizes must be positive: size=0"),
-        ({"scale": (2.0, 0.1)}, "smaller one first"),
-        ({"scale": (0.0, 1.0)}, "two numbers above 0"),
-        ({"flip": 1.5}, "flip=1.5 must be a probability"),
-        ({"pad_value": 300}, "pad_value=300 a pixel value"),
-    ],
-)
-def test_impossible_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        alone("segmentation", True, **options)
-
-
 # ---- batches ----
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +43,6 @@ class CaptionTargets:
     def head_inputs(self) -> dict[str, Tensor]:
         """Inputs of the head besides the features in training: the captions for teacher forcing."""
         return {"captions": self.tokens, "lengths": self.lengths}
-
-
-def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
-    """The choice as it holds in training or evaluation, which draws nothing. Raises ValueError for an unknown one."""
-    if choice not in get_args(CaptionChoice):
-        raise ValueError(f"caption_choice={choice!r} is not known: give one of {', '.join(get_args(CaptionChoice))}")
-    return "first" if choice == "random" and not train else choice
 
 
 def caption_targets(

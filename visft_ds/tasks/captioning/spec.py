@@ -15,7 +15,6 @@ from visft_ds.tasks.captioning.config import CaptioningTask
 from visft_ds.tasks.captioning.data import (
     CaptionTargets,
     caption_targets,
-    choice_for,
     pack_captions,
 )
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
@@ -27,7 +26,9 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def _targets(train: bool, options: Mapping[str, Any], vocabulary: Vocabulary) -> ImageTargets:
-    return partial(caption_targets, vocabulary, choice_for(train, options["caption_choice"]), options["max_words"])
+    choice = options["caption_choice"]
+    choice = "first" if choice == "random" and not train else choice  # evaluation draws nothing
+    return partial(caption_targets, vocabulary, choice, options["max_words"])
 
 
 def _blank(

@@ -60,22 +60,11 @@ class CropRecipe:
     Training: mirror; then, with equal chances, either scale as `sides` does, or scale the short side to one of
     `crop_short_sides`, cut out a random rectangle with sides from `crop_range` and scale that as in the first case.
     Evaluation, and all of it where `sides` has a `fixed_size`: as `sides`.
-
-    Raises:
-        ValueError: an empty or not positive list of sizes.
     """
 
     sides: ShortSides
     crop_short_sides: Sequence[int]
     crop_range: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_range
-        if not self.crop_short_sides or min(*self.crop_short_sides, low, high) < 1 or low > high:
-            raise ValueError(
-                f"crop sizes must be positive and in order: crop_short_sides={tuple(self.crop_short_sides)}, "
-                f"crop_range={self.crop_range}"
-            )
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`, in order."""

@@ -155,11 +155,11 @@ class DetectionCriterion:
     ) -> dict[str, Tensor]:
         """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
 
-        Raises ValueError where the head has other numbers of queries or layers, and what `matching.match` raises.
+        Raises what `matching.match` raises.
         """
         layers = (*output.aux, output)
-        self._check(layers)
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
+        assert (logits.shape[2], len(layers)) == (self.num_queries, self.decoder_layers), logits.shape
         boxes = at_least_float32(torch.stack([layer.boxes for layer in layers]))
         matches = match(logits, boxes, targets, self.costs, image_ids)
         # (L, B, Q) int64: the class of the matched object, "no object" where there is none
@@ -174,15 +174,6 @@ class DetectionCriterion:
             name + s: value for name, values in by_name.items() for s, value in zip(suffixes, values, strict=True)
         }
         return losses | _for_the_log(logits[-1].detach(), classes[-1], targets.counts, loss_denominators["boxes"])
-
-    def _check(self, layers: tuple[DetectionOutput, ...]) -> None:
-        given = {"num_queries": layers[-1].logits.shape[1], "decoder_layers": len(layers)}
-        for name, value in given.items():
-            if value != getattr(self, name):
-                raise ValueError(
-                    f"the detection head has {name} {value}, its criterion was built with {getattr(self, name)}: "
-                    f"give both the same {name}"
-                )
 
 
 def _box_sums(boxes: Tensor, targets: DetectionTargets, matches: Matches) -> dict[str, Tensor]:

@@ -63,9 +63,6 @@ class LargeScaleJitter:
     side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost where
     the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a square
     of that many pixels, and training also mirrors.
-
-    Raises:
-        ValueError: sizes, scales or probabilities out of range.
     """
 
     size: int
@@ -77,19 +74,6 @@ class LargeScaleJitter:
     eval_multiple: int
     fixed_size: int | None
     content_only: bool
-
-    def __post_init__(self) -> None:
-        if min(self.size, self.eval_short, self.eval_max_long, self.eval_multiple, self.fixed_size or 1) < 1:
-            raise ValueError(
-                f"image sizes must be positive: size={self.size}, eval_short={self.eval_short}, "
-                f"eval_max_long={self.eval_max_long}, eval_multiple={self.eval_multiple}, fixed_size={self.fixed_size}"
-            )
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale={self.scale} is not allowed: give two numbers above 0, the smaller one first")
-        if not 0 <= self.flip <= 1 or not 0 <= self.pad_value <= 255:
-            raise ValueError(
-                f"flip={self.flip} must be a probability, pad_value={self.pad_value} a pixel value from 0 to 255"
-            )
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`, in order."""

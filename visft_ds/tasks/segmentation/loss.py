@@ -178,13 +178,14 @@ class SegmentationCriterion:
     ) -> dict[str, Tensor]:
         """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
 
-        Raises ValueError where the head has other options, and what `mask_matching.match_masks` raises.
+        Raises what `mask_matching.match_masks` raises.
         """
         sets = (*output.aux, output)
-        self._check(sets)
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         logits = at_least_float32(torch.stack([predicted.logits for predicted in sets]))  # (L, B, Q, C + 1)
+        given = (logits.shape[2], logits.shape[3] - 1, len(sets) - 1, output.labelling)
+        assert given == (self.num_queries, self.num_classes, self.decoder_layers, self.labelling), given
         masks = at_least_float32(torch.stack([predicted.masks for predicted in sets]))  # (L, B, Q, h, w)
         with_objects = targets.counts.nonzero().flatten().tolist()
         points = draw_points(targets.keys[with_objects].tolist(), len(sets), self.points, masks.device)
@@ -207,20 +208,6 @@ class SegmentationCriterion:
         correct = ((predicted == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
         total = int(targets.counts.sum())
         return losses | {"class_error": 100 * (total - correct) / loss_denominators["masks"]}
-
-    def _check(self, sets: tuple[SegmentationOutput, ...]) -> None:
-        given = {
-            "num_classes": sets[-1].logits.shape[2] - 1,
-            "num_queries": sets[-1].logits.shape[1],
-            "decoder_layers": len(sets) - 1,
-            "labelling": sets[-1].labelling,
-        }
-        for name, value in given.items():
-            if value != getattr(self, name):
-                raise ValueError(
-                    f"the segmentation head has {name} {value}, its criterion was built with {getattr(self, name)}: "
-                    f"give both the same {name}"
-                )
 
     def _mask_sums(
         self, masks: Tensor, targets: SegmentationTargets, matches: Matches, points: Points

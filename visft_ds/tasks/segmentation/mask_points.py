@@ -33,15 +33,7 @@ class PointCounts:
 
     @classmethod
     def of(cls, num_points: int, oversample: float, importance: float) -> PointCounts:
-        """The counts for `num_points` in the matching and in the losses.
-
-        Raises ValueError unless there is a point, `oversample` is at least 1 and `importance` from 0 to 1.
-        """
-        if num_points < 1 or oversample < 1 or not 0 <= importance <= 1:
-            raise ValueError(
-                f"num_points={num_points}, oversample={oversample}, importance={importance} is not allowed: give at "
-                "least 1 point, an oversampling of at least 1 and an importance from 0 to 1"
-            )
+        """The counts for `num_points` in the matching and in the losses."""
         uncertain = int(importance * num_points)
         return cls(num_points, int(num_points * oversample), uncertain, num_points - uncertain)
 
