@@ -387,4 +387,3 @@ def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:
     from visft_ds.tasks.captioning.head import CaptioningHead
 
     assert keyword_defaults(CaptioningHead.forward) == options("captioning", "decoding")
-    assert keyword_defaults(CaptioningHead.generate) == options("captioning", "decoding")

@@ -22,6 +22,7 @@ from tests.complaints import complaints
 from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
 from tests.random_tower import save_backbone
 from tests.ranks import run_ranks
+from tests.tasks.test_captioning import generated, log_probability
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
@@ -264,9 +265,9 @@ def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
             features = model.module.features(batch)
             image = int(batch.image_ids[0])
             for beams, evaluation in ((1, whole), (2, searched)):
-                (best,) = head.generate(*features, beam_size=beams, max_length=6)
-                assert model.vocabulary.decode(best.tokens) == _captions(evaluation)[image]
-                totals[beams] += best.score
+                (words,) = generated(head, *features, beam_size=beams, max_length=6)
+                assert model.vocabulary.decode(words) == _captions(evaluation)[image]
+                totals[beams] += log_probability(head, *features, words)
     assert _captions(searched) != _captions(whole) and totals[2] > totals[1]
 
 

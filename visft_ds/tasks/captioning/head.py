@@ -48,15 +48,6 @@ class CaptioningOutput:
     tokens: Tensor | None = None  #: (B, T) int64 ids that the head generated; None where captions were given
 
 
-@dataclass(frozen=True)
-class GeneratedCaption:
-    """The best caption found for one image."""
-
-    tokens: list[int]  #: ids of its words, without `<start>` and `<end>`; may be empty
-    score: float  #: sum of the log-probabilities of all words and `<end>`
-    attention: Tensor  #: (len(tokens), grid, grid) attention weights for each word
-
-
 class CaptioningHead(nn.Module):
     """Feature map -> scores of the next word, step by step, with the attention that led to them.
 
@@ -111,9 +102,16 @@ class CaptioningHead(nn.Module):
         """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
         With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
-        Without: a generated caption of each image, `beam_size` and `max_length` as in `generate`.
+        Without: the best caption of each image by greedy decoding (`beam_size` 1) or beam search. `max_length` is the
+        largest number of words, after which `<end>` is forced. A beam's score is the plain sum of log-probabilities,
+        without length normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>`
+        are never chosen. Dropout is off in training mode too. Among equal scores the choice is PyTorch's.
 
-        Raises ValueError for captions without lengths, and for captions too short for a step.
+        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
+        device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
+
+        Raises ValueError for captions without lengths or too short for a step, and for a `beam_size` or `max_length`
+        below 1.
         """
         if captions is None:
             if lengths is not None:
@@ -121,7 +119,7 @@ class CaptioningHead(nn.Module):
             _check_search(beam_size, max_length)
             if beam_size == 1:
                 return self._greedy(features, valid, max_length)
-            words, _, _ = self._beam_search(features, valid, beam_size, max_length)
+            words = self._beam_search(features, valid, beam_size, max_length)
             tokens = F.pad(words, (1, 0), value=self.vocabulary_size + _START)
             # The search keeps no scores of its steps: they are computed for the captions that it has found.
             with torch.no_grad():
@@ -144,43 +142,6 @@ class CaptioningHead(nn.Module):
         scores = at_least_float32(self.fc(self.dropout(hidden) if dropout else hidden))
         past_end = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
         return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
-
-    def generate(
-        self,
-        features: Tensor,
-        valid: Tensor,
-        *,
-        beam_size: int = DECODING.beam_size,
-        max_length: int = DECODING.max_length,
-    ) -> list[GeneratedCaption]:
-        """The best caption of each image by greedy decoding (`beam_size` 1) or beam search.
-
-        features and valid as in `forward`; `max_length` is the largest number of words, after which `<end>` is forced.
-        A beam's score is the plain sum of log-probabilities, without length normalisation, and finished beams keep
-        their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen. Dropout is off in training mode too.
-        Among equal scores the choice is PyTorch's.
-
-        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
-        device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
-
-        Raises ValueError for a `beam_size` or `max_length` below 1.
-        """
-        _check_search(beam_size, max_length)
-        if beam_size == 1:
-            output = self._greedy(features, valid, max_length)
-            assert output.tokens is not None
-            words, attention = output.tokens[:, 1:], output.attention
-            log_probabilities = at_least_float32(self._allowed(output.scores)).log_softmax(dim=-1)
-            chosen = log_probabilities.gather(2, words.unsqueeze(-1)).squeeze(-1)
-            scores = chosen.masked_fill(words == _PAD, 0).sum(dim=1)
-        else:
-            words, scores, attention = self._beam_search(features, valid, beam_size, max_length)
-        found = []
-        rows, end = words.tolist(), self.vocabulary_size + _END
-        for row, score, maps in zip(rows, scores.tolist(), attention.cpu(), strict=True):
-            count = row.index(end)
-            found.append(GeneratedCaption(row[:count], score, maps[:count].unflatten(1, (self.grid, self.grid))))
-        return found
 
     def _initial(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pooled cells (B, P, D), their attention keys (B, P, A), and the LSTM's initial states, two times (B, R)."""
@@ -216,10 +177,8 @@ class CaptioningHead(nn.Module):
         return CaptioningOutput(torch.stack(scores, 1), torch.stack(attention, 1), torch.stack(tokens, 1))
 
     @torch.no_grad()
-    def _beam_search(
-        self, features: Tensor, valid: Tensor, beams: int, max_length: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Best captions (B, max_length + 1), their scores (B,) and attention (B, max_length + 1, P)."""
+    def _beam_search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
+        """Best captions (B, max_length + 1), without `<start>`."""
         images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
         initial = self._initial(features, valid)
@@ -234,9 +193,9 @@ class CaptioningHead(nn.Module):
         stays[_PAD] = 0
         ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
         ends[end] = 0
-        words, parents, attention = [], [], []
+        words, parents = [], []
         for step in range(max_length + 1):
-            states, weights, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
+            states, _, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
             gains = self._allowed(at_least_float32(self.fc(states[:, 0]))).log_softmax(dim=-1)
             gains = gains if step < max_length else gains + ends
             gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
@@ -247,16 +206,13 @@ class CaptioningHead(nn.Module):
             hidden, cell = states[rows, 0], cell[rows]
             words.append(word)
             parents.append(rows)
-            attention.append(weights[:, 0])
         best = totals.argmax(dim=1)
         row = first.squeeze(1) + best
-        best_words, best_attention = [], []  # from the last step to the first
-        for word, parent, weights in zip(reversed(words), reversed(parents), reversed(attention), strict=True):
+        best_words = []  # from the last step to the first
+        for word, parent in zip(reversed(words), reversed(parents), strict=True):
             best_words.append(word[row])
             row = parent[row]
-            best_attention.append(weights[row])
-        score = totals.gather(1, best.unsqueeze(1)).squeeze(1)
-        return torch.stack(best_words[::-1], 1), score, torch.stack(best_attention[::-1], 1)
+        return torch.stack(best_words[::-1], 1)
 
 
 class Recurrence(nn.Module):
