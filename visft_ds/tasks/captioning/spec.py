@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.dataset import caption_dataset
 from visft_ds.data.transforms import Square
 from visft_ds.tasks.captioning.config import CaptioningTask
@@ -26,8 +27,9 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def _targets(train: bool, options: Mapping[str, Any], vocabulary: Vocabulary) -> ImageTargets:
-    choice = options["caption_choice"]
-    choice = "first" if choice == "random" and not train else choice  # evaluation draws nothing
+    choice: CaptionChoice = options["caption_choice"]
+    if choice == "random" and not train:
+        choice = "first"  # evaluation draws nothing
     return partial(caption_targets, vocabulary, choice, options["max_words"])
 
 
