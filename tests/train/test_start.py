@@ -19,6 +19,7 @@ from visft_ds.config import resolve_arguments
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.visft import write_visft_lora
+from visft_ds.launch import main
 from visft_ds.shards.build import Options, build
 
 STEPS = 2
@@ -71,6 +72,12 @@ def done(*words: object) -> str:
     code, printed = run(*words)
     assert code == 0, printed
     return printed
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What the command says in this process, where nothing but files and settings has to be looked at."""
+    assert main([*map(str, words)]) == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +141,9 @@ def test_a_fork_goes_on_without_its_parent(work: Path, tmp_path: Path) -> None:
     assert record["parent"] == record["earlier"][0]["parent"] and record["parent"]["step"] == STEPS
 
 
-def test_heads_are_remapped_by_name(work: Path, tmp_path: Path) -> None:
+def test_heads_are_remapped_by_name(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--from", work / "one", "--data", work / "second/shards", *FROZEN, "--out"]
-    code, error = run(*words, tmp_path / "fork")
-    assert code == 2
+    error = refused(capsys, *words, tmp_path / "fork")
     assert "the detection head of" in error and "knows other classes" in error and "--heads remap" in error
     assert "of the same name are owl, cat, dog; new are emu" in error
     assert not (tmp_path / "fork/run.json").exists()
@@ -157,7 +163,7 @@ def test_heads_are_remapped_by_name(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["peft", "visft"])
-def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     place, base, out = work / "two/export/adapter", work / "two/export/backbone.safetensors", tmp_path / "out"
     if kind == "visft":
         write_visft_lora(read_adapter(place), tmp_path / "lora.pt")
@@ -165,9 +171,8 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
     adapter = read_adapter(place)
     words = ["--stage", 2, "--model", "debug", "--data", work / "first/shards", "--out", out, "--from", place]
     words += words_of({**SETTINGS, "visft.heads.path": f"{work}/one/export", "visft.model.weights": str(base)})
-    code, error = run(*words, *FROZEN)
     wanted = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
-    assert code == 2 and wanted in error, error
+    assert wanted in refused(capsys, *words, *FROZEN)
     done(*words, *words_of({"visft.lora.rank": 2, "visft.lora.alpha": adapter.alpha}), *FROZEN)
     after = learnt(out, 1)
     assert after.keys() == {f"backbone.{name}" for name in adapter.tensors}
@@ -182,7 +187,6 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
     ("words", "message"),
     [
         (["--from", "{two}", "--set", "visft.lora.rank=4"], "other settings: --set 'visft.lora="),
-        (["--from", "{one}", "--set", "visft.model.weights_seed=3"], "was trained on other base weights"),
         (["--from", "{two}", "--heads", "reset"], "trains no heads"),
         (["--from", "{one}", "--stage", "2"], "is of stage 1, and --from goes on in the same; stage 2 learns from"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
@@ -192,12 +196,25 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
         (["--from", "nowhere", "--out", "{one}"], "there is no such run, checkpoint or adapter"),
         (["--stage", "1", "--heads", "keep"], "--heads says what becomes of the heads of --from RUN"),
         (["--stage", "2", "--from", "{two}/export/adapter", "--heads", "reset"], "is an adapter, which has no heads"),
-        (["--from", "{one}", "--set", "visft.tasks.detection.head.num_queries=5"], "does not fit what this run trains"),
     ],
 )
-def test_what_cannot_be_a_start(work: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_what_cannot_be_a_start(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     given = [word.format(one=work / "one", two=work / "two") for word in words]
-    code, error = run(*given, *([] if "--out" in words else ["--out", tmp_path / "fork"]))
+    assert message in refused(capsys, *given, *([] if "--out" in words else ["--out", tmp_path / "fork"]))
+    assert not (tmp_path / "fork/run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("visft.model.weights_seed=3", "was trained on other base weights"),
+        ("visft.tasks.detection.head.num_queries=5", "does not fit what this run trains"),
+    ],
+)
+def test_what_the_model_shows_to_be_no_start(work: Path, tmp_path: Path, setting: str, message: str) -> None:
+    code, error = run("--from", work / "one", "--set", setting, "--out", tmp_path / "fork")
     assert code == 2 and message in error, error
     assert not (tmp_path / "fork/run.json").exists()
 
