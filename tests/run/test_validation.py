@@ -22,7 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.coco_tree import write_tree
-from tests.ranks import finish, start_ranks
+from tests.ranks import REPOSITORY, finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Manifest
@@ -301,6 +301,14 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
     assert not (tmp_path / "validation").exists()
 
 
+def _python(folder: Path, script: str) -> str:
+    """A stand-in of Python that starts at once; a judge is $3, the folder, and $4, the shards."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
 def test_a_judge_that_cannot_work(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,10 +321,8 @@ def test_a_judge_that_cannot_work(
     judge.folder = tmp_path / "validation"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no/python"))
     judge.start(4, {"captioning": []})
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\necho Traceback >&2; echo MemoryError: no room >&2; exit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+    fails = "echo Traceback >&2; echo MemoryError: no room >&2; exit 1"
+    monkeypatch.setattr(sys, "executable", _python(tmp_path, fails))
     judge.start(6, {"captioning": []})
     with MetricsWriter(tmp_path) as writer:
         for _ in range(2):
@@ -345,22 +351,26 @@ def test_damaged_results(parts: Parts, tmp_path: Path) -> None:
 
 def test_a_talkative_judge_and_relative_paths(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody empties a pipe while training goes on; and where a process works must not decide what it finds."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "visft_ds").mkdir()  # another copy of the code, in which the training was started
-    (tmp_path / "visft_ds/__init__.py").write_text("raise SystemExit('the wrong copy')")
-    monkeypatch.setenv("PYTHONVERBOSE", "1")  # a line for every import
+    script = """
+        head -c 200000 /dev/zero >&2
+        pwd -P >"$3/told"; echo "$4" >>"$3/told"
+        echo '{"step": 2, "metrics": {"caption/BLEU-1": 0.5}, "problems": []}' >"$3/metrics.json"
+    """
+    monkeypatch.setattr(sys, "executable", _python(tmp_path, script))
+    monkeypatch.chdir(tmp_path)  # there may be another copy of the code
     root = Path(os.path.relpath(parts.manifest.root, tmp_path))
     judge = AsyncEvaluation(Path("validation"), Manifest.load(root, "val"), 4)
-    results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"][:4]]
-    judge.start(2, {"captioning": results})
+    judge.start(2, {"captioning": []})
     verdicts = judge.verdicts()
     until = time.monotonic() + PROMPT
     while not verdicts and time.monotonic() < until:
         time.sleep(0.05)
         verdicts = judge.verdicts()
     (verdict,) = verdicts
-    assert not verdict.problems and verdict.metrics["caption/BLEU-1"] > 0
-    assert (tmp_path / "validation/step_00000002/judge.log").stat().st_size > 1 << 17
+    assert not verdict.problems and verdict.metrics == {"caption/BLEU-1": 0.5}
+    place = tmp_path / "validation/step_00000002"
+    assert (place / "judge.log").stat().st_size == 200000
+    assert (place / "told").read_text().splitlines() == [str(REPOSITORY), str(Path(parts.manifest.root).resolve())]
 
 
 def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

