@@ -91,7 +91,7 @@ def test_equals_one_process(trained: tuple[str, dict[str, Any]], plain: dict[str
     assert found["values"] <= WEIGHTS
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(world, marks=pytest.mark.slow) for world in (1, 4)])
 def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, plain: dict[str, dict[str, Any]]) -> None:
     """One rank with four micro-batches, four with one; two with two are in all the other tests."""
     run_ranks(["-m", "tests.parallel.engine_case", str(tmp_path / "results.pt"), "zero1", "straight"], world)
@@ -214,12 +214,11 @@ def test_stale_gradients_need_their_remedy(
 ) -> None:
     """Where DeepSpeed keeps gradients of idle heads, the equality above fails without the remedy."""
     name, results = trained
+    if not name.startswith("zero3"):
+        pytest.skip(f"{name} keeps no gradients of idle heads")
     found = differences(results["stage1-without-remedy"], plain["stage1"])
-    if name in ("zero3", "zero3_offload"):
-        # Under offload the stale gradients are clipped ones: a small error, far outside the bounds all the same.
-        assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
-    else:
-        assert found["values"] <= WEIGHTS
+    # Under offload the stale gradients are clipped ones: a small error, far outside the bounds all the same.
+    assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
 
 
 def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace(trained: tuple[str, dict[str, Any]]) -> None:
