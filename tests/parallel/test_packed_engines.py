@@ -12,6 +12,7 @@ from tests.parallel import engine_case as case
 from tests.parallel.packed_case import ORDER, mixed_sizes
 from tests.parallel.pipeline_case import tensors_of
 from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
+from tests.parallel.test_pipeline import runs
 from tests.ranks import run_ranks
 
 
@@ -49,9 +50,7 @@ def test_two_ranks_equal_one_process(trained: dict[str, dict[str, Any]]) -> None
 
 
 def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str, dict[str, Any]]) -> None:
-    for name, run in trained.items():
-        if not name.endswith("packed"):
-            continue
+    for name, run in runs(trained, "packed").items():
         with mixed_sizes():
             module, _ = case.build(int(name[0]))
         for parameter, value in run["values"].items():
@@ -67,7 +66,6 @@ def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str,
 
 def test_compiled_blocks_are_whole_and_few(trained: dict[str, dict[str, Any]]) -> None:
     """Five steps of two shapes a rank: an input with a gradient and one without, forward only once each."""
-    for name, run in trained.items():
-        if name.endswith("compiled"):
-            graphs, breaks = run["compilations"]
-            assert graphs <= 4 and breaks == 0
+    for run in runs(trained, "compiled").values():
+        graphs, breaks = run["compilations"]
+        assert graphs <= 4 and breaks == 0
