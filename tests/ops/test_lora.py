@@ -46,19 +46,15 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
 
 
 @pytest.mark.parametrize("backend", LIBRARY)
-@pytest.mark.parametrize("slices", [QV, RAGGED, ((0, 24),), ((8, 16),)])
-@pytest.mark.parametrize("lead", [(5,), (2, 3)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_the_dense_update_and_passes_gradcheck(
-    backend: str, slices: Slices, lead: tuple[int, ...], with_bias: bool
-) -> None:
-    x, weight, bias, a, b = _tensors(slices, lead=lead)
+def test_equals_the_dense_update_and_passes_gradcheck(backend: str, with_bias: bool) -> None:
+    x, weight, bias, a, b = _tensors(RAGGED, lead=(2, 3))
     used = bias if with_bias else None
-    out = lora_linear(x, weight, used, a, b, SCALE, slices, backend=backend)
-    torch.testing.assert_close(out, _dense(x, weight, used, a, b, slices), rtol=0, atol=1e-12)
+    out = lora_linear(x, weight, used, a, b, SCALE, RAGGED, backend=backend)
+    torch.testing.assert_close(out, _dense(x, weight, used, a, b, RAGGED), rtol=0, atol=1e-12)
     inputs = tuple(t.requires_grad_() for t in (x, a, b))
     assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear(x, weight, used, a, b, SCALE, slices, backend=backend), inputs
+        lambda x, a, b: lora_linear(x, weight, used, a, b, SCALE, RAGGED, backend=backend), inputs
     )
 
 
@@ -221,7 +217,7 @@ def _compiled(layer: Layer) -> Layer:
 
 # torch 2.13 warns of what its own compiler does.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("wrap", [_reentrant, _not_reentrant, _compiled])
+@pytest.mark.parametrize("wrap", [_reentrant, _not_reentrant, pytest.param(_compiled, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", LIBRARY)
 def test_checkpointed_or_compiled_it_is_the_same_over_accumulated_steps(
     backend: str, wrap: Callable[[Layer], Layer]

@@ -267,7 +267,7 @@ def test_the_roofline_takes_the_slowest_of_three() -> None:
     assert reached == pytest.approx(PRODUCT_SHARE * 989.4e12)
 
 
-def test_time_grows_with_recomputing_and_falls_with_ranks() -> None:
+def test_recomputing_costs_operations() -> None:
     rates, cluster = rates_of(GPUS["A100-80GB"]), parse_cluster("1xA100-80GB")
     seconds = {}
     for name, sets in (("nothing", ()), ("again", BLOCK_AGAIN)):
