@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,11 +22,14 @@ import torch.distributed
 from tests.freeze.stored import FOLDER
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
 from tests.run.test_validation import Ended
-from tests.tiny import TINY
+from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
+from visft_ds.parallel.engine import Engine
 from visft_ds.run import async_eval
+from visft_ds.run.log import RunLog
+from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 
@@ -37,6 +42,21 @@ SETTINGS: dict[str, Any] = {
     "scheduler.params.total_num_steps": STEPS,
     "scheduler.params.warmup_num_steps": 1,
     "visft.run.save_every": 2,
+}
+#: Early stopping; a learning rate that changes nothing: the first evaluation stays the best one.
+EARLY: dict[str, Any] = {
+    "visft.mode": "sampled",
+    "visft.tasks": "detection",
+    "optimizer.params.lr": 1e-30,
+    "optimizer.params.weight_decay": 0,
+    "scheduler.params.warmup_num_steps": 0,
+    "scheduler.params.total_num_steps": 8,
+    "visft.run.save_every": 1,
+    "visft.run.eval_every": 1,
+    "visft.run.eval_limit": 2,
+    "visft.run.pictures": 0,
+    "visft.run.keep_best": "box/AP50",
+    "visft.run.stop_after": 2,
 }
 #: A script of one's own: both stages, under the ranks of a launcher as well. `seen` is what its callback was told.
 SCRIPT = f"""
@@ -244,3 +264,35 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     again = Told()
     ended = stage1(tmp_path / "run", again, **more)
     assert ended.finished and not ended.requeue and [step for step, _ in again.evaluations] == [STEPS]
+
+
+def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`visft.run.stop_after`; the last start finds nothing left to do."""
+    told = "ends after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.stop_after)"
+    for number in range(3):
+        if number == 1:  # it was killed before it saved the last one
+            shutil.rmtree(tmp_path / "checkpoints/step_00000003")
+            (tmp_path / "export/detection.safetensors").unlink()
+        ended = stage1(tmp_path, **EARLY)
+        assert (ended.finished, ended.step) == (True, 3) and told in capfd.readouterr().out
+        assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
+    assert (tmp_path / "checkpoints/step_00000001").is_dir()
+
+
+def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> None:
+    config = resolve(stage=1, model="debug", settings=texts({**SETTINGS, **EARLY, "visft.run.out": str(tmp_path)}))
+    state = RunState(config, cast(Engine, None), {})  # an engine is asked for nothing here
+    for step, score in enumerate((0.5, 0.1, 0.1), 1):
+        state.judged(step, {"box/AP50": score})
+    told: list[str] = []
+    assert state.ends_early(3, lambda: None, cast(RunLog, SimpleNamespace(message=told.append)))
+    assert told[0].endswith("(visft.run.stop_after); its checkpoint was not kept")
+
+
+def test_early_stopping_needs_a_metric() -> None:
+    with pytest.raises(
+        ValueError, match=r"stop_after = 2 \(--set\): needs a metric: set visft\.run\.keep_best, such as box/AP50"
+    ):
+        resolve(stage=1, model="debug", settings=["visft.run.stop_after=2"])
