@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visft_ds.config import (
@@ -307,6 +307,7 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
     assert identity_differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == ['b: 2 -> "(absent)"', 'c: "(absent)" -> 3']
 
 
+@settings(deadline=None)
 @given(share=st.integers(1, 40), micro=st.integers(1, 12), world=st.integers(1, 9))
 def test_batches_divide_evenly_and_accumulate_as_little_as_possible(share: int, micro: int, world: int) -> None:
     config = debug(

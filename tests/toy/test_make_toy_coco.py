@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -186,6 +186,7 @@ def _grow(mask: np.ndarray) -> np.ndarray:
     return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly
 @given(arrays(np.bool_, st.tuples(st.integers(1, 14), st.integers(1, 14))))
 def test_traced_polygons_rasterise_to_exactly_the_mask(mask: np.ndarray) -> None:
     """Holes, single pixels and diagonal neighbours included."""
