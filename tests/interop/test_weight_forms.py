@@ -366,8 +366,11 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
     monkeypatch.chdir(run / "export")
     given = ("--base", base, "--adapter", "adapter", "--format", "peft", *PRE_NORM)
     assert _run(*given, "--out", tmp_path / "beside") == 0
-    card = (tmp_path / "beside" / "README.md").read_text()
-    assert "(val, evaluation of the run, step 40) | 0.5000 |" in card and "| values |" not in card
+    of_file = ("--base", base, "--adapter", "adapter/adapter_model.safetensors", "--format", "peft", *PRE_NORM)
+    assert _run(*of_file, "--out", tmp_path / "file") == 0
+    for place in ("beside", "file"):
+        card = (tmp_path / place / "README.md").read_text()
+        assert "(val, evaluation of the run, step 40) | 0.5000 |" in card and "| values |" not in card
     assert _run(*given, "--weights", 0.5, "--out", tmp_path / "weighted") == 0
     card = (tmp_path / "weighted" / "README.md").read_text()
     assert "averaged with 0.5." in card and "evaluation of the run" not in card, "it is half of what was evaluated"

@@ -13,7 +13,7 @@ import torch
 from tests.random_tower import save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve, resolve_values
-from visft_ds.interop.files import sha256_file
+from visft_ds.interop.files import TRAINED, sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, verify_merge
 from visft_ds.interop.tuned import TunedWeights, tuned_of
@@ -126,6 +126,21 @@ def _tuned(folder: Path) -> tuple[Path, TunedWeights, dict[str, torch.Tensor]]:
     values = {name: value + 0.1 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     values = {name: value for name, value in values.items() if "norm" in name or name == "pos_embed"}
     return folder / "base.safetensors", tuned_of(values, folder, sha256_file(folder / "base.safetensors")), values
+
+
+def test_what_did_not_train_is_left_as_another_form_of_the_base_has_it(tmp_path: Path) -> None:
+    model: Any = build_backbone("debug", **SMALL)
+    save_backbone(model, tmp_path / "base.safetensors")
+    save_backbone(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    trained = [name for name in model.state_dict() if "norm" in name]
+    values = {name: value + 0.1 * (name in trained) for name, value in model.state_dict().items()}
+    sha256 = sha256_file(tmp_path / "base.safetensors")
+    tuned = tuned_of(values, tmp_path, sha256, {TRAINED: json.dumps(trained)})
+    report = merge_into_file(
+        tmp_path / "half.safetensors", tuned, tmp_path / "merged.safetensors", allow_other_base=True
+    )
+    merged = tmp_path / "merged.safetensors"
+    assert verify_merge(tmp_path / "half.safetensors", tuned, merged, report.tower, dtype=torch.float32).passed
 
 
 def test_weights_that_trained_themselves_are_written_as_they_are(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def resolve_with_data(**given: Any) -> ResolvedConfig:
 def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A run that is there already goes on without the run or adapter that it came from.
+    A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from.
 
     Raises:
         ValueError: nothing there, or no readable record.

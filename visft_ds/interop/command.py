@@ -94,6 +94,8 @@ def merge(given: argparse.Namespace) -> int:
         of_timm = f"timm {model[0]}, " if model else ""
         print(f"adapter  {path}{where}: {of_timm}{each.describe()}")
     place = places[0].resolve()
+    if place.is_file() and place.parent.name == ADAPTER_FOLDER:  # it stands for its folder
+        place = place.parent
     run = None if several else _run_of(place)
     own = run if not (shares or factor) else None  # whose evaluation judged what is written
     origin = Origin(

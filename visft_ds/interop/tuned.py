@@ -92,7 +92,7 @@ class TunedWeights:
         """Move a model that has its base weights there."""
         parameters = base_parameters(backbone)
         with torch.no_grad():
-            for name in (name for name in self.file if name in parameters):
+            for name in (name for name in self.weights() if name in parameters):
                 parameters[name].copy_(self.apply(name, parameters[name].float())[0])
 
 

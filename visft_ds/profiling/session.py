@@ -67,7 +67,7 @@ class Session:
         plan = plan_of(settings, self.sets)
         return StepLoader(
             {one: DataSet(ShardReader(part.manifest), part.categories) for one, part in self.sets.items()},
-            Plan({name: plan.tasks[name]}, plan.seed, plan.shuffle),
+            Plan({name: plan.tasks[name]}, plan.seed, plan.shuffle, plan.views),
             pipelines_of(settings, self.sets, self.vocabulary),
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
@@ -221,5 +221,6 @@ def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Mapping[str, Trai
     if not synthetic:
         yield open_training_data(settings)
         return
-    with open_set(None, "train", max(stream.batch_size for stream in settings.streams().values())) as drawn:
+    # Twice a batch: a few pictures have no object, and a task may pass over these.
+    with open_set(None, "train", 2 * max(stream.batch_size for stream in settings.streams().values())) as drawn:
         yield {settings.data.train: TrainingSet(drawn.manifest, tuple(settings.tasks.enabled()))}
