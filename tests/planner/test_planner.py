@@ -111,7 +111,9 @@ def test_adapted_convolutions_are_planned(magnitude: str) -> None:
     real = real_peak(config, "detection")
     run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
     moment = trace_step(run, config.visft.streams()["detection"]).moments[0]
-    assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.01)
+    # Their sum: two moments are as full, and a few bytes of a processor's own kernels decide which is the peak.
+    whole = real[ACTIVATIONS] + real[TRANSIENT] + real[OTHER]
+    assert moment[ACTIVATIONS] + moment[TRANSIENT] == pytest.approx(whole, rel=0.001)
     assert trace_step(replace(run, precision="bf16", device=CUDA), config.visft.streams()["detection"]).moments
 
 
