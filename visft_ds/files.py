@@ -1,0 +1,139 @@
+"""The door for files from outside: parsers' errors become one ValueError, reads are bounded, pictures are upright RGB.
+
+Letters: H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+#: More than a photograph of 50 megapixels, and below what Pillow warns of.
+MAX_PIXELS = 80_000_000
+#: Largest file that is read whole, bytes: twice the annotation file of Objects365.
+MAX_BYTES = 12 * 2**30
+#: Pillow's names of the formats that are decoded. Others (EPS calls Ghostscript) are refused whatever they are called.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+#: A progressive JPEG has about ten scans; each one decodes the whole image again.
+_MAX_SCANS = 200
+_START_OF_SCAN = b"\xff\xda"
+_ORIENTATION = 0x0112  # EXIF
+
+
+@contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a parser raises about a file's content into one ValueError: path, what it should be, cause.
+
+    Errors of the operating system (no such file, no permission) pass as they are: they name the file themselves.
+
+    Args:
+        path: the file, or an address.
+        what: what it should be, with its article: "a COCO annotation file".
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  foreign parsers raise anything (KeyError, struct.error, RecursionError)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        known = isinstance(error, ValueError | Warning) or (isinstance(error, OSError | SyntaxError) and str(error))
+        found = str(error) if known else f"{type(error).__name__} {error}"
+        raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
+
+
+def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
+    """Content of a regular file.
+
+    Raises:
+        ValueError: a pipe, device or folder, or more than `most` bytes.
+        OSError: it is not there, or may not be read.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        if found.st_size > most:
+            raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
+
+
+def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:
+    """Decode a picture to RGB; of several frames, the first.
+
+    Grey, 16-bit, palette and CMYK pictures are converted, transparency is dropped. EXIF that cannot be read turns
+    nothing.
+
+    Args:
+        source: the file, or its bytes.
+        name: how messages call it, if not by its path.
+        upright: apply the EXIF orientation.
+
+    Returns:
+        Picture of mode RGB, loaded.
+
+    Raises:
+        ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular file.
+        OSError: it is not there, or may not be read.
+    """
+    name = name or ("a picture" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
+        if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
+        try:
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it begins with {data[:12]!r}" if data else "the file is empty") from None
+        with opened as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
+            image.load()
+            turn = _orientation(image) if upright else 1
+            rgb = to_rgb(image)
+    if turn == 1:
+        return rgb
+    rgb.getexif()[_ORIENTATION] = turn
+    return ImageOps.exif_transpose(rgb)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode of Pillow as RGB; transparency is dropped.
+
+    Pixels of 16 bits keep their upper 8; wider ones and floats are scaled from their own range, as they state none.
+    """
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode in ("I", "F"):
+        low, high = (float(value) for value in np.asarray(image.getextrema()))
+        if image.mode == "I" and low >= 0 and high < 2**16:  # PNGs of 16 bits come as these
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+        else:
+            scale = 255 / (high - low) if high > low else 0.0
+            image = image.point(lambda value: value * scale + -low * scale).convert("L")
+    # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
+    return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 if it cannot be read."""
+    try:
+        # Not image.getexif(): for a PNG it decodes all pixels again to find what may stand behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  damaged EXIF raises anything, and says nothing about the orientation
+        return 1
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
