@@ -40,7 +40,7 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001  foreign parsers raise anything (KeyError, struct.error, RecursionError)
+    except Exception as error:  # foreign parsers raise anything: KeyError, struct.error, RecursionError
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
