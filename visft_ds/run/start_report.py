@@ -12,7 +12,6 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
-from visft_ds.config.resolve import EARLIER
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
@@ -283,11 +282,9 @@ def _kept(run: RunConfig) -> str:
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
     steps = config.total_steps
-    kept = [r for r in config.replaced if r.source == EARLIER]
     return Section(
         "run",
         [
-            *(("as it began", f"{r.key} = {r.new}, new runs: {r.old}") for r in kept),
             ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
             ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
             ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),

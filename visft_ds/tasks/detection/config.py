@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MappingProxyType
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
@@ -62,7 +61,6 @@ class DetectionTask(TaskConfig):
     main = "box/AP50"
     hub_task = "object-detection"
     published = "detection"
-    before = MappingProxyType({"loss.average": "batch"})
 
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()
