@@ -56,5 +56,5 @@ def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) ->
 
 @pytest.mark.parametrize("words", [("--steps", 0), ("--epochs", 1, "--steps", 2), ("--lr", -1), ("--batch-size", 0)])
 def test_flags_out_of_range(shards: Path, words: tuple[object, ...]) -> None:
-    with pytest.raises(ValueError, match="--steps|--lr|--batch-size"):
+    with pytest.raises(ValueError, match=r"--steps|--lr|--batch-size"):
         given(shards, *words)

@@ -211,9 +211,7 @@ def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = Non
         images = number_of_images(config)
         for stream in config.visft.streams().values():
             steps = math.ceil(epochs * images / min(stream.batch_size, images))
-            given["flags"] |= {
-                f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks
-            }
+            given["flags"] |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
         given["flags"]["--epochs"] = ("scheduler.params.total_num_steps", None)
         config = resolve(**given)
     return config
