@@ -24,7 +24,7 @@ from tests.random_tower import save_backbone
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
-from visft_ds.interop import hub, writing
+from visft_ds.interop import writing
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.card import _of_merge
@@ -152,12 +152,11 @@ def test_unmerging_gives_the_base_back(tmp_path: Path, dtype: str) -> None:
     assert (file.metadata["lora_merged"], file.metadata["unmerged_from"]) == ("false", sha256_file(merged))
 
 
-def test_a_base_that_is_taken_back_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_is_taken_back_has_no_card(tmp_path: Path) -> None:
     base, folder, _ = _case(tmp_path)
     merged = tmp_path / "merged.safetensors"
     assert _run("--base", base, "--adapter", folder, "--out", merged) == 0
     given = ("--base", merged, "--adapter", folder, "--unmerge", "--out", tmp_path / "back")
-    assert _run(*given, "--push-to-hub", "someone/model") == 2 and "without a card" in capsys.readouterr().err
     assert _run(*given) == 0
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
 
@@ -418,46 +417,6 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     assert stat.S_IMODE(out.stat().st_mode) & 0o055, "others may read it as any other folder"
 
 
-def test_nothing_is_sent_unless_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, folder, _ = _case(tmp_path)
-    sent: list[object] = []
-    monkeypatch.setattr(
-        hub, "upload", lambda place, name, private: sent.append((place.name, name, private)) or "address"
-    )
-    given = ("--base", base, "--adapter", folder, "--push-to-hub", "someone/model")
-    assert _run(*given, "--out", tmp_path / "dry") == 0 and not sent
-    said = capsys.readouterr().out
-    assert "nothing was sent: 3 files" in said and "upload   model.safetensors" in said
-    assert _run(*given, "--out", tmp_path / "wet", "--upload") == 0
-    assert sent == [("wet", "someone/model", True)] and "address" in capsys.readouterr().out
-
-
-def test_an_upload_takes_the_files_of_the_folder_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    calls: dict[str, dict[str, object]] = {}
-
-    class Api:
-        def create_repo(self, repository: str, **given: object) -> None:
-            calls["create"] = {"repository": repository, **given}
-
-        def upload_folder(self, **given: object) -> object:
-            calls["upload"] = given
-            return type("Commit", (), {"commit_url": "https://example.org/commit"})
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    for name in ("README.md", "model.safetensors", ".model.tmp-1"):
-        (tmp_path / name).write_text("x")
-    assert hub.upload(tmp_path, "someone/model", private=True) == "https://example.org/commit"
-    assert calls["create"] == {"repository": "someone/model", "private": True, "exist_ok": True}
-    assert calls["upload"]["allow_patterns"] == ["README.md", "model.safetensors"]
-    refused = huggingface_hub.errors.HFValidationError("Repo id must be in the form 'name'")
-    monkeypatch.setattr(Api, "create_repo", lambda *_, **__: (_ for _ in ()).throw(refused))
-    with pytest.raises(ValueError, match=r"the hub refuses a/b/c: Repo id"):
-        hub.upload(tmp_path, "a/b/c", private=True)
-
-
 def test_a_card_of_a_change_outside_all_blocks_names_no_block() -> None:
     assert [name for name in _of_merge(Share(1, 1, 0), (Share(), Share()), None) if "block" in name] == []
 
@@ -519,8 +478,6 @@ def _spoiled(folder: Path) -> dict[str, Path]:
         ({"--dtype": "fp16", "--scale": "1e7"}, "does not fit into torch.float16"),
         ({"--max-shard-size": "5 pounds"}, "is no size"),
         ({"--weights": "1", "--adapter": "adapter", "--scale": "nan"}, "--scale must be a finite number"),
-        ({"--push-to-hub": "a/b"}, "need a folder as --out"),
-        ({"--upload": True}, "belongs to --push-to-hub"),
         ({"--out": "base.safetensors"}, "not overwritten"),
         ({"--results": "evaluation", "--out": "out"}, "holds no finished evaluation"),
     ],

@@ -93,11 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
     )
     out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
-    card = parser.add_argument_group("model card and hub (--out must be a folder)")
-    card.add_argument(
-        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the card may name"
+    out.add_argument(
+        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the model card shows"
     )
-    card.add_argument("--push-to-hub", metavar="USER/NAME", help="say what would be uploaded; nothing is sent")
-    card.add_argument("--upload", action="store_true", help="with --push-to-hub: really upload")
-    card.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
     return parser

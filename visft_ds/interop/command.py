@@ -24,7 +24,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.compare import MAIN, read_evaluation
 from visft_ds.flags import check_extra, parse_size
-from visft_ds.interop import hub, loaders, onnx, peft
+from visft_ds.interop import loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
 from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, onnx_card, timm_card
@@ -174,7 +174,7 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
         print(f"load it  {whole if _is_folder(given.out) else call}")
         if report.backbone.until is not None:
             print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
-    return _push(given)
+    return 0
 
 
 def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
@@ -208,12 +208,10 @@ def _check(given: argparse.Namespace) -> None:
     if given.base is None and not (alone and given.model and not given.verify):
         needed = "--base FILE or --model PRESET" if alone and not given.verify else "--base FILE"
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
-    if (given.results or given.push_to_hub) and not _is_folder(given.out):
-        raise ValueError(f"--results and --push-to-hub need a folder as --out, without suffix; {given.out} is a file")
-    if given.unmerge and (given.results or given.push_to_hub):
-        raise ValueError("--unmerge gives the base back, without a card: --results and --push-to-hub do not go with it")
-    if (given.upload or given.public) and not (given.push_to_hub and (given.upload or not given.public)):
-        raise ValueError("--upload belongs to --push-to-hub USER/NAME, and --public to --upload")
+    if given.results and not _is_folder(given.out):
+        raise ValueError(f"--results needs a folder as --out, without suffix; {given.out} is a file")
+    if given.unmerge and given.results:
+        raise ValueError("--unmerge gives the base back, without a card: --results does not go with it")
     if graph and given.out.suffix not in ("", ".onnx"):
         raise ValueError(f"{given.out}: end the name in .onnx (a file), or write it without a dot (a folder)")
     if not graph and given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
@@ -458,7 +456,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             if not given.unmerge:  # what is taken back is the base: nothing was trained, nothing measured
                 write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)
-    return _push(given)
+    return 0
 
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
@@ -498,7 +496,7 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
     print(f"out      {given.out} ({given.format}, rank {adapter.rank}, {'+'.join(adapter.targets)})")
     for note in notes:
         print(f"note: {note}")
-    return _push(given)
+    return 0
 
 
 def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Tower | None, list[str], CardSource | None]:
@@ -516,20 +514,6 @@ def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Towe
     tower = resolve_tower(tower_in(file, layout), given.model, dict(given.set))
     sha256, notes = check_base(file, adapter, given.allow_other_base)
     return tower, notes, CardSource(given.base.name, sha256)
-
-
-def _push(given: argparse.Namespace) -> int:
-    if not given.push_to_hub:
-        return 0
-    files = hub.files_to_upload(given.out)
-    for name, size in files:
-        print(f"upload   {name} ({size / 1e6:,.1f} MB)")
-    if not given.upload:
-        total = sum(size for _, size in files) / 1e6
-        print(f"upload   nothing was sent: {len(files)} files, {total:,.1f} MB for {given.push_to_hub}; add --upload")
-        return 0
-    print(f"upload   {hub.upload(given.out, given.push_to_hub, private=not given.public)}")
-    return 0
 
 
 def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float) -> None:
