@@ -313,9 +313,6 @@ def read_base(folder: Path) -> None:
     timm_settings(file)
     merge_into_file(folder / "base.safetensors", read_adapter(folder / "adapter"), out, allow_other_base=True)
     timm_settings(open_weights(out)), find_layout(open_weights(out))
-    merge_into_file(
-        out, read_adapter(folder / "adapter"), folder / "back.safetensors", unmerge=True, allow_other_base=True
-    )
 
 
 def make_visft(folder: Path) -> None:

@@ -134,49 +134,6 @@ def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 # -- the way back
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_unmerging_gives_the_base_back(tmp_path: Path, dtype: str) -> None:
-    """To rounding in fp32; bit for bit where the base is 16-bit and the merged file was fp32."""
-    base, folder, _ = _case(tmp_path, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    merged, back = tmp_path / "merged.safetensors", tmp_path / "back.safetensors"
-    given = ("--adapter", folder, "--format", "eva_clip", "--scale", 0.5)
-    assert _run("--base", base, "--out", merged, *given) == 0
-    assert _run("--base", merged, "--out", back, *given, "--unmerge", "--verify", "--dtype", dtype, *PRE_NORM) == 0
-    before, middle, after = load_file(base), load_file(merged), load_file(back)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value) if dtype == "bf16" else torch.allclose(after[name], value, atol=1e-6)
-    name = "visual.blocks.0.attn.qkv.weight"
-    assert not torch.allclose(middle[name], before[name].float(), atol=1e-2), "there was something to take out"
-    file = open_weights(back)
-    assert (file.metadata["lora_merged"], file.metadata["unmerged_from"]) == ("false", sha256_file(merged))
-
-
-def test_a_base_that_is_taken_back_has_no_card(tmp_path: Path) -> None:
-    base, folder, _ = _case(tmp_path)
-    merged = tmp_path / "merged.safetensors"
-    assert _run("--base", base, "--adapter", folder, "--out", merged) == 0
-    given = ("--base", merged, "--adapter", folder, "--unmerge", "--out", tmp_path / "back")
-    assert _run(*given) == 0
-    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_only_what_was_merged_in_is_taken_out(tmp_path: Path) -> None:
-    base, _, adapter = _case(tmp_path)
-    merged, out = tmp_path / "merged.safetensors", tmp_path / "out.safetensors"
-    merge_into_file(base, adapter, merged)
-    elsewhere = replace(adapter, base_sha256="f" * 64)
-    for given, one, message in (
-        (base, adapter, "does not say that an adapter was merged in.*--scale -1"),
-        (merged, adapter.scaled(2.0), r"with its scale\) that was merged in has sha256"),
-        (merged, elsewhere, "trained on the base with sha256 ffff.*the base of this file has"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge_into_file(given, one, out, unmerge=True)
-    report = merge_into_file(merged, adapter.scaled(2.0), out, unmerge=True, allow_other_base=True)
-    assert any(note.startswith("allowed: ") for note in report.notes)
-
-
 # -- shards and torch files
 
 

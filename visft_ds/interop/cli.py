@@ -14,7 +14,7 @@ from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
-USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
+USAGE = """Merge LoRA adapters into base weights, or write an adapter in another form.
 
 visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
@@ -63,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
     )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
-    source.add_argument("--unmerge", action="store_true", help="--base is merged: take the adapter out again")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
     source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
     source.add_argument(

@@ -1,4 +1,4 @@
-"""Merging, unmerging, averaging and rewriting of adapters: what visft merge does once its flags are read."""
+"""Merging, averaging and rewriting of adapters: what visft merge does once its flags are read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def merge(given: argparse.Namespace) -> int:
         raise ValueError(
             f"{', '.join(absent)}: no such adapter; give a run, one of its checkpoints, a PEFT folder or a LoRA file"
         )
-    if given.base is None and not given.model and not given.unmerge and len(given.adapter) == 1:
+    if given.base is None and not given.model and len(given.adapter) == 1:
         given.base = base_of(given.adapter[0])
     _check(given)
     if not given.adapter:
@@ -80,9 +80,9 @@ def merge(given: argparse.Namespace) -> int:
     weights = given.weights or [1 / len(adapters)] * len(adapters)
     model = next((change.timm for change in adapters if change.timm is not None), None)
     several = len(adapters) > 1
-    if model is not None and (given.unmerge or given.max_shard_size or (several and given.verify)):
+    if model is not None and (given.max_shard_size or (several and given.verify)):
         raise ValueError(
-            f"{places[0]} is of a model of timm: --unmerge, --max-shard-size and, of several adapters, --verify are "
+            f"{places[0]} is of a model of timm: --max-shard-size and, of several adapters, --verify are "
             f"for towers of EVA-CLIP"
         )
     adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
@@ -192,15 +192,15 @@ def _check(given: argparse.Namespace) -> None:
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
     alone, graph = given.format in _ADAPTER_FORMATS, given.format == "onnx"
-    if (alone or graph) and (given.unmerge or given.max_shard_size or given.dtype != "fp32"):
+    if (alone or graph) and (given.max_shard_size or given.dtype != "fp32"):
         written = "a graph in fp32" if graph else "the adapter alone"
         raise ValueError(
-            f"--unmerge, --dtype and --max-shard-size are about full weights; --format {given.format} writes {written}"
+            f"--dtype and --max-shard-size are about full weights; --format {given.format} writes {written}"
         )
     if not given.adapter:
         if given.base is None:
             raise ValueError("--adapter PATH is needed, or --base FILE to write in another form")
-        if alone or given.unmerge or given.weights or given.scale != 1 or given.allow_other_base:
+        if alone or given.weights or given.scale != 1 or given.allow_other_base:
             raise ValueError("--adapter PATH is needed: without one only --format, --dtype and shards of --base change")
         if _is_folder(given.out):
             suffix = ".onnx" if graph else ".safetensors"
@@ -210,8 +210,6 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
     if given.results and not _is_folder(given.out):
         raise ValueError(f"--results needs a folder as --out, without suffix; {given.out} is a file")
-    if given.unmerge and given.results:
-        raise ValueError("--unmerge gives the base back, without a card: --results does not go with it")
     if graph and given.out.suffix not in ("", ".onnx"):
         raise ValueError(f"{given.out}: end the name in .onnx (a file), or write it without a dot (a folder)")
     if not graph and given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
@@ -221,7 +219,7 @@ def _check(given: argparse.Namespace) -> None:
         check_extra("--format onnx", "onnx", onnx.PACKAGES)
     if given.verify and given.format == "visft":
         raise ValueError("--verify: no library on PyPI reads --format visft; it is proved by --format peft --verify")
-    if given.verify and not given.unmerge:
+    if given.verify:
         loaders.library_of(given.format)
 
 
@@ -259,10 +257,8 @@ def _verify(
         side_files: folder -> files by which a library loads them there.
         load: by which it does; None: we load them, as nobody else does.
     """
-    library = None if given.unmerge or load is None else loaders.library_of(given.format)
-    base, result = given.base, files[-1]
-    if given.unmerge:
-        base, result = result, base
+    library = None if load is None else loaders.library_of(given.format)
+    result = files[-1]
     with ExitStack() as stack:
         load_result = None
         if library is not None and load is not None:
@@ -274,7 +270,7 @@ def _verify(
                 name = FORMATS[given.format].file
                 load_result = partial(load, stack.enter_context(loaders.as_folder(files, name, side_files)))
         verification = verify_merge(
-            base,
+            given.base,
             change,
             result,
             tower,
@@ -416,7 +412,6 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             dtype=dtype,
             allow_other_base=given.allow_other_base,
             tower=tower,
-            unmerge=given.unmerge,
             shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
         )
         until = None if adapter is None else adapter.until
@@ -453,8 +448,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
                 card = merged_card(
                     title, given.format, given.dtype, adapter, origin, report, verification, side_files=files
                 )
-            if not given.unmerge:  # what is taken back is the base: nothing was trained, nothing measured
-                write_text(stage / peft.README, card)
+            write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)
     return 0
 
