@@ -162,6 +162,6 @@ def test_an_adapter_tells_over_which_base_an_earlier_release_trained_it(tmp_path
     assert "trained over the base stored as nf4" in (folder / README).read_text(encoding="utf-8")
     again = read_peft_adapter(folder)
     assert again.base_storage == "nf4" and again.fingerprint() == adapter.fingerprint()
-    assert average([again, replace(again, base_storage="full")], [0.5, 0.5]).base_storage == "full and nf4"
+    assert average([again, replace(again, base_storage="full")]).base_storage == "full and nf4"
     _, notes = check_base(open_weights(tmp_path / "base.safetensors"), again, allow_other=False)
     assert any("trained over the base stored as nf4; this is the full one" in note for note in notes)

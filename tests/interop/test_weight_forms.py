@@ -8,7 +8,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import writing
 from visft_ds.interop.adapter import Adapter, average
-from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.card import _of_merge
-from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
+from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import Share, merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writing import plan_shards, write_shards, write_torch
+from visft_ds.interop.writing import write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
 
@@ -83,39 +81,38 @@ def _run(*arguments: object) -> int:
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "proj")])
 def test_an_average_is_the_mean_of_the_changes_not_of_the_factors(targets: tuple[str, ...]) -> None:
     first, second = _adapter(1, 3, targets), replace(_adapter(2, 5, targets), alpha=0.5)
-    mixed = average([first, second], [0.25, -2.0])
+    mixed = average([first, second])
     for weight in first.weights():
-        wanted = 0.25 * first.delta(weight) - 2.0 * second.delta(weight)
+        wanted = 0.5 * first.delta(weight) + 0.5 * second.delta(weight)
         assert torch.allclose(mixed.delta(weight), wanted, atol=1e-5)  # fp32 sums of 8 products of size 1
     assert mixed.rank == 8
     means = {name: (value + _adapter(4, 3, targets).tensors[name]) / 2 for name, value in first.tensors.items()}
     of_factors = replace(first, tensors=means)
     assert not torch.allclose(
         of_factors.delta("blocks.0.attn.qkv.weight"),
-        average([first, _adapter(4, 3, targets)], [0.5, 0.5]).delta("blocks.0.attn.qkv.weight"),
+        average([first, _adapter(4, 3, targets)]).delta("blocks.0.attn.qkv.weight"),
         atol=1e-2,
     )
 
 
 def test_adapters_that_do_not_belong_together_are_not_averaged() -> None:
     first = replace(_adapter(1), base_sha256="a" * 64)
-    for other, weights, message in (
-        (_adapter(2, targets=("q",)), [1.0, 1.0], r"on q\+v .* and on q "),
-        (replace(_adapter(2), base_sha256="b" * 64), [1.0, 1.0], "different bases"),
-        (_adapter(2), [1.0], "one finite number for each"),
+    for other, message in (
+        (_adapter(2, targets=("q",)), r"on q\+v .* and on q "),
+        (replace(_adapter(2), base_sha256="b" * 64), "different bases"),
     ):
         with pytest.raises(ValueError, match=message):
-            average([first, other], weights)
+            average([first, other])
 
 
 def test_adapters_of_different_models_are_not_averaged() -> None:
     of_timm = replace(_adapter(1), targets=("blocks.*.attn.qkv",), model="test_vit")
     for pair in ([of_timm, _adapter(2)], [_adapter(2), of_timm]):
         with pytest.raises(ValueError, match=r"test_vit .*cannot be averaged"):
-            average(pair, [1.0, 1.0])
+            average(pair)
     for change, named in (({"until": "blocks.0"}, "up to blocks.0"), ({"options": {"img_size": 96}}, "img_size=96")):
         with pytest.raises(ValueError, match=rf"test_vit \(.* and of test_vit, {named} .*cannot be averaged"):
-            average([of_timm, replace(of_timm, **change)], [1.0, 1.0])  # type: ignore[arg-type]
+            average([of_timm, replace(of_timm, **change)])  # type: ignore[arg-type]
 
 
 def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,86 +120,18 @@ def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     other = _adapter(7, 2)
     write_visft_lora(other, tmp_path / "other.pt")
     out = tmp_path / "out"
-    given = ("--base", base, "--adapter", folder, "--adapter", tmp_path / "other.pt", "--weights", 0.75, 0.5)
+    given = ("--base", base, "--adapter", folder, "--adapter", tmp_path / "other.pt")
     assert _run(*given, "--out", out, "--format", "eva_clip", "--verify") == 0
-    assert "averaged with 0.75 0.5" in (out / "README.md").read_text() and "other.pt: rank 2" in capsys.readouterr().out
+    assert "mean of 2 adapters" in (out / "README.md").read_text() and "other.pt: rank 2" in capsys.readouterr().out
     name = "blocks.1.attn.qkv.weight"
     change = open_weights(out / "eva_clip.pt").get(f"visual.{name}") - load_file(base)[f"visual.{name}"]
-    assert torch.allclose(change, 0.75 * adapter.delta(name) + 0.5 * other.delta(name), atol=1e-5)
+    assert torch.allclose(change, 0.5 * adapter.delta(name) + 0.5 * other.delta(name), atol=1e-5)
 
 
 # -- the way back
 
 
 # -- shards and torch files
-
-
-def test_shards_hold_what_fits_and_one_tensor_at_least() -> None:
-    infos = {
-        name: TensorInfo((size,), torch.int8) for name, size in (("a", 4), ("b", 6), ("c", 11), ("d", 1), ("e", 9))
-    }
-    assert plan_shards(infos, 10) == [["a", "b"], ["c"], ["d", "e"]]
-
-
-def test_a_model_in_shards_is_read_like_one_file_and_has_a_hash_of_its_content(tmp_path: Path) -> None:
-    base, folder, adapter = _case(tmp_path)
-    out, whole = tmp_path / "merged.safetensors", tmp_path / "whole.safetensors"
-    given = ("--base", base, "--adapter", folder, "--format", "timm")
-    assert _run(*given, "--out", out, "--max-shard-size", "12KB", "--verify") == 0
-    assert _run(*given, "--out", whole) == 0
-    index = tmp_path / f"merged{INDEX}"
-    shards = sorted(tmp_path.glob("merged-*.safetensors"))
-    assert not out.exists() and len(shards) > 3 and shards[0].name == f"merged-00001-of-{len(shards):05d}.safetensors"
-    file, one = open_weights(index), open_weights(whole)
-    assert sorted(file) == sorted(one) and all(torch.equal(file.get(name), one.get(name)) for name in one)
-    assert file.metadata["lora_merged"] == "true" and file.metadata["base_sha256"] == adapter.base_sha256
-    total = sum(info.nbytes for info in file.infos.values())
-    assert json.loads(index.read_text())["metadata"]["total_size"] == total
-    assert "; LoRA already merged in" in load_backbone(_model(), index)
-    before = sha256_file(index)
-    changed = load_file(shards[0])
-    save_file({name: value + 1 for name, value in changed.items()}, shards[0])
-    assert sha256_file(index) != before, "the index alone says nothing about the weights"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda folder, index: (folder / "a-00001-of-00002.safetensors").unlink(),
-            "00001-of-00002.safetensors is missing",
-        ),
-        (lambda folder, index: index["weight_map"].update(x="../other.safetensors"), "not a plain file name"),
-        (lambda folder, index: index["weight_map"].update(x="a-00001-of-00002.safetensors"), "listed but not there: x"),
-        (lambda folder, index: index["weight_map"].pop("one"), "there but not listed: one"),
-        (lambda folder, index: index.pop("weight_map"), "weight_map is missing"),
-    ],
-)
-def test_shards_that_are_not_whole_are_refused(
-    tmp_path: Path, change: Callable[[Path, dict[str, dict[str, str]]], object], message: str
-) -> None:
-    tensors = {"one": torch.ones(4), "two": torch.ones(4), "three": torch.ones(4)}
-    infos = {name: TensorInfo.of(value) for name, value in tensors.items()}
-    files = write_shards(tmp_path / "a.safetensors", infos, tensors.__getitem__, {}, 32)
-    index = json.loads(files[-1].read_text())
-    change(tmp_path, index)
-    files[-1].write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=message):
-        open_weights(files[-1])
-
-
-def test_a_failed_write_leaves_no_shard(tmp_path: Path) -> None:
-    infos = {name: TensorInfo((4,), torch.float32) for name in ("one", "two", "three")}
-
-    def produce(name: str) -> Tensor:
-        if name == "three":
-            assert (tmp_path / "a-00001-of-00003.safetensors").is_file(), "there is something to remove"
-            raise OSError(28, "No space left on device")
-        return torch.ones(4)
-
-    with pytest.raises(OSError, match="No space"):
-        write_shards(tmp_path / "a.safetensors", infos, produce, {}, 16)
-    assert os.listdir(tmp_path) == []
 
 
 def test_torch_files_hold_each_tensor_in_a_storage_of_its_own(tmp_path: Path) -> None:
@@ -433,8 +362,7 @@ def _spoiled(folder: Path) -> dict[str, Path]:
         ({"--out": "out.bin"}, "written as .safetensors only"),
         ({"--out": "out.v2"}, "write it without a dot"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "does not fit into torch.float16"),
-        ({"--max-shard-size": "5 pounds"}, "is no size"),
-        ({"--weights": "1", "--adapter": "adapter", "--scale": "nan"}, "--scale must be a finite number"),
+        ({"--adapter": "adapter", "--scale": "nan"}, "--scale must be a finite number"),
         ({"--out": "base.safetensors"}, "not overwritten"),
         ({"--results": "evaluation", "--out": "out"}, "holds no finished evaluation"),
     ],

@@ -163,7 +163,7 @@ def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be scaled"):
         adapter.scaled(0.5)
     with pytest.raises(ValueError, match="cannot be averaged"):
-        average([adapter, adapter], [0.5, 0.5])
+        average([adapter, adapter])
     folder = save_peft_adapter(adapter, tmp_path / "split", tower_of(random_tower()), split=True)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"use_dora": False}))

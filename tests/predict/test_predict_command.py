@@ -151,7 +151,7 @@ def test_other_settings_are_refused_in_the_same_folder(
 def test_another_adapter_file_is_another_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = read_adapter(place / "runs/stage2/export/adapter")
     write_visft_lora(adapter, tmp_path / "one.pt")
-    write_visft_lora(average([adapter, adapter], [0.5, 0.5]), tmp_path / "other.pt")
+    write_visft_lora(average([adapter, adapter]), tmp_path / "other.pt")
     given = ("dog.jpg", "--no-pictures", "--adapter")
     assert _run(tmp_path / "out", *given, tmp_path / "one.pt") == 0
     assert _run(tmp_path / "out", *given, tmp_path / "other.pt") == 2

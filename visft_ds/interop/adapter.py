@@ -9,7 +9,6 @@ shaped as in the model: linear layers `lora_A` (G*r, in), rows stacked slice by 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -258,16 +257,14 @@ def fingerprint_of(settings: object, tensors: Iterable[tuple[str, Tensor]]) -> s
     return digest.hexdigest()
 
 
-def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
+def average(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapter whose change of every weight is the mean of theirs, exactly: ranks add up, scaling is 1.
 
     Factors A and B themselves are not averaged: the product of two means is not the mean of two products. (PEFT calls
     this combination "cat".)
 
-    Raises ValueError for adapters of other projections, towers or bases, and for weights that are not one a piece.
+    Raises ValueError for adapters of other projections, towers or bases.
     """
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{len(adapters)} adapters and weights {list(weights)}: give one finite number for each")
     first = adapters[0]
     if any(adapter.magnitude for adapter in adapters):
         raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
@@ -296,8 +293,7 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         slices = len(first.adapted(layer).slices)
         parts = [adapter.tensors[a].float().chunk(slices) for adapter in adapters]
         tensors[a] = torch.cat([part[index] for index in range(slices) for part in parts])
-        factors = [w * adapter.scaling for w, adapter in zip(weights, adapters, strict=True)]
-        columns = [f * adapter.tensors[b].float() for f, adapter in zip(factors, adapters, strict=True)]
+        columns = [adapter.scaling / len(adapters) * adapter.tensors[b].float() for adapter in adapters]
         tensors[b] = torch.cat(columns, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
     return replace(

@@ -69,8 +69,7 @@ def merged_card(
             f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
             f"[{change.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
         )
-    sharded = len(report.files) > 1
-    loading = [*_HEADING, *_snippet(form, report, side_files, sharded=sharded)]
+    loading = [*_HEADING, *_snippet(form, report, side_files)]
     measured = _of_merge(report.total, report.blocks, verification)
     return _card(title, FORMATS[form].library.lower(), origin, _sources(origin, change, tower), what, measured, loading)
 
@@ -230,8 +229,8 @@ def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
     return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
 
 
-def _snippet(form: str, report: MergeReport, side_files: Collection[str], *, sharded: bool) -> list[str]:
-    tower, file = report.tower, report.files[-1].name
+def _snippet(form: str, report: MergeReport, side_files: Collection[str]) -> list[str]:
+    tower, file = report.tower, report.file.name
     read = ['FOLDER = "."  # this folder']
     if form == "transformers":
         read += ["from transformers import Blip2VisionModel", "", "model = Blip2VisionModel.from_pretrained(FOLDER)"]
@@ -264,9 +263,7 @@ def _snippet(form: str, report: MergeReport, side_files: Collection[str], *, sha
                 "",
             ]
         return lines
-    pattern = "*.safetensors" if sharded else file
-    read += ["from pathlib import Path", "from safetensors.torch import load_file", "", "weights = {}"]
-    read += [f'for file in sorted(Path(FOLDER).glob("{pattern}")):', "    weights |= load_file(file)"]
+    read += ["from safetensors.torch import load_file", "", f'weights = load_file(f"{{FOLDER}}/{file}")']
     if form == "open_clip":
         read += ["", "import open_clip", "", 'model = open_clip.create_model("...")  # the configuration of the base']
     elif tower.num_heads is None or tower.post_norm is None:

@@ -59,9 +59,6 @@ def _parser() -> argparse.ArgumentParser:
         help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average; none: --base in another "
         "--format",
     )
-    source.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
-    )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
     source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
@@ -85,7 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
     )
-    out.add_argument("--max-shard-size", metavar="SIZE", help="split larger weights into files of at most 5GB, ...")
     out.add_argument(
         "--verify",
         action="store_true",

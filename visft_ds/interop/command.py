@@ -23,7 +23,7 @@ from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.compare import MAIN, read_evaluation
-from visft_ds.flags import check_extra, parse_size
+from visft_ds.flags import check_extra
 from visft_ds.interop import loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
@@ -77,18 +77,15 @@ def merge(given: argparse.Namespace) -> int:
         return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
-    weights = given.weights or [1 / len(adapters)] * len(adapters)
     model = next((change.timm for change in adapters if change.timm is not None), None)
     several = len(adapters) > 1
-    if model is not None and (given.max_shard_size or (several and given.verify)):
+    if model is not None and several and given.verify:
         raise ValueError(
-            f"{places[0]} is of a model of timm: --max-shard-size and, of several adapters, --verify are "
-            f"for towers of EVA-CLIP"
+            f"{places[0]} is of a model of timm: --verify of several adapters is for towers of EVA-CLIP"
         )
-    adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
+    adapter = _joined(adapters, given.scale)
     names = [_name(path) for path in given.adapter]
-    shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if several or given.weights else ""
-    factor = f", times {given.scale:g}" if given.scale != 1 else ""
+    how = [f"mean of {len(adapters)} adapters"] * several + [f"times {given.scale:g}"] * (given.scale != 1)
     for path, found, each in zip(given.adapter, places, adapters, strict=True):
         where = f" ({found})" if found != path else ""
         of_timm = f"timm {model[0]}, " if model else ""
@@ -97,13 +94,13 @@ def merge(given: argparse.Namespace) -> int:
     if place.is_file() and place.parent.name == ADAPTER_FOLDER:  # it stands for its folder
         place = place.parent
     run = None if several else _run_of(place)
-    own = run if not (shares or factor) else None  # whose evaluation judged what is written
+    own = run if not how else None  # whose evaluation judged what is written
     origin = Origin(
         None,
         tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
         _trained(run, place) if run else {},
         _measured(given.results) if given.results else _measured_in(own, place) if own else (),
-        (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
+        (f"The {', '.join(how)}",) if how else (),
         publication_of(given.base, model and model[0]),
         _datasets(run) if run else (),
     )
@@ -118,10 +115,10 @@ def _write_efficientnet(given: argparse.Namespace) -> int:
     """Write a published EfficientNet under timm's names."""
     file = read_efficientnet(given.base)
     form = given.format, given.dtype, given.out.suffix
-    if form != ("timm", "fp32", ".safetensors") or given.verify or given.max_shard_size:
+    if form != ("timm", "fp32", ".safetensors") or given.verify:
         raise ValueError(
             f"{given.base} is an EfficientNet of timm: give --format timm and an --out that ends in .safetensors, "
-            f"without --dtype, --verify and --max-shard-size"
+            f"without --dtype and --verify"
         )
     write_safetensors(given.out, file.infos, file.get, file.metadata)
     name = timm_settings(file)
@@ -177,14 +174,14 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
     return 0
 
 
-def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
-    """Join several changes into one; `weights` None: there is one, as it is."""
-    if weights is None:
+def _joined(changes: Sequence[Change], scale: float) -> Change:
+    """The mean of several changes, or the only one, times `scale`."""
+    if len(changes) == 1:
         return changes[0].scaled(scale)
     adapters = [change for change in changes if isinstance(change, Adapter)]
     if len(adapters) < len(changes):
         raise ValueError("only adapters are averaged here, not weights that trained themselves: give one --adapter")
-    return average(adapters, weights).scaled(scale)
+    return average(adapters).scaled(scale)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -192,16 +189,14 @@ def _check(given: argparse.Namespace) -> None:
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
     alone, graph = given.format in _ADAPTER_FORMATS, given.format == "onnx"
-    if (alone or graph) and (given.max_shard_size or given.dtype != "fp32"):
+    if (alone or graph) and given.dtype != "fp32":
         written = "a graph in fp32" if graph else "the adapter alone"
-        raise ValueError(
-            f"--dtype and --max-shard-size are about full weights; --format {given.format} writes {written}"
-        )
+        raise ValueError(f"--dtype is about full weights; --format {given.format} writes {written}")
     if not given.adapter:
         if given.base is None:
             raise ValueError("--adapter PATH is needed, or --base FILE to write in another form")
-        if alone or given.weights or given.scale != 1 or given.allow_other_base:
-            raise ValueError("--adapter PATH is needed: without one only --format, --dtype and shards of --base change")
+        if alone or given.scale != 1 or given.allow_other_base:
+            raise ValueError("--adapter PATH is needed: without one only --format and --dtype of --base change")
         if _is_folder(given.out):
             suffix = ".onnx" if graph else ".safetensors"
             raise ValueError(f"{given.out}: without --adapter a file is written: end its name in {suffix}")
@@ -268,7 +263,7 @@ def _verify(
                 load_result = partial(load, result)
             else:
                 name = FORMATS[given.format].file
-                load_result = partial(load, stack.enter_context(loaders.as_folder(files, name, side_files)))
+                load_result = partial(load, stack.enter_context(loaders.as_folder(result, name, side_files)))
         verification = verify_merge(
             given.base,
             change,
@@ -412,28 +407,26 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             dtype=dtype,
             allow_other_base=given.allow_other_base,
             tower=tower,
-            shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
         )
-        until = None if adapter is None else adapter.until
+        until, files = None if adapter is None else adapter.until, [report.file]
         computed = report.tower
         if given.format == "onnx":
             # Others' models need the class token. This graph is the tower as it trained and as heads read it, without.
             computed = replace(report.tower, class_token=False)
             backbone = build_tower(computed, until=until)
-            load_backbone(backbone, report.files[-1])
-            report = replace(report, files=tuple(_write_onnx(given, report.files[-1], backbone)))
-        _print_report(given, report, time.perf_counter() - started)
-        sharded = len(report.files) > 1
+            load_backbone(backbone, report.file)
+            files = _write_onnx(given, report.file, backbone)
+        _print_report(given, report, files, time.perf_counter() - started)
 
         def beside(folder: Path) -> dict[str, dict[str, Any]]:
-            return side_files(given.format, report.weights, report.tower, dtype, folder, sharded=sharded)
+            return side_files(given.format, report.weights, report.tower, dtype, folder)
 
         verification = None
         if given.verify:
             load = None
             if given.format not in ("eva_clip", "lavis"):
                 load = partial(loaders.load_tower, given.format, tower=report.tower, until=until)
-            verification = _verify(given, adapter, computed, report.files, beside, load)
+            verification = _verify(given, adapter, computed, files, beside, load)
             if not verification.passed:
                 return 1
         if _is_folder(given.out):
@@ -443,13 +436,13 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             if given.format == "onnx":
                 card = onnx_card(title, onnx.FILE, adapter, origin, backbone, report.total, verification)
             else:
-                files = beside(given.out)
-                loaders.write_json(stage, files)
+                configs = beside(given.out)
+                loaders.write_json(stage, configs)
                 card = merged_card(
-                    title, given.format, given.dtype, adapter, origin, report, verification, side_files=files
+                    title, given.format, given.dtype, adapter, origin, report, verification, side_files=configs
                 )
             write_text(stage / peft.README, card)
-        _publish(stage, given.out, report.files)
+        _publish(stage, given.out, files)
     return 0
 
 
@@ -510,13 +503,12 @@ def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Towe
     return tower, notes, CardSource(given.base.name, sha256)
 
 
-def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float) -> None:
-    size = sum(file.stat().st_size for file in report.files) / 1e6
-    in_shards = f", {len(report.files) - 1} shards" if len(report.files) > 1 else ""
+def _print_report(given: argparse.Namespace, report: MergeReport, files: Sequence[Path], seconds: float) -> None:
+    size = sum(file.stat().st_size for file in files) / 1e6
     print(
         f"base     {given.base} ({report.source_layout}; {report.tower.describe()})\n"
         f"         sha256 {report.base_sha256}\n"
-        f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors{in_shards}, "
+        f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors, "
         f"{size:,.1f} MB, {seconds:.1f} s)"
     )
     if given.adapter:

@@ -46,16 +46,14 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
-    """Raise ValueError where a tower cannot be written in a format, or not under that name, or not in shards."""
+def check_format(name: str, out: Path, tower: Tower) -> None:
+    """Raise ValueError where a tower cannot be written in a format, or not under that name."""
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; allowed: {', '.join(FORMATS)}")
     form = FORMATS[name]
     if out.suffix not in form.suffixes:
         allowed = " or ".join(form.suffixes)
         raise ValueError(f"{out}: weights for {form.library} are written as {allowed} only; choose such a name")
-    if sharded and out.suffix != ".safetensors":
-        raise ValueError(f"{out}: only .safetensors can be written in shards; leave the size of shards out")
     if not form.giant_only:
         return
     if tower.post_norm is None:
@@ -75,12 +73,10 @@ def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
 
 
 def side_files(
-    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, folder: Path, *, sharded: bool
+    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """File -> content (JSON) by which the library loads `folder` alone; empty where it cannot (tower, shards)."""
+    """File -> content (JSON) by which the library loads `folder` alone; empty where it cannot (tower)."""
     content: dict[str, Any] | None = None
-    if sharded and name != "transformers":
-        return {}
     if name == "timm" and tower.num_heads is not None:
         content = timm.settings(tower, weights.shape("head.weight")[0] if "head.weight" in weights else 0)
     elif name == "open_clip":

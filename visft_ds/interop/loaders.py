@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visft_ds.interop import onnx
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.files import INDEX, WeightFile, examples, open_weights, view
+from visft_ds.interop.files import WeightFile, examples, open_weights, view
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower, part_of
 from visft_ds.interop.peft import reads_past_layers
@@ -60,21 +60,18 @@ def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 @contextmanager
 def as_folder(
-    files: Sequence[Path], name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]
+    file: Path, name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]
 ) -> Iterator[Path]:
     """A temporary folder beside written weights, as a library looks for them.
 
     Args:
-        files: of the weights, the one to open last.
+        file: of the weights.
         name: of that one in a folder.
         side_files: folder -> content of what lies in it beside the weights.
     """
-    with TemporaryDirectory(dir=files[-1].parent) as path:
+    with TemporaryDirectory(dir=file.parent) as path:
         folder = Path(path)
-        for file in files[:-1]:
-            (folder / file.name).symlink_to(file.resolve())
-        last = name.removesuffix(".safetensors") + INDEX if files[-1].name.endswith(INDEX) else name
-        (folder / last).symlink_to(files[-1].resolve())
+        (folder / name).symlink_to(file.resolve())
         write_json(folder, side_files(folder))
         yield folder
 
@@ -104,8 +101,7 @@ def load_tower(form: str, folder: Path, tower: Tower, until: str | None) -> Feat
 
     if (folder / "config.json").is_file():
         return _timm_features(timm.create_model(f"local-dir:{folder}", pretrained=True), tower, block)
-    (path,) = [*folder.glob(f"*{INDEX}")] or [folder / FORMATS["timm"].file]
-    file = open_weights(path)
+    file = open_weights(folder / FORMATS["timm"].file)
     classes = file.shape("head.weight")[0] if "head.weight" in file else 0
     return _timm_features(_filled(file, tower, list(file), num_classes=classes), tower, block)
 

@@ -40,7 +40,7 @@ from visft_ds.interop.formats import FORMATS, check_format, config_of
 from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, tower_in, tower_names
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.interop.writing import refuse_existing, write_safetensors, write_shards, write_torch
+from visft_ds.interop.writing import refuse_existing, write_safetensors, write_torch
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.monitor.console import Gauge
@@ -86,9 +86,8 @@ class Share:
 class MergeReport:
     """Report of `merge_into_file`.
 
-    `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result; `files` what
-    was written, the one to open last. `blocks[N]` and `total` are the retained shares; `left_out` names what of the
-    base was not written.
+    `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result, `file` where
+    it was written. `blocks[N]` and `total` are the retained shares; `left_out` names what of the base was not written.
     """
 
     tower: Tower
@@ -99,7 +98,7 @@ class MergeReport:
     blocks: tuple[Share, ...]
     total: Share
     notes: tuple[str, ...]
-    files: tuple[Path, ...]
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,6 @@ def merge_into_file(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
     tower: Tower | None = None,
-    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Write base + adapter, or weights that trained themselves in place of the base's, in one of `FORMATS`, tensor by
     tensor; without adapter: the base as it is, in another form.
@@ -150,7 +148,7 @@ def merge_into_file(
     Blocks behind the one that a change ended after stay as they are in the base; the header names that one.
     Peak memory is about two of the largest tensors above the map. The tower is cast to `dtype`; class token, CLIP
     projection and (eva_clip, open_clip) text side are carried over as they are. `tower` adds what the base file does
-    not tell (heads, norm placement). `shard_bytes` splits the result where it is larger (see `write_shards`).
+    not tell (heads, norm placement).
 
     Raises ValueError, before anything is written, for: an existing `out`, a base that has an adapter merged in already
     an adapter recorded for another base file (unless `allow_other_base`),
@@ -161,7 +159,7 @@ def merge_into_file(
     file, source = open_tower(base)
     found = tower_in(file, source)
     tower = replace(tower or found, class_token=found.class_token)
-    check_format(layout, out, tower, sharded=shard_bytes is not None)
+    check_format(layout, out, tower)
     refuse_existing(out)
     check_names(file, source, tower_names(found), found)
     if adapter is not None:
@@ -175,7 +173,7 @@ def merge_into_file(
     entries = FORMATS[layout].entries(merged, source)
     header = _carried(file, source, found, dtype) if adapter is None else _header(file, adapter, base_sha256)
     result = view(merged, entries, header | {"tower": tower.to_json()})
-    files = _write(result, out, shard_bytes)
+    _write(result, out)
     if not found.class_token:
         notes.append("the base has no class token: models that pool by it need class_token=False")
     if layout == "eva_clip" and (missing := eva_clip.missing_parts(entries)):
@@ -184,7 +182,7 @@ def merge_into_file(
         notes.append("nothing changes: every lora_B is zero, or what trained is as it was")
     used = {source for entry in entries.values() for source in entry.sources}
     left_out = tuple(name for name in file if name not in used)
-    return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), tuple(files))
+    return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), out)
 
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
@@ -250,7 +248,7 @@ def _merged(
     return view(file, entries)
 
 
-def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]:
+def _write(result: WeightFile, out: Path) -> None:
     infos = result.infos
     with Gauge(f"writing {out.name}", sum(info.nbytes for info in infos.values()) / 1e6, "MB") as gauge:
 
@@ -260,11 +258,8 @@ def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]
 
         if out.suffix != ".safetensors":
             write_torch(out, infos, produce)
-            return [out]
-        if shard_bytes is not None:
-            return write_shards(out, infos, produce, result.metadata, shard_bytes)
-        write_safetensors(out, infos, produce, result.metadata)
-        return [out]
+        else:
+            write_safetensors(out, infos, produce, result.metadata)
 
 
 def merge_timm(
