@@ -95,10 +95,7 @@ def _merges() -> list[Case]:
     own = "train/stage2-qv/export/backbone.safetensors"
     return [
         based,
-        *(
-            merge(name, "--format", name, "--verify")
-            for name in ("timm", "eva_clip", "open_clip", "lavis")
-        ),
+        *(merge(name, "--format", name, "--verify") for name in ("timm", "eva_clip", "open_clip", "lavis")),
         merge("peft", "--format", "peft"),
         merge("timm-bf16", "--dtype", "bf16"),
         merge("timm-scaled", "--scale", "0.5"),

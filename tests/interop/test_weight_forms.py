@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.published import save_published_lora
 from tests.random_tower import save_backbone
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
@@ -30,7 +31,6 @@ from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import Share, merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writing import write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
@@ -118,7 +118,7 @@ def test_adapters_of_different_models_are_not_averaged() -> None:
 def test_the_tool_averages_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, folder, adapter = _case(tmp_path)
     other = _adapter(7, 2)
-    write_visft_lora(other, tmp_path / "other.pt")
+    save_published_lora(other, tmp_path / "other.pt")
     out = tmp_path / "out"
     given = ("--base", base, "--adapter", folder, "--adapter", tmp_path / "other.pt")
     assert _run(*given, "--out", out, "--format", "eva_clip", "--verify") == 0

@@ -17,7 +17,6 @@ from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, verify_merge
 from visft_ds.interop.peft import CONFIG, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.timm_names import model_arguments
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters
 from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
@@ -158,8 +157,6 @@ def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
     base, adapter = _saved(tmp_path)
     with pytest.raises(ValueError, match="write peft_split"):
         save_peft_adapter(adapter, tmp_path / "fused", tower_of(random_tower()))
-    with pytest.raises(ValueError, match="hold no magnitudes"):
-        write_visft_lora(adapter, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match="cannot be scaled"):
         adapter.scaled(0.5)
     with pytest.raises(ValueError, match="cannot be averaged"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,7 +67,6 @@ class Adapter:
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
     groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
     until: str | None = None  #: block that the tower ended after when it was trained
-    published: bool = False  #: read from a LoRA file of ViSFT's
 
     @property
     def scaling(self) -> float:
@@ -182,9 +180,7 @@ class Adapter:
     def fit(self, tower: Tower) -> Adapter:
         """The adapter, checked to have exactly the tensors that its settings mean on this tower, up to `until`.
 
-        A published ViSFT adapter of the 40-block giant loses its last block on a 39-block tower (LAVIS builds it
-        without that block) with a warning. Raises ValueError for every other difference, and for values that are not
-        finite.
+        Raises ValueError for every difference, and for values that are not finite.
         """
         if self.model is not None:
             raise ValueError(
@@ -192,14 +188,6 @@ class Adapter:
                 f"adapter and the base of the same model"
             )
         tensors, tower = self.tensors, part_of(tower, self.until)
-        if self.published and (self.depth, tower.depth) == (40, 39):
-            warnings.warn(
-                "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
-                "ignored",
-                UserWarning,
-                stacklevel=2,
-            )
-            tensors = {name: value for name, value in tensors.items() if not name.startswith("blocks.39.")}
         if (depth_of(tensors), self.width) != (tower.depth, tower.width):
             raise ValueError(
                 f"the adapter is for a tower of width {self.width}, depth {self.depth}; this tower has "
@@ -303,7 +291,6 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         tensors=tensors,
         base_sha256=next(iter(bases), None),
         base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
-        published=all(adapter.published for adapter in adapters),
     )
 
 

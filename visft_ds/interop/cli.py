@@ -28,7 +28,7 @@ Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wron
 """
 
 WEIGHT_FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "timm", "transformers")
-ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+ADAPTER_FORMATS = ("peft", "peft_split")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
         default="timm",
         help="full weights as a library names them, a graph (onnx), or the adapter alone: peft (fused qkv), peft_split "
-        "(separate q, k, v), visft (%(default)s)",
+        "(separate q, k, v) (%(default)s)",
     )
     out.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"

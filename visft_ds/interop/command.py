@@ -45,7 +45,6 @@ from visft_ds.interop.merge import (
 )
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, build_backbone
@@ -54,8 +53,7 @@ from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
 from visft_ds.tasks.registry import config_class
 
-_VISFT_FILE = "visft_lora.pt"
-_ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+_ADAPTER_FORMATS = ("peft", "peft_split")
 
 
 def merge(given: argparse.Namespace) -> int:
@@ -80,9 +78,7 @@ def merge(given: argparse.Namespace) -> int:
     model = next((change.timm for change in adapters if change.timm is not None), None)
     several = len(adapters) > 1
     if model is not None and several and given.verify:
-        raise ValueError(
-            f"{places[0]} is of a model of timm: --verify of several adapters is for towers of EVA-CLIP"
-        )
+        raise ValueError(f"{places[0]} is of a model of timm: --verify of several adapters is for towers of EVA-CLIP")
     adapter = _joined(adapters, given.scale)
     names = [_name(path) for path in given.adapter]
     how = [f"mean of {len(adapters)} adapters"] * several + [f"times {given.scale:g}"] * (given.scale != 1)
@@ -212,8 +208,6 @@ def _check(given: argparse.Namespace) -> None:
     refuse_existing(given.out)
     if graph:
         check_extra("--format onnx", "onnx", onnx.PACKAGES)
-    if given.verify and given.format == "visft":
-        raise ValueError("--verify: no library on PyPI reads --format visft; it is proved by --format peft --verify")
     if given.verify:
         loaders.library_of(given.format)
 
@@ -393,9 +387,9 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
     settings = dict(given.set)
-    preset = PRESETS.get(tower.preset() or tower.cut_of() or "")
+    preset = PRESETS.get(tower.preset() or "")
     published = preset is not None and preset.image_size == tower.image_size
-    if given.verify or given.format == "onnx" or given.model or settings or form.giant_only or published:
+    if given.verify or given.format == "onnx" or given.model or settings or form.pre_norm_only or published:
         tower = resolve_tower(tower, given.model, settings)
     started = time.perf_counter()
     with _staged(given.out) as stage:
@@ -459,27 +453,19 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
         origin = replace(origin, base=CardSource("not named", adapter.base_sha256))
-    if given.format != "visft" and not _is_folder(given.out):
+    if not _is_folder(given.out):
         raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
-    if not _is_folder(given.out) and given.out.suffix != ".pt":
-        raise ValueError(f"{given.out}: ViSFT's LoRA files are .pt; choose such a name")
     split, verification = given.format == "peft_split", None
     with _staged(given.out) as stage:
-        name = _VISFT_FILE if _is_folder(given.out) else given.out.name
-        if given.format == "visft":
-            write_visft_lora(adapter, stage / name)
-        else:
-            published = origin.published
-            peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=published, card="")
+        peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=origin.published, card="")
         if given.verify:
             load = partial(loaders.load_peft, base=given.base, adapter=adapter, tower=whole, split=split)
             verification = _verify(given, adapter, whole, [stage], lambda _: {}, load)
             if not verification.passed:
                 return 1
-        if _is_folder(given.out):
-            card = adapter_card(given.out.name, given.format, adapter, origin, tower, name, verification)
-            write_text(stage / peft.README, card, overwrite=True)
-        _publish(stage, given.out, [stage / name])
+        card = adapter_card(given.out.name, given.format, adapter, origin, tower, verification)
+        write_text(stage / peft.README, card, overwrite=True)
+        _publish(stage, given.out, [])
     print(f"out      {given.out} ({given.format}, rank {adapter.rank}, {'+'.join(adapter.targets)})")
     for note in notes:
         print(f"note: {note}")

@@ -59,9 +59,7 @@ def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def as_folder(
-    file: Path, name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]
-) -> Iterator[Path]:
+def as_folder(file: Path, name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]) -> Iterator[Path]:
     """A temporary folder beside written weights, as a library looks for them.
 
     Args:
@@ -77,21 +75,8 @@ def as_folder(
 
 
 def load_tower(form: str, folder: Path, tower: Tower, until: str | None) -> Features:
-    """A tower of our own out of a folder for timm, open_clip or transformers; see `as_folder`."""
+    """A tower of our own out of a folder for timm or open_clip; see `as_folder`."""
     block = None if until is None else int(until.rpartition(".")[2])
-    if form == "transformers":
-        from transformers import Blip2VisionModel
-
-        model = _from_pretrained(Blip2VisionModel, folder)
-
-        def features(images: Tensor) -> Tensor:
-            given = model(pixel_values=images, output_hidden_states=True)
-            tokens = given.last_hidden_state
-            if block is not None:
-                tokens = model.post_layernorm(given.hidden_states[block + 1])
-            return _map(tokens, images, tower.patch_size)
-
-        return features
     if form == "open_clip":
         import open_clip
 

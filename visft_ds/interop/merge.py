@@ -335,9 +335,7 @@ def check_base(file: WeightFile, adapter: Change, allow_other: bool) -> tuple[st
     if adapter.base_sha256 is None:
         notes.append("the adapter does not record which base file it was trained on: not checked")
     elif adapter.base_sha256 != base:
-        problems.append(
-            f"the adapter was trained on the base with sha256 {adapter.base_sha256}, this file has {base}"
-        )
+        problems.append(f"the adapter was trained on the base with sha256 {adapter.base_sha256}, this file has {base}")
     if problems and not allow_other:
         raise ValueError(
             f"{file.path}: {'; '.join(problems)}. Give that one; or, where this one holds the same weights in another "
