@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.base = named(given.base, download=given.download).file(download=given.download)
         return merge(given)
     except (ValueError, OSError) as error:
-        print(f"merge_lora: {redacted(error)}", file=sys.stderr)
+        print(f"merge: {redacted(error)}", file=sys.stderr)
         return 2
 
 

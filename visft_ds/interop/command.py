@@ -277,7 +277,7 @@ def _verify(
         print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")
     if not verification.passed:
         print(
-            f"merge_lora: the result does not compute what base + change does; {given.out} is not written",
+            f"merge: the result does not compute what base + change does; {given.out} is not written",
             file=sys.stderr,
         )
     return verification
