@@ -74,7 +74,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np
         check_pixels(*image_size(data), max_pixels)
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     rgb = np.array(open_image(data, upright=False))
-    check_pixels(*rgb.shape[:2], max_pixels)
+    check_pixels(rgb.shape[0], rgb.shape[1], max_pixels)
     return rgb
 
 
