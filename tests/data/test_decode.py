@@ -77,7 +77,7 @@ def test_other_formats_are_decoded_by_pillow(kind: str) -> None:
     ],
 )
 def test_what_cannot_be_decoded_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match="picture|JPEG|Premature|image"):
+    with pytest.raises(ValueError, match=r"picture|JPEG|Premature|image"):
         decode_image(data)
 
 
