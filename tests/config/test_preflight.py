@@ -85,7 +85,7 @@ def test_a_run_in_place_of_its_export_is_told_the_folder(tmp_path: Path) -> None
     settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}/run")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,captioning"))
     assert missing.path == f"{tmp_path}/run/detection.safetensors, {tmp_path}/run/captioning.safetensors"
-    assert missing.command.endswith(f": --set visft.heads.path={tmp_path}/run/export")
+    assert missing.command.endswith(f": --heads {tmp_path}/run/export")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,segmentation"))
     assert "visft train --stage 1" in missing.command
 

@@ -30,6 +30,8 @@ from visft_ds.tasks import registry
 
 #: Source of the values that `missing_keys` fills in.
 EARLIER = "the release it began with"
+#: Sources of values that a start adapts, and says so.
+SHORT_RUN, FEW_IMAGES = "the length of the run", "the number of images"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
 #: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
 #: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
@@ -343,6 +345,11 @@ def _typed(tree: Tree, *, recorded: bool = False) -> ResolvedConfig:
     if scheduler.params.total_num_steps is None:
         steps = scheduler.params.model_copy(update={"total_num_steps": visft.updates()})
         scheduler = scheduler.model_copy(update={"params": steps})
+    params, replaced = scheduler.params, [entry for entry in tree.replaced if entry.new != entry.old]
+    if params.total_num_steps is not None and params.warmup_num_steps > params.total_num_steps:
+        warmup = params.total_num_steps // 10
+        replaced.append(Replaced("scheduler.params.warmup_num_steps", params.warmup_num_steps, warmup, SHORT_RUN))
+        scheduler = scheduler.model_copy(update={"params": params.model_copy(update={"warmup_num_steps": warmup})})
     if visft.run.out is None:
         run = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{visft.model.name}"})
         visft = visft.model_copy(update={"run": run})
@@ -358,5 +365,5 @@ def _typed(tree: Tree, *, recorded: bool = False) -> ResolvedConfig:
         gradient_clipping=recipe.gradient_clipping,
         deepspeed={key: value for key, value in tree.values.items() if key not in Recipe.model_fields},
         sources=dict(tree.sources),
-        replaced=tuple(entry for entry in tree.replaced if entry.new != entry.old),
+        replaced=tuple(replaced),
     )

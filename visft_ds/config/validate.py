@@ -299,19 +299,11 @@ def _unreached_trace(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    params, updates = recipe.scheduler.params, recipe.visft.updates()
-    if params.total_num_steps is not None:
-        total, meaning = params.total_num_steps, "scheduler.params.total_num_steps"
-    elif updates is not None:
-        total, meaning = updates, f"the {'most' if recipe.visft.mode == 'shared' else 'sum'} of the tasks' updates"
-    else:
+    if recipe.scheduler.params.total_num_steps is None and recipe.visft.updates() is None:
         yield (
             "scheduler.params.total_num_steps",
             "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
         )
-        return
-    if params.warmup_num_steps > total:
-        yield "scheduler.params.warmup_num_steps", f"longer than the run ({meaning} = {total})"
 
 
 def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,7 @@ from visft_ds.prepare.datasets import (
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.prepare.places import located, paths_of
-from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of, vocabulary_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, settle_batches, streams_of, vocabulary_of
 from visft_ds.run.folder import recorded_config, saved_something
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -84,6 +84,7 @@ def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
     config, why_shuffled = settle_shuffle(located(config, out))
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))
+    config = settle_batches(config, sets, max(1, distributed.world_size() // config.pipeline_stages))
     settings = config.visft
     vocabulary = vocabulary_of(settings, *captioned(sets))
     return config, RunData(
