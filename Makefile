@@ -28,7 +28,7 @@ help:
 	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 18 GiB free, from random weights to a merged tower"
 	@echo "make docs               the pages as HTML in build/html; a link that leads nowhere is an error"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
-	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
+	@echo "make gpu                is a GPU right? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"

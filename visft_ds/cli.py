@@ -35,8 +35,8 @@ COMMANDS = {
         "visft_ds.evals.report_cli", "a page about one run, or several side by side: results, curves, times"
     ),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
-    "plan": Program("visft_ds.profiling.cli", "does a configuration fit a cluster, and how fast is it there?", "plan"),
-    "profile": Program("visft_ds.profiling.cli", "measure speed, memory, data and communication"),
+    "plan": Program("visft_ds.planner.command", "does a configuration fit a cluster, and how fast is it there?"),
+    "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
     "ablate": Program("visft_ds.experiments.ablations.cli", "questions about the recipe as experiments"),
     "contrast": Program("visft_ds.experiments.contrastive.cli", "contrastive image-text training of a CLIP"),
     "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),

@@ -6,7 +6,7 @@ the fastest settings on a cluster.
 """
 
 from visft_ds.planner.fitting import Suggestion, fitting_settings
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, run_of
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of
 from visft_ds.tasks.spec import Content
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Suggestion",
     "fitting_settings",
     "plan_largest",
+    "plan_stream",
     "run_of",
 ]
