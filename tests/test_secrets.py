@@ -13,11 +13,11 @@ from traceback import format_exception
 
 import fsspec.config
 import pytest
+from visft_ds.data.store import open_store
 
 import visft_ds
 from tests.ranks import REPOSITORY
 from tests.shard_server import serve
-from visft_ds.data.store import open_store
 from visft_ds.redaction import redacted, redacted_values, redacted_words, refuse_secrets
 
 #: Kind -> text that may stand nowhere.

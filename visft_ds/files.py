@@ -71,6 +71,15 @@ def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
         os.close(descriptor)
 
 
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk; without it a power failure may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:
     """Decode a picture to RGB; of several frames, the first.
 

@@ -25,8 +25,7 @@ from tests.ranks import run_ranks
 from tests.tasks.test_captioning import generated, log_probability
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.evaluate import evaluate

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from visft_ds.config import resolve
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals import curves
 from visft_ds.evals.curves import History, read_history, time_by_part, time_of_data
 from visft_ds.evals.report_cli import main

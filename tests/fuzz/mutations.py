@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from visft_ds.data.manifest import INDEX_DTYPE, manifest_digest
+from visft_ds.data.shards import INDEX_DTYPE, manifest_digest
 
 Files = Mapping[str, bytes]
 Damage = Callable[[random.Random, Files], dict[str, bytes]]

@@ -17,6 +17,8 @@ import orjson
 import safetensors.torch
 import torch
 from PIL import Image
+from visft_ds.shards.shard_content import read_shard
+from visft_ds.shards.verify import verify
 
 from tests.fuzz import mutations as m
 from tests.options import alone, head_of
@@ -31,8 +33,7 @@ from visft_ds.data.dataset import caption_dataset, coco_dataset, read_raw
 from visft_ds.data.decode import decode_image
 from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.labels import parse_label
-from visft_ds.data.manifest import Manifest, read_manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader, read_manifest
 from visft_ds.evals.benchmarks.cache import load_record
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.dense_sets import read_train_and_test
@@ -75,9 +76,7 @@ from visft_ds.run.folder import recorded_config
 from visft_ds.shards.caption_lines import read_lines
 from visft_ds.shards.images import check_image
 from visft_ds.shards.info import describe
-from visft_ds.shards.shard_content import read_shard
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
-from visft_ds.shards.verify import verify
 from visft_ds.shards.yolo import read_description, read_yolo
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -121,7 +120,7 @@ _SMALL = {"detection": {"fixed_size": 28}, "segmentation": {"fixed_size": 28}, "
 
 def read_split(folder: Path) -> None:
     manifest = Manifest.load(folder, "val")
-    manifest.select("captions"), manifest.selection("annotations"), manifest.labels
+    manifest.having("captions"), manifest.selection("annotations"), manifest.labels
     if manifest.vocabulary:
         Vocabulary.from_counts(manifest.vocabulary, min_count=1, tokenizer=str(manifest.options.get("tokenizer")))
     orjson.dumps(describe(manifest, shards=True))

@@ -12,7 +12,7 @@ import torch
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadInfo

@@ -12,8 +12,7 @@ import math
 import numpy as np
 from scipy.special import stdtrit
 
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.compare import Evaluation
 from visft_ds.monitor.console import Gauge

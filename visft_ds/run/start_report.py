@@ -195,7 +195,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
     if shards_are_here(config.data):
         try:
-            plan_of(config, open_training_data(config, check_shards=False))
+            plan_of(config, open_training_data(config))
         except ValueError as error:
             yield f"this run cannot start: {error}"
     try:

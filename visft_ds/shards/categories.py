@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 
 _COCO_LIST = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
