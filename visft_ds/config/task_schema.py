@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -62,10 +61,6 @@ class TaskConfig(StrictModel):
     labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
-    #: Key below `visft.tasks.<task>` that is gone -> what serves instead, and the value with which it did nothing.
-    removed: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})
-    #: Key below `visft.tasks.<task>` that came after release 0.1 -> the value with which runs without it have trained.
-    before: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
     #: sum, in mode "shared" the most of them.

@@ -29,7 +29,7 @@ from visft_ds.run.folder import newest_step, open_run_folder, recorded_config
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import ids_of_classes
 
-_OTHER = "--heads remap keeps the classes of the same name and draws the others, --heads reset draws the heads"
+_OTHER = "--reset-heads remap keeps the classes of the same name and draws the others, --reset-heads draws the heads"
 
 
 def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | None:
@@ -124,7 +124,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
             if checkpoint.identity("vocabulary") != (data.vocabulary.fingerprint if data.vocabulary else "none"):
                 raise ValueError(
                     f"visft.start: the captions have other words than those that the {task} head of {run} knows: start "
-                    "its heads anew (--heads reset), or leave the task out (--tasks)"
+                    "its heads anew (--reset-heads), or leave the task out (--tasks)"
                 )
             continue
         mapped, names = _rows(task, config, data.categories, there, _categories(run), start)

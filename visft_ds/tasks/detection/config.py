@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MappingProxyType
 from typing import Literal
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
@@ -69,7 +68,6 @@ class DetectionTask(TaskConfig):
     main = "box/AP50"
     hub_task = "object-detection"
     published = "detection"
-    before = MappingProxyType({"loss.average": "batch"})
 
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()
