@@ -209,7 +209,6 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     for source in (merged, merged.parent, place / "copied"):
         with pytest.raises(ValueError, match="heads=FOLDER"):
             load(source)
-        # release 0.1 did not write of what base these are
         loaded = load(source, heads=heads, image_size=56, allow_other_base=True)
         found = loaded.predict("dog.jpg", threshold=0)
         np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)
