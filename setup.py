@@ -99,7 +99,6 @@ setup(
         "eval": [OPEN_CLIP, SKLEARN],
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.12", "huggingface_hub>=0.25"],
-        "hub": ["huggingface_hub>=0.30"],
         "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],

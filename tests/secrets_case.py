@@ -97,8 +97,6 @@ def main(folder: Path, secrets: dict[str, str]) -> None:
         sources.authorization, sources.query = served.authorization, f"{signed}&token={secrets['query token']}"
         files[3] += f"?{signed}"
         assert visft(["shards", "build", *files, "--out", f"{folder}/d", "--quiet"]) == 0
-        card = ["--push-to-hub", "me/model", "--upload", "--adapter", *export[:3], "--out", f"{folder}/hub"]
-        assert _fails(visft, ["merge", *card])
 
 
 def _fails(visft: Any, words: list[str]) -> bool:

@@ -30,8 +30,6 @@ What `import visft_ds` offers (`AnyPath`: a text or a `Path`), written from the 
 BY_MODULE = (
     "visft_ds.config.resolve",
     "visft_ds.data.open_webdataset.open_split",
-    "visft_ds.interop.load_heads",
-    "visft_ds.interop.save_heads",
     "visft_ds.models.eva_vit.build_backbone",
 )
 

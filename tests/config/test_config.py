@@ -189,7 +189,6 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
         (2, ["visft.model.preset=timm:resnet18"], "--backbone timm:resnet18 in place of --set drops them"),
         (2, ["visft.model.preset=timm:resnet18", "visft.model.recompute=mlp"], "must be auto, none or block with timm"),
         (2, ["visft.model.preset=timm:"], "or 'timm:NAME'"),
-        (2, ["scheduler.params.total_num_steps=5", "scheduler.params.warmup_num_steps=6"], "longer than the run"),
         (2, ["scheduler.type=WarmupLR", "scheduler.params.cos_min_ratio=0.1"], "WarmupLR has no cosine"),
         (
             2,
@@ -369,7 +368,7 @@ def test_presets_and_overrides_match_the_backbone() -> None:
         ([], "--stage is missing"),
         (["--stage", "3"], "--stage 3: must be 1"),
         (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
-        (["--stage", "1", "--lr=3"], "Anything else: --set KEY=VALUE"),
+        (["--stage", "1", "--zzz=3"], "Anything else: --set KEY=VALUE"),
         (["--stage", "1", "--model", "eva-e"], "did you mean eva_e? There are: clip_vit_b, convnext_b, debug"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--stage", "1", "--resume", "yes"], "must be auto"),

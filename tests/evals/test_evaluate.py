@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from tests.coco_tree import write_tree
 from tests.complaints import complaints
 from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
+from tests.published import save_published_head
 from tests.random_tower import save_backbone
 from tests.ranks import run_ranks
 from tests.tasks.test_captioning import generated, log_probability
@@ -31,7 +32,6 @@ from visft_ds.evals.cli import main
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
-from visft_ds.interop.heads import save_heads
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.published_heads import KINDS
 from visft_ds.interop.writing import save_tensors
@@ -286,7 +286,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
         if task != "captioning":
             options |= {"num_heads": 8, "encoder_layers": 1, "decoder_layers": 1}
         head = TASKS[task].build_head(32, options, len(words) + 4)
-        save_heads(head, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt", format="visft")
+        save_published_head(head, task, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     tree = write_tree(tmp_path / "tree", 5)
     tree.edit(lambda content: [one.update(name=COCO_NAMES[one["id"]]) for one in content["categories"]])

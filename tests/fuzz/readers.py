@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.fuzz import mutations as m
 from tests.options import alone, head_of
+from tests.published import save_published_head, save_published_lora
 from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
@@ -55,12 +56,10 @@ from visft_ds.interop.heads import (
     load_heads,
     of_other_base,
     read_head_info,
-    save_heads,
 )
 from visft_ds.interop.layouts import find_layout, tower_in
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord, read_metrics, truncate_metrics
 from visft_ds.planner.cluster import parse_cluster
 from visft_ds.predict.command import Record
@@ -313,14 +312,11 @@ def read_base(folder: Path) -> None:
     timm_settings(file)
     merge_into_file(folder / "base.safetensors", read_adapter(folder / "adapter"), out, allow_other_base=True)
     timm_settings(open_weights(out)), find_layout(open_weights(out))
-    merge_into_file(
-        out, read_adapter(folder / "adapter"), folder / "back.safetensors", unmerge=True, allow_other_base=True
-    )
 
 
 def make_visft(folder: Path) -> None:
     adapter = read_adapter(RUNS / "qv/export/adapter")
-    write_visft_lora(adapter, folder / "lora.pt")
+    save_published_lora(adapter, folder / "lora.pt")
 
 
 HEADS = tuple(f"{task}.safetensors" for task in TASKS)
@@ -342,7 +338,7 @@ def read_heads(folder: Path) -> None:
 def make_published(folder: Path) -> None:
     sizes = {"num_queries": 2, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16, "num_heads": 8}
     head = head_of("detection", 16, num_classes=3, encoder_layers=1, decoder_layers=1, **sizes)
-    save_heads(head, folder / "heads.pt")
+    save_published_head(head, "detection", folder / "heads.pt")
 
 
 def read_run(folder: Path) -> None:
@@ -792,12 +788,6 @@ READERS = (
             m.safetensors_header("adapter/adapter_model.safetensors"),
             m.safetensors_header("adapter/adapter_model.safetensors", "visft_adapter"),
         ),
-    ),
-    Reader(
-        "DoRA adapter",
-        copy(*(f"dora/export/adapter/{name}>adapter/{name}" for name in ADAPTER)),
-        read_lora,
-        (m.record("adapter/adapter_config.json"), m.safetensors_header("adapter/adapter_model.safetensors")),
     ),
     Reader(
         "adapter of timm",

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from tests import fourth_task
-from tests.freeze.stored import FOLDER
 from tests.house import core, lines
 from tests.ranks import REPOSITORY, run_ranks
 from tests.test_layering import ROOT, module_name, syntax
 from tests.tiny import TINY
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.tasks import registry
+
+FOLDER = Path(__file__).parents[1] / "golden/runs-0.1"
 
 SETTINGS: dict[str, Any] = {
     **TINY,

@@ -123,6 +123,8 @@ class TaskSpec:
     #: (images, size in pixels, contents, image options, device) -> targets without content, as large as stated; what
     #: criteria read on the host is on the CPU, large tensors on the device
     blank: Callable[[int, tuple[int, int], Content, Mapping[str, Any], device], Targets]
+    #: (in_channels, **head options), where they choose among several heads; None: `head`
+    choose_head: Callable[..., nn.Module] | None = None
     shared_options: tuple[str, ...] = ()  #: head options that the criterion must be given too
     #: Problem of a split whose labels would teach something wrong, or None.
     data_problem: Callable[[Manifest], str | None] = lambda manifest: None
@@ -151,7 +153,8 @@ class TaskSpec:
         """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(in_channels=in_channels, **self.options("head", options), **own)
+        build = self.choose_head or self.head
+        return build(in_channels=in_channels, **self.options("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""
