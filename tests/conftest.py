@@ -22,7 +22,7 @@ sys.dont_write_bytecode = False
 #: The longest files, longest first. One of them that began last would keep one worker busy while the others rest.
 FIRST = (
     *("train/test_train.py", "parallel/test_engines.py", "models/test_timm_backbone.py", "run/test_validation.py"),
-    *("experiments/test_ablations.py", "run/test_runs_of_0_1.py", "train/test_fit.py", "test_house.py"),
+    *("experiments/test_ablations.py", "train/test_fit.py", "test_house.py"),
     *("profiling/test_profile.py", "tasks/test_fourth_task.py", "train/test_start.py", "parallel/test_pipeline.py"),
     *("evals/test_evaluate.py", "planner/test_planner.py", "profiling/test_operations.py", "models/test_eva_vit.py"),
     *("ops/test_triton.py", "models/test_until.py", "train/test_golden.py", "shards/test_make_shards.py"),

@@ -114,7 +114,7 @@ def test_a_disk_without_room_stops_the_run_with_one_line(shards: Path, straight:
 
 def test_the_best_checkpoint_stays(shards: Path, tmp_path: Path) -> None:
     extra = {
-        "visft.run.keep_best": "caption/CIDEr-D",
+        "visft.run.keep_best": "caption/CIDEr",
         "visft.run.eval_every": 2,
         "visft.run.keep_last": 1,
         "visft.data.val": "train",
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_stays(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (output,) = run_ranks(command(shards, out, extra=extra), world=1)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    scores = {r["step"]: r["val/caption/CIDEr-D"] for r in records if "val/caption/CIDEr-D" in r}
+    scores = {r["step"]: r["val/caption/CIDEr"] for r in records if "val/caption/CIDEr" in r}
     assert list(scores) == [2, 4, 6, 8]
     best = max(scores, key=lambda step: (scores[step], -step))
     assert saved_steps(out / "checkpoints") == sorted({best, 8})

@@ -203,7 +203,7 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
             ["visft.run.keep_best=box/Ap"],
             'keep_best = "box/Ap" (--set): is no metric of this run\'s tasks; did you mean box/AP?',
         ),
-        (2, ["visft.run.keep_best=val/caption/cider-d"], "did you mean caption/CIDEr-D? known: box/AP, box/AP50, "),
+        (2, ["visft.run.keep_best=val/caption/cider"], "did you mean caption/CIDEr? known: box/AP, box/AP50, "),
         (2, ["visft.run.keep_best=mask/AP", "visft.tasks=detection"], "known: box/AP, box/AP50, box/AP75, box/APs, "),
         (
             2,

@@ -790,12 +790,6 @@ READERS = (
         ),
     ),
     Reader(
-        "DoRA adapter",
-        copy(*(f"dora/export/adapter/{name}>adapter/{name}" for name in ADAPTER)),
-        read_lora,
-        (m.record("adapter/adapter_config.json"), m.safetensors_header("adapter/adapter_model.safetensors")),
-    ),
-    Reader(
         "adapter of timm",
         copy("convnext2/export/adapter/lora.safetensors>adapter/lora.safetensors"),
         read_lora,

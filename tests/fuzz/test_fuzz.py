@@ -42,7 +42,7 @@ def test_damaged_files_are_read_right_or_refused_clearly() -> None:
 def test_a_record_of_another_form_names_file_field_and_value(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"config": {}, **change}))
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 2, "config": {}, **change}))
     with pytest.raises(ValueError, match=rf"run\.json.*{message}"):
         read_record(tmp_path / "run.json", RunFile)
     with pytest.raises(ValueError, match=r"absent\.json cannot be read"):

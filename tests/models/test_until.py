@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.freeze.stored import FOLDER as GOLDEN
 from tests.random_tower import move_adapters, relative, save_backbone
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
@@ -32,6 +31,8 @@ from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
+
+GOLDEN = Path(__file__).parents[1] / "golden/runs-0.1"
 
 timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 56}

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tests.freeze.stored import FOLDER as GOLDEN
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
@@ -26,6 +25,8 @@ from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
 from visft_ds.run.folder import recorded_config
 from visft_ds.tasks.pictures import palette
+
+GOLDEN = Path(__file__).parents[1] / "golden/runs-0.1"
 
 TASKS = ["detection", "segmentation", "captioning"]
 
@@ -209,7 +210,6 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     for source in (merged, merged.parent, place / "copied"):
         with pytest.raises(ValueError, match="heads=FOLDER"):
             load(source)
-        # release 0.1 did not write of what base these are
         loaded = load(source, heads=heads, image_size=56, allow_other_base=True)
         found = loaded.predict("dog.jpg", threshold=0)
         np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)

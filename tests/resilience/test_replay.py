@@ -127,6 +127,3 @@ def test_steps_that_can_be_replayed_are_named(
 def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--step", "1"]) == 2
     assert "there is no run in" in capsys.readouterr().err
-    (tmp_path / "bundle.json").write_text("{}")  # of a run before 0.2
-    assert main([str(tmp_path)]) == 2
-    assert "removed in 0.2: give the run, visft replay RUN --step N" in capsys.readouterr().err

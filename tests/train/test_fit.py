@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch.distributed
 
-from tests.freeze.stored import FOLDER
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
 from tests.run.test_validation import Ended
 from tests.tiny import TINY, steps_recorded
@@ -32,6 +31,8 @@ from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
+
+FOLDER = Path(__file__).parents[1] / "golden/runs-0.1"
 
 #: Of torch and DeepSpeed, at their first use in a process.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")

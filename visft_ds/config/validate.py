@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
-from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import registry
@@ -168,7 +167,7 @@ def _explain(details: Any) -> tuple[str, str]:
     location = [str(part) for part in details["loc"]]
     key, kind, given = ".".join(location), details["type"], details["input"]
     if kind == "extra_forbidden":
-        return key, removed_key(key) or f"unknown key; {suggest(location)}"
+        return key, f"unknown key; {suggest(location)}"
     if kind == "missing":
         return key, f"missing; state it in a file or with --set {key}=VALUE"
     if kind in ("model_type", "dict_type"):

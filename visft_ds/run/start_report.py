@@ -12,7 +12,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
-from visft_ds.config.resolve import EARLIER, FEW_IMAGES, SHORT_RUN
+from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
@@ -284,11 +284,9 @@ def _kept(run: RunConfig) -> str:
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
     steps = config.total_steps
-    kept = [r for r in config.replaced if r.source == EARLIER]
     return Section(
         "run",
         [
-            *(("as it began", f"{r.key} = {r.new}, new runs: {r.old}") for r in kept),
             *(
                 ("adapted", f"{r.key}: {r.old} -> {r.new}, because of {r.source}")
                 for r in config.replaced
