@@ -252,7 +252,7 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     assert "after stage 2" in first.stdout and "[10/10] report" in first.stdout
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") >= 9 and page.count("<svg") == 13 and "timm.create_model" in page
-    for name in ("box/AP50", "mask/AP50", "caption/CIDEr-D"):
+    for name in ("box/AP50", "mask/AP50", "caption/CIDEr"):
         assert f"   {name}" in first.stdout and f"<th>{name} " in page
     assert "captions compared" in first.stdout and len(page) < 8e6
     assert (tmp_path / "demo/comparison.png").exists()

@@ -35,7 +35,7 @@ def _run(folder: Path, *settings: str, seed: int = 0) -> Path:
                 values = {"loss/loss": 4.0 / step, "loss/detection": 4.0 / step, "lr/lora": 1e-3, "gradient_norm": 1.0}
                 speed = {"images_per_second": 16.0, "data_wait_seconds": 0.5, "data_seconds/read": 1.0 * step}
                 writer.step(step, values | speed | OPTIONAL)
-                writer.evaluation(step, {"box/AP50": 0.1 * step, "caption/CIDEr-D": 1.0})
+                writer.evaluation(step, {"box/AP50": 0.1 * step, "caption/CIDEr": 1.0})
             picture = draw_detections(pixels, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [step / 4])
             writer.image(step, "detection/000000000007", picture)
         writer.save(3, {"save/stall_seconds": 0.25}, folder)
@@ -129,7 +129,7 @@ def test_an_interval_where_the_images_are_here(tmp_path: Path, split: Manifest, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("visft_ds.evals.jackknife.PARTS", 5)
         text = _page(*runs, "--out", tmp_path / "both.html")
-    row = re.search(r"<th>caption/CIDEr-D .*?</tr>", text)
+    row = re.search(r"<th>caption/CIDEr .*?</tr>", text)
     assert row is not None and '<td class="">+0.0000 <small>+0.0000 to +0.0000</small></td>' in row[0]
     assert "coloured is what leaves zero out" in text
     assert "without colours: 12 images are too few, 20 are needed" in _page(*runs, "--out", tmp_path / "few.html")
