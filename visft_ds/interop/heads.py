@@ -228,8 +228,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
             trained = "COCO's 80" if published else examples(named)
             raise ValueError(
                 f"the {task} head was trained on other categories than {where} has: it does not know "
-                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}, or make the "
-                "shards with its ids and names (visft shards build --categories FILE)"
+                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}"
             )
 
 

@@ -277,10 +277,8 @@ def _pipeline_sections(run: PlannedRun) -> list[Section]:
 
 def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
-    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
-    return f"kept: {' and '.join(kept)}{average}"
+    return f"kept: {' and '.join(kept)}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:

@@ -58,9 +58,7 @@ class Evaluator:
     """Functions to gather a task's results and to compute its metrics."""
 
     truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
-    measure: Callable[..., dict[str, float]]
-    #: (ground truth, results, each category too, scorer of average precision) -> named numbers
-    check: Callable[[Mapping[str, Any]], None] = lambda truth: None  #: ValueError: nothing can be compared with it
+    measure: Callable[..., dict[str, float]]  #: (ground truth, results, each category too) -> named numbers
     pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
     unpack: Callable[[Any], Results] = list
     facts: Mapping[str, Any] = field(default_factory=dict)  #: what numbers depend on, for the record of an evaluation

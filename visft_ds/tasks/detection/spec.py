@@ -13,7 +13,7 @@ from visft_ds.costs.flops import Flops
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.transforms import ShortSides, of_options, places
 from visft_ds.tasks import Results
-from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth, pack_results, unpack_results
+from visft_ds.tasks.average_precision import coco_average_precision, pack_results, unpack_results
 from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import (
     CropRecipe,
@@ -89,8 +89,7 @@ SPEC = TaskSpec(
     postprocess=_results,
     evaluator=Evaluator(
         truth=coco_dataset,
-        measure=partial(average_precision_of, "bbox"),
-        check=lambda truth: check_ground_truth(truth, "bbox"),
+        measure=lambda truth, results, each: coco_average_precision(truth, results, per_category=each),
         pack=pack_results,
         unpack=unpack_results,
     ),

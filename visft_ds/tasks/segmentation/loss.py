@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import ClassLoss, Matches, at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import MaskedDecoder
 from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
 from visft_ds.tasks.segmentation.mask_points import (
