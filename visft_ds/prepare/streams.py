@@ -9,9 +9,12 @@ from pathlib import Path
 
 import orjson
 
+from visft_ds.config import ResolvedConfig, changed
+from visft_ds.config.layers import Replaced
 from visft_ds.config.preflight import is_url
+from visft_ds.config.resolve import FEW_IMAGES
 from visft_ds.config.schema import DataConfig, VisftConfig
-from visft_ds.config.task_schema import Stream
+from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, manifest_path
@@ -69,17 +72,35 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     Raises:
         ValueError: fewer samples that a stream can learn from than its batch size.
     """
-    tasks = {}
-    for stream in config.streams().values():
-        parts = {}
-        for name, part in parts_of(stream, sets).items():
-            # what teaches at least one of its tasks
-            selections = {TASKS[task].config.learns_from for task in part.tasks}
-            samples = sets[name].manifest.having(selections.pop() if len(selections) == 1 else "any")
-            parts[name] = SetPlan(samples, sets[name].weight)
-        tasks[stream.name] = TaskPlan(parts, stream.batch_size, stream.share)
+    tasks = {
+        stream.name: TaskPlan(_samples_of(stream, sets), stream.batch_size, stream.share)
+        for stream in config.streams().values()
+    }
     views = None if config.features is None else config.features.views
     return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
+
+
+def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_size: int) -> ResolvedConfig:
+    """The configuration with batches that are no larger than a data set, and that so many processes can share."""
+    for stream in config.visft.streams().values():
+        images = min(len(part.samples) for part in _samples_of(stream, sets).values())
+        smaller = images // dp_size * dp_size
+        if images < stream.batch_size and smaller:
+            key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
+            entry = Replaced(key, stream.batch_size, smaller, FEW_IMAGES)
+            visft = changed(config, [f"{key}={smaller}"]).visft
+            config = replace(config, visft=visft, replaced=(*config.replaced, entry))
+    return config
+
+
+def _samples_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+    """Data set -> its samples that teach at least one task of the stream."""
+    parts = {}
+    for name, part in parts_of(stream, sets).items():
+        selections = {TASKS[task].config.learns_from for task in part.tasks}
+        samples = sets[name].manifest.having(selections.pop() if len(selections) == 1 else "any")
+        parts[name] = SetPlan(samples, sets[name].weight)
+    return parts
 
 
 def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
