@@ -126,13 +126,12 @@ class RemoteFolder:
             try:
                 filesystem, source = fsspec.url_to_fs(self.url, **options)
                 filesystem.get_file(f"{source}/{name}", str(target))
-            except (FileNotFoundError, PermissionError) as error:
-                raise ValueError(f"{where} cannot be read: {redacted(str(error) or type(error).__name__)}") from error
-            except Exception as error:  # every protocol's package has errors of its own
+            except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
+                said, status = redacted(f"{type(error).__name__} {error}"), getattr(error, "status", 0)
+                if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403):
+                    raise ValueError(f"{where} cannot be read: {said}") from None
                 if attempt + 1 == _ATTEMPTS:
-                    raise RuntimeError(
-                        f"{where}: {_ATTEMPTS} times: {redacted(f'{type(error).__name__} {error}')}"
-                    ) from error
+                    raise RuntimeError(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
             else:
                 if whole():
                     return
