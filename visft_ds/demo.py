@@ -41,7 +41,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
 if TYPE_CHECKING:
-    from visft_ds.data.manifest import Manifest
+    from visft_ds.data.shards import Manifest
 
 MARKER, FORMAT = "demo.json", "visft_ds demo"
 #: Models (files of ds_configs/models) -> images to generate; the first begins with ImageNet weights.
@@ -62,7 +62,7 @@ TAIL = 15  # lines of a log that are shown when a step fails
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING|ERROR)\] ")
 HIDDEN_OF_SHARDS = re.compile(r" {3,}")
 HIDDEN_OF_TRAINING = re.compile(r"-- |   ")
-HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr-D|BLEU-4) |images/s)")
+HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr|BLEU-4) |images/s)")
 HIDDEN_OF_BENCHMARKS = re.compile(r"== |-- |   (?!dense/)")
 PROGRESS = re.compile(r"step (\d+)/(\d+) ")
 SECONDS_BETWEEN_LINES = 5.0  # of a training's progress
@@ -279,7 +279,7 @@ def _check_tree(coco: Path) -> None:
 
 def _steps(demo: Demo, given: argparse.Namespace) -> None:
     """Every step, in order. A name of a step is also the name of its log."""
-    from visft_ds.data.manifest import Manifest
+    from visft_ds.data.shards import Manifest
 
     out = demo.out
     coco, shards = given.coco or out / "coco", out / "shards"
@@ -387,13 +387,13 @@ def _settings(stage: int, train: Manifest, most_steps: int | None, given: argpar
     from visft_ds.tasks import TASKS
 
     settings = list(given.set)
-    if not len(train.select("captions")):
+    if not len(train.having("captions")):
         settings.append("visft.tasks.captioning=null")
     config = resolve(stage=stage, model=given.model, settings=settings)
     for stream in config.visft.streams().values():
         # Where captions are the only thing to learn from, only images that have some count.
         selections = {TASKS[task].config.learns_from for task in stream.tasks}
-        count = len(train if "any" in selections else train.select(selections.pop()))
+        count = len(train if "any" in selections else train.having(selections.pop()))
         if stream.batch_size > count:
             key = "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
             settings.append(f"{key}.batch_size={max(1, count // given.processes) * given.processes}")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals import jackknife
 from visft_ds.evals.compare import Evaluation
 from visft_ds.evals.jackknife import changes

@@ -11,7 +11,6 @@ import torch
 from tests.planner.made_up import FIRST_IDS, OBJECTS, VOCABULARY, real_peak
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.costs.ledger import ACTIVATIONS
-from visft_ds.planner import Content, fitting_settings, plan_largest, run_of
 from visft_ds.planner.cluster import (
     GPUS,
     LINK_SHARE,
@@ -23,11 +22,13 @@ from visft_ds.planner.cluster import (
     rates_of,
     step_time,
 )
+from visft_ds.planner.fitting import fitting_settings
 from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE
 from visft_ds.planner.meta_step import Work, chosen_kernels
 from visft_ds.planner.search import forecast, search
-from visft_ds.planner.step import PlannedRun, plan_stream, trace_step
+from visft_ds.planner.step import PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.zero import Zero
+from visft_ds.tasks.spec import Content
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_AGAIN = ("visft.model.recompute=block",)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
 
 #: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
 #: shares most words with the others. The last two give a small set of images one answer each.
@@ -123,6 +123,7 @@ class SharedImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
     caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
     max_words: Positive = 50

@@ -250,8 +250,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.run.stop_after", f"needs a metric: set visft.run.keep_best, such as {' or '.join(metrics)}"
     if run.trace is not None and run.trace[0] > run.trace[1]:
         yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
-    if run.keep_every % run.save_every:
-        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 
 
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

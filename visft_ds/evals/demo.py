@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.out_of_domain import Comparison, read_comparison
 from visft_ds.evals.report import Report, comparison, write_report

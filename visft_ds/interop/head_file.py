@@ -165,8 +165,10 @@ class HeadFile:
         options, shapes = self.info.options, {name: self.file.shape(source) for name, source in self.sources.items()}
         try:
             # The description may leave to the tensors what depends on the data: the number of words.
-            _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
-            most = {option: sizes[option] for option in TASKS[self.info.task].sizes.layers}
+            sizes: dict[str, int] = {}
+            if options.get("type") != "dense":  # whose file tells everything
+                _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
+            most = {option: sizes[option] for option in TASKS[self.info.task].sizes.layers if sizes}
             values = sum(info.numel for info in self.file.infos.values())
             for name, value in {"in_channels": self.info.in_channels, **options}.items():
                 if isinstance(value, int) and value > most.get(name, values):

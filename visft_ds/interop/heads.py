@@ -13,7 +13,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files, heads_inside
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import UNTIL, WeightFile, examples, open_weights
 from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options
 from visft_ds.interop.published_heads import (
@@ -228,8 +228,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
             trained = "COCO's 80" if published else examples(named)
             raise ValueError(
                 f"the {task} head was trained on other categories than {where} has: it does not know "
-                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}, or make the "
-                "shards with its ids and names (visft shards build --categories FILE)"
+                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}"
             )
 
 
