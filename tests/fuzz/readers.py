@@ -33,18 +33,11 @@ from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.labels import parse_label
 from visft_ds.data.manifest import Manifest, read_manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.benchmarks.cache import load_record
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.dense_sets import read_train_and_test
 from visft_ds.evals.benchmarks.images import from_tars
 from visft_ds.evals.benchmarks.retrieval import read_captions
-from visft_ds.evals.benchmarks.run import _restored
-from visft_ds.evals.compare import MAIN, compare_results, read_evaluation
-from visft_ds.evals.curves import read_history
-from visft_ds.evals.out_of_domain import read_comparison
-from visft_ds.evals.report import Report, comparison, write_report
-from visft_ds.evals.run_report import ReportedRun, pictures_in_training, report_runs
-from visft_ds.experiments.ablations.write import read_outcome
+from visft_ds.evals.report import report_runs
 from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.files import open_weights, recorded_bases
 from visft_ds.interop.foreign_code import check_folder
@@ -61,7 +54,7 @@ from visft_ds.interop.layouts import find_layout, tower_in
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord, read_metrics, truncate_metrics
+from visft_ds.monitor.metrics import RunRecord, read_metrics, truncate_metrics
 from visft_ds.planner.cluster import parse_cluster
 from visft_ds.predict.command import Record
 from visft_ds.predict.images import open_image
@@ -349,7 +342,7 @@ def read_run(folder: Path) -> None:
     config = recorded_config(folder).visft
     for key in paths_of(config):
         find(folder, config, key, "val")
-    write_report(folder / "report.html", Report("t", [], {"run": folder}, []))
+    report_runs([folder], None, None)
     RunRecord({}, 1, [], {}).write(folder)
     RunRecord({}, 1, [], {}).write(folder)
 
@@ -390,24 +383,7 @@ def read_run_metrics(folder: Path) -> None:
 
 
 def draw_metrics(folder: Path) -> None:
-    report_runs([folder], None)
-
-
-def make_pictures(folder: Path) -> None:
-    copy("qv/run.json", "qv/metrics.jsonl")(folder)
-    with MetricsWriter(folder, resume_step=2) as writer:
-        for step in range(3):
-            writer.image(
-                step, "detection/000000000007", np.random.default_rng(step).integers(0, 255, (40, 60, 3), np.uint8)
-            )
-    (events,) = (folder / "tensorboard").iterdir()
-    events.rename(folder / "events")
-
-
-def read_pictures(folder: Path) -> None:
-    (folder / "tensorboard").mkdir(exist_ok=True)
-    shutil.copyfile(folder / "events", folder / "tensorboard/events.out.tfevents.1")
-    pictures_in_training(ReportedRun("x", folder, recorded_config(folder).visft, 2, read_history(folder)))
+    report_runs([folder], None, None)
 
 
 def make_beats(folder: Path) -> None:
@@ -424,73 +400,6 @@ def look_at_beats(folder: Path) -> None:
         _, blamed = peers.look(beats, now, timed=True)
         [process_state(beat) for beat in blamed]
         sum(beat.code for beat in beats.values())
-
-
-def make_evaluation(folder: Path) -> None:
-    square = {"size": [20, 30], "counts": [65, *[7, 13] * 6, 7, 401]}
-    box = {"category_id": 1, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}
-    results = {
-        "detection": [{"image_id": 1, **box}],
-        "segmentation": [{"image_id": 1, **box, "segmentation": square}],
-        "captioning": [{"image_id": 1, "caption": "a star"}],
-    }
-    (folder / "pictures").mkdir()
-    Image.fromarray(np.zeros((30, 80, 3), np.uint8)).save(folder / "pictures/detection-1.png")
-    record = {
-        "format": "visft_ds evaluation",
-        "version": 1,
-        "metrics": {**dict.fromkeys(MAIN.values(), 0.5), "box/AP/star": 0.25, "box/AR100": -1.0},
-        "data": {"where": "shards/val", "images": 1},
-        "pictures": {"detection": [{"image_id": 1, "file": "pictures/detection-1.png"}]},
-        "versions": {"torch": "2"},
-        "command": ["visft", "evaluate"],
-        "caption_tokenizer": "rules-7",
-    }
-    for task, found in results.items():
-        (folder / f"{task}_results.json").write_text(json.dumps(found))
-    (folder / "metrics.json").write_text(json.dumps(record))
-
-
-def look_at_evaluation(folder: Path) -> None:
-    found = read_evaluation("x", folder)
-    report = Report("t", [], {}, [found, found], merged=found)
-    write_report(folder / "report.html", report)
-    comparison([found])
-    for task in found.tasks:
-        compare_results(found, found, task)
-
-
-def make_comparison(folder: Path) -> None:
-    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
-    rows = [
-        {
-            "name": f"{name} {number}",
-            "items": 9,
-            "values": {"a": interval, "b": interval},
-            "differences": {"b": interval},
-            "p": {"b": 0.5},
-            "seeds": {"b": {"each": [0.5], "items": interval, "seeds": interval}},
-            "shown": {"b": True},
-        }
-        for name, number in (("dense/x", "objects knn"), ("retention/x", "answers kept"))
-    ]
-    record = {
-        "format": "visft_ds benchmarks",
-        "arms": {"a": ["a"], "b": ["b"]},
-        "primary": "dense/x objects knn",
-        "rows": rows,
-        "doses": {"b": {"dense/x": {"kind": "patches", "change": 0.25, "cosine": 0.5}}},
-        "pictures": ["pictures/one.png"],
-    }
-    (folder / "pictures").mkdir()
-    Image.fromarray(np.zeros((30, 80, 3), np.uint8)).save(folder / "pictures/one.png")
-    (folder / "benchmarks.json").write_text(json.dumps(record))
-
-
-def look_at_comparison(folder: Path) -> None:
-    found = read_comparison(folder)
-    write_report(folder / "report.html", Report("t", [], {}, [], beyond=found))
-    found.outcome()
 
 
 def make_words(folder: Path) -> None:
@@ -651,28 +560,6 @@ def read_sets(folder: Path) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
-
-
-def make_scores(folder: Path) -> None:
-    told = [{"name": "R@1", "said": ["x"], "shows": "images", "settings": {"k": 1}}]
-    tensors = {"0.values": torch.ones(3), "0.groups": torch.zeros(3, dtype=torch.int64)}
-    safetensors.torch.save_file(tensors, folder / "scores.safetensors", {"scores": json.dumps(told)})
-    outcome = {
-        "question": "lora",
-        "asks": "?",
-        "note": "",
-        "seeds": [0],
-        "metrics": [{"name": "box/AP", "in_domain": True}],
-        "arms": [{"name": "a", "numbers": {"box/AP": {"0": {"before": 1.0, "after": 2.0}}}, "failures": []}],
-    }
-    (folder / "table.json").write_text(json.dumps(outcome))
-
-
-def read_scores(folder: Path) -> None:
-    record = load_record(folder / "scores.safetensors")
-    assert record is not None
-    _restored(*record)
-    read_outcome(folder)
 
 
 def make_configs(folder: Path) -> None:
@@ -858,7 +745,6 @@ READERS = (
         share=0.3,
     ),
     Reader("metrics", copy("qv/metrics.jsonl"), read_run_metrics, (m.lines("metrics.jsonl"), m.raw("metrics.jsonl"))),
-    Reader("pictures", make_pictures, read_pictures, (m.raw("events"),)),
     Reader("curves", copy("qv/run.json", "qv/metrics.jsonl"), draw_metrics, (m.lines("metrics.jsonl"),), share=0.05),
     Reader(
         "heartbeats",
@@ -866,24 +752,6 @@ READERS = (
         look_at_beats,
         (m.record("rank_00001.json"), m.raw("rank_00001.json"), m.record("rank_00000.json")),
         (),
-    ),
-    Reader(
-        "evaluation",
-        make_evaluation,
-        look_at_evaluation,
-        (
-            m.record("metrics.json"),
-            *(m.record(f"{task}_results.json") for task in TASKS),
-            m.raw("metrics.json", "pictures/detection-1.png", "detection_results.json"),
-        ),
-        share=0.3,
-    ),
-    Reader(
-        "comparison",
-        make_comparison,
-        look_at_comparison,
-        (m.record("benchmarks.json"), m.raw("benchmarks.json", "pictures/one.png")),
-        share=0.3,
     ),
     Reader(
         "words",
@@ -919,16 +787,6 @@ READERS = (
         (m.lines("predictions.jsonl"), m.raw("predictions.jsonl")),
     ),
     Reader("data of benchmarks", make_sets, read_sets, (*(m.record(name) for name in _SETS[:4]), m.raw(*_SETS))),
-    Reader(
-        "scores",
-        make_scores,
-        read_scores,
-        (
-            m.record("table.json"),
-            m.safetensors_header("scores.safetensors", "scores"),
-            m.safetensors_header("scores.safetensors"),
-        ),
-    ),
     Reader(
         "folders of models",
         make_configs,

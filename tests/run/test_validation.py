@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from visft_ds.evals.compare import read_evaluation
 
 from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, finish, start_ranks
@@ -28,7 +29,6 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.compare import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model

@@ -20,7 +20,6 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions
-from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
@@ -33,6 +32,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import as_metrics, check_truth, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
@@ -307,7 +307,8 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
-            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "data": {"where": where, "split": job.split, "images": count, "total": len(manifest)}
+            | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
