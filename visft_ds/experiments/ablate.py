@@ -27,6 +27,7 @@ from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.redaction import redacted
+from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.steps import OUT, Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
@@ -135,12 +136,13 @@ class Plan:
         learnt, judged = (str(round(share * TRAIN)) for share in PROBED)
         other = self.steps.add("style-b", *drawn, "--style", "b", "--train", learnt, "--val", judged)
         self.data = str(self.steps.add("shards", "shards", str(images), "--out", OUT, resumes=True))
-        self.judges = [f"dense={other},name=style-b", f"retention={other}/val2017,name=style-b", *self.judges]
+        self.judges = [f"dense={other},name=style-b", *self.judges]
         if self.base is None and self.given.model == MODEL:
             from visft_ds.interop.efficientnet import installed
 
             words = ("--base", str(installed()), "--format", "timm", "--out", OUT)
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
+            self.judges.append(f"retention={other}/val2017,name=style-b")
 
     # ------------------------------------------------------------------------------------------------- trainings
 
@@ -181,9 +183,10 @@ class Plan:
             return {f"{name} {EQUAL}": [self._dosed(name, first[s], ("--noise", str(s)), s) for s in seeds]}
         if arm.made == "soup":
             words = [part for run in first for part in ("--adapter", f"{run}/export/adapter")]
-            base = self.base or str(self.recipe[2].visft.model.weights)
-            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", base, *words, "--out", OUT)
-            return {name: [f"{self._stage1(self.arms[FIRST], 0)}+{soup}"]}
+            run = self._stage1(self.arms[FIRST], 0)
+            base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
+            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words, "--out", OUT)
+            return {name: [f"{run}+{soup}"]}
         runs = [self._stage2(name, seed) for seed in seeds]
         found = {name: list(map(str, runs))}
         if name != FIRST and not arm.both:
@@ -217,9 +220,11 @@ class Plan:
         """Print the verdict and one table of all arms; write them as table.json and table.md."""
         rows = []
         for tables in self.tables.values():
+            if tables[0].name in failed:
+                continue
             paths = [table / "benchmarks.json" for table in tables if table.name not in failed]
             records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-            for label in list(records[0]["arms"])[1:] if records else ():
+            for label in list(records[0]["arms"])[1:]:
                 moved = records[0]["moved"].get(label)
                 row = {"arm": label, "moved": moved and round(moved, 3)}
                 row |= {f"minus {next(iter(one['arms']))}": difference(one, self.primary, label) for one in records}
