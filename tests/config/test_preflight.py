@@ -85,7 +85,7 @@ def test_a_run_in_place_of_its_export_is_told_the_folder(tmp_path: Path) -> None
     settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}/run")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,captioning"))
     assert missing.path == f"{tmp_path}/run/detection.safetensors, {tmp_path}/run/captioning.safetensors"
-    assert missing.command.endswith(f": --set visft.heads.path={tmp_path}/run/export")
+    assert missing.command.endswith(f": --heads {tmp_path}/run/export")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,segmentation"))
     assert "visft train --stage 1" in missing.command
 
@@ -149,7 +149,7 @@ def test_a_run_whose_shards_have_moved_goes_on_with_its_tasks(tmp_path: Path) ->
     flags = [*_shards(tmp_path, annotations=7, trainable=7, captions=0), "--out", str(tmp_path / "run")]
     config = resolve_arguments(flags)[1]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / "run/run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
     (tmp_path / "train.manifest.json").unlink()
     assert resolve_arguments(flags)[1].identity() == config.identity()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from visft_ds.config import resolve
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals import curves
 from visft_ds.evals.charts import Series, line_chart, smooth
 from visft_ds.evals.cli import report
@@ -25,7 +25,7 @@ from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.tasks.pictures import draw_detections, save_png
 
 VOID = {"meta", "img", "path", "br", "use", "rect"}
-METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr-D": 1.25}
+METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr": 1.25}
 
 
 def _run(folder: Path, *settings: str) -> Path:
@@ -39,7 +39,7 @@ def _run(folder: Path, *settings: str) -> Path:
                 values = {"loss/loss": 4.0 / step, "loss/detection": 4.0 / step, "lr/lora": 1e-3, "gradient_norm": 1.0}
                 writer.step(step, values | {"images_per_second": 16.0, "memory/peak_gib": 1.5, "mfu": 0.25})
             if step in (0, 3):
-                writer.evaluation(step, {"box/AP50": 0.1 * step, "caption/CIDEr-D": 1.0})
+                writer.evaluation(step, {"box/AP50": 0.1 * step, "caption/CIDEr": 1.0})
     return folder
 
 

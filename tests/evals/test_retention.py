@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.evals.test_benchmarks import _record, _run, world
 from visft_ds.config.schema import LoraConfig
-from visft_ds.evals.benchmarks import encoding
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retention import load_classifier, read_images
 from visft_ds.evals.benchmarks.run import tensors_of

@@ -14,7 +14,7 @@ from tests.freeze.entries import Entries
 
 MODELS = ("debug", "debug_convnext", "overfit", "clip_vit_b", "eva_g", "eva_e")
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "pipeline")
-#: A tower that has all that any form of weights needs.
+#: Tower of the small CLIP, which has all that any form of weights needs.
 CLIP = {"width": 32, "depth": 1, "num_heads": 2}
 #: Cluster -> what is planned on it.
 CLUSTERS: dict[str, Words] = {
@@ -74,7 +74,7 @@ def _files(folder: str) -> Any:
 
 
 def _merges() -> list[Case]:
-    """Every form of merged weights, and what else merge_lora writes."""
+    """Every form of merged weights, over a base that is a whole CLIP, and what else merge_lora writes."""
     settings: Settings = {
         **tier1.LESS,
         "visft.model.overrides": CLIP,
@@ -89,19 +89,17 @@ def _merges() -> list[Case]:
         return Case(f"merged/{name}", ((command,),), _files(f"merged/{name}"), needs)
 
     own = "train/stage2-qv/export/backbone.safetensors"
-    out_again = ("--unmerge", "--base", "merged/stage2-qv/model.safetensors")
     return [
         based,
-        *(merge(name, "--format", name, "--verify") for name in ("timm", "transformers")),
-        *(merge(name, "--format", name) for name in ("peft", "peft_split", "visft")),
+        *(merge(name, "--format", name, "--verify") for name in ("timm", "eva_clip", "open_clip", "lavis")),
+        merge("peft", "--format", "peft"),
         merge("timm-bf16", "--dtype", "bf16"),
         merge("timm-scaled", "--scale", "0.5"),
-        merge("average", "--weights", "0.25", "0.5", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
+        merge("average", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
         *(
             merge(run, runs=(run,))
             for run in ("stage2-qv", "stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")
         ),
-        merge("unmerged", *out_again, runs=("stage2-qv",), needs=("merged/stage2-qv",)),
         merge("convnext", "--verify", runs=("convnext-stage2",)),
         merge("convnext-peft", "--format", "peft", runs=("convnext-stage2",)),
     ]

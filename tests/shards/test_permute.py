@@ -9,8 +9,7 @@ import orjson
 import pytest
 from PIL import Image
 
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.shards.cli import main as shards_main
 from visft_ds.shards.permute import others
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
+from tests.published import save_published_lora
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.config import resolve_arguments
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.launch import main
 from visft_ds.shards.build import Options, build
 
@@ -144,10 +144,10 @@ def test_a_fork_goes_on_without_its_parent(work: Path, tmp_path: Path) -> None:
 def test_heads_are_remapped_by_name(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--from", work / "one", "--data", work / "second/shards", *FROZEN, "--out"]
     error = refused(capsys, *words, tmp_path / "fork")
-    assert "the detection head of" in error and "knows other classes" in error and "--heads remap" in error
+    assert "the detection head of" in error and "knows other classes" in error and "--reset-heads remap" in error
     assert "of the same name are owl, cat, dog; new are emu" in error
     assert not (tmp_path / "fork/run.json").exists()
-    done(*words, tmp_path / "fork", "--heads", "remap")
+    done(*words, tmp_path / "fork", "--reset-heads", "remap")
     before, after = learnt(work / "one", STEPS), learnt(tmp_path / "fork", 1)
     for name in ("heads.detection.class_embed", "heads.segmentation.decoder.class_embed"):
         for kind in ("weight", "bias"):
@@ -157,7 +157,7 @@ def test_heads_are_remapped_by_name(work: Path, tmp_path: Path, capsys: pytest.C
             assert not any(same(new[0], row) for row in old)
     others = [name for name in after if "class_embed" not in name]
     assert others and all(same(before[name], after[name]) for name in others)
-    done(*words, tmp_path / "reset", "--heads", "reset")
+    done(*words, tmp_path / "reset", "--reset-heads")
     reset = learnt(tmp_path / "reset", 1)
     assert not all(same(reset[name], before[name]) for name in others)
 
@@ -166,7 +166,7 @@ def test_heads_are_remapped_by_name(work: Path, tmp_path: Path, capsys: pytest.C
 def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     place, base, out = work / "two/export/adapter", work / "two/export/backbone.safetensors", tmp_path / "out"
     if kind == "visft":
-        write_visft_lora(read_adapter(place), tmp_path / "lora.pt")
+        save_published_lora(read_adapter(place), tmp_path / "lora.pt")
         place = tmp_path / "lora.pt"
     adapter = read_adapter(place)
     words = ["--stage", 2, "--model", "debug", "--data", work / "first/shards", "--out", out, "--from", place]
@@ -187,15 +187,15 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     ("words", "message"),
     [
         (["--from", "{two}", "--set", "visft.lora.rank=4"], "other settings: --set 'visft.lora="),
-        (["--from", "{two}", "--heads", "reset"], "trains no heads"),
+        (["--from", "{two}", "--reset-heads"], "trains no heads"),
         (["--from", "{one}", "--stage", "2"], "is of stage 1, and --from goes on in the same; stage 2 learns from"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
-        (["--from", "{one}", "--heads", "x"], "visft.start.heads"),
+        (["--from", "{one}", "--reset-heads", "x"], "visft.start.heads"),
         (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
         (["--from", "nowhere", "--out", "{one}"], "there is no such run, checkpoint or adapter"),
-        (["--stage", "1", "--heads", "keep"], "--heads says what becomes of the heads of --from RUN"),
-        (["--stage", "2", "--from", "{two}/export/adapter", "--heads", "reset"], "is an adapter, which has no heads"),
+        (["--stage", "1", "--reset-heads", "remap"], "--reset-heads says what becomes of the heads of --from RUN"),
+        (["--stage", "2", "--from", "{two}/export/adapter", "--reset-heads"], "is an adapter, which has no heads"),
     ],
 )
 def test_what_cannot_be_a_start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 from visft_ds import program
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.layers import AnyPath, display
-from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, without_classes_of_data
+from visft_ds.config.preflight import (
+    folder_of_run,
+    number_of_images,
+    run_of,
+    tasks_without_labels,
+    without_classes_of_data,
+)
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
 from visft_ds.pretrained import fetch, local, on_hub
@@ -27,7 +34,7 @@ _EPILOG = """examples:
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
   deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          on the machines of a hostfile, too
   visft train --stage 1 --backbone timm:vit_base_patch16_dinov3.lvd1689m --download
-  visft train --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
+  visft train --stage 2 --model debug --engine zero2 --steps 50 --dry-run
 """
 
 
@@ -66,7 +73,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUN|ADAPTER",
         help="begin with the values, and of a RUN also the settings, of this run, checkpoint or adapter",
     )
-    add("--heads", metavar="{keep,remap,reset}", help="with --from RUN: its heads; remap: classes by name (keep)")
+    add(
+        "--reset-heads",
+        nargs="?",
+        const="reset",
+        metavar="remap",
+        help="with --from RUN: draw its heads anew; remap: but for the classes of the same name",
+    )
+    add("--heads", metavar="FOLDER", help="stage 2: trained heads, e.g. RUN/export (visft.heads.path)")
+    add("--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)")
+    add("--epochs", type=int, metavar="N", help="passes through the training images, instead of --steps")
+    add("--batch-size", type=int, metavar="N", help="images of a step on all GPUs (visft.tasks.<task>.batch_size)")
+    add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
@@ -109,12 +127,14 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         raise ValueError("--json prints what a dry run finds: give it with --dry-run")
     arguments.stage = arguments.stage and int(arguments.stage)
     check_resume(arguments.resume)
-    if arguments.heads is not None and arguments.start is None:
-        raise ValueError("--heads says what becomes of the heads of --from RUN: give that, too")
+    if arguments.reset_heads is not None and arguments.start is None:
+        raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give that, too")
+    if arguments.steps is not None and arguments.epochs is not None:
+        raise ValueError("--steps and --epochs both set the length of the run: leave out one of them")
     backbone = dict[str, tuple[str, Any]]()
     fork = None if arguments.start is None else fork_of(arguments.start, arguments.out)
-    if arguments.heads is not None and fork is None:
-        raise ValueError(f"--heads is for --from RUN: {arguments.start} is an adapter, which has no heads")
+    if arguments.reset_heads is not None and fork is None:
+        raise ValueError(f"--reset-heads is for --from RUN: {arguments.start} is an adapter, which has no heads")
     if fork is not None:
         doubled = [name for name in ("model", "backbone", "deepspeed_config") if getattr(arguments, name) is not None]
         if doubled:
@@ -123,7 +143,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         if arguments.stage not in (None, recorded):
             raise ValueError(
                 f"--stage {arguments.stage}: {arguments.start} is of stage {recorded}, and --from goes on in the same; "
-                f"stage 2 learns from the heads of stage 1 by --set visft.heads.path={arguments.start}/export"
+                f"stage 2 learns from the heads of stage 1 by --heads {arguments.start}/export"
             )
     elif arguments.deepspeed_config is not None:
         doubled = [f"--{name}" for name in ("model", "backbone", "engine") if getattr(arguments, name) is not None]
@@ -147,8 +167,11 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         flags=backbone
         | start_flags(arguments, fork is not None)
         | folder_flags(arguments.data, arguments.out)
+        | _value_flags(arguments)
         | _run_flags(arguments.track, arguments.trace),
         tasks=arguments.tasks,
+        batch_size=arguments.batch_size,
+        epochs=arguments.epochs,
     )
     arguments.stage = config.visft.stage
     if arguments.download and not arguments.dry_run:
@@ -164,12 +187,34 @@ def fetch_weights(config: ResolvedConfig) -> None:
         fetch(name)
 
 
-def resolve_with_data(**given: Any) -> ResolvedConfig:
-    """`resolve`, without the tasks of the recipe that the data has no labels for; named ones stay."""
+def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = None, **given: Any) -> ResolvedConfig:
+    """`resolve`, without the tasks of the recipe that the data has no labels for; named ones stay.
+
+    Args:
+        batch_size: of every task that takes part.
+        epochs: passes of every task through the training images; they set the length of the run.
+
+    Raises:
+        ValueError: as `resolve`; epochs of data whose number of images is not known yet.
+    """
     config = resolve(**given)
     named = given.get("tasks") or any(text.startswith("visft.tasks=") for text in given.get("settings", ()))
-    idle = {} if named else tasks_without_labels(config)
-    return resolve(**given, idle=idle) if idle else config
+    given["idle"] = {} if named else tasks_without_labels(config)
+    given["flags"] = dict(given.get("flags") or {})
+    tasks = [name for name in config.visft.tasks.enabled() if name not in given["idle"]]
+    if batch_size is not None:
+        sized = {f"visft.tasks.{name}" for name in tasks} | ({"visft.shared"} if config.visft.shared else set())
+        given["flags"] |= {f"--batch-size ({key})": (f"{key}.batch_size", batch_size) for key in sorted(sized)}
+    if given["idle"] or batch_size is not None:
+        config = resolve(**given)
+    if epochs is not None:
+        images = number_of_images(config)
+        for stream in config.visft.streams().values():
+            steps = math.ceil(epochs * images / min(stream.batch_size, images))
+            given["flags"] |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
+        given["flags"]["--epochs"] = ("scheduler.params.total_num_steps", None)
+        config = resolve(**given)
+    return config
 
 
 def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
@@ -203,7 +248,7 @@ def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[st
     if arguments.start is None:
         return {}
     out = {"--from (folder)": ("visft.run.out", f"{folder_of_run(Path(arguments.start))}-fork")} if fork else {}
-    values = {"path": arguments.start, "heads": arguments.heads or "keep"}
+    values = {"path": arguments.start, "heads": arguments.reset_heads or "keep"}
     return {**out, "--from": ("visft.start", values)}
 
 
@@ -211,6 +256,13 @@ def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[s
     """Flag -> (dotted key, value) of the folders that were given, as `resolve` takes them."""
     given = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
     return {flag: (key, os.fspath(value)) for flag, (key, value) in given.items() if value is not None}
+
+
+def _value_flags(arguments: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """Flag -> (dotted key, value) of the flags that are a word for one key."""
+    keys = {"heads": "visft.heads.path", "steps": "scheduler.params.total_num_steps", "lr": "optimizer.params.lr"}
+    given = {name: getattr(arguments, name) for name in keys}
+    return {f"--{name}": (keys[name], value) for name, value in given.items() if value is not None}
 
 
 def _run_flags(track: str | None, trace: str | None) -> dict[str, tuple[str, Any]]:

@@ -146,8 +146,8 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
             where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
             for inside in heads_inside(folder):
                 if all(head_files(inside, task) for task in tasks):
-                    command = f"the run has them in a folder of it: --set visft.heads.path={inside}"
-        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", where, command)
+                    command = f"the run has them in a folder of it: --heads {inside}"
+        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", where, command)
 
 
 def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
@@ -196,6 +196,23 @@ def _lacks(config: ResolvedConfig, task: str) -> str | None:
     except (KeyError, TypeError, AttributeError):
         return None
     return lacks
+
+
+def number_of_images(config: ResolvedConfig) -> int:
+    """Number of images of all training sets.
+
+    Raises:
+        ValueError: shards that are not on this machine, or not readable.
+    """
+    data, total = config.visft.data, 0
+    for root, split in [(data.root, data.train), *((one.root, one.split) for one in data.sets)]:
+        shards = _values(Path(root) / f"{split}.manifest.json", "shards")
+        counts = [shard.get("count") for shard in shards if isinstance(shard, dict)]
+        images = sum(count for count in counts if isinstance(count, int))
+        if not images:
+            raise ValueError(f"--epochs needs shards in a folder of this machine, {root}/{split} is none: give --steps")
+        total += images
+    return total
 
 
 def _values(file: Path, *keys: str) -> Any:

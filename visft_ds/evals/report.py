@@ -21,7 +21,7 @@ from PIL import Image
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import is_url
 from visft_ds.config.resolve import flatten
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
@@ -41,7 +41,7 @@ MEANINGS = {
     "APm": "medium objects",
     "APl": "large objects, area from 96² pixels",
     "AR100": "recall with 100 predictions an image",
-    "CIDEr-D": "weighted n-grams shared with the true captions, 0 to 10",
+    "CIDEr": "weighted n-grams shared with the true captions, 0 to 10",
     "BLEU-4": "runs of up to four words",
     "ROUGE-L": "longest common subsequence of words",
 }

@@ -68,7 +68,7 @@ class Start:
         if wrong:
             raise ValueError(
                 f"{self.place} does not fit what this run trains: {examples(wrong)}. Take visft.lora, param_groups and "
-                "the settings of the heads from there, or --heads reset"
+                "the settings of the heads from there, or --reset-heads"
             )
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import orjson
 
+from visft_ds.config import ResolvedConfig, changed
+from visft_ds.config.layers import Replaced
 from visft_ds.config.preflight import is_url
+from visft_ds.config.resolve import FEW_IMAGES
 from visft_ds.config.schema import DataConfig, VisftConfig
-from visft_ds.config.task_schema import Stream
+from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.data.transforms import Size
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
@@ -69,17 +72,35 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     Raises:
         ValueError: fewer samples that a stream can learn from than its batch size.
     """
-    tasks = {}
-    for stream in config.streams().values():
-        parts = {}
-        for name, part in parts_of(stream, sets).items():
-            # what teaches at least one of its tasks
-            selections = {TASKS[task].config.learns_from for task in part.tasks}
-            samples = sets[name].manifest.selection(selections.pop() if len(selections) == 1 else "any")
-            parts[name] = SetPlan(samples, sets[name].weight)
-        tasks[stream.name] = TaskPlan(parts, stream.batch_size, stream.share)
+    tasks = {
+        stream.name: TaskPlan(_samples_of(stream, sets), stream.batch_size, stream.share)
+        for stream in config.streams().values()
+    }
     views = None if config.features is None else config.features.views
     return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
+
+
+def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_size: int) -> ResolvedConfig:
+    """The configuration with batches that are no larger than a data set, and that so many processes can share."""
+    for stream in config.visft.streams().values():
+        images = min(len(part.samples) for part in _samples_of(stream, sets).values())
+        smaller = images // dp_size * dp_size
+        if images < stream.batch_size and smaller:
+            key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
+            entry = Replaced(key, stream.batch_size, smaller, FEW_IMAGES)
+            visft = changed(config, [f"{key}={smaller}"]).visft
+            config = replace(config, visft=visft, replaced=(*config.replaced, entry))
+    return config
+
+
+def _samples_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+    """Data set -> its samples that teach at least one task of the stream."""
+    parts = {}
+    for name, part in parts_of(stream, sets).items():
+        selections = {TASKS[task].config.learns_from for task in part.tasks}
+        samples = sets[name].manifest.having(selections.pop() if len(selections) == 1 else "any")
+        parts[name] = SetPlan(samples, sets[name].weight)
+    return parts
 
 
 def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
@@ -130,7 +151,7 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
         return read_vocabulary(path) if path.is_file() else None
     if not shards_are_here(data):
         return None
-    return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
+    return vocabulary_of(config, *captioned(open_training_data(config)))
 
 
 def shards_are_here(data: DataConfig) -> bool:

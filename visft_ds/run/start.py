@@ -15,7 +15,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, run_of
 from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import read_adapter
@@ -29,7 +29,7 @@ from visft_ds.run.folder import newest_step, open_run_folder, recorded_config
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import ids_of_classes
 
-_OTHER = "--heads remap keeps the classes of the same name and draws the others, --heads reset draws the heads"
+_OTHER = "--reset-heads remap keeps the classes of the same name and draws the others, --reset-heads draws the heads"
 
 
 def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | None:
@@ -124,7 +124,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
             if checkpoint.identity("vocabulary") != (data.vocabulary.fingerprint if data.vocabulary else "none"):
                 raise ValueError(
                     f"visft.start: the captions have other words than those that the {task} head of {run} knows: start "
-                    "its heads anew (--heads reset), or leave the task out (--tasks)"
+                    "its heads anew (--reset-heads), or leave the task out (--tasks)"
                 )
             continue
         mapped, names = _rows(task, config, data.categories, there, _categories(run), start)
@@ -159,7 +159,7 @@ def _rows(
     new = [name for name in here.values() if name not in kept]
     parameter = f"heads.{task}.{TASKS[task].sizes.options['num_classes'][0]}"
     module = parameter.rpartition(".")[0]
-    rows = [*classes, len(there_ids)]  # the last row is "no object"
+    rows = [*classes, *range(len(there_ids), start.shapes[parameter][0])]  # a last row is "no object"
     return {name: rows for name in start.shapes if name.rpartition(".")[0] == module}, (
         f"of the same name are {examples(kept) if kept else 'none'}; new are {examples(new) if new else 'none'}"
     )

@@ -12,7 +12,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
-from visft_ds.config.resolve import EARLIER
+from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
@@ -37,7 +37,7 @@ from visft_ds.prepare.model import (
     plan_model,
     stage_of,
 )
-from visft_ds.prepare.streams import known_vocabulary, plan_of, shards_are_here
+from visft_ds.prepare.streams import known_vocabulary, plan_of, settle_batches, shards_are_here
 from visft_ds.redaction import redacted_values
 from visft_ds.run.machine import Machine, choose_recompute, memory_of
 from visft_ds.tasks import TASKS
@@ -162,6 +162,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     vocabulary = known_vocabulary(config.visft)
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
+    if shards_are_here(config.visft.data):
+        sets = open_training_data(config.visft)
+        config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
     why = "as configured"
@@ -195,7 +198,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
     if shards_are_here(config.data):
         try:
-            plan_of(config, open_training_data(config, check_shards=False))
+            plan_of(config, open_training_data(config))
         except ValueError as error:
             yield f"this run cannot start: {error}"
     try:
@@ -274,20 +277,21 @@ def _pipeline_sections(run: PlannedRun) -> list[Section]:
 
 def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
-    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
-    return f"kept: {' and '.join(kept)}{average}"
+    return f"kept: {' and '.join(kept)}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
     steps = config.total_steps
-    kept = [r for r in config.replaced if r.source == EARLIER]
     return Section(
         "run",
         [
-            *(("as it began", f"{r.key} = {r.new}, new runs: {r.old}") for r in kept),
+            *(
+                ("adapted", f"{r.key}: {r.old} -> {r.new}, because of {r.source}")
+                for r in config.replaced
+                if r.source in (SHORT_RUN, FEW_IMAGES)
+            ),
             ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
             ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
             ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
