@@ -15,9 +15,9 @@ from tools.make_shards import main as make_shards
 from visft_ds.config import resolve, resolve_arguments
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.interleave import Interleaving
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.permutation import hash_ints
 from visft_ds.data.samples import RawSample
+from visft_ds.data.shards import Manifest
 from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary
 from visft_ds.prepare.streams import (
@@ -123,7 +123,7 @@ def test_the_images_of_a_step_are_found_from_a_run_folder(
     """Also where its shards have moved; flags beside the folder would say it twice."""
     flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
     config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
-    (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
     moved = ["--data", str(partly.root), "--step", "3", "--json"]
     assert make_shards(["info", *moved, *flags]) == 0
     expected = json.loads(capsys.readouterr().out)
@@ -283,4 +283,4 @@ def test_a_split_in_which_a_task_finds_nothing_is_refused(mute: Manifest, partly
 
 def test_a_split_without_samples_is_refused(whole: Manifest) -> None:
     with pytest.raises(ValueError, match="has no samples: make the shards anew"):
-        check_samples(["detection"], replace(whole, index=whole.index[:0]))
+        check_samples(["detection"], replace(whole, counts={**whole.counts, "images": 0}))

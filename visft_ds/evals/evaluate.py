@@ -17,10 +17,8 @@ import orjson
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.shards import ShardReader
-from visft_ds.data.store import CacheOptions
-from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
+from visft_ds.data.fetch import Cache
+from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
@@ -33,7 +31,8 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.evals.runner import as_metrics, check_truth, collect, measure
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, results_name
+from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
@@ -47,7 +46,6 @@ from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.pictures import Picture, grid, save_png
 
 
@@ -57,7 +55,7 @@ class Job:
 
     source: ModelSource
     shards: str | None  #: folder or URL; None: make them from a COCO tree
-    cache: CacheOptions | None  #: of remote shards
+    cache: Cache | None  #: of remote shards
     split: str
     out: Path | None  #: None: nothing is written
 
@@ -94,7 +92,6 @@ class Request:
     image_size: int | None
     batch_size: int | None
     threads: int
-    scorer: Scorer
     out: Path | None
     images: int
     threshold: float
@@ -122,7 +119,6 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int | None = None,
     threads: int = 2,
-    scorer: Scorer = "faster-coco-eval",
     out: AnyPath | None = None,
     images: int = 8,
     threshold: float = 0.5,
@@ -150,7 +146,6 @@ def evaluate(
         image_size: resize to squares of so many pixels.
         batch_size: of one process; by default the run's, or 8.
         threads: that decode.
-        scorer: "faster-coco-eval" or "pycocotools": computes average precision.
         out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
         images: pictures to draw into `out`.
         threshold: least score in pictures.
@@ -177,7 +172,6 @@ def evaluate(
         image_size=image_size,
         batch_size=batch_size,
         threads=threads,
-        scorer=scorer,
         out=_path(out),
         images=images if out is not None else 0,
         threshold=threshold,
@@ -225,15 +219,15 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
         selection = TASKS[task].config.learns_from
-        if not (manifest.select(selection) < (limit or len(manifest))).any():
+        if not (manifest.having(selection) < (limit or len(manifest))).any():
             others = ",".join(other for other in tasks if other != task)
             first = f"the first {limit} images of " if limit else ""
             raise ValueError(
                 f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
                 f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
             )
-    with ShardReader(manifest) as reader:
-        check_truth(tasks, reader, limit)
+        if (problem := TASKS[task].data_problem(manifest)) is not None:
+            raise ValueError(problem)
 
 
 def _job(given: Request) -> Job:
@@ -303,15 +297,15 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
             return EvaluationResult({}, {})
-        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True, scorer=given.scorer)
+        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True)
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
-            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "data": {"where": where, "split": job.split, "images": count, "total": len(manifest)}
+            | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
-            "scorer": given.scorer,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
             **({"problems": problems} if problems else {}),

@@ -15,7 +15,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, run_of
 from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import read_adapter
@@ -159,7 +159,7 @@ def _rows(
     new = [name for name in here.values() if name not in kept]
     parameter = f"heads.{task}.{TASKS[task].sizes.options['num_classes'][0]}"
     module = parameter.rpartition(".")[0]
-    rows = [*classes, len(there_ids)]  # the last row is "no object"
+    rows = [*classes, *range(len(there_ids), start.shapes[parameter][0])]  # a last row is "no object"
     return {name: rows for name in start.shapes if name.rpartition(".")[0] == module}, (
         f"of the same name are {examples(kept) if kept else 'none'}; new are {examples(new) if new else 'none'}"
     )
