@@ -22,7 +22,7 @@ from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.shards.build import Options, build, reasons
-from visft_ds.shards.coco import Findings
+from visft_ds.shards.coco import lines_of
 from visft_ds.shards.layouts import FolderSplit, recognise
 from visft_ds.shards.permute import permute
 
@@ -131,13 +131,11 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     )
     began = time.perf_counter()
     with tqdm(desc=split.name, unit=" images", disable=True if given.dry_run else None) as bar:
-        made = build(
-            options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update
-        )
+        made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update)
     verb = "would make" if given.dry_run else "made"
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
-    for line in (*split.odd.lines(), *Findings(made.findings).lines(), *reasons(made.left_out).lines()):
-        print(line)
+    for findings in (split.odd, made.findings, reasons(made.left_out)):
+        print(*lines_of(findings), sep="\n", end="\n" if findings else "")
     if made.fingerprint:
         print(f"  fingerprint {made.fingerprint}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,15 @@ class Findings(dict[str, tuple[int, list[str]]]):
     def total(self) -> int:
         return sum(count for count, _ in self.values())
 
-    def lines(self) -> list[str]:
-        """For a person."""
-        return [f"{count:>7} x {kind}, for instance {', '.join(shown)}" for kind, (count, shown) in self.items()]
-
     def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
         """Raise ValueError if there are more than a tenth of all."""
         if self.total > MOST_LOST * of:
-            raise ValueError("\n".join([f"{where}: {self.total} of its {of} {what} cannot be used:", *self.lines()]))
+            raise ValueError("\n".join([f"{where}: {self.total} of its {of} {what} cannot be used:", *lines_of(self)]))
+
+
+def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Findings for a person."""
+    return [f"{count:>7} x {kind}, for instance {', '.join(shown)}" for kind, (count, shown) in findings.items()]
 
 
 @dataclass(slots=True)
@@ -193,7 +194,8 @@ class _Annotations:
     masks: int = 0
 
     def add(self, entry: dict[str, Any]) -> None:
-        number, box, category, crowd = (entry.get(key) for key in ("id", "bbox", "category_id", "iscrowd"))
+        number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
+        box: Any = entry.get("bbox")
         image, where = self.images.get(_id_of_image(entry)), f"annotation {number}"
         if image is not None and image.image_id not in self.wanted:
             return
@@ -211,7 +213,7 @@ class _Annotations:
         useful, area = has_area(box, image.width, image.height), entry.get("area")
         area = area if type(area) in (int, float) else width * height
         stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
-        segmentation = _segmentation(entry.get("segmentation"), image.height, image.width)
+        segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
         if segmentation is not None:
             stored["segmentation"] = segmentation
         for kind, seen in (
@@ -251,7 +253,7 @@ def _is_box(box: Any) -> bool:
     return numbers and all(map(math.isfinite, box))
 
 
-def _segmentation(given: Any, height: int, width: int) -> Any:
+def stored_segmentation(given: Any, height: int, width: int) -> Any:
     """Polygons of three points or more, a run-length code with its counts as text, or None."""
     if isinstance(given, list):
         good = [polygon for polygon in given if _is_polygon(polygon)]

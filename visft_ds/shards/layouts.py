@@ -117,7 +117,9 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
 
 
 def _few(names: Sequence[str]) -> str:
-    return (", ".join(names[:_SHOWN]) or "nothing") + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return (", ".join(names[:_SHOWN]) or "nothing") + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
@@ -176,6 +178,8 @@ def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[Folde
             )
         parts = found.setdefault(split, {"images": images})
         if role in parts or parts["images"] != images:
-            raise ValueError(f"{folder} has more than one {split!r}: {path.name} and {_few(list(map(str, parts.values())))}")
+            raise ValueError(
+                f"{folder} has more than one {split!r}: {path.name} and {_few(list(map(str, parts.values())))}"
+            )
         parts[role] = path
     return [FolderSplit(name, p["images"], p.get("instances"), p.get("captions")) for name, p in found.items()]

@@ -146,7 +146,10 @@ def read_yolo(description: YoloDescription, split: str, exif: Exif = None) -> tu
             if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
                 entry = {**_placed(points, outline, height, width), "category_id": ids[category], "image_id": number}
                 annotations.append({"id": len(annotations) + 1, **entry, "iscrowd": 0})
-    odd, all_labels = Findings(), {path for label in used for path in label.parent.glob("*.txt") if "labels" in label.parts}
+    odd, all_labels = (
+        Findings(),
+        {path for label in used for path in label.parent.glob("*.txt") if "labels" in label.parts},
+    )
     for label in sorted(all_labels - used) if all(place.is_dir() for place in places) else ():
         if label.name not in _NO_LABELS:
             odd.add("label without image", shown_name(str(label)))
