@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.config.task_schema import TaskConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED, TRAINED_ON, UNTIL, TensorInfo, sha256_file

@@ -30,7 +30,7 @@ from torch import Tensor
 from visft_ds.checkpoint.disk import Written, reason, remove_folder, write_file
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Whole, as_record, parse_json
-from visft_ds.data.store import sync_folder
+from visft_ds.files import sync_folder
 from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.writing import safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState

@@ -73,7 +73,7 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
             command = f"visft shards build ... --out {dataset.root} --split {dataset.split}"
             yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
         if dataset.categories is not None and not Path(dataset.categories).is_file():
-            command = f"visft shards info {dataset.root} --split {dataset.split} --categories"
+            command = f"visft shards info {dataset.root} --split {dataset.split}"
             yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
