@@ -1,6 +1,6 @@
-"""Damaged files for every reader: a correct result or one ValueError or OSError; no traceback, no hang, bounded memory.
+"""Damaged files for every reader: a correct result, a ValueError or an OSError; no traceback, no hang, bounded memory.
 
-    python -m tests.test_fuzz --inputs 75000 --seed 9
+python -m tests.test_fuzz --inputs 75000 --seed 9
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOM = 6 * 2**30  # bytes of address space beyond what the process has at its st
 
 @dataclass(frozen=True)
 class Reader:
-    """`make` writes valid files into an empty folder, `read` reads all of them; one file is damaged before each read."""
+    """Reader of files: `make` writes valid ones into a folder, `read` reads all; one is damaged before each read."""
 
     name: str
     make: Callable[[Path], object]
@@ -48,14 +48,15 @@ def readers() -> list[Reader]:
 
     from tests import finished
     from tests.yolo_folder import write_yolo
-    from visft_ds.checkpoint.format import newest_checkpoint
+    from visft_ds.checkpoint.format import open_checkpoint
     from visft_ds.data.shards import Manifest, ShardReader
     from visft_ds.files import open_image
     from visft_ds.interop.files import open_weights
+    from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
+    from visft_ds.run.folder import recorded_config
     from visft_ds.shards.build import Options, build
     from visft_ds.shards.layouts import recognise
-    from visft_ds.train import read_run_folder
 
     runs, shards = finished.runs(), finished.shards()
 
@@ -82,8 +83,12 @@ def readers() -> list[Reader]:
     def read_weights(folder: Path) -> None:
         for path in folder.iterdir():
             file = open_weights(path)
-            for name in file.tensors:
-                file.read(name)
+            for name in file:
+                file.get(name)
+
+    def read_run(folder: Path) -> None:
+        recorded_config(folder)
+        list(read_metrics(folder / "metrics.jsonl"))
 
     def pictures(folder: Path) -> None:
         picture = Image.effect_noise((40, 30), 60).convert("RGB")
@@ -96,9 +101,9 @@ def readers() -> list[Reader]:
         Reader("YOLO folder", write_yolo, read_tree),
         Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
         Reader("weights", copied(runs / "stage2/export/backbone.safetensors"), read_weights),
-        Reader("export", tree(runs / "stage2/export"), load),
-        Reader("run", copied(runs / "stage2/run.json", runs / "stage2/metrics.jsonl"), read_run_folder),
-        Reader("checkpoint", tree(runs / "stage2/checkpoints"), newest_checkpoint),
+        Reader("export", tree(runs / "stage1/export"), load),
+        Reader("run", copied(runs / "stage2/run.json", runs / "stage2/metrics.jsonl"), read_run),
+        Reader("checkpoint", tree(runs / "stage2/checkpoints/step_00000004"), open_checkpoint),
     ]
 
 
@@ -142,7 +147,9 @@ def _changed(text: bytes, rng: random.Random) -> bytes:
     content = json.loads(text)
     holders: list[Any] = [content]
     for holder in holders:  # grows on the way
-        holders += [one for one in (holder.values() if isinstance(holder, dict) else holder) if isinstance(one, dict | list)]
+        holders += [
+            one for one in (holder.values() if isinstance(holder, dict) else holder) if isinstance(one, dict | list)
+        ]
     holder = rng.choice([one for one in holders if one] or [content])
     key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     what = rng.choice(("value", "value", "value", "drop", "rename", "deep"))
@@ -180,16 +187,16 @@ def run(inputs: int, seed: int, only: str | None = None) -> list[str]:
                     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         reader.read(folder)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError):
                     refused += 1
-                    if "\n" in str(error):
-                        surprises.append(f"{reader.name} {number} {file}: several lines: {error}")
-                except BaseException:
+                except (Exception, TooLong):  # noqa: BLE001
                     surprises.append(f"{reader.name} {number} {file}: {traceback.format_exc(limit=-4)}")
                 finally:
                     signal.alarm(0)
                 shutil.rmtree(folder)
-            print(f"{reader.name:12} {number + 1} inputs, {refused} refused, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{reader.name:12} {number + 1} inputs, {refused} refused, {time.monotonic() - began:.0f} s", flush=True
+            )
     return surprises
 
 
@@ -202,7 +209,7 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def test_damaged_files_are_read_correctly_or_refused() -> None:
-    command = [sys.executable, "-m", "tests.test_fuzz", "--inputs", "800"]
+    command = [sys.executable, "-m", "tests.test_fuzz", "--inputs", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -211,7 +218,7 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
     from visft_ds.interop.files import open_weights
 
     (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match="a.pt"):
+    with pytest.raises(ValueError, match=r"a\.pt"):
         open_weights(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
 
