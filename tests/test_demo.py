@@ -221,7 +221,7 @@ def test_an_interrupt_lets_the_whole_group_finish(tmp_path: Path) -> None:
 
 
 def _command(out: Path, model: str) -> list[str]:
-    command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(out), "--model", model]
+    command = [sys.executable, "-m", "visft_ds", "demo", "--out", str(out), "--model", model]
     command += ["--train", "40", "--val", "8"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         command += ["--set", f"scheduler.params.{name}={value}"]
@@ -252,7 +252,7 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     assert "after stage 2" in first.stdout and "[10/10] report" in first.stdout
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") >= 9 and page.count("<svg") == 13 and "timm.create_model" in page
-    for name in ("box/AP50", "mask/AP50", "caption/CIDEr-D"):
+    for name in ("box/AP50", "mask/AP50", "caption/CIDEr"):
         assert f"   {name}" in first.stdout and f"<th>{name} " in page
     assert "captions compared" in first.stdout and len(page) < 8e6
     assert (tmp_path / "demo/comparison.png").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.files import image_frame, open_image, read_bytes, reading
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
@@ -30,6 +30,8 @@ def test_pictures_are_upright(orientation: int) -> None:
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(np.asarray(open_image(data)), np.asarray(expected))
     assert open_image(data, upright=False).size == RGB.size
+    assert image_frame(data) == (20, 30, orientation, "PNG")
+    assert image_frame(data).upright == expected.size[::-1]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])

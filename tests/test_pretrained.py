@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.fake_hub import COMMIT, FakeHub, Repository, fake_hub
-from visft_ds.interop.hub import upload
 from visft_ds.pretrained import PUBLISHED, HubFile, fetch, local, weights_among, weights_of_timm
 
 WEIGHTS = bytes(range(256)) * 4096
@@ -110,14 +109,6 @@ def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids to fetch it"):
         fetch(NAME)
-
-
-def test_an_upload_without_a_network(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(ValueError, match=r"^http://\S+ cannot be reached \(.* is written: send it later, hf upload"):
-        upload(tmp_path, "me/x", private=True)
 
 
 def test_shards_come_before_their_index(hub: FakeHub) -> None:

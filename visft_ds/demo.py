@@ -62,7 +62,7 @@ TAIL = 15  # lines of a log that are shown when a step fails
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING|ERROR)\] ")
 HIDDEN_OF_SHARDS = re.compile(r" {3,}")
 HIDDEN_OF_TRAINING = re.compile(r"-- |   ")
-HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr-D|BLEU-4) |images/s)")
+HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr|BLEU-4) |images/s)")
 HIDDEN_OF_BENCHMARKS = re.compile(r"== |-- |   (?!dense/)")
 PROGRESS = re.compile(r"step (\d+)/(\d+) ")
 SECONDS_BETWEEN_LINES = 5.0  # of a training's progress

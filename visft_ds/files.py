@@ -10,8 +10,9 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -50,8 +51,9 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
 
 
-def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
-    """Content of a regular file.
+@contextmanager
+def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
 
     Raises:
         ValueError: a pipe, device or folder, or more than `most` bytes.
@@ -66,9 +68,15 @@ def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
         if found.st_size > most:
             raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(most)
+            yield file
     finally:
         os.close(descriptor)
+
+
+def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
+    """Content of a regular file. Raises what `open_regular` raises."""
+    with open_regular(path, most) as file:
+        return file.read(most)
 
 
 def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:
@@ -91,24 +99,55 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
     """
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
+    with _opened(io.BytesIO(data), name) as image:
         if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
             raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
-        try:
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"it begins with {data[:12]!r}" if data else "the file is empty") from None
-        with opened as image:
-            if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
-            image.load()
-            turn = _orientation(image) if upright else 1
-            rgb = to_rgb(image)
+        image.load()
+        turn = _orientation(image) if upright else 1
+        rgb = to_rgb(image)
     if turn == 1:
         return rgb
     rgb.getexif()[_ORIENTATION] = turn
     return ImageOps.exif_transpose(rgb)
+
+
+class Frame(NamedTuple):
+    """What the header of a picture says."""
+
+    height: int  #: as stored
+    width: int
+    orientation: int  #: of EXIF, 1 to 8
+    format: str  #: Pillow's name
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(H, W) of the picture as it is shown."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
+    """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
+    name = name or ("a picture" if isinstance(source, bytes) else str(source))
+    with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
+        with _opened(file, name) as image:
+            return Frame(image.height, image.width, _orientation(image), image.format or "")
+
+
+@contextmanager
+def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
+    with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
+        try:
+            opened = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            file.seek(0)
+            start = file.read(12)
+            raise ValueError(f"it begins with {start!r}" if start else "the file is empty") from None
+        with opened as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS:,} in all")
+            yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -149,7 +149,7 @@ def test_a_run_whose_shards_have_moved_goes_on_with_its_tasks(tmp_path: Path) ->
     flags = [*_shards(tmp_path, annotations=7, trainable=7, captions=0), "--out", str(tmp_path / "run")]
     config = resolve_arguments(flags)[1]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / "run/run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
     (tmp_path / "train.manifest.json").unlink()
     assert resolve_arguments(flags)[1].identity() == config.identity()
 

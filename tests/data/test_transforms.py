@@ -181,3 +181,22 @@ def test_the_mirror_image_of_a_scaled_picture_is_the_scaled_mirror_image(ops: li
         image = rng.integers(0, 256, (*rng.integers(50, 120, 2), 3), dtype=np.uint8)
         mirrored = np.ascontiguousarray(image[:, ::-1])
         assert torch.equal(apply_to_image(image, [Flip(), *ops]), apply_to_image(mirrored, ops))
+
+
+def test_zooms_take_a_window_in_or_around_the_image() -> None:
+    """What the window shows is where targets say, and nothing but grey lies beyond the image."""
+    pixels = np.random.default_rng(0).integers(0, 100, (60, 80, 3), dtype=np.uint8)
+    transform, windows = alone("detection", train=True, fixed_size=32, zoom=(0.5, 1.4), flip=0.0), []
+    for key in range(60):
+        ops = drawn(transform, (60, 80), generator(key, 0))
+        assert final_size((60, 80), ops) == (32, 32)
+        windows += [op for op in ops if isinstance(op, Crop)]
+    assert 40 <= len(windows) <= 58  # five of six
+    shares = [(op.height / 60 * op.width / 80) ** 0.5 for op in windows]
+    assert 0.48 < min(shares) < 0.6 and 1.2 < max(shares) < 1.42
+    around = next(op for op in windows if op.top < 0 and op.left < 0)
+    shown = apply_to_image(pixels, [around])
+    box = apply_to_boxes(np.array([[0.0, 0, 80, 60]]), (60, 80), [around])[0].astype(int)
+    assert np.array_equal(shown[:, box[1] : box[3], box[0] : box[2]].permute(1, 2, 0).numpy(), pixels)
+    shown[:, box[1] : box[3], box[0] : box[2]] = 128
+    assert shown.eq(128).all()

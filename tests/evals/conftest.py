@@ -33,7 +33,7 @@ from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.vocabulary import Vocabulary
 
 IMAGES = 7  # two ranks with batches of two cannot share them evenly

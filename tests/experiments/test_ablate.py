@@ -35,7 +35,7 @@ def test_a_question_from_images_to_tables(
     assert table["seeds"] == [0, 1] and not any(arm["failures"] for arm in table["arms"])
     names = {metric["name"] for metric in table["metrics"]}
     wanted = {
-        "caption/CIDEr-D",
+        "caption/CIDEr",
         "zero_shot/style-b top1",
         "probe/style-b linear",
         "retrieval/style-b text to image R@1",

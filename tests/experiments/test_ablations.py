@@ -344,7 +344,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
 
     before, after, benchmarks, lost = (step(name) for name in ("before", "after", "benchmarks", "lost"))
     for one, value in ((before, 0.25), (after, 0.5)):
-        metrics = {"box/AP50": value, "mask/AP50": -1.0, "caption/CIDEr-D": 2 * value, "box/AP": 0.9}
+        metrics = {"box/AP50": value, "mask/AP50": -1.0, "caption/CIDEr": 2 * value, "box/AP": 0.9}
         (one.out / "metrics.json").write_text(json.dumps({"metrics": metrics}))
     values = {"before": {"value": 0.5}, "after": {"value": 0.625}}
     rows = [
@@ -359,11 +359,11 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     failure = Failure("exit status 2: error: why")
     outcome = collect(AblationPlan("mine", question, trials), steps, {"lost": failure})
     assert [metric.name for metric in outcome.metrics] == [
-        *("box/AP50", "caption/CIDEr-D"),
+        *("box/AP50", "caption/CIDEr"),
         *("probe/digits knn", "zero_shot/b top1"),
     ]
     numbers = {name: of[0] for name, of in outcome.arms[0].numbers.items()}
-    assert numbers["caption/CIDEr-D"] == Pair(50, 100) and numbers["probe/digits knn"].change == 12.5
+    assert numbers["caption/CIDEr"] == Pair(50, 100) and numbers["probe/digits knn"].change == 12.5
     assert outcome.arms[1].failures == ("seed 0: lost: exit status 2: error: why",)
 
 

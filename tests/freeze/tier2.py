@@ -93,23 +93,17 @@ def _merges() -> list[Case]:
         return Case(f"merged/{name}", ((command,),), _files(f"merged/{name}"), needs)
 
     own = "train/stage2-qv/export/backbone.safetensors"
-    out_again = ("--unmerge", "--base", "merged/stage2-qv/model.safetensors")
     return [
         based,
-        *(
-            merge(name, "--format", name, "--verify")
-            for name in ("timm", "eva_clip", "open_clip", "lavis", "transformers")
-        ),
-        *(merge(name, "--format", name) for name in ("peft", "peft_split", "visft")),
+        *(merge(name, "--format", name, "--verify") for name in ("timm", "eva_clip", "open_clip", "lavis")),
+        merge("peft", "--format", "peft"),
         merge("timm-bf16", "--dtype", "bf16"),
         merge("timm-scaled", "--scale", "0.5"),
-        merge("open_clip-shards", "--format", "open_clip", "--max-shard-size", "1MB"),
-        merge("average", "--weights", "0.25", "0.5", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
+        merge("average", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
         *(
             merge(run, runs=(run,))
             for run in ("stage2-qv", "stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")
         ),
-        merge("unmerged", *out_again, runs=("stage2-qv",), needs=("merged/stage2-qv",)),
         merge("convnext", "--verify", runs=("convnext-stage2",)),
         merge("convnext-peft", "--format", "peft", runs=("convnext-stage2",)),
     ]

@@ -2,7 +2,7 @@
 
     python -m tests.freeze.worker CHECKOUT WORK RESULT WHAT JOBS [COCO]
 
-WHAT: tier1, tier2 (all of tier 1 too), stored (the runs of release 0.1), or few of these. WORK must not exist yet.
+WHAT: tier1, or tier2 (all of tier 1 too). WORK must not exist yet.
 
 Imports cost as much as several cases. A fork has them, shares nothing else, and computes with one thread.
 """
@@ -18,11 +18,10 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.freeze import stored, tier1, tier2
+from tests.freeze import tier1, tier2
 from tests.freeze.cases import Case, Outcome, Words
 
 TOOLS = ("evaluate", "make_shards", "make_toy_coco", "merge_lora", "profile")
@@ -48,8 +47,6 @@ def main() -> None:
     cases = {
         "tier1": tier1.cases,
         "tier2": lambda: [*tier1.cases(), *tier2.cases(coco)],
-        "stored": stored.cases,
-        "few": partial(stored.cases, stored.FEW),
     }[what]()
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}

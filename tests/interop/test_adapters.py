@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
+from tests.published import save_published_lora
 from tests.random_tower import change_of, save_backbone
 from visft_ds.interop.adapter import Adapter, adapter_of, average
 from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import Tower, tower_of
+from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import check_base
 from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
-from visft_ds.interop.visft import read_visft_lora, write_visft_lora
+from visft_ds.interop.visft import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings
 
@@ -75,34 +76,17 @@ def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
         for parameter in lora_parameters(model).values():
             parameter.normal_()
     adapter = adapter_of(model)
-    write_visft_lora(adapter, tmp_path / "lora.pt")
+    save_published_lora(adapter, tmp_path / "lora.pt")
     read = read_visft_lora(tmp_path / "lora.pt")
     assert read.alpha == 1.0
     assert same_change(read, adapter)
     assert sorted(torch.load(tmp_path / "lora.pt", weights_only=True)) == sorted(_published())
-    with pytest.raises(ValueError, match="not overwritten"):
-        write_visft_lora(adapter, tmp_path / "lora.pt")
-    other = replace(adapter, targets=("q", "v", "proj"))
-    with pytest.raises(ValueError, match="hold q and v only"):
-        write_visft_lora(other, tmp_path / "other.pt")
-
-
-def test_forty_block_adapter_on_the_39_block_giant() -> None:
-    tower = Tower(width=WIDTH, depth=39, hidden=16, patch_size=14, positions=5, class_token=False)
-    tensors = {name.removeprefix("visual."): value for name, value in _published(40).items()}
-    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, published=True)
-    with pytest.warns(UserWarning, match="block 39 is ignored"):
-        assert adapter.fit(tower).depth == 39
-    # Only the published files are known to carry a block that their users' tower lacks.
-    for wrong, sizes in ((replace(adapter, published=False), tower), (adapter, replace(tower, depth=38))):
-        with pytest.raises(ValueError, match=r"width 8, depth 40; this tower has width 8, depth 3"):
-            wrong.fit(sizes)
 
 
 def test_an_adapter_that_does_not_fit_is_refused() -> None:
     model = _tiny()
     tensors = {name.removeprefix("visual."): value for name, value in _published().items()}
-    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, published=True)
+    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors)
     first = "blocks.0.attn.qkv.lora_A"
     cases = [
         ({**tensors, first: torch.full_like(tensors[first], float("inf"))}, "holds NaN or infinity"),
@@ -162,6 +146,6 @@ def test_an_adapter_tells_over_which_base_an_earlier_release_trained_it(tmp_path
     assert "trained over the base stored as nf4" in (folder / README).read_text(encoding="utf-8")
     again = read_peft_adapter(folder)
     assert again.base_storage == "nf4" and again.fingerprint() == adapter.fingerprint()
-    assert average([again, replace(again, base_storage="full")], [0.5, 0.5]).base_storage == "full and nf4"
+    assert average([again, replace(again, base_storage="full")]).base_storage == "full and nf4"
     _, notes = check_base(open_weights(tmp_path / "base.safetensors"), again, allow_other=False)
     assert any("trained over the base stored as nf4; this is the full one" in note for note in notes)

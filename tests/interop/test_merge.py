@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.published import save_published_lora
 from tests.random_tower import SIZES, fold_adapters, move_adapters, random_tower, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.adapter import Adapter, adapter_of
@@ -24,7 +25,6 @@ from visft_ds.interop.layouts import Tower, tower_of
 from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, verify_merge
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import resolve_tower
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 
@@ -192,7 +192,7 @@ def test_what_no_tensor_tells() -> None:
 def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -> None:
     _, adapter, model = _case(tmp_path)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
-    write_visft_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
+    save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
     for path in (folder, folder / "adapter_model.safetensors", tmp_path / "eva_e_lora_5000.pt"):
         assert same_change(read_adapter(path), adapter)
 

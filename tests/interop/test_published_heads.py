@@ -7,7 +7,6 @@ parameters is which. Neither knows the reader or the writer.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from tests.interop.published_reference import FOREIGN, FULL, OPTIONS, WIDTH, ali
 from tests.options import head_of
 from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
-from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import TensorInfo, WeightFile, open_weights
 from visft_ds.interop.head_file import build_empty
-from visft_ds.interop.heads import find_head, open_head, read_head_info
+from visft_ds.interop.heads import find_head, load_heads, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, sort_names
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
@@ -326,54 +324,3 @@ def test_a_head_of_other_sizes_takes_nothing(folder: Path) -> None:
 
 
 # ---- writing ----
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_what_is_written_has_the_published_form(
-    states: dict[str, dict[str, Tensor]], tmp_path: Path, task: str
-) -> None:
-    head = expected_head(task, states[task], OPTIONS[task])
-    path = tmp_path / "a" / FILES[task]
-    save_heads(head, path)
-    content = torch.load(path, weights_only=True)
-    wanted = aliased(reference(WIDTH, {task: OPTIONS[task]}))
-    assert type(content) is dict and sorted(content) == sorted(wanted)
-    assert all(torch.equal(content[name], states[task][name]) for name in wanted)
-    assert {value.dtype for value in content.values()} == {torch.float32}
-    # One record a parameter: the second names share the storage.
-    with zipfile.ZipFile(path) as archive:
-        records = [name for name in archive.namelist() if "/data/" in name]
-    assert len(records) == len(head.state_dict())
-    again = load_heads(path, task, labelling="contiguous" if task == "segmentation" else None)
-    assert same(again, head)
-    with pytest.raises(ValueError, match="not overwritten"):
-        save_heads(head, path)
-    with torch.no_grad():
-        next(head.parameters()).mul_(2)
-    save_heads(head, path, overwrite=True)
-    assert same(load_heads(path, task), head)
-
-
-def test_views_of_a_larger_buffer_do_not_take_it_along(tmp_path: Path) -> None:
-    """Engines keep parameters as pieces of one flat buffer, which torch.save would write whole for each of them."""
-    head = head_of("captioning", WIDTH, **OPTIONS["captioning"]).half()
-    flat = torch.cat([p.detach().flatten() for p in head.parameters()])
-    start = 0
-    for parameter in head.parameters():
-        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
-        start += parameter.numel()
-    save_heads(head, tmp_path / "w.ckpt")
-    with zipfile.ZipFile(tmp_path / "w.ckpt") as archive:
-        size = sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
-    assert size == 4 * flat.numel()
-
-
-def test_heads_that_the_form_cannot_describe_are_refused(tmp_path: Path) -> None:
-    four = head_of("detection", WIDTH, **OPTIONS["detection"], num_heads=4)
-    with pytest.raises(ValueError, match="num_heads=4, which no tensor tells"):
-        save_heads(four, tmp_path / "w.ckpt")
-    with pytest.raises(ValueError, match="grid=7, which no tensor tells"):
-        save_heads(head_of("captioning", WIDTH, **OPTIONS["captioning"], grid=7), tmp_path / "w.ckpt")
-    with pytest.raises(ValueError, match=r"choose a name with \.pt"):
-        save_heads(head_of("detection", WIDTH, **OPTIONS["detection"]), tmp_path / "w.safetensors")
-    assert list(tmp_path.iterdir()) == []

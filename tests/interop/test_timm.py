@@ -79,11 +79,9 @@ def test_timm_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path, post
     assert relative(got, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("class_token", "shards"), [(True, ()), (True, ("--max-shard-size", "20KB")), (False, ())], ids=str
-)
+@pytest.mark.parametrize("class_token", [True, False])
 def test_timm_loads_the_folder_as_its_card_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool, shards: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool
 ) -> None:
     ours = random_tower(1, class_token=class_token, image_size=56)
     base, out = tmp_path / "base.safetensors", tmp_path / "out"
@@ -91,10 +89,10 @@ def test_timm_loads_the_folder_as_its_card_says(
     inject_lora(ours, rank=4, alpha=2.0)
     move_adapters(ours, spread=0.1)
     save_peft_adapter(adapter_of(ours), tmp_path / "adapter", tower_of(ours))
-    given = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out), *shards]
+    given = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
     assert main(given) == 0
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert ("local-dir" in snippet) == (out / "config.json").is_file() == (class_token and not shards)
+    assert ("local-dir" in snippet) == (out / "config.json").is_file() == class_token
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
     exec(compile(snippet, "README.md", "exec"), names)

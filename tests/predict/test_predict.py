@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tests.freeze.stored import FOLDER as GOLDEN
+from tests import finished
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
@@ -53,7 +53,7 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
     source = ModelSource(files, config.streams(), decoding=decoding)
     evaluated, _ = source.build("fp32", torch.device("cpu"))
-    manifest = Manifest.load(GOLDEN / "shards", "val")
+    manifest = Manifest.load(finished.shards(), "val")
     with ShardReader(manifest) as reader:
         collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)
     assert collected is not None
@@ -136,7 +136,7 @@ def test_exif_that_is_broken_hides_no_picture(tmp_path: Path) -> None:
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Images of other shapes would be padded to one size, over which positions would be spread."""
-    shutil.copytree(GOLDEN / "stage1/export", place / "moved")  # without its run: sizes of the paper
+    shutil.copytree(finished.runs() / "stage1/export", place / "moved")  # without its run: sizes of the paper
     model = load(place / "moved", tasks="detection")
     pixels = open_image(place / "dog.jpg").pixels
     images = [pixels[:40], pixels[:, :40], pixels[8:48]]
@@ -209,7 +209,6 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     for source in (merged, merged.parent, place / "copied"):
         with pytest.raises(ValueError, match="heads=FOLDER"):
             load(source)
-        # release 0.1 did not write of what base these are
         loaded = load(source, heads=heads, image_size=56, allow_other_base=True)
         found = loaded.predict("dog.jpg", threshold=0)
         np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)

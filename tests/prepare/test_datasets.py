@@ -191,7 +191,7 @@ def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
     assert settle_shuffle(local)[1] == "auto: local shards"
     begun, why = settle_shuffle(remote)
     assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
-    (tmp_path / "run.json").write_text(json.dumps({"config": begun.to_dict()}))
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 2, "config": begun.to_dict()}))
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     moved, why = settle_shuffle(local)
     assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")

@@ -189,7 +189,6 @@ def test_damaged_shards_are_passed_over(home: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_run_without_a_record_of_its_inputs_counts_as_given(home: Path) -> None:
-    """Release 0.1 has written none."""
     record = json.loads((home / "run/run.json").read_text())
     del record["inputs"]
     (home / "run/run.json").write_text(json.dumps(record))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.published import save_published_head
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Category
-from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import save_head_files
@@ -66,7 +66,7 @@ def stage1() -> tuple[ResolvedConfig, PreparedModel]:
 def test_published_heads_start_stage_2(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
     _, first = stage1
     for task, head in first.module.heads.items():
-        save_heads(head, tmp_path / f"eva_g_{KINDS[task]}_heads.ckpt")
+        save_published_head(head, task, tmp_path / f"eva_g_{KINDS[task]}_heads.ckpt")
     second = prepared(configured(2, PUBLISHED), tmp_path)
     theirs, ours = first.module.heads.state_dict(), second.module.heads.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], value) for name, value in ours.items())

@@ -123,7 +123,7 @@ def test_the_images_of_a_step_are_found_from_a_run_folder(
     """Also where its shards have moved; flags beside the folder would say it twice."""
     flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
     config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
-    (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
     moved = ["--data", str(partly.root), "--step", "3", "--json"]
     assert make_shards(["info", *moved, *flags]) == 0
     expected = json.loads(capsys.readouterr().out)

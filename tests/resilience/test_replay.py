@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tests.checkpoint.faulty_disk import state
 from tests.parallel.engine_case import build, global_batch, loss_denominators
-from tools.replay import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.resilience.nan_debug import NonFinite, examine_batch, open_state
+from visft_ds.resilience.replay import main
 from visft_ds.run.folder import REFUSED_FOLDER
 
 STEP_OF_ALL = 3  #: in which all three tasks learn
@@ -127,6 +127,3 @@ def test_steps_that_can_be_replayed_are_named(
 def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--step", "1"]) == 2
     assert "there is no run in" in capsys.readouterr().err
-    (tmp_path / "bundle.json").write_text("{}")  # of a run before 0.2
-    assert main([str(tmp_path)]) == 2
-    assert "removed in 0.2: give the run, visft replay RUN --step N" in capsys.readouterr().err

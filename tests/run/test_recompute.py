@@ -11,7 +11,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.run.recompute_case import configured, needs, planned
-from visft_ds.config import ResolvedConfig, changed, resolve, resolve_values
+from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.planner.cluster import GPUS, Rates, parse_cluster, rates_here, rates_of
 from visft_ds.planner.fitting import MEMORY_SHARE
@@ -63,27 +63,6 @@ def test_a_run_keeps_its_policy_though_memory_differs(monkeypatch: pytest.Monkey
     assert settled(monkeypatch, 10**12, config, tmp_path) == ("block", "as the run began")
     stated = changed(config, ["visft.model.recompute=mlp"])  # on purpose
     assert machine.settle_recompute(stated, machine.check_machine(stated, 12))[0].visft.model.recompute == "mlp"
-
-
-@pytest.mark.parametrize(
-    ("keys", "policy", "said"),
-    [
-        ({"checkpoint_every": 0, "recompute": "block", "fit_memory": False, "memory_limit": None}, "none", ""),
-        ({"checkpoint_every": 1, "recompute": "mlp", "fit_memory": True}, "mlp", ""),
-        ({"checkpoint_every": 1}, "block", ""),
-        ({"checkpoint_every": 4, "recompute": "mlp"}, "mlp", "checkpoint_every was removed in 0.2"),
-        ({"checkpoint_every": 0, "memory_limit": 10**9}, "none", "memory_limit was removed in 0.2"),
-    ],
-)
-def test_runs_of_earlier_releases_keep_theirs(
-    keys: dict[str, object], policy: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    older = resolve(stage=2, model="debug").to_dict()
-    del older["visft"]["model"]["recompute"]
-    older["visft"]["model"] |= keys
-    assert resolve_values(older, "run.json").visft.model.recompute == policy
-    printed = capsys.readouterr().err
-    assert said in printed and bool(printed) == bool(said)
 
 
 def test_the_rank_with_the_least_room_decides_for_all(tmp_path: Path) -> None:

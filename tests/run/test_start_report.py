@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
-from visft_ds.config import going_on, resolve, resolve_values
+from visft_ds.config import resolve
 from visft_ds.config.preflight import CANNOT_START
 from visft_ds.launch import main
 from visft_ds.models.backbone import build_empty
@@ -61,14 +61,6 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
         text = capsys.readouterr().out
         assert "-- memory of a process at its fullest, predicted" in text and verdict in text
         assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
-
-
-def test_what_a_run_of_an_earlier_release_keeps_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = resolve(stage=1, model="debug", settings=(f"visft.data.root={tmp_path}",))
-    older = config.to_dict()
-    del older["visft"]["tasks"]["detection"]["loss"]["average"]
-    print_dry_run(going_on(config, resolve_values(older, "run.json")), 1, "")
-    assert "as it began  visft.tasks.detection.loss.average = batch, new runs: image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("stage", "tasks"), [(2, "detection,captioning"), (1, "detection")])

@@ -18,12 +18,12 @@ from PIL import Image, PngImagePlugin
 from tests.coco_tree import NO_PHOTOS, PHOTOS, write_tree
 from visft_ds.data.decode import decode_image
 from visft_ds.shards import source
-from visft_ds.shards.categories import COCO_NAMES, map_categories
+from visft_ds.shards.categories import map_categories
 from visft_ds.shards.images import check_image, difference_hash, stored_frame
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.segmentations import stored_segmentation
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS, COCO_NAMES
 
 TRIANGLE = [1, 1, 5, 1, 5, 5.5]
 

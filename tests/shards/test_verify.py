@@ -345,24 +345,6 @@ def test_the_same_build_mends_what_verify_finds(tmp_path: Path, capsys: pytest.C
     assert main(["verify", str(out)]) == 0
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["build", "--dedup", "drop"],
-        ["build", "--against=x"],
-        ["repair", "x"],
-        ["which", "--step", "3"],
-        ["diff", "x", "y"],
-        ["export", "x"],
-        ["verify", "x", "--against=y"],
-        ["verify", "--captions", "y"],
-    ],
-)
-def test_what_is_removed_says_what_serves_instead(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
-    assert "removed in 0.2: " in capsys.readouterr().err
-
-
 def _same_json(first: bytes, second: bytes) -> bool:
     """Blanks between the parts of a manifest mean nothing."""
     try:

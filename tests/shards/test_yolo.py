@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.yolo_folder import BOX, POLYGON, write_picture, write_yolo
-from visft_ds.shards.categories import COCO_NAMES
 from visft_ds.shards.yolo import read_description, read_yolo
+from visft_ds.tasks.classes import COCO_NAMES
 
 
 def read(path: Path, split: str = "train") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Average precision: equal to pycocotools, from shards as from the JSON file, quiet, and clear about bad results."""
+"""Average precision: equal to pycocotools, from shards as from the JSON file, without objects that have no mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import pytest
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.tasks.average_precision import IouType, coco_average_precision, pack_results, unpack_results
+from visft_ds.tasks.average_precision import WITHOUT_MASK, IouType, coco_average_precision, pack_results, unpack_results
 
 SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 Results = list[dict[str, Any]]
@@ -98,8 +97,6 @@ def test_numbers_are_those_of_pycocotools(iou_type: IouType, prefix: str, capfd:
     stats, precision = _oracle(truth, results, iou_type)
     before = copy.deepcopy((truth, results))
     ours = coco_average_precision(truth, results, iou_type, per_category=True)
-    reference = coco_average_precision(truth, results, iou_type, per_category=True, scorer="pycocotools")
-    assert reference == pytest.approx(ours, abs=1e-12) and list(reference) == list(ours)
     assert capfd.readouterr() == ("", "")
     assert (truth, results) == before
     assert 0.05 < stats[0] < 0.9, "the case must not be trivial"
@@ -114,12 +111,11 @@ def test_numbers_are_those_of_pycocotools(iou_type: IouType, prefix: str, capfd:
 
 def test_shards_and_file_give_the_same(split: Manifest) -> None:
     """The labels in the shards replace the annotation file, crowds included."""
-    path = split.root.parent / "tree/instances.json"
-    source = json.loads(path.read_text())
+    source = json.loads((split.root.parent / "tree/instances.json").read_text())
     results = _results(source)[:-150]
     with ShardReader(split) as reader:
         from_shards = coco_average_precision(coco_dataset(reader), results, per_category=True)
-    assert from_shards == coco_average_precision(path, results, per_category=True)
+    assert from_shards == coco_average_precision(source, results, per_category=True)
     assert any(annotation["iscrowd"] for annotation in source["annotations"])
     assert 0 < from_shards["box/AP"] < 1
 
@@ -137,7 +133,6 @@ def test_annotation_ids_do_not_matter() -> None:
 def test_no_results_are_zeros() -> None:
     truth = _truth()
     assert set(coco_average_precision(truth, []).values()) == {0.0}
-    assert coco_average_precision(truth, [], scorer="pycocotools") == coco_average_precision(truth, [])
     truth["annotations"] = [a for a in truth["annotations"] if a["area"] < 96**2]
     assert coco_average_precision(truth, [])["box/APl"] == -1  # nothing to find
     assert coco_average_precision(truth, [])["box/AP"] == 0
@@ -152,55 +147,30 @@ def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
     assert coco_average_precision(truth, strange)["box/AP"] == 0
 
 
-@pytest.mark.parametrize("score", [float("nan"), float("inf"), None])  # None: how JSON keeps the other two
-def test_score_that_is_not_finite(score: float | None) -> None:
-    with pytest.raises(ValueError, match=f"score of a result for image_id 3 is {score}"):
-        coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], score)])
-
-
-@pytest.mark.parametrize("side", [float("nan"), None])
-def test_box_that_is_not_finite(side: float | None) -> None:
-    """Evaluators take such a box for one that overlaps nothing, or stop in the middle."""
-    box: list[Any] = [0, side, 5, 5]
-    with pytest.raises(ValueError, match=r"box of a result for image_id 3 .* is not finite"):
-        coco_average_precision(_truth(), [_result(3, 1, box, 0.5)])
-
-
-def test_unknown_image() -> None:
-    with pytest.raises(ValueError, match="result for image_id 999, which the ground truth does not have"):
-        coco_average_precision(_truth(), [_result(999, 1, [0, 0, 5, 5], 0.5)])
-
-
-def test_wrong_kind_of_result() -> None:
-    with pytest.raises(ValueError, match="image_id 3 has no 'segmentation'"):
-        coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], 0.5)], "segm")
+@pytest.mark.parametrize(
+    ("box", "score"), [([0, 0, 5, 5], float("nan")), ([0, 0, 5, 5], None), ([0, np.inf, 5, 5], 0.5)]
+)
+def test_predictions_that_are_not_finite_are_refused(box: list[Any], score: float | None) -> None:
+    with pytest.raises(ValueError, match="finite"):  # None: what JSON holds in place of NaN
+        coco_average_precision(_truth(), [_result(3, 1, box, score)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", ["absent", None, []])
-def test_annotations_without_masks(mask: Any) -> None:
-    """The evaluator would count an empty list as an object that nobody finds; boxes need no masks."""
+def test_objects_without_masks_are_left_out_of_masks_and_counted(mask: Any) -> None:
     truth = _truth()
     boxes, masks = _results(truth), _as_masks(_results(truth))
-    wanted = coco_average_precision(truth, boxes)
-    for annotation in truth["annotations"][4:6]:
+    without = [dict(annotation) for annotation in truth["annotations"]]
+    for annotation in without[4:6]:
         annotation["segmentation"] = mask
         if mask == "absent":
             del annotation["segmentation"]
-    message = rf"2 of the {len(truth['annotations'])} annotations have no 'segmentation' \(the first is .* 504\)"
-    with pytest.raises(ValueError, match=message):
-        coco_average_precision(truth, masks, "segm")
-    assert coco_average_precision(truth, boxes) == wanted
-
-
-def test_inconsistent_ground_truth(tmp_path: Path) -> None:
-    truth = _truth()
-    truth["annotations"][4]["category_id"] = 2
-    with pytest.raises(ValueError, match=r"annotation 504 belongs to .* category_id 2, of which"):
-        coco_average_precision(truth, [])
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"images": truth["images"], "annotations": []}))
-    with pytest.raises(ValueError, match=r"captions\.json has no categories"):
-        coco_average_precision(path, [])
+    odd = {**truth, "annotations": without}
+    assert coco_average_precision(odd, boxes) == coco_average_precision(truth, boxes)
+    measured = coco_average_precision(odd, masks, "segm")
+    assert measured.pop(WITHOUT_MASK) == 2
+    assert measured == coco_average_precision({**truth, "annotations": without[:4] + without[6:]}, masks, "segm")
+    with pytest.raises(ValueError, match="mask"):
+        coco_average_precision({**truth, "annotations": without[4:6]}, masks, "segm")
 
 
 def test_packing() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from visft_ds.tasks.captioning.metrics import caption_metrics, results_metrics
 from visft_ds.tasks.captioning.tokenizer import ptb_words
 
-NAMES = ["CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"]
+NAMES = ["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"]
 REFERENCES = {
     7: [
         "A man riding a wave on top of a surfboard.",
@@ -35,11 +33,10 @@ CANDIDATES = {
     7: "A surfer isn't riding a big wave on a surfboard.",
     12: "a clock tower in st. louis",
 }
-#: Measured with pycocoevalcap 1.2 on the words of its own Java tokenizer. CIDEr: its scorer without clipping and length
-#: penalty. No 4-gram is right here, so BLEU-4 also pins its guard against zeros.
+#: Measured with pycocoevalcap 1.2 on the words of its own Java tokenizer. CIDEr is its Cider, as papers report it
+#: (CIDEr-D). No 4-gram is right here, so BLEU-4 also pins its guard against zeros.
 MEASURED = {
-    "CIDEr-D": 2.0565600715357943,
-    "CIDEr": 2.3361885203479127,
+    "CIDEr": 2.0565600715357943,
     "BLEU-1": 0.9057885043665107,
     "BLEU-2": 0.7431067927172761,
     "BLEU-3": 0.5186074991358772,
@@ -109,7 +106,7 @@ def test_equal_to_pycocoevalcap() -> None:
         references, candidates = corpus(seed, images=1 + seed % 7, shortest=seed % 2)
         given = {image: [*texts, "w0"] for image, texts in references.items()}
         said = {image: [text or "w0"] for image, text in candidates.items()}
-        expected = {"CIDEr-D": Cider().compute_score(given, said)[0], "ROUGE-L": Rouge().compute_score(given, said)[0]}
+        expected = {"CIDEr": Cider().compute_score(given, said)[0], "ROUGE-L": Rouge().compute_score(given, said)[0]}
         bleu = Bleu(4).compute_score(given, said, verbose=0)[0]
         expected |= {f"BLEU-{place + 1}": score for place, score in enumerate(bleu)}
         scores = caption_metrics(given, {image: text for image, (text,) in said.items()})
@@ -117,62 +114,12 @@ def test_equal_to_pycocoevalcap() -> None:
         assert {name: scores[f"caption/{name}"] for name in expected} == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_cider_is_a_cosine_of_tf_idf_vectors(seed: int) -> None:
-    references, candidates = corpus(seed, images=5, shortest=1)
-
-    def grams(text: str, order: int) -> list[tuple[str, ...]]:
-        words = text.split()
-        return [tuple(words[start : start + order]) for start in range(len(words) - order + 1)]
-
-    total = 0.0
-    for order in (1, 2, 3, 4):
-        documents = [{gram for text in texts for gram in grams(text, order)} for texts in references.values()]
-        known = sorted({gram for texts in documents for gram in texts})
-        idf = np.log(len(documents)) - np.log([sum(gram in texts for texts in documents) for gram in known])
-
-        def vector(
-            text: str, known: Sequence[tuple[str, ...]] = known, idf: np.ndarray = idf, order: int = order
-        ) -> np.ndarray:
-            counts = Counter(grams(text, order))
-            unknown = np.array([count for gram, count in counts.items() if gram not in known])
-            weighted = np.array([counts[gram] for gram in known]) * idf
-            return np.concatenate([weighted, [np.sqrt((unknown**2).sum()) * np.log(5)]])
-
-        for image, texts in references.items():
-            candidate = vector(candidates[image])
-            for text in texts:
-                reference = vector(text)
-                norms = np.linalg.norm(candidate) * np.linalg.norm(reference)
-                total += (candidate[:-1] @ reference[:-1] / norms if norms else 0.0) / len(texts)
-    scores = caption_metrics(references, candidates)
-    assert scores["caption/CIDEr"] == pytest.approx(10 * total / (4 * 5), rel=1e-12)
-
-
-def test_rouge_finds_the_longest_common_subsequence() -> None:
-    rng = random.Random(0)
-    for _ in range(20):
-        one, two = ([rng.choice("abc") for _ in range(rng.randint(1, 7))] for _ in range(2))
-        subsequences = {part for size in range(8) for part in combinations(one, size)}
-        common = max(len(part) for size in range(8) for part in combinations(two, size) if part in subsequences)
-        precision, recall = common / len(one), common / len(two)
-        expected = 2.44 * precision * recall / (recall + 1.44 * precision) if common else 0.0
-        scores = caption_metrics({1: [" ".join(two)]}, {1: " ".join(one)})
-        assert scores["caption/ROUGE-L"] == pytest.approx(expected, rel=1e-12)
-
-
 def test_a_perfect_candidate() -> None:
     references = {image: texts[:1] for image, texts in REFERENCES.items()}
     scores = caption_metrics(references, {image: texts[0] for image, texts in references.items()})
     # BLEU is short of 1 by coco-caption's guard against zeros, 1e-9 over the number of n-grams.
-    expected = dict.fromkeys(NAMES, 1.0) | {"CIDEr-D": 10.0, "CIDEr": 10.0}
+    expected = dict.fromkeys(NAMES, 1.0) | {"CIDEr": 10.0}
     assert scores == pytest.approx(named(expected), rel=1e-9)
-
-
-def test_one_image_has_no_cider() -> None:
-    scores = caption_metrics({1: ["a cat on a mat"]}, {1: "a cat on a mat"})
-    assert scores["caption/CIDEr-D"] == scores["caption/CIDEr"] == 0
-    assert scores["caption/ROUGE-L"] == 1
 
 
 def test_empty_candidates_score_nothing() -> None:
@@ -187,28 +134,8 @@ def test_empty_candidates_score_nothing() -> None:
 def test_a_reference_without_words_counts() -> None:
     with_it, without = ({1: ["a cat", *more], 2: ["a dog"]} for more in (["..."], []))
     said = {1: "a cat", 2: "a dog"}
-    ratio = caption_metrics(with_it, said)["caption/CIDEr-D"] / caption_metrics(without, said)["caption/CIDEr-D"]
+    ratio = caption_metrics(with_it, said)["caption/CIDEr"] / caption_metrics(without, said)["caption/CIDEr"]
     assert ratio == pytest.approx(0.75, rel=1e-12)  # half the score for one of two images
-
-
-def test_of_two_equally_close_references_bleu_takes_the_shorter() -> None:
-    # Lengths 1 and 3 are equally far from 2: with the shorter one there is no brevity penalty.
-    scores = caption_metrics({1: ["a b c", "a"]}, {1: "a b"})
-    assert scores["caption/BLEU-1"] == pytest.approx(1, rel=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("references", "candidates", "message"),
-    [
-        ({}, {}, "no image with reference captions"),
-        ({1: ["a"], 2: ["a"]}, {1: "a"}, r"1 images without a candidate \(e\.g\. 2\)"),
-    ],
-)
-def test_corpora_that_do_not_fit_are_refused(
-    references: dict[int, list[str]], candidates: dict[int, str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        caption_metrics(references, candidates)
 
 
 def test_coco_formats() -> None:
@@ -217,5 +144,5 @@ def test_coco_formats() -> None:
     # An image without references is left out: there is nothing to compare with.
     scores = results_metrics({"annotations": entries}, [*results, {"image_id": 99, "caption": "a cat"}])
     assert scores == caption_metrics(REFERENCES, CANDIDATES)
-    with pytest.raises(ValueError, match="image 3 has two captions"):
-        results_metrics({"annotations": entries}, [*results, results[0]])
+    with pytest.raises(ValueError, match="candidate"):
+        caption_metrics(REFERENCES, {3: "a couch"})

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests import fourth_task
-from tests.freeze.stored import FOLDER
-from tests.house import core, lines
+from tests import finished, fourth_task
 from tests.ranks import REPOSITORY, run_ranks
 from tests.test_layering import ROOT, module_name, syntax
 from tests.tiny import TINY
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.tasks import registry
 
+#: Rooms that training runs through; commands over finished runs may name tasks.
+CORE = ("config", "prepare", "run", "resilience", "monitor", "parallel", "planner", "data", "train", "model", "launch")
 SETTINGS: dict[str, Any] = {
     **TINY,
     "scheduler.params.total_num_steps": 8,
@@ -42,7 +42,7 @@ out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
 if mode == "shared":
     settings |= {{"visft.shared.batch_size": 4, "visft.shared.micro_batch": 2, "visft.shared.image.fixed_size": 28}}
-given = dict(model="debug", engine="zero1", data={str(FOLDER / "shards")!r}, settings=settings)
+given = dict(model="debug", engine="zero1", data={str(finished.shards())!r}, settings=settings)
 own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"}}], "visft.run.eval_every": 0}}
 first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
@@ -72,7 +72,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tmp_path: Path, picture: Path) -> None:
     (printed,) = run_ranks(["-c", SCRIPT, str(tmp_path), mode, str(picture)], world=1)
     metrics, (result,), told, planned, same = json.loads(printed.splitlines()[-1])
-    assert 0 <= metrics["class/accuracy"] <= 1 and {"box/AP", "mask/AP", "caption/CIDEr-D"} <= set(metrics)
+    assert 0 <= metrics["class/accuracy"] <= 1 and {"box/AP", "mask/AP", "caption/CIDEr"} <= set(metrics)
     assert result["image_id"] == 1 and f"{result['score']:.2f}" in told and planned > 0 and same
     for stage in (1, 2):
         records = list(read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl"))
@@ -86,7 +86,7 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tm
 
 
 def test_it_is_small() -> None:
-    assert lines(Path(fourth_task.__file__)) <= 150
+    assert len(Path(fourth_task.__file__).read_text().splitlines()) <= 150
 
 
 def test_a_name_is_taken_once() -> None:
@@ -117,7 +117,11 @@ def test_the_core_names_no_task() -> None:
     named = {}
     for path in (REPOSITORY / "visft_ds").rglob("*.py"):
         module = module_name(path)
-        if module not in core() or module in allowed or module.startswith("visft_ds.tasks"):
+        if (
+            not module.startswith(tuple(f"visft_ds.{room}" for room in CORE))
+            or module in allowed
+            or module.startswith("visft_ds.tasks")
+        ):
             continue
         found = [node for node in ast.walk(syntax(ROOT / path.relative_to(REPOSITORY))) if _names_a_task(node)]
         if found:

@@ -26,9 +26,8 @@ from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
 from visft_ds.resilience.memory import largest_batches
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import classes_of
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.loss import SegmentationOutput
 
 BOTH = ("detection", "segmentation")
@@ -161,28 +160,17 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "message"),
+    ("name", "setting"),
     [
-        (
-            "own",
-            "segmentation.head.num_classes=80",
-            "is 80, and the data has 4 categories (0 'paint', 1 'scratch', 2 'dent",
-        ),
-        ("own", "segmentation.head.num_classes=3", "leave num_classes out, then it comes from the data, or give 4"),
-        ("own", "detection.head.num_classes=3", "or give 4, or at least 13, so that classes are raw ids"),
-        ("coco", "segmentation.head.num_classes=9", "the data has 3 categories .* or give 3, or 80, those of COCO"),
-        (
-            "own",
-            "segmentation.head.labelling=published",
-            "COCO's 80 categories only, and the data has 0 'paint', 12 'rust'",
-        ),
+        ("own", "segmentation.head.num_classes=80"),
+        ("own", "detection.head.num_classes=3"),
+        ("coco", "segmentation.head.num_classes=9"),
+        ("own", "segmentation.head.labelling=published"),
     ],
 )
-def test_numbers_of_classes_that_do_not_agree_are_refused(
-    shards: dict[str, Path], name: str, setting: str, message: str
-) -> None:
+def test_numbers_of_classes_that_do_not_agree_are_refused(shards: dict[str, Path], name: str, setting: str) -> None:
     config = config_of(shards[name], f"visft.tasks.{setting}")
-    with pytest.raises(ValueError, match=message.replace("(", "\\(")):
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
         settle_classes(config, first_of(shards[name]))
 
 
@@ -217,28 +205,26 @@ def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
     assert classes_of_heads(heads) == {task: (0, 1, 2, 12)}
     assert classes_of_heads({"captioning": HeadInfo("captioning", 8)}) == {}
     check_categories(heads, _table({12: "rust"}), "here", "Do it")  # what the data lacks does no harm in evaluation
-    with pytest.raises(ValueError, match=r"it does not know 5 'hole'; it knows 0 'paint', .*Do it, or make the shards"):
+    with pytest.raises(ValueError, match="5 'hole'"):
         check_categories(heads, _table({**OWN, 5: "hole"}), "here", "Do it")
     check_classes(heads, {task: (0, 1, 2, 12)}, _table(OWN), "here")
-    with pytest.raises(
-        ValueError, match="one for each category it was trained on; here lacks 0 'paint', 12 'rust': list"
-    ):
+    with pytest.raises(ValueError, match="here lacks 0 'paint', 12 'rust'"):
         check_classes(heads, {}, _table({1: "scratch", 2: "dent"}), "here")
-    with pytest.raises(ValueError, match=f"give visft.tasks.{task}.head.num_classes=4"):
-        check_classes(heads, {}, _table(OWN), "here")
 
 
 @pytest.mark.parametrize("task", BOTH)
-def test_published_heads_know_cocos_ids_alone(task: str) -> None:
+def test_published_heads_know_cocos_categories_by_id_and_name(task: str) -> None:
+    """Tools number categories from 1, so ids say nothing: such a head would call each scratch a person."""
     heads = {task: HeadInfo(task, 8, {"num_classes": 91, "labelling": "published"}, extra={"format": "visft"})}
     assert classes_of_heads(heads) == {}
-    check_categories(heads, _table({1: "circle", 90: "star"}), "here", "Do it")
-    with pytest.raises(ValueError, match=r"it does not know 12 'rust'; it knows COCO's 80\. Do it"):
-        check_categories(heads, _table({12: "rust"}), "here", "Do it")
+    check_categories(heads, _table({1: "person", 90: "toothbrush"}), "here", "Do it")
+    for name in ("scratch", "Person"):
+        with pytest.raises(ValueError, match=f"1 '{name}'"):
+            check_categories(heads, _table({1: name, 90: "toothbrush"}), "here", "Do it")
 
 
 def test_segmentation_heads_whose_classes_are_not_told_are_not_guessed_at() -> None:
-    with pytest.raises(ValueError, match=r"file contradicts itself: .*num_classes is 3, and the data has 4 categories"):
+    with pytest.raises(ValueError, match="num_classes is 3"):
         classes_of_heads({"segmentation": _info("segmentation", 3, OWN)})
-    with pytest.raises(ValueError, match="has 3 classes, and its file does not name their categories"):
+    with pytest.raises(ValueError, match="does not name"):
         classes_of_heads({"segmentation": HeadInfo("segmentation", 8, {"num_classes": 3, "labelling": "contiguous"})})

@@ -15,8 +15,9 @@ from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes, final_size
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation import data
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, placement, segmentation_targets
+from visft_ds.tasks.segmentation.data import placement, segmentation_targets
 from visft_ds.tasks.transform import collate_joint
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}

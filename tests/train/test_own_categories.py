@@ -13,7 +13,7 @@ from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.compare import read_evaluation
-from visft_ds.interop import load_heads
+from visft_ds.interop.heads import load_heads
 from visft_ds.shards.build import Options, build
 
 OWN = {0: "paint", 1: "scratch", 12: "rust", 500: "hole"}  # no object is of the first

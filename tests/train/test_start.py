@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
+from tests.published import save_published_lora
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.config import resolve_arguments
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.launch import main
 from visft_ds.shards.build import Options, build
 
@@ -166,7 +166,7 @@ def test_heads_are_remapped_by_name(work: Path, tmp_path: Path, capsys: pytest.C
 def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     place, base, out = work / "two/export/adapter", work / "two/export/backbone.safetensors", tmp_path / "out"
     if kind == "visft":
-        write_visft_lora(read_adapter(place), tmp_path / "lora.pt")
+        save_published_lora(read_adapter(place), tmp_path / "lora.pt")
         place = tmp_path / "lora.pt"
     adapter = read_adapter(place)
     words = ["--stage", 2, "--model", "debug", "--data", work / "first/shards", "--out", out, "--from", place]

@@ -8,7 +8,7 @@ disk. cli: the flags.
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
 from visft_ds.config.cli import build_parser, resolve_arguments, tower_setting
 from visft_ds.config.preflight import Missing, missing_inputs, render_missing
-from visft_ds.config.resolve import ResolvedConfig, changed, going_on, identity_differences, resolve, resolve_values
+from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve, resolve_values
 
 __all__ = [
     "Batches",
@@ -18,7 +18,6 @@ __all__ = [
     "changed",
     "deepspeed_dict",
     "derive_batches",
-    "going_on",
     "identity_differences",
     "missing_inputs",
     "render_missing",

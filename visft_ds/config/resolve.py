@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,10 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, LATER, missing_keys, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
 
-#: Source of the values that `missing_keys` fills in.
-EARLIER = "the release it began with"
 #: Sources of values that a start adapts, and says so.
 SHORT_RUN, FEW_IMAGES = "the length of the run", "the number of images"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
@@ -106,20 +103,8 @@ class ResolvedConfig:
         return {key: value for key, value in flat if not _is_no_identity(key)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of `identity()`, hexadecimal.
-
-        Removed keys count with the values that changed nothing, later keys only with values that older runs did not
-        have: the checkpoints of these hold it.
-        """
-        values = self.identity()
-        for key, idle in [*IDLE.items(), *((key, value) for key, (_, value) in registry.removed_settings().items())]:
-            siblings = key.rpartition(".")[0] + "."
-            if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
-                values[key] = idle
-        for key, before in (LATER | registry.earlier_settings()).items():
-            if key in values and values[key] == before:
-                del values[key]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of `identity()`, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def _is_no_identity(key: str) -> bool:
@@ -193,7 +178,8 @@ def resolve(
         ValueError: everything that is wrong with the configuration, one line each.
     """
     if recorded is not None:
-        tree = _recorded_tree(*recorded)
+        values, origin = recorded
+        tree = merge([(origin, values)])
     elif file is not None:
         tree = merge([(display(Path(file)), load_json(Path(file)))])
         stated = tree.values.get("visft", {}).get("stage") if isinstance(tree.values.get("visft"), dict) else None
@@ -276,31 +262,8 @@ def _with_random_heads(visft: VisftConfig) -> VisftConfig:
 
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
-    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors.
-
-    Keys that were removed since are left out; those that did something are named on stderr. Keys that came later get
-    the values that mean what the run did without them.
-    """
-    return _typed(_recorded_tree(values, origin), recorded=True)
-
-
-def _recorded_tree(values: Mapping[str, Any], origin: str) -> Tree:
-    kept = without_removed(values, origin)
-    return merge([(origin, kept), (EARLIER, missing_keys(kept))])
-
-
-def going_on(config: ResolvedConfig, recorded: ResolvedConfig) -> ResolvedConfig:
-    """The configuration with which a recorded run goes on: as it began where its record lacks a key, unless stated."""
-    now = dict(flatten(config.to_dict()))
-    kept = [
-        Replaced(key, now[key], value, EARLIER)
-        for key, value in registry.earlier_settings().items()
-        if recorded.sources.get(key) == EARLIER and key not in config.sources and now.get(key, value) != value
-    ]
-    if not kept:
-        return config
-    visft = changed(config, [f"{entry.key}={json.dumps(entry.new)}" for entry in kept]).visft
-    return replace(config, visft=visft, replaced=(*config.replaced, *kept))
+    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
+    return _typed(merge([(origin, values)]), recorded=True)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:

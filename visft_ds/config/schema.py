@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.tasks import registry
@@ -206,10 +206,8 @@ class RunConfig(StrictModel):
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500
     keep_last: Positive = 3  #: newest checkpoints kept
-    keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
     stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
-    ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation

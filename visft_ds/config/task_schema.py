@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
 
 #: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
 #: shares most words with the others. The last two give a small set of images one answer each.
@@ -62,10 +61,6 @@ class TaskConfig(StrictModel):
     labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
-    #: Key below `visft.tasks.<task>` that is gone -> what serves instead, and the value with which it did nothing.
-    removed: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})
-    #: Key below `visft.tasks.<task>` that came after release 0.1 -> the value with which runs without it have trained.
-    before: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
     #: sum, in mode "shared" the most of them.
@@ -128,6 +123,7 @@ class SharedImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
     caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
     max_words: Positive = 50

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
-from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import registry
@@ -168,7 +167,7 @@ def _explain(details: Any) -> tuple[str, str]:
     location = [str(part) for part in details["loc"]]
     key, kind, given = ".".join(location), details["type"], details["input"]
     if kind == "extra_forbidden":
-        return key, removed_key(key) or f"unknown key; {suggest(location)}"
+        return key, f"unknown key; {suggest(location)}"
     if kind == "missing":
         return key, f"missing; state it in a file or with --set {key}=VALUE"
     if kind in ("model_type", "dict_type"):
@@ -251,8 +250,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.run.stop_after", f"needs a metric: set visft.run.keep_best, such as {' or '.join(metrics)}"
     if run.trace is not None and run.trace[0] > run.trace[1]:
         yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
-    if run.keep_every % run.save_every:
-        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 
 
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

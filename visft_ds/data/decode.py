@@ -5,13 +5,14 @@ Shape letters: H W pixels.
 
 from __future__ import annotations
 
-import io
 import struct
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+
+from visft_ds.files import open_image
 
 #: Limit of an image, unless its shards were built with --max-pixels; that of the flag is below what Pillow warns of.
 MAX_PIXELS, MOST_PIXELS = 25_000_000, 80_000_000
@@ -54,35 +55,27 @@ def check_pixels(height: int, width: int, most: int) -> None:
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Decode a JPEG or PNG file.
+    """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
-    Grey, palette and CMYK images become RGB; transparency is dropped. EXIF orientation is not applied, because COCO
-    annotates the pixels as stored. Cut files are errors, never half-grey images.
+    Grey, palette, 16-bit and CMYK pictures become RGB; transparency is dropped. EXIF orientation is not applied:
+    shards hold the pixels that the labels fit. Cut files are errors, never half-grey images.
 
     Args:
         data: the file.
-        max_pixels: larger images are refused before any memory is taken for them.
+        max_pixels: larger images are refused.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: not a JPEG or PNG, damaged, larger than `max_pixels`, or with 16 bits per grey value.
+        ValueError: no picture, damaged, or larger than `max_pixels`.
     """
-    height, width = image_size(data)
-    check_pixels(height, width, max_pixels)
-    if image_format(data) == "jpg":
+    if data.startswith(JPEG):
+        check_pixels(*image_size(data), max_pixels)
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    return _decode_png(data)
-
-
-def _decode_png(data: bytes) -> npt.NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            image.load()
-            return to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"damaged PNG: {error}") from error
+    rgb = np.array(open_image(data, upright=False))
+    check_pixels(rgb.shape[0], rgb.shape[1], max_pixels)
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -42,7 +42,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Crop:
-    """Cut out a rectangle that lies inside the image."""
+    """Cut out a rectangle; what it shows beyond the image, as zooms do, is grey (128)."""
 
     top: int
     left: int
@@ -100,7 +100,11 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
             if isinstance(op, Flip):
                 tensor = tensor.flip(2)
             elif isinstance(op, Crop):
-                tensor = tensor[:, op.top : op.top + op.height, op.left : op.left + op.width]
+                bottom, right = op.top + op.height, op.left + op.width
+                beyond = [-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1]]
+                beyond = [max(0, side) for side in beyond]
+                tensor = tensor[:, max(0, op.top) : bottom, max(0, op.left) : right]
+                tensor = F.pad(tensor, beyond, value=128) if any(beyond) else tensor
             elif isinstance(op, Pad):
                 missing = (0, op.width - tensor.shape[2], 0, op.height - tensor.shape[1])
                 tensor = F.pad(tensor, missing, value=op.value) if any(missing) else tensor
@@ -177,7 +181,8 @@ class ShortSides:
 
     Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at most
     `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both scale to
-    a square of that many pixels, and training also mirrors.
+    a square of that many pixels, and training also mirrors and, five times of six, zooms: it takes a window with sides
+    of `zoom` times those of the image, smallest to largest, up to 15 % wider or narrower, in or around the image.
 
     Raises:
         ValueError: an empty or not positive list of sizes; a probability outside [0, 1].
@@ -189,6 +194,7 @@ class ShortSides:
     eval_short: int
     eval_max_long: int
     fixed_size: int | None
+    zoom: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         fixed = 1 if self.fixed_size is None else self.fixed_size
@@ -203,7 +209,19 @@ class ShortSides:
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`, in order."""
-        return [*self.mirror(train, generator), self.scale(size, train, generator)]
+        window = self.window(size, generator) if train and self.fixed_size and self.zoom else []
+        return [*self.mirror(train, generator), *window, self.scale(size, train, generator)]
+
+    def window(self, size: Size, generator: np.random.Generator) -> list[Op]:
+        """The zoom of an image of `size`, or none."""
+        assert self.zoom is not None
+        if generator.random() < 1 / 6:
+            return []
+        factor, stretch = np.exp(generator.uniform(*np.log(self.zoom))), np.exp(generator.uniform(-0.15, 0.15) / 2)
+        sides = [max(1, round(size[0] * factor / stretch)), max(1, round(size[1] * factor * stretch))]
+        spare = [whole - side for whole, side in zip(size, sides, strict=True)]
+        top, left = (int(generator.integers(min(0, one), max(0, one) + 1)) for one in spare)
+        return [Crop(top, left, *sides)]
 
     def extremes(self, size: Size) -> set[Size]:
         """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""

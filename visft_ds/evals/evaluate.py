@@ -33,7 +33,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.evals.runner import as_metrics, check_truth, collect, measure
+from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
@@ -47,7 +47,6 @@ from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.pictures import Picture, grid, save_png
 
 
@@ -94,7 +93,6 @@ class Request:
     image_size: int | None
     batch_size: int | None
     threads: int
-    scorer: Scorer
     out: Path | None
     images: int
     threshold: float
@@ -122,7 +120,6 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int | None = None,
     threads: int = 2,
-    scorer: Scorer = "faster-coco-eval",
     out: AnyPath | None = None,
     images: int = 8,
     threshold: float = 0.5,
@@ -150,7 +147,6 @@ def evaluate(
         image_size: resize to squares of so many pixels.
         batch_size: of one process; by default the run's, or 8.
         threads: that decode.
-        scorer: "faster-coco-eval" or "pycocotools": computes average precision.
         out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
         images: pictures to draw into `out`.
         threshold: least score in pictures.
@@ -177,7 +173,6 @@ def evaluate(
         image_size=image_size,
         batch_size=batch_size,
         threads=threads,
-        scorer=scorer,
         out=_path(out),
         images=images if out is not None else 0,
         threshold=threshold,
@@ -232,8 +227,8 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
                 f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
                 f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
             )
-    with ShardReader(manifest) as reader:
-        check_truth(tasks, reader, limit)
+        if (problem := TASKS[task].data_problem(manifest)) is not None:
+            raise ValueError(problem)
 
 
 def _job(given: Request) -> Job:
@@ -303,7 +298,7 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
             return EvaluationResult({}, {})
-        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True, scorer=given.scorer)
+        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True)
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
@@ -311,7 +306,6 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
-            "scorer": given.scorer,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
             **({"problems": problems} if problems else {}),

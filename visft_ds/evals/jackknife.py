@@ -50,9 +50,7 @@ def changes(first: Evaluation, last: Evaluation, manifest: Manifest) -> dict[str
             for part in range(PARTS):
                 truth = TASKS[task].evaluator.truth(reader, [place for place in range(used) if place % PARTS != part])
                 kept = [[r for r in results if places[r["image_id"]] % PARTS != part] for results in pair]
-                measured.append(
-                    [TASKS[task].evaluator.measure(truth, of_one, False, "faster-coco-eval") for of_one in kept]
-                )
+                measured.append([TASKS[task].evaluator.measure(truth, of_one, False) for of_one in kept])
                 gauge.show(gauge.done + 1)
             for name in measured[0][0].keys() & first.metrics.keys() & last.metrics.keys():
                 values = np.array([[of_one.get(name, -1.0) for of_one in both] for both in measured])

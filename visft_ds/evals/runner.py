@@ -5,7 +5,7 @@ The two are apart so that no rank has to wait in a collective while the main pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from visft_ds.config.task_schema import Stream
@@ -16,7 +16,6 @@ from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
@@ -79,7 +78,6 @@ def measure(
     *,
     limit: int | None = None,
     per_category: bool = False,
-    scorer: Scorer = "faster-coco-eval",
 ) -> tuple[dict[str, Mapping[str, float]], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
@@ -90,16 +88,10 @@ def measure(
     for task, results in collected.items():
         evaluator = TASKS[task].evaluator
         try:
-            outcome[task] = evaluator.measure(_truth(task, reader, limit), results, per_category, scorer)
+            outcome[task] = evaluator.measure(_truth(task, reader, limit), results, per_category)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return outcome, problems
-
-
-def check_truth(tasks: Sequence[str], reader: ShardReader, limit: int | None) -> None:
-    """Raise ValueError where a task could not be judged by these labels, before anything is predicted."""
-    for task in tasks:
-        TASKS[task].evaluator.check(_truth(task, reader, limit))
 
 
 def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:

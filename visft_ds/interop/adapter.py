@@ -9,9 +9,7 @@ shaped as in the model: linear layers `lora_A` (G*r, in), rows stacked slice by 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -69,7 +67,6 @@ class Adapter:
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
     groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
     until: str | None = None  #: block that the tower ended after when it was trained
-    published: bool = False  #: read from a LoRA file of ViSFT's
 
     @property
     def scaling(self) -> float:
@@ -183,9 +180,7 @@ class Adapter:
     def fit(self, tower: Tower) -> Adapter:
         """The adapter, checked to have exactly the tensors that its settings mean on this tower, up to `until`.
 
-        A published ViSFT adapter of the 40-block giant loses its last block on a 39-block tower (LAVIS builds it
-        without that block) with a warning. Raises ValueError for every other difference, and for values that are not
-        finite.
+        Raises ValueError for every difference, and for values that are not finite.
         """
         if self.model is not None:
             raise ValueError(
@@ -193,14 +188,6 @@ class Adapter:
                 f"adapter and the base of the same model"
             )
         tensors, tower = self.tensors, part_of(tower, self.until)
-        if self.published and (self.depth, tower.depth) == (40, 39):
-            warnings.warn(
-                "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
-                "ignored",
-                UserWarning,
-                stacklevel=2,
-            )
-            tensors = {name: value for name, value in tensors.items() if not name.startswith("blocks.39.")}
         if (depth_of(tensors), self.width) != (tower.depth, tower.width):
             raise ValueError(
                 f"the adapter is for a tower of width {self.width}, depth {self.depth}; this tower has "
@@ -258,16 +245,14 @@ def fingerprint_of(settings: object, tensors: Iterable[tuple[str, Tensor]]) -> s
     return digest.hexdigest()
 
 
-def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
+def average(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapter whose change of every weight is the mean of theirs, exactly: ranks add up, scaling is 1.
 
     Factors A and B themselves are not averaged: the product of two means is not the mean of two products. (PEFT calls
     this combination "cat".)
 
-    Raises ValueError for adapters of other projections, towers or bases, and for weights that are not one a piece.
+    Raises ValueError for adapters of other projections, towers or bases.
     """
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{len(adapters)} adapters and weights {list(weights)}: give one finite number for each")
     first = adapters[0]
     if any(adapter.magnitude for adapter in adapters):
         raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
@@ -296,8 +281,7 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         slices = len(first.adapted(layer).slices)
         parts = [adapter.tensors[a].float().chunk(slices) for adapter in adapters]
         tensors[a] = torch.cat([part[index] for index in range(slices) for part in parts])
-        factors = [w * adapter.scaling for w, adapter in zip(weights, adapters, strict=True)]
-        columns = [f * adapter.tensors[b].float() for f, adapter in zip(factors, adapters, strict=True)]
+        columns = [adapter.scaling / len(adapters) * adapter.tensors[b].float() for adapter in adapters]
         tensors[b] = torch.cat(columns, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
     return replace(
@@ -307,7 +291,6 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         tensors=tensors,
         base_sha256=next(iter(bases), None),
         base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
-        published=all(adapter.published for adapter in adapters),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from visft_ds.interop import onnx, peft, visft
+from visft_ds.interop import onnx, peft
 from visft_ds.interop import timm_names as timm
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card_data import Measurement, Publication, front_matter
@@ -69,8 +69,7 @@ def merged_card(
             f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
             f"[{change.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
         )
-    sharded = len(report.files) > 1
-    loading = [*_HEADING, *_snippet(form, report, side_files, sharded=sharded)]
+    loading = [*_HEADING, *_snippet(form, report, side_files)]
     measured = _of_merge(report.total, report.blocks, verification)
     return _card(title, FORMATS[form].library.lower(), origin, _sources(origin, change, tower), what, measured, loading)
 
@@ -81,23 +80,13 @@ def adapter_card(
     adapter: Adapter,
     origin: Origin,
     tower: Tower | None,
-    file: str,
     verification: Verification | None,
 ) -> str:
     """README.md of a LoRA alone; `tower`: of one of our own."""
     model = "a vision tower of EVA-CLIP, without the tower" if tower else f"timm's {adapter.model}, without that model"
     what = [f"The LoRA of a supervised fine-tuning ({_METHOD}) for {model}.", peft.facts(adapter, tower)]
-    if form == "visft":
-        loading = [
-            *_HEADING,
-            f"`{file}` has the names and the form of the files that ViSFT published: `visual.blocks.N.attn.qkv.lora_A` "
-            f"(2r, D), `.lora_B` (2D, r), rows of q first, then v; scaling {visft.ALPHA:g}/r. Its own code reads it, "
-            f"and `visft merge --adapter {file}` of visft_ds.",
-            "",
-        ]
-    else:
-        what += [] if origin.published else [peft.NAMELESS]
-        loading = [peft.loading(adapter, tower, split=form == "peft_split")]
+    what += [] if origin.published else [peft.NAMELESS]
+    loading = [peft.loading(adapter, tower, split=form == "peft_split")]
     sources, measured = _sources(origin, adapter, tower), _of_outputs(verification)
     return _card(title, "peft", origin, sources, what, measured, loading, merged=False)
 
@@ -230,17 +219,9 @@ def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
     return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
 
 
-def _snippet(form: str, report: MergeReport, side_files: Collection[str], *, sharded: bool) -> list[str]:
-    tower, file = report.tower, report.files[-1].name
+def _snippet(form: str, report: MergeReport, side_files: Collection[str]) -> list[str]:
+    tower, file = report.tower, report.file.name
     read = ['FOLDER = "."  # this folder']
-    if form == "transformers":
-        read += ["from transformers import Blip2VisionModel", "", "model = Blip2VisionModel.from_pretrained(FOLDER)"]
-        return [
-            *_code(read),
-            "Inside a whole BLIP-2: `blip2.vision_model.load_state_dict(model.state_dict())`. Its Q-Former was trained "
-            "with the 39 blocks and the last norm of the published BLIP-2.",
-            "",
-        ]
     if form == "lavis":
         return [
             f"`{file}` takes the place of LAVIS' own `eva_vit_g.pth`: name it where `create_eva_vit_g` "
@@ -264,9 +245,7 @@ def _snippet(form: str, report: MergeReport, side_files: Collection[str], *, sha
                 "",
             ]
         return lines
-    pattern = "*.safetensors" if sharded else file
-    read += ["from pathlib import Path", "from safetensors.torch import load_file", "", "weights = {}"]
-    read += [f'for file in sorted(Path(FOLDER).glob("{pattern}")):', "    weights |= load_file(file)"]
+    read += ["from safetensors.torch import load_file", "", f'weights = load_file(f"{{FOLDER}}/{file}")']
     if form == "open_clip":
         read += ["", "import open_clip", "", 'model = open_clip.create_model("...")  # the configuration of the base']
     elif tower.num_heads is None or tower.post_norm is None:

@@ -10,7 +10,7 @@ from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, PICKLE_SUFFIXES, TRA
 from visft_ds.pretrained import PUBLISHED, HubFile
 
 #: Entries of the header of weights that are no published ones any more.
-_CHANGED = {DRAWN_AS, BASE_DRAWN_AS, TRAINED_ON, "lora", "tuned", "unmerged_from"}
+_CHANGED = {DRAWN_AS, BASE_DRAWN_AS, TRAINED_ON, "lora", "tuned"}
 #: What the hub's cache calls the folder of a repository with.
 _CACHED = "models--"
 #: Licences that the hub knows by timm's abbreviation end otherwise; these have a text of their own.

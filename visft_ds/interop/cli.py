@@ -14,7 +14,7 @@ from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
-USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
+USAGE = """Merge LoRA adapters into base weights, or write an adapter in another form.
 
 visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
@@ -28,7 +28,7 @@ Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wron
 """
 
 WEIGHT_FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "timm", "transformers")
-ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+ADAPTER_FORMATS = ("peft", "peft_split")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.base = named(given.base, download=given.download).file(download=given.download)
         return merge(given)
     except (ValueError, OSError) as error:
-        print(f"merge_lora: {redacted(error)}", file=sys.stderr)
+        print(f"merge: {redacted(error)}", file=sys.stderr)
         return 2
 
 
@@ -59,11 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average; none: --base in another "
         "--format",
     )
-    source.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
-    )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
-    source.add_argument("--unmerge", action="store_true", help="--base is merged: take the adapter out again")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
     source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
     source.add_argument(
@@ -81,23 +77,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
         default="timm",
         help="full weights as a library names them, a graph (onnx), or the adapter alone: peft (fused qkv), peft_split "
-        "(separate q, k, v), visft (%(default)s)",
+        "(separate q, k, v) (%(default)s)",
     )
     out.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
     )
-    out.add_argument("--max-shard-size", metavar="SIZE", help="split larger weights into files of at most 5GB, ...")
     out.add_argument(
         "--verify",
         action="store_true",
         help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
     )
     out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
-    card = parser.add_argument_group("model card and hub (--out must be a folder)")
-    card.add_argument(
-        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the card may name"
+    out.add_argument(
+        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the model card shows"
     )
-    card.add_argument("--push-to-hub", metavar="USER/NAME", help="say what would be uploaded; nothing is sent")
-    card.add_argument("--upload", action="store_true", help="with --push-to-hub: really upload")
-    card.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
     return parser

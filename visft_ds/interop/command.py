@@ -1,4 +1,4 @@
-"""Merging, unmerging, averaging and rewriting of adapters: what visft merge does once its flags are read."""
+"""Merging, averaging and rewriting of adapters: what visft merge does once its flags are read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.compare import MAIN, read_evaluation
-from visft_ds.flags import check_extra, parse_size
-from visft_ds.interop import hub, loaders, onnx, peft
+from visft_ds.flags import check_extra
+from visft_ds.interop import loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
 from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, onnx_card, timm_card
@@ -45,7 +45,6 @@ from visft_ds.interop.merge import (
 )
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, build_backbone
@@ -54,8 +53,7 @@ from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
 from visft_ds.tasks.registry import config_class
 
-_VISFT_FILE = "visft_lora.pt"
-_ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+_ADAPTER_FORMATS = ("peft", "peft_split")
 
 
 def merge(given: argparse.Namespace) -> int:
@@ -68,7 +66,7 @@ def merge(given: argparse.Namespace) -> int:
         raise ValueError(
             f"{', '.join(absent)}: no such adapter; give a run, one of its checkpoints, a PEFT folder or a LoRA file"
         )
-    if given.base is None and not given.model and not given.unmerge and len(given.adapter) == 1:
+    if given.base is None and not given.model and len(given.adapter) == 1:
         given.base = base_of(given.adapter[0])
     _check(given)
     if not given.adapter:
@@ -77,18 +75,13 @@ def merge(given: argparse.Namespace) -> int:
         return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
-    weights = given.weights or [1 / len(adapters)] * len(adapters)
     model = next((change.timm for change in adapters if change.timm is not None), None)
     several = len(adapters) > 1
-    if model is not None and (given.unmerge or given.max_shard_size or (several and given.verify)):
-        raise ValueError(
-            f"{places[0]} is of a model of timm: --unmerge, --max-shard-size and, of several adapters, --verify are "
-            f"for towers of EVA-CLIP"
-        )
-    adapter = _joined(adapters, weights if several or given.weights else None, given.scale)
+    if model is not None and several and given.verify:
+        raise ValueError(f"{places[0]} is of a model of timm: --verify of several adapters is for towers of EVA-CLIP")
+    adapter = _joined(adapters, given.scale)
     names = [_name(path) for path in given.adapter]
-    shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if several or given.weights else ""
-    factor = f", times {given.scale:g}" if given.scale != 1 else ""
+    how = [f"mean of {len(adapters)} adapters"] * several + [f"times {given.scale:g}"] * (given.scale != 1)
     for path, found, each in zip(given.adapter, places, adapters, strict=True):
         where = f" ({found})" if found != path else ""
         of_timm = f"timm {model[0]}, " if model else ""
@@ -97,13 +90,13 @@ def merge(given: argparse.Namespace) -> int:
     if place.is_file() and place.parent.name == ADAPTER_FOLDER:  # it stands for its folder
         place = place.parent
     run = None if several else _run_of(place)
-    own = run if not (shares or factor) else None  # whose evaluation judged what is written
+    own = run if not how else None  # whose evaluation judged what is written
     origin = Origin(
         None,
         tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
         _trained(run, place) if run else {},
         _measured(given.results) if given.results else _measured_in(own, place) if own else (),
-        (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
+        (f"The {', '.join(how)}",) if how else (),
         publication_of(given.base, model and model[0]),
         _datasets(run) if run else (),
     )
@@ -118,10 +111,10 @@ def _write_efficientnet(given: argparse.Namespace) -> int:
     """Write a published EfficientNet under timm's names."""
     file = read_efficientnet(given.base)
     form = given.format, given.dtype, given.out.suffix
-    if form != ("timm", "fp32", ".safetensors") or given.verify or given.max_shard_size:
+    if form != ("timm", "fp32", ".safetensors") or given.verify:
         raise ValueError(
             f"{given.base} is an EfficientNet of timm: give --format timm and an --out that ends in .safetensors, "
-            f"without --dtype, --verify and --max-shard-size"
+            f"without --dtype and --verify"
         )
     write_safetensors(given.out, file.infos, file.get, file.metadata)
     name = timm_settings(file)
@@ -174,17 +167,17 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
         print(f"load it  {whole if _is_folder(given.out) else call}")
         if report.backbone.until is not None:
             print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
-    return _push(given)
+    return 0
 
 
-def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
-    """Join several changes into one; `weights` None: there is one, as it is."""
-    if weights is None:
+def _joined(changes: Sequence[Change], scale: float) -> Change:
+    """The mean of several changes, or the only one, times `scale`."""
+    if len(changes) == 1:
         return changes[0].scaled(scale)
     adapters = [change for change in changes if isinstance(change, Adapter)]
     if len(adapters) < len(changes):
         raise ValueError("only adapters are averaged here, not weights that trained themselves: give one --adapter")
-    return average(adapters, weights).scaled(scale)
+    return average(adapters).scaled(scale)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -192,28 +185,22 @@ def _check(given: argparse.Namespace) -> None:
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
     alone, graph = given.format in _ADAPTER_FORMATS, given.format == "onnx"
-    if (alone or graph) and (given.unmerge or given.max_shard_size or given.dtype != "fp32"):
+    if (alone or graph) and given.dtype != "fp32":
         written = "a graph in fp32" if graph else "the adapter alone"
-        raise ValueError(
-            f"--unmerge, --dtype and --max-shard-size are about full weights; --format {given.format} writes {written}"
-        )
+        raise ValueError(f"--dtype is about full weights; --format {given.format} writes {written}")
     if not given.adapter:
         if given.base is None:
             raise ValueError("--adapter PATH is needed, or --base FILE to write in another form")
-        if alone or given.unmerge or given.weights or given.scale != 1 or given.allow_other_base:
-            raise ValueError("--adapter PATH is needed: without one only --format, --dtype and shards of --base change")
+        if alone or given.scale != 1 or given.allow_other_base:
+            raise ValueError("--adapter PATH is needed: without one only --format and --dtype of --base change")
         if _is_folder(given.out):
             suffix = ".onnx" if graph else ".safetensors"
             raise ValueError(f"{given.out}: without --adapter a file is written: end its name in {suffix}")
     if given.base is None and not (alone and given.model and not given.verify):
         needed = "--base FILE or --model PRESET" if alone and not given.verify else "--base FILE"
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
-    if (given.results or given.push_to_hub) and not _is_folder(given.out):
-        raise ValueError(f"--results and --push-to-hub need a folder as --out, without suffix; {given.out} is a file")
-    if given.unmerge and (given.results or given.push_to_hub):
-        raise ValueError("--unmerge gives the base back, without a card: --results and --push-to-hub do not go with it")
-    if (given.upload or given.public) and not (given.push_to_hub and (given.upload or not given.public)):
-        raise ValueError("--upload belongs to --push-to-hub USER/NAME, and --public to --upload")
+    if given.results and not _is_folder(given.out):
+        raise ValueError(f"--results needs a folder as --out, without suffix; {given.out} is a file")
     if graph and given.out.suffix not in ("", ".onnx"):
         raise ValueError(f"{given.out}: end the name in .onnx (a file), or write it without a dot (a folder)")
     if not graph and given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
@@ -221,9 +208,7 @@ def _check(given: argparse.Namespace) -> None:
     refuse_existing(given.out)
     if graph:
         check_extra("--format onnx", "onnx", onnx.PACKAGES)
-    if given.verify and given.format == "visft":
-        raise ValueError("--verify: no library on PyPI reads --format visft; it is proved by --format peft --verify")
-    if given.verify and not given.unmerge:
+    if given.verify:
         loaders.library_of(given.format)
 
 
@@ -261,10 +246,8 @@ def _verify(
         side_files: folder -> files by which a library loads them there.
         load: by which it does; None: we load them, as nobody else does.
     """
-    library = None if given.unmerge or load is None else loaders.library_of(given.format)
-    base, result = given.base, files[-1]
-    if given.unmerge:
-        base, result = result, base
+    library = None if load is None else loaders.library_of(given.format)
+    result = files[-1]
     with ExitStack() as stack:
         load_result = None
         if library is not None and load is not None:
@@ -274,9 +257,9 @@ def _verify(
                 load_result = partial(load, result)
             else:
                 name = FORMATS[given.format].file
-                load_result = partial(load, stack.enter_context(loaders.as_folder(files, name, side_files)))
+                load_result = partial(load, stack.enter_context(loaders.as_folder(result, name, side_files)))
         verification = verify_merge(
-            base,
+            given.base,
             change,
             result,
             tower,
@@ -294,7 +277,7 @@ def _verify(
         print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")
     if not verification.passed:
         print(
-            f"merge_lora: the result does not compute what base + change does; {given.out} is not written",
+            f"merge: the result does not compute what base + change does; {given.out} is not written",
             file=sys.stderr,
         )
     return verification
@@ -404,9 +387,9 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
     settings = dict(given.set)
-    preset = PRESETS.get(tower.preset() or tower.cut_of() or "")
+    preset = PRESETS.get(tower.preset() or "")
     published = preset is not None and preset.image_size == tower.image_size
-    if given.verify or given.format == "onnx" or given.model or settings or form.giant_only or published:
+    if given.verify or given.format == "onnx" or given.model or settings or form.pre_norm_only or published:
         tower = resolve_tower(tower, given.model, settings)
     started = time.perf_counter()
     with _staged(given.out) as stage:
@@ -418,29 +401,26 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             dtype=dtype,
             allow_other_base=given.allow_other_base,
             tower=tower,
-            unmerge=given.unmerge,
-            shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
         )
-        until = None if adapter is None else adapter.until
+        until, files = None if adapter is None else adapter.until, [report.file]
         computed = report.tower
         if given.format == "onnx":
             # Others' models need the class token. This graph is the tower as it trained and as heads read it, without.
             computed = replace(report.tower, class_token=False)
             backbone = build_tower(computed, until=until)
-            load_backbone(backbone, report.files[-1])
-            report = replace(report, files=tuple(_write_onnx(given, report.files[-1], backbone)))
-        _print_report(given, report, time.perf_counter() - started)
-        sharded = len(report.files) > 1
+            load_backbone(backbone, report.file)
+            files = _write_onnx(given, report.file, backbone)
+        _print_report(given, report, files, time.perf_counter() - started)
 
         def beside(folder: Path) -> dict[str, dict[str, Any]]:
-            return side_files(given.format, report.weights, report.tower, dtype, folder, sharded=sharded)
+            return side_files(given.format, report.weights, report.tower, dtype, folder)
 
         verification = None
         if given.verify:
             load = None
             if given.format not in ("eva_clip", "lavis"):
                 load = partial(loaders.load_tower, given.format, tower=report.tower, until=until)
-            verification = _verify(given, adapter, computed, report.files, beside, load)
+            verification = _verify(given, adapter, computed, files, beside, load)
             if not verification.passed:
                 return 1
         if _is_folder(given.out):
@@ -450,15 +430,14 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             if given.format == "onnx":
                 card = onnx_card(title, onnx.FILE, adapter, origin, backbone, report.total, verification)
             else:
-                files = beside(given.out)
-                loaders.write_json(stage, files)
+                configs = beside(given.out)
+                loaders.write_json(stage, configs)
                 card = merged_card(
-                    title, given.format, given.dtype, adapter, origin, report, verification, side_files=files
+                    title, given.format, given.dtype, adapter, origin, report, verification, side_files=configs
                 )
-            if not given.unmerge:  # what is taken back is the base: nothing was trained, nothing measured
-                write_text(stage / peft.README, card)
-        _publish(stage, given.out, report.files)
-    return _push(given)
+            write_text(stage / peft.README, card)
+        _publish(stage, given.out, files)
+    return 0
 
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
@@ -474,31 +453,23 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
         origin = replace(origin, base=CardSource("not named", adapter.base_sha256))
-    if given.format != "visft" and not _is_folder(given.out):
+    if not _is_folder(given.out):
         raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
-    if not _is_folder(given.out) and given.out.suffix != ".pt":
-        raise ValueError(f"{given.out}: ViSFT's LoRA files are .pt; choose such a name")
     split, verification = given.format == "peft_split", None
     with _staged(given.out) as stage:
-        name = _VISFT_FILE if _is_folder(given.out) else given.out.name
-        if given.format == "visft":
-            write_visft_lora(adapter, stage / name)
-        else:
-            published = origin.published
-            peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=published, card="")
+        peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=origin.published, card="")
         if given.verify:
             load = partial(loaders.load_peft, base=given.base, adapter=adapter, tower=whole, split=split)
             verification = _verify(given, adapter, whole, [stage], lambda _: {}, load)
             if not verification.passed:
                 return 1
-        if _is_folder(given.out):
-            card = adapter_card(given.out.name, given.format, adapter, origin, tower, name, verification)
-            write_text(stage / peft.README, card, overwrite=True)
-        _publish(stage, given.out, [stage / name])
+        card = adapter_card(given.out.name, given.format, adapter, origin, tower, verification)
+        write_text(stage / peft.README, card, overwrite=True)
+        _publish(stage, given.out, [])
     print(f"out      {given.out} ({given.format}, rank {adapter.rank}, {'+'.join(adapter.targets)})")
     for note in notes:
         print(f"note: {note}")
-    return _push(given)
+    return 0
 
 
 def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Tower | None, list[str], CardSource | None]:
@@ -518,27 +489,12 @@ def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Towe
     return tower, notes, CardSource(given.base.name, sha256)
 
 
-def _push(given: argparse.Namespace) -> int:
-    if not given.push_to_hub:
-        return 0
-    files = hub.files_to_upload(given.out)
-    for name, size in files:
-        print(f"upload   {name} ({size / 1e6:,.1f} MB)")
-    if not given.upload:
-        total = sum(size for _, size in files) / 1e6
-        print(f"upload   nothing was sent: {len(files)} files, {total:,.1f} MB for {given.push_to_hub}; add --upload")
-        return 0
-    print(f"upload   {hub.upload(given.out, given.push_to_hub, private=not given.public)}")
-    return 0
-
-
-def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float) -> None:
-    size = sum(file.stat().st_size for file in report.files) / 1e6
-    in_shards = f", {len(report.files) - 1} shards" if len(report.files) > 1 else ""
+def _print_report(given: argparse.Namespace, report: MergeReport, files: Sequence[Path], seconds: float) -> None:
+    size = sum(file.stat().st_size for file in files) / 1e6
     print(
         f"base     {given.base} ({report.source_layout}; {report.tower.describe()})\n"
         f"         sha256 {report.base_sha256}\n"
-        f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors{in_shards}, "
+        f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors, "
         f"{size:,.1f} MB, {seconds:.1f} s)"
     )
     if given.adapter:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.interop import eva_clip, lavis, open_clip, transformers
+from visft_ds.interop import eva_clip, lavis, open_clip
 from visft_ds.interop import timm_names as timm
 from visft_ds.interop.files import Entry, WeightFile, examples
 from visft_ds.interop.layouts import Layout, Tower
@@ -26,14 +26,14 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Format:
-    """A form of full weights. `file` is its name inside a folder; `giant_only`: the library knows pre-norm towers only,
-    and needs the class token."""
+    """A form of full weights. `file` is its name inside a folder; `pre_norm_only`: the library knows pre-norm towers
+    alone, and needs the class token."""
 
     entries: Callable[[WeightFile, Layout], dict[str, Entry]]
     library: str
     file: str = "model.safetensors"
     suffixes: tuple[str, ...] = (".safetensors",)
-    giant_only: bool = False
+    pre_norm_only: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -41,22 +41,19 @@ FORMATS: dict[str, Format] = {
     # EVA-CLIP's own code reads by torch.load only.
     "eva_clip": Format(eva_clip.export_entries, "EVA-CLIP", "eva_clip.pt", (".safetensors", ".pt")),
     "open_clip": Format(open_clip.export_entries, "open_clip", open_clip.FILE),
-    "lavis": Format(timm.export_entries, "LAVIS", lavis.FILE, (".pth",), giant_only=True),
-    "transformers": Format(transformers.export_entries, "transformers", giant_only=True),
+    "lavis": Format(timm.export_entries, "LAVIS", lavis.FILE, (".pth",), pre_norm_only=True),
 }
 
 
-def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
-    """Raise ValueError where a tower cannot be written in a format, or not under that name, or not in shards."""
+def check_format(name: str, out: Path, tower: Tower) -> None:
+    """Raise ValueError where a tower cannot be written in a format, or not under that name."""
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; allowed: {', '.join(FORMATS)}")
     form = FORMATS[name]
     if out.suffix not in form.suffixes:
         allowed = " or ".join(form.suffixes)
         raise ValueError(f"{out}: weights for {form.library} are written as {allowed} only; choose such a name")
-    if sharded and out.suffix != ".safetensors":
-        raise ValueError(f"{out}: only .safetensors can be written in shards; leave the size of shards out")
-    if not form.giant_only:
+    if not form.pre_norm_only:
         return
     if tower.post_norm is None:
         raise ValueError(
@@ -75,18 +72,14 @@ def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
 
 
 def side_files(
-    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, folder: Path, *, sharded: bool
+    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """File -> content (JSON) by which the library loads `folder` alone; empty where it cannot (tower, shards)."""
+    """File -> content (JSON) by which the library loads `folder` alone; empty where it cannot (tower)."""
     content: dict[str, Any] | None = None
-    if sharded and name != "transformers":
-        return {}
     if name == "timm" and tower.num_heads is not None:
         content = timm.settings(tower, weights.shape("head.weight")[0] if "head.weight" in weights else 0)
     elif name == "open_clip":
         return open_clip.settings(weights, tower, folder)
-    elif name == "transformers":
-        content = transformers.settings(tower, dtype)
     return {} if content is None else {"config.json": content}
 
 

@@ -73,15 +73,6 @@ class HeadInfo:
         return ", ".join(f"{name}={value}" for name, value in {"in_channels": self.in_channels, **self.options}.items())
 
 
-def task_of(head: nn.Module) -> str:
-    """The task of a head module; raises ValueError for other modules."""
-    for task, spec in TASKS.items():
-        if isinstance(head, spec.head):
-            return task
-    names = ", ".join(spec.head.__name__ for spec in TASKS.values())
-    raise ValueError(f"a {type(head).__name__} is no head that can be written: give one of {names}")
-
-
 def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | None) -> tuple[int, dict[str, int]]:
     """Input channels and options of a head, from the shapes of its parameters (our names).
 
@@ -124,33 +115,6 @@ def _count_layers(names: Iterable[str], prefix: str) -> int:
     if found and max(found) >= len(found):
         raise ValueError(f"of the layers {prefix}0 to {prefix}{max(found)} there are only {len(found)}")
     return len(found)
-
-
-def attention_heads(head: nn.Module) -> int | None:
-    """Number of attention heads, the same in all layers; None for a head without multi-head attention."""
-    given = {getattr(module, "num_heads", None) for module in head.modules()}
-    numbers = [number for number in given if isinstance(number, int)]
-    assert len(numbers) <= 1, numbers
-    return numbers[0] if numbers else None
-
-
-def describe(head: nn.Module) -> HeadInfo:
-    """Everything that is needed to build a head again; categories and history are not in a module.
-
-    Raises ValueError for a module that is no head.
-    """
-    task = task_of(head)
-    num_heads = attention_heads(head)
-    in_channels, sizes = read_sizes(task, {name: p.shape for name, p in head.state_dict().items()}, num_heads)
-    options: dict[str, Any] = dict(sizes)
-    if num_heads is not None:
-        options["num_heads"] = num_heads
-    dropout = {module.p for module in head.modules() if isinstance(module, nn.Dropout)}
-    assert len(dropout) <= 1, dropout
-    if dropout:
-        options["dropout"] = dropout.pop()
-    options |= {name: getattr(head, name) for name in TASKS[task].sizes.attributes}
-    return HeadInfo(task, in_channels, options)
 
 
 def check_options(info: HeadInfo) -> None:
@@ -201,8 +165,10 @@ class HeadFile:
         options, shapes = self.info.options, {name: self.file.shape(source) for name, source in self.sources.items()}
         try:
             # The description may leave to the tensors what depends on the data: the number of words.
-            _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
-            most = {option: sizes[option] for option in TASKS[self.info.task].sizes.layers}
+            sizes: dict[str, int] = {}
+            if options.get("type") != "dense":  # whose file tells everything
+                _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
+            most = {option: sizes[option] for option in TASKS[self.info.task].sizes.layers if sizes}
             values = sum(info.numel for info in self.file.infos.values())
             for name, value in {"in_channels": self.info.in_channels, **options}.items():
                 if isinstance(value, int) and value > most.get(name, values):

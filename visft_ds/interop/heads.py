@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import UNTIL, WeightFile, examples, open_weights
-from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options, describe, task_of
+from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options
 from visft_ds.interop.published_heads import (
     KINDS,
     PREFIX,
@@ -23,14 +23,12 @@ from visft_ds.interop.published_heads import (
     find_published,
     published_task,
     sort_names,
-    write_published_head,
 )
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
 from visft_ds.tasks.segmentation.config import Labelling
 
-FORMATS = ("visft", "safetensors")
 _KEY = "visft_head"
 
 
@@ -102,38 +100,6 @@ def save_head_files(
         state = head.state_dict() if isinstance(head, nn.Module) else head
         save_tensors(path, state, {_KEY: json.dumps(asdict(info))}, overwrite=overwrite)
     return paths
-
-
-def save_heads(head: nn.Module, path: str | Path, format: str = "visft", *, overwrite: bool = False) -> None:
-    """Write one head (DetectionHead, SegmentationHead or CaptioningHead) into one file.
-
-    `format` "visft" is the form of the published files (.pt, .pth, .ckpt or .bin): flat, fp32, tensors alone. It does
-    not hold the labelling of segmentation classes, which a reader takes as "published" by default, nor dropout,
-    number of attention heads (8 is assumed) and the caption head's grid (14). "safetensors" is our own form, which
-    tells how the head was built and keeps its dtype; categories and vocabulary are not in a head (see
-    `save_head_files`).
-
-    Raises ValueError for other modules and formats, an existing file (unless `overwrite`), a name that does not fit the
-    format, parameters without values (meta device, or spread over processes), values that are not finite, and heads
-    that the published form would turn into others: not 8 attention heads, or another grid than 14.
-    """
-    path, task = Path(path), task_of(head)
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r} of head files: allowed are {', '.join(FORMATS)}")
-    info = describe(head)
-    tensors = head.state_dict()
-    empty = [name for name, value in tensors.items() if value.is_meta]
-    if empty:
-        raise ValueError(f"parameters of the {task} head are on the meta device and have no values: {examples(empty)}")
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"the {task} head holds NaN or infinity in {examples(broken, 12)} and is not written")
-    if format == "visft":
-        write_published_head(head, path, overwrite=overwrite)
-        return
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: this format is written as .safetensors only; choose such a name")
-    save_tensors(path, tensors, {_KEY: json.dumps(asdict(info))}, overwrite=overwrite)
 
 
 def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = None) -> nn.Module:
@@ -262,8 +228,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
             trained = "COCO's 80" if published else examples(named)
             raise ValueError(
                 f"the {task} head was trained on other categories than {where} has: it does not know "
-                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}, or make the "
-                "shards with its ids and names (visft shards build --categories FILE)"
+                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}"
             )
 
 

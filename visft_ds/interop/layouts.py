@@ -127,17 +127,11 @@ class Tower:
                 return name
         return None
 
-    def cut_of(self) -> str | None:
-        """The preset this is without its last block, as BLIP-2 has the giant; None for all others."""
-        return "eva_g" if replace(self, depth=self.depth + 1).preset() == "eva_g" else None
-
     def describe(self) -> str:
         """`width 1408, depth 40 = eva_g`."""
         text = f"width {self.width}, depth {self.depth}, MLP {self.hidden}"
         if preset := self.preset():
             return f"{text} = {preset}"
-        if cut := self.cut_of():
-            return f"{text} = {cut} as LAVIS cuts it, without its last block"
         return text
 
     def to_json(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visft_ds.interop import onnx
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.files import INDEX, WeightFile, examples, open_weights, view
+from visft_ds.interop.files import WeightFile, examples, open_weights, view
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower, part_of
 from visft_ds.interop.peft import reads_past_layers
@@ -59,42 +59,24 @@ def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def as_folder(
-    files: Sequence[Path], name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]
-) -> Iterator[Path]:
+def as_folder(file: Path, name: str, side_files: Callable[[Path], Mapping[str, Mapping[str, Any]]]) -> Iterator[Path]:
     """A temporary folder beside written weights, as a library looks for them.
 
     Args:
-        files: of the weights, the one to open last.
+        file: of the weights.
         name: of that one in a folder.
         side_files: folder -> content of what lies in it beside the weights.
     """
-    with TemporaryDirectory(dir=files[-1].parent) as path:
+    with TemporaryDirectory(dir=file.parent) as path:
         folder = Path(path)
-        for file in files[:-1]:
-            (folder / file.name).symlink_to(file.resolve())
-        last = name.removesuffix(".safetensors") + INDEX if files[-1].name.endswith(INDEX) else name
-        (folder / last).symlink_to(files[-1].resolve())
+        (folder / name).symlink_to(file.resolve())
         write_json(folder, side_files(folder))
         yield folder
 
 
 def load_tower(form: str, folder: Path, tower: Tower, until: str | None) -> Features:
-    """A tower of our own out of a folder for timm, open_clip or transformers; see `as_folder`."""
+    """A tower of our own out of a folder for timm or open_clip; see `as_folder`."""
     block = None if until is None else int(until.rpartition(".")[2])
-    if form == "transformers":
-        from transformers import Blip2VisionModel
-
-        model = _from_pretrained(Blip2VisionModel, folder)
-
-        def features(images: Tensor) -> Tensor:
-            given = model(pixel_values=images, output_hidden_states=True)
-            tokens = given.last_hidden_state
-            if block is not None:
-                tokens = model.post_layernorm(given.hidden_states[block + 1])
-            return _map(tokens, images, tower.patch_size)
-
-        return features
     if form == "open_clip":
         import open_clip
 
@@ -104,8 +86,7 @@ def load_tower(form: str, folder: Path, tower: Tower, until: str | None) -> Feat
 
     if (folder / "config.json").is_file():
         return _timm_features(timm.create_model(f"local-dir:{folder}", pretrained=True), tower, block)
-    (path,) = [*folder.glob(f"*{INDEX}")] or [folder / FORMATS["timm"].file]
-    file = open_weights(path)
+    file = open_weights(folder / FORMATS["timm"].file)
     classes = file.shape("head.weight")[0] if "head.weight" in file else 0
     return _timm_features(_filled(file, tower, list(file), num_classes=classes), tower, block)
 

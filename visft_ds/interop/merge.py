@@ -1,4 +1,4 @@
-"""Base weights + adapter -> full weights, streamed tensor by tensor, the way back, and the proof of it.
+"""Base weights + adapter -> full weights, streamed tensor by tensor, and the proof of it.
 
 The change of a weight by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight: base and
 merged file then hardly differ. So the arithmetic is fp32, and the report says how much of the change stands in the
@@ -40,7 +40,7 @@ from visft_ds.interop.formats import FORMATS, check_format, config_of
 from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, tower_in, tower_names
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.interop.writing import refuse_existing, write_safetensors, write_shards, write_torch
+from visft_ds.interop.writing import refuse_existing, write_safetensors, write_torch
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.monitor.console import Gauge
@@ -86,9 +86,8 @@ class Share:
 class MergeReport:
     """Report of `merge_into_file`.
 
-    `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result; `files` what
-    was written, the one to open last. `blocks[N]` and `total` are the retained shares; `left_out` names what of the
-    base was not written.
+    `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result, `file` where
+    it was written. `blocks[N]` and `total` are the retained shares; `left_out` names what of the base was not written.
     """
 
     tower: Tower
@@ -99,7 +98,7 @@ class MergeReport:
     blocks: tuple[Share, ...]
     total: Share
     notes: tuple[str, ...]
-    files: tuple[Path, ...]
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -142,19 +141,17 @@ def merge_into_file(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
     tower: Tower | None = None,
-    unmerge: bool = False,
-    shard_bytes: int | None = None,
 ) -> MergeReport:
     """Write base + adapter, or weights that trained themselves in place of the base's, in one of `FORMATS`, tensor by
-    tensor; `unmerge`: merged - adapter; without adapter: the base as it is, in another form.
+    tensor; without adapter: the base as it is, in another form.
 
     Blocks behind the one that a change ended after stay as they are in the base; the header names that one.
     Peak memory is about two of the largest tensors above the map. The tower is cast to `dtype`; class token, CLIP
     projection and (eva_clip, open_clip) text side are carried over as they are. `tower` adds what the base file does
-    not tell (heads, norm placement). `shard_bytes` splits the result where it is larger (see `write_shards`).
+    not tell (heads, norm placement).
 
     Raises ValueError, before anything is written, for: an existing `out`, a base that has an adapter merged in already
-    (`unmerge`: that has none, or another one), an adapter recorded for another base file (unless `allow_other_base`),
+    an adapter recorded for another base file (unless `allow_other_base`),
     an adapter or a base of another tower, a tower that the library does not have, NaN in the adapter. Raises it, and
     leaves nothing behind, for NaN or infinity in the base and for values that do not fit into `dtype`.
     """
@@ -162,30 +159,21 @@ def merge_into_file(
     file, source = open_tower(base)
     found = tower_in(file, source)
     tower = replace(tower or found, class_token=found.class_token)
-    check_format(layout, out, tower, sharded=shard_bytes is not None)
+    check_format(layout, out, tower)
     refuse_existing(out)
     check_names(file, source, tower_names(found), found)
     if adapter is not None:
         adapter = adapter.fit(found)
-    if unmerge and adapter is not None and (isinstance(adapter, TunedWeights) or adapter.magnitude):
-        raise ValueError(
-            f"{adapter.describe()}: this cannot be taken out again, what stood in its place is gone; take the base file"
-        )
     base_sha256, notes = sha256_file(base), list[str]()
     if adapter is not None:
-        base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
+        base_sha256, notes = check_base(file, adapter, allow_other_base)
     blocks, total = tuple(Share() for _ in range(found.depth)), Share()
     names = tower_names(replace(found, class_token=False))
-    sign = -1.0 if unmerge else 1.0
-    merged = _merged(file, source.prefix, names, adapter, dtype, total, blocks=blocks, sign=sign)
+    merged = _merged(file, source.prefix, names, adapter, dtype, total, blocks=blocks)
     entries = FORMATS[layout].entries(merged, source)
-    metadata = {"tower": tower.to_json(), "lora_merged": "false", "unmerged_from": base_sha256}
-    if adapter is None:
-        metadata = _carried(file, source, found, dtype) | {"tower": tower.to_json()}
-    elif not unmerge:
-        metadata = _header(file, adapter, base_sha256) | {"tower": tower.to_json()}
-    result = view(merged, entries, metadata)
-    files = _write(result, out, shard_bytes)
+    header = _carried(file, source, found, dtype) if adapter is None else _header(file, adapter, base_sha256)
+    result = view(merged, entries, header | {"tower": tower.to_json()})
+    _write(result, out)
     if not found.class_token:
         notes.append("the base has no class token: models that pool by it need class_token=False")
     if layout == "eva_clip" and (missing := eva_clip.missing_parts(entries)):
@@ -194,12 +182,12 @@ def merge_into_file(
         notes.append("nothing changes: every lora_B is zero, or what trained is as it was")
     used = {source for entry in entries.values() for source in entry.sources}
     left_out = tuple(name for name in file if name not in used)
-    return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), tuple(files))
+    return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), out)
 
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
     """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
-    names = ("lora_merged", BASE_SHA256, TRAINED_ON, "lora", "tuned", "unmerged_from", UNTIL)
+    names = ("lora_merged", BASE_SHA256, TRAINED_ON, "lora", "tuned", UNTIL)
     metadata = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
     tower_tensors = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
     exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in tower_tensors)
@@ -228,12 +216,11 @@ def _merged(
     total: Share,
     *,
     blocks: Sequence[Share] = (),
-    sign: float = 1.0,
 ) -> WeightFile:
-    """A view of the base with `sign` times the change in its weights.
+    """A view of the base with the change in its weights.
 
     Args:
-        own: names, without `prefix`, of the model's weights, which become `dtype`; all else stays as it is.
+        names: without `prefix`, the model's weights, which become `dtype`; all else stays as it is.
         total, blocks: count what is read of all weights, and of those of a block.
     """
     changed = set(change.weights()) if change is not None else set()
@@ -247,9 +234,6 @@ def _merged(
         assert change is not None
         weight = value.float()
         moved, delta = change.apply(inner, weight)
-        if sign < 0:
-            delta = -delta
-            moved = weight + delta
         result = cast(moved, dtype, name)
         effective = result.float() - weight  # not in place: fp32 results are `result` itself
         of_block = [blocks[int(inner.split(".")[1])]] if blocks and inner.startswith("blocks.") else []
@@ -264,7 +248,7 @@ def _merged(
     return view(file, entries)
 
 
-def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]:
+def _write(result: WeightFile, out: Path) -> None:
     infos = result.infos
     with Gauge(f"writing {out.name}", sum(info.nbytes for info in infos.values()) / 1e6, "MB") as gauge:
 
@@ -274,11 +258,8 @@ def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]
 
         if out.suffix != ".safetensors":
             write_torch(out, infos, produce)
-            return [out]
-        if shard_bytes is not None:
-            return write_shards(out, infos, produce, result.metadata, shard_bytes)
-        write_safetensors(out, infos, produce, result.metadata)
-        return [out]
+        else:
+            write_safetensors(out, infos, produce, result.metadata)
 
 
 def merge_timm(
@@ -339,42 +320,22 @@ def check_timm_base(base: str | Path, change: Change, *, allow_other: bool) -> t
     return sha256, [f"allowed: {problem}"]
 
 
-def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bool = False) -> tuple[str, list[str]]:
-    """(sha256 of the file, notes); ValueError where the adapter was made for another base.
-
-    `unmerge`: the file has an adapter merged in, which must be this one.
-    """
-    if is_merged(file) and not unmerge:
+def check_base(file: WeightFile, adapter: Change, allow_other: bool) -> tuple[str, list[str]]:
+    """(sha256 of the file, notes); ValueError where the adapter was made for another base."""
+    if is_merged(file):
         raise ValueError(
             f"{file.path} has an adapter merged in already; merging again would count it twice: give the base file"
         )
-    if unmerge and not is_merged(file):
-        raise ValueError(
-            f"{file.path} does not say that an adapter was merged in (only .safetensors written by this package do): "
-            f"nothing to take out. To subtract the adapter all the same, merge it with --scale -1"
-        )
     sha256 = sha256_file(file.path)
-    base = file.metadata.get(BASE_SHA256) if unmerge else base_identity(file)
+    base = base_identity(file)
     problems = []
     notes = []
     if isinstance(adapter, Adapter) and adapter.base_storage != "full":
         notes.append(f"the adapter was trained over the base stored as {adapter.base_storage}; this is the full one")
-    if unmerge:
-        merged_in = file.told("lora", dict[str, Any]).get("sha256") if "lora" in file.metadata else None
-        if merged_in is None:
-            notes.append("the file does not record which adapter was merged in: not checked")
-        elif merged_in != adapter.fingerprint():
-            problems.append(
-                f"the adapter (with its scale) that was merged in has sha256 {merged_in}, this one "
-                f"{adapter.fingerprint()}"
-            )
     if adapter.base_sha256 is None:
         notes.append("the adapter does not record which base file it was trained on: not checked")
     elif adapter.base_sha256 != base:
-        problems.append(
-            f"the adapter was trained on the base with sha256 {adapter.base_sha256}, "
-            f"{'the base of this file' if unmerge else 'this file'} has {base}"
-        )
+        problems.append(f"the adapter was trained on the base with sha256 {adapter.base_sha256}, this file has {base}")
     if problems and not allow_other:
         raise ValueError(
             f"{file.path}: {'; '.join(problems)}. Give that one; or, where this one holds the same weights in another "

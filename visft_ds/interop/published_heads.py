@@ -19,13 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from visft_ds.interop.backbones import cast
-from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples
-from visft_ds.interop.head_file import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
-from visft_ds.interop.writing import write_atomically
+from visft_ds.interop.files import WeightFile, examples
+from visft_ds.interop.head_file import HeadFile, HeadInfo, read_sizes
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 from visft_ds.tasks.registry import BUILT_IN, config_class
@@ -192,30 +187,3 @@ def find_published(content: PublishedFile, task: str, *, assume: bool) -> HeadFi
     info = HeadInfo(task, in_channels, options, extra={"format": "visft"})
     # Nothing is read of the other heads, so their second names are not compared.
     return HeadFile(file, info, names, content.unknown, content.repeats if task == "segmentation" else {})
-
-
-def write_published_head(head: nn.Module, path: Path, *, overwrite: bool = False) -> None:
-    """Write one of our heads in the published form: flat torch zip file, fp32, names behind `visft_heads.`.
-
-    Segmentation tensors get their second names; they share the storage, so the file does not grow. See `save_heads`.
-    """
-    task = task_of(head)
-    if path.suffix not in PICKLE_SUFFIXES:
-        raise ValueError(f"{path}: the published form is a torch file; choose a name with {', '.join(PICKLE_SUFFIXES)}")
-    fixed = {"num_heads": (attention_heads(head), NUM_HEADS), "grid": (getattr(head, "grid", None), GRID)}
-    for option, (value, wanted) in fixed.items():
-        if value not in (None, wanted):
-            raise ValueError(
-                f"this {task} head has {option}={value}, which no tensor tells; whoever reads a published file takes "
-                f"it as {wanted}, and would get another head: write it with format='safetensors'"
-            )
-    tensors = {}
-    for name, value in head.state_dict().items():
-        # A clone, because a view (of an engine's flat buffer, say) would take its whole storage into the file.
-        tensors[published_name(task, name)] = cast(value.detach().cpu(), torch.float32, name).clone().contiguous()
-    if task == "segmentation":
-        for alias, original in _ALIASES.items():
-            prefix = PREFIX + original
-            again = {PREFIX + alias + n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            tensors |= again
-    write_atomically(path, lambda file: torch.save(tensors, file), overwrite=overwrite)

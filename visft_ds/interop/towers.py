@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.interop import transformers
 from visft_ds.interop.files import WeightFile, open_weights
-from visft_ds.interop.lavis import with_final_norm
 from visft_ds.interop.layouts import Layout, Tower, find_layout
 from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
 
@@ -21,10 +19,6 @@ def open_tower(path: str | Path) -> tuple[WeightFile, Layout]:
     Raises ValueError as `open_weights` and `find_layout` do.
     """
     file = open_weights(path)
-    translated = transformers.as_tower(file)
-    if translated is not None:
-        return translated, transformers.LAYOUT
-    file = with_final_norm(file)
     return file, find_layout(file)
 
 
@@ -41,12 +35,10 @@ def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, fl
         raise ValueError(f"unknown setting {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     if model is not None and model not in PRESETS:
         raise ValueError(f"unknown model {model!r}; allowed: {', '.join(PRESETS)}")
-    name = model or (found.preset() or found.cut_of() if found.num_heads is None else None)
+    name = model or (found.preset() if found.num_heads is None else None)
     if name is not None:
         config = PRESETS[name]
         preset = {field: getattr(config, field) for field in allowed}
-        if name == found.cut_of():
-            del preset["depth"]
         given = {**preset, **given}
     sizes = {
         "width": found.width,

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import LAYOUTS, is_lora
-from visft_ds.interop.writing import write_atomically
 
 ALPHA = 1.0
 TARGETS = ("q", "v")
-_PREFIX = "visual."
 
 
 def read_visft_lora(path: str | Path) -> Adapter:
@@ -51,26 +47,4 @@ def read_visft_lora(path: str | Path) -> Adapter:
             f"expected: not a ViSFT LoRA file"
         )
     tensors = {name: value.float() for name, value in tensors.items()}
-    return Adapter(rank, ALPHA, TARGETS, tensors, published=True)
-
-
-def write_visft_lora(adapter: Adapter, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write the published form (`visual.` prefix, flat, fp32, torch zip), which reads back as scaling 1/r.
-
-    Another alpha is multiplied into lora_B, so the change of the weights is the same. Raises ValueError for an adapter
-    of other projections than q and v, or with magnitudes, which the form cannot hold, and for an existing file (unless
-    `overwrite`).
-    """
-    path = Path(path)
-    if adapter.targets != TARGETS:
-        raise ValueError(
-            f"ViSFT's LoRA files hold q and v only; this adapter has {'+'.join(adapter.targets)}: write it as a PEFT "
-            f"adapter"
-        )
-    if adapter.magnitude:
-        raise ValueError("ViSFT's LoRA files hold no magnitudes (DoRA): write the adapter as peft_split")
-    tensors = {}
-    for name, value in adapter.tensors.items():
-        factor = adapter.alpha / ALPHA if name.endswith("lora_B") else 1.0
-        tensors[_PREFIX + name] = (value.float() * factor).contiguous()
-    write_atomically(path, lambda file: torch.save(tensors, file), overwrite=overwrite)
+    return Adapter(rank, ALPHA, TARGETS, tensors)

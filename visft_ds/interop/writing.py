@@ -1,4 +1,4 @@
-"""Writing weight files: safetensors, also in shards, and torch's own zip for programs that read no other.
+"""Writing weight files: safetensors, and torch's own zip for programs that read no other.
 
 Both ask for one tensor at a time, so that a file of any size needs the memory of its largest tensor, and stand whole
 under their name or not at all.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from visft_ds import __version__
 from visft_ds.data.store import sync_folder
-from visft_ds.interop.files import INDEX, SAFETENSORS_DTYPES, TensorInfo
+from visft_ds.interop.files import SAFETENSORS_DTYPES, TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 #: Numbers of the errors of a disk, or of a user's share of it, that is full.
@@ -156,56 +156,6 @@ def save_tensors(
     """`write_safetensors` for tensors that are in memory already."""
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
     write_safetensors(path, infos, lambda name: tensors[name], metadata, overwrite=overwrite)
-
-
-def plan_shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    """Names by shard, in order, so that none holds more than `limit` bytes, except for a single tensor above it."""
-    shards: list[list[str]] = []
-    size = 0
-    for name, info in infos.items():
-        if not shards or size + info.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += info.nbytes
-    return shards
-
-
-def write_shards(
-    path: Path,
-    infos: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-    limit: int,
-) -> list[Path]:
-    """Write `name-00001-of-00003.safetensors`, ... and `name.safetensors.index.json`, as transformers names them.
-
-    A model that fits into one shard becomes `path` itself. Each file is atomic, the index comes last: without it the
-    shards are no model. A failed write removes them all. Returns the files, the one to open last. Raises ValueError
-    where one of them exists.
-    """
-    shards = plan_shards(infos, limit)
-    if len(shards) == 1:
-        write_safetensors(path, infos, produce, metadata)
-        return [path]
-    stem = path.name.removesuffix(".safetensors")
-    files = [path.with_name(f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
-    index = path.with_name(stem + INDEX)
-    for file in (*files, index):
-        refuse_existing(file)
-    content = {
-        "metadata": {"total_size": sum(info.nbytes for info in infos.values()), **metadata},
-        "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
-    }
-    try:
-        for file, names in zip(files, shards, strict=True):
-            write_safetensors(file, {name: infos[name] for name in names}, produce, metadata)
-        write_text(index, json.dumps(content, indent=2) + "\n")
-    finally:
-        if not index.exists():
-            for file in files:
-                file.unlink(missing_ok=True)
-    return [*files, index]
 
 
 def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor]) -> None:

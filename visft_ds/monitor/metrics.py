@@ -26,7 +26,6 @@ from pydantic import ConfigDict, Field
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Natural, Whole, as_record, read_record
-from visft_ds.config.removed import RUN_SCHEMA
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.redaction import redacted_values, redacted_words
 
@@ -34,6 +33,7 @@ from visft_ds.redaction import redacted_values, redacted_words
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
 METRICS_FILE = "metrics.jsonl"
+RUN_SCHEMA = 2  #: version of run.json
 #: What a full disk, a missing package or TensorBoard's writer thread raise; anything else is a mistake of ours.
 _WRITER_ERRORS = (OSError, ImportError, ValueError, RuntimeError)
 
@@ -310,9 +310,9 @@ class Parent(StrictModel):
 
 
 class RunFile(StrictModel):
-    """Content of OUT/run.json; its number is that of its schema. Records of 0.1 have neither that nor inputs."""
+    """Content of OUT/run.json; its number is that of its schema."""
 
-    number: Whole = Field(1, alias="schema")
+    number: Whole = Field(alias="schema")
     config: dict[str, Any]
     world_size: Natural = 1
     started: str = ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 
-from visft_ds.config import Batches, ResolvedConfig, going_on
+from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
@@ -79,8 +79,6 @@ def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
         ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
     given, out = paths_of(config.visft), Path(config.visft.run.out or "")
-    if saved_something(out):
-        config = going_on(config, recorded_config(out))
     config, why_shuffled = settle_shuffle(located(config, out))
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))
@@ -198,9 +196,6 @@ def features_of(
         return None
     shape = {"preset": config.model.preset, **config.model.backbone_options()}
     streams = {stream.name: stream.image for stream in config.streams().values()}
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        gone = {key.partition("image.")[2]: idle for key, (_, idle) in task.removed.items()}
-        streams[name] |= gone  # as caches of earlier releases say it
     identity = {
         "base weights": base_weights,
         "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),

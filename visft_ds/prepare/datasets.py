@@ -20,7 +20,7 @@ from visft_ds.data.store import CacheOptions
 from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import are_of_coco, classes_of
+from visft_ds.tasks.classes import classes_of, have_ids_of_coco
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
     """
     names, tasks = _names(first.categories), config.visft.tasks
     for name, task in tasks.enabled().items():
-        if needs_categories([name]) and not are_of_coco(names) and "num_classes" not in task.head.model_fields_set:
+        if needs_categories([name]) and not have_ids_of_coco(names) and "num_classes" not in task.head.model_fields_set:
             head = task.head.model_copy(update={"num_classes": len(names)})
             tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
     settled = replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))

@@ -27,7 +27,6 @@ from typing import Any
 from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.backbones import model_of, named
-from visft_ds.config.removed import refuse_removed
 from visft_ds.redaction import redacted_words
 from visft_ds.resilience.errors import tell
 
@@ -48,7 +47,6 @@ def plan(arguments: Sequence[str]) -> int:
 
 def _run(given: Sequence[str], name: str) -> int:
     try:
-        refuse_removed(TOOL, given)
         parser = argparse.ArgumentParser(
             prog=name, description="Measure what a configuration costs.", allow_abbrev=False, exit_on_error=False
         )

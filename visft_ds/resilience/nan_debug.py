@@ -174,8 +174,6 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
     Raises:
         ValueError: no run, no checkpoint, or a model or data that are not those of the run.
     """
-    if (run / "bundle.json").is_file():
-        raise ValueError(f"{run}: bundles were removed in 0.2: give the run, visft replay RUN --step N")
     config = _with_settings(recorded_config(run), run, settings)
     checkpoint = open_state(run, step, config.total_steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,7 @@ from typing import Any
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 from visft_ds.config.preflight import INPUTS_FOLDER
 from visft_ds.config.records import as_record, parse_json
-from visft_ds.config.removed import RUN_SCHEMA
-from visft_ds.monitor.metrics import RunFile
+from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
@@ -125,12 +124,12 @@ def read_run(out: Path) -> RunFile:
     try:
         data = record.read_bytes()
         found = parse_json(data, str(record))
-        schema = found.get("schema", 1) if isinstance(found, dict) else 1
-        if schema in range(1, RUN_SCHEMA + 1):
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema == RUN_SCHEMA:
             return as_record(data, RunFile, str(record))
     except (OSError, ValueError) as error:
         raise ValueError(f"{out} holds no readable run record: {error}") from error
-    raise ValueError(f"{record}: schema {schema}; this release reads 1 to {RUN_SCHEMA}: use the one that wrote it")
+    raise ValueError(f"{record}: schema {schema}; this release reads {RUN_SCHEMA}")
 
 
 def refuse_filled(out: Path) -> None:

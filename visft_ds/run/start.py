@@ -159,7 +159,7 @@ def _rows(
     new = [name for name in here.values() if name not in kept]
     parameter = f"heads.{task}.{TASKS[task].sizes.options['num_classes'][0]}"
     module = parameter.rpartition(".")[0]
-    rows = [*classes, len(there_ids)]  # the last row is "no object"
+    rows = [*classes, *range(len(there_ids), start.shapes[parameter][0])]  # a last row is "no object"
     return {name: rows for name in start.shapes if name.rpartition(".")[0] == module}, (
         f"of the same name are {examples(kept) if kept else 'none'}; new are {examples(new) if new else 'none'}"
     )

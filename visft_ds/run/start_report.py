@@ -12,7 +12,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
-from visft_ds.config.resolve import EARLIER, FEW_IMAGES, SHORT_RUN
+from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
@@ -277,20 +277,16 @@ def _pipeline_sections(run: PlannedRun) -> list[Section]:
 
 def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
-    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
-    return f"kept: {' and '.join(kept)}{average}"
+    return f"kept: {' and '.join(kept)}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
     steps = config.total_steps
-    kept = [r for r in config.replaced if r.source == EARLIER]
     return Section(
         "run",
         [
-            *(("as it began", f"{r.key} = {r.new}, new runs: {r.old}") for r in kept),
             *(
                 ("adapted", f"{r.key}: {r.old} -> {r.new}, because of {r.source}")
                 for r in config.replaced

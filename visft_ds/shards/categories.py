@@ -10,17 +10,8 @@ from typing import Any
 import orjson
 
 from visft_ds.data.manifest import Category
+from visft_ds.tasks.classes import COCO_NAMES
 
-_COCO_LIST = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-)
-#: COCO's 80 categories by their raw ids 1 to 90 (https://cocodataset.org), which have ten holes.
-COCO_NAMES: Mapping[int, str] = {number: name for number, name in enumerate(_COCO_LIST.split(","), 1) if name}
 _MAPPED_FIELDS = {"id", "name"}
 
 

@@ -20,7 +20,6 @@ from importlib import import_module
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.removed import refuse_removed
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        refuse_removed("make_shards", arguments)
         if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
             if not Path(arguments[0]).exists():
                 raise ValueError(f"{arguments[0]} is neither a folder nor a command; there are {', '.join(COMMANDS)}")

@@ -21,9 +21,9 @@ import orjson
 import yaml
 
 from visft_ds.names import shown_name
-from visft_ds.shards.categories import COCO_NAMES
 from visft_ds.shards.images import stored_frame
 from visft_ds.shards.inputs import MadeJson, read_bounded
+from visft_ds.tasks.classes import COCO_NAMES
 
 #: Name of a split in a data set -> its name among the shards.
 SPLITS: Mapping[str, str] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

@@ -1,8 +1,8 @@
 """Categories of the data and classes of the heads: which category each class stands for.
 
-Heads for COCO's ids have the classes of the published ones, which data of some of its categories share: in detection a
-class is a raw id (91 of them, with holes), in segmentation a place among COCO's 80 categories. Heads for categories of
-other ids have as many classes as there are categories, in the order of their ids.
+Categories are COCO's if ids and names are. Heads for ids among COCO's have the classes of the published ones, which
+data of some of these ids share: in detection a class is a raw id (91 of them, with holes), in segmentation a place
+among the 80. Heads for other ids have as many classes as there are categories, in the order of their ids.
 """
 
 from __future__ import annotations
@@ -10,15 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+_NAMES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,,dining table,,,toilet,,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+#: COCO's 80 categories by their raw ids 1 to 90 (https://cocodataset.org), which have ten holes.
+COCO_NAMES: Mapping[int, str] = {number: name for number, name in enumerate(_NAMES.split(","), 1) if name}
+COCO_CATEGORY_IDS = tuple(COCO_NAMES)
 
-_COCO = frozenset(COCO_CATEGORY_IDS)
-_EXAMPLES = 3
+
+def are_of_coco(names: Mapping[int, str]) -> bool:
+    """Return True if these categories (id -> name) are some of COCO's, which the published heads know."""
+    return names.items() <= COCO_NAMES.items()
 
 
-def are_of_coco(ids: Mapping[int, str]) -> bool:
+def have_ids_of_coco(names: Mapping[int, str]) -> bool:
     """Return True if heads for these categories (id -> name) have the classes of the published heads by default."""
-    return _COCO.issuperset(ids)
+    return names.keys() <= COCO_NAMES.keys()
 
 
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
@@ -35,26 +47,20 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     if "num_classes" not in options:
         return None
     number, published = options["num_classes"], options.get("labelling") == "published"
-    if task == "segmentation" and published and not are_of_coco(names):
-        raise ValueError(
-            f"visft.tasks.segmentation.head.labelling = published is the numbering of COCO's 80 categories only, and "
-            f"the data has {_few(names, _COCO)}: leave it at contiguous and train heads of your own in stage 1"
-        )
-    if task != "segmentation" and all(0 <= id_ < number for id_ in names):
-        return None
-    if task == "segmentation" and are_of_coco(names) and number >= len(COCO_CATEGORY_IDS):
+    if published and not have_ids_of_coco(names):
+        raise ValueError(f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others")
+    if task == "segmentation":
+        as_published, least = have_ids_of_coco(names), len(COCO_NAMES)
+    else:
+        as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
+    if as_published and number >= least:
         return None
     if number == len(names) and not published:
         return tuple(sorted(names))
-    further = ""
-    if task != "segmentation":
-        further = f", or at least {max(names) + 1}, so that classes are raw ids"
-    elif are_of_coco(names):
-        further = f", or {len(COCO_CATEGORY_IDS)}, those of COCO"
-    allowed = f"{len(COCO_CATEGORY_IDS)}" if published else f"{len(names)}{further}"
+    allowed = f"{len(names)}{f', or at least {least}' if as_published else ''}"
     raise ValueError(
-        f"visft.tasks.{task}.head.num_classes is {number}, and the data has {len(names)} categories ({_few(names)}): "
-        f"leave num_classes out, then it comes from the data, or give {allowed}"
+        f"visft.tasks.{task}.head.num_classes is {number}, and the data has {len(names)} categories: give {allowed}, "
+        "or leave it out, and it comes from the data"
     )
 
 
@@ -73,15 +79,9 @@ def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it has too few of them.
     """
-    enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_CATEGORY_IDS)
+    enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
     if task == "segmentation" and not enough:
         raise ValueError(
             f"the segmentation head has {options.get('num_classes')} classes, and its file does not name their "
             "categories: give the file that a training exported"
         )
-
-
-def _few(names: Mapping[int, str], but: frozenset[int] = frozenset()) -> str:
-    """The first categories, without those of some ids, and how many more there are."""
-    shown = [f"{id_} {names[id_]!r}" for id_ in sorted(names) if id_ not in but]
-    return ", ".join(shown[:_EXAMPLES]) + f" and {len(shown) - _EXAMPLES} more" * (len(shown) > _EXAMPLES)

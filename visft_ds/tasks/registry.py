@@ -14,7 +14,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-_UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 GROUP, VARIABLE = "visft_ds.tasks", "VISFT_TASKS"
 
 
@@ -86,20 +85,6 @@ def config_class(name: str) -> Any:
     """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
     entry = entries()[name]
     return load(entry.config) if entry.config else load(entry.spec).config
-
-
-@cache
-def removed_settings() -> dict[str, tuple[str, Any]]:
-    """Dotted key of a task of this package -> what serves instead, and the value with which it changed nothing."""
-    gone = {name: {"ratio": (_UPDATES, None), **config_class(name).removed} for name in BUILT_IN}
-    return {f"visft.tasks.{name}.{key}": found for name, keys in gone.items() for key, found in keys.items()}
-
-
-@cache
-def earlier_settings() -> dict[str, Any]:
-    """Dotted key of a task of this package that came after release 0.1 -> the value that runs without it had."""
-    before = {name: config_class(name).before for name in BUILT_IN}
-    return {f"visft.tasks.{name}.{key}": value for name, keys in before.items() for key, value in keys.items()}
 
 
 def shown_metrics() -> tuple[str, ...]:

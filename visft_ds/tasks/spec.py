@@ -58,9 +58,7 @@ class Evaluator:
     """Functions to gather a task's results and to compute its metrics."""
 
     truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
-    measure: Callable[..., dict[str, float]]
-    #: (ground truth, results, each category too, scorer of average precision) -> named numbers
-    check: Callable[[Mapping[str, Any]], None] = lambda truth: None  #: ValueError: nothing can be compared with it
+    measure: Callable[..., dict[str, float]]  #: (ground truth, results, each category too) -> named numbers
     pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
     unpack: Callable[[Any], Results] = list
     facts: Mapping[str, Any] = field(default_factory=dict)  #: what numbers depend on, for the record of an evaluation
@@ -125,6 +123,8 @@ class TaskSpec:
     #: (images, size in pixels, contents, image options, device) -> targets without content, as large as stated; what
     #: criteria read on the host is on the CPU, large tensors on the device
     blank: Callable[[int, tuple[int, int], Content, Mapping[str, Any], device], Targets]
+    #: (in_channels, **head options), where they choose among several heads; None: `head`
+    choose_head: Callable[..., nn.Module] | None = None
     shared_options: tuple[str, ...] = ()  #: head options that the criterion must be given too
     #: Problem of a split whose labels would teach something wrong, or None.
     data_problem: Callable[[Manifest], str | None] = lambda manifest: None
@@ -153,7 +153,8 @@ class TaskSpec:
         """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(in_channels=in_channels, **self.options("head", options), **own)
+        build = self.choose_head or self.head
+        return build(in_channels=in_channels, **self.options("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""

@@ -35,11 +35,11 @@ class CaptioningTask(WordsConfig):
     """`visft.tasks.captioning`."""
 
     metrics = (
-        *("caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
+        *("caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
         "caption/ROUGE-L",
     )
-    shown = ("caption/CIDEr-D", "caption/BLEU-4")
-    main = "caption/CIDEr-D"
+    shown = ("caption/CIDEr", "caption/BLEU-4")
+    main = "caption/CIDEr"
     hub_task = "image-to-text"
     published = "caption"
 

@@ -1,13 +1,14 @@
-"""Caption metrics in plain Python: CIDEr-D, CIDEr, BLEU-1 to 4, ROUGE-L, as coco-caption defines them.
+"""Caption metrics in plain Python: CIDEr, BLEU-1 to 4, ROUGE-L, as coco-caption defines them.
 
 The numbers are those of https://github.com/tylin/coco-caption (and of its package, pycocoevalcap) on the same words;
-captions are cut into words by `caption_tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers.
+captions are cut into words by `tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers. CIDEr
+is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr.
 
-All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr and CIDEr-D from 0 to 10 (papers print 100 times as
-much). Special cases:
+All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr from 0 to 10 (papers print 100 times as much).
+Special cases:
 
-- One image: every n-gram occurs in all images, its weight is log(1) = 0, so CIDEr and CIDEr-D are 0. Both depend on
-  the set of images and say little for a few of them.
+- One image: every n-gram occurs in all images, its weight is log(1) = 0, so CIDEr is 0. It depends on the set of images
+  and says little for a few of them.
 - A candidate without words scores 0 everywhere (BLEU counts its missing length over the whole corpus).
 - A reference without words is kept: it counts among the references of its image.
 - References equally close in length: BLEU takes the shorter one.
@@ -26,7 +27,7 @@ from visft_ds.tasks.captioning.tokenizer import TOKENIZER, ptb_words
 __all__ = ["TOKENIZER", "caption_metrics", "results_metrics"]
 
 _ORDERS = (1, 2, 3, 4)
-#: Width, in words, of CIDEr-D's penalty for a length that differs from the reference's (arXiv 1411.5726, eq. 4).
+#: Width, in words, of CIDEr's penalty for a length that differs from the reference's (arXiv 1411.5726, eq. 4).
 _SIGMA = 6.0
 #: Weight of recall in ROUGE-L, as in coco-caption.
 _BETA = 1.2
@@ -41,7 +42,7 @@ Counts = Counter[tuple[str, ...]]
 def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> dict[str, float]:
     """Scores of one candidate per image against its references; image id -> text.
 
-    Keys: "caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
+    Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
 
     Raises ValueError for an image without a candidate, and where there is no image.
     """
@@ -49,8 +50,7 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
     images = sorted(references)
     wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
     generated = [ptb_words(candidates[image]) for image in images]
-    clipped, plain = _cider(wanted, generated)
-    scores = {"CIDEr-D": clipped, "CIDEr": plain}
+    scores = {"CIDEr": _cider(wanted, generated)}
     scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, generated), strict=True)}
     scores["ROUGE-L"] = sum(map(_rouge, wanted, generated)) / len(images)
     return {f"caption/{name}": score for name, score in scores.items()}
@@ -95,8 +95,8 @@ class _Weighted:
     size: int
 
 
-def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> tuple[float, float]:
-    """CIDEr-D and CIDEr (arXiv 1411.5726), without stemming: mean over images, references and orders, times 10."""
+def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> float:
+    """CIDEr-D without stemming: mean over images, references and orders, times 10."""
     counted = [[_ngrams(reference) for reference in references] for references in wanted]
     frequency: Counter[tuple[str, ...]] = Counter()
     for references in counted:
@@ -112,18 +112,17 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> tup
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
         return _Weighted(vectors, norms, sum(counts[1].values()))
 
-    totals = [0.0, 0.0]
+    total = 0.0
     for references, words in zip(counted, generated, strict=True):
         candidate = weighted(_ngrams(words))
         scores = [_similarity(candidate, weighted(reference)) for reference in references]
-        for place in (0, 1):
-            totals[place] += 10 * sum(score[place] for score in scores) / (len(references) * len(_ORDERS))
-    return totals[0] / len(generated), totals[1] / len(generated)
+        total += 10 * sum(scores) / (len(references) * len(_ORDERS))
+    return total / len(generated)
 
 
-def _similarity(candidate: _Weighted, reference: _Weighted) -> tuple[float, float]:
-    """Sums of the four cosines: clipped and with a penalty for another length (CIDEr-D), and as they are (CIDEr)."""
-    clipped = plain = 0.0
+def _similarity(candidate: _Weighted, reference: _Weighted) -> float:
+    """Sum of the four cosines, with repeated n-grams clipped and a penalty for another length."""
+    clipped = 0.0
     # coco-caption takes the number of bigrams for the length, one less than the number of words.
     penalty = math.exp(-((candidate.size - reference.size) ** 2) / (2 * _SIGMA**2))
     for gained, other, own_norm, other_norm in zip(
@@ -133,8 +132,7 @@ def _similarity(candidate: _Weighted, reference: _Weighted) -> tuple[float, floa
             continue
         shared = [(value, other[gram]) for gram, value in gained.items() if gram in other]
         clipped += sum(min(one, two) * two for one, two in shared) / (own_norm * other_norm)
-        plain += sum(one * two for one, two in shared) / (own_norm * other_norm)
-    return clipped * penalty, plain
+    return clipped * penalty
 
 
 def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:

@@ -59,7 +59,7 @@ SPEC = TaskSpec(
     postprocess=postprocess,
     evaluator=Evaluator(
         truth=caption_dataset,
-        measure=lambda truth, results, *_: results_metrics(truth, results),
+        measure=lambda truth, results, _: results_metrics(truth, results),
         facts={"caption_tokenizer": TOKENIZER},
     ),
     draw=_draw,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MappingProxyType
+from typing import Literal
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
@@ -20,12 +20,16 @@ class DetectionImage(StrictModel):
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
 
 
 class DetectionHeadConfig(HeadConfig):
-    """Keyword arguments of the detection head (asymmetric DETR)."""
+    """Options of the detection head."""
 
+    #: detr: the asymmetric DETR that was published; dense: boxes around the cells of the map, for few photographs
+    type: Literal["detr", "dense"] = "detr"
     num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
+    width: Positive = 64  #: of the dense head; all that follows is the DETR's
     num_queries: Positive = 100
     encoder_dim: Positive = 128
     decoder_dim: Positive = 256
@@ -36,7 +40,9 @@ class DetectionHeadConfig(HeadConfig):
     dropout: Probability = 0.1
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Widths that attention heads or positions do not divide."""
+        """Widths that attention heads, positions or norm groups do not divide."""
+        if self.width % 32:
+            yield "width", f"{self.width} is no multiple of 32 (norm groups)"
         for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):
             if width % self.num_heads:
                 yield name, f"{width} is no multiple of num_heads = {self.num_heads}"
@@ -45,7 +51,7 @@ class DetectionHeadConfig(HeadConfig):
 
 
 class DetectionLoss(StrictModel):
-    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
+    """Weights of the detection losses, and in the DETR's matching; the dense head has ce (focal) and giou alone."""
 
     ce: Rate = 1.0
     l1: Rate = 5.0
@@ -62,7 +68,6 @@ class DetectionTask(TaskConfig):
     main = "box/AP50"
     hub_task = "object-detection"
     published = "detection"
-    before = MappingProxyType({"loss.average": "batch"})
 
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()

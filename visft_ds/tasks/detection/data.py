@@ -68,8 +68,10 @@ class CropRecipe:
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`, in order."""
+        if self.sides.fixed_size is not None:
+            return self.sides.draw(size, train, generator)
         ops = self.sides.mirror(train, generator)
-        if train and self.sides.fixed_size is None and generator.random() >= 0.5:
+        if train and generator.random() >= 0.5:
             first = short_side_size(size, choose(self.crop_short_sides, generator), None)
             width = _between(*self.crop_range, first[1], generator)
             height = _between(*self.crop_range, first[0], generator)

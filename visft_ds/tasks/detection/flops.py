@@ -38,6 +38,17 @@ def detection_flops(
     return total
 
 
+def dense_flops(
+    options: Mapping[str, Any], in_channels: int, images: int, patches: int, *, trains: bool, flows: bool
+) -> Flops:
+    """Operations of the dense head: a 1x1 convolution, two 3x3 and two small ones; arguments as `detection_flops`."""
+    width, cells = options["width"], images * patches
+    total = product(cells, in_channels, width, to_input=flows, to_weight=trains)
+    for outer in (width, width, options["num_classes"], 4):
+        total += product(cells, 9 * width, outer, to_input=flows or trains, to_weight=trains)
+    return total
+
+
 def _attend(
     images: int,
     queries: int,

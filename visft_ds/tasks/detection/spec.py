@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from visft_ds.costs.flops import Flops
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.transforms import ShortSides, of_options, places
-from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth, pack_results, unpack_results
+from visft_ds.tasks import Results
+from visft_ds.tasks.average_precision import coco_average_precision, pack_results, unpack_results
 from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import (
     CropRecipe,
@@ -18,10 +21,11 @@ from visft_ds.tasks.detection.data import (
     detection_targets,
     pack_detection,
 )
-from visft_ds.tasks.detection.flops import detection_flops
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
+from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
+from visft_ds.tasks.detection.flops import dense_flops, detection_flops
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.pictures import Picture, draw_detections, palette
-from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, TaskSpec
+from visft_ds.tasks.spec import Content, Criterion, Evaluator, Example, HeadSizes, TaskSpec
 
 
 def _blank(
@@ -30,6 +34,28 @@ def _blank(
     objects = images * content.objects
     labels = torch.zeros(objects, dtype=torch.int64)
     return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
+
+
+def _head(in_channels: int, *, type: str, num_classes: int, width: int, **of_detr: Any) -> nn.Module:
+    if type == "dense":
+        return DenseHead(in_channels, num_classes=num_classes, width=width)
+    return DetectionHead(in_channels, num_classes=num_classes, **of_detr)
+
+
+def _criterion(*, type: str, **options: Any) -> Criterion:
+    if type == "dense":
+        return DenseCriterion(ce=options["ce"], giou=options["giou"])
+    return DetectionCriterion(**options)
+
+
+def _results(output: DenseOutput | DetectionOutput, *given: Any, **options: Any) -> Results:
+    if isinstance(output, DenseOutput):
+        return dense_results(output, *given, **options)
+    return postprocess(output, *given, **options)
+
+
+def _flops(options: Mapping[str, Any], *given: int, **needed: bool) -> Flops:
+    return (dense_flops if options["type"] == "dense" else detection_flops)(options, *given, **needed)
 
 
 def _draw(example: Example) -> Picture:
@@ -50,8 +76,9 @@ SPEC = TaskSpec(
     name="detection",
     config=DetectionTask,
     head=DetectionHead,
-    build_criterion=DetectionCriterion,
-    shared_options=("num_queries", "decoder_layers"),
+    choose_head=_head,
+    build_criterion=_criterion,
+    shared_options=("type", "num_queries", "decoder_layers"),
     geometry=lambda options: CropRecipe(
         of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"]
     ),
@@ -59,11 +86,10 @@ SPEC = TaskSpec(
         detection_targets, None if classes is None else places(classes)
     ),
     pack=lambda samples, frame: pack_detection(samples),
-    postprocess=postprocess,
+    postprocess=_results,
     evaluator=Evaluator(
         truth=coco_dataset,
-        measure=partial(average_precision_of, "bbox"),
-        check=lambda truth: check_ground_truth(truth, "bbox"),
+        measure=lambda truth, results, each: coco_average_precision(truth, results, per_category=each),
         pack=pack_results,
         unpack=unpack_results,
     ),
@@ -80,5 +106,5 @@ SPEC = TaskSpec(
         layers={"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
     ),
     blank=_blank,
-    flops=detection_flops,
+    flops=_flops,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,7 +15,6 @@ CONTENT_MULTIPLE = 14
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
 #: category (toothbrush) coincides with "no object" and class 0 is never used.
 Labelling = Literal["contiguous", "published"]
-_MULTIPLE = f"content_only extends to multiples of {CONTENT_MULTIPLE}, a patch of EVA"
 
 
 class SegmentationImage(StrictModel):
@@ -84,8 +82,6 @@ class SegmentationTask(TaskConfig):
     main = "mask/AP50"
     hub_task = "image-segmentation"
     published = "segment"
-    removed = MappingProxyType({"image.content_multiple": (_MULTIPLE, CONTENT_MULTIPLE)})
-    before = MappingProxyType({"loss.average": "batch"})
 
     image: SegmentationImage = SegmentationImage()
     head: SegmentationHeadConfig = SegmentationHeadConfig()

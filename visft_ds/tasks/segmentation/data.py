@@ -22,11 +22,10 @@ from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
 from visft_ds.ops.copies import to_device
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE, mostly_without_masks
 from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
-#: The raw ids of COCO's 80 categories. By default, a label is a place in here.
-COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 _LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
 
 

@@ -10,16 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
+from scipy import ndimage
+from scipy.special import expit
 from torch import Tensor, nn
 
 from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import ClassLoss, Matches, at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import MaskedDecoder
 from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
 from visft_ds.tasks.segmentation.mask_points import (
@@ -257,8 +262,10 @@ def postprocess(
     around it in pixels, category_id the entry of `classes` for the class. As in ViSFT's code, a query gives its best
     class apart from "no object", the softmax probability of that, and the pixels where its bilinearly interpolated mask
     has a probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
-    confident mistake. Images without `batch.real` are left out. The batch must have been resized without cropping, as
-    evaluation transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
+    confident mistake. Of heads in our labelling, only the largest connected region of these pixels counts, and the
+    score is multiplied by the mean probability inside it (as in Mask2Former's code). Images without `batch.real` are
+    left out. The batch must have been resized without cropping, as evaluation transforms do. Masks are made in groups
+    of a bounded size, and of scores from `threshold` on only.
     """
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
@@ -273,8 +280,10 @@ def postprocess(
         kept = [query for query, score in enumerate(scores_host[image]) if not score < threshold]  # NaN is kept
         masks = at_least_float32(output.masks[image, kept])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
-        for query, code in zip(kept, _mask_codes(masks, shares, stored), strict=True):
-            if not coco_mask.area(code):
+        codes, qualities = _mask_codes(masks, shares, stored, regions=first == 0)
+        for query, code, quality in zip(kept, codes, qualities, strict=True):
+            score = scores_host[image][query] * quality
+            if not coco_mask.area(code) or score < threshold:
                 continue
             results.append(
                 {
@@ -282,23 +291,44 @@ def postprocess(
                     "category_id": classes[best_host[image][query]],
                     "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
                     "bbox": coco_mask.toBbox(code).tolist(),
-                    "score": scores_host[image][query],
+                    "score": score,
                 }
             )
     return results
 
 
-def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> list[dict[str, Any]]:
-    """Run-length codes at the stored size of mask logits (Q, h, w), of which `shares` (height, width) are image."""
+def _mask_codes(
+    masks: Tensor, shares: list[float], stored: list[int], *, regions: bool
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Run-length codes at the stored size of mask logits (Q, h, w), of which `shares` (height, width) are image.
+
+    With `regions` those of each mask's largest region, and the mean probabilities inside (else ones).
+    """
     rows = _interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
     columns = _interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
     step = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
     codes: list[dict[str, Any]] = []
+    qualities: list[float] = []
     for part in masks.split(step):
         # bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down columns
-        inside = columns @ (rows @ part).transpose(1, 2) > 0  # (q, W, H)
-        codes += coco_mask.encode(inside.to(torch.uint8).cpu().numpy().transpose(2, 1, 0))
-    return codes
+        logits = columns @ (rows @ part).transpose(1, 2)  # (q, W, H)
+        inside = (logits > 0).to(torch.uint8).cpu().numpy()
+        if regions:
+            qualities += [keep_largest(*each) for each in zip(inside, logits.cpu().numpy(), strict=True)]
+        codes += coco_mask.encode(inside.transpose(2, 1, 0))
+    return codes, qualities or [1.0] * len(codes)
+
+
+def keep_largest(inside: npt.NDArray[np.uint8], logits: npt.NDArray[Any]) -> float:
+    """Leave of a mask its largest connected region alone; returns the mean probability inside, 0 where it is empty."""
+    first, second = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+    if not len(first):
+        return 0.0
+    window = inside[first[0] : first[-1] + 1, second[0] : second[-1] + 1]
+    regions, number = ndimage.label(window)
+    if number > 1:
+        window[:] = regions == 1 + np.bincount(regions.ravel())[1:].argmax()
+    return float(expit(logits[inside > 0]).mean())
 
 
 def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.transforms import of_options, places
-from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth
+from visft_ds.tasks.average_precision import coco_average_precision
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture, palette
 from visft_ds.tasks.segmentation.config import SegmentationTask
 from visft_ds.tasks.segmentation.data import (
-    COCO_CATEGORY_IDS,
     LargeScaleJitter,
     SegmentationTargets,
     image_targets,
@@ -64,8 +64,7 @@ SPEC = TaskSpec(
     postprocess=postprocess,
     evaluator=Evaluator(
         truth=coco_dataset,
-        measure=partial(average_precision_of, "segm"),
-        check=lambda truth: check_ground_truth(truth, "segm"),
+        measure=lambda truth, results, each: coco_average_precision(truth, results, "segm", per_category=each),
     ),
     draw=_draw,
     sizes=HeadSizes(

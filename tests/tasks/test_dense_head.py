@@ -1,0 +1,176 @@
+"""The dense detection head: what cells answer for, losses under any division of the batch, results, files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import generalized_box_iou_loss
+
+from tests.options import criterion_of, head_of
+from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import load_heads, save_head_files
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
+
+CLASSES, GRID = 3, (6, 8)
+
+
+def _head(**options: int) -> DenseHead:
+    head: DenseHead = head_of("detection", 12, type="dense", num_classes=CLASSES, width=32, **options)
+    return head.double()
+
+
+def _inputs(images: int) -> tuple[Tensor, Tensor]:
+    """Features and where they are image: the second image of each pair ends earlier."""
+    valid = torch.ones(images, *GRID, dtype=torch.bool)
+    valid[1::2, 4:] = valid[1::2, :, 5:] = False
+    return torch.randn(images, 12, *GRID, dtype=torch.float64), valid
+
+
+def _targets(counts: list[int]) -> DetectionTargets:
+    total = sum(counts)
+    boxes = torch.cat((torch.rand(total, 2) * 0.5 + 0.25, torch.rand(total, 2) * 0.4 + 0.05), dim=1)
+    return DetectionTargets(boxes, torch.randint(CLASSES, (total,)), torch.tensor(counts))
+
+
+def _batch(targets: DetectionTargets) -> Batch:
+    count, numbers = len(targets.counts), torch.arange(len(targets.counts))
+    images, sizes = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.full((count, 2), 8)
+    stored, real = torch.tensor([[100, 200]] * count), numbers >= 0
+    return Batch(images, sizes, stored, numbers, numbers + 1, numbers, real, {"detection": targets})
+
+
+def _rows(output: DenseOutput, rows: slice) -> DenseOutput:
+    return DenseOutput(*(getattr(output, field.name)[rows] for field in fields(output)))
+
+
+def _by_hand(output: DenseOutput, targets: DetectionTargets) -> list[list[int]]:
+    """`assign`, image by image and cell by cell."""
+    found, first = [], 0
+    for image, count in enumerate(targets.counts.tolist()):
+        owner = [sum(targets.counts.tolist())] * output.valid.shape[1]
+        objects = sorted(range(first, first + count), key=lambda n: -float(targets.boxes[n, 2:].prod()))
+        for number in objects:  # smaller ones later: they win
+            width, height = targets.boxes[number, 2:].tolist()
+            far = {}
+            for cell in output.valid[image].nonzero().flatten().tolist():
+                dx, dy = (output.centres[image, cell] - targets.boxes[number, :2]).abs().tolist()
+                cells = (dx / float(output.pitch[image, 0]), dy / float(output.pitch[image, 1]))
+                far[cell] = math.hypot(*cells)
+                if max(cells) < 1.5 and dx <= width / 2 and dy <= height / 2:
+                    owner[cell] = number
+            owner[min(far, key=lambda cell: far[cell])] = number
+        found.append(owner)
+        first += count
+    return found
+
+
+def test_cells_answer_for_objects_as_counted_by_hand() -> None:
+    output = _head()(*_inputs(4))
+    targets = _targets([5, 4, 0, 7])
+    assert assign(output, targets).tolist() == _by_hand(output, targets)
+    nothing = assign(output, _targets([0, 0, 0, 0]))
+    assert nothing.eq(0).all() and nothing.shape == (4, 48)
+
+
+def test_padding_changes_nothing() -> None:
+    head, (features, valid) = _head(), _inputs(2)
+    padded = head(features, valid)
+    alone = head(features[1:, :, :4, :5], valid[1:, :4, :5])
+    seen = padded.valid[1]
+    torch.testing.assert_close(padded.logits[1, seen], alone.logits[0])
+    torch.testing.assert_close(padded.boxes[1, seen], alone.boxes[0])
+    torch.testing.assert_close(padded.centres[1, seen], alone.centres[0])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
+    head, criterion = _head(), criterion_of("detection", type="dense")
+    assert isinstance(criterion, DenseCriterion)
+    output, targets = head(*_inputs(4)), _targets([3, 0, 6, 1])
+    number = criterion.count(_batch(targets))["boxes"]
+    whole = criterion(output, targets, {"boxes": torch.tensor(number).double()})
+    ends, sums = [0, 3, 3, 9, 10], dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
+    for part in range(parts):
+        first, last = part * 4 // parts, (part + 1) * 4 // parts
+        rows = slice(ends[first], ends[last])
+        inner = DetectionTargets(targets.boxes[rows], targets.labels[rows], targets.counts[first:last])
+        losses = criterion(_rows(output, slice(first, last)), inner, {"boxes": torch.tensor(number / parts).double()})
+        sums = {name: sums[name] + value / parts for name, value in losses.items()}
+    for name, value in whole.items():
+        torch.testing.assert_close(sums[name], value)
+
+
+def test_losses_are_those_of_the_field() -> None:
+    output, targets = _head()(*_inputs(1)), _targets([2])
+    losses = criterion_of("detection", type="dense")(output, targets, {"boxes": torch.tensor(2.0)})
+    owner = assign(output, targets)[0]
+    probability = output.logits[0].sigmoid()
+    wanted = torch.zeros_like(probability)
+    per_object = []
+    for number in range(2):
+        mine = owner == number
+        wanted[mine, targets.labels[number]] = 1
+        x, y, w, h = targets.boxes[number].double()
+        box = torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2)).expand(int(mine.sum()), 4)
+        per_object.append(generalized_box_iou_loss(output.boxes[0, mine], box, reduction="mean"))
+    right = torch.where(wanted > 0, probability, 1 - probability)
+    alpha = torch.where(wanted > 0, 0.25, 0.75)
+    torch.testing.assert_close(losses["ce"], -(alpha * (1 - right) ** 2 * right.log()).sum() / 18)
+    expected = torch.stack(per_object).mean()  # with 1e-7 in the denominators
+    torch.testing.assert_close(losses["giou"], expected, rtol=1e-5, atol=0)
+
+
+def test_every_parameter_gets_a_gradient_without_any_object() -> None:
+    head = _head()
+    losses = criterion_of("detection", type="dense")(head(*_inputs(2)), _targets([0, 0]), {"boxes": torch.tensor(1.0)})
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_results_are_suppressed_cut_and_in_pixels() -> None:
+    """Two cells tell nearly the same box of a class, one of them the same of another class, one is padding."""
+    logits = torch.full((1, 4, CLASSES), -9.0)
+    logits[0, 0, 1], logits[0, 1, 1], logits[0, 1, 2], logits[0, 3, 0] = 3.0, 2.0, 1.0, 9.0
+    boxes = torch.tensor([[[-0.1, 0.2, 0.5, 0.6], [0.0, 0.2, 0.5, 0.61], [0.7, 0.7, 0.8, 0.8], [0.0, 0.0, 1.0, 1.0]]])
+    valid = torch.tensor([[True, True, True, False]])
+    output = DenseOutput(logits, boxes, torch.zeros(1, 4, 2), torch.ones(1, 2), valid)
+    found = dense_results(output, _batch(_targets([0])), classes=(7, 11, 13), threshold=0.5)
+    assert [(one["image_id"], one["category_id"]) for one in found] == [(1, 11), (1, 13)]
+    assert found[0]["bbox"] == pytest.approx([0, 20, 100, 40], abs=1e-4)
+    assert found[0]["score"] == pytest.approx(torch.tensor(3.0).sigmoid().item())
+
+
+def test_it_is_written_and_read_as_it_was(tmp_path: Path) -> None:
+    head = _head().float()
+    options = TASKS["detection"].options("head", {"type": "dense", "num_classes": CLASSES, "width": 32})
+    (path,) = save_head_files({"detection": head}, tmp_path, {"detection": HeadInfo("detection", 12, options)})
+    read = load_heads(path, "detection")
+    assert isinstance(read, DenseHead)
+    assert all(torch.equal(value, head.state_dict()[name]) for name, value in read.state_dict().items())
+
+
+def test_widths_that_norm_groups_do_not_divide_are_refused() -> None:
+    config = TASKS["detection"].config.model_fields["head"].annotation
+    assert config is not None and [name for name, _ in config(type="dense", width=40).contradictions()] == ["width"]
+
+
+@pytest.mark.parametrize("flows", [False, True])
+def test_operations_by_formula_are_those_counted(flows: bool) -> None:
+    head, (features, valid) = _head(), _inputs(2)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        output = head(features.requires_grad_(flows), valid)
+        (output.logits.sum() + output.boxes.sum()).backward()
+    options = {"type": "dense", "num_classes": CLASSES, "width": 32}
+    formula = TASKS["detection"].flops
+    assert formula is not None
+    assert counter.get_total_flops() == formula(options, 12, 2, 48, trains=True, flows=flows).all
