@@ -156,7 +156,9 @@ def train(
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
-        opened = open_log(config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone)
+        opened = open_log(
+            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+        )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
@@ -171,7 +173,7 @@ def train(
                 state.export(step, base_sha256, data, prepared.base)
             stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
             distributed.close()
-            watchdog.leave("done" if finished else f"stopped: {stop.why()}")
+            watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)

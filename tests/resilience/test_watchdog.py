@@ -38,10 +38,15 @@ def test_a_lost_peer_is_told_with_the_phase(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(watchdog, "_AFTER_YOU", 0.0)
     dog = Watchdog(0, 0.0, tmp_path / "ended")
     (tmp_path / "ended").write_text("done")
-    with pytest.raises(LostRank, match="step 3: saving"), dog.watching():
-        assert not (tmp_path / "ended").exists()
-        dog.begin("step 3: saving")
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+
+    def lose() -> None:
+        with dog.watching():
+            assert not (tmp_path / "ended").exists()
+            dog.begin("step 3: saving")
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+
+    with pytest.raises(LostRank, match="step 3: saving"):
+        lose()
     dog.leave("stopped: signal SIGTERM")
     assert (tmp_path / "ended").read_text() == "stopped: signal SIGTERM\n"
 

@@ -33,7 +33,7 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
-from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run import async_eval as judging
 from visft_ds.run.async_eval import AsyncEvaluation
 from visft_ds.run.log import RunLog
@@ -292,7 +292,7 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
 
     def predict(batch: Batch) -> dict[str, Any]:
         seen.append(batch)
-        stop.reason = "signal SIGTERM"
+        stop.reason = Stop.SIGTERM
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():

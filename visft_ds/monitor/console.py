@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 Item = TypeVar("Item")
 
@@ -242,18 +242,23 @@ class Gauge:
         self._bar.set_postfix_str(note.lstrip(", "), refresh=False)
         self.add(done - self._bar.n)
 
-    def _begin(self, done: float) -> tqdm[Any]:
+    @property
+    def done(self) -> float:
+        """So much is done."""
+        return float(self._bar.n)
+
+    def _begin(self, done: float) -> tqdm:
         live = sys.stderr is not None and sys.stderr.isatty() and self._tell is None
         return tqdm(
             desc=self.what,
             total=self.total or None,
-            initial=done,  # type: ignore[arg-type]  # megabytes have fractions
+            initial=done,
             unit=f" {self.unit}" if self.unit else "",
             disable=not self._enabled,
             delay=_FIRST,
             mininterval=0.2 if live else _RARELY,
-            bar_format=None if live else "{desc}: {n:.0f}/{total} {unit} {postfix} left {remaining}\n",
-            file=sys.stderr if self._tell is None else _Lines(self._tell),  # type: ignore[arg-type]
+            bar_format=None if live else "{desc}: {n:.0f}/{total}{unit}{postfix}, left {remaining}\n",
+            file=sys.stderr if self._tell is None else _Lines(self._tell),
             leave=False,
             dynamic_ncols=live,
         )

@@ -1,4 +1,4 @@
-"""The ranks of a command on this machine, started and waited for by `visft COMMAND --num_gpus N`. Imports nothing heavy.
+"""The ranks of a command on this machine, as `visft COMMAND --num_gpus N` starts them. Imports nothing heavy.
 
 DeepSpeed's launcher ends with 0 when it was killed, and a Ctrl-C ends it with a traceback while ranks still save.
 """

@@ -83,7 +83,8 @@ class Supervisor:
             ended = f"attempt {attempt} ended with {code}, its newest checkpoint is of step {max(now, default=0)}"
             if fruitless > FRUITLESS or attempt > max_restarts:
                 why = f"{fruitless} attempts in a row saved nothing" if fruitless > FRUITLESS else "no restart is left"
-                return _tell(f"given up: {ended}; {why}") or GAVE_UP
+                _tell(f"given up: {ended}; {why}")
+                return GAVE_UP
             seconds = backoff * 2 ** min(fruitless, 6)
             _tell(f"{ended}; restart {attempt} of {max_restarts} in {seconds:g} s")
             until = time.monotonic() + seconds
@@ -110,8 +111,9 @@ class Supervisor:
         return code
 
     def _is_done(self) -> bool:
-        """DeepSpeed's launcher also ends with 0 when it lost its child; then nothing says that the run has ended."""
-        return (self.out / ENDED_FILE).is_file()
+        """DeepSpeed's launcher also ends with 0 when it lost its child; then the run does not say that it is done."""
+        ended = self.out / ENDED_FILE
+        return ended.is_file() and ended.read_text(encoding="utf-8").strip() == "done"
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopped = number

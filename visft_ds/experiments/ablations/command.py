@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visft_ds.config.fields import StrictModel
-from visft_ds.config.preflight import CANNOT_START, render_missing
+from visft_ds.config.preflight import render_missing
 from visft_ds.config.records import read_record
 from visft_ds.demo import PRETRAINED
 from visft_ds.experiments.ablations.collect import FEWEST, collect
@@ -47,7 +47,7 @@ def ask(given: argparse.Namespace) -> int:
     if given.dry_run:
         _print_plan(plans, planner.steps.steps)
         print("".join(f"\n# {line}" for line in missing.splitlines()).lstrip("\n"))
-        return CANNOT_START if missing else 0
+        return 2 if missing else 0
     if missing:
         raise ValueError(missing)
     with locked(given.out, patience=1.0):
