@@ -279,7 +279,7 @@ def test_predictions_that_are_not_finite(
         assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
         validation.poll(log, wait=True)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: the evaluation of step 2 failed: detection: the score of a result for image_id")
+    assert "step 2 failed: detection" in warning
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
     assert "mask/AP" in printed.getvalue() and "box/AP" not in printed.getvalue()
 
