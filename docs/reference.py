@@ -33,14 +33,15 @@ def write(folder: Path) -> None:
     own, theirs = "".join(sections(Recipe)), "".join(sections(DeepSpeedKeys))
     (folder / "configuration.md").write_text(f"{HEAD}{own}\n## DeepSpeed's own keys\n{theirs}", encoding="utf-8")
     parts = "".join(
-        f"\n## {name}\n\n```{{eval-rst}}\n.. auto{_kind(name)}:: {module}.{name}\n   :members:\n```\n"
+        f"\n## {name}\n\n```{{eval-rst}}\n.. {_directive(name, module)}\n```\n"
         for name, module in visft_ds._PUBLIC.items()
     )
     (folder / "api.md").write_text(f"# Python reference\n{parts}", encoding="utf-8")
 
 
-def _kind(name: str) -> str:
-    return "class" if inspect.isclass(getattr(visft_ds, name)) else "function"
+def _directive(name: str, module: str) -> str:
+    kind = inspect.isclass(getattr(visft_ds, name))
+    return f"autoclass:: {module}.{name}\n   :members:" if kind else f"autofunction:: {module}.{name}"
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -50,8 +51,8 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"\n## {prefix.rstrip('.')}\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
     yield "\n| key | value | default | |\n|---|---|---|---|\n"
     for name, info in model.model_fields.items():
-        default = "*required*" if info.is_required() else f"`{json.dumps(info.default)}`"
-        shown = "" if isinstance(info.default, BaseModel) else default
+        own = isinstance(info.default, BaseModel)
+        shown = "*required*" if info.is_required() else "" if own else f"`{json.dumps(info.default)}`"
         kind = kind_of(info.annotation, tuple(info.metadata))
         yield f"| `{prefix}{name}` | {kind} | {shown} | {comments.get(name, '')} |\n"
     for name, info in model.model_fields.items():

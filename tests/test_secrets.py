@@ -10,7 +10,7 @@ import pytest
 
 import visft_ds
 from tests.shard_server import serve
-from visft_ds.data.store import open_store
+from visft_ds.data.fetch import Cache, RemoteFolder
 from visft_ds.redaction import redacted, redacted_values, redacted_words, refuse_secrets
 
 
@@ -77,7 +77,7 @@ def test_tracebacks_hold_no_secret(
     assert capsys.readouterr().err == "RuntimeError: no answer of https://***@host\n"
     options = {"headers": {"Authorization": "Bearer hidden1"}, "params": {"token": "hidden2"}}
     monkeypatch.setitem(fsspec.config.conf, "http", options)
-    with serve(tmp_path) as served, pytest.raises(ValueError, match="access was denied") as refused:
-        open_store(served.url).load("x")  # the server wants neither header nor token
-    assert "ClientResponseError" in "".join(format_exception(refused.value))
+    with serve(tmp_path) as served, pytest.raises(ValueError, match="cannot be read") as refused:
+        RemoteFolder(served.url, Cache(tmp_path)).read("x", 9)  # the server wants neither header nor token
+    assert "ClientResponseError" in str(refused.value)
     assert "hidden" not in "".join(format_exception(refused.value)) + repr(refused.value.__cause__)

@@ -14,9 +14,8 @@ import torch
 from PIL import Image, ImageOps
 
 from tests import finished
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter

@@ -30,8 +30,8 @@ from visft_ds.data.spans import Spent, measure_cpu, measures_cpu, spent
 
 WorkerKind = Literal["threads", "processes"]
 
-#: More threads than this do not help: up to 43 % of a sample's time may hold the interpreter lock, as measured by
-#: `visft profile data`, so little more than two can be busy at once.
+#: More threads than this do not help: up to 43 % of a sample's time may hold the interpreter lock,
+#: as measured, so little more than two can be busy at once.
 MOST_THREADS = 3
 MOST_PROCESSES = 8
 #: Samples that a thread makes without a pause.
@@ -195,10 +195,7 @@ class _Parts(Dataset[Made | Exception]):
         if self._with_cpu:
             measure_cpu()
         before = spent()
-        reader = self._maker.sets[part.dataset].reader
         try:
-            if self._maker.features is None:
-                reader.prefetch(part.indices.tolist(), self._maker.role)
             batch, skipped = self._maker.make(part)
         except (ValueError, OSError, RuntimeError) as error:
             return error  # raised by the consumer: torch would wrap it into another message

@@ -16,11 +16,10 @@ import orjson
 
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.shards import ShardReader
-from visft_ds.data.store import CacheOptions
-from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
+from visft_ds.data.fetch import Cache
+from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
@@ -33,6 +32,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
@@ -56,7 +56,7 @@ class Job:
 
     source: ModelSource
     shards: str | None  #: folder or URL; None: make them from a COCO tree
-    cache: CacheOptions | None  #: of remote shards
+    cache: Cache | None  #: of remote shards
     split: str
     out: Path | None  #: None: nothing is written
 
@@ -220,7 +220,7 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
         selection = TASKS[task].config.learns_from
-        if not (manifest.select(selection) < (limit or len(manifest))).any():
+        if not (manifest.having(selection) < (limit or len(manifest))).any():
             others = ",".join(other for other in tasks if other != task)
             first = f"the first {limit} images of " if limit else ""
             raise ValueError(
@@ -241,7 +241,7 @@ def _job(given: Request) -> Job:
     chosen = None if given.backbone is None else named(os.fspath(given.backbone), download=given.download)
     backbone = None if chosen is None else chosen.file(download=given.download)
     if given.run:
-        visft = given.recorded or recorded_config(given.run).visft
+        visft = given.recorded or recorded_config(folder_of_run(given.run)).visft
         source = source_of_run(
             given.run,
             visft,
@@ -257,7 +257,7 @@ def _job(given: Request) -> Job:
             batch_size=given.batch_size,
         )
         split = given.split or visft.data.val
-        shards = data if data or coco else data_of_run(given.run, visft, split)
+        shards = data if data or coco else data_of_run(folder_of_run(given.run), visft, split)
     else:
         needed = ("backbone", "heads", *(["out"] if given.command else []))
         missing = [f"--{name}" for name in needed if getattr(given, name) is None]
@@ -302,7 +302,8 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
-            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "data": {"where": where, "split": job.split, "images": count, "total": len(manifest)}
+            | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),

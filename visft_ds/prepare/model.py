@@ -19,7 +19,7 @@ from torch import nn
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
 from visft_ds.interop.heads import (

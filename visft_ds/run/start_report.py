@@ -25,7 +25,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
 from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
-from visft_ds.planner import PlannedRun, plan_largest, run_of
+from visft_ds.planner.step import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file
@@ -163,7 +163,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
     if shards_are_here(config.visft.data):
-        sets = open_training_data(config.visft, check_shards=False)
+        sets = open_training_data(config.visft)
         config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
@@ -198,7 +198,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
     if shards_are_here(config.data):
         try:
-            plan_of(config, open_training_data(config, check_shards=False))
+            plan_of(config, open_training_data(config))
         except ValueError as error:
             yield f"this run cannot start: {error}"
     try:

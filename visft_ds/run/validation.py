@@ -10,9 +10,8 @@ from typing import Any
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics

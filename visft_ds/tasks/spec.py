@@ -13,9 +13,8 @@ from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.costs.flops import Flops
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Geometry, Op
 from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import Picture, scaled, side_by_side

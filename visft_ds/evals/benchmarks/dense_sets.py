@@ -32,15 +32,14 @@ from pydantic import Field
 from visft_ds.config.records import read_record
 from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.labels import parse_label
-from visft_ds.data.manifest import Manifest, manifest_path
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader, manifest_path
 from visft_ds.evals.benchmarks.images import SUFFIXES, chosen, decode, digest, from_files, image_files
 from visft_ds.evals.benchmarks.objects import ListedBox, ListedCategory
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
 from visft_ds.monitor.console import gauged
 from visft_ds.names import checked_name
-from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.coco import stored_segmentation
 
 CELLS, VOID = 56, -1
 #: Images of a part; a larger one gives every k-th.
@@ -260,9 +259,9 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     reader = ShardReader(manifest)
     places = _places(len(reader), most)
     labels = []
-    for place, data in zip(places, reader.read_labels(places), strict=True):
+    for place in places:
         try:
-            label = parse_label(data)
+            label = parse_label(reader.read(place, "labels")[1] or b"")
         except ValueError as error:
             raise ValueError(f"{reader.describe(place)}: {error}") from error
         labels.append(((label["height"], label["width"]), label["annotations"]))
@@ -313,9 +312,9 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     given = annotation.get("segmentation") or None
     if isinstance(given, Mapping) and height * width > MAX_PIXELS:
         raise ValueError(f"{where}: a mask of {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
-    shape, wrong = stored_segmentation(given, height, width)
+    shape = stored_segmentation(given, height, width)
     if shape is None and given is not None:
-        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation: {wrong[0]}")
+        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")
     if isinstance(shape, Mapping):
         mask = Image.fromarray(coco_mask.decode(dict(shape)))
         return np.asarray(mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)).astype(bool)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.shards import Manifest
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
 from visft_ds.ops.copies import to_device
@@ -223,7 +223,7 @@ def pack_segmentation(samples: Sequence[Sample], frame: Size) -> SegmentationTar
 
 def problem_of(manifest: Manifest) -> str | None:
     """Problem of a split most of whose objects have no mask, None for any other."""
-    findings = {finding["kind"]: finding["count"] for finding in manifest.findings}
+    findings = {kind: count for kind, (count, _) in manifest.findings.items()}
     if not mostly_without_masks(manifest.counts, findings):
         return None
     return (
