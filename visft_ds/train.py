@@ -16,7 +16,7 @@ from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
-from visft_ds.prepare.data import Loader, RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard

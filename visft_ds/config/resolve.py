@@ -41,7 +41,6 @@ NOT_IDENTITY = (
     "visft.data.workers",
     "visft.data.num_workers",
     "visft.data.prefetch_steps",
-    "visft.data.skip_damaged",
     "visft.data.cache*",
     "visft.features.cache",
     "visft.heads.path",

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Number, Whole, parse_json, read_record
-from visft_ds.data.decode import MOST_PIXELS, decode_image
+from visft_ds.data.decode import decode_image
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.registry import config_class, entries
 from visft_ds.tasks.segmentation.pictures import decode_mask
@@ -160,7 +160,7 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
 def read_picture(path: Path) -> Picture:
     """A picture of an evaluation. Raises ValueError where it is missing or damaged."""
     try:
-        return decode_image(path.read_bytes(), max_pixels=MOST_PIXELS)
+        return decode_image(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

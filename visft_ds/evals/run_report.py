@@ -13,7 +13,7 @@ from pathlib import Path
 
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.decode import MOST_PIXELS, decode_image
+from visft_ds.data.decode import decode_image
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.compare import METRICS, Evaluation, read_evaluation
 from visft_ds.evals.curves import History, read_history
@@ -190,7 +190,7 @@ def _large_events(path: Path) -> Iterator[bytes]:
 
 def _decoded(place: Path, pictures: Mapping[int, bytes]) -> dict[int, Picture]:
     try:
-        return {image_id: decode_image(data, max_pixels=MOST_PIXELS) for image_id, data in pictures.items()}
+        return {image_id: decode_image(data) for image_id, data in pictures.items()}
     except ValueError as error:
         raise ValueError(f"a picture in {place} is damaged: {error}") from error
 

@@ -23,13 +23,13 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import Place, check_same_samples
+from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.engine import StepReport, add_losses, faults_of_all, judge_gradient, loss_slots, step_seed
-from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
+from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, sample_checksum, travelling_label
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64
@@ -362,3 +362,26 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
     }
     earlier = {task: {"aux": ()} if hasattr(output, "aux") else {} for task, output in outputs.items()}
     return {task: replace(output, **tensors[task], **earlier[task]) for task, output in outputs.items()}
+
+
+def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1) -> None:
+    """Compare the checksum that came with activations with that of the labels, in every `every`-th step.
+
+    Comparing makes the host wait for the device, which is why it need not happen in each step.
+
+    Args:
+        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
+        batch: what this stage has read.
+
+    Raises:
+        RuntimeError: activations and labels belong to different samples.
+    """
+    if step % every:
+        return
+    ours, theirs = int(sample_checksum(batch)), int(received)
+    if ours != theirs:
+        raise RuntimeError(
+            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
+            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
+            "follow the same plan"
+        )

@@ -8,13 +8,13 @@ Letters: B images, H W pixels, N tokens of an image, T tokens of all, h w patch 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visft_ds.data.roles import sample_checksum
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
 from visft_ds.models.backbone import require_eva_vit
@@ -128,6 +128,14 @@ def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
     """(H, W) of what the backbone was fed for these samples, known without pixels: what collating pads to."""
     height, width = (batch.sizes if batch.frames is None else batch.frames).amax(dim=0).tolist()
     return max(height, patch_size), max(width, patch_size)
+
+
+def sample_checksum(batch: Batch) -> Tensor:
+    """(1,) int64: crc32 over indices, image ids and random keys, in their order."""
+    value = 0
+    for tensor in (batch.indices, batch.image_ids, batch.random_keys):
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
+    return torch.tensor([value])
 
 
 def travelling_label(model: MultiTaskModel, batch: Batch) -> Tensor:

@@ -37,7 +37,6 @@ class RunLog:
     progress: Progress
     trace: Callable[[], None] = lambda: None  #: called at the end of each step
     at_peak: SecondsAtPeak | None = None  #: for the MFU, where it can be told
-    _reported: list[Skipped] = field(default_factory=list)
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -48,20 +47,19 @@ class RunLog:
         step_plan: StepPlan,
         report: StepReport,
         batches: Sequence[Batch],
-        loader: Loader,
+        loader: StepLoader,
         *,
         tasks: Sequence[str],
         seconds: float,
         device: torch.device,
     ) -> None:
-        """Record a finished step, and samples that were replaced in it.
+        """Record a finished step.
 
         Args:
             batches: of this rank.
             tasks: of the run; whose losses the console shows.
             seconds: since the step before.
         """
-        self._report_skipped(loader)
         step, images, memory = step_plan.step + 1, len(step_plan.indices), peak_memory(device)
         at_peak = self.at_peak(batches) if self.at_peak else None
         self.progress.update(
@@ -87,8 +85,6 @@ class RunLog:
             **{f"images_per_second/{task}": images / seconds for task in tasks if step_plan.task in (task, SHARED)},
             "memory/peak_gib": memory / 2**30,
             "data_wait_seconds": loader.wait_seconds,
-            "data_skipped": float(len(loader.skipped)),
-            **{f"data_seconds/{name}": spent.wall for name, spent in loader.spent().items()},
             "skipped": float(report.skipped),
             "refused": float(bool(report.refused)),
             "not_finite": float(not is_finite(report)),
@@ -97,18 +93,6 @@ class RunLog:
             values["mfu"] = at_peak / seconds
         self.writer.step(step, values)
         self.trace()
-
-    def _report_skipped(self, loader: Loader) -> None:
-        for skipped in loader.skipped[len(self._reported) :]:
-            self._reported.append(skipped)
-            text = (
-                f"step {skipped.step + 1}: sample {skipped.index} of {skipped.dataset} replaced by {skipped.instead} "
-                f"({len(loader.skipped)} so far on rank {distributed.rank()}): {skipped.reason}"
-            )
-            if distributed.is_main():
-                self.message(text)
-            else:  # each rank sees the damage of its own samples
-                print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
