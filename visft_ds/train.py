@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
@@ -48,7 +49,7 @@ class Run:
     config: ResolvedConfig
     data: RunData
     machine: Machine
-    loader: Loader
+    loader: StepLoader
     engine: Engine
     state: RunState  #: checkpoints
     validation: Validation | None  #: None: no evaluation during training

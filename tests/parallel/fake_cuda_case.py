@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from tests.parallel import engine_case as case
 from tests.parallel import packed_case, timm_case
-from visft_ds.data.samples import Batch, Upload
+from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel, counts_of, loss_denominators_of
 from visft_ds.prepare.model import TrainedGroup
 from visft_ds.tasks import TASKS, matching
@@ -146,31 +146,15 @@ def engine(watch: Watch, name: str, tasks: str = "detection", stage: int = 2, pr
     config = case.engine_config(name, precision, accumulation=1)
     made = ZeroEngine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
     assert made.device.type == "cuda" and made.stage == int(name[4]), (made.device, made.stage)
-    upload, on_host = Upload(made.device), batch_of(tasks)
+    on_host = batch_of(tasks)
     for number in range(2):
         watch.on = number == 1
-        batch = upload(on_host)
+        batch = on_host.to(made.device)
         agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [batch]), False, made.device)
         report = made.train_step(number, [batch], loss_denominators_of(agreed.counts, WORLD, made.device))
         assert not report.refused and not report.skipped, report
     watch.on = False
     made.deepspeed.destroy()
-
-
-def upload(watch: Watch) -> None:
-    """A batch that another stream copies, and the stream that computes with it; the host's part of it stays there."""
-    recorded = []
-    record, torch.Tensor.record_stream = torch.Tensor.record_stream, lambda tensor, _: recorded.append(tensor)
-    on_host = batch_of("joint")
-    watch.on = True
-    there = Upload(DEVICE)(on_host).to(DEVICE)
-    torch.Tensor.record_stream = record
-    here = (there.original_sizes, there.indices, there.image_ids, there.random_keys, there.real, there.frames)
-    assert all(tensor is not None and tensor.device.type == "cpu" for tensor in here)
-    parts = (there, *there.targets.values())
-    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
-    assert {id(tensor) for tensor in recorded} == {id(tensor) for tensor in tensors if tensor.device == DEVICE}
-    assert len(recorded) == len({id(tensor) for tensor in recorded}) > 5
 
 
 def join() -> None:
@@ -206,7 +190,6 @@ CASES: dict[str, Callable[[Watch], None]] = {
     **{f"recompute-{policy}": partial(step, tasks="detection", recompute=policy) for policy in POLICIES},
     **{f"packed-{task}": partial(step, tasks=task, packed=True) for task in TRIO},
     **{f"joint-stage{stage}": partial(step, tasks="joint", stage=stage) for stage in (1, 2)},
-    "upload": upload,
     **{f"predict-{task}": partial(predict, task=task) for task in TRIO},
     **{f"timm-{run}": partial(step, tasks="joint", timm=run) for run in ("vit-lora", "convnext-lora", "convnext-all")},
     **{f"pipeline-{task}": partial(pipeline, task=task) for task in TRIO},

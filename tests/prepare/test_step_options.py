@@ -14,9 +14,8 @@ from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.models.compiled import CompiledBlocks, check_compiler, compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.planner import run_of
 from visft_ds.planner.meta_step import Content
-from visft_ds.planner.step import PlannedRun
+from visft_ds.planner.step import PlannedRun, run_of
 from visft_ds.prepare.model import plan_groups
 from visft_ds.prepare.streams import fixed_sizes
 

@@ -18,7 +18,7 @@ from visft_ds.resilience.signals import StopFlag
 
 #: Long enough for any machine to be interrupted in the middle, and nothing is saved before.
 LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 100_000}
-WITH_PROCESSES = {"visft.data.workers": "processes", "visft.data.num_workers": 1}
+WITH_PROCESSES = {"visft.data.num_workers": 1}
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
 #: (who, signal) -> exit code of the `deepspeed` command. Its own code decides where it, or its child, is the target;
 #: in every case the ranks save and end.

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -143,7 +143,8 @@ class StepLoader:
                 began = time.perf_counter()
                 micro_batches = list(itertools.islice(batches, self._accumulation))
                 self.wait_seconds = time.perf_counter() - began
-                yield planned.pop(step, None) or self.plan.step(step), micro_batches
+                step_plan = planned.pop(step) if step in planned else self.plan.step(step)
+                yield step_plan, micro_batches
         finally:
             batches.close()
             if fetching is not None:
@@ -200,7 +201,7 @@ class _Parts(Dataset[Batch | Exception]):
             return error  # raised by the consumer: torch would wrap it into another message
 
 
-def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Iterator[Batch]:
+def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Generator[Batch, None, None]:
     """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
     options: dict[str, Any] = {}
     if workers:

@@ -189,6 +189,7 @@ def _floor_sum(n: int, b: int) -> int:
 @lru_cache(maxsize=8)
 def _windowed(part: SetPlan, key: int) -> Int64Array:
     """(N,) an order that needs each shard in one stretch: shards shuffled, then samples within `WINDOW` of them."""
+    assert part.shards is not None
     numbers, places = np.unique(part.shards, return_inverse=True)
     turns = np.argsort(np.argsort(_words(len(numbers), key, 1), kind="stable"), kind="stable")
     return np.lexsort((_words(len(places), key, 0), turns[places] // WINDOW))

@@ -19,7 +19,6 @@ from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
-from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
@@ -32,6 +31,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
@@ -301,7 +301,8 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
-            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "data": {"where": where, "split": job.split, "images": count, "total": len(manifest)}
+            | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),

@@ -29,7 +29,14 @@ from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.engine import StepReport, add_losses, faults_of_all, judge_gradient, loss_slots, step_seed
-from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, sample_checksum, travelling_label
+from visft_ds.parallel.pipeline_layers import (
+    HeadsLayer,
+    owners,
+    pipeline_layers,
+    release,
+    sample_checksum,
+    travelling_label,
+)
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from visft_ds import files
@@ -134,7 +134,7 @@ def _of_memory(image: object, what: str) -> OpenedImage:
             if not 0 < image.height * image.width <= files.MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; at most {files.MAX_PIXELS:,} are allowed")
             image.load()
-            return OpenedImage(np.array(files.to_rgb(ImageOps.exif_transpose(image))), None)
+            return OpenedImage(np.array(files.upright_rgb(image)), None)
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
     dtype = str(image.dtype).removeprefix("torch.")

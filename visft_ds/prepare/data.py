@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -31,7 +31,6 @@ from visft_ds.prepare.datasets import (
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.prepare.places import located, paths_of
 from visft_ds.prepare.streams import pipelines_of, plan_of, settle_batches, streams_of, vocabulary_of
-from visft_ds.run.folder import recorded_config, saved_something
 from visft_ds.tasks.vocabulary import Vocabulary
 
 

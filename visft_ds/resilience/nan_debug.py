@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from visft_ds.checkpoint.format import Checkpoint, checkpoint_path, open_checkpoint, saved_steps
 from visft_ds.config import ResolvedConfig, derive_batches
-from visft_ds.data.loader import BatchMaker
 from visft_ds.data.dataset import DataSet
+from visft_ds.data.loader import BatchMaker
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_denominators_of

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
-from visft_ds.data.batches import Skipped
+from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.callbacks import Callback
@@ -22,7 +21,6 @@ from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.monitor.trace import traced
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
-from visft_ds.prepare.data import Loader
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
 from visft_ds.resilience.host_memory import peak_memory

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
-from visft_ds.data.labels import parse_label
 from visft_ds.data.shards import Manifest, ShardReader
 
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -66,7 +66,7 @@ def _category_table(manifest: Manifest) -> list[dict[str, Any]]:
     images: Counter[int] = Counter()
     reader = ShardReader(manifest)
     for place in range(len(reader)):
-        label = parse_label(reader.read(place, "labels")[1] or b"")
+        label = orjson.loads(reader.read(place, "labels")[1] or b"")
         used = [annotation["category_id"] for annotation in label["annotations"]]
         annotations.update(used)
         images.update(set(used))
@@ -118,7 +118,6 @@ def describe_step(
     step_plan = plan.step(step)
     parts = {"all": step_plan}
     if dp_size is not None:
-        plan.check_split(dp_size, accumulation)
         parts = {
             f"rank {rank} micro-batch {micro}": part
             for rank in range(dp_size)
@@ -128,6 +127,5 @@ def describe_step(
     return {
         **{name: getattr(step_plan, name) for name in ("step", "task", "dataset", "position", "epoch")},
         "split": f"{manifest.root}/{manifest.split}",
-        "state": plan.state(step),
         "image_ids": {name: manifest.index["image_id"][part.indices].tolist() for name, part in parts.items()},
     }
