@@ -284,8 +284,6 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
         (array[:0], "shape"),
         ([array, None], "image 1 of the list is of type NoneType"),
         (7, "int is no image"),
-        (Image.new("I;16", (8, 8)), "16 bits"),
-        (Image.new("F", (8, 8)), "mode F"),
     ]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.coco_tree import write_tree
-from tools.make_shards import main as make_shards
 from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.samples import RawSample
@@ -97,21 +96,6 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest)
     assert places(partly, config_of("visft.mode=shared"), "shared") == set(range(12))
     alone = config_of("visft.mode=shared", "visft.tasks=captioning")
     assert places(partly, alone, "shared") == set(range(12)) - set(SILENT)
-
-
-def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
-    partly: Manifest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--stage", "1", "--model", "debug", "--set", "visft.mode=sampled", "--set", f"visft.data.train={SPLIT}"]
-    flags += [f"--set=visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
-    config = config_of("visft.mode=sampled", stage=1)
-    plan = plan_of(config, only(partly, config))
-    for step in range(12):
-        assert make_shards(["info", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
-        printed = json.loads(capsys.readouterr().out)
-        whole = plan.step(step)
-        expected = partly.index["image_id"][whole.indices].tolist()
-        assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
 
 
 def test_steps_are_shared_out_by_updates(whole: Manifest) -> None:

@@ -37,8 +37,7 @@ NOT_IDENTITY = (
     "visft.data.root",
     "visft.data.sets.*.root",
     "visft.data.sets.*.categories",  # its content counts
-    "visft.data.shuffle",  # what "auto" means counts
-    "visft.data.workers",
+    "visft.data.shuffle",  # the order of samples counts
     "visft.data.num_workers",
     "visft.data.prefetch_steps",
     "visft.data.cache*",

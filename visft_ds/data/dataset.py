@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from visft_ds.data.decode import MOST_PIXELS, decode_image
+from visft_ds.data.decode import decode_image
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.transforms import Geometry, Op
@@ -67,7 +67,7 @@ def read_raw(
     image, size = None, (row["height"], row["width"])
     if image_file is not None:
         try:
-            image = decode_image(image_file, max_pixels=MOST_PIXELS)
+            image = decode_image(image_file)
         except ValueError as error:
             raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
         if image.shape[:2] != size:
