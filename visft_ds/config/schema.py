@@ -133,7 +133,6 @@ class LoraConfig(StrictModel):
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
-    magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
 class HeadsConfig(StrictModel):
