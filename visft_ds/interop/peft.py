@@ -167,11 +167,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 ADAPTER = "."  # this folder
-BASE = "base.safetensors"  # the base weights, under timm's names
 
-model = timm.create_model("{name}", num_classes=0{size})
-weights = load_file(BASE)
-model.load_state_dict({{name: weights[name] for name in model.state_dict()}})  # without a classifier
+{base}
 {ending}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
 """
@@ -284,7 +281,7 @@ def _readme(adapter: Adapter, tower: Tower | None, base_model: Publication | Non
     base, nameless = adapter.base_sha256 or "not recorded", "" if base_model else f"{NAMELESS}\n"
     head = _HEAD.format(model=model, facts=facts(adapter, tower), base=base, nameless=nameless)
     front = front_matter("adapter", "peft", base_model, merged=False)
-    return "\n".join(front) + "\n" + head + loading(adapter, tower, split=split)
+    return "\n".join(front) + "\n" + head + loading(adapter, tower, base_model, split=split)
 
 
 def facts(adapter: Adapter, tower: Tower | None) -> str:
@@ -304,7 +301,7 @@ def facts(adapter: Adapter, tower: Tower | None) -> str:
     return text
 
 
-def loading(adapter: Adapter, tower: Tower | None, *, split: bool) -> str:
+def loading(adapter: Adapter, tower: Tower | None, published: Publication | None, *, split: bool) -> str:
     """The part of a README.md that says how PEFT + timm load an adapter folder, or why they do not."""
     if tower is None:
         if reason := why_no_peft(adapter):
@@ -312,7 +309,15 @@ def loading(adapter: Adapter, tower: Tower | None, *, split: bool) -> str:
         size = "".join(f", {key}={value}" for key, value in adapter.options.items())
         separate, why = (_SEPARATE, _NECESSARY) if reads_past_layers(adapter) else ("", "")
         ending = separate + _ending(adapter)
-        return _TIMM_LOADING.format(name=adapter.model, size=size, ending=ending) + why
+        base = f'model = timm.create_model("{adapter.model}", num_classes=0{size}, pretrained=True)'
+        if published is None:
+            base = (
+                f'BASE = "model.safetensors"  # put the path of your base weights here: sha256 {adapter.base_sha256}\n'
+                f'model = timm.create_model("{adapter.model}", num_classes=0{size})\n'
+                "weights = load_file(BASE)\n"
+                "model.load_state_dict({name: weights[name] for name in model.state_dict()})  # without a classifier"
+            )
+        return _TIMM_LOADING.format(base=base, ending=ending) + why
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
     adjust += _SPLIT if split else ""
