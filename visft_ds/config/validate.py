@@ -315,11 +315,6 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             "must be false with visft.features: images whose features are kept pass through the backbone one by one, "
             "without padding",
         )
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with visft.features: pixels are read in some epochs only, and damage would be seen in those",
-        )
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
@@ -360,6 +355,8 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
             "zero_optimization.stage",
             "must be 1 with a pipeline: DeepSpeed refuses 2 and 3, and with 0 it clips by the gradient of one stage",
         )
+    if visft.model.packed:
+        yield "visft.model.packed", "must be false with a pipeline: use --engine zero0, zero1, zero2 or zero3"
     if visft.model.timm is not None:
         yield (
             "visft.model.preset",
@@ -367,11 +364,6 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
         )
     if zero.overlap_comm:
         yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with a pipeline: its stages read pixels and labels apart and would not skip the same samples",
-        )
     for name in ("tensorboard", "wandb", "csv_monitor", "comet"):
         if getattr(keys, name) is not None:
             yield (
