@@ -53,7 +53,9 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     evaluated, _ = source.build("fp32", torch.device("cpu"))
     manifest = Manifest.load(finished.shards(), "val")
     with ShardReader(manifest) as reader:
-        collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)
+        collected = collect(
+            evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, num_workers=0
+        )
     assert collected is not None
     ids = manifest.index["image_id"].tolist()
     names = {category.coco_id: category.name for category in manifest.categories}

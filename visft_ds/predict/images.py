@@ -16,17 +16,13 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from visft_ds.data.decode import decode_image
-from visft_ds.files import MAX_PIXELS, image_frame, read_bytes, reading, to_rgb
+from visft_ds.files import open_image, reading, to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
-#: Largest file of a picture, bytes.
-_LARGEST = 2**30
-_ORIENTATION = 0x0112  # EXIF
 _ALLOWED = (
     "give a path, a Pillow image, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8, or a list of them"
 )
@@ -119,32 +115,19 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
 
 def open_file(path: Path) -> OpenedImage:
-    """Decode a file as training does, of several pictures the first, and turn it upright by its EXIF.
+    """Decode a file, of several pictures the first, upright by its EXIF.
 
     Raises:
         ValueError: naming the file: no picture, damaged, too large, or not a regular file.
         OSError: it may not be read.
     """
-    data = read_bytes(path, _LARGEST)
-    turn = image_frame(data, str(path)).orientation
-    with reading(path, "a picture"):
-        return OpenedImage(_upright(Image.fromarray(decode_image(data, max_pixels=MAX_PIXELS)), turn), path)
-
-
-def _upright(image: Image.Image, turn: int) -> Pixels:
-    """Pixels of an RGB picture as it is shown; `turn`: EXIF orientation, 1 for none."""
-    if turn != 1:
-        image.getexif()[_ORIENTATION] = turn
-        image = ImageOps.exif_transpose(image)
-    return np.array(image)  # torch asks for pixels that can be written to
+    return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
 
 
 def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
         with reading(what, "a picture"):
-            image.load()
-            turn = image.getexif().get(_ORIENTATION, 1)
-            return OpenedImage(_upright(to_rgb(image), turn if turn in range(2, 9) else 1), None)
+            return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
     if not str(image.dtype).endswith("uint8"):  # NumPy has not all of torch's
