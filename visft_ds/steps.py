@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visft_ds.interop.writing import write_text
 from visft_ds.redaction import redacted_words
 from visft_ds.resilience.processes import same_code
-from visft_ds.run.lock import locked
 
 OUT = "{OUT}"  #: stands in the words of a command for the file or folder that it makes
 TAIL = 12  #: lines of a log that show why a step failed
@@ -67,6 +65,8 @@ class Steps:
         for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
             if signal.getsignal(sign) == signal.SIG_DFL:
                 signal.signal(sign, signal.default_int_handler)
+        from visft_ds.run.lock import locked  # takes a second, which --help would, too
+
         with locked(self.root, patience=1.0):
             return self._run(jobs)
 
@@ -139,8 +139,10 @@ class Steps:
             return subprocess.Popen(words, stdout=log, stderr=log, env=same_code(), start_new_session=True)
 
     def _record(self, step: Step, **more: float) -> None:
-        text = json.dumps({"command": step.command, **more}) + "\n"
-        write_text(self._path(step.name), text, overwrite=True)
+        path = self._path(step.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps({"command": step.command, **more}) + "\n", encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self._path(name)
