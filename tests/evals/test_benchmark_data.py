@@ -268,5 +268,5 @@ def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             parse_benchmarks(texts)
-    with pytest.raises(ValueError, match="no such number; there are .*probe/shapes linear, probe/shapes 1-shot"):
+    with pytest.raises(ValueError, match=r"no such number; there are .*probe/shapes linear, probe/shapes 1-shot"):
         parse_benchmarks(given, "probe/shapes kmn")
