@@ -21,8 +21,9 @@ from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
-from visft_ds.resilience.signals import StopFlag
-from visft_ds.resilience.watchdog import Watchdog, watch
+from visft_ds.resilience.stop import Stop, StopFlag
+from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
@@ -63,7 +64,7 @@ class FitResult:
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
-    requeue: bool  #: SIGUSR1 asked for the job to be queued again
+    stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
     @property
@@ -101,12 +102,8 @@ def train(
 
     # 4: from here on all ranks act together.
     start_process_group()
-    alike = machine.planned.partition is None
-    with (
-        ExitStack() as at_the_end,
-        locked_for_all_ranks(out),
-        watch(out, config.visft.run.heartbeat_timeout, config.visft.run.step_timeout, alike=alike) as watchdog,
-    ):
+    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
+    with ExitStack() as at_the_end, locked_for_all_ranks(out), watchdog.watching():
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
@@ -145,7 +142,7 @@ def train(
         at_the_end.enter_context(released(engine))
 
         # 8: go on where an earlier start of this run was left.
-        state = RunState(config, engine, identity)
+        state = RunState(config, engine, identity, data)
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
@@ -159,7 +156,9 @@ def train(
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
-        opened = open_log(config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks)
+        opened = open_log(
+            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+        )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
@@ -171,17 +170,19 @@ def train(
             finished = complete or step >= config.total_steps
             if finished:
                 watchdog.begin("exporting", timed=False)
-                state.export(step, base_sha256, data, prepared.base)
-            requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
+                if validation and config.visft.run.keep_best:
+                    validation.poll(log, wait=True)
+                state.export(state.take_best(step, log), base_sha256, prepared.base)
+            stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
             distributed.close()
-            watchdog.leave("done" if finished else f"stopped: {stop.why()}")
+            watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
             elif validation:
                 validation.leave(log)
             state.delete_obsolete()
-            return FitResult(out, step, finished, requeue, log.writer.last)
+            return FitResult(out, step, finished, stopped, log.writer.last)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:

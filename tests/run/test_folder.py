@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -29,7 +29,7 @@ FIRST, OTHER = _config(), _config("optimizer.params.lr=1e-6")
 def _run(out: Path) -> Path:
     """What a run leaves that diverges before its first checkpoint; notes of the user beside it."""
     RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(out)
-    for name in (*RECORDS[1:], "heartbeats/rank_00000.json", LOCK_FILE, "notes.txt"):
+    for name in (*RECORDS[1:], LOCK_FILE, "notes.txt"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
     return out
@@ -46,7 +46,7 @@ def test_a_run_that_saved_nothing_is_set_aside_with_all_that_it_wrote(tmp_path: 
     aside = set_aside(out)
     assert aside == out / "earlier-1" and (aside / "run.json").read_text() == before
     assert all((aside / name).read_text() == name for name in RECORDS[1:])
-    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "heartbeats", "notes.txt", LOCK_FILE]
+    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "notes.txt", LOCK_FILE]
     RunRecord(OTHER.to_dict(), 1, ["train.py"]).write(out)
     assert open_run_folder(out, FIRST, "auto") and set_aside(out) == out / "earlier-2"
     assert json.loads((aside / "run.json").read_text()) == json.loads(before)
@@ -77,7 +77,7 @@ def test_what_belongs_to_trackers_and_traces_is_set_aside_with_the_run(tmp_path:
 def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
     out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
-    state = RunState(_config(f"visft.run.out={out}"), engine, {})
+    state = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
     if how == "auto":
         assert state.resume(how) == 0  # the random base alone is nothing that was trained
     (out / "export/detection.safetensors").write_text("")
@@ -95,7 +95,7 @@ def test_an_export_names_a_base_that_lies_in_the_hubs_cache_alone(
     cached.parent.mkdir(parents=True)
     cached.touch()
     engine = cast(Engine, SimpleNamespace(module=SimpleNamespace(backbone=None)))
-    assert RunState(config, engine, {})._publication() == Publication("QuanSun/EVA-CLIP", "mit")
+    assert RunState(config, engine, {}, cast(Any, None))._publication() == Publication("QuanSun/EVA-CLIP", "mit")
 
 
 def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:

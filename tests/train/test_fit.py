@@ -27,6 +27,8 @@ from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.engine import Engine
+from visft_ds.prepare.data import RunData
+from visft_ds.resilience.stop import Stop
 from visft_ds.run import async_eval
 from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
@@ -257,13 +259,13 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     told = Told(STEPS, lambda: signal.raise_signal(signal.SIGUSR1))
     more = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
     ended = stage1(tmp_path / "run", told, **more)
-    assert ended.finished and ended.step == STEPS and ended.requeue and ended.export.is_dir()
+    assert ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1 and ended.export.is_dir()
     out = capfd.readouterr().out
     assert "the last evaluation is left out; the same command makes it" in out and "stopped after step" not in out
     assert told.evaluations == []
     again = Told()
     ended = stage1(tmp_path / "run", again, **more)
-    assert ended.finished and not ended.requeue and [step for step, _ in again.evaluations] == [STEPS]
+    assert ended.finished and not ended.stopped and [step for step, _ in again.evaluations] == [STEPS]
 
 
 def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
@@ -283,7 +285,7 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
 
 def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> None:
     config = resolve(stage=1, model="debug", settings=texts({**SETTINGS, **EARLY, "visft.run.out": str(tmp_path)}))
-    state = RunState(config, cast(Engine, None), {})  # an engine is asked for nothing here
+    state = RunState(config, cast(Engine, None), {}, cast(RunData, None))  # an engine is asked for nothing here
     for step, score in enumerate((0.5, 0.1, 0.1), 1):
         state.judged(step, {"box/AP50": score})
     told: list[str] = []

@@ -110,11 +110,11 @@ class ModelConfig(StrictModel):
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start
-    recompute: Literal["auto", "none", "block", "mlp", "all_but_attention", "gelu_8bit"] = "auto"
-    kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any (docs/memory-and-speed.md)
+    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
+    kernels: Literal["library", "triton"] = "library"  #: of adapted layers; triton: our own (docs/memory-and-speed.md)
     packed: bool = False  #: the backbone takes images of different sizes without padding (docs/memory-and-speed.md)
     tf32: bool = False  #: float32 products and convolutions of GPUs in TF32 (docs/memory-and-speed.md); false: in full
-    compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
+    compile: Literal["none", "blocks"] = "none"  #: by torch.compile
 
     @property
     def timm(self) -> str | None:
@@ -133,7 +133,6 @@ class LoraConfig(StrictModel):
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
-    magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
 class HeadsConfig(StrictModel):
@@ -219,8 +218,7 @@ class RunConfig(StrictModel):
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    heartbeat_timeout: Above = 60.0  #: seconds without a heartbeat after which a rank counts as lost
-    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
+    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 

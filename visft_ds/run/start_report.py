@@ -11,7 +11,7 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
-from visft_ds.config.preflight import CANNOT_START, head_files
+from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
@@ -25,7 +25,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
 from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
-from visft_ds.planner import PlannedRun, plan_largest, run_of
+from visft_ds.planner.step import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file
@@ -151,7 +151,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         as_json: print the resolved configuration, and reasons on stderr.
 
     Returns:
-        The exit code: 0, or CANNOT_START where an input is missing or is not what a start could read. Whether it fits
+        The exit code: 0, or 2 where an input is missing or is not what a start could read. Whether it fits
         into memory is said, and changes nothing.
 
     Raises:
@@ -177,7 +177,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     if as_json:
         print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
-        return CANNOT_START if reasons else 0
+        return 2 if reasons else 0
     sections = [
         Section(
             "replaced on purpose",
@@ -191,7 +191,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
     print("\n".join(reasons), end="\n" if reasons else "")
-    return CANNOT_START if reasons else 0
+    return 2 if reasons else 0
 
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:

@@ -41,7 +41,7 @@ from visft_ds.evals.benchmarks.images import (
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.monitor.console import gauged
-from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.coco import stored_segmentation
 
 CELLS, VOID = 56, -1
 #: Images of a part; a larger one gives every k-th.
@@ -246,9 +246,9 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     given = annotation.get("segmentation") or None
     if isinstance(given, Mapping) and height * width > MAX_PIXELS:
         raise ValueError(f"{where}: a mask of {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
-    shape, wrong = stored_segmentation(given, height, width)
+    shape = stored_segmentation(given, height, width)
     if shape is None and given is not None:
-        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation: {wrong[0]}")
+        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")
     if isinstance(shape, Mapping):
         mask = Image.fromarray(coco_mask.decode(dict(shape)))
         return np.asarray(mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)).astype(bool)

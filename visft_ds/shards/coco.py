@@ -1,0 +1,264 @@
+"""COCO JSON files -> one label per image. What no reader could use is left out, counted and shown."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
+
+from visft_ds.data.labels import has_area
+from visft_ds.data.shards import Category
+from visft_ds.files import MAX_PIXELS, read_bytes, reading
+
+#: A COCO file, or its content where it was made of another format.
+CocoFile = Path | Mapping[str, Any]
+MOST_LOST = 0.1  # share of images, or of annotations, that may be unusable
+_EXAMPLES = 3
+
+
+class Findings(dict[str, tuple[int, list[str]]]):
+    """What was odd: kind -> (how often, the first few examples)."""
+
+    def add(self, kind: str, example: object) -> None:
+        count, examples = self.get(kind, (0, []))
+        self[kind] = count + 1, [*examples, f"{example!s:.120}"][:_EXAMPLES]
+
+    @property
+    def total(self) -> int:
+        return sum(count for count, _ in self.values())
+
+    def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
+        """Raise ValueError if there are more than a tenth of all."""
+        if self.total > MOST_LOST * of:
+            raise ValueError("\n".join([f"{where}: {self.total} of its {of} {what} cannot be used:", *lines_of(self)]))
+
+
+def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Findings for a person."""
+    return [f"{count:>7} x {kind}, for instance {', '.join(shown)}" for kind, (count, shown) in findings.items()]
+
+
+@dataclass(slots=True)
+class SourceImage:
+    """An image with its labels."""
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    kept: dict[str, Any]  #: licence and address: who shows an image must be able to name its author
+    annotations: list[bytes] = field(default_factory=list)  #: JSON; as objects, those of COCO take ten times the room
+    captions: list[str] = field(default_factory=list)
+    crowds: int = 0
+    trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
+    wanted: bool = True  #: it was asked for
+    size: int = 0  #: bytes of its file
+    stamp: int = -1  #: when that was changed; -1: there is none
+
+    def label(self) -> bytes:
+        """The JSON file of this sample in a shard."""
+        names = ("image_id", "file_name", "width", "height")
+        fields = {name: getattr(self, name) for name in names} | self.kept
+        fields["annotations"] = orjson.Fragment(b"[%b]" % b",".join(self.annotations))
+        return orjson.dumps(fields | {"captions": self.captions})
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """A COCO data set, images by ascending id."""
+
+    images: list[SourceImage]
+    categories: tuple[Category, ...]
+    findings: Findings
+    files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
+
+
+def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None) -> CocoSource:
+    """Read COCO JSON files; without instances, the images are those of the captions file.
+
+    Args:
+        only: a text file of image ids or file names, one a line: only these images.
+
+    Raises:
+        ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
+            is unusable; nothing to learn.
+    """
+    findings, files = Findings(), dict[str, Mapping[str, Any]]()
+    images, table, names = dict[int, SourceImage](), dict[int, str](), set[str]()
+    if only is not None:
+        with reading(only, "a list of image ids or file names"):
+            names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {""}
+    for role, place in {"instances": instances, "captions": captions}.items():
+        if place is None:
+            continue
+        where = place if isinstance(place, Path) else f"the {role}"
+        with reading(where, f"a COCO file of {role}"):
+            content = orjson.loads(_read(place, role, files).removeprefix(b"\xef\xbb\xbf"))
+            images = images or _images(content["images"], where, findings)
+            for image in images.values() if only is not None else ():
+                image.wanted = str(image.image_id) in names or image.file_name in names
+            if role == "captions":
+                lost = _add_captions(content["annotations"], images, findings, strangers=instances is not None)
+            else:
+                for category in content["categories"]:
+                    if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
+                        raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
+                    table[category["id"]] = category["name"]
+                lost = _add_annotations(content["annotations"], images, table, findings)
+            lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
+            findings.update(lost)
+    chosen = [images[number] for number in sorted(images) if images[number].wanted]
+    if missing := names - {str(image.image_id) for image in chosen} - {image.file_name for image in chosen}:
+        raise ValueError(f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}")
+    # 1 x 1 stands for a file that cannot be read, which is the better reason
+    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in chosen):
+        raise ValueError(f"{where}: none of its {len(chosen)} images has an object or a caption to learn from")
+    categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
+    return CocoSource(chosen, categories, findings, files)
+
+
+def _read(place: CocoFile, role: str, files: dict[str, Mapping[str, Any]]) -> bytes:
+    data = read_bytes(place) if isinstance(place, Path) else orjson.dumps(place)
+    name = place.name if isinstance(place, Path) else role
+    files[role] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return data
+
+
+def _images(entries: list[dict[str, Any]], where: object, findings: Findings) -> dict[int, SourceImage]:
+    images, lost = dict[int, SourceImage](), Findings()
+    for entry in entries:
+        number, width, height, name = (entry.get(key) for key in ("id", "width", "height", "file_name"))
+        if not type(number) is type(width) is type(height) is int or type(name) is not str:
+            lost.add("image without id, size or file_name", f"{name} (id {number!r:.20})")
+        elif not 0 <= number < 1 << 63 or min(width, height) < 1 or width * height > MAX_PIXELS:
+            lost.add("image of impossible id or size", f"{name} (id {number}, {width} x {height})")
+        elif number in images:
+            if images[number].file_name != name:
+                raise ValueError(f"{name} and {images[number].file_name} both have the id {number}")
+            findings.add("image listed twice", name)
+        else:
+            kept = {key: entry[key] for key in ("license", "flickr_url") if type(entry.get(key)) in (int, str)}
+            images[number] = SourceImage(number, name, width, height, kept)
+    lost.refuse_above_a_tenth(len(entries), where, "images")
+    findings.update(lost)
+    return images
+
+
+def _add_captions(
+    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], findings: Findings, *, strangers: bool
+) -> Findings:
+    """Give the captions to their images; returns those that cannot be used.
+
+    Args:
+        strangers: they may be of more images than there are: of a part of COCO, the captions of all are often given.
+    """
+    lost, unknown = Findings(), Findings()
+    for entry in entries:
+        image, text = _image_of(entry, images), entry.get("caption")
+        if image is None:
+            unknown.add("caption without image", f"caption {entry.get('id')}")
+        elif not isinstance(text, str) or not text.strip():
+            lost.add("caption without text", f"caption {entry.get('id')}")
+        else:
+            image.captions.append(text)
+    (findings if strangers and unknown.total < len(entries) else lost).update(unknown)
+    return lost
+
+
+def _add_annotations(
+    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], categories: Mapping[int, str], findings: Findings
+) -> Findings:
+    """Give the annotations to their images; returns those that cannot be used."""
+    lost, apart, masks, seen = Findings(), Findings(), 0, set[int]()
+    for entry in entries:
+        number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
+        box: Any = entry.get("bbox")
+        image, where = _image_of(entry, images), f"annotation {number}"
+        if image is None:
+            lost.add("annotation without image", where)
+        elif type(category) is not int or category not in categories:
+            lost.add("annotation of unknown category", f"{where}: {category}")
+        elif type(number) is not int or number in seen:
+            lost.add("annotation without an id of its own", where)
+        elif not _is_box(box) or crowd not in (None, 0, 1):
+            lost.add("box or crowd flag malformed", f"{where}: {box}")
+        elif image.wanted:
+            seen.add(number)
+            x, y, width, height = box
+            useful, area = has_area(box, image.width, image.height), entry.get("area")
+            area = area if type(area) in (int, float) else width * height
+            stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
+            segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+            if segmentation is not None:
+                stored["segmentation"] = segmentation
+            image.annotations.append(orjson.dumps(stored))
+            image.crowds += bool(crowd)
+            image.trainable += useful and not crowd
+            for kind, found in (
+                ("crowd (kept; training leaves it out)", crowd),
+                ("box without area (kept; training leaves it out)", not useful),
+                ("instance without mask", not segmentation and not crowd),
+            ):
+                if found:
+                    findings.add(kind, where)
+            right, bottom = x + width, y + height
+            if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
+                kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
+                lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
+            elif segmentation and not crowd and (extent := _extent(segmentation)):
+                masks += 1
+                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
+                    apart.add("mask more than a pixel from its box", f"{where}: {box}")
+    if apart.total > MOST_LOST * masks:
+        findings.update(apart)
+    return lost
+
+
+def _image_of(entry: Mapping[str, Any], images: Mapping[int, SourceImage]) -> SourceImage | None:
+    number = entry.get("image_id")
+    return images.get(number) if type(number) is int else None
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(number) in (int, float) for number in box)
+    return numbers and all(map(math.isfinite, box))
+
+
+def stored_segmentation(given: Any, height: int, width: int) -> Any:
+    """Polygons of three points or more, a run-length code with its counts as text, or None."""
+    if isinstance(given, list):
+        good = [polygon for polygon in given if _is_polygon(polygon)]
+        return good if good or not given else None
+    if not isinstance(given, Mapping) or given.get("size") != [height, width]:
+        return None
+    code = {"size": [height, width], "counts": given.get("counts")}
+    try:
+        if isinstance(code["counts"], list):
+            code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode("ascii")
+        coco_mask.decode(code)  # its runs fill the image
+    except (ValueError, RuntimeError, TypeError):
+        return None
+    return code
+
+
+def _is_polygon(given: Any) -> bool:
+    try:  # `sum` is the fastest way over millions of numbers: it fails for text, objects and null
+        return isinstance(given, list) and len(given) >= 6 and len(given) % 2 == 0 and math.isfinite(sum(given))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _extent(segmentation: Any) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) of a mask; None for an empty one."""
+    if isinstance(segmentation, Mapping):
+        x, y, width, height = map(float, coco_mask.toBbox(dict(segmentation)))
+        return (x, y, x + width, y + height) if width and height else None
+    xs = [x for polygon in segmentation for x in polygon[::2]]
+    ys = [y for polygon in segmentation for y in polygon[1::2]]
+    return min(xs), min(ys), max(xs), max(ys)
