@@ -29,7 +29,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
-from visft_ds.redaction import redacted, redacted_words
+from visft_ds.redaction import redacted
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.tasks.pictures import save_png
 
@@ -176,7 +176,7 @@ def _write(
         "processes": distributed.world_size(),
         "seconds": round(time.perf_counter() - began, 3),
         "versions": versions(),
-        "command": redacted_words(sys.argv),
+        "command": [redacted(word) for word in sys.argv],
     }
     content = orjson.dumps({**record, **about}, option=orjson.OPT_INDENT_2)
     write_atomically(given.out / name, lambda file: file.write(content), overwrite=True)

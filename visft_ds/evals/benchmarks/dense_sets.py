@@ -26,7 +26,7 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
-from visft_ds.data.labels import parse_label
+from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader, manifest_path
 from visft_ds.evals.benchmarks.images import (
     SUFFIXES,
@@ -194,11 +194,8 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(str(root), split)
     reader = ShardReader(manifest)
     places = _places(len(reader), most)
-    labels = []
-    for place in places:
-        with reading(reader.describe(place), "labels of an image"):
-            label = parse_label(reader.read(place, "labels")[1] or b"")
-        labels.append(((label["height"], label["width"]), label["annotations"]))
+    found = labels_of_split(reader, places)
+    labels = [((label["height"], label["width"]), label["annotations"]) for label in found]
     names = [f"{split} {reader.row(place)['image_id']}" for place in range(len(reader))]
 
     def read(place: int) -> Image.Image:
