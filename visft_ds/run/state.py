@@ -167,6 +167,27 @@ class RunState:
         )
         return True
 
+    def take_best(self, step: int, log: RunLog) -> int:
+        """Go back to the best step by `visft.run.keep_best`, as far as it was saved. Collective.
+
+        Returns the step whose values are there now.
+
+        Raises:
+            ValueError: its checkpoint is damaged.
+        """
+        metric, best = self._config.visft.run.keep_best, self._saver.since_best()[1]
+        path = checkpoint_path(self._saver.folder, best or 0)
+        known = metric is not None and best is not None and best != step and path.is_dir()
+        found = distributed.broadcast_object(str(path) if known else None)
+        if found is None:
+            return step
+        checkpoint = open_checkpoint(Path(found))
+        with met_by_one_rank():
+            state = checkpoint.load()
+        restore_state(self._engine, state, checkpoint.step)
+        log.message(f"step {checkpoint.step} was the best by {metric}: its values are exported")
+        return checkpoint.step
+
     def delete_obsolete(self) -> None:
         """Delete what need not stay, now that all evaluations are known."""
         if distributed.is_main():
