@@ -146,7 +146,7 @@ def train(
         at_the_end.enter_context(released(engine))
 
         # 8: go on where an earlier start of this run was left.
-        state = RunState(config, engine, identity)
+        state = RunState(config, engine, identity, data)
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
@@ -174,7 +174,7 @@ def train(
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
                     validation.poll(log, wait=True)
-                state.export(state.take_best(step, log), base_sha256, data, prepared.base)
+                state.export(state.take_best(step, log), base_sha256, prepared.base)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
             requeue = not complete and distributed.any_rank(stop.requeue, engine.device)

@@ -124,12 +124,10 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
             engine,
             folder,
             lora=None,
-            head_options={name: task.head.model_dump() for name, task in config.visft.tasks.enabled().items()},
-            facts={"step": 0, "base_weights": "", "mode": config.visft.mode},
-            categories=(),
+            infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
+            base_weights="",
             base_sha256="",
             base=prepared.base,
-            vocabulary=WORDS,
         )
     finally:
         export.gather_parameters = original

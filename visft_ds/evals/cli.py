@@ -89,7 +89,7 @@ def report(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
-    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
+    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
     model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     model.add_argument(

@@ -16,6 +16,7 @@ import orjson
 
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
@@ -240,7 +241,7 @@ def _job(given: Request) -> Job:
     chosen = None if given.backbone is None else named(os.fspath(given.backbone), download=given.download)
     backbone = None if chosen is None else chosen.file(download=given.download)
     if given.run:
-        visft = given.recorded or recorded_config(given.run).visft
+        visft = given.recorded or recorded_config(folder_of_run(given.run)).visft
         source = source_of_run(
             given.run,
             visft,
@@ -256,7 +257,7 @@ def _job(given: Request) -> Job:
             batch_size=given.batch_size,
         )
         split = given.split or visft.data.val
-        shards = data if data or coco else data_of_run(given.run, visft, split)
+        shards = data if data or coco else data_of_run(folder_of_run(given.run), visft, split)
     else:
         needed = ("backbone", "heads", *(["out"] if given.command else []))
         missing = [f"--{name}" for name in needed if getattr(given, name) is None]

@@ -114,7 +114,8 @@ def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path 
             taker.finish(where)
     if missing := names - {str(number) for number in wanted} - {image.file_name for image in wanted.values()}:
         raise ValueError(f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}")
-    if not any(image.trainable or image.captions for image in wanted.values()):
+    # 1 x 1 stands for a file that cannot be read, which is the better reason
+    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in wanted.values()):
         raise ValueError(f"{where}: none of its {len(wanted)} images has an object or a caption to learn from")
     categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
     return CocoSource([wanted[number] for number in sorted(wanted)], categories, findings, files)

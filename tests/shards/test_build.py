@@ -1,0 +1,265 @@
+"""`tools/make_shards.py` from outside: the same bytes however it runs or is stopped, and nothing is mixed or lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simplejpeg
+from faster_coco_eval import mask as coco_mask
+
+from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
+from tools.make_shards import main
+from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.shards import Manifest, ShardReader, verify
+from visft_ds.shards.build import Options, build
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = 20_480  # bytes of a shard: a few samples
+
+
+def options_of(tree: Tree, out: Path, **changes: Any) -> Options:
+    given = {"images": tree.images, "instances": tree.instances, "captions": tree.captions, "out": out, "split": "toy"}
+    return Options(**{**given, "max_size": SMALL, **changes})
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()}
+
+
+def times(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in root.glob("*.tar")}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return write_tree(tmp_path / "tree")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return write_tree(tmp_path_factory.mktemp("coco"), 240)
+
+
+@pytest.fixture(scope="module")
+def expected(large: Tree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("reference")
+    build(options_of(large, out))
+    return digests(out)
+
+
+def _start(tree: Tree, out: Path) -> subprocess.Popen[str]:
+    """Start a build and wait until it is in the middle: some shards are finished, most are not."""
+    tool = [sys.executable, str(ROOT / "tools/make_shards.py")]
+    arguments = [*tool, "build", *tree.arguments(out), f"--max-size={SMALL}", "--workers=2"]
+    # A suite that runs in the background of a shell has SIGINT ignored, and its children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 600
+    while len(list(out.glob("toy-*.tar"))) < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_build_goes_on_to_the_same_bytes(
+    large: Tree, expected: dict[str, str], tmp_path: Path, end: signal.Signals
+) -> None:
+    process = _start(large, tmp_path)
+    process.send_signal(end)
+    _, message = process.communicate(timeout=600)
+    if end == signal.SIGINT:
+        assert process.returncode == 130 and "run the same command again" in message
+    left, before = digests(tmp_path), times(tmp_path)
+    assert 4 <= len(left) < len(expected) - 2, "the test must interrupt in the middle"
+    assert left.items() <= expected.items(), "a file with its final name is always complete"
+    build(options_of(large, tmp_path))
+    assert digests(tmp_path) == expected
+    # A kill may come between a shard and its record; that one is made again.
+    after = times(tmp_path)
+    assert len(before) - 2 <= sum(after[name] == stamp for name, stamp in before.items())
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_any_number_of_workers_writes_the_same_bytes(large: Tree, expected: dict[str, str], tmp_path: Path) -> None:
+    for workers in (2, 5):
+        build(options_of(large, tmp_path / str(workers)), workers=workers)
+        assert digests(tmp_path / str(workers)) == expected
+
+
+def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
+    """tools/profile.py must not stand in for the standard library's module, which torch imports."""
+    command = [sys.executable, "make_shards.py", "build", *tree.arguments(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools", timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "toy: made 1 shards" in result.stdout and "1 x crowd" in result.stdout
+
+
+def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) -> None:
+    options = options_of(tree, tmp_path / "out")
+    build(options)
+    path, before, stamps = tree.images / "picture.3.jpg", digests(options.out), times(options.out)
+    path.write_bytes(simplejpeg.encode_jpeg(255 - simplejpeg.decode_jpeg(path.read_bytes()), quality=60))
+    build(options)
+    after = digests(options.out)
+    assert sum(before[name] != after[name] for name in after if name.endswith(".tar")) == 1
+    assert sum(stamps[name] == stamp for name, stamp in times(options.out).items()) == len(stamps) - 1
+    for spoil in (Path.unlink, lambda shard: shard.write_bytes(bytes(shard.stat().st_size))):
+        spoil(options.out / "toy-000001.tar")
+        build(options)
+        assert digests(options.out) == after, "a lost or damaged shard is made again"
+
+
+def test_a_failure_while_writing_leaves_only_whole_files(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk in a rebuild: the old manifest must be gone before the first shard that it does not describe."""
+    options = options_of(tree, tmp_path / "out")
+    build(options)
+    before = digests(options.out)
+    for picture in tree.images.iterdir():
+        os.utime(picture, (1, 1))  # taken for a new file
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == "toy-000001.tar":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            build(options)
+    assert not list(options.out.rglob("*.tmp"))
+    with pytest.raises(ValueError, match=r"toy\.manifest\.json does not exist"):
+        Manifest.load(options.out, "toy")
+    build(options)
+    assert digests(options.out) == before
+
+
+def test_a_split_built_otherwise_is_not_overwritten(tree: Tree, tmp_path: Path) -> None:
+    command = ["build", *tree.arguments(tmp_path / "out")]
+    assert main([*command, f"--max-size={SMALL}"]) == 0
+    before = digests(tmp_path / "out")
+    assert main(command) == 2 and digests(tmp_path / "out") == before
+    tree.edit(lambda content: content["annotations"].pop())
+    assert main([*command, f"--max-size={SMALL}"]) == 2 and digests(tmp_path / "out") == before
+    assert main([*command, "--replace"]) == 0
+    assert times(tmp_path / "out").keys() == {"toy-000000.tar"}
+    assert verify(Manifest.load(tmp_path / "out", "toy")) == []
+
+
+def test_shards_that_fewer_images_leave_over_go(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", 20)
+    options = options_of(tree, tmp_path / "out", max_size=1)
+    assert len(build(options).shards) == 20
+    (tree.images / "picture.3.jpg").unlink()
+    assert len(build(options).shards) == len(times(options.out)) == 19
+
+
+def test_a_dry_run_writes_nothing(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", *tree.arguments(tmp_path / "out"), f"--max-size={SMALL}", "--dry-run"]) == 0
+    assert "would make 3 shards" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_stay_below_the_size_asked_for(tmp_path: Path) -> None:
+    manifest = make_split(tmp_path, max_size=20_480)
+    # Tars are multiples of 10,240 bytes: the limit is met exactly, not merely undercut.
+    assert {shard.bytes for shard in manifest.shards[:-1]} == {20_480}
+    assert len(manifest.shards) > 2 and manifest.shards[-1].bytes <= 20_480
+
+
+def test_limit_order_and_chosen_images(tree: Tree, tmp_path: Path) -> None:
+    whole = make_split(tmp_path / "b", seed=3).index["image_id"].tolist()
+    assert make_split(tmp_path / "c", seed=3, limit=5).index["image_id"].tolist() == whole[:5]
+    assert sorted(whole) != whole != make_split(tmp_path / "d").index["image_id"].tolist()
+    chosen = tmp_path / "ids.txt"
+    chosen.write_text("1007\n\npicture.3.jpg\n1077\n")
+    made = build(options_of(tree, tmp_path / "out", ids=chosen))
+    assert sorted(made.index["image_id"].tolist()) == [1007, 1021, 1077]
+    chosen.write_text("1007\n9999\n")
+    with pytest.raises(ValueError, match=r"1 of its 2 lines name no image: \['9999'\]"):
+        build(options_of(tree, tmp_path / "none", ids=chosen))
+    assert len(build(options_of(tree, tmp_path / "out", ids=None), replace=True)) == 12
+
+
+def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_split(tmp_path).root
+    assert main(["info", str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "toy: 3 shards" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
+    assert main(["verify", str(root)]) == 0
+    shard = Path(root, "toy-000001.tar")
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    assert main(["verify", str(root), "--split", "toy"]) == 1
+    assert "damaged: toy-000001.tar" in capsys.readouterr().out
+    os.truncate(shard, 3000)
+    assert main(["verify", str(root)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        (["--images", "/nowhere"], "/nowhere"),
+        (["--instances", "/nowhere.json"], "/nowhere.json"),
+        (["--instances", __file__], "test_build.py"),
+        (["--split", "a/b"], "a/b"),
+        (["--max-size", "12 apples"], "apples"),
+        (["--workers", "0"], "--workers"),
+        (["--seed", "-1"], "seed -1"),
+        (["--out", "/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], word: str
+) -> None:
+    assert main(["build", *tree.arguments(tmp_path), *extra]) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def _compressed(code: dict[str, Any]) -> str:
+    compressed = coco_mask.frPyObjects(code, *code["size"])["counts"]
+    assert isinstance(compressed, bytes)
+    return compressed.decode()
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> None:
+    labels = PHOTOS / "annotations"
+    instances, captions = labels / f"instances_{split}.json", labels / f"captions_{split}.json"
+    manifest = build(Options(PHOTOS / split, instances, captions, tmp_path, split, max_size=2_000_000), workers=2)
+    assert not manifest.left_out and verify(manifest) == []
+    source = json.loads(instances.read_text())
+    texts = json.loads(captions.read_text())["annotations"]
+    reader = ShardReader(manifest)
+    content = coco_dataset(reader)
+    stored = [json.loads(reader.read(index, "labels")[1] or b"") for index in range(len(reader))]
+    for annotation in source["annotations"]:
+        code = annotation["segmentation"]
+        if isinstance(code, dict):  # crowds, given as lists of runs, are stored as text
+            annotation["segmentation"] = {"size": code["size"], "counts": _compressed(code)}
+    assert {a["id"]: a for a in content["annotations"]} == {a["id"]: a for a in source["annotations"]}
+    assert len(content["annotations"]) == len(source["annotations"])
+    assert content["categories"] == [{"id": c["id"], "name": c["name"]} for c in source["categories"]]
+    assert {label["image_id"]: label["captions"] for label in stored} == {
+        image["id"]: [text["caption"] for text in texts if text["image_id"] == image["id"]]
+        for image in source["images"]
+    }
+    for place in range(len(reader)):
+        image = (PHOTOS / split / stored[place]["file_name"]).read_bytes()
+        assert reader.read(place, "images")[0] == image
