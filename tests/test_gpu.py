@@ -33,32 +33,20 @@ def test_broken_kernels_fail_and_nothing_else_does(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for name in ("visft_ds", "tools", "ds_configs"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    mistakes = {
-        "codes.copy_(_codes(values))": ("gelu.py", "codes.copy_(_codes(1.02 * values))"),
-        "return normed if": (
-            "gelu.py",
-            "if x.dtype == torch.half:\n        raise MemoryError('worn out')\n    return normed if",
-        ),
-        "q.shape[-1] ** -0.5": ("attention.py", "q.shape[-1] ** -0.51"),
-    }
+    mistakes = {"q.shape[-1] ** -0.5": ("attention.py", "q.shape[-1] ** -0.51")}
     for right, (file, wrong) in mistakes.items():
         path = copy / "visft_ds" / "ops" / file
         text = path.read_text()
         assert text.count(right) == 1
         path.write_text(text.replace(right, wrong))
-    code, rows = run(copy, tmp_path / "rows.json", "--parts", "ops", "attention", "lora")
-    failed = {(row["part"], row["case"]): row["reason"] for row in rows if row["verdict"] == FAILED}
+    code, rows = run(copy, tmp_path / "rows.json", "--parts", "attention", "lora")
+    failed = {(row["part"], row["case"]) for row in rows if row["verdict"] == FAILED}
     assert code == 1
-    assert {part for part, _ in failed} == {"ops", "attention"}
-    wanted = ["gelu in 8 bits, library, fp32", "gelu in 8 bits, library, fp16", "norm, added, library, fp16"]
-    assert [case for part, case in failed if part == "ops"] == wanted
-    assert failed["ops", wanted[-1]] == "exit code 1: MemoryError: worn out"
+    assert {part for part, _ in failed} == {"attention"}
     cases = {f"reference, heads of {width}, {dtype}" for width in (112, 88, 64) for dtype in ("fp32", "bf16", "fp16")}
     plain = ("the table", "packed, the table", "packed, one by one")  # of plain products in bf16 on a CPU
     cases |= {f"{name}, heads of {width}, bf16" for name in plain for width in (112, 88, 64)}
     assert {case for part, case in failed if part == "attention"} == cases
-    behind = [row["case"] for row in rows if row["part"] == "ops"]
-    assert behind.index("gelu, triton, fp32") > behind.index(wanted[-1])
     assert {row["verdict"] for row in rows if row["part"] == "lora"} <= {PASSED, SKIPPED}
 
 

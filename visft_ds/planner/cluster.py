@@ -32,9 +32,9 @@ LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 #: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6
 #: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
-#: computed again; measured. Where the attention's result is kept, torch looks at each operator in Python.
+#: computed again; measured.
 HOST_SECONDS = 19e-6
-CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
+CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 _UPDATE_BYTES = 32
 
