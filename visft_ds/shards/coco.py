@@ -76,11 +76,14 @@ class CocoSource:
     files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
 
 
-def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None) -> CocoSource:
+def read_coco(
+    instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None, ellipses: bool = False
+) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
     Args:
         only: a text file of image ids or file names, one a line: only these images.
+        ellipses: an object without a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
@@ -108,7 +111,7 @@ def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path 
                 if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
                     raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
                 table[category["id"]] = category["name"]
-            taker = _Annotations(images, wanted, table, findings)
+            taker = _Annotations(images, wanted, table, findings, ellipses)
             for annotation in content["annotations"]:
                 taker.add(annotation)
             taker.finish(where)
@@ -188,6 +191,7 @@ class _Annotations:
     wanted: Mapping[int, SourceImage]
     categories: Mapping[int, str]
     findings: Findings
+    ellipses: bool
     lost: Findings = field(default_factory=Findings)
     apart: Findings = field(default_factory=Findings)  #: masks that are not where their boxes are
     seen: set[int] = field(default_factory=set)
@@ -215,9 +219,12 @@ class _Annotations:
         area = area if type(area) in (int, float) else width * height
         stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
         segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+        drawn = self.ellipses and useful and not segmentation and not crowd
+        segmentation = [_ellipse(*box)] if drawn else segmentation
         if segmentation is not None:
             stored["segmentation"] = segmentation
         for kind, seen in (
+            ("mask drawn as an ellipse into its box", drawn),
             ("crowd (kept; training leaves it out)", crowd),
             ("box without area (kept; training leaves it out)", not useful),
             ("instance without mask", not segmentation and not crowd),
@@ -269,6 +276,13 @@ def stored_segmentation(given: Any, height: int, width: int) -> Any:
     except (ValueError, RuntimeError, TypeError):
         return None
     return code
+
+
+def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
+    """The polygon of 32 points that touches the sides of a box."""
+    turns = [2 * math.pi * place / 32 for place in range(32)]
+    points = ((x + width * (1 + math.cos(a)) / 2, y + height * (1 + math.sin(a)) / 2) for a in turns)
+    return [round(value, 2) for point in points for value in point]
 
 
 def _is_polygon(given: Any) -> bool:
