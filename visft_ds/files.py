@@ -85,7 +85,7 @@ def sync_folder(path: Path) -> None:
 def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
     """Content of a regular file. Raises what `open_regular` raises."""
     with open_regular(path, most) as file:
-        return file.read(most)
+        return file.read(os.fstat(file.fileno()).st_size)  # read(n) allocates n bytes at once
 
 
 def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:

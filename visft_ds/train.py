@@ -22,8 +22,9 @@ from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
-from visft_ds.resilience.signals import StopFlag
-from visft_ds.resilience.watchdog import Watchdog, watch
+from visft_ds.resilience.stop import Stop, StopFlag
+from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
@@ -64,7 +65,7 @@ class FitResult:
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
-    requeue: bool  #: SIGUSR1 asked for the job to be queued again
+    stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
     @property
@@ -102,12 +103,8 @@ def train(
 
     # 4: from here on all ranks act together.
     start_process_group()
-    alike = machine.planned.partition is None
-    with (
-        ExitStack() as at_the_end,
-        locked_for_all_ranks(out),
-        watch(out, config.visft.run.heartbeat_timeout, config.visft.run.step_timeout, alike=alike) as watchdog,
-    ):
+    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
+    with ExitStack() as at_the_end, locked_for_all_ranks(out), watchdog.watching():
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
@@ -160,7 +157,9 @@ def train(
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
-        opened = open_log(config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks)
+        opened = open_log(
+            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+        )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
@@ -177,9 +176,9 @@ def train(
                 state.export(state.take_best(step, log), base_sha256, prepared.base)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
-            requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
+            stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
             distributed.close()
-            watchdog.leave("done" if finished else f"stopped: {stop.why()}")
+            watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
@@ -188,7 +187,7 @@ def train(
             elif validation:
                 validation.leave(log)
             state.delete_obsolete()
-            return FitResult(out, step, finished, requeue, log.writer.last)
+            return FitResult(out, step, finished, stopped, log.writer.last)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:

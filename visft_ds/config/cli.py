@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
     add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
-    add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
+    add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
     add(
         "--set",

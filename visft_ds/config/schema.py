@@ -133,7 +133,6 @@ class LoraConfig(StrictModel):
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
-    magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
 class HeadsConfig(StrictModel):
@@ -219,8 +218,7 @@ class RunConfig(StrictModel):
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    heartbeat_timeout: Above = 60.0  #: seconds without a heartbeat after which a rank counts as lost
-    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
+    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 

@@ -357,6 +357,8 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
             "zero_optimization.stage",
             "must be 1 with a pipeline: DeepSpeed refuses 2 and 3, and with 0 it clips by the gradient of one stage",
         )
+    if visft.model.packed:
+        yield "visft.model.packed", "must be false with a pipeline: use --engine zero0, zero1, zero2 or zero3"
     if visft.model.timm is not None:
         yield (
             "visft.model.preset",

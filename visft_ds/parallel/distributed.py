@@ -103,6 +103,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vector.item())
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest `value` of all ranks, on every rank."""
+    vector = torch.tensor([float(value)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return int(vector.item())
+
+
 def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Means of the losses of a step, 0-d tensors, over all ranks (of a group): one all-reduce, one copy to the host.
 

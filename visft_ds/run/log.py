@@ -120,12 +120,14 @@ def open_log(
     precision: Precision,
     keeps_features: bool,
     callbacks: Sequence[Callback],
+    gone: Callable[[], None],
 ) -> Iterator[RunLog]:
     """The log of a run that goes on after `start` of its steps.
 
     Args:
         precision: of the run; `keeps_features`: the backbone is not run, so its operations are none of a step's.
         callbacks: listeners to what is recorded.
+        gone: called when nobody reads the console any more.
     """
     main, run = distributed.is_main(), config.visft.run
     out = Path(run.out or "")
@@ -137,7 +139,9 @@ def open_log(
             tracker = Tracker(run.track, out, hyper_parameters)
             stack.callback(tracker.close)
             callbacks = [*callbacks, tracker]
-        progress = stack.enter_context(Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main))
+        progress = stack.enter_context(
+            Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=gone)
+        )
         trace = stack.enter_context(traced(out, run.trace, start, progress.message))
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
         writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)

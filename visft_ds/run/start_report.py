@@ -11,7 +11,7 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig, own
 from visft_ds.config.layers import shorten
-from visft_ds.config.preflight import CANNOT_START, head_files
+from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
@@ -153,7 +153,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         as_json: print the resolved configuration, and reasons on stderr.
 
     Returns:
-        The exit code: 0, or CANNOT_START where an input is missing or is not what a start could read. Whether it fits
+        The exit code: 0, or 2 where an input is missing or is not what a start could read. Whether it fits
         into memory is said, and changes nothing.
 
     Raises:
@@ -179,7 +179,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     if as_json:
         print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
-        return CANNOT_START if reasons else 0
+        return 2 if reasons else 0
     sections = [
         Section(
             "replaced on purpose",
@@ -193,7 +193,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
     print("\n".join(reasons), end="\n" if reasons else "")
-    return CANNOT_START if reasons else 0
+    return 2 if reasons else 0
 
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:

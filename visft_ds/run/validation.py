@@ -20,7 +20,7 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import evaluation_threads
 from visft_ds.redaction import redacted
-from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
 from visft_ds.tasks.registry import shown_metrics

@@ -24,7 +24,6 @@ from visft_ds.flags import Parser, check_least, parse_size
 from visft_ds.shards.build import Options, build, reasons
 from visft_ds.shards.coco import lines_of
 from visft_ds.shards.layouts import FolderSplit, recognise
-from visft_ds.shards.permute import permute
 
 _INPUTS = ("images", "instances", "captions")
 
@@ -117,19 +116,9 @@ def _build(given: argparse.Namespace) -> None:
 
 
 def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
-    options = Options(
-        split.images,
-        split.instances,
-        split.captions,
-        out,
-        split.name,
-        ids=given.ids,
-        max_size=parse_size(given.max_size),
-        limit=given.limit,
-        seed=given.seed,
-        exif=given.exif,
-        masks_from_boxes=given.masks_from_boxes,
-    )
+    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
+    size = parse_size(given.max_size)
+    options = Options(split.images, split.instances, split.captions, out, split.name, max_size=size, **named)
     began = time.perf_counter()
     with tqdm(desc=split.name, unit=" images", disable=True if given.dry_run else None) as bar:
         made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update)
@@ -137,7 +126,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
         print(*lines_of(findings), sep="\n", end="\n" if findings else "")
-    if made.fingerprint:
+    if not given.dry_run:
         print(f"  fingerprint {made.fingerprint}")
 
 
@@ -147,6 +136,8 @@ def _size(manifest: Manifest) -> str:
 
 
 def _permute(given: argparse.Namespace) -> None:
+    from visft_ds.shards.permute import permute  # brings torch, which takes seconds
+
     for split, counts in permute(given.folder, given.out, given.seed):
         print(f"{given.out}: {split}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 

@@ -57,6 +57,9 @@ class SourceImage:
     captions: list[str] = field(default_factory=list)
     crowds: int = 0
     trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
+    wanted: bool = True  #: it was asked for
+    size: int = 0  #: bytes of its file
+    stamp: int = -1  #: when that was changed; -1: there is none
 
     def label(self) -> bytes:
         """The JSON file of this sample in a shard."""
@@ -89,8 +92,8 @@ def read_coco(
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
             is unusable; nothing to learn.
     """
-    findings, files, names = Findings(), dict[str, Mapping[str, Any]](), set[str]()
-    images, wanted, table = dict[int, SourceImage](), dict[int, SourceImage](), dict[int, str]()
+    findings, files = Findings(), dict[str, Mapping[str, Any]]()
+    images, table, names = dict[int, SourceImage](), dict[int, str](), set[str]()
     if only is not None:
         with reading(only, "a list of image ids or file names"):
             names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {""}
@@ -100,28 +103,27 @@ def read_coco(
         where = place if isinstance(place, Path) else f"the {role}"
         with reading(where, f"a COCO file of {role}"):
             content = orjson.loads(_read(place, role, files).removeprefix(b"\xef\xbb\xbf"))
-            if not images:
-                wanted = images = _images(content["images"], where, findings)
-            if only is not None:
-                wanted = {n: one for n, one in images.items() if str(n) in names or one.file_name in names}
+            images = images or _images(content["images"], where, findings)
+            for image in images.values() if only is not None else ():
+                image.wanted = str(image.image_id) in names or image.file_name in names
             if role == "captions":
-                _add_captions(content["annotations"], images, wanted, where, findings, strangers=instances is not None)
-                continue
-            for category in content["categories"]:
-                if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
-                    raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
-                table[category["id"]] = category["name"]
-            taker = _Annotations(images, wanted, table, findings, ellipses)
-            for annotation in content["annotations"]:
-                taker.add(annotation)
-            taker.finish(where)
-    if missing := names - {str(number) for number in wanted} - {image.file_name for image in wanted.values()}:
+                lost = _add_captions(content["annotations"], images, findings, strangers=instances is not None)
+            else:
+                for category in content["categories"]:
+                    if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
+                        raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
+                    table[category["id"]] = category["name"]
+                lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
+            lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
+            findings.update(lost)
+    chosen = [images[number] for number in sorted(images) if images[number].wanted]
+    if missing := names - {str(image.image_id) for image in chosen} - {image.file_name for image in chosen}:
         raise ValueError(f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}")
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in wanted.values()):
-        raise ValueError(f"{where}: none of its {len(wanted)} images has an object or a caption to learn from")
+    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in chosen):
+        raise ValueError(f"{where}: none of its {len(chosen)} images has an object or a caption to learn from")
     categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
-    return CocoSource([wanted[number] for number in sorted(wanted)], categories, findings, files)
+    return CocoSource(chosen, categories, findings, files)
 
 
 def _read(place: CocoFile, role: str, files: dict[str, Mapping[str, Any]]) -> bytes:
@@ -152,108 +154,85 @@ def _images(entries: list[dict[str, Any]], where: object, findings: Findings) ->
 
 
 def _add_captions(
-    entries: list[dict[str, Any]],
-    images: Mapping[int, SourceImage],
-    wanted: Mapping[int, SourceImage],
-    where: object,
-    findings: Findings,
-    *,
-    strangers: bool,
-) -> None:
-    """Give the captions to their images.
+    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], findings: Findings, *, strangers: bool
+) -> Findings:
+    """Give the captions to their images; returns those that cannot be used.
 
     Args:
         strangers: they may be of more images than there are: of a part of COCO, the captions of all are often given.
     """
-    lost, unknown, taken = Findings(), Findings(), 0
+    lost, unknown = Findings(), Findings()
     for entry in entries:
-        image, text = images.get(_id_of_image(entry)), entry.get("caption")
+        image, text = _image_of(entry, images), entry.get("caption")
         if image is None:
             unknown.add("caption without image", f"caption {entry.get('id')}")
         elif not isinstance(text, str) or not text.strip():
             lost.add("caption without text", f"caption {entry.get('id')}")
-        elif image.image_id in wanted:
+        else:
             image.captions.append(text)
-        taken += image is not None
-    if strangers and taken:
-        findings.update(unknown)
-    else:
-        lost.update(unknown)
-    lost.refuse_above_a_tenth(len(entries), where, "captions")
-    findings.update(lost)
+    (findings if strangers and unknown.total < len(entries) else lost).update(unknown)
+    return lost
 
 
-@dataclass
-class _Annotations:
-    """Takes the annotations of a file one by one and gives each to its image."""
-
-    images: Mapping[int, SourceImage]
-    wanted: Mapping[int, SourceImage]
-    categories: Mapping[int, str]
-    findings: Findings
-    ellipses: bool
-    lost: Findings = field(default_factory=Findings)
-    apart: Findings = field(default_factory=Findings)  #: masks that are not where their boxes are
-    seen: set[int] = field(default_factory=set)
-    taken: int = 0
-    masks: int = 0
-
-    def add(self, entry: dict[str, Any]) -> None:
+def _add_annotations(
+    entries: list[dict[str, Any]],
+    images: Mapping[int, SourceImage],
+    categories: Mapping[int, str],
+    findings: Findings,
+    ellipses: bool,
+) -> Findings:
+    """Give the annotations to their images; returns those that cannot be used."""
+    lost, apart, masks, seen = Findings(), Findings(), 0, set[int]()
+    for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
-        image, where = self.images.get(_id_of_image(entry)), f"annotation {number}"
-        if image is not None and image.image_id not in self.wanted:
-            return
-        self.taken += 1
+        image, where = _image_of(entry, images), f"annotation {number}"
         if image is None:
-            return self.lost.add("annotation without image", where)
-        if type(category) is not int or category not in self.categories:
-            return self.lost.add("annotation of unknown category", f"{where}: {category}")
-        if type(number) is not int or number in self.seen:
-            return self.lost.add("annotation without an id of its own", where)
-        if not _is_box(box) or crowd not in (None, 0, 1):
-            return self.lost.add("box or crowd flag malformed", f"{where}: {box}")
-        self.seen.add(number)
-        x, y, width, height = box
-        useful, area = has_area(box, image.width, image.height), entry.get("area")
-        area = area if type(area) in (int, float) else width * height
-        stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
-        segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
-        drawn = self.ellipses and useful and not segmentation and not crowd
-        segmentation = [_ellipse(*box)] if drawn else segmentation
-        if segmentation is not None:
-            stored["segmentation"] = segmentation
-        for kind, seen in (
-            ("mask drawn as an ellipse into its box", drawn),
-            ("crowd (kept; training leaves it out)", crowd),
-            ("box without area (kept; training leaves it out)", not useful),
-            ("instance without mask", not segmentation and not crowd),
-        ):
-            if seen:
-                self.findings.add(kind, where)
-        image.crowds += bool(crowd)
-        image.trainable += useful and not crowd
-        image.annotations.append(orjson.dumps(stored))
-        right, bottom = x + width, y + height
-        if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
-            kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
-            return self.lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
-        extent = None if crowd or not segmentation else _extent(segmentation)
-        self.masks += extent is not None
-        if extent and sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
-            self.apart.add("mask more than a pixel from its box", f"{where}: {box}")
-
-    def finish(self, where: object) -> None:
-        """Raises ValueError if more than a tenth is lost."""
-        self.lost.refuse_above_a_tenth(self.taken, where, "annotations")
-        self.findings.update(self.lost)
-        if self.apart.total > MOST_LOST * self.masks:
-            self.findings.update(self.apart)
+            lost.add("annotation without image", where)
+        elif type(category) is not int or category not in categories:
+            lost.add("annotation of unknown category", f"{where}: {category}")
+        elif type(number) is not int or number in seen:
+            lost.add("annotation without an id of its own", where)
+        elif not _is_box(box) or crowd not in (None, 0, 1):
+            lost.add("box or crowd flag malformed", f"{where}: {box}")
+        elif image.wanted:
+            seen.add(number)
+            x, y, width, height = box
+            useful, area = has_area(box, image.width, image.height), entry.get("area")
+            area = area if type(area) in (int, float) else width * height
+            stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
+            segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+            drawn = ellipses and useful and not segmentation and not crowd
+            segmentation = [_ellipse(*box)] if drawn else segmentation
+            if segmentation is not None:
+                stored["segmentation"] = segmentation
+            image.annotations.append(orjson.dumps(stored))
+            image.crowds += bool(crowd)
+            image.trainable += useful and not crowd
+            for kind, found in (
+                ("mask drawn as an ellipse into its box", drawn),
+                ("crowd (kept; training leaves it out)", crowd),
+                ("box without area (kept; training leaves it out)", not useful),
+                ("instance without mask", not segmentation and not crowd),
+            ):
+                if found:
+                    findings.add(kind, where)
+            right, bottom = x + width, y + height
+            if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
+                kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
+                lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
+            elif segmentation and not crowd and (extent := _extent(segmentation)):
+                masks += 1
+                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
+                    apart.add("mask more than a pixel from its box", f"{where}: {box}")
+    if apart.total > MOST_LOST * masks:
+        findings.update(apart)
+    return lost
 
 
-def _id_of_image(entry: Mapping[str, Any]) -> int:
+def _image_of(entry: Mapping[str, Any], images: Mapping[int, SourceImage]) -> SourceImage | None:
     number = entry.get("image_id")
-    return number if type(number) is int else -1  # which no image has
+    return images.get(number) if type(number) is int else None
 
 
 def _is_box(box: Any) -> bool:
