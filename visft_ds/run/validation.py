@@ -18,7 +18,7 @@ from visft_ds.evals.runner import Predict, as_metrics, collect, measure
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import evaluation_threads
+from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
@@ -99,7 +99,7 @@ class Validation:
                 self._streams,
                 self._vocabulary,
                 limit=config.run.eval_limit,
-                threads=evaluation_threads(config.data),
+                num_workers=workers_of(config.data),
                 tell=log.message,
             )
         except _AskedError:
@@ -133,9 +133,9 @@ class Validation:
 
     def learnt(self, predict: Predict, training: Manifest, log: RunLog) -> dict[str, float]:
         """AP50 of the first training photographs, by name. Collective; empty but on the main process."""
-        reader, threads = ShardReader(training), evaluation_threads(self._config.data)
+        reader = ShardReader(training)
         given = (predict, reader, self._streams, self._vocabulary)
-        collected = collect(*given, limit=PHOTOGRAPHS, threads=threads, tell=log.message)
+        collected = collect(*given, limit=PHOTOGRAPHS, tell=log.message)
         outcome, _ = measure(collected or {}, reader, limit=PHOTOGRAPHS)
         return {name: value for name, value in as_metrics(outcome).items() if name.endswith("/AP50")}
 
