@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.interop.writing import write_text
-from visft_ds.redaction import redacted_words
+from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 from visft_ds.run.lock import locked
 
@@ -109,7 +109,7 @@ class Steps:
         """Print the commands, in order."""
         for step in self.steps.values():
             mark = " (finished)" if self._finished(step) else ""
-            print(f"# {step.name}{mark}\nvisft {shlex.join(redacted_words(step.command))}")
+            print(f"# {step.name}{mark}\nvisft {shlex.join([redacted(word) for word in step.command])}")
 
     def log(self, name: str) -> str:
         """What a step printed."""
@@ -132,7 +132,7 @@ class Steps:
                 raise ValueError(f"{step.out} was not made by this command: choose another --out")
             shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink()
         self._record(step)
-        print(f"{step.name}\n  $ visft {shlex.join(redacted_words(step.command))}", flush=True)
+        print(f"{step.name}\n  $ visft {shlex.join([redacted(word) for word in step.command])}", flush=True)
         words = [sys.executable, "-m", "visft_ds", *step.command]
         with self._path(step.name, "log").open("wb") as log:
             # A group of its own: an interrupt reaches launcher and ranks together, when `_stop` says so.

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
-from visft_ds.prepare.data import Loader, RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
@@ -49,7 +50,7 @@ class Run:
     config: ResolvedConfig
     data: RunData
     machine: Machine
-    loader: Loader
+    loader: StepLoader
     engine: Engine
     state: RunState  #: checkpoints
     validation: Validation | None  #: None: no evaluation during training

@@ -54,7 +54,9 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     evaluated, _ = source.build("fp32", torch.device("cpu"))
     manifest = Manifest.load(finished.shards(), "val")
     with ShardReader(manifest) as reader:
-        collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)
+        collected = collect(
+            evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, num_workers=0
+        )
     assert collected is not None
     ids = manifest.index["image_id"].tolist()
     names = {category.coco_id: category.name for category in manifest.categories}
@@ -282,8 +284,6 @@ def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) 
         (array[:0], "shape"),
         ([array, None], "image 1 of the list is of type NoneType"),
         (7, "int is no image"),
-        (Image.new("I;16", (8, 8)), "16 bits"),
-        (Image.new("F", (8, 8)), "mode F"),
     ]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -120,7 +120,9 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     except argparse.ArgumentError as error:
         raise ValueError(f"{error}; see visft train --help") from error
     if unknown:
-        raise ValueError("\n".join(_unknown(parser, text) for text in unknown))
+        # What stands behind an unknown flag is not repeated: it may be a secret.
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        raise ValueError("\n".join(_unknown(parser, text) for text in flags or unknown))
     if arguments.stage not in (None, "1", "2"):
         raise ValueError(f"--stage {arguments.stage}: must be 1 (heads) or 2 (the backbone's adapters)")
     if arguments.json and not arguments.dry_run:
@@ -300,6 +302,6 @@ def _unknown(parser: argparse.ArgumentParser, text: str) -> str:
     flags = sorted(flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--local_rank")
     if not text.startswith("-"):
         return f"{text}: unknown argument; flags begin with --, lists in --set need quotes"
-    near = difflib.get_close_matches(text.partition("=")[0].replace("_", "-"), flags, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(text.replace("_", "-"), flags, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(flags)}. Anything else: --set KEY=VALUE"
     return f"{text}: unknown flag; {hint}"

@@ -6,39 +6,23 @@ Letters: H W pixels.
 from __future__ import annotations
 
 import glob
-import io
 import os
-import struct
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from visft_ds.data.decode import JPEG, PNG, check_pixels, decode_image, to_rgb
+from visft_ds import files
 
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
-#: More than a photograph of 50 megapixels, and below what Pillow warns of.
-MAX_PIXELS = 80_000_000
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
-_BY_PILLOW = ("WEBP", "BMP", "GIF", "TIFF")
-_ORIENTATION = 0x0112  # EXIF
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -128,61 +112,15 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
 
 def open_image(path: Path) -> OpenedImage:
-    """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF file (of several pictures the first) and turn it upright by its EXIF.
-
-    JPEG and PNG are decoded as in training, but that COCO annotates pixels as stored, so that there nothing is turned.
-    An orientation that cannot be read is none.
+    """Decode a picture (`files.open_image`), upright by its EXIF.
 
     Raises:
-        ValueError: naming the file: none of these, damaged, cut off, grey ones of more than 8 bits, or too large.
+        ValueError: naming the file, which is not there or no picture.
     """
     try:
-        data = path.read_bytes()
+        return OpenedImage(np.array(files.open_image(path)), path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    try:
-        return OpenedImage(_decode(data), path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _decode(data: bytes) -> Pixels:
-    if not data.startswith((JPEG, PNG)):
-        return _decode_other(data)
-    return _turned(decode_image(data, max_pixels=MAX_PIXELS), _orientation(data))
-
-
-def _decode_other(data: bytes) -> Pixels:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow's word for a file that is cut off
-        try:
-            with Image.open(io.BytesIO(data), formats=_BY_PILLOW) as image:
-                check_pixels(image.height, image.width, MAX_PIXELS)
-                image.load()
-                return _turned(to_rgb(image), _orientation(image))
-        except UnidentifiedImageError:
-            begins = f"it begins with {data[:12]!r}" if data else "it is empty"
-            raise ValueError(f"no JPEG, PNG, WebP, BMP, GIF or TIFF file: {begins}") from None
-        except (OSError, SyntaxError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
-            raise ValueError(f"damaged: {error}") from error
-
-
-def _orientation(source: bytes | Image.Image) -> int:
-    """Orientation by the EXIF of a file or a picture; 1, upright, where it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tags that are cut off, beside which this one can be read
-        try:
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-            return int(image.getexif().get(_ORIENTATION, 1))
-        except (OSError, SyntaxError, ValueError, TypeError, struct.error):
-            return 1
-
-
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """Contiguous pixels that can be written to, which torch asks for."""
-    if orientation in _TURNS:
-        pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
-    return np.require(pixels, requirements=["C", "W"])
 
 
 _ALLOWED = (
@@ -192,12 +130,11 @@ _ALLOWED = (
 
 def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
-        try:
-            check_pixels(image.height, image.width, MAX_PIXELS)
+        with files.reading(what, "a picture"):
+            if not 0 < image.height * image.width <= files.MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {files.MAX_PIXELS:,} are allowed")
             image.load()
-            return OpenedImage(_turned(to_rgb(image), _orientation(image)), None)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{what}: {error}") from error
+            return OpenedImage(np.array(files.upright_rgb(image)), None)
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
     dtype = str(image.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import evaluation_threads
+from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
@@ -96,7 +96,7 @@ class Validation:
                 self._streams,
                 self._vocabulary,
                 limit=config.run.eval_limit,
-                threads=evaluation_threads(config.data),
+                num_workers=workers_of(config.data),
                 tell=log.message,
             )
         except _AskedError:

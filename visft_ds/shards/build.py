@@ -39,7 +39,7 @@ from visft_ds.data.shards import (
     shard_name,
     store,
 )
-from visft_ds.files import MAX_PIXELS, image_frame, open_image, read_bytes, reading, sync_folder
+from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
 from visft_ds.names import shown_name, wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
@@ -296,7 +296,7 @@ def _picture(data: bytes, image: SourceImage, options: Options) -> tuple[str, by
         raise ValueError(f"another size: {width} x {height}, the annotations are of {image.width} x {image.height}")
     if not turn:
         with reading("unreadable", "a picture"):
-            decode_image(data, max_pixels=MAX_PIXELS)  # as training will
+            decode_image(data)  # as training will
         return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
     upright, jpeg = io.BytesIO(), frame.format in ("JPEG", "MPO")
     open_image(data, "unreadable").save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)

@@ -32,7 +32,7 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
-from visft_ds.redaction import redacted, redacted_words
+from visft_ds.redaction import redacted
 from visft_ds.resilience.errors import met_by_one_rank, tell
 from visft_ds.tasks.pictures import save_png
 
@@ -219,7 +219,7 @@ def _write(
         "seconds": round(seconds, 3),
         "pictures": pictures,
         "versions": versions(),
-        "command": redacted_words(sys.argv),
+        "command": [redacted(word) for word in sys.argv],
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)

@@ -30,13 +30,13 @@ from PIL import Image
 from pydantic import Field
 
 from visft_ds.config.records import read_record
-from visft_ds.data.decode import MAX_PIXELS
-from visft_ds.data.labels import parse_label
+from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader, manifest_path
 from visft_ds.evals.benchmarks.images import SUFFIXES, chosen, decode, digest, from_files, image_files
 from visft_ds.evals.benchmarks.objects import ListedBox, ListedCategory
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
+from visft_ds.files import MAX_PIXELS
 from visft_ds.monitor.console import gauged
 from visft_ds.names import checked_name
 from visft_ds.shards.coco import stored_segmentation
@@ -259,11 +259,7 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     reader = ShardReader(manifest)
     places = _places(len(reader), most)
     labels = []
-    for place in places:
-        try:
-            label = parse_label(reader.read(place, "labels")[1] or b"")
-        except ValueError as error:
-            raise ValueError(f"{reader.describe(place)}: {error}") from error
+    for label in labels_of_split(reader, places):
         labels.append(((label["height"], label["width"]), label["annotations"]))
     names = [f"{split} {reader.row(place)['image_id']}" for place in range(len(reader))]
 

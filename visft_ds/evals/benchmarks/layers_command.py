@@ -26,7 +26,7 @@ from visft_ds.interop.writing import write_atomically
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.redaction import redacted, redacted_words
+from visft_ds.redaction import redacted
 from visft_ds.resilience.errors import met_by_one_rank, tell
 
 FORMAT, VERSION = "visft_ds layers", 1
@@ -125,7 +125,7 @@ def _write(
         "processes": distributed.world_size(),
         "seconds": round(seconds, 3),
         "versions": versions(),
-        "command": redacted_words(sys.argv),
+        "command": [redacted(word) for word in sys.argv],
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(given.out / RECORD, lambda file: file.write(content), overwrite=True)

@@ -111,7 +111,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
         _lend(model, spec, name)
     if spec.adapter is not None:
         adapter = adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
-        inject_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, magnitude=adapter.magnitude)
+        inject_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
         parameters = lora_parameters(model)
         if foreign := adapter.tensors.keys() - parameters.keys():
             raise ValueError(f"{spec.adapter} is no adapter of timm's {name}: {examples(sorted(foreign))}")
