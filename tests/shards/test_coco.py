@@ -46,6 +46,11 @@ def count(source: CocoSource, word: str) -> int:
     return sum(number for kind, (number, _) in source.findings.items() if word in kind)
 
 
+def stored(source: CocoSource) -> list[Content]:
+    """All annotations as they go into the labels."""
+    return [one for image in source.images for one in json.loads(image.label())["annotations"]]
+
+
 def each(change: Callable[[Content], Any], share: float = 1.0) -> Change:
     """Change a share of the annotations."""
 
@@ -104,7 +109,7 @@ def test_less_than_a_tenth_is_counted(toy: Tree) -> None:
     toy.edit(each(lambda entry: entry.update(category_id=1000), 0.09))
     source = read(toy)
     assert count(source, "unknown category") == round(0.09 * objects)
-    assert sum(len(image.annotations) for image in source.images) == objects - round(0.09 * objects)
+    assert len(stored(source)) == objects - round(0.09 * objects)
     toy.edit(each(lambda entry: entry.update(category_id=1000), 0.11))
     with pytest.raises(ValueError, match="unknown category"):
         read(toy)
@@ -139,9 +144,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
 
     toy.edit(change)
     source = read(toy)
-    first, second, third, fourth, fifth = sorted(
-        (json.loads(one) for image in source.images for one in image.annotations), key=lambda one: one["id"]
-    )
+    first, second, third, fourth, fifth = sorted(stored(source), key=lambda one: one["id"])
     assert first["bbox"][2] == 0 and "keypoints" not in first
     assert second["area"] == second["bbox"][2] * second["bbox"][3] and second["segmentation"] == []
     assert len(third["segmentation"]) == 1 and "segmentation" not in fourth
@@ -176,8 +179,7 @@ def test_run_length_codes(toy: Tree) -> None:
 
     toy.edit(change)
     source = read(toy)
-    stored = [json.loads(one).get("segmentation") for image in source.images for one in image.annotations]
-    assert stored == [{"size": size, "counts": text}] * 2 + [None] * 9
+    assert [one.get("segmentation") for one in stored(source)] == [{"size": size, "counts": text}] * 2 + [None] * 9
 
 
 def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:

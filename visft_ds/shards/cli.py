@@ -1,7 +1,4 @@
-"""COCO, YOLO or captioned images -> shards that any WebDataset reader opens, checked and reproducible.
-
-    visft shards MYFOLDER                 what it is, is recognised
-    visft shards verify MYFOLDER-shards
+"""`visft shards`: COCO, YOLO or captioned images -> shards that any WebDataset reader opens.
 
 Exit status: 0 fine, 1 damage found, 2 wrong usage or unusable input, 130 interrupted.
 """
@@ -15,8 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
@@ -120,8 +115,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     size = parse_size(given.max_size)
     options = Options(split.images, split.instances, split.captions, out, split.name, max_size=size, **named)
     began = time.perf_counter()
-    with tqdm(desc=split.name, unit=" images", disable=True if given.dry_run else None) as bar:
-        made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update)
+    made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
     verb = "would make" if given.dry_run else "made"
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
