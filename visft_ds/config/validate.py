@@ -14,7 +14,7 @@ from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_Z
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
-from visft_ds.redaction import refuse_secrets
+from visft_ds.redaction import is_secret, refuse_secrets
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -114,7 +114,7 @@ def _render(errors: Sequence[tuple[str, str]], tree: Tree) -> str:
     lines = [f"the configuration has {len(errors)} error{'s' if len(errors) > 1 else ''}:"]
     for key, message in errors:
         found, value = _lookup(tree.values, key)
-        given = f" = {shorten(value)}" if found else ""
+        given = f" = {shorten('***' if is_secret(key.rpartition('.')[2]) else value)}" if found else ""
         source = tree.source(key) if found else None
         lines.append(f"  {key}{given}{f' ({source})' if source else ''}: {message}")
     return "\n".join(lines)
@@ -139,6 +139,9 @@ def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in zero if isinstance(zero, dict) else ():
         if key in REFUSED_ZERO:
             yield f"zero_optimization.{key}", f"may not be set: {REFUSED_ZERO[key]}"
+    for key, value in leaves(values):
+        if isinstance(value, str) and value and is_secret(key.rpartition(".")[2]):
+            yield key, "holds a secret, which would be stored with every run: give it as an environment variable"
     for key, value in leaves({name: values[name] for name in values if name not in ("visft", *REFUSED)}):
         if value == "auto":
             yield (

@@ -42,7 +42,7 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
-from visft_ds.redaction import redacted_words
+from visft_ds.redaction import redacted
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
@@ -396,7 +396,7 @@ def _write(
         **record,
         "pictures": pictures,
         "versions": versions(),
-        "command": redacted_words(sys.argv),
+        "command": [redacted(word) for word in sys.argv],
     }
     # Last: a folder without it was not finished.
     (out / METRICS).write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))
