@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,21 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_byte_order_mark_is_no_fault(toy: Tree) -> None:
     toy.instances.write_bytes(b"\xef\xbb\xbf" + toy.instances.read_bytes())
     assert len(read(toy).images) == 24
+
+
+def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
+    """Only of objects without a mask, and counted; their area is that of an ellipse."""
+    toy.edit(each(lambda entry: entry.pop("segmentation"), share=0.5))
+    source = read_coco(toy.instances, toy.captions, ellipses=True)
+    drawn = count(source, "ellipse")
+    labels = [json.loads(label) for image in source.images for label in image.annotations]
+    assert 0 < drawn < len(labels) and not count(source, "without mask")
+    found = 0
+    for label in labels:
+        (x, y, width, height), shape = label["bbox"], label.get("segmentation")
+        if isinstance(shape, list) and shape[0][:2] == [round(x + width, 2), round(y + height / 2, 2)]:
+            found += 1
+            (code,) = coco_mask.frPyObjects(shape, 96, 144)
+            if min(x, y) >= 0 and x + width <= 144 and y + height <= 96 and min(width, height) > 10:
+                assert coco_mask.area(code) == pytest.approx(math.pi / 4 * width * height, rel=0.1)
+    assert found == drawn

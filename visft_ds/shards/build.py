@@ -69,6 +69,7 @@ class Options:
     limit: int | None = None  #: only the first so many images of the order
     seed: int = 0  #: of the order
     exif: Exif = None
+    masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
 
     def __post_init__(self) -> None:
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
@@ -82,7 +83,9 @@ class Options:
 
     def content(self) -> dict[str, Any]:
         """What determines the bytes beside the files, for the manifest."""
-        return {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")} | {"tokenizer": TOKENIZER}
+        drawn = {"masks_from_boxes": True} if self.masks_from_boxes else {}
+        found = {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")}
+        return found | drawn | {"tokenizer": TOKENIZER}
 
 
 def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
@@ -97,7 +100,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name.
         OSError: writing failed; shards that are finished are kept.
     """
-    source = read_coco(options.instances, options.captions, options.ids)
+    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]

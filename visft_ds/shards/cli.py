@@ -74,6 +74,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
     add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name a line")
+    add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
     add("--limit", type=int, metavar="N", help="only the first N images of the order")
     add("--max-size", default="256MB", metavar="SIZE", help="of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the order of samples (default %(default)s)")
@@ -104,14 +105,13 @@ def _build(given: argparse.Namespace) -> None:
     for split in splits:
         _build_split(given, out, split)
     if not given.dry_run:
-        command = ["visft", "train", "--data", str(out), "--model", "lite0", "--stage", "1"]
-        command += [] if "val" in splits_in(out) else ["--set", "visft.run.eval_every=0"]
+        command = ["visft", "train", "--data", str(out)]
         command += [] if "train" in splits_in(out) else ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
 
 
 def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
-    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif")}
+    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
     size = parse_size(given.max_size)
     options = Options(split.images, split.instances, split.captions, out, split.name, max_size=size, **named)
     began = time.perf_counter()

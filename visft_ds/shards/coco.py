@@ -80,11 +80,14 @@ class CocoSource:
     files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
 
 
-def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None) -> CocoSource:
+def read_coco(
+    instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None, ellipses: bool = False
+) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
     Args:
         only: a text file of image ids or file names, one a line: only these images.
+        ellipses: an object without a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
@@ -111,7 +114,7 @@ def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path 
                     if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
                         raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
                     table[category["id"]] = category["name"]
-                lost = _add_annotations(content["annotations"], images, table, findings)
+                lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
             lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
             findings.update(lost)
     chosen = [images[number] for number in sorted(images) if images[number].wanted]
@@ -173,7 +176,11 @@ def _add_captions(
 
 
 def _add_annotations(
-    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], categories: Mapping[int, str], findings: Findings
+    entries: list[dict[str, Any]],
+    images: Mapping[int, SourceImage],
+    categories: Mapping[int, str],
+    findings: Findings,
+    ellipses: bool,
 ) -> Findings:
     """Give the annotations to their images; returns those that cannot be used."""
     lost, apart, masks, seen = Findings(), Findings(), 0, set[int]()
@@ -196,6 +203,8 @@ def _add_annotations(
             area = area if type(area) in (int, float) else width * height
             stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
             segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+            drawn = ellipses and useful and not segmentation and not crowd
+            segmentation = [_ellipse(*box)] if drawn else segmentation
             if segmentation is not None:
                 stored["segmentation"] = segmentation
             image.annotations += orjson.dumps(stored) + b","
@@ -203,6 +212,7 @@ def _add_annotations(
             image.crowds += bool(crowd)
             image.trainable += useful and not crowd
             for kind, found in (
+                ("mask drawn as an ellipse into its box", drawn),
                 ("crowd (kept; training leaves it out)", crowd),
                 ("box without area (kept; training leaves it out)", not useful),
                 ("instance without mask", not segmentation and not crowd),
@@ -248,6 +258,13 @@ def stored_segmentation(given: Any, height: int, width: int) -> Any:
     except (ValueError, RuntimeError, TypeError):
         return None
     return code
+
+
+def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
+    """The polygon of 32 points that touches the sides of a box."""
+    turns = [2 * math.pi * place / 32 for place in range(32)]
+    points = ((x + width * (1 + math.cos(a)) / 2, y + height * (1 + math.sin(a)) / 2) for a in turns)
+    return [round(value, 2) for point in points for value in point]
 
 
 def _is_polygon(given: Any) -> bool:
