@@ -118,6 +118,7 @@ setup(
             *ONNX,
             "pytest>=8.2",
             "pytest-xdist>=3.8",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

@@ -1,23 +1,29 @@
 """HTML of the pages by Sphinx: `make docs`. The pages are plain Markdown, which GitHub shows as it is."""
 
 import re
+import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+import reference  # noqa: E402
+
+reference.write(ROOT / "docs")
 project = "visft_ds"
 author = copyright = "The visft_ds authors"
 version = re.findall(r'^__version__ = "(.*?)"', (ROOT / "visft_ds/__init__.py").read_text(), re.M)[0]
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_typehints = "none"
 highlight_language = "bash"  #: of blocks that do not say what they are
 html_theme = "furo"
 html_copy_source = False
 root_doc = "docs/README"
-#: Left to right in the sidebar's order; what is new in docs/ has to find its place here.
+#: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
-    *("getting-started", "data", "training", "memory-and-speed", "export", "evaluation", "configuration", "api"),
-    *("architecture", "proofs", "LOG"),
+    *("getting-started", "data", "training", "memory-and-speed", "export", "evaluation", "evidence"),
+    *("architecture", "configuration", "api"),
 )
 AROUND = {
     "README": "README",
@@ -25,7 +31,6 @@ AROUND = {
     "CONTRIBUTING": "Contributing",
     "CHANGELOG": "Changelog",
     "SECURITY": "Security",
-    "tests/claims": "Claims and mistakes",
 }
 include_patterns = [f"{name}.md" for name in (*AROUND, root_doc, *(f"docs/{page}" for page in CONTENTS))]
 myst_heading_anchors = 6

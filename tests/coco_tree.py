@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 from faster_coco_eval import mask as coco_mask
 
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.shards.build import Options, build
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"

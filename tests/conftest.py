@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from visft_ds.data.manifest import Manifest
+    from visft_ds.data.shards import Manifest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -19,14 +21,34 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-#: The longest files, longest first. One of them that began last would keep one worker busy while the others rest.
-FIRST = (
-    *("train/test_train.py", "parallel/test_engines.py", "models/test_timm_backbone.py", "run/test_validation.py"),
-    *("experiments/test_ablations.py", "train/test_fit.py", "test_house.py"),
-    *("profiling/test_profile.py", "tasks/test_fourth_task.py", "train/test_start.py", "parallel/test_pipeline.py"),
-    *("evals/test_evaluate.py", "planner/test_planner.py", "profiling/test_operations.py", "models/test_eva_vit.py"),
-    *("ops/test_triton.py", "models/test_until.py", "train/test_golden.py", "shards/test_make_shards.py"),
-)
+#: When no further test begins (`--minutes`), and the tests that were left out for it.
+DEADLINE = pytest.StashKey[float]()
+LEFT_OUT: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="begin no further test after so many minutes, and list them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    minutes = config.getoption("--minutes")
+    config.stash[DEADLINE] = time.monotonic() + 60 * minutes if minutes else math.inf
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[DEADLINE]:
+        pytest.skip("left out: the minutes are over")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "left out: the minutes are over" in str(report.longrepr):
+        LEFT_OUT.append(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LEFT_OUT:
+        terminalreporter.section(f"left out for --minutes: {len(LEFT_OUT)} tests")
+        terminalreporter.write_line("\n".join(sorted(LEFT_OUT)))
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +75,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files; skip tests marked `gpu` where there is no CUDA device, and say so."""
+    """Skip tests marked `gpu` where there is no CUDA device, and say so."""
     import torch
 
     torch.set_num_threads(1)
-    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -221,7 +221,7 @@ def test_an_interrupt_lets_the_whole_group_finish(tmp_path: Path) -> None:
 
 
 def _command(out: Path, model: str) -> list[str]:
-    command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(out), "--model", model]
+    command = [sys.executable, "-m", "visft_ds", "demo", "--out", str(out), "--model", model]
     command += ["--train", "40", "--val", "8"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         command += ["--set", f"scheduler.params.{name}={value}"]

@@ -11,15 +11,13 @@ import pytest
 import torch
 
 from tests.coco_tree import make_split, write_tree
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader, verify
 from visft_ds.evals.benchmarks.objects import read_objects
 from visft_ds.evals.benchmarks.retrieval import read_captions
 from visft_ds.interop.files import TensorInfo, open_weights
 from visft_ds.interop.writing import save_tensors, write_shards
 from visft_ds.names import wrong_name
 from visft_ds.shards.build import Options, build
-from visft_ds.shards.verify import verify
 
 #: Name -> part of the reason.
 WRONG = {
@@ -110,7 +108,7 @@ def test_links_of_a_user_are_followed(tmp_path: Path) -> None:
         manifest = Manifest.load(root, "toy")
         with ShardReader(manifest) as reader, ShardReader(split) as straight:
             assert reader.read(3) == straight.read(3)
-        assert verify(root, "toy") == []
+        assert verify(Manifest.load(root, "toy")) == []
 
     (here / "images").mkdir()
     for image in tree.images.iterdir():

@@ -1,13 +1,7 @@
-"""What others may read: nothing that is written or printed holds a secret, and modes are those the user asks for."""
+"""Secrets are neither written nor printed."""
 
 from __future__ import annotations
 
-import json
-import os
-import stat
-import subprocess
-import sys
-from base64 import b64encode
 from pathlib import Path
 from traceback import format_exception
 
@@ -15,64 +9,9 @@ import fsspec.config
 import pytest
 
 import visft_ds
-from tests.ranks import REPOSITORY
 from tests.shard_server import serve
-from visft_ds.data.store import open_store
+from visft_ds.data.fetch import Cache, RemoteFolder
 from visft_ds.redaction import redacted, redacted_values, redacted_words, refuse_secrets
-
-#: Kind -> text that may stand nowhere.
-SECRETS = {
-    "hub token": "hf_QkVJTkdTRUNSRVQ",
-    "environment key": "wJalrXUtnFEMIkeyOfTheEnvironment",
-    "store key": "k3yOfTheStore",
-    "password": "pa55-of-the-account",
-    "query token": "t0k3n-of-the-query",
-    "signature": "5ignatureOfAmazon",
-    "sas": "5igOfAzure",
-    "flag": "f1ag-behind-token",
-    "tracker key": "ap1-key-of-the-tracker",
-}
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(0o027, id="027"), pytest.param(0o077, id="077", marks=pytest.mark.slow)]
-)
-def day(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, bytes]:
-    """(folder of all that `secrets_case` wrote, umask, what it said)."""
-    base = tmp_path_factory.mktemp("day")
-    given = base / "secrets.json"
-    given.write_text(json.dumps(SECRETS))
-    words = [sys.executable, "-m", "tests.secrets_case", str(base / "all"), str(given)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    found = subprocess.run(
-        words, cwd=REPOSITORY, env=environment, umask=request.param, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert found.returncode == 0, found.stdout.decode()[-6000:]
-    return base / "all", request.param, found.stdout
-
-
-def test_no_secret_is_written_or_printed(day: tuple[Path, int, bytes]) -> None:
-    folder, _, said = day
-    texts = {**SECRETS, "password, encoded": b64encode(f"me:{SECRETS['password']}".encode()).decode()}
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for name in ("run/run.json", "evaluation/metrics.json", "merged/README.md", "d/d.manifest.json"):
-        assert files[name]
-    everything = {**files, "the console": said}
-    found = [(name, kind) for name, data in everything.items() for kind, text in texts.items() if text.encode() in data]
-    shown = [line for line in said.decode().splitlines() if any(text in line for text in texts.values())]
-    assert not found, f"{found}\n" + "\n".join(shown[:10])
-    assert said.count(b"***") > 20, "the errors did not come to the secrets at all"
-
-
-def test_modes_are_those_of_the_umask(day: tuple[Path, int, bytes]) -> None:
-    folder, umask, _ = day
-    wrong = {}
-    for path in (folder, *folder.rglob("*")):
-        mode = stat.S_IMODE(path.lstat().st_mode)
-        if mode != (0o777 if path.is_dir() else 0o666) & ~umask:
-            wrong[str(path.relative_to(folder))] = oct(mode)
-    assert wrong == {}
-    assert any(path.suffix == ".whole" for path in folder.rglob("*")), "there was no cache"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +77,7 @@ def test_tracebacks_hold_no_secret(
     assert capsys.readouterr().err == "RuntimeError: no answer of https://***@host\n"
     options = {"headers": {"Authorization": "Bearer hidden1"}, "params": {"token": "hidden2"}}
     monkeypatch.setitem(fsspec.config.conf, "http", options)
-    with serve(tmp_path) as served, pytest.raises(ValueError, match="access was denied") as refused:
-        open_store(served.url).load("x")  # the server wants neither header nor token
-    assert "ClientResponseError" in "".join(format_exception(refused.value))
+    with serve(tmp_path) as served, pytest.raises(ValueError, match="cannot be read") as refused:
+        RemoteFolder(served.url, Cache(tmp_path)).read("x", 9)  # the server wants neither header nor token
+    assert "ClientResponseError" in str(refused.value)
     assert "hidden" not in "".join(format_exception(refused.value)) + repr(refused.value.__cause__)

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here; use --device cpu, or see tools/doctor.py")
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu, or run visft doctor")
     load, limit = os.getloadavg(), 180 if options.device == "cuda" else 1800  # seconds of a part
     with tempfile.TemporaryDirectory(prefix="visft-gpu-") as name:
         write_toy_coco(coco := Path(name, "coco"), train=24, val=0, height=96, width=128)

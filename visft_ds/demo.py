@@ -41,7 +41,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
 if TYPE_CHECKING:
-    from visft_ds.data.manifest import Manifest
+    from visft_ds.data.shards import Manifest
 
 MARKER, FORMAT = "demo.json", "visft_ds demo"
 #: Models (files of ds_configs/models) -> images to generate; the first begins with ImageNet weights.
@@ -279,7 +279,7 @@ def _check_tree(coco: Path) -> None:
 
 def _steps(demo: Demo, given: argparse.Namespace) -> None:
     """Every step, in order. A name of a step is also the name of its log."""
-    from visft_ds.data.manifest import Manifest
+    from visft_ds.data.shards import Manifest
 
     out = demo.out
     coco, shards = given.coco or out / "coco", out / "shards"
@@ -387,13 +387,13 @@ def _settings(stage: int, train: Manifest, most_steps: int | None, given: argpar
     from visft_ds.tasks import TASKS
 
     settings = list(given.set)
-    if not len(train.select("captions")):
+    if not len(train.having("captions")):
         settings.append("visft.tasks.captioning=null")
     config = resolve(stage=stage, model=given.model, settings=settings)
     for stream in config.visft.streams().values():
         # Where captions are the only thing to learn from, only images that have some count.
         selections = {TASKS[task].config.learns_from for task in stream.tasks}
-        count = len(train if "any" in selections else train.select(selections.pop()))
+        count = len(train if "any" in selections else train.having(selections.pop()))
         if stream.batch_size > count:
             key = "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
             settings.append(f"{key}.batch_size={max(1, count // given.processes) * given.processes}")

@@ -73,6 +73,15 @@ def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
         os.close(descriptor)
 
 
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk; without it a power failure may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
     """Content of a regular file. Raises what `open_regular` raises."""
     with open_regular(path, most) as file:

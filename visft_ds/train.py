@@ -50,7 +50,7 @@ class Run:
     machine: Machine
     loader: Loader
     engine: Engine
-    state: RunState  #: checkpoints and averages
+    state: RunState  #: checkpoints
     validation: Validation | None  #: None: no evaluation during training
     stop: StopFlag  #: asks for an end after the step
     watchdog: Watchdog
@@ -216,7 +216,6 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
         with run.machine.memory.watched_step(f"step {step} ({task})", task, batches):
             report = engine.train_step(step - 1, batches, loss_denominators)
-        state.follow_step()
 
         if message := guard.observe(step_plan, report):
             kept = ""

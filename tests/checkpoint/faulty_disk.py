@@ -114,7 +114,7 @@ def state(value: float) -> EngineState:
         "c": torch.tensor(value),
     }
     moments = {key: {name: tensor * 0.5 for name, tensor in parameters.items()} for key in MOMENTS}
-    return EngineState(parameters, moments, updates=int(value), average={n: t * 2 for n, t in parameters.items()})
+    return EngineState(parameters, moments, updates=int(value))
 
 
 def value_of(folder: Path) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tests.parallel import pipeline_case
-from tests.parallel.engine_case import DECAY, SAVED_AT, STEPS, Feed, fed, resume, run_steps, start_engine
+from tests.parallel.engine_case import SAVED_AT, STEPS, Feed, fed, resume, run_steps, start_engine
 
 #: (engine, ranks); pipelines of two and four stages, and two pipelines beside each other.
 PLACES = (
@@ -39,7 +39,6 @@ def start(engine: str, stage: int, precision: str) -> tuple[Any, Feed]:
 
 def main(what: str, folder: Path, engine: str) -> None:
     """Save or resume; FOLDER/<engine>-<world>-<what>.pt holds what every run gave."""
-    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
 
@@ -50,12 +49,12 @@ def main(what: str, folder: Path, engine: str) -> None:
     for kind, (stage, precision, sources) in KINDS.items():
         if what == "save":
             made, feed = start(engine, stage, precision)
-            results[kind] = run_steps(made, 0, STEPS, folder / kind / here, MovingAverage(made, DECAY), feed)
+            results[kind] = run_steps(made, 0, STEPS, folder / kind / here, feed)
             continue
         for source in sources:
             made, feed = start(engine, stage, precision)
-            average, exact = resume(made, folder / kind / source)
-            results[f"{kind} {source}"] = {"exact": exact, **run_steps(made, SAVED_AT, STEPS, None, average, feed)}
+            exact = resume(made, folder / kind / source)
+            results[f"{kind} {source}"] = {"exact": exact, **run_steps(made, SAVED_AT, STEPS, None, feed)}
     if distributed.is_main():
         torch.save(results, folder / f"{here}-{what}.pt")
     distributed.close()

@@ -26,7 +26,6 @@ SETTINGS = {
     "visft.run.save_every": 2,
     "visft.run.log_every": 1,
     "visft.run.keep_last": 2,
-    "visft.run.ema": 0.5,
 }
 pytestmark = pytest.mark.slow
 
@@ -43,16 +42,6 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "straight"
     run_ranks(command(shards, out), world=1)
     return out
-
-
-def test_the_average_is_exported_beside_the_weights(straight: Path) -> None:
-    assert saved_steps(straight / "checkpoints") == [6, 8]
-    average = load_file(straight / "checkpoints/step_00000008/average.safetensors")
-    for task in ("detection", "segmentation", "captioning"):
-        weights, ema = (load_file(straight / "export" / name / f"{task}.safetensors") for name in (".", "ema"))
-        assert weights.keys() == ema.keys()
-        assert all(torch.equal(value, average[f"heads.{task}.{name}"]) for name, value in ema.items())
-        assert any(not torch.equal(weights[name], ema[name]) for name in weights)
 
 
 def test_saves_are_recorded(straight: Path) -> None:

@@ -23,10 +23,9 @@ def never(step: int) -> bool:
     return False
 
 
-def test_the_last_and_every_so_many_stay() -> None:
+def test_the_last_ones_stay() -> None:
     steps = [2, 4, 6, 8, 10, 12]
     assert Retention(last=2).obsolete(steps, 12, {}, never) == [2, 4, 6, 8]
-    assert Retention(last=2, every=4).obsolete(steps, 12, {}, never) == [2, 6]
     # Newer ones (damaged, passed over by a resume) push nothing out.
     assert Retention(last=2).obsolete(steps, 8, {}, never) == [2, 4]
     assert Retention(last=9).obsolete(steps, 12, {}, never) == []

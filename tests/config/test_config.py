@@ -205,13 +205,11 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
         ),
         (2, ["visft.run.keep_best=val/caption/cider"], "did you mean caption/CIDEr? known: box/AP, box/AP50, "),
         (2, ["visft.run.keep_best=mask/AP", "visft.tasks=detection"], "known: box/AP, box/AP50, box/AP75, box/APs, "),
-        (2, ["visft.run.keep_every=750"], "must be a multiple of visft.run.save_every = 500"),
         (
             2,
             ["scheduler.params.total_num_steps=2000", "visft.run.trace=[2001, 2010]"],
             "its first step 2001 comes after the last one of the run, 2000",
         ),
-        (2, ["visft.run.ema=1"], "less than 1"),
         (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
         (2, ["visft.tasks.detection.image.crop_range=[9, 8]"], r"must be [smallest, largest]"),
         (2, ["zero_optimization.offload_param.device=cpu"], "needs zero_optimization.stage = 3"),
@@ -231,7 +229,7 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
     for task, spec in TASKS.items():
         words = task == "captioning"
         annotations = [caption if words else corner]
-        found = spec.evaluator.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
+        found = spec.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
         assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -26,7 +27,6 @@ from visft_ds.data.features import FeatureCache, StoredFeatures, View
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
-from visft_ds.data.selection import Selection
 from visft_ds.data.shards import ShardReader
 from visft_ds.tasks.transform import collate_joint
 
@@ -156,7 +156,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
 
 
 def plan_of(reader: ShardReader, views: int | None, seed: int = 3) -> Plan:
-    task = TaskPlan({"toy": SetPlan(Selection.all(len(reader)))}, 4)
+    task = TaskPlan({"toy": SetPlan(np.arange(len(reader)))}, 4)
     return Plan({"detection": task}, seed, views=views)
 
 

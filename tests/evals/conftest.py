@@ -16,8 +16,7 @@ from tests.coco_tree import Tree, write_tree
 from tests.random_tower import save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.manifest import Category, Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import adapter_of

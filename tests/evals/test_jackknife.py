@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals import jackknife
 from visft_ds.evals.compare import Evaluation
 from visft_ds.evals.jackknife import changes
@@ -28,8 +28,8 @@ def mean_score(monkeypatch: pytest.MonkeyPatch, split: Manifest) -> None:
         return {"box/AP": float(np.mean([one["score"] for one in results])), "box/APl": -1.0}
 
     ids = split.index["image_id"]
-    evaluator = Evaluator(truth=lambda _, places: ids[list(places)].tolist(), measure=measure)  # type: ignore[arg-type,return-value]
-    monkeypatch.setattr(jackknife, "TASKS", {"detection": SimpleNamespace(evaluator=evaluator)})
+    task = SimpleNamespace(truth=lambda _, places: ids[list(places)].tolist(), measure=measure)
+    monkeypatch.setattr(jackknife, "TASKS", {"detection": task})
     monkeypatch.setattr(jackknife, "PARTS", 4)
 
 

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from visft_ds.config import resolve
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals import curves
 from visft_ds.evals.curves import History, read_history, time_by_part, time_of_data
 from visft_ds.evals.report_cli import main
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.tasks.pictures import draw_detections
 
-GOLDEN = Path(__file__).parents[1] / "golden/runs-0.1"
 OPTIONAL = {"images_per_second/detection": 20.0, "memory/peak_gib": 1.5, "mfu": 0.25}
 
 
@@ -99,12 +98,6 @@ def test_a_group_that_stands_still_has_the_rate_zero(tmp_path: Path, undrawn: No
     heads = '[{"name": "lora", "params": "backbone.*.lora_*"}, {"name": "heads", "params": "heads.*", "lr": 0}]'
     text = _page(_run(tmp_path / "run", f"visft.param_groups={heads}", "optimizer.params.lr=0.25"))
     assert "lora (backbone.*.lora_*, learning rate 0.25), heads (heads.*, learning rate 0)" in text
-
-
-def test_an_old_run_gives_a_page_without_what_it_has_not(tmp_path: Path, undrawn: None) -> None:
-    text = _page(GOLDEN / "stage1", "--out", tmp_path / "old.html")
-    assert "stage1: not recorded: evaluations, speed by task, memory, model FLOP utilisation" in text
-    assert "<h2>Results</h2>" not in text and "<svg>detection loss: 2</svg>" in text
 
 
 def test_what_is_cut_off_or_damaged_costs_no_page(run: Path, tmp_path: Path, undrawn: None) -> None:

@@ -112,7 +112,7 @@ def train(
 
 def _data() -> list[Case]:
     """The toy set and its shards, byte by byte."""
-    make = ("tools/make_toy_coco.py", "--workers", "1", "--out")
+    make = ("-m", "visft_ds", "toy", "--workers", "1", "--out")
     tree = ("--images", "toy/train2017", "--instances", "toy/annotations/instances_train2017.json")
     tree += ("--captions", "toy/annotations/captions_train2017.json", "--workers", "1", "--quiet")
     build = ("tools/make_shards.py", "build")

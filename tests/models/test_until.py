@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests import finished
 from tests.random_tower import move_adapters, relative, save_backbone
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
@@ -31,8 +32,6 @@ from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
-
-GOLDEN = Path(__file__).parents[1] / "golden/runs-0.1"
 
 timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 56}
@@ -217,7 +216,7 @@ def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
     """Without a run nothing else tells."""
     assert files_without_run(named("lite0"), tmp_path, tmp_path, None).until == "blocks.5"
     save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
-    stored = GOLDEN / "stage1/export/detection.safetensors"
+    stored = finished.runs() / "stage1/export/detection.safetensors"
     info = replace(read_head_info(stored, "detection"), extra={"until": "blocks.1"})
     save_head_files({"detection": load_heads(stored, "detection")}, tmp_path / "moved", {"detection": info})
     model = load(tmp_path / "moved", backbone=tmp_path / "base.safetensors")

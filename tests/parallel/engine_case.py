@@ -37,8 +37,7 @@ TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
 ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
 STEPS, VOCABULARY = len(ORDER), 12
-#: Of the moving average: reached after the second update, by way of the smaller decays of the first ones.
-DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
 Feed = Callable[[Any, int], tuple[list[Batch], LossDenominators]]  #: (engine, step) -> what a rank is given
@@ -184,7 +183,6 @@ def train_plain(
     optimizer = torch.optim.AdamW(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
-    average = [p.detach().clone() for p in trained]
     losses, norms, states, sums_of = [], [], [], []
     for step in range(len(order)):
         module.train()
@@ -205,18 +203,13 @@ def train_plain(
         scheduler.step()
         losses.append(sums["loss"])
         sums_of.append(sums)
-        for held, parameter in zip(average, trained, strict=True):
-            held.lerp_(parameter.detach(), 1 - min(DECAY, (step + 2) / (step + 11)))
         states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
         states[-1]["value"] = {n: p.detach().clone() for n, p in named.items()}
-    names = {parameter: name for name, parameter in named.items()}
-    averages = {names[parameter]: held for parameter, held in zip(trained, average, strict=True)}
     return {
         "losses": losses,
         "norms": norms,
         "named": sums_of,
         "values": states[-1]["value"],
-        "average": averages,
         "saved": states[SAVED_AT - 1],
     }
 
@@ -272,26 +265,21 @@ def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
     return batches, loss_denominators(engine.module, global_batch(step), world * engine.accumulation)
 
 
-def run_steps(
-    engine: Any, start: int, stop: int, folder: Path | None, average: Any = None, feed: Feed = fed
-) -> dict[str, Any]:
+def run_steps(engine: Any, start: int, stop: int, folder: Path | None, feed: Feed = fed) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
-    from visft_ds.checkpoint.averaging import gather_all
     from visft_ds.checkpoint.format import save_checkpoint
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.state import gather_parameters
+    from visft_ds.parallel.state import gather_parameters, gather_state
 
     reports = []
     for step in range(start, stop):
         reports.append(engine.train_step(step, *feed(engine, step)))
-        if average is not None:
-            average.update()
         if folder is not None and step + 1 == SAVED_AT:
-            state = gather_all(engine, average)
+            state = gather_state(engine)
             if state is not None:
                 save_checkpoint(folder, step + 1, state, {"case": "tiny"})
             distributed.barrier()
-    found = {
+    return {
         "losses": [report.losses["loss"] for report in reports],
         "norms": [report.gradient_norm for report in reports],
         "named": [report.losses for report in reports],
@@ -301,49 +289,44 @@ def run_steps(
         "scales": distributed.gather_objects([*(report.loss_scale for report in reports), engine.loss_scale.value]),
         "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
     }
-    return found | ({"average": average.gather()} if average is not None else {})
 
 
-def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, bool]:
-    """Take up the checkpoint in a folder. Returns its moving average, and whether the engine holds it bit for bit."""
-    from visft_ds.checkpoint.averaging import MovingAverage, gather_all
+def resume(engine: Any, folder: Path) -> bool:
+    """Take up the checkpoint in a folder. Returns whether the engine holds it bit for bit."""
     from visft_ds.checkpoint.format import newest_checkpoint
-    from visft_ds.parallel.state import restore_state
+    from visft_ds.parallel.state import gather_state, restore_state
 
     found, _ = newest_checkpoint(folder)
     assert found is not None
-    wanted, moving = found.load(), MovingAverage(engine, DECAY) if average else None
+    wanted = found.load()
     restore_state(engine, wanted, found.step)
-    if moving is not None:
-        moving.restore(wanted.average)
-    held = gather_all(engine, moving)
+    held = gather_state(engine)
     if held is None:
-        return moving, True
+        return True
     pairs = [(held.parameters, wanted.parameters), *((held.moments[key], wanted.moments[key]) for key in MOMENTS)]
-    pairs += [(held.average, wanted.average)] if average else []
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
-    return moving, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
+    return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
-def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
-    """What `safe_get` and `safe_set` do to two parameters of each group, after their average was read."""
+def read_and_write(engine: Any, stage: int) -> dict[str, Any]:
+    """What `safe_get` and `safe_set` do to two parameters of each group."""
     from visft_ds.parallel.state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
 
     def in_module(name: str) -> torch.Tensor | None:
         parameter = trainable(engine)[name]
         return on_main(engine, name, None if parameter.is_meta else _gathered(parameter).clone())
 
-    values, averages = gather_parameters(engine), average.gather()
-    found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": averages}
+    values = gather_parameters(engine)
+    found: dict[str, Any] = {"set": {}}
     names = [[n for n in trainable(engine) if fnmatchcase(n, group.params)] for group in GROUPS[stage]]
     chosen = sorted({name for one in names for name in (one[0], one[-1])})
     for name in chosen:
-        after = in_module(name)  # the average has left
+        held = in_module(name)
         before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
         for what, tensor in before.items():
             safe_set(engine, name, tensor * 2 + 1, what)
         got = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
-        found["set"][name] = (values.get(name), after, before, got, in_module(name))
+        found["set"][name] = (values.get(name), held, before, got, in_module(name))
     return found
 
 
@@ -369,29 +352,26 @@ def main(out: str, name: str) -> None:
     Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
     """
     from tests.parallel import start_case
-    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
 
     torch.set_num_threads(1)
     engine_module.start_process_group()
     results: dict[str, Any] = {}
-    averaging = name != "zero2"  # keeps its values and moments as zero1 does
     for stage in (1, 2):
         folder = Path(out).parent / f"{name}-stage{stage}"
         straight = start_engine(stage, name, "fp32")
-        average = MovingAverage(straight, DECAY) if averaging else None
-        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, average)
+        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder)
         resumed = start_engine(stage, name, "fp32")
-        average, exact = resume(resumed, folder, average=averaging)
-        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
-        if stage == 1 and averaging:
-            results["access"] = read_and_write(resumed, average, stage)
+        exact = resume(resumed, folder)
+        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
+        if stage == 1:
+            results["access"] = read_and_write(resumed, stage)
         if (name, stage) != ("zero3", 2):  # with offload it is, and under ZeRO-1
             results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
     if (plain := Path(out).parent / "plain-stage1").exists():
         resumed = start_engine(1, name, "fp32")
-        _, exact = resume(resumed, plain, average=False)
+        exact = resume(resumed, plain)
         results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
     if name.startswith("zero3"):
         results["start"] = start_case.started(name)

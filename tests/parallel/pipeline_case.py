@@ -98,14 +98,14 @@ def fed(engine: Any, step: int, order: case.Order, sides: case.Sides) -> tuple[l
 
 
 def run(
-    engine: Any, order: case.Order, sides: case.Sides, folder: Path | None = None, average: Any = None, start: int = 0
+    engine: Any, order: case.Order, sides: case.Sides, folder: Path | None = None, start: int = 0
 ) -> dict[str, Any]:
     """Train as `engine_case.run_steps` does; what that returns and more, on the main process."""
     from visft_ds.parallel import distributed
 
     feed = partial(fed, order=order, sides=sides)
     return {
-        **case.run_steps(engine, start, len(order), folder, average, feed),
+        **case.run_steps(engine, start, len(order), folder, feed),
         "training": distributed.gather_objects({n for n, m in engine.module.named_modules() if m.training}),
         "anchors": distributed.gather_objects(
             [p.detach().clone() for n, p in engine.deepspeed.module.named_parameters() if n.startswith("anchor")]
@@ -120,9 +120,9 @@ def gone_on(
 ) -> dict[str, Any]:
     """The run from its checkpoint on, in another engine, and what can be read and written there by name."""
     engine = build_engine(stage, precision, stages)
-    average, exact = case.resume(engine, folder)
-    resumed = run(engine, order, sides, None, average, case.SAVED_AT)
-    return {"resumed": {"exact": exact, **resumed}, "access": case.read_and_write(engine, average, stage)}
+    exact = case.resume(engine, folder)
+    resumed = run(engine, order, sides, None, case.SAVED_AT)
+    return {"resumed": {"exact": exact, **resumed}, "access": case.read_and_write(engine, stage)}
 
 
 def predicted(engine: Any) -> list[Any]:
@@ -192,7 +192,6 @@ def overflowing(engine: Any) -> dict[str, Any]:
 
 def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     """What RUN asks for."""
-    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import pipeline
 
     stage, precision, order_name, *options = name.split(":")
@@ -220,8 +219,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     if option == "zero0":
         engine.deepspeed.get_global_grad_norm = lambda: 0.0  # it has none
     saved = folder / f"{engine_name}-stage{stage}" if option == "resume" else None
-    average = MovingAverage(engine, case.DECAY)
-    results = run(engine, order, sides, saved, average)
+    results = run(engine, order, sides, saved)
     if saved is not None:
         results |= gone_on(int(stage), precision, stages, saved, order, sides)
         results["start"] = started("pipeline")

@@ -101,10 +101,7 @@ def started(engine: str) -> dict[str, Any]:
 
 
 def exported(engine_name: str, folder: Path) -> dict[str, Any]:
-    """What a tower of which one block trained is exported as, and how many tensors were gathered at once. Collective.
-
-    One value is replaced, as those of an average are.
-    """
+    """Export of a tower of which one block trained, and how many tensors were gathered at once. Collective."""
     from visft_ds.checkpoint import export
     from visft_ds.parallel import distributed
     from visft_ds.parallel.placement import placement_for
@@ -114,9 +111,7 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
     prepared = prepare(config, placement_for(for_deepspeed, None))
     engine = engine_of(config, prepared, for_deepspeed)
-    replaced = "backbone.blocks.1.mlp.fc1.weight"
     expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
-    expected[replaced] = expected[replaced] + 1
     sizes = []
 
     def gather(engine: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -125,7 +120,6 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
 
     original, export.gather_parameters = export.gather_parameters, gather  # type: ignore[assignment]
     try:
-        instead = {replaced: expected[replaced]} if distributed.is_main() else {}
         files = export.export_weights(
             engine,
             folder,
@@ -136,7 +130,6 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
             base_sha256="",
             base=prepared.base,
             vocabulary=WORDS,
-            instead=instead,
         )
     finally:
         export.gather_parameters = original

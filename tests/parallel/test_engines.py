@@ -142,19 +142,6 @@ def test_resume_is_the_same_run_bit_for_bit(trained: tuple[str, dict[str, Any]],
     assert all(torch.equal(straight["values"][name], value) for name, value in resumed["values"].items())
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_moving_average_is_that_of_one_process(
-    trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str
-) -> None:
-    if trained[0] == "zero2":
-        pytest.skip("zero2 keeps its values and moments as zero1 does, which is tested")
-    straight, resumed = trained[1][stage]["average"], trained[1][f"{stage}-resumed"]["average"]
-    assert straight.keys() == plain[stage]["average"].keys()
-    compared = {name: value for name, value in plain[stage]["average"].items() if name != ONLY_ROUNDING}
-    assert max(float((straight[name] - value).abs().max()) for name, value in compared.items()) <= WEIGHTS
-    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
-
-
 def test_a_checkpoint_goes_in_and_out_bit_for_bit(trained: tuple[str, dict[str, Any]]) -> None:
     exact = {run: result["exact"] for run, result in trained[1].items() if "exact" in result}
     assert {"stage1-resumed", "stage2-resumed"} <= exact.keys() and all(exact.values()), exact
@@ -174,8 +161,6 @@ def test_goes_on_from_a_checkpoint_of_plain_pytorch(
 
 def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, dict[str, Any]]) -> None:
     """Parameters of every group: DeepSpeed's own accessors know the moments of the first group only."""
-    if trained[0] == "zero2":
-        pytest.skip("zero2 keeps its values and moments as zero1 does, which is tested")
     access = trained[1]["access"]
     assert {name.split(".")[1] for name in access["set"]} == {"detection", "segmentation", "captioning"}
     check_access(access)
@@ -183,13 +168,11 @@ def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, 
 
 def check_access(access: dict[str, Any]) -> None:
     """What was read is what was there, and what was written is read again and computed with."""
-    assert access["names"][0] == access["names"][1]
     for value, after, before, got, module in access["set"].values():
         assert torch.equal(before["value"], value) and torch.equal(after, value)
         assert all(torch.equal(got[what], tensor * 2 + 1) for what, tensor in before.items())
         assert before["exp_avg_sq"].max() > 0
         assert torch.equal(module, got["value"])  # what the forward computes with
-    assert any(not torch.equal(access["average"][name], found[0]) for name, found in access["set"].items())
 
 
 def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: tuple[str, dict[str, Any]]) -> None:

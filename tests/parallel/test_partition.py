@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ from visft_ds.config import derive_batches, resolve
 from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.roles import IdleLoader, Place
-from visft_ds.data.selection import Selection
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.parallel.pipeline import stage_groups
 from visft_ds.planner import run_of
@@ -85,7 +85,7 @@ def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
 
 
 def test_a_stage_that_reads_nothing_knows_the_steps() -> None:
-    plan = Plan({"detection": TaskPlan({"toy": SetPlan(Selection.all(8))}, 4)}, 0)
+    plan = Plan({"detection": TaskPlan({"toy": SetPlan(np.arange(8))}, 4)}, 0)
     steps = list(IdleLoader(plan).steps(3, 6))
     assert [(whole.step, batches) for whole, batches in steps] == [(3, []), (4, []), (5, [])]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from visft_ds.data.manifest import Manifest
+from tests import finished
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
@@ -25,8 +25,6 @@ from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
 from visft_ds.run.folder import recorded_config
 from visft_ds.tasks.pictures import palette
-
-GOLDEN = Path(__file__).parents[1] / "golden/runs-0.1"
 
 TASKS = ["detection", "segmentation", "captioning"]
 
@@ -54,7 +52,7 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
     decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
     source = ModelSource(files, config.streams(), decoding=decoding)
     evaluated, _ = source.build("fp32", torch.device("cpu"))
-    manifest = Manifest.load(GOLDEN / "shards", "val")
+    manifest = Manifest.load(finished.shards(), "val")
     with ShardReader(manifest) as reader:
         collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)
     assert collected is not None
@@ -137,7 +135,7 @@ def test_exif_that_is_broken_hides_no_picture(tmp_path: Path) -> None:
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Images of other shapes would be padded to one size, over which positions would be spread."""
-    shutil.copytree(GOLDEN / "stage1/export", place / "moved")  # without its run: sizes of the paper
+    shutil.copytree(finished.runs() / "stage1/export", place / "moved")  # without its run: sizes of the paper
     model = load(place / "moved", tasks="detection")
     pixels = open_image(place / "dog.jpg").pixels
     images = [pixels[:40], pixels[:, :40], pixels[8:48]]

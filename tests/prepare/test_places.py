@@ -12,8 +12,8 @@ import pytest
 
 from tests.coco_tree import write_tree
 from visft_ds.config import ResolvedConfig, missing_inputs, resolve
-from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.shards import Category, Manifest
 from visft_ds.evals.model import heads_in
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
@@ -72,7 +72,7 @@ def _record(config: ResolvedConfig) -> None:
 def _data(config: ResolvedConfig, given: Mapping[str, str]) -> RunData:
     """The data of a run, as far as its record needs it."""
     manifest = Manifest.load(config.visft.data.root, "train")
-    plan = Plan({"detection": TaskPlan({"train": SetPlan(manifest.selection())}, 1)}, 0)
+    plan = Plan({"detection": TaskPlan({"train": SetPlan(manifest.having("any"))}, 1)}, 0)
     return RunData(given, {"train": TrainingSet(manifest, ("detection",))}, {}, {}, plan, "", None, None)
 
 

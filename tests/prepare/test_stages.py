@@ -13,7 +13,7 @@ from tests.published import save_published_head
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import save_head_files

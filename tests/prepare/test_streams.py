@@ -15,9 +15,9 @@ from tools.make_shards import main as make_shards
 from visft_ds.config import resolve, resolve_arguments
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.interleave import Interleaving
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.permutation import hash_ints
 from visft_ds.data.samples import RawSample
+from visft_ds.data.shards import Manifest
 from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary
 from visft_ds.prepare.streams import (
@@ -283,4 +283,4 @@ def test_a_split_in_which_a_task_finds_nothing_is_refused(mute: Manifest, partly
 
 def test_a_split_without_samples_is_refused(whole: Manifest) -> None:
     with pytest.raises(ValueError, match="has no samples: make the shards anew"):
-        check_samples(["detection"], replace(whole, index=whole.index[:0]))
+        check_samples(["detection"], replace(whole, counts={**whole.counts, "images": 0}))

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.selection import Selection
 from visft_ds.parallel.engine import StepReport
 from visft_ds.resilience.guard import LossGuard, resumed_guard, robust_score
 
 PLAN = Plan(
     {
-        "detection": TaskPlan({"train": SetPlan(Selection.all(8))}, 4, 0.75),
-        "captioning": TaskPlan({"train": SetPlan(Selection.all(8))}, 4, 0.25),
+        "detection": TaskPlan({"train": SetPlan(np.arange(8))}, 4, 0.75),
+        "captioning": TaskPlan({"train": SetPlan(np.arange(8))}, 4, 0.25),
     },
     seed=3,
 )

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tests.checkpoint.faulty_disk import state
 from tests.parallel.engine_case import build, global_batch, loss_denominators
-from tools.replay import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.resilience.nan_debug import NonFinite, examine_batch, open_state
+from visft_ds.resilience.replay import main
 from visft_ds.run.folder import REFUSED_FOLDER
 
 STEP_OF_ALL = 3  #: in which all three tasks learn

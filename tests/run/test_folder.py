@@ -111,7 +111,6 @@ def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_s
         "checkpoints/step_00000004.old/state.json",
         "export/detection.safetensors",
         "export/adapter/adapter_model.safetensors",
-        "export/ema/detection.safetensors",
     ],
 )
 def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) -> None:

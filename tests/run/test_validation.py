@@ -25,8 +25,8 @@ from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
+from visft_ds.data.shards import Manifest
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.monitor.console import Progress
@@ -40,7 +40,7 @@ from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SETTINGS = {
@@ -435,7 +435,7 @@ def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) ->
     os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"
-        "from visft_ds.data.manifest import Manifest\n"
+        "from visft_ds.data.shards import Manifest\n"
         "judge = AsyncEvaluation(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
         "judge.again(4, set())\ntime.sleep(600)\n"
     )

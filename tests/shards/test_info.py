@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tools.make_shards import main
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.shards.info import describe
 
 

@@ -13,10 +13,9 @@ from PIL import Image
 
 from tests.coco_tree import write_tree
 from tests.yolo_folder import BOX, write_picture, write_yolo
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest, verify
 from visft_ds.shards.cli import main
 from visft_ds.shards.layouts import recognise
-from visft_ds.shards.verify import verify
 
 
 def _coco(folder: Path, year: str = "2017") -> Path:
@@ -63,7 +62,7 @@ def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert manifest.labels == {"annotations"}
         assert [(c.coco_id, c.name) for c in manifest.categories] == [(0, "cat"), (1, "yes"), (2, "dog")]
         assert (manifest.counts["images"], manifest.counts["annotations"], manifest.counts["empty"]) == (5, 4, 2)
-        assert verify(tmp_path / "mine-shards", split) == []
+        assert verify(Manifest.load(tmp_path / "mine-shards", split)) == []
     again = [*("build", str(tmp_path / "mine/data.yaml")), "--out", str(tmp_path / "mine-shards"), "--json", "--quiet"]
     assert main(again) == 0
     assert [report["shards_kept"] for report in json.loads(capsys.readouterr().out)] == [1, 1]

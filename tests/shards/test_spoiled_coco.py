@@ -14,10 +14,10 @@ from PIL import Image
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, write_tree
 from tools.make_shards import main
+from visft_ds.data.shards import Manifest, verify
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.findings import TooManyDropsError
 from visft_ds.shards.finish import BuildReport
-from visft_ds.shards.verify import verify
 from visft_ds.toy.annotations import write_toy_coco
 
 Content = dict[str, Any]
@@ -252,7 +252,7 @@ def test_boxes_beyond_all_pixels_are_malformed(tree: Tree, tmp_path: Path) -> No
     with pytest.raises(TooManyDropsError, match="2 x 'bbox' is out of range; allowed are numbers below 1,000,000,000"):
         build(_options(tree, tmp_path / "out"))
     assert _found(build(_options(tree, tmp_path / "out", allow_drops=True)))["box malformed"] == 2
-    assert verify(tmp_path / "out", "toy") == []
+    assert verify(Manifest.load(tmp_path / "out", "toy")) == []
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)

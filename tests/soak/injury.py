@@ -16,8 +16,7 @@ import psutil
 from tests.soak.schedule import Fault
 from tests.soak.trial import SoakFailed, Trial
 from visft_ds.checkpoint.format import saved_steps
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 
 _DISK = 64 << 20  #: bytes of the small disk, many times what the run needs
 

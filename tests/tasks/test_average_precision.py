@@ -15,8 +15,7 @@ import pycocotools.mask
 import pytest
 
 from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.tasks.average_precision import WITHOUT_MASK, IouType, coco_average_precision, pack_results, unpack_results
 
 SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}

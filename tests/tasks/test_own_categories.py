@@ -15,9 +15,8 @@ from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import check_categories, check_classes, classes_of_heads
 from visft_ds.prepare.data import open_data

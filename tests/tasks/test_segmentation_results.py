@@ -48,11 +48,11 @@ def _show(size: tuple[int, int], frame: tuple[int, int], stored: tuple[int, int]
 
 def test_masks_at_the_stored_size() -> None:
     """Without padding, exactly the bilinear interpolation of the logits, cut at one half."""
-    output = _scene((5, 8))
+    output = replace(_scene((5, 8)), labelling="published")
     results = postprocess(output, _show((70, 112), (70, 112), (60, 95)))
     assert len(results) == 3
     wanted = F.interpolate(output.masks, size=(60, 95), mode="bilinear", align_corners=False)[0]
-    scores = output.logits[0].softmax(-1)[:, :-1]
+    scores = output.logits[0].softmax(-1)[:, 1:-1]
     for query, result in enumerate(results):
         seen = _pixels(result)
         assert seen.shape == (60, 95)
@@ -67,7 +67,7 @@ def test_masks_at_the_stored_size() -> None:
 
 def test_padding_is_cut_off() -> None:
     """Against the reference's two interpolations: to the padded size, cut, to the stored size."""
-    output = _scene((8, 10))
+    output = replace(_scene((8, 10)), labelling="published")
     results = postprocess(output, _show((84, 126), (112, 140), (200, 300)))
     large = F.interpolate(output.masks, size=(112, 140), mode="bilinear")[..., :84, :126]
     wanted = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
@@ -106,9 +106,23 @@ def test_extreme_sizes() -> None:
         assert everything["bbox"] == [0, 0, stored[1], stored[0]]
 
 
+def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
+    """Two regions in the first mask, of 2 and 6 cells; none in the second."""
+    output = _scene((4, 6), queries=2)
+    output.masks[:] = -1
+    output.masks[0, 0, 0, :2] = 3
+    output.masks[0, 0, 2:, 3:] = 1
+    batch = _show((4, 6), (4, 6), (4, 6))
+    (result,) = postprocess(output, batch)
+    assert result["bbox"] == [3, 2, 3, 2] and coco_mask.area(result["segmentation"]) == 6
+    best = float(output.logits[0, 0].softmax(-1)[:-1].max())
+    assert result["score"] == pytest.approx(best * torch.tensor(1.0).sigmoid().item(), rel=1e-5)
+    assert postprocess(output, batch, threshold=0.9 * best) == []
+
+
 def test_an_empty_mask_is_no_prediction() -> None:
     """However sure of its class; the others stay as they are, in their order, also one of a single pixel."""
-    output = _scene((4, 6), queries=4)
+    output = replace(_scene((4, 6), queries=4), labelling="published")
     output.masks[0] = -1
     output.masks[0, 1] = 1
     output.masks[0, 3, 0, 0] = 1
@@ -117,7 +131,7 @@ def test_an_empty_mask_is_no_prediction() -> None:
     whole, pixel = postprocess(output, batch)
     assert coco_mask.area(whole["segmentation"]) == 24 and whole["bbox"] == [0, 0, 6, 4]
     assert coco_mask.area(pixel["segmentation"]) == 1 and pixel["bbox"] == [0, 0, 1, 1]
-    scores = output.logits[0].softmax(-1)[:, :-1].max(-1).values.tolist()
+    scores = output.logits[0].softmax(-1)[:, 1:-1].max(-1).values.tolist()
     assert [whole["score"], pixel["score"]] == pytest.approx([scores[1], scores[3]])
     output.masks[0] = -1
     assert postprocess(output, batch) == []

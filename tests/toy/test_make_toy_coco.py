@@ -46,7 +46,7 @@ def test_tool_writes_the_same_bytes_with_two_workers(
     """Also starts the tool as a script, where its own folder would come first on sys.path."""
     arguments = f"--train {TRAIN} --val {VAL} --size {WIDTH}x{HEIGHT} --seed 3 --workers 2".split()
     arguments += ["--out", str(tmp_path / "again")]
-    command = [sys.executable, "tools/make_toy_coco.py", *arguments]
+    command = [sys.executable, "-m", "visft_ds", "toy", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert _digest(tmp_path / "again") == _digest(tree)

@@ -9,7 +9,7 @@ import torch
 
 from tests.ranks import finish, run_ranks, start_ranks
 from tests.tiny import command, steps_recorded, trained
-from tools.replay import main as replay
+from visft_ds.resilience.replay import main as replay
 
 BAD, LEAP, STEPS = 3, 25, 30
 EXTRA = {

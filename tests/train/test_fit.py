@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch.distributed
 
+from tests import finished
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
 from tests.run.test_validation import Ended
 from tests.tiny import TINY, steps_recorded
@@ -32,11 +33,9 @@ from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 
-FOLDER = Path(__file__).parents[1] / "golden/runs-0.1"
-
 #: Of torch and DeepSpeed, at their first use in a process.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-SHARDS = FOLDER / "shards"
+SHARDS = finished.shards()
 STEPS = 3
 SETTINGS: dict[str, Any] = {
     **TINY,

@@ -11,8 +11,8 @@ import pytest
 
 from tests.ranks import finish, run_ranks, start_ranks
 from tests.tiny import command
-from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
+from visft_ds.resilience.replay import main as replay
 
 pytestmark = pytest.mark.slow
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
 from tests.tiny import STEPS, command, steps_recorded, trained
-from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
 from visft_ds.data.samples import Batch
 from visft_ds.launch import main
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.resilience import nan_debug
 from visft_ds.resilience.nan_debug import NonFinite
+from visft_ds.resilience.replay import main as replay
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 

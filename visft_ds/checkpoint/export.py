@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED, TRAINED_ON, UNTIL, TensorInfo, sha256_file
@@ -51,7 +50,6 @@ def export_weights(
     base: BaseWeights,
     vocabulary: Vocabulary | None = None,
     base_model: Publication | None = None,
-    instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
 
@@ -60,7 +58,6 @@ def export_weights(
         head_options: task -> options its head was built with.
         facts: recorded in head files: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
         vocabulary: goes along with heads that work with words.
-        instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
         base: has the values of what is frozen, which the engine holds in the precision of the run alone.
         base_model: publication of the base.
@@ -75,14 +72,13 @@ def export_weights(
         path = folder / TRAINED_BACKBONE_FILE
         began = {TRAINED_ON: base_sha256, TRAINED: json.dumps(own)}
         began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
-        written.append(_export_tower(engine, base_names, path, base, instead, began))
+        written.append(_export_tower(engine, base_names, path, base, began))
     # Heads and adapters: small.
     trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
     if not distributed.is_main():
         return []
     if written:
         base_sha256, base_model = sha256_file(written[0]), None
-    trained.update({name: value for name, value in instead.items() if name in trained})
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
@@ -121,14 +117,13 @@ def _export_tower(
     names: Sequence[str],
     path: Path,
     base: BaseWeights,
-    instead: Mapping[str, Tensor],
     began: Mapping[str, str],
 ) -> Path:
     """Gather what trained of a tower, and write it whole, one tensor at a time. Collective; the main process writes.
 
     Args:
         names: qualified, of all of its parameters.
-        base, instead: see `export_weights`.
+        base: see `export_weights`.
         began: what the file says of the base.
     """
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
@@ -143,8 +138,7 @@ def _export_tower(
         qualified = f"backbone.{name}"
         if qualified not in trained:
             return base.whole(name)
-        found = gather_parameters(engine, (qualified,))
-        return {**found, **instead}[qualified]
+        return gather_parameters(engine, (qualified,))[qualified]
 
     if distributed.is_main():
         stored = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}

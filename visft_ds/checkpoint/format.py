@@ -2,7 +2,6 @@
 
     <run>/checkpoints/step_00000500/parameters.safetensors   fp32 values, by qualified name
                                     moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
-                                    average.safetensors      moving average of the values, where the run keeps one
                                     state.json               step, fingerprints, sha256 of the files and of itself
 
 <run>/refused holds such ones of the states that refused steps began with.
@@ -31,19 +30,14 @@ from torch import Tensor
 from visft_ds.checkpoint.disk import Written, reason, remove_folder, write_file
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Whole, as_record, parse_json
-from visft_ds.data.store import sync_folder
+from visft_ds.files import sync_folder
 from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.writing import safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 FORMAT = "visft_ds.checkpoint"
 VERSION = 2
-_PARAMETERS, _MOMENTS, _AVERAGE, _STATE = (
-    "parameters.safetensors",
-    "moments.safetensors",
-    "average.safetensors",
-    "state.json",
-)
+_PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 
 
 class CheckpointError(ValueError):
@@ -66,7 +60,7 @@ class SavedState(StrictModel):
     updates: Whole
     loss_scale: dict[str, Finite]
     identity: dict[str, str]
-    files: dict[Literal["parameters.safetensors", "moments.safetensors", "average.safetensors"], SavedFile]
+    files: dict[Literal["parameters.safetensors", "moments.safetensors"], SavedFile]
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Checkpoint:
     record: Mapping[str, Any]  #: state.json
 
     def load(self) -> EngineState:
-        """The tensors. Every rank reads them; they are small (what trains, three or four times)."""
+        """The tensors. Every rank reads them; they are small (what trains, three times)."""
         parameters, found = self.parameters(), _read_tensors(self.path / _MOMENTS)
         if found.keys() != {f"{key}/{name}" for key in MOMENTS for name in parameters}:
             raise CheckpointError(f"{self.path / _MOMENTS}: its moments are not those of {_PARAMETERS}")
@@ -87,7 +81,6 @@ class Checkpoint:
             moments={key: {name: found[f"{key}/{name}"] for name in parameters} for key in MOMENTS},
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
-            average=_read_tensors(self.path / _AVERAGE) if _AVERAGE in self.record["files"] else {},
         )
 
     def parameters(self) -> dict[str, Tensor]:
@@ -225,8 +218,7 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
 def _contents(state: EngineState) -> dict[str, dict[str, Tensor]]:
     """File name -> its tensors."""
     moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
-    files = {_PARAMETERS: dict(state.parameters), _MOMENTS: moments}
-    return files | ({_AVERAGE: dict(state.average)} if state.average else {})
+    return {_PARAMETERS: dict(state.parameters), _MOMENTS: moments}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ class Retention:
     """Retention policy of checkpoints."""
 
     last: int  #: the newest so many
-    every: int = 0  #: and those of steps that are multiples of this; 0: none
     best: str | None = None  #: and the best one by this metric of the validation split (more is better)
 
     def obsolete(
@@ -49,8 +48,6 @@ class Retention:
         """
         older = sorted(step for step in steps if step <= newest)
         kept = set(older[-self.last :])
-        if self.every:
-            kept |= {step for step in older if step % self.every == 0}
         if self.best is not None:
             judged = max(scores, default=-1)
             kept |= {step for step in older if step > judged and to_be_judged(step)}

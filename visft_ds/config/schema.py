@@ -16,10 +16,10 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
-from visft_ds.tasks import registry
+from visft_ds.tasks import config_class, entries
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
@@ -30,9 +30,9 @@ PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
-    if value in registry.entries():
+    if value in entries():
         return value
-    allowed = " or ".join(", ".join(f"'{name}'" for name in registry.entries()).rsplit(", ", 1))
+    allowed = " or ".join(", ".join(f"'{name}'" for name in entries()).rsplit(", ", 1))
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
 
 
@@ -206,10 +206,8 @@ class RunConfig(StrictModel):
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500
     keep_last: Positive = 3  #: newest checkpoints kept
-    keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
     stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
-    ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
@@ -276,9 +274,9 @@ class Recipe(StrictModel):
 
 def complete() -> None:
     """Give the schema every task of the table; a task may be registered at any time."""
-    absent = [name for name in registry.entries() if name not in TasksConfig.model_fields]
+    absent = [name for name in entries() if name not in TasksConfig.model_fields]
     for name in absent:
-        kind = registry.config_class(name)
+        kind = config_class(name)
         TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
     if absent:
         for model in (TasksConfig, VisftConfig, Recipe):  # from the inside out

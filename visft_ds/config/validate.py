@@ -15,7 +15,7 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.redaction import refuse_secrets
-from visft_ds.tasks import registry
+from visft_ds.tasks import entries
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -27,7 +27,7 @@ ITEM = "*"  #: stands for a position in a list
 def known_keys() -> tuple[str, ...]:
     """Every key a configuration may set, dotted; "*" stands for a position in a list."""
     complete()
-    return _known_keys(tuple(registry.entries()))
+    return _known_keys(tuple(entries()))
 
 
 @functools.cache
@@ -250,8 +250,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.run.stop_after", f"needs a metric: set visft.run.keep_best, such as {' or '.join(metrics)}"
     if run.trace is not None and run.trace[0] > run.trace[1]:
         yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
-    if run.keep_every % run.save_every:
-        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 
 
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

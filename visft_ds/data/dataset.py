@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.decode import decode_image
+from visft_ds.data.decode import MOST_PIXELS, decode_image
 from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Geometry, Op
-
-_AT_ONCE = 1024  # labels that are read together
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def read_raw(
     if image_file is not None:
         try:
             with span("decode"):
-                image = decode_image(image_file, max_pixels=reader.manifest.max_pixels)
+                image = decode_image(image_file, max_pixels=MOST_PIXELS)
         except ValueError as error:
             raise DamagedSample(f"{_place(reader, index)} cannot be decoded: {error}") from error
         if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
@@ -148,10 +145,8 @@ def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -
 
 def _labels(reader: ShardReader, indices: Sequence[int] | None) -> Iterator[Mapping[str, Any]]:
     wanted = range(len(reader)) if indices is None else indices
-    for first in range(0, len(wanted), _AT_ONCE):
-        part = wanted[first : first + _AT_ONCE]
-        reader.prefetch(part, "labels")
-        yield from map(partial(_checked, reader), part, reader.read_labels(part))
+    for index in wanted:
+        yield _checked(reader, index, reader.read(index, "labels")[1] or b"")
 
 
 def _checked(reader: ShardReader, index: int, label: bytes) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,16 +17,11 @@ import torch
 from visft_ds.data.batches import BatchMaker, Skipped
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.permutation import BLOCK, WINDOW
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, Upload
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.spans import Spent, spent
 from visft_ds.data.workers import Caller, Made, Processes, Threads, WorkerKind, Workers
-
-#: Samples that a remote store hears of before they are read: a window of the windowed order, whose samples are
-#: neighbours in the shards, so that the store can fetch them in few requests.
-_HINTED_SAMPLES = BLOCK * WINDOW
 
 
 class StepLoader:
@@ -77,9 +71,6 @@ class StepLoader:
         self._budget = skip_damaged
         self._maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
-        # Worker processes have readers of their own, which hint what they read, a micro-batch at a time.
-        reads_here = workers == "threads" or not num_workers
-        self._hints = reads_here and any(isinstance(dataset.reader.manifest.root, str) for dataset in sets.values())
         self._kind, self._number = workers, num_workers
         self._spent_by_processes: dict[str, Spent] = {}
         self._gpu = device if device is not None and device.type == "cuda" else None
@@ -90,7 +81,6 @@ class StepLoader:
         """From the next call of `steps` on, give samples their cached features, if there are any, without pixels."""
         assert self._role == "both" and not self._budget, "a damaged picture would be read in some epochs only"
         self._maker = replace(self._maker, features=features)
-        self._hints = False  # which pixels will be read is only known once the cache was asked
 
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """Steps start, start + 1, ... (to `stop`, exclusive; endless without) with this rank's micro-batches.
@@ -139,28 +129,11 @@ class StepLoader:
         return {name: here + self._spent_by_processes.get(name, Spent()) for name, here in spent().items()}
 
     def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:
-        """This rank's micro-batches, in order. Remote stores are told of each some steps before it is yielded."""
-        planned = deque[list[StepPlan]]()
-        step, least = start, 0
+        """This rank's micro-batches, in order."""
+        step = start
         while stop is None or step < stop:
-            if not planned or (self._hints and sum(map(_samples, planned)) < least):
-                hinted: dict[str, list[int]] = {}
-                while stop is None or step + len(planned) < stop:
-                    step_plan = step_plans[step + len(planned)] = self.plan.step(step + len(planned))
-                    parts = self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation)
-                    planned.append(parts)
-                    for part in parts:
-                        hinted.setdefault(part.dataset, []).extend(part.indices.tolist())
-                    # The steps that are made before the first is used come by themselves, ahead of a whole window.
-                    first = step == start and len(planned) > self._prefetch
-                    if not self._hints or first or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
-                        break
-                least = 0 if step == start else _HINTED_SAMPLES // 2
-                if self._hints:
-                    # all at once: only what is hinted together can be fetched together
-                    for dataset, indices in hinted.items():
-                        self._sets[dataset].reader.prefetch(indices, self._role)
-            yield from planned.popleft()
+            step_plans[step] = self.plan.step(step)
+            yield from self.plan.split(step_plans[step], self._dp_rank, self._dp_size, self._accumulation)
             step += 1
 
     def _next(self, made: Iterator[Made], upload: Upload | None) -> Iterator[Made]:
@@ -180,10 +153,6 @@ class StepLoader:
                 f"{len(damaged)} damaged samples are more than the {self._budget} that may be skipped "
                 f"(visft.data.skip_damaged):\n{reasons}"
             )
-
-
-def _samples(parts: list[StepPlan]) -> int:
-    return sum(len(part.indices) for part in parts)
 
 
 def evaluation_batches(
@@ -212,7 +181,6 @@ def evaluation_batches(
     ]
     maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
     workers: Workers = Threads(maker, threads) if threads else Caller(maker)
-    reader.prefetch(indices.clip(max=count - 1).tolist() if isinstance(reader.manifest.root, str) else ())
     for number, made in enumerate(workers.made(parts, ahead=2)):
         real = indices[number * batch_size : (number + 1) * batch_size] < count
         yield replace(made.batch, real=torch.from_numpy(real))

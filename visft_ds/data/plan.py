@@ -28,7 +28,6 @@ import numpy as np
 from visft_ds.config.task_schema import SHARED
 from visft_ds.data.interleave import Interleaving
 from visft_ds.data.permutation import GOLDEN, Int64Array, hash_ints, hash_words, shuffled, shuffled_in_windows
-from visft_ds.data.selection import Selection
 
 _KEY_MASK = (1 << 63) - 1  # keys become int64 tensors
 #: Changes whenever the same arguments would give another order: a run never resumes in the order of another release.
@@ -42,7 +41,7 @@ _SHUFFLES = {"full": shuffled, "windowed": shuffled_in_windows}
 class SetPlan:
     """Share of a data set in a task: its eligible samples, and its weight relative to the task's other sets."""
 
-    samples: Selection
+    samples: Int64Array
     weight: float = 1.0
 
 
@@ -158,7 +157,7 @@ class Plan:
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         places = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size)  # in the epoch's order
         key = hash_ints(self.seed, _hash_of(task), _hash_of(dataset), epoch)
-        indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
+        indices = samples[_SHUFFLES[self.shuffle](places, len(samples), key)]
         if self.shuffle == "windowed":
             indices = np.sort(indices)  # each rank reads neighbours: which rank computes what changes no result
         if self.views is not None:
@@ -168,7 +167,7 @@ class Plan:
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:
         """Index of the substitute for a damaged sample of `part`: a function of its key and the number of attempts."""
         samples = self.tasks[part.task].sets[part.dataset].samples
-        return int(samples.positions(np.array([hash_ints(key, attempt) % len(samples)]))[0])
+        return int(samples[hash_ints(key, attempt) % len(samples)])
 
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
         """All micro-batches of a rank for a step planned by `step`, in order.

@@ -1,172 +1,300 @@
-"""Reading samples out of shards by their place in the index.
+"""A split on disk: NAME.manifest.json, NAME.index.npy and the tars, and reading of its samples.
 
-A tar is never extracted and never scanned while training: the index says where each payload begins. Every payload is
-checked against its crc32, since a flipped byte in a JPEG goes unnoticed by all decoders.
+The manifest lists shards, categories, counts and what was odd; the index has a row of fixed size for each sample, so
+that any sample is one read. Every read is checked by crc32, as decoders do not notice a flipped byte in a JPEG.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import itemgetter
-from types import TracebackType
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
-from isal import isal_zlib
+import numpy.typing as npt
+import orjson
 
-from visft_ds.data.manifest import Manifest, rebuild_hint
-from visft_ds.data.spans import span
-from visft_ds.data.store import Part, Store
+from visft_ds.data.fetch import Cache, RemoteFolder
+from visft_ds.files import read_bytes, reading, sync_folder
 
+FORMAT, VERSION = "visft_ds shards", 3
+#: Offsets and sizes are those of the payloads inside the shard, headers excluded.
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("image_offset", "<i8"),
+        ("image_size", "<i8"),
+        ("image_crc32", "<u4"),
+        ("label_offset", "<i8"),
+        ("label_size", "<i8"),
+        ("label_crc32", "<u4"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("image_id", "<i8"),
+        ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
+        ("num_captions", "<i4"),
+    ]
+)
+#: What identifies the content of a sample; the rest of a row says where it lies.
+_CONTENT = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
+_MOST_MANIFEST = 1 << 30  # bytes
+_MOST_OPEN = 32  # shards; one that was removed from the cache takes its place on the disk while it is open
 Role = Literal["both", "images", "labels"]
-ROLES: tuple[Role, ...] = ("both", "images", "labels")
 
-#: (what it is, offset, size, crc32) of an image or label file in its shard.
-_Payload = tuple[str, int, int, int]
+
+@dataclass(frozen=True)
+class Category:
+    """Object class: `id` counts from 0 in the order of `coco_id`, the id in the source."""
+
+    id: int
+    coco_id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """Tar of a split."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A split that is ready to be read; `len` is its number of samples."""
+
+    root: Path | str  #: folder, or its URL
+    split: str
+    categories: tuple[Category, ...]
+    counts: Mapping[str, int]
+    shards: tuple[ShardFile, ...]
+    vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
+    left_out: Sequence[Sequence[str]]  #: (file name, reason) of each image that is not among the samples
+    findings: Mapping[str, Sequence[Any]]  #: kind -> count, examples
+    options: Mapping[str, Any]
+    sources: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
+    fingerprint: str  #: of the content, however it is cut into shards; checkpoints remember it
+    index_sha256: str
+    remote: RemoteFolder | None = None
+
+    def __len__(self) -> int:
+        return self.counts["images"]
+
+    @classmethod
+    def load(cls, root: Path | str, split: str, cache: Cache | None = None) -> Manifest:
+        """Open a split in a folder or behind a URL.
+
+        Args:
+            cache: where copies of remote shards are kept.
+
+        Raises:
+            ValueError: there is none of this name, it is of another version, or a file was cut or changed.
+            RuntimeError: a server failed, again and again.
+        """
+        remote = RemoteFolder(root.rstrip("/"), cache or Cache()) if isinstance(root, str) and "://" in root else None
+        name = manifest_path(Path(), split).name
+        if remote is not None:
+            root, path = remote.url, f"{remote.url}/{name}"
+            content = remote.read(name, _MOST_MANIFEST)
+        else:
+            root = Path(root)
+            path = str(root / name)
+            if not (root / name).is_file():
+                found = ", ".join(splits_in(root)) or "none"
+                raise ValueError(f"{path} does not exist; finished splits there: {found}")
+            content = read_bytes(root / name, _MOST_MANIFEST)
+        with reading(path, "a manifest of shards"):
+            values = orjson.loads(content)
+            if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
+            values["categories"] = tuple(Category(**each) for each in values["categories"])
+            values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
+            manifest = cls(root=root, remote=remote, **values)
+            if [shard.name for shard in manifest.shards] != [shard_name(split, n) for n in range(len(manifest.shards))]:
+                raise ValueError(f"its shards are not {shard_name(split, 0)} and so on")
+            if not all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in (*manifest.shards, _index_of(manifest))):
+                raise ValueError("a digest is not a sha256")
+        for shard in manifest.shards if remote is None else ():
+            file = Path(root, shard.name)
+            if not file.is_file() or file.stat().st_size != shard.bytes:
+                raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
+        if len(manifest.index) != len(manifest) or (remote is None and not _whole(manifest, _index_of(manifest))):
+            raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
+        return manifest
+
+    def save(self) -> None:
+        """Write the manifest into `root`, when all other files are there."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "remote")}
+        content = orjson.dumps(
+            {"format": FORMAT, "version": VERSION, **values}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
+        )
+        store(manifest_path(Path(self.root), self.split), content + b"\n")
+
+    @cached_property
+    def index(self) -> npt.NDArray[Any]:
+        """(samples,) INDEX_DTYPE, memory-mapped."""
+        path = index_path(Path(self.root), self.split)
+        if self.remote is not None:
+            path = self.remote.copy(path.name, 0, self.index_sha256)
+        with reading(path, "the index of a split"):
+            if not path.is_file():
+                raise ValueError("it is missing: run the same `visft shards build` again")
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
+                raise ValueError("it has other columns: build the split again, with --replace")
+        return rows.view(np.ndarray)  # reading a row of a memmap costs several times as much
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "index"}  # it is opened there again
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """Kinds of labels that the split was made with: "annotations" (of objects), "captions", or both."""
+        made_with = {"annotations": "instances", "captions": "captions"}
+        return frozenset(kind for kind, role in made_with.items() if role in self.sources or self.counts[kind])
+
+    def having(self, labels: str) -> npt.NDArray[np.int64]:
+        """Positions of the samples with "annotations" or "captions", or of "any"."""
+        column = {"any": None, "annotations": "num_annotations", "captions": "num_captions"}[labels]
+        return np.arange(len(self)) if column is None else np.flatnonzero(self.index[column])
+
+    def open(self, shard: int) -> int:
+        """Descriptor of a shard, fetched first if it is remote."""
+        file = self.shards[shard]
+        if self.remote is not None:
+            return self.remote.open(file.name, file.bytes, file.sha256)
+        return os.open(Path(self.root, file.name), os.O_RDONLY | os.O_CLOEXEC)
 
 
 class DamagedSample(ValueError):
     """A sample whose bytes are not those that the index describes, or that are no image."""
 
 
+@dataclass(eq=False)
 class ShardReader:
-    """Random access to the samples of a split, wherever its shards are.
+    """Random access to the samples of a split; safe for threads, and opened anew in another process."""
 
-    Safe for threads and for forked processes; a pickled reader opens the split again. Use as a context manager or call
-    `close`.
-    """
+    manifest: Manifest
+    _files: dict[int, int] = field(default_factory=dict)  # shard -> descriptor, the last one read from at the end
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        # Of its own: closing one reader must not take the files from another one.
-        self._store: Store = manifest.store.another()
-        self._rows = manifest.index.view(np.ndarray)  # indexing a memmap costs several times as much
-        self._names = [shard.name for shard in manifest.shards]
-        columns = list(manifest.index.dtype.names or ())
-        self._columns = columns
-        self._shard = columns.index("shard")
-        self._image = itemgetter(*(columns.index(f"image_{column}") for column in ("offset", "size", "crc32")))
-        self._label = itemgetter(*(columns.index(f"label_{column}") for column in ("offset", "size", "crc32")))
+    def __len__(self) -> int:
+        return len(self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.manifest,)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def describe(self, index: int) -> str:
+        """Name of a sample in messages."""
+        row = self.row(index)
+        return f"sample {row['image_id']:012d} of {self.manifest.root}/{self.manifest.shards[row['shard']].name}"
+
+    def row(self, index: int) -> dict[str, int]:
+        """Row of the index by column name."""
+        return dict(zip(INDEX_DTYPE.names or (), self.manifest.index[index].item(), strict=True))
+
+    def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
+        """(image file, label) of a sample; what `role` does not ask for is not read, and None.
+
+        Raises:
+            DamagedSample: naming the shard, the key and the offset.
+            ValueError, RuntimeError: a remote shard cannot be fetched.
+        """
+        row = self.row(index)
+        image = self._part(index, row, "image") if role != "labels" else None
+        label = self._part(index, row, "label") if role != "images" else None
+        return image, label
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    __del__ = close
 
     def __enter__(self) -> ShardReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Close the shards and stop reading ahead. A later read opens them again."""
-        self._store.close()
-
-    def describe(self, index: int) -> str:
-        """Identify a sample, for error messages."""
-        row = self.row(index)
-        return f"sample {index} (shard {self._store.where}/{self._names[row['shard']]}, key {row['image_id']:012d})"
-
-    def row(self, index: int) -> dict[str, int]:
-        """Row of the index by column name. Raises ValueError for a position that does not exist."""
-        return dict(zip(self._columns, self._row(index), strict=True))
-
-    def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
-        """(image file, label JSON) of a sample; the part that `role` does not ask for is not read and None.
-
-        Raises:
-            DamagedSample: the bytes are not those the index describes; names shard, key and offset.
-            RuntimeError: a server failed, again and again.
-        """
-        row = self._row(index)
-        name = self._names[row[self._shard]]
-        if role == "images":
-            return self._payloads(index, name, ("image", *self._image(row)))[0], None
-        if role == "labels":
-            return None, self._payloads(index, name, ("label", *self._label(row)))[0]
-        image, label = self._payloads(index, name, ("image", *self._image(row)), ("label", *self._label(row)))
-        return image, label
-
-    def read_labels(self, indices: Sequence[int]) -> list[bytes]:
-        """The label JSON of many samples, in half the time that `read` takes for each.
-
-        Raises as `read`.
-        """
-        places = np.asarray(indices, dtype=np.int64)
-        if places.size and not 0 <= places.min() <= places.max() < len(self._rows):
-            self._row(int(places.min() if places.min() < 0 else places.max()))  # says what there is
-        rows = self._rows[places]
-        columns = (rows[name].tolist() for name in ("shard", "label_offset", "label_size", "label_crc32"))
-        shards, offsets, sizes, expected = columns
-        read, names = self._store.read, self._names
-        with span("read"):
-            parts = zip(shards, offsets, sizes, strict=True)
-            found = [read(names[shard], offset, size) for shard, offset, size in parts]
-        with span("crc"):
-            wrong = [place for place, data in enumerate(found) if isal_zlib.crc32(data) != expected[place]]
-        for place in wrong:
-            found[place] = self.read(int(places[place]), "labels")[1] or b""  # once more, or says what is wrong
-        return found
-
-    def prefetch(self, indices: Sequence[int], role: Role = "both") -> None:
-        """Hint that these samples are about to be read, in this order. Returns at once; local files need no hint.
-
-        The more samples a hint has, the more of them are neighbours that one request can fetch. It is no promise: any
-        sample may be read without.
-
-        Raises ValueError for a position that does not exist.
-        """
-        self._store.will_need(self._parts(indices, role))
-
-    def _parts(self, indices: Sequence[int], role: Role) -> list[Part]:
-        parts: list[Part] = []
-        for index in indices:
-            row = self._row(index)
-            name = self._names[row[self._shard]]
-            image, label = self._image(row), self._label(row)
-            if role == "both":
-                parts.append((name, image[0], label[0] + label[1] - image[0]))
-            else:
-                offset, size, _ = image if role == "images" else label
-                parts.append((name, offset, size))
-        return parts
-
-    def _row(self, index: int) -> tuple[int, ...]:
-        if not 0 <= index < len(self._rows):
-            last = len(self._rows) - 1
-            raise ValueError(f"sample {index} does not exist: {self.manifest.split!r} has 0 to {last}")
-        row: tuple[int, ...] = self._rows.item(index)
-        return row
-
-    def _payloads(self, index: int, name: str, *payloads: _Payload) -> list[bytes]:
-        """Neighbouring payloads of a shard, read at once; read again if they are damaged and a copy may be to blame."""
-        start = payloads[0][1]
-        size = payloads[-1][1] + payloads[-1][2] - start
-        for attempt in range(2):
-            with span("read"):
-                data = self._store.read(name, start, size)
-            found = [data] if len(payloads) == 1 else [data[p[1] - start : p[1] - start + p[2]] for p in payloads]
-            damaged = None
-            with span("crc"):
-                for payload, part in zip(payloads, found):  # noqa: B905  # of equal length; the check costs a tenth
-                    if len(part) != payload[2] or isal_zlib.crc32(part) != payload[3]:
-                        damaged = _problem(payload, part)
-                        break
-            if damaged is None:
-                return found
-            if attempt or not self._store.forget(name, start, size):
-                break
-        raise DamagedSample(f"{self.describe(index)}: {damaged} {rebuild_hint(self.manifest.split)}")
+    def _part(self, index: int, row: Mapping[str, int], part: str) -> bytes:
+        shard, offset, size = row["shard"], row[f"{part}_offset"], row[f"{part}_size"]
+        with self._lock:
+            file = self._files.pop(shard, None)
+            if file is None:
+                file = self.manifest.open(shard)
+                if len(self._files) >= _MOST_OPEN:
+                    os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = file
+            data = os.pread(file, size, offset)
+        if crc32(data) != row[f"{part}_crc32"]:
+            raise DamagedSample(
+                f"{self.describe(index)}: the {part} at offset {offset} is damaged: run the same `visft shards build` "
+                f"again, which keeps what is whole"
+            )
+        return data
 
 
-def _problem(payload: _Payload, data: bytes) -> str:
-    part, offset, size, expected = payload
-    found = isal_zlib.crc32(data)
-    return (
-        f"the {part} at offset {offset} is damaged ({len(data)} of {size} bytes read, crc32 {found:08x} "
-        f"instead of {expected:08x})."
-    )
+def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
+    """Identity of a split's content and order."""
+    digest = hashlib.sha256(orjson.dumps([asdict(category) for category in categories], option=orjson.OPT_SORT_KEYS))
+    for column in _CONTENT:
+        digest.update(np.ascontiguousarray(index[column]).tobytes())
+    return digest.hexdigest()
+
+
+def verify(manifest: Manifest) -> list[str]:
+    """Read every byte; the names of the files that are not as they were made."""
+    return [file.name for file in (*manifest.shards, _index_of(manifest)) if not _whole(manifest, file)]
+
+
+def manifest_path(root: Path, split: str) -> Path:
+    """Path of a split's manifest."""
+    return root / f"{split}.manifest.json"
+
+
+def index_path(root: Path, split: str) -> Path:
+    """Path of a split's index."""
+    return root / f"{split}.index.npy"
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def splits_in(root: Path) -> list[str]:
+    """Names of the finished splits in a folder."""
+    return sorted(path.name.removesuffix(".manifest.json") for path in root.glob("*.manifest.json"))
+
+
+def store(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def _index_of(manifest: Manifest) -> ShardFile:
+    name = index_path(Path(), manifest.split).name
+    return ShardFile(name, len(manifest), 0, manifest.index_sha256)
+
+
+def _whole(manifest: Manifest, file: ShardFile) -> bool:
+    with Path(manifest.root, file.name).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256

@@ -195,10 +195,7 @@ class _Parts(Dataset[Made | Exception]):
         if self._with_cpu:
             measure_cpu()
         before = spent()
-        reader = self._maker.sets[part.dataset].reader
         try:
-            if self._maker.features is None:
-                reader.prefetch(part.indices.tolist(), self._maker.role)
             batch, skipped = self._maker.make(part)
         except (ValueError, OSError, RuntimeError) as error:
             return error  # raised by the consumer: torch would wrap it into another message

@@ -13,9 +13,9 @@ from pydantic import ConfigDict, Field, StringConstraints
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Number, Whole, parse_json, read_record
 from visft_ds.data.decode import MOST_PIXELS, decode_image
+from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.registry import config_class, entries
-from visft_ds.tasks.segmentation.pictures import decode_mask
+from visft_ds.tasks.segmentation.masks import decode_mask
 
 #: What visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
@@ -227,7 +227,7 @@ def _compare_masks(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[in
     height, width = one["size"]
     if one == other:
         return height * width, 0
-    return height * width, int((decode_mask(one, height, width) != decode_mask(other, height, width)).sum())
+    return height * width, int((decode_mask(one, (height, width)) != decode_mask(other, (height, width))).sum())
 
 
 def _compare_captions(rows: Sequence[Pair]) -> Difference:

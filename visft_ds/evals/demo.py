@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.out_of_domain import Comparison, read_comparison
 from visft_ds.evals.report import Report, comparison, write_report
@@ -22,8 +22,8 @@ from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.towers import open_tower
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.monitor.console import Section, print_plan
+from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.pictures import save_png
-from visft_ds.tasks.registry import shown_metrics
 
 
 def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | None, seconds: float) -> None:

@@ -17,9 +17,8 @@ import orjson
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.shards import ShardReader
-from visft_ds.data.store import CacheOptions
+from visft_ds.data.fetch import Cache
+from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -56,7 +55,7 @@ class Job:
 
     source: ModelSource
     shards: str | None  #: folder or URL; None: make them from a COCO tree
-    cache: CacheOptions | None  #: of remote shards
+    cache: Cache | None  #: of remote shards
     split: str
     out: Path | None  #: None: nothing is written
 
@@ -220,7 +219,7 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
         selection = TASKS[task].config.learns_from
-        if not (manifest.select(selection) < (limit or len(manifest))).any():
+        if not (manifest.having(selection) < (limit or len(manifest))).any():
             others = ",".join(other for other in tasks if other != task)
             first = f"the first {limit} images of " if limit else ""
             raise ValueError(
@@ -398,7 +397,7 @@ def _write(
 
 def _facts(tasks: Sequence[str]) -> dict[str, Any]:
     """Name -> whatever else the numbers of these tasks depend on."""
-    return {name: value for task in tasks for name, value in TASKS[task].evaluator.facts.items()}
+    return {name: value for task in tasks for name, value in TASKS[task].facts.items()}
 
 
 def _print_start(model: EvaluationModel, precision: str, data: str) -> None:

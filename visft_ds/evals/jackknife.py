@@ -12,8 +12,7 @@ import math
 import numpy as np
 from scipy.special import stdtrit
 
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.compare import Evaluation
 from visft_ds.monitor.console import Gauge
@@ -48,9 +47,9 @@ def changes(first: Evaluation, last: Evaluation, manifest: Manifest) -> dict[str
             measured = []
             pair = [[r for r in one.results(task) if r["image_id"] in places] for one in (first, last)]
             for part in range(PARTS):
-                truth = TASKS[task].evaluator.truth(reader, [place for place in range(used) if place % PARTS != part])
+                truth = TASKS[task].truth(reader, [place for place in range(used) if place % PARTS != part])
                 kept = [[r for r in results if places[r["image_id"]] % PARTS != part] for results in pair]
-                measured.append([TASKS[task].evaluator.measure(truth, of_one, False) for of_one in kept])
+                measured.append([TASKS[task].measure(truth, of_one, False) for of_one in kept])
                 gauge.show(gauge.done + 1)
             for name in measured[0][0].keys() & first.metrics.keys() & last.metrics.keys():
                 values = np.array([[of_one.get(name, -1.0) for of_one in both] for both in measured])

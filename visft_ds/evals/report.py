@@ -25,7 +25,6 @@ from visft_ds.evals.page import embed, render
 from visft_ds.monitor.metrics import RunFile
 from visft_ds.redaction import redacted_values, redacted_words
 from visft_ds.run.folder import read_run, recorded_config
-from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
@@ -149,7 +148,7 @@ def _drawn(evaluations: Sequence[Evaluation]) -> dict[str, Drawn]:
 def _panels(of_models: Mapping[str, Drawn], task: str) -> dict[int, list[Picture]]:
     """Image id -> [ground truth, prediction of each model], for the images that were drawn of all of them."""
     drawn = [pictures.get(task, {}) for pictures in of_models.values()]
-    if not drawn or TASKS[task].draw is None:  # its picture has no ground truth beside it
+    if not drawn:
         return {}
     shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
     halves = {image_id: [split_panels(pictures[image_id]) for pictures in drawn] for image_id in shared}

@@ -14,7 +14,7 @@ from pathlib import Path
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.decode import MOST_PIXELS, decode_image
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import Manifest
 from visft_ds.evals.compare import METRICS, Evaluation, read_evaluation
 from visft_ds.evals.curves import History, read_history
 from visft_ds.evals.jackknife import changes

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import as_record, read_record
-from visft_ds.data.store import file_digest
 from visft_ds.names import checked_name
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -396,7 +395,7 @@ def sha256_file(path: str | Path) -> str:
     """sha256 of a file's bytes, lower-case hexadecimal; of an index of shards, that of all their hashes."""
     path = Path(path)
     with path.open("rb") as file:
-        digest = file_digest(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not path.name.endswith(INDEX):
         return digest
     shards = sorted(set(read_index(path).values()))

@@ -13,7 +13,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files, heads_inside
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import UNTIL, WeightFile, examples, open_weights
 from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options
 from visft_ds.interop.published_heads import (

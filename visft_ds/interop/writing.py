@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from visft_ds import __version__
-from visft_ds.data.store import sync_folder
+from visft_ds.files import sync_folder
 from visft_ds.interop.files import SAFETENSORS_DTYPES, TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

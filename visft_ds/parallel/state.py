@@ -39,7 +39,6 @@ class EngineState:
     moments: Mapping[str, Mapping[str, Tensor]]  #: "exp_avg" | "exp_avg_sq" -> name -> fp32, on the CPU
     updates: int  #: optimiser updates done; position of Adam's bias correction and of the schedule
     loss_scale: Mapping[str, float] = field(default_factory=dict)  #: dynamic loss scale of fp16 runs
-    average: Mapping[str, Tensor] = field(default_factory=dict)  #: name -> moving average, fp32; empty: none is kept
 
 
 def trainable(engine: Engine) -> dict[str, nn.Parameter]:

@@ -36,7 +36,7 @@ LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 #: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6
 #: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
-#: computed again; measured (docs/LOG.md). Where the attention's result is kept, torch looks at each operator in Python.
+#: computed again; measured. Where the attention's result is kept, torch looks at each operator in Python.
 HOST_SECONDS = 19e-6
 CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
@@ -311,7 +311,6 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, cluster: Cluster | 
     Args:
         cluster: over whose links ranks send their messages; None: sending takes no time.
     """
-    run = run.typical(stream)
     found, batches, zero = trace_step(run.alone(), stream), run.batches, run.zero()
     micro = micro_batch_seconds(run.alone(), stream, rates)
     shared = batches.dp if zero.stage else 1

@@ -14,10 +14,9 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import Plan
 from visft_ds.data.roles import IdleLoader, Place
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
     TrainingSet,

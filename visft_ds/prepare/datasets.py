@@ -14,9 +14,9 @@ import orjson
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
-from visft_ds.data.manifest import Category, Manifest, manifest_path
+from visft_ds.data.fetch import Cache
 from visft_ds.data.plan import Shuffle
-from visft_ds.data.store import CacheOptions
+from visft_ds.data.shards import Category, Manifest, manifest_path
 from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
@@ -39,7 +39,7 @@ class TrainingSet:
         return hashlib.sha256(f"{self.manifest.fingerprint} {sorted(self.categories.items())}".encode()).hexdigest()
 
 
-def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dict[str, TrainingSet]:
+def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
     Raises:
@@ -47,8 +47,8 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
     """
     data, enabled = config.data, tuple(config.tasks.enabled())
     cache = cache_of(data)
-    first = Manifest.load(data.root, data.train, check_shards=check_shards, cache=cache)
-    others = [Manifest.load(one.root, one.split, check_shards=check_shards, cache=cache) for one in data.sets]
+    first = Manifest.load(data.root, data.train, cache=cache)
+    others = [Manifest.load(one.root, one.split, cache=cache) for one in data.sets]
     sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
     check_samples(sets[data.train].tasks, first)
     _check_labels(first, sets[data.train].tasks, "leave {task} out of visft.tasks")
@@ -68,9 +68,9 @@ def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
     return [one.manifest for one in sets.values() if needs_vocabulary(one.tasks)]
 
 
-def cache_of(data: DataConfig) -> CacheOptions | None:
-    """Options of the cache for remote shards; None where there is none."""
-    return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes)
+def cache_of(data: DataConfig) -> Cache:
+    """Where copies of remote shards are kept."""
+    return Cache(Cache.folder if data.cache is None else Path(data.cache), data.cache_bytes)
 
 
 def data_identity(sets: Mapping[str, TrainingSet]) -> str:
@@ -124,7 +124,7 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
         if not len(manifest):
             raise ValueError(f"{where} has no samples: make the shards anew")
         labels = TASKS[task].config.labels
-        if labels not in manifest.labels or not len(manifest.selection(TASKS[task].config.learns_from)):
+        if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):
             option = {"annotations": "instances"}.get(labels, labels)
             raise ValueError(
                 f"{where} has no sample with {labels}, which {task} needs: make the shards "
@@ -154,7 +154,7 @@ def known_classes(config: ResolvedConfig) -> ResolvedConfig:
     data = config.visft.data
     if is_url(data.root) or not manifest_path(Path(data.root), data.train).is_file():
         return config
-    return settle_classes(config, Manifest.load(data.root, data.train, check_shards=False))
+    return settle_classes(config, Manifest.load(data.root, data.train))
 
 
 def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:

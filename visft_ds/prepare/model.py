@@ -19,7 +19,7 @@ from torch import nn
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
 from visft_ds.interop.heads import (
@@ -220,9 +220,6 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        for key, problem in task.backbone_contradictions(backbone.patch_size):  # transforms do not know the backbone
-            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):

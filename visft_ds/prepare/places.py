@@ -23,7 +23,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.layers import display
 from visft_ds.config.preflight import INPUTS_FOLDER, head_files, heads_inside, run_of
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.manifest import manifest_path, read_manifest
+from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.pretrained import local
 from visft_ds.run.folder import recorded_inputs, saved_something
 
@@ -168,7 +168,7 @@ def _problem(place: Path, record: Mapping[str, str], split: str | None) -> str |
         other = split is not None and manifest_path(place, split).is_file()
         return None if other else f"no shards of {record['split']}"
     try:
-        found = read_manifest(place, record["split"])["fingerprint"]
+        found = Manifest.load(place, record["split"]).fingerprint
     except ValueError as error:
         return str(error)
     return None if found == record["fingerprint"] else f"other shards, fingerprint {found}"

@@ -16,8 +16,8 @@ from visft_ds.config.resolve import FEW_IMAGES
 from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.data.transforms import Size
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
@@ -98,7 +98,7 @@ def _samples_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Se
     parts = {}
     for name, part in parts_of(stream, sets).items():
         selections = {TASKS[task].config.learns_from for task in part.tasks}
-        samples = sets[name].manifest.selection(selections.pop() if len(selections) == 1 else "any")
+        samples = sets[name].manifest.having(selections.pop() if len(selections) == 1 else "any")
         parts[name] = SetPlan(samples, sets[name].weight)
     return parts
 
@@ -151,7 +151,7 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
         return read_vocabulary(path) if path.is_file() else None
     if not shards_are_here(data):
         return None
-    return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
+    return vocabulary_of(config, *captioned(open_training_data(config)))
 
 
 def shards_are_here(data: DataConfig) -> bool:

@@ -31,10 +31,9 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.selection import Selection
-from visft_ds.data.shards import ROLES, Role, ShardReader
+from visft_ds.data.shards import ROLES, Manifest, Role, ShardReader, manifest_path
 from visft_ds.data.spans import SPANS, Spent, measure_cpu
 from visft_ds.data.workers import WorkerKind
 from visft_ds.monitor.console import Section

@@ -19,11 +19,10 @@ from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.labels import whole_image
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
 from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.shards import Role
+from visft_ds.data.shards import Manifest, Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.compiled import compilations
@@ -178,18 +177,14 @@ def _compiled_section(how: str, seconds: float) -> Section:
 
 def _sizes(manifest: Manifest) -> Iterator[Size]:
     """(height, width) of all pictures of a split, each once."""
-    found: set[int] = set()
-    for rows in manifest.parts():
-        found.update(np.unique(rows["height"].astype(np.int64) << 32 | rows["width"]).tolist())
-    return (divmod(number, 1 << 32) for number in sorted(found))
+    sides = manifest.index["height"].astype(np.int64) << 32 | manifest.index["width"]
+    return (divmod(number, 1 << 32) for number in np.unique(sides).tolist())
 
 
 def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
     """Number of objects in the `count` images that have most."""
-    most = np.zeros(count, dtype=np.int64)
-    for rows in manifest.parts():
-        most = np.sort(np.concatenate([most, rows["num_annotations"]]))[-count:]
-    return tuple(most[::-1].tolist())
+    objects = np.concatenate([manifest.index["num_annotations"], np.zeros(count, np.int64)])
+    return tuple(np.sort(objects)[::-1][:count].tolist())
 
 
 def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:

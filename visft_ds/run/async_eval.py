@@ -23,8 +23,7 @@ import orjson
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Whole, read_record
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.runner import as_metrics, measure
 from visft_ds.interop.writing import write_text
 from visft_ds.tasks import Results

@@ -35,8 +35,8 @@ from visft_ds.run.folder import open_run_folder, recorded_config, saved_somethin
 from visft_ds.run.lock import locked
 
 _SHARED_MEMORY = Path("/dev/shm")
-#: Bytes of a checkpoint for each value that trains: the value and two moments, in fp32; and its moving average.
-_CHECKPOINT_BYTES, _AVERAGE_BYTES = 12, 4
+#: Bytes of a checkpoint for each value that trains: the value and two moments, in fp32.
+_CHECKPOINT_BYTES = 12
 _PIXEL = 3  #: bytes; images travel as uint8
 
 
@@ -233,14 +233,13 @@ def check_space(out: Path, values: int, run: RunConfig) -> None:
 
     Args:
         values: number of values that train.
-        run: says which checkpoints are kept; one more is there while it replaces the oldest. Those that
-            `keep_every` keeps for good are not counted.
+        run: says which checkpoints are kept; one more is there while it replaces the oldest.
 
     Raises:
         ValueError: naming what is free and what is needed.
     """
     there = sum(1 for path in (out / "checkpoints").glob("step_*") if path.is_dir())
-    size = values * (_CHECKPOINT_BYTES + (_AVERAGE_BYTES if run.ema else 0))
+    size = values * _CHECKPOINT_BYTES
     needed = size * max(1, run.keep_last + 1 + (run.keep_best is not None) - there)
     free = shutil.disk_usage(out).free
     if free < needed:

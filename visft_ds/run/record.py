@@ -16,7 +16,7 @@ from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, heads_inside
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text

@@ -15,7 +15,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, run_of
 from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import read_adapter

@@ -163,7 +163,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
     if shards_are_here(config.visft.data):
-        sets = open_training_data(config.visft, check_shards=False)
+        sets = open_training_data(config.visft)
         config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
@@ -198,7 +198,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
     if shards_are_here(config.data):
         try:
-            plan_of(config, open_training_data(config, check_shards=False))
+            plan_of(config, open_training_data(config))
         except ValueError as error:
             yield f"this run cannot start: {error}"
     try:
@@ -277,10 +277,8 @@ def _pipeline_sections(run: PlannedRun) -> list[Section]:
 
 def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
-    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
-    return f"kept: {' and '.join(kept)}{average}"
+    return f"kept: {' and '.join(kept)}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:

@@ -1,4 +1,4 @@
-"""State of a run from step to step beside the loop: its checkpoints, its moving average, its resume."""
+"""State of a run from step to step beside the loop: its checkpoints, its resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from visft_ds.checkpoint.averaging import MovingAverage, gather_all
 from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.export import export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
@@ -21,7 +20,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.state import EngineState, ToHost, restore_state
+from visft_ds.parallel.state import EngineState, ToHost, gather_state, restore_state
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.pretrained import local
@@ -47,9 +46,8 @@ class RunState:
         run = config.visft.run
         self.identity = dict(identity)
         self._out, self._engine, self._config = Path(run.out or ""), engine, config
-        self._average = MovingAverage(engine, run.ema) if run.ema else None
         due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
-        retention = Retention(run.keep_last, run.keep_every, run.keep_best)
+        retention = Retention(run.keep_last, run.keep_best)
         self._saver = Saver(self._out / "checkpoints", self.identity, retention, due)
 
     @property
@@ -91,16 +89,9 @@ class RunState:
         with met_by_one_rank():
             state = checkpoint.load()
         restore_state(self._engine, state, checkpoint.step)
-        if self._average:
-            self._average.restore(state.average)
         best = self._saver.retention.best
         self._saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
         return checkpoint.step
-
-    def follow_step(self) -> None:
-        """Let the moving average follow the step that was just made."""
-        if self._average:
-            self._average.update()
 
     def save(self, step: int) -> None:
         """Take a snapshot; it is written while training goes on. Collective.
@@ -108,7 +99,7 @@ class RunState:
         Raises:
             OSError: the save before this one failed.
         """
-        self._saver.save(step, partial(gather_all, self._engine, self._average))
+        self._saver.save(step, partial(gather_state, self._engine))
 
     def save_refused(self, step: int, loss_scale: float | None) -> str:
         """Write the state that a refused step began with, for `visft replay`. Collective.
@@ -125,7 +116,7 @@ class RunState:
         """
 
         def gather(keep: ToHost) -> EngineState | None:
-            state = gather_all(self._engine, self._average, keep)
+            state = gather_state(self._engine, keep)
             if state is None or loss_scale is None:
                 return state
             return replace(state, loss_scale={**state.loss_scale, "scale": loss_scale})
@@ -182,7 +173,7 @@ class RunState:
             self._saver.delete_obsolete()
 
     def export(self, step: int, base_sha256: str, data: RunData, base: BaseWeights) -> None:
-        """Export what has trained, and in RUN/export/ema its moving average. Collective.
+        """Export what has trained. Collective.
 
         Args:
             base_sha256: hash of the base file.
@@ -196,25 +187,20 @@ class RunState:
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             if distributed.is_main():
                 remove_unfinished(folder)
-            averages = {"ema": self._average.gather()} if self._average else {}
-            for name, values in {".": {}, **averages}.items():
-                paths = export_weights(
-                    self._engine,
-                    folder / name,
-                    lora=visft.lora,
-                    head_options={
-                        name: task.head.model_dump(mode="json") for name, task in visft.tasks.enabled().items()
-                    },
-                    facts={"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode},
-                    categories=data.categories,
-                    base_sha256=base_sha256,
-                    base=base,
-                    vocabulary=data.vocabulary,
-                    base_model=self._publication(),
-                    instead=values,
-                )
-                for path in paths:
-                    print(f"wrote {path}", flush=True)
+            paths = export_weights(
+                self._engine,
+                folder,
+                lora=visft.lora,
+                head_options={name: task.head.model_dump(mode="json") for name, task in visft.tasks.enabled().items()},
+                facts={"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode},
+                categories=data.categories,
+                base_sha256=base_sha256,
+                base=base,
+                vocabulary=data.vocabulary,
+                base_model=self._publication(),
+            )
+            for path in paths:
+                print(f"wrote {path}", flush=True)
 
     def _publication(self) -> Publication | None:
         """Publication of the base weights, as far as their name or their place in the hub's cache tells it."""

@@ -10,9 +10,8 @@ from typing import Any
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
@@ -23,7 +22,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.

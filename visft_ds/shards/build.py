@@ -10,6 +10,7 @@ Beside the shards, the hidden folder `.NAME.build` keeps one record per finished
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import orjson
 
 from visft_ds.data.decode import MAX_PIXELS, MOST_PIXELS
-from visft_ds.data.manifest import VERSION, index_path, manifest_path, shard_name, shards_among
+from visft_ds.data.shards import VERSION, index_path, manifest_path, shard_name
 from visft_ds.names import shown_name, wrong_name
 from visft_ds.redaction import redacted
 from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
@@ -303,7 +304,8 @@ def _claim(options: Options, source: CocoSource, output: Output, planned: int, *
     """Bind the output to these options, JSON files and so many shards, so that two different builds never mix."""
     wanted = {"version": VERSION, **options.content(), "sources": source.files}
     name = f"{output.work}/options.json"
-    shards = shards_among(output.names(), options.split)
+    pattern = re.compile(re.escape(options.split) + r"-\d{6,}\.tar")
+    shards = sorted(filter(pattern.fullmatch, output.names()))
     data = output.read(name)
     if data is None and shards and not replace:
         # Copied without their hidden records: nothing tells whether this build would make the same ones.

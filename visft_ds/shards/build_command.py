@@ -16,7 +16,7 @@ import orjson
 
 from visft_ds.config.preflight import is_url
 from visft_ds.data.decode import MAX_PIXELS
-from visft_ds.data.manifest import manifest_path, splits_in
+from visft_ds.data.shards import manifest_path, splits_in
 from visft_ds.flags import check_least, parse_size
 from visft_ds.monitor.console import Gauge
 from visft_ds.redaction import redacted

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.tasks.classes import COCO_NAMES
 
 _MAPPED_FIELDS = {"id", "name"}

@@ -6,22 +6,15 @@ Each returns the exit status: 0 no problems, 1 problems found. Errors of the use
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from visft_ds.config.preflight import is_url
-from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.flags import check_least
-from visft_ds.monitor.console import Gauge
+from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.shards.info import describe, describe_step
-from visft_ds.shards.shard_content import Problem, some
-from visft_ds.shards.verify import VerifyProgress, traces_of_splits, verify
 
 _SHOWN = 20
 
@@ -31,15 +24,6 @@ def add_verify_parser(commands: Any, summary: str) -> None:
     parser = commands.add_parser("verify", help=summary)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: all in the folder)")
-    parser.add_argument("--decode", action="store_true", help="also decode every image")
-    parser.add_argument(
-        "--limit", type=int, default=_SHOWN, metavar="N", help="problems shown of a split (%(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_verify)
 
 
@@ -77,49 +61,18 @@ def add_info_parser(commands: Any, summary: str) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Verify splits; 1 if there are problems."""
-    check_least(options, workers=1, limit=1)
     if is_url(options.folder):
         raise ValueError(f"{options.folder} is a URL; every byte is read, so fetch the shards to a folder first")
     folder = Path(options.folder)
-    splits = options.split or traces_of_splits(folder)
+    splits = options.split or splits_in(folder)
     if not splits:
         raise ValueError(f"{folder} holds nothing of any split")
-    found: dict[str, list[Problem]] = {}
+    status = 0
     for split in splits:
-        with Gauge(f"reading {split}", enabled=not options.quiet) as gauge:
-            found[split] = verify(
-                folder,
-                split,
-                decode=options.decode,
-                workers=options.workers,
-                on_progress=partial(_show, gauge),
-            )
-    if options.json:
-        _print_json({split: [asdict(problem) for problem in problems] for split, problems in found.items()})
-    else:
-        for split, problems in found.items():
-            _print_problems(split, problems, options.limit)
-    return 1 if any(found.values()) else 0
-
-
-def _show(gauge: Gauge, progress: VerifyProgress) -> None:
-    if not gauge.total:
-        gauge.phase(gauge.what, progress.total_bytes / 1e6, "MB")
-    gauge.show(progress.bytes / 1e6)
-
-
-def _print_problems(split: str, problems: Sequence[Problem], limit: int) -> None:
-    if not problems:
-        print(f"{split}: every byte is as it was made")
-        return
-    for problem in problems[:limit]:
-        print(f"{problem.file}: {problem.message}")
-    if len(problems) > limit:
-        print(f"... and {len(problems) - limit} more: --limit or --json shows them")
-    shards = sorted({problem.file for problem in problems})
-    print(f"{split}: {len(problems)} problems in {some(shards)}")
-    for fix in dict.fromkeys(problem.fix for problem in problems if problem.fix):
-        print(f"  {fix}")
+        damaged = verify(Manifest.load(folder, split))
+        print(f"{split}: damaged: {', '.join(damaged)}" if damaged else f"{split}: every byte is as it was made")
+        status |= bool(damaged)
+    return status
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
-from visft_ds.data.manifest import INDEX_DTYPE, ShardFile, index_path, manifest_bytes, manifest_path
+from visft_ds.data.shards import INDEX_DTYPE, Manifest, ShardFile, fingerprint, index_path
 from visft_ds.names import shown_name
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned
@@ -76,21 +76,22 @@ def write_manifest(
     shards = [ShardFile(r["name"], r["count"], r["bytes"], r["sha256"]) for r in records]
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
-    manifest = manifest_bytes(
+    manifest = Manifest(
+        root=Path(out),
         split=split,
-        categories=source.categories,
+        categories=tuple(source.categories),
         counts=counts,
-        shards=shards,
-        index=index,
-        index_file=buffer.getvalue(),
+        shards=tuple(shards),
         vocabulary=_vocabulary(images),
-        quarantine=quarantine,
-        findings=source.findings.listed(),
+        left_out=[(bad["file_name"], f"{bad['reason']} ({bad['detail']})") for bad in quarantine],
+        findings={each["kind"]: (each["count"], each["examples"]) for each in source.findings.listed()},
         options=options,
         sources=source.files,
+        fingerprint=fingerprint(source.categories, index),
+        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
     output.write(index_path(Path(), split).name, buffer.getvalue())
-    output.write(manifest_path(Path(), split).name, manifest)
+    manifest.save()
     return BuildReport(
         split=split,
         out=out,
@@ -101,7 +102,7 @@ def write_manifest(
         counts=counts,
         findings=source.findings.listed(),
         quarantine=quarantine,
-        fingerprint=orjson.loads(manifest)["fingerprint"],
+        fingerprint=manifest.fingerprint,
     )
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.data.labels import parse_label
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 
@@ -40,9 +39,8 @@ def describe(manifest: Manifest, *, categories: bool = False, shards: bool = Fal
         "height": _quantiles(index["height"]),
         "options": dict(manifest.options),
         "sources": {role: file["name"] for role, file in manifest.sources.items()},
-        "quarantine_reasons": dict(Counter(bad["reason"] for bad in manifest.quarantine)),
-        "quarantine": {bad["file_name"]: bad["reason"] for bad in manifest.quarantine},
-        "findings": {finding["kind"]: finding["count"] for finding in manifest.findings},
+        "left_out": {name: reason for name, reason in manifest.left_out},
+        "findings": {kind: count for kind, (count, _) in manifest.findings.items()},
         "fingerprint": manifest.fingerprint,
     }
     if categories:
@@ -66,12 +64,12 @@ def _quantiles(numbers: npt.NDArray[Any]) -> list[int]:
 def _category_table(manifest: Manifest) -> list[dict[str, Any]]:
     annotations: Counter[int] = Counter()
     images: Counter[int] = Counter()
-    with ShardReader(manifest) as reader:
-        for place in range(len(reader)):
-            label = parse_label(reader.read(place, "labels")[1] or b"")
-            used = [annotation["category_id"] for annotation in label["annotations"]]
-            annotations.update(used)
-            images.update(set(used))
+    reader = ShardReader(manifest)
+    for place in range(len(reader)):
+        label = parse_label(reader.read(place, "labels")[1] or b"")
+        used = [annotation["category_id"] for annotation in label["annotations"]]
+        annotations.update(used)
+        images.update(set(used))
     return [
         {
             "id": category.id,
@@ -115,7 +113,7 @@ def describe_step(
         keys = (key for key in paths_of(recorded.visft) if key.startswith("visft.data.") and not (data and key == DATA))
         places = {key: str(find(run, recorded.visft, key)) for key in keys}
         config = with_paths(recorded, places | ({DATA: data} if data else {})).visft
-    sets = open_training_data(config, check_shards=False)
+    sets = open_training_data(config)
     plan = plan_of(config, sets)
     step_plan = plan.step(step)
     parts = {"all": step_plan}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from visft_ds.config.preflight import is_url
-from visft_ds.data.store import file_digest, sync_folder
+from visft_ds.files import sync_folder
 from visft_ds.redaction import redacted
 
 
@@ -78,7 +79,7 @@ class Output:
         if not path.is_file() or path.stat().st_size != size:
             return False
         with path.open("rb") as file:
-            return file_digest(file) == sha256
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 @contextmanager

@@ -17,8 +17,7 @@ import orjson
 from PIL import Image
 
 from visft_ds.data.dataset import caption_dataset, coco_dataset
-from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader, splits_in
 
 _QUALITY = 95  # of images that take the size of another
 

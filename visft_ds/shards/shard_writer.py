@@ -19,9 +19,9 @@ from isal import isal_zlib
 from pydantic import Field
 
 from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Whole, as_record
+from visft_ds.config.records import Number, Whole, as_record
 from visft_ds.data.decode import MAX_PIXELS
-from visft_ds.data.manifest import INDEX_DTYPE, VERSION, LeftOut
+from visft_ds.data.shards import INDEX_DTYPE, VERSION
 from visft_ds.shards.images import Checked, CheckLevel, check_image
 from visft_ds.shards.inputs import ImageFolder
 from visft_ds.shards.outputs import Output
@@ -32,6 +32,15 @@ _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this
 Refusal = Callable[[dict[str, Any]], None]
 _COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
+
+
+class LeftOut(StrictModel):
+    """Image that is not among the samples."""
+
+    image_id: Number
+    file_name: str
+    reason: str
+    detail: str
 
 
 class ShardRecord(StrictModel):
@@ -212,7 +221,6 @@ def _add_sample(tar: TarWriter, image: SourceImage, checked: Checked, data: byte
         "image_id": image.image_id,
         "num_annotations": image.trainable,
         "num_captions": len(image.captions),
-        "dhash": checked.dhash,
     }
     return [row[column] for column in _COLUMNS]
 

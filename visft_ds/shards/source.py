@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 
 from visft_ds.data.labels import has_area
-from visft_ds.data.manifest import Category
+from visft_ds.data.shards import Category
 from visft_ds.redaction import redacted
 from visft_ds.shards.categories import CategoryMap, map_categories
 from visft_ds.shards.findings import MOST_OF_A_BOX, Drops, Findings, wrong_box, wrong_integer, wrong_kind

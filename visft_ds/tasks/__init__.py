@@ -13,7 +13,6 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visft_ds.config.task_schema import TaskConfig
     from visft_ds.tasks.spec import Task
 
 Results = list[dict[str, Any]]  #: COCO results format
@@ -80,12 +79,9 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def config_class(name: str) -> type[TaskConfig]:
-    """Class of the settings of a task."""
-    kind: type[TaskConfig] = (
-        _load(f"visft_ds.tasks.{name}.config:CONFIG") if name in BUILT_IN else get_task(name).config
-    )
-    return kind
+def config_class(name: str) -> Any:
+    """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
+    return _load(f"visft_ds.tasks.{name}.config:CONFIG") if name in BUILT_IN else get_task(name).config
 
 
 def shown_metrics() -> tuple[str, ...]:

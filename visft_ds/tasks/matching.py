@@ -113,8 +113,8 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
         bad = np.repeat(np.arange(len(number)), number)[~np.isfinite(costs).all(axis=(0, 2))]
         ids = bad if image_ids is None else image_ids.cpu().numpy()[bad]
         raise FloatingPointError(
-            f"the matching costs of the images {sorted(set(ids.tolist()))} are not finite: the training has diverged, or "
-            "a 16-bit type overflowed"
+            f"the matching costs of the images {sorted(set(ids.tolist()))} are not finite: the training has diverged, "
+            "or a 16-bit type overflowed"
         )
     return Matches(*to_device(torch.from_numpy(assign(costs, number)), cost.device))
 

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
-from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
 from visft_ds.tasks import Results
-from visft_ds.tasks.pictures import SIDE, Picture, scaled, side_by_side, with_text
+from visft_ds.tasks.pictures import SIDE, Picture, draw_objects, palette, scaled, side_by_side, with_text
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
@@ -70,6 +69,19 @@ class Example:
         kept = [r for r in self.results if r["category_id"] in self.names and r["score"] >= self.threshold]
         return sorted(kept, key=lambda result: -float(result["score"]))
 
+    def draw(self, true: Sequence[Mapping[str, Any]], **shapes: Callable[[Mapping[str, Any]], Any]) -> Picture:
+        """True and predicted objects beside each other; `shapes` is boxes= or masks=, the shape of an object."""
+        colours, panels = palette(list(self.names.values())), []
+        for title, objects in (("ground truth", true), ("predicted", self.known())):
+            names = [self.names[one["category_id"]] for one in objects]
+            tags = [
+                f"{name} {one['score']:.2f}" if "score" in one else name
+                for name, one in zip(names, objects, strict=True)
+            ]
+            drawn: dict[str, Any] = {kind: [shape(one) for one in objects] for kind, shape in shapes.items()}
+            panels.append((draw_objects(self.pixels(), names, tags, colours, **drawn), f"{title}: {len(names)}"))
+        return side_by_side(*panels)
+
     def pixels(self) -> Picture:
         """The image in the size of the original, in whose pixels labels and predictions are."""
         image, (height, width) = self.raw.image, self.raw.size
@@ -115,9 +127,7 @@ class Task(ABC):
         """Targets of a batch, whose images are padded to `frame`."""
 
     @abstractmethod
-    def blank(
-        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: device
-    ) -> Targets:
+    def blank(self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: device) -> Targets:
         """Targets without content, as large as stated.
 
         What criteria read on the host is on the CPU, large tensors are on the device.

@@ -63,7 +63,9 @@ class Vocabulary:
         """
         kept = sorted((-count, word) for word, count in counts.items() if count >= min_count)
         if not kept:
-            raise ValueError(f"none of the {len(counts)} words of the captions occurs {min_count} times: lower min_count")
+            raise ValueError(
+                f"none of the {len(counts)} words of the captions occurs {min_count} times: lower min_count"
+            )
         return cls(tuple(word for _, word in kept))
 
     @classmethod
@@ -76,7 +78,9 @@ class Vocabulary:
         first, *words = sorted(word_map, key=word_map.__getitem__)
         ids = sorted(word_map.values())
         if ids != list(range(len(ids))) or first != PAD or words[-3:] != [UNKNOWN, START, END]:
-            raise ValueError(f"not a word map of a captioning head: it goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}")
+            raise ValueError(
+                f"not a word map of a captioning head: it goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}"
+            )
         return cls(tuple(words[:-3]))
 
     @classmethod
@@ -141,6 +145,6 @@ class Vocabulary:
         """Raise ValueError unless a head with that many ids can use this vocabulary."""
         if vocabulary_size != self.size:
             raise ValueError(
-                f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}: give the vocabulary that the "
-                "head was trained with, or train a new head"
+                f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}: give the vocabulary that "
+                "the head was trained with, or train a new head"
             )

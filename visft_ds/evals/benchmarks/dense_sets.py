@@ -32,8 +32,7 @@ from pydantic import Field
 from visft_ds.config.records import read_record
 from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.labels import parse_label
-from visft_ds.data.manifest import Manifest, manifest_path
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Manifest, ShardReader, manifest_path
 from visft_ds.evals.benchmarks.images import SUFFIXES, chosen, decode, digest, from_files, image_files
 from visft_ds.evals.benchmarks.objects import ListedBox, ListedCategory
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
@@ -260,9 +259,9 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     reader = ShardReader(manifest)
     places = _places(len(reader), most)
     labels = []
-    for place, data in zip(places, reader.read_labels(places), strict=True):
+    for place in places:
         try:
-            label = parse_label(data)
+            label = parse_label(reader.read(place, "labels")[1] or b"")
         except ValueError as error:
             raise ValueError(f"{reader.describe(place)}: {error}") from error
         labels.append(((label["height"], label["width"]), label["annotations"]))

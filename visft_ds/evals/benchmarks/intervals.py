@@ -7,7 +7,7 @@ forty times as long for 50,000 shares, and knows no groups of items.)
 
 Seeds are few, so they follow Student's t. Both together is the distribution of the sum: a mean over seeds of resampled
 items, plus s / sqrt(k) times a value of Student's t with k - 1 degrees of freedom, s being the spread of the k seeds.
-Where seeds decide, drawing three of them with replacement covers 80 % instead of 95 (docs/LOG.md).
+Where seeds decide, drawing three of them with replacement covers 80 % instead of 95 (docs/evidence.md).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from visft_ds.config.records import read_record
-from visft_ds.data.manifest import Manifest, manifest_path
+from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.benchmarks.dense import Dense
 from visft_ds.evals.benchmarks.intervals import Interval

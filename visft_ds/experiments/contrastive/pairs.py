@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from visft_ds.config.preflight import is_url
-from visft_ds.data.decode import decode_image
+from visft_ds.data.decode import MOST_PIXELS, decode_image
 from visft_ds.data.labels import parse_label
-from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.permutation import hash_ints, hash_words, shuffled
-from visft_ds.data.shards import DamagedSample, ShardReader
+from visft_ds.data.shards import DamagedSample, Manifest, ShardReader, splits_in
 from visft_ds.evals.benchmarks.images import digest
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 from visft_ds.evals.benchmarks.retrieval import CaptionSet, read_captions
@@ -40,12 +39,12 @@ def read_pairs(source: str, split: str) -> CaptionSet:
 
 
 def _in_shards(manifest: Manifest) -> CaptionSet:
-    chosen = manifest.select("captions").tolist()
+    chosen = manifest.having("captions").tolist()
     where = f"{manifest.root}/{manifest.split}"
     if not chosen:
         raise ValueError(f"{where} has no captions: build it with visft shards build --captions FILE, or give others")
     reader = ShardReader(manifest)
-    found = [parse_label(label)["captions"] for label in reader.read_labels(chosen)]
+    found = [parse_label(label)["captions"] for label in (reader.read(place, "labels")[1] or b"" for place in chosen)]
     captions = [[text.strip() for text in texts if text.strip()] for texts in found]
     if empty := [number for number, texts in zip(chosen, captions, strict=True) if not texts]:
         raise ValueError(f"{where}: {reader.describe(empty[0])} has nothing but empty captions")
@@ -54,7 +53,7 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
         data, _ = reader.read(chosen[place], "images")
         assert data is not None
         try:
-            return Image.fromarray(decode_image(data, max_pixels=manifest.max_pixels))
+            return Image.fromarray(decode_image(data, max_pixels=MOST_PIXELS))
         except ValueError as error:
             raise DamagedSample(f"{reader.describe(chosen[place])} cannot be decoded: {error}") from error
 

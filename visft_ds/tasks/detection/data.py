@@ -7,7 +7,6 @@ Shape letters: B images, H W pixels, N objects packed over the batch, n objects 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.spans import span
 from visft_ds.data.transforms import (
     Crop,
     FloatArray,
@@ -82,20 +80,13 @@ class CropRecipe:
         return [*ops, self.sides.scale(size, train, generator)]
 
     def extremes(self, size: Size) -> set[Size]:
-        """Sizes that training can give an image of `size`, among them the highest, the widest and the largest."""
-        found = {self.sides.largest(size)}
+        """Sizes that no training image of `size` exceeds in height, width or pixels."""
+        found = self.sides.extremes(size)
         if self.sides.fixed_size is not None:
             return found
-        # The narrowest crops become the longest images, those of this shape the images of most pixels.
-        shape = self.sides.max_long / max(self.sides.short_sides)
-        for first in {short_side_size(size, short_side, None) for short_side in self.crop_short_sides}:
-            heights, widths = ([min(end, side) for end in self.crop_range] for side in first)
-            crops = set(itertools.product(heights, widths))
-            for wanted in (shape, 1 / shape):
-                crops |= {(h, min(max(round(h * wanted), widths[0]), widths[1])) for h in heights}
-                crops |= {(min(max(round(w / wanted), heights[0]), heights[1]), w) for w in widths}
-            found |= {self.sides.largest(crop) for crop in crops}
-        return found
+        long = self.sides.max_long  # that of the narrowest crops
+        short = min(long, max(self.sides.short_sides))
+        return found | {(short, long), (long, short)}
 
 
 def detection_targets(
@@ -108,20 +99,19 @@ def detection_targets(
 
     Raises ValueError for a category that `labels` lacks.
     """
-    with span("boxes"):
-        used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-        xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-        ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-        classes = ids if labels is None else labels_of(used, labels)
-        boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
-        kept = _has_area(boxes)
-        boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
-        kept = _has_area(boxes)
-        boxes, classes = boxes[kept], classes[kept]
-        height, width = final_size(raw.size, ops)
-        centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-        return {"boxes": relative.astype(np.float32), "labels": classes}
+    used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
+    ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+    classes = ids if labels is None else labels_of(used, labels)
+    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
+    kept = _has_area(boxes)
+    boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
+    kept = _has_area(boxes)
+    boxes, classes = boxes[kept], classes[kept]
+    height, width = final_size(raw.size, ops)
+    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+    return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
 def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:

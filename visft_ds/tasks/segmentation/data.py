@@ -110,7 +110,9 @@ def segmentation_targets(
     is then 0.5 % higher and its BCE 2 % (8 pixels: 1.8 % and 10 %; 2 pixels: under 0.1 %), with 64 KiB a mask at 1,024
     pixels instead of 1 MiB, and 40 times less work.
     """
-    used = [annotation for annotation in raw.annotations if not annotation["iscrowd"] and annotation.get("segmentation")]
+    used = [
+        annotation for annotation in raw.annotations if not annotation["iscrowd"] and annotation.get("segmentation")
+    ]
     used = list(compress(used, _seen([annotation["bbox"] for annotation in used], raw.size, ops)))
     masks = draw_masks([annotation["segmentation"] for annotation in used], raw.size, ops, mask_stride)
     covered = masks.any(axis=(1, 2))

@@ -1,0 +1,122 @@
+"""Our shards are ordinary tars that any WebDataset reader opens, and what a reader could be tricked into is refused."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import shutil
+import subprocess
+import tarfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visft_ds.data.open_webdataset import open_split, webdataset
+from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.shards.shard_writer import TarWriter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_collected() -> Iterator[None]:
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _files_left_open() -> Iterator[None]:
+    """webdataset leaves closing its files to the collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect(1)  # what is young; all of it, with everything that torch has, takes a tenth of a second
+
+
+def _check_samples(samples: list[dict[str, Any]], split: Manifest) -> None:
+    """In the order of the index, keys as promised, both members with their bytes."""
+    assert [sample["__key__"] for sample in samples] == [f"{one:012d}" for one in split.index["image_id"].tolist()]
+    with ShardReader(split) as reader:
+        for index, sample in enumerate(samples):
+            assert {name for name in sample if not name.startswith("__")} == {"jpg", "json"}
+            assert (sample["jpg"], sample["json"]) == reader.read(index)
+
+
+def test_a_split_opens_in_order_with_all_its_bytes(split: Manifest) -> None:
+    _check_samples(list(open_split(split)), split)
+    decoded = next(iter(open_split(split).decode("rgb8")))
+    row = split.index[0]
+    assert decoded["jpg"].shape == (row["height"], row["width"], 3)
+    assert decoded["json"]["image_id"] == row["image_id"]
+
+
+def test_webdataset_alone_opens_the_shards(split: Manifest) -> None:
+    urls = [str(split.root / shard.name) for shard in split.shards]
+    _check_samples(list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)), split)
+
+
+def test_pythons_tarfile_sees_what_is_promised(split: Manifest) -> None:
+    for shard in split.shards:
+        with tarfile.open(split.root / shard.name, "r:") as tar:
+            members = tar.getmembers()
+        assert len(members) == 2 * shard.count
+        for image, label in zip(members[::2], members[1::2], strict=True):
+            assert (image.name.split("."), label.name.split(".")) == (
+                [image.name[:12], "jpg"],
+                [image.name[:12], "json"],
+            )
+        facts = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type, bool(m.pax_headers)) for m in members}
+        assert facts == {(0, 0, 0, "", "", 0o644, tarfile.REGTYPE, False)}
+        assert shard.bytes % 10240 == 0, "other tar programs pad to this"
+        first = (split.root / shard.name).read_bytes()[:512]
+        assert first[257:265] == b"ustar\x0000", "POSIX USTAR, not the header of GNU tar"
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program on this machine")
+def test_the_tar_program_sees_what_is_promised(split: Manifest) -> None:
+    path = split.root / split.shards[0].name
+    result = subprocess.run(
+        ["tar", "--utc", "--full-time", "-tvf", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
+    )
+    if "GNU" not in subprocess.run(["tar", "--version"], capture_output=True, text=True, timeout=600).stdout:
+        pytest.skip("tar on this machine is not GNU tar, whose listing is known")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    keys = [f"{one:012d}" for one in split.index["image_id"][: split.shards[0].count].tolist()]
+    assert [line[-1] for line in lines] == [f"{key}.{kind}" for key in keys for kind in ("jpg", "json")]
+    assert {tuple(line[:2] + line[3:5]) for line in lines} == {("-rw-r--r--", "0/0", "1970-01-01", "00:00:00")}
+
+
+class _Bomb:
+    """Unpickling this leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_member_that_could_run_code_is_never_run(split: Manifest, tmp_path: Path) -> None:
+    copy, harm = Path(shutil.copytree(split.root, tmp_path / "copy")), tmp_path / "harm"
+    with (copy / "toy-000000.tar").open("wb") as file:
+        tar = TarWriter(file)
+        tar.add("000000001000.pyd", pickle.dumps(_Bomb(harm)))
+        tar.close()
+    with pytest.raises(webdataset.autodecode.DecodingError):
+        list(open_split(replace(split, root=copy)).decode("rgb8"))
+    assert not harm.exists()
+
+
+def test_webdataset_without_its_security_is_refused(split: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset.utils, "enforce_security", False)
+    with pytest.raises(RuntimeError, match="security"):
+        open_split(split)

@@ -1,0 +1,145 @@
+"""Shards behind a URL: whole files, copied into a folder of this machine when they are first needed.
+
+Protocols, credentials and connections are fsspec's and its packages'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+
+from visft_ds.files import read_bytes
+from visft_ds.redaction import redacted
+
+#: Protocol of a URL -> the package that implements it.
+PROTOCOLS = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "memory": "fsspec",
+}
+_ATTEMPTS = 4  # pauses of 1, 2 and 4 s between them
+_TIMEOUT = 60.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Folder for copies of remote shards, shared by all processes of a machine."""
+
+    folder: Path = Path("~/.cache/visft/shards")
+    max_bytes: int = 200_000_000_000  #: of all copies; the least recently read ones go first
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """Folder of shards behind a URL. Copies are named by their sha256, so that a name means one content forever.
+
+    Raises:
+        ValueError: a protocol that is not allowed, or whose package is not installed.
+    """
+
+    url: str
+    cache: Cache
+
+    def __post_init__(self) -> None:
+        protocol = self.url.partition("://")[0]
+        if protocol not in PROTOCOLS:
+            allowed = ", ".join(f"{name}://" for name in PROTOCOLS if name != "memory")
+            raise ValueError(f"{redacted(self.url)}: give a folder, or a URL that begins with {allowed}")
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            raise ValueError(
+                f"{redacted(self.url)} needs the package {PROTOCOLS[protocol]}: pip install 'visft_ds[remote]'"
+            ) from error
+
+    def read(self, name: str, most: int) -> bytes:
+        """Content of a small file, which is not kept. Raises as `copy`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._get(name, Path(folder) / "file")
+            return read_bytes(Path(folder) / "file", most)
+
+    def copy(self, name: str, size: int, sha256: str) -> Path:
+        """Path of this machine's copy of a file, made now if there is none; one process of the machine makes it.
+
+        Raises:
+            ValueError: the file is not there, or not what the manifest says.
+            RuntimeError: the server failed, again and again.
+        """
+        folder = self.cache.folder.expanduser()
+        path = folder / f"{sha256}{Path(name).suffix}"
+        if path.exists():
+            return path
+        if size > self.cache.max_bytes:
+            where, most = f"{redacted(self.url)}/{name}", self.cache.max_bytes
+            raise ValueError(f"{where} has {size:,} bytes, more than visft.data.cache_bytes={most:,}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{sha256}.lock"):
+            if not path.exists():
+                self._make_room(folder, size)
+                part = folder / f".{sha256}.part"
+                self._get(name, part, lambda: _digest(part) == sha256)
+                part.replace(path)
+        return path
+
+    def open(self, name: str, size: int, sha256: str) -> int:
+        """Descriptor of the copy of a shard, which counts as read now; raises as `copy`."""
+        while True:
+            try:
+                descriptor = os.open(self.copy(name, size, sha256), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another process has just made room
+                continue
+            os.utime(descriptor)
+            return descriptor
+
+    def _make_room(self, folder: Path, size: int) -> None:
+        """Remove the shards read least recently until `size` more bytes fit. Open ones stay readable."""
+        with FileLock(folder / ".room.lock"):
+            copies = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.tar"))
+            total = size + sum(copy[1] for copy in copies)
+            for _, each, path in copies:
+                if total <= self.cache.max_bytes:
+                    break
+                path.unlink()
+                total -= each
+
+    def _get(self, name: str, target: Path, whole: Callable[[], bool] = lambda: True) -> None:
+        options: dict[str, Any] = {}
+        if self.url.startswith("http"):
+            import aiohttp  # its own limit is five minutes for a whole file
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
+            options = {"client_kwargs": {"timeout": timeout}}
+        where = f"{redacted(self.url)}/{name}"
+        for attempt in range(_ATTEMPTS):
+            try:
+                filesystem, source = fsspec.url_to_fs(self.url, **options)
+                filesystem.get_file(f"{source}/{name}", str(target))
+            except Exception as error:  # noqa: BLE001  every protocol's package has errors of its own
+                said, status = redacted(f"{type(error).__name__} {error}"), getattr(error, "status", 0)
+                if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403):
+                    raise ValueError(f"{where} cannot be read: {said}") from None
+                if attempt + 1 == _ATTEMPTS:
+                    raise RuntimeError(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
+            else:
+                if whole():
+                    return
+                if attempt + 1 == _ATTEMPTS:
+                    raise ValueError(f"{where} is not what its manifest says: copy all files of the split there again")
+            time.sleep(2**attempt)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
