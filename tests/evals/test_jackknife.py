@@ -16,7 +16,6 @@ from visft_ds.data.shards import Manifest
 from visft_ds.evals import jackknife
 from visft_ds.evals.compare import Evaluation
 from visft_ds.evals.jackknife import changes
-from visft_ds.tasks.spec import Evaluator
 
 
 @pytest.fixture(autouse=True)
