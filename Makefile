@@ -15,7 +15,7 @@ help:
 	@echo "make demo       ImageNet weights and drawings, both stages, an out-of-domain evaluation, a report; MODEL=debug: tiny"
 	@echo "make test       style, types and the fast test suite"
 	@echo "make test-slow  slow tests, at most MINUTES=25 minutes of them"
-	@echo "make gpu        correctness and speed on a GPU; GPUS=N: on N; DEVICE=cpu tries it out, OUT=FILE stores the rows"
+	@echo "make gpu        correctness on a GPU; GPUS=N: on N; DEVICE=cpu tries it out, OUT=FILE stores the rows"
 	@echo "make docs       the pages as HTML in build/html, with all configuration keys and the Python reference"
 	@echo "make lint       style and types alone"
 	@echo "make clean      remove the environment and the demo folder"

@@ -83,7 +83,6 @@ setup(
         "pydantic>=2.10",
         "psutil>=6.0",
         "orjson>=3.10",
-        "ijson>=3.3",  # for annotation files beyond 1 GiB
         "simplejpeg>=1.8",
         "isal>=1.7",
         "fsspec>=2024.12",
@@ -93,6 +92,7 @@ setup(
         "jinja2>=3.1",
         "PyYAML>=6.0",  # data.yaml of YOLO data sets
         "rich>=13.7",
+        "tqdm>=4.66",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],  # is built against torch: pip install --no-build-isolation

@@ -12,6 +12,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
+from visft_ds.interop.open_clip import FILE, LAYOUT, settings
+from visft_ds.models.eva_vit import build_backbone
+
 SIDE, WIDTH, DEPTH, HEADS, EMBEDDING = 28, 48, 2, 4, 24
 #: As EVA02-E-14-plus is configured, but for the sizes.
 CONFIG: dict[str, Any] = {
@@ -42,6 +47,29 @@ def make_clip(seed: int = 0) -> Any:
             matrix = 0.6 if name.startswith("text.") else 0.1
             parameter.normal_(std=matrix if parameter.ndim > 1 else 0.3)
     return model.eval()
+
+
+def write_folder(folder: Path, *, context: int = 40, embedding: int = 24, text_width: int = 64, **sizes: Any) -> Path:
+    """A folder that open_clip loads by `local-dir:`: a random tower of the preset `debug` and a text tower."""
+    backbone = build_backbone("debug", seed=0, class_token=True, **sizes)
+    rows = torch.randn(embedding, backbone.width, generator=torch.Generator().manual_seed(0)) * backbone.width**-0.5
+    torch.manual_seed(0)
+    texts = open_clip.transformer.TextTransformer(
+        context_length=context, width=text_width, heads=max(1, text_width // 64), layers=1, output_dim=embedding
+    )
+    vision = {**base_parameters(backbone), "head.weight": rows, "head.bias": torch.zeros(embedding)}
+    tensors = {
+        **{LAYOUT.prefix + name: value for name, value in vision.items()},
+        **{f"text.{name}": value for name, value in texts.named_parameters()},
+        "logit_scale": torch.tensor(2.0),
+    }
+    folder.mkdir(exist_ok=True)
+    found = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(found, folder / FILE, metadata={"format": "pt", "tower": tower_of(backbone).to_json()})
+    weights = open_weights(folder / FILE)
+    for name, content in settings(weights, tower_in(weights, LAYOUT), folder).items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 def save_clip(model: Any, path: Path, *, layout: str = "open_clip") -> Path:

@@ -82,8 +82,8 @@ def _annotation(number: int, image_id: int, category: int, box: list[int], segme
 
 
 def make_split(folder: Path, count: int = 12, *, split: str = "toy", **options: Any) -> Manifest:
-    """Write a tree and its shards (four samples in each) below `folder`."""
+    """Write a tree and its shards (about four samples in each) below `folder`."""
     tree = write_tree(folder / "tree", count)
-    settings = {"max_count": 4, **options}
+    settings = {"max_size": 20_480, **options}
     build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split, **settings))
     return Manifest.load(folder / "shards", split)

@@ -71,7 +71,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same pictures in one shard ("train"), for runs. Nobody may change it."""
     from tests.coco_tree import make_split
 
-    return Path(make_split(tmp_path_factory.mktemp("coco"), split="train", max_count=5000).root)
+    return Path(make_split(tmp_path_factory.mktemp("coco"), split="train", max_size=256_000_000).root)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

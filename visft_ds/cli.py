@@ -24,26 +24,23 @@ class Program(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Program("visft_ds.demo", "the whole way in small: images, shards, both stages, evaluation, report"),
+    "demo": Program("visft_ds.demo", "the whole way in small: drawings, both stages, evaluation, report"),
     "toy": Program("visft_ds.toy.cli", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
     "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),
     "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions; `evaluate benchmarks`: out of domain"),
     "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for images of your own"),
-    "report": Program(
-        "visft_ds.evals.report_cli", "a page about one run, or several side by side: results, curves, times"
-    ),
+    "report": Program("visft_ds.evals.cli", "a page about one run, or several side by side", "report"),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
-    "plan": Program("visft_ds.profiling.cli", "does a configuration fit a cluster, and how fast is it there?", "plan"),
-    "profile": Program("visft_ds.profiling.cli", "measure speed, memory, data and communication"),
-    "ablate": Program("visft_ds.experiments.ablations.cli", "questions about the recipe as experiments"),
-    "contrast": Program("visft_ds.experiments.contrastive.cli", "contrastive image-text training of a CLIP"),
+    "plan": Program("visft_ds.planner.command", "does a configuration fit a cluster, and how fast is it there?"),
+    "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
+    "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
     "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),
     "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
 }
 #: Those that several processes do together.
-PARALLEL = ("train", "evaluate", "profile", "contrast")
+PARALLEL = ("train", "evaluate", "profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -145,7 +145,7 @@ def train(
         at_the_end.enter_context(released(engine))
 
         # 8: go on where an earlier start of this run was left.
-        state = RunState(config, engine, identity)
+        state = RunState(config, engine, identity, data)
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
@@ -171,7 +171,9 @@ def train(
             finished = complete or step >= config.total_steps
             if finished:
                 watchdog.begin("exporting", timed=False)
-                state.export(step, base_sha256, data, prepared.base)
+                if validation and config.visft.run.keep_best:
+                    validation.poll(log, wait=True)
+                state.export(state.take_best(step, log), base_sha256, prepared.base)
             requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
             distributed.close()
             watchdog.leave("done" if finished else f"stopped: {stop.why()}")

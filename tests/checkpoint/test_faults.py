@@ -19,7 +19,7 @@ from tests.ranks import REPOSITORY
 from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.format import CheckpointError, newest_checkpoint, open_checkpoint, save_checkpoint
 
-FILES = ("parameters.safetensors", "moments.safetensors", "average.safetensors", "state.json")
+FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ class Gate:
         self.writing = 0
         self.most = 0
 
-    def save(self, folder: Path, step: int, snapshot: EngineState, identity: dict[str, str]) -> Path:
+    def save(self, folder: Path, step: int, snapshot: EngineState, identity: Any, header: Any = None) -> Path:
         self.writing += 1
         self.most = max(self.most, self.writing)
         assert self.open.wait(600)

@@ -32,7 +32,6 @@ from visft_ds.data.shards import DamagedSample, Manifest, ShardReader
 from visft_ds.data.workers import _Parts, choose_workers
 from visft_ds.resilience.errors import StoreFailed
 from visft_ds.shards.build import Options, build
-from visft_ds.shards.reencode import Reencoding
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
@@ -442,21 +441,6 @@ def test_the_stored_annotations_are_a_coco_data_set(reader: ShardReader) -> None
     assert {a["image_id"] for a in content["annotations"]} <= {image["id"] for image in content["images"]}
     assert [category["id"] for category in content["categories"]] == [3, 8, 13]
     assert [image["id"] for image in coco_dataset(reader, [4])["images"]] == [int(reader.row(4)["image_id"])]
-
-
-def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: ShardReader, tmp_path: Path) -> None:
-    manifest = make_split(tmp_path, 18, reencode=Reencoding(90, 20))
-    raws = [(read_raw(reader, index), read_raw(ShardReader(manifest), index)) for index in range(18)]
-    assert all(min(small.image.shape[:2]) == 20 < min(step_plan.image.shape[:2]) for step_plan, small in raws)  # type: ignore[union-attr]
-    for step_plan, small in raws:
-        first, second = (TRAIN.transform(raw, np.random.default_rng(3)) for raw in (step_plan, small))
-        assert step_plan.size == small.size and first.size == second.size and first.image is not None
-        assert second.image is not None and first.image.shape == second.image.shape
-        for name, values in first.targets["detection"].items():
-            np.testing.assert_array_equal(values, second.targets["detection"][name])
-    other = replace(manifest, options={**manifest.options, "reencode": None})
-    with pytest.raises(DamagedSample, match=r"not .* as in the index"):
-        read_raw(ShardReader(other), 0)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)

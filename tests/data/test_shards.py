@@ -26,7 +26,7 @@ def root(split: Manifest, tmp_path: Path) -> Path:
 
 
 def test_a_split_describes_itself(split: Manifest) -> None:
-    assert len(split) == 12 and [shard.count for shard in split.shards] == [4, 4, 4]
+    assert len(split) == 12 and [shard.count for shard in split.shards] == [5, 4, 3]
     assert split.categories == (Category(0, 3, "thing 3"), Category(1, 8, "thing 8"), Category(2, 13, "thing 13"))
     assert split.counts["crowds"] == 1 and split.counts["captions"] == 24
     assert split.vocabulary == {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}

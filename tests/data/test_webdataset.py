@@ -17,7 +17,7 @@ import pytest
 
 from visft_ds.data.open_webdataset import open_split, webdataset
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.shards.shard_writer import TarWriter
+from visft_ds.shards.build import TarWriter
 
 
 @pytest.fixture(scope="module", autouse=True)

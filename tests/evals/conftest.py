@@ -103,7 +103,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def pack(tree: Tree, out: Path, captions: bool = True) -> None:
-    build(Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_count=3))
+    build(Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_size=20_480))
 
 
 def _export(world: World, vocabulary: Vocabulary | None) -> None:

@@ -153,31 +153,16 @@ def test_one_number_is_decided_by_itself_and_the_others_by_holm() -> None:
 
 
 def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is behind a list counts for all of it; scales come one by one."""
+    """What is behind a list counts for all of it."""
     for name in ("a.pt", "b.pt", "l,m.pt"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(arms, "parse_model", lambda text: ModelSpec(text.partition("=")[0], "visft_ds", text))
     monkeypatch.chdir(tmp_path)
-    found = parse_arms(["base=a.pt", "s=a.pt,b.pt@0.7,c#blocks.5@0.5", "t=a.pt@0:0.5:0.25"])
+    found = parse_arms(["base=a.pt", "s=a.pt,b.pt@0.7,c#blocks.5@0.5"])
     assert [model.name for model in found[1].models] == ["a.pt#blocks.5@0.5", "b.pt@0.7", "c#blocks.5@0.5"]
     assert [model.label for model in found[1].models] == ["s 1", "s 2", "s 3"]
-    assert [(arm.label, arm.scale, arm.sweep) for arm in found[2:]] == [
-        ("t@0", 0.0, "t"),
-        ("t@0.25", 0.25, "t"),
-        ("t@0.5", 0.5, "t"),
-    ]
-    assert [arm.models[0].name for arm in found[2:]] == ["t=a.pt@0", "t=a.pt@0.25", "t=a.pt@0.5"]
-    swept = parse_arms(["base=a.pt", "s=a.pt,b.pt@-1:0.2:0.6"])
-    assert [[model.label for model in arm.models] for arm in swept[1:]] == [
-        ["s 1@-1", "s 2@-1"],
-        ["s 1@-0.4", "s 2@-0.4"],
-        ["s 1@0.2", "s 2@0.2"],
-    ]
-    assert [arm.models[1].name for arm in swept[1:]] == ["b.pt@-1", "b.pt@-0.4", "b.pt@0.2"]
     assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
     for given, message in (
-        (["a=a.pt@1:0:0.5"], "give scales as @LOW:HIGH:STEP"),
-        (["a=a.pt@0:1:0.001"], "at most 50"),
         (["a.pt,b.pt"], "give it a name, as in NAME=a.pt,b.pt"),
         (["x=a.pt,,b.pt"], "a model of the list is empty"),
         (["x=a.pt", "x=b.pt"], "two models are called x"),

@@ -1,51 +1,112 @@
-"""tools/ablate.py from drawn images to tables, in the smallest form; and once more, which costs nothing."""
+"""The experiment: what its arms train on and are compared with, its verdict, and the whole of it in very small."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import TINY
-from visft_ds.experiments.ablations import cli, scales
+from visft_ds.experiments import ablate
+from visft_ds.experiments.ablate import EQUAL, FIRST, PERMUTED, Plan, _parser, main, verdict
+from visft_ds.steps import Step
+
+WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Step]:
+    arms = ["--arms", f"{PERMUTED},noise,soup,one stage", "--arm", "rank 4: visft.lora.rank=4"]
+    return Plan(_parser().parse_args([*WORDS, *arms])).steps.steps
+
+
+def _value(step: Step, flag: str) -> str:
+    return step.command[step.command.index(flag) + 1]
+
+
+def test_both_stages_of_the_control_have_the_labels_of_other_images(steps: dict[str, Step]) -> None:
+    """Heads of true labels under permuted ones diverge: that would be another control."""
+    for seed in "01":
+        one, two = steps[f"stage1-permuted-seed{seed}"], steps[f"permuted-labels-seed{seed}"]
+        assert _value(one, "--data") == _value(two, "--data") == str(steps[f"permuted{seed}-shards"].out)
+        assert _value(steps[f"permuted{seed}"], "--seed") == seed
+        assert f"visft.heads.path={one.out}/export" in two.command and one.name in two.needs
+        assert all(f"visft.seed={seed}" in step.command for step in (one, two))
+
+
+def test_every_control_has_the_dose_of_its_own_seed(steps: dict[str, Step]) -> None:
+    for name in ("permuted-labels", "noise", "one-stage", "rank-4"):
+        for seed in "01":
+            dose = steps[f"{name}-dose{seed}"]
+            assert (
+                _value(dose, "--like") == str(steps[f"two-stages-seed{seed}"].out)
+                and dose.name in steps[f"{name}-beside"].needs
+            )
+    assert "soup-dose0" not in steps
+
+
+def test_arms_are_judged_beside_the_base_and_beside_the_first(steps: dict[str, Step]) -> None:
+    for name in ("two-stages", "permuted-labels", "rank-4"):
+        table = steps[f"{name}-table"]
+        assert (
+            _value(table, "--model").startswith("base=") and _value(table, "--primary") == "dense/style-b objects knn"
+        )
+    assert _value(steps["rank-4-beside"], "--model").startswith("two stages=")
+    assert "visft.lora.rank=4" in steps["rank-4-seed0"].command
+    assert all("--without" in steps[name].command for name in ("drawings", "style-b"))
+    joint = steps["one-stage-seed0"]
+    assert "visft.mode=shared" in joint.command and not any("visft.heads.path" in word for word in joint.command)
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "said"),
+    [
+        ((4.5, 2.7, 6.3), (-4.4, -8.0, -0.5), "The claim stands: +4.5 [+2.7, +6.3] *"),
+        ((4.5, 2.7, 6.3), (-4.4, -9.5, 0.7), "Zero is not excluded over labels of other images."),
+        ((4.5, -0.1, 9.1), (-4.4, -8.0, -0.5), "Zero is not excluded over the base."),
+        ((-4.5, -6, -3), (1.0, 0.5, 2.0), "Zero is not excluded over the base and labels of other images."),
+    ],
+)
+def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[float, ...], said: str) -> None:
+    gain, against = ({k: v / 100 for k, v in zip(("value", "low", "high"), of, strict=True)} for of in (own, control))
+    rows: list[dict[str, Any]] = [{"arm": FIRST, "minus base": gain}]
+    assert "was not judged" in verdict(rows, 5)
+    rows.append({"arm": f"{PERMUTED} {EQUAL}", f"minus {FIRST}": against})
+    told = verdict(rows, 5)
+    assert said in told and told.startswith("The claim stands") == ("Zero" not in told)
+    assert "2 seeds of the 5" in verdict(rows, 2) and "seeds of" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "noisy"], "--arms"),
+        (["--arm", "rank 4"], "--arm"),
+        (["--arm", "rank 4: visft.lora.rannk=4"], "visft.lora.rank"),
+        (["--data", "x", "--benchmark", "digits"], "dense="),
+        (["--seeds", "1"], "--seeds"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "debug", "--out", str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_question_from_images_to_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("open_clip")
-    for name, value in {"TOY_TRAIN": 24, "TOY_VAL": 12, "TOY_SIDE": 56, "TOY_CLASS_TRAIN": 24}.items():
-        monkeypatch.setattr(scales, name, value)
-    monkeypatch.setattr(scales, "TOY_CLASS_TEST", 24)
-    monkeypatch.setattr(scales, "TOY_BUILT_IN", ())
-    tower = [part for name in ("width=32", "depth=2", "num_heads=2", "image_size=56") for part in ("--set", name)]
-    monkeypatch.setattr(scales, "TOY_PRETRAINING", (*tower, "--steps", "2", "--batch-size", "8"))
-    monkeypatch.setattr(scales, "TOY_TEXT", ("--steps", "2", "--batch-size", "8"))
-    lengths = ("scheduler.params.warmup_num_steps=0", "scheduler.params.total_num_steps=2")
-    monkeypatch.setattr(scales, "TOY_STAGE1", lengths)
-    monkeypatch.setattr(scales, "TOY_STAGE2", lengths)
-    shared = ["--seeds", "2", "--out", str(tmp_path / "out")]
-    shared += [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    for words in (["tuning", "--arms", "DoRA,norms"], ["text"]):
-        status = cli.main([*words, *shared])
-        assert status == 0, capfd.readouterr().out
-    table = json.loads((tmp_path / "out/tuning/table.json").read_text())
-    assert table["seeds"] == [0, 1] and not any(arm["failures"] for arm in table["arms"])
-    names = {metric["name"] for metric in table["metrics"]}
-    wanted = {
-        "caption/CIDEr",
-        "zero_shot/style-b top1",
-        "probe/style-b linear",
-        "retrieval/style-b text to image R@1",
-    }
-    assert wanted <= names
-    assert "<svg" in (tmp_path / "out/report.html").read_text()
-    texts = json.loads((tmp_path / "out/text/table.json").read_text())["arms"]
-    alone = texts[2]["numbers"]  # nothing of the images has changed where texts learnt alone
-    assert all(pair["before"] == pair["after"] for pair in alone["probe/style-b knn"].values())
-    capfd.readouterr()
-    assert cli.main(["text", *shared]) == 0
-    printed = capfd.readouterr().out
-    assert "[1/" not in printed and "steps have finished before" in printed
+    for name, value in {"TRAIN": 24, "VAL": 12, "PROBED": (1.0, 0.5), "DRAWN": ("--size", "56")}.items():
+        monkeypatch.setattr(ablate, name, value)
+    lengths = {"scheduler.params.warmup_num_steps": 0, "scheduler.params.total_num_steps": 2}
+    words = ["gain", *WORDS[:-1], str(tmp_path / "out"), "--jobs", "2", "--arms", f"{PERMUTED},noise,soup"]
+    words += [part for key, value in {**TINY, **lengths}.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    assert main(words) == 0, capfd.readouterr().out
+    assert "The claim" in capfd.readouterr().out
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {row["arm"]: row for row in table["rows"]}
+    assert list(rows)[:3] == [FIRST, PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
+    assert rows[f"{PERMUTED} {EQUAL}"]["moved"] == pytest.approx(rows[FIRST]["moved"], rel=0.2)

@@ -58,7 +58,7 @@ _STAGE1: Mapping[str, Settings] = {
     "stage1-features-bf16": {**LESS, "visft.features": {"views": 2}},
     "stage1-features-int8": {**LESS, "visft.features": {"views": 2, "storage": "int8", "cache": "features"}},
 }
-_RECOMPUTED = ("block", "mlp", "all_but_attention", "gelu_8bit")
+_RECOMPUTED = ("block", "mlp")
 _STAGE2: Mapping[str, Settings] = {
     "stage2-qv": {"visft.run.save_every": 3},
     "stage2-qv-bf16": {**LESS, "visft.model.precision": "bf16"},

@@ -30,8 +30,6 @@ CLUSTERS: dict[str, Words] = {
 _COMMANDS = {
     "launchers/train.py": (),
     "launchers/supervise.py": (),
-    "tools/ablate.py": (),
-    "tools/contrast.py": ("pretrain", "text"),
     "tools/demo.py": (),
     "tools/doctor.py": (),
     "tools/evaluate.py": ("benchmarks",),
@@ -49,7 +47,6 @@ _COMMANDS = {
 def cases(coco: Path | None) -> list[Case]:
     """Everything that is compared before a push, beside tier 1 (whose runs it uses)."""
     return [
-        *_contrast(),
         *_merges(),
         *_evaluations(),
         *_plans(),
@@ -80,11 +77,10 @@ def _merges() -> list[Case]:
     """Every form of merged weights, over a base that is a whole CLIP, and what else merge_lora writes."""
     settings: Settings = {
         **tier1.LESS,
-        "visft.model.weights": "clip/pretrained/open_clip_model.safetensors",
         "visft.model.overrides": CLIP,
         "visft.heads.start": "random",
     }
-    based = tier1.train("stage2-based", 2, settings, needs=("shards", "clip/pretrained"))
+    based = tier1.train("stage2-based", 2, settings, needs=("shards",))
 
     def merge(name: str, *words: str, runs: Sequence[str] = ("stage2-based",), needs: Words = ()) -> Case:
         adapters = [word for run in runs for word in ("--adapter", f"train/{run}")]
@@ -131,26 +127,6 @@ def _evaluations() -> list[Case]:
         ),
         evaluate("stage2-based", "beam", "--beam-size", "3", "--tasks", "captioning", "--limit", "5"),
         Case("benchmarks", ((table,),), read, ("train/stage2-qv", "toy-others")),
-    ]
-
-
-def _contrast() -> list[Case]:
-    """A small CLIP from nothing, and its text tower on."""
-    recipe = ("--steps", "4", "--batch-size", "16", "--data", "toy", "--val-data", "toy")
-    sizes = (*(f"--set={name}={value}" for name, value in CLIP.items()), "--text-width=32", "--text-layers=1")
-    first = ("tools/contrast.py", "pretrain", "--out", "clip/pretrained", *recipe, *sizes)
-    second = ("tools/contrast.py", "text", "--model", "clip/pretrained/open_clip_model.safetensors", *recipe)
-    return [
-        Case("clip/pretrained", ((first,),), _files("clip/pretrained"), ("toy",)),
-        *(
-            Case(
-                f"clip/{kind}",
-                (((*second, "--out", f"clip/{kind}", "--train", kind, "--threads", "1"),),),
-                _files(f"clip/{kind}"),
-                ("clip/pretrained",),
-            )
-            for kind in ("all", "lora", "projection")
-        ),
     ]
 
 

@@ -13,10 +13,9 @@ import pytest
 import timm
 import torch
 
+from tests.clip_case import write_folder
 from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
-from visft_ds.experiments.contrastive.clip_models import TextShape, build_clip, save_clip
-from visft_ds.experiments.contrastive.text_sides import text_side
 from visft_ds.interop.foreign_code import check_config
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.peft import CONFIG as PEFT_CONFIG
@@ -39,9 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that open_clip loads from its folder."""
     folder = tmp_path_factory.mktemp("clip")
     sizes = {"width": 16, "depth": 1, "num_heads": 2, "image_size": 28}
-    text = TextShape(width=16, layers=1, context_length=8, embedding=8)
-    save_clip(build_clip("debug", text, log_scale=1.0, seed=0, **sizes), folder)
-    return folder
+    return write_folder(folder, context=8, embedding=8, text_width=16, **sizes)
 
 
 @pytest.fixture
@@ -212,16 +209,6 @@ def test_a_folder_without_configuration(tmp_path: Path) -> None:
         load(f"local-dir:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match=CONFIG):
         load(f"local-dir:{tmp_path}")
-
-
-def test_a_configuration_is_not_handed_on_with_its_code(folder: Path) -> None:
-    """A text side that trains is written into a new folder with the configuration of the old one."""
-    trusted(folder)
-    name = str(folder / FILE)
-    encoder = load_encoder(parse_model(name), LoadOptions("fp32"))
-    configure(folder, "vision_cfg", timm_model_name="eva02_enormous_patch14_clip_224")
-    with pytest.raises(ValueError, match=r"open_clip_config\.json: .*trust_remote_code"):
-        text_side("visft_ds", name, encoder)
 
 
 def test_an_adapter_that_asks_for_code(tmp_path: Path, trace: Path) -> None:

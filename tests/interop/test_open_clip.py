@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.clip_case import write_folder
 from tests.random_tower import move_adapters, relative
-from visft_ds.experiments.contrastive.clip_models import TextShape, build_clip, save_clip
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.cli import main
@@ -115,8 +115,7 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path,
 
 
 def test_open_clip_loads_a_merged_tower_of_a_size_of_its_own_from_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "clip").mkdir()
-    save_clip(build_clip("debug", TextShape(), log_scale=2.0, seed=0), tmp_path / "clip")
+    write_folder(tmp_path / "clip")
     ours = build_backbone("debug", class_token=True)
     load_backbone(ours, tmp_path / "clip" / FILE)
     inject_lora(ours, rank=4, alpha=2.0)

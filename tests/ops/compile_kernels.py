@@ -31,8 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from visft_ds.ops.gelu import STEPS, ZERO
-from visft_ds.ops.triton import lora, pointwise
+from visft_ds.ops.triton import lora
 
 TABLE = Path(__file__).with_name("compiled_kernels.json")
 ARCHITECTURES = (80, 90, 100)
@@ -62,12 +61,6 @@ def cases(architecture: int) -> Iterator[Case]:
         yield Case(f"{name} forward", lora.forward_kernel, dtype, constants)
         constants = lora.TILES["backward"][tiles] | {"DOWN": 2 * rank, "GROUP": 8}
         yield Case(f"{name} backward", lora.backward_kernel, dtype, constants)
-    code = {"STEPS": STEPS, "ZERO": ZERO, "BLOCK": pointwise.BLOCK}
-    yield Case("gelu forward", pointwise.gelu_forward_kernel, "bf16", code, {"code": "*u8"})
-    yield Case("gelu backward", pointwise.gelu_backward_kernel, "bf16", code, {"code": "*u8"})
-    row = {"BLOCK": 2048, "num_warps": 8}
-    yield Case("norm forward", pointwise.norm_forward_kernel, "bf16", row, {"x": "*fp32", "y": "*fp32", "eps": "fp32"})
-    yield Case("norm backward", pointwise.norm_backward_kernel, "bf16", row, {"dy": "*fp32", "eps": "fp32"})
 
 
 def compiled(case: Case, architecture: int) -> dict[str, int]:

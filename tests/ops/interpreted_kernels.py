@@ -7,17 +7,12 @@ float32 there: that tests what kernels make of bf16 inputs, not their own roundi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visft_ds.ops import KERNELS, use_kernels
-from visft_ds.ops.gelu import STEPS, gelu, layer_norm
 from visft_ds.ops.lora import Slices, lora_linear
 from visft_ds.ops.triton import interpreted
 
@@ -127,55 +122,3 @@ def test_lora_is_kept_whole_by_compile() -> None:
     found = torch.autograd.grad(compiled(*inputs), inputs, gradient)
     wanted = torch.autograd.grad(layer(*inputs), inputs, gradient)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-@pytest.fixture
-def triton_kernels() -> Iterator[None]:
-    use_kernels("triton", torch.device("cpu"))
-    yield
-    use_kernels("library", torch.device("cpu"))
-
-
-@pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_coded_gelu_is_that_of_pytorch(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-8, 8, 1500), torch.tensor([-100.0, 0.0, 100.0])]).to(dtype).view(9, 167)
-    results = []
-    for name in KERNELS:
-        use_kernels(name, torch.device("cpu"))
-        used = x.clone().requires_grad_()
-        y = gelu(used, coded=True)
-        y.backward(torch.ones_like(y))
-        results.append((y.detach(), used.grad))
-    (y, slope), (y_triton, slope_triton) = results
-    exact = x.double().requires_grad_()
-    out = F.gelu(exact)
-    assert _error(y_triton, out.detach()) < TOLERANCE[dtype]
-    # A code next to the boundary between two may fall to either side; 16 bit round the slope that is read off.
-    assert (slope_triton - slope).abs().max() < 1.01 / STEPS
-    assert ((slope_triton - slope).abs() > 1e-6).float().mean() < 1e-2
-
-
-@pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize(
-    ("stream", "branch"), [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float16,) * 2]
-)
-def test_added_norm_equals_float64(stream: torch.dtype, branch: torch.dtype) -> None:
-    """Rows of 100 numbers in a program of 128; the norm lies well off zero, where a sloppy variance would fail."""
-    x, inner = torch.randn(3, 7, 100).to(stream), (torch.randn(3, 7, 100) * 0.5 + 3).to(branch)
-    weight, bias = torch.randn(100), torch.randn(100)
-    gradient = torch.randn(3, 7, 100).to(stream)
-    found = []
-    for exact in (False, True):
-        tensors = (x, inner, gradient) if not exact else (x.double(), inner.double(), gradient.double())
-        used = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
-        norm = [tensor.double() if exact else tensor for tensor in (weight, bias)]
-        y = layer_norm(used[1], norm[0], norm[1], 1e-6, used[0])
-        assert exact or type(y.grad_fn).__name__ != "AddBackward0"  # the kernel ran
-        found.append((y.detach(), *torch.autograd.grad(y, used, tensors[2])))
-    limit = max(TOLERANCE[stream], TOLERANCE[branch])
-    for name, got, wanted in zip(("y", "dx", "dbranch"), *found, strict=True):
-        assert _error(got, wanted) < limit, (name, _error(got, wanted))
-    weight.requires_grad_()
-    layer_norm(inner.float(), weight, bias, 1e-6, x.float()).sum().backward()
-    assert weight.grad is not None

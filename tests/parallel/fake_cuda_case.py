@@ -34,7 +34,7 @@ from visft_ds.prepare.model import TrainedGroup
 from visft_ds.tasks import TASKS, matching
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-POLICIES = ("block", "mlp", "all_but_attention", "gelu_8bit")
+POLICIES = ("block", "mlp")
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 #: The labels of a step by who learns in it.
 STEP = {

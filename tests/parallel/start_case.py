@@ -87,7 +87,7 @@ def started(engine: str) -> dict[str, Any]:
     """Both stages in two precisions: {"stage:precision": what differs here}, and what this rank holds. Collective."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner import run_of
+    from visft_ds.planner.step import run_of
 
     results: dict[str, Any] = {}
     for stage in (1, 2):
@@ -124,12 +124,10 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
             engine,
             folder,
             lora=None,
-            head_options={name: task.head.model_dump() for name, task in config.visft.tasks.enabled().items()},
-            facts={"step": 0, "base_weights": "", "mode": config.visft.mode},
-            categories=(),
+            infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
+            base_weights="",
             base_sha256="",
             base=prepared.base,
-            vocabulary=WORDS,
         )
     finally:
         export.gather_parameters = original
@@ -184,7 +182,7 @@ def main(out: str, engine: str, settings: str) -> None:
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner import run_of
+    from visft_ds.planner.step import run_of
 
     torch.set_num_threads(1)
     start_process_group()

@@ -24,7 +24,7 @@ from tests.parallel.fake_cuda_case import CASES, TRIO
 FAST = (
     *(f"stage2-{task}-bf16" for task in TRIO),
     *(name for name in CASES if name.startswith("predict-")),
-    *("joint-stage1", "upload", "stage2-captioning-fp32", "recompute-gelu_8bit"),
+    *("joint-stage1", "upload", "stage2-captioning-fp32", "recompute-mlp"),
     *("packed-segmentation", "packed-captioning", "pipeline-segmentation", "pipeline-packed"),
 )
 #: Of one task each, by an engine.

@@ -16,8 +16,7 @@ from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.roles import IdleLoader, Place
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.parallel.pipeline import stage_groups
-from visft_ds.planner import run_of
-from visft_ds.profiling.session import open_session
+from visft_ds.planner.step import run_of
 
 COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
 
@@ -142,9 +141,3 @@ def test_a_run_may_change_its_pipeline_and_go_on() -> None:
     zero, pipeline = (resolve(stage=1, engine=engine, model="debug") for engine in ("zero1", "pipeline"))
     assert zero.fingerprint() == pipeline.fingerprint()
     assert zero.pipeline_stages == 1 and pipeline.pipeline_stages == 2
-
-
-def test_a_stage_is_not_measured_by_part() -> None:
-    config = resolve(stage=1, engine="pipeline", model="debug")
-    with pytest.raises(ValueError, match="pipeline: a step is measured by part"), open_session(config, synthetic=True):
-        pass

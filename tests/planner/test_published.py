@@ -19,7 +19,7 @@ class Bus(NamedTuple):
     """Bus bandwidth of large messages, as nccl-tests define it."""
 
     cluster: str
-    network: str | None
+    network: float | None
     collective: str
     gb_s: float
     source: str
@@ -30,8 +30,8 @@ BUSES = [
     Bus("8xH100", None, ALL_GATHER, 370, f"{_ISSUES}/212, NVIDIA: NVLink without SHARP, also NCCL_ALGO=RING"),
     Bus("8xA100-80GB", None, ALL_REDUCE, 240, "https://github.com/NVIDIA/nccl/issues/1712, NVIDIA: expected"),
     Bus("64xH100", None, ALL_REDUCE, 8 * 47, f"{_ISSUES}/290, NVIDIA: 46 to 48 of each NDR adapter, eight of them"),
-    Bus("24xA100-40GB", "100", ALL_REDUCE, 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"),
-    Bus("16xA100-80GB", "100", ALL_REDUCE, 95.3, f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB"),
+    Bus("24xA100-40GB", 100, ALL_REDUCE, 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"),
+    Bus("16xA100-80GB", 100, ALL_REDUCE, 95.3, f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB"),
     Bus(
         "4x4090", None, ALL_REDUCE, 25.9, "https://github.com/tinygrad/open-gpu-kernel-modules/issues/36: peer to peer"
     ),

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from tests.coco_tree import write_tree
-from tools.make_shards import main as make_shards
-from visft_ds.config import resolve, resolve_arguments
+from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.interleave import Interleaving
 from visft_ds.data.permutation import hash_ints
@@ -27,7 +26,6 @@ from visft_ds.prepare.streams import (
     read_vocabulary,
     vocabulary_of,
 )
-from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -99,38 +97,6 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest)
     assert places(partly, config_of("visft.mode=shared"), "shared") == set(range(12))
     alone = config_of("visft.mode=shared", "visft.tasks=captioning")
     assert places(partly, alone, "shared") == set(range(12)) - set(SILENT)
-
-
-def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
-    partly: Manifest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--stage", "1", "--model", "debug", "--set", "visft.mode=sampled", "--set", f"visft.data.train={SPLIT}"]
-    flags += [f"--set=visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
-    config = config_of("visft.mode=sampled", stage=1)
-    plan = plan_of(config, only(partly, config))
-    for step in range(12):
-        assert make_shards(["info", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
-        printed = json.loads(capsys.readouterr().out)
-        whole = plan.step(step)
-        expected = partly.index["image_id"][whole.indices].tolist()
-        assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
-        assert printed["state"] == plan.state(step)
-
-
-def test_the_images_of_a_step_are_found_from_a_run_folder(
-    partly: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also where its shards have moved; flags beside the folder would say it twice."""
-    flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
-    config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
-    (tmp_path / RECORD_FILE).write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
-    moved = ["--data", str(partly.root), "--step", "3", "--json"]
-    assert make_shards(["info", *moved, *flags]) == 0
-    expected = json.loads(capsys.readouterr().out)
-    assert make_shards(["info", "--run", str(tmp_path), *moved]) == 0
-    assert json.loads(capsys.readouterr().out) == expected and expected["split"] == f"{partly.root}/{SPLIT}"
-    assert make_shards(["info", "--run", str(tmp_path), "--step", "3", "--stage", "1"]) == 2
-    assert "--stage: with --run, the run folder says everything" in capsys.readouterr().err
 
 
 def test_steps_are_shared_out_by_updates(whole: Manifest) -> None:

@@ -15,7 +15,8 @@ import torch
 from visft_ds import launch, train
 from visft_ds.config import resolve
 from visft_ds.data.samples import Batch
-from visft_ds.planner import MemoryPlan, PlannedRun, Suggestion, run_of
+from visft_ds.planner.fitting import Suggestion
+from visft_ds.planner.step import MemoryPlan, PlannedRun, run_of
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
 from visft_ds.resilience.signals import StopFlag

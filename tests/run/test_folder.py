@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_what_belongs_to_trackers_and_traces_is_set_aside_with_the_run(tmp_path:
 def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
     out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
-    state = RunState(_config(f"visft.run.out={out}"), engine, {})
+    state = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
     if how == "auto":
         assert state.resume(how) == 0  # the random base alone is nothing that was trained
     (out / "export/detection.safetensors").write_text("")
@@ -95,7 +95,7 @@ def test_an_export_names_a_base_that_lies_in_the_hubs_cache_alone(
     cached.parent.mkdir(parents=True)
     cached.touch()
     engine = cast(Engine, SimpleNamespace(module=SimpleNamespace(backbone=None)))
-    assert RunState(config, engine, {})._publication() == Publication("QuanSun/EVA-CLIP", "mit")
+    assert RunState(config, engine, {}, cast(Any, None))._publication() == Publication("QuanSun/EVA-CLIP", "mit")
 
 
 def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.compare import read_evaluation
+from visft_ds.evals.records import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model

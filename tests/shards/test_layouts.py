@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from tests.coco_tree import write_tree
 from tests.yolo_folder import BOX, write_picture, write_yolo
@@ -40,105 +39,93 @@ def _roboflow(folder: Path) -> Path:
 
 
 def _captioned(folder: Path, *lines: Any) -> Path:
-    for number in range(3):
+    for number in range(12):
         write_picture(folder / f"train/{number}.jpg", seed=number)
     lines = lines or (
         {"file_name": "0.jpg", "text": "A dog.", "source": "x"},
         {"file_name": "1.jpg", "captions": ["A cat.", "A cat that sleeps."]},
         {"file_name": "0.jpg", "caption": "A dog again."},
         {"file_name": "gone.jpg", "text": "Nothing."},
+        *({"file_name": f"{number}.jpg", "text": "A cow."} for number in range(2, 12)),
     )
     (folder / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
 def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_yolo(tmp_path / "mine")
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
+    write_yolo(tmp_path / "my data")
+    assert main([str(tmp_path / "my data")]) == 0
     told = capsys.readouterr().out
-    assert "mine: YOLO, train, val" in told and f"visft train --stage 1 --data {tmp_path}/mine-shards" in told
+    assert "my data: YOLO, train, val" in told and f"visft train --data '{tmp_path}/my data-shards' " in told
     for split in ("train", "val"):
-        manifest = Manifest.load(tmp_path / "mine-shards", split)
+        manifest = Manifest.load(tmp_path / "my data-shards", split)
         assert manifest.labels == {"annotations"}
         assert [(c.coco_id, c.name) for c in manifest.categories] == [(0, "cat"), (1, "yes"), (2, "dog")]
         assert (manifest.counts["images"], manifest.counts["annotations"], manifest.counts["empty"]) == (5, 4, 2)
-        assert verify(Manifest.load(tmp_path / "mine-shards", split)) == []
-    again = [*("build", str(tmp_path / "mine/data.yaml")), "--out", str(tmp_path / "mine-shards"), "--json", "--quiet"]
-    assert main(again) == 0
-    assert [report["shards_kept"] for report in json.loads(capsys.readouterr().out)] == [1, 1]
+        assert verify(manifest) == []
+    assert main(["build", str(tmp_path / "my data/data.yaml"), "--out", str(tmp_path / "my data-shards")]) == 0
 
 
-def test_the_training_that_is_proposed_would_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_training_that_is_proposed_fits_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_yolo(tmp_path / "mine")
     for out, split, told in (
-        ("a", "val", "looks for a split train; --set visft.data.train=NAME takes another one\n"),
-        ("a", "train", f"--data {tmp_path}/a\n"),
-        ("b", "train", f"--data {tmp_path}/b --set visft.run.eval_every=0\n"),
+        ("a", "val", "--set visft.data.train=val\n"),
+        ("b", "train", "--set visft.run.eval_every=0\n"),
+        ("a", "train", "--stage 1\n"),
     ):
-        words = ["build", str(tmp_path / "mine"), "--out", str(tmp_path / out), "--split", split, "--quiet"]
-        assert main(words) == 0
+        assert main(["build", str(tmp_path / "mine"), "--out", str(tmp_path / out), "--split", split]) == 0
         assert capsys.readouterr().out.endswith(told)
 
 
 def test_a_split_that_is_not_there_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_yolo(tmp_path / "mine")
     path.write_text(path.read_text() + "test: ../test/images\n")
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    assert main([str(tmp_path / "mine")]) == 2
     assert "(--split NAME makes one split alone)" in capsys.readouterr().err
-    assert main([str(tmp_path / "mine"), "--quiet", "--split", "train"]) == 0
+    assert main([str(tmp_path / "mine"), "--split", "train"]) == 0
 
 
 def test_boxes_of_unreadable_pictures_do_not_hide_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_yolo(tmp_path / "mine")
-    for path in list((tmp_path / "mine").rglob("*.jpg")):
-        with Image.open(path) as image:
-            image.save(path.with_suffix(".bmp"))
-        path.unlink()
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
-    error = capsys.readouterr().err
-    assert "but BMP" in error and "normalised" not in error
+    for path in (tmp_path / "mine").rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    assert main([str(tmp_path / "mine")]) == 2
+    assert "5 x unreadable" in capsys.readouterr().err
 
 
 def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_yolo(tmp_path / "mine")
     odd = os.fsdecode(b"caf\xe9")
-    (tmp_path / f"mine/train/labels/{odd}.txt").write_text(BOX)
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
-    assert r"labels/caf\udce9.txt" in capsys.readouterr().out, "a label without image"
     write_picture(tmp_path / f"mine/train/images/{odd}.jpg")
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
-    assert r"train: caf\udce9.jpg: no UTF-8 name; rename it" in capsys.readouterr().err
+    assert main([str(tmp_path / "mine")]) == 2
+    assert r"train: caf\udce9.jpg: " in capsys.readouterr().err
 
 
-def test_other_labels_are_another_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_labels_are_another_build(tmp_path: Path) -> None:
     write_yolo(tmp_path / "mine")
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
+    assert main([str(tmp_path / "mine")]) == 0
     (tmp_path / "mine/train/labels/3.txt").write_text(BOX)
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
-    assert "built otherwise (instances: data.yaml as COCO JSON" in capsys.readouterr().err
-    assert main([str(tmp_path / "mine"), "--quiet", "--replace", "--split", "train"]) == 0
+    assert main([str(tmp_path / "mine")]) == 2
+    assert main([str(tmp_path / "mine"), "--replace", "--split", "train"]) == 0
     assert Manifest.load(tmp_path / "mine-shards", "train").counts["annotations"] == 5
 
 
 def test_a_wrong_label_of_any_split_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_yolo(tmp_path / "mine")
     (tmp_path / "mine/valid/labels/1.txt").write_text("4 0.5 0.5 0.5 0.5")
-    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
-    assert "valid/labels/1.txt line 1: class 4, but data.yaml names 3" in capsys.readouterr().err
+    assert main([str(tmp_path / "mine")]) == 2
+    assert "valid/labels/1.txt line 1: class 4" in capsys.readouterr().err
     assert not (tmp_path / "mine-shards").exists()
 
 
 def test_cocos_tree_is_the_same_as_by_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _coco(tmp_path / "coco")
-    assert main([str(folder), "--quiet", "--split", "val"]) == 0
+    assert main([str(folder), "--split", "val"]) == 0
     assert "not read: annotations/person_keypoints_val2017.json" in capsys.readouterr().out
     files = ["--instances", str(folder / "annotations/instances_val2017.json")]
     files += ["--captions", str(folder / "annotations/captions_val2017.json")]
     out = tmp_path / "flags"
-    assert (
-        main(["build", "--images", str(folder / "val2017"), *files, "--out", str(out), "--split", "val", "--quiet"])
-        == 0
-    )
+    assert main(["build", "--images", str(folder / "val2017"), *files, "--out", str(out), "--split", "val"]) == 0
     for path in sorted(out.glob("val*")):
         assert path.read_bytes() == (tmp_path / "coco-shards" / path.name).read_bytes()
     assert not (tmp_path / "coco-shards/train.manifest.json").exists()
@@ -157,30 +144,27 @@ def test_roboflows_coco_and_plain_names(tmp_path: Path) -> None:
 
 
 def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(_captioned(tmp_path / "mine")), "--quiet", "--json"]) == 0
-    (report,) = json.loads(capsys.readouterr().out)
-    assert (report["counts"]["images"], report["counts"]["captions"]) == (2, 4)
-    assert report["quarantine"][0] | {"detail": ""} == {
-        "image_id": 3, "file_name": "gone.jpg", "reason": "missing", "detail": ""
-    }  # fmt: skip
-    more = next(finding for finding in report["findings"] if finding["kind"] == "more fields")
-    assert more["examples"] == ["caption 1 of image 1: source"]
+    assert main([str(_captioned(tmp_path / "mine"))]) == 0
     manifest = Manifest.load(tmp_path / "mine-shards", "train")
+    assert (manifest.counts["images"], manifest.counts["captions"]) == (12, 14)
+    assert list(manifest.left_out) == [["gone.jpg", "no such file in the images folder"]]
     assert manifest.labels == {"captions"} and manifest.vocabulary["dog"] == 2
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ({"text": "A dog."}, "must be an object with a text `file_name`"),
-        ({"file_name": "0.jpg", "objects": {}}, "captions are missing; it has file_name, objects"),
-        ({"file_name": "0.jpg", "text": 0}, "0 is no caption"),
-        ({"file_name": "0.jpg", "captions": ["a", None]}, "None is no caption"),
-        ([], "must be an object"),
+        {"text": "A dog."},
+        {"file_name": "0.jpg", "objects": {}},
+        {"file_name": "0.jpg", "text": 0},
+        {"file_name": "0.jpg", "captions": ["a", None]},
+        {"file_name": "../0.jpg", "text": "A dog."},
+        {"file_name": "/etc/0.jpg", "text": "A dog."},
+        [],
     ],
 )
-def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"metadata\.jsonl: wrong lines: 1\n  line 2: .*{message}"):
+def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any) -> None:
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: .*: line 2: "):
         recognise(_captioned(tmp_path, {"file_name": "0.jpg", "text": "A dog."}, line))
 
 
@@ -188,7 +172,7 @@ def test_a_folder_that_is_two_things_is_refused(tmp_path: Path, capsys: pytest.C
     _roboflow(tmp_path / "both")
     (tmp_path / "both/x.yaml").write_text("train: train\nnames: [a]\n")
     (tmp_path / "both/other.yaml").write_text("{")
-    assert main([str(tmp_path / "both"), "--quiet"]) == 2
+    assert main([str(tmp_path / "both")]) == 2
     error = capsys.readouterr().err
     assert "is 2 things" in error and "Roboflow: train/_annotations.coco.json" in error and "YOLO: x.yaml" in error
 
@@ -198,27 +182,39 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsy
     (tmp_path / "package.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "looked for\n  COCO" in error and "metadata.jsonl" in error
-    assert "found labels/, package.json; labels of YOLO need a data.yaml" in error
+    assert "looked for\n  COCO" in error and "found labels/, package.json" in error
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "word"),
     [
-        (["nowhere"], "nowhere is neither a folder nor a command; there are build, permute, verify, info"),
-        (["build"], "--images, --out, --split: missing"),
-        (["build", "{mine}", "--instances", "x"], "leave out --instances"),
-        (["{mine}", "--split", "test"], "has no split 'test'; it is YOLO: data.yaml"),
-        (["{mine}", "--check", "none"], "--check none believes"),
-        (["build", "s3://bucket/mine"], "only local folders are recognised"),
-        (["build", "file:///mine"], "file:///mine: file:// is not allowed; give the plain path"),
-        (["verify", "s3://bucket/mine"], "fetch the shards to a folder first"),
+        (["nowhere"], "build, permute, verify, info"),
+        (["build"], "--images, --out, --split"),
+        (["build", "{mine}", "--instances", "x"], "--instances"),
+        (["{mine}", "--split", "test"], "'test'"),
+        (["build", "s3://bucket/mine"], "neither a folder"),
+        (["verify", "{mine}"], "no finished split"),
     ],
 )
-def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], word: str) -> None:
     write_yolo(tmp_path / "mine")
     assert main([word.format(mine=tmp_path / "mine") for word in words]) == 2
-    assert message in capsys.readouterr().err
+    assert word in capsys.readouterr().err
+
+
+def test_only_plain_files_describe_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _coco(tmp_path / "coco")
+    path = folder / "annotations/instances_val2017.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert main([str(folder), "--split", "val"]) == 2
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert main([str(folder), "--split", "val"]) == 2
+    path.unlink()
+    path.symlink_to(path.name)
+    assert main([str(folder), "--split", "val"]) == 2
+    assert capsys.readouterr().err.count("shards: ") == 3
 
 
 def test_two_years_of_one_split_are_refused(tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image, ImageOps
 
 from tests.yolo_folder import BOX, POLYGON, write_picture, write_yolo
 from visft_ds.shards.yolo import read_description, read_yolo
@@ -16,14 +14,12 @@ from visft_ds.tasks.classes import COCO_NAMES
 
 
 def read(path: Path, split: str = "train") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(read_yolo(read_description(path), split)[1].data)
-    return content
+    return read_yolo(read_description(path), split)[1]
 
 
 def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
-    folder, made = read_yolo(read_description(write_yolo(tmp_path)), "val")
-    content = json.loads(made.data)
-    assert folder == tmp_path / "valid/images"
+    folder, content, odd = read_yolo(read_description(write_yolo(tmp_path)), "val")
+    assert folder == tmp_path / "valid/images" and not odd
     assert [image["file_name"] for image in content["images"]] == [f"{n}.jpg" for n in range(5)]
     assert {(image["height"], image["width"]) for image in content["images"]} == {(32, 64)}
     assert content["categories"] == [{"id": n, "name": name} for n, name in enumerate(("cat", "yes", "dog"))]
@@ -32,99 +28,76 @@ def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
     assert (small["image_id"], small["category_id"], small["bbox"]) == (2, 1, [12.8, 6.4, 6.4, 3.2])
     assert outline["segmentation"] == [[16, 8, 48, 8, 48, 24]]
     assert outline["bbox"] == [16, 8, 32, 16] and outline["area"] == 256
-    assert made.findings == ()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_labels_fit_the_picture_as_shown_and_become_those_of_the_stored_one(tmp_path: Path, orientation: int) -> None:
-    """A white rectangle, labelled where a viewer shows it, is found where the pixels are."""
-    path, stored = write_yolo(tmp_path, (BOX,)), np.zeros((40, 60, 3), np.uint8)
-    stored[4:12, 30:54] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "train/images/0.jpg", exif=exif, quality=95)
-    with Image.open(tmp_path / "train/images/0.jpg") as image:
-        shown = np.asarray(ImageOps.exif_transpose(image))[..., 0] > 127
-    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    height, width = shown.shape
-    sizes = ((left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height)
-    (tmp_path / "train/labels/0.txt").write_text("0 " + " ".join(f"{size:.6f}" for size in sizes))
-    content = read(path)
-    assert content["annotations"][0]["bbox"] == pytest.approx([30, 4, 24, 8], abs=0.01)
-    assert (content["images"][0]["height"], content["images"][0]["width"]) == (40, 60)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "word"),
     [
-        ("3 0.5 0.5 0.1 0.1", r"class 3, but data\.yaml names 3 \(0 to 2\)"),
+        ("3 0.5 0.5 0.1 0.1", "class 3"),
         ("-1 0.5 0.5 0.1 0.1", "class -1"),
         ("0.5 0.5 0.5 0.1 0.1", r"class 0\.5"),
         ("nan 0.5 0.5 0.1 0.1", "class nan"),
-        ("cat 0.5 0.5 0.1 0.1", "'cat' is no number"),
-        ("0 0.5 0.5 0.1", "4 values; a box has 5"),
+        ("cat 0.5 0.5 0.1 0.1", "'cat'"),
+        ("0 0.5 0.5 0.1", "4 values"),
         ("0 0.5 0.5 0.1 0.1 0.9", "6 values"),
-        ("0 0.1 0.1 0.2 0.2 0.3", "6 values"),
-        ("0 1.5 0.5 0.1 0.1", r"1\.5 is outside of \[0, 1\]"),
-        ("0 320 200 64 64", r"320 is outside of \[0, 1\]"),
+        ("0 1.5 0.5 0.1 0.1", r"1\.5 is outside"),
         ("0 0.5 nan 0.1 0.1", "nan is outside"),
         ("0 0.1 0.1 0.2 0.1 0.2 -0.2", "-0.2 is outside"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, word: str) -> None:
     path = write_yolo(tmp_path, (f"{BOX}\n\n{line}\n", BOX))
-    with pytest.raises(ValueError, match=rf"wrong lines in its labels: 1\n  .*train/labels/0\.txt line 3: {message}"):
-        read(path)
-
-
-def test_many_wrong_lines_are_counted_and_a_few_shown(tmp_path: Path) -> None:
-    path = write_yolo(tmp_path, ("9 0 0 0 0\n" * 4, BOX, "9 0 0 0 0\n" * 4))
-    with pytest.raises(ValueError, match=r"labels: 8(\n.* line \d: class 9.*){5}\n  and 3 more$"):
+    with pytest.raises(ValueError, match=rf"train/labels/0\.txt line 3: .*{word}"):
         read(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "word"),
     [
         ("names: [a, b]", "names no images"),
-        ("train: train/images", "has no names"),
-        ("train: train/images\nnames: [a, b]\nnc: 4", "nc is 4, but there are 2 names"),
-        ("train: train/images\nnames: {0: a, 0: b, one: c}", "one: c"),
-        ("train: train/images\nnames: [[a]]", "names must be"),
-        ("train: nowhere\nnames: [a]", r"train: 'nowhere' does not exist; looked for .*/nowhere"),
-        ("train: {a: b}\nnames: [a]", "train must be a folder"),
-        ("train: train/images\nval: valid/images\nvalid: valid/images\nnames: [a]", "names images of 'val' twice"),
-        ("train: valid\nnames: [a", "is not YAML"),
-        ("- a", "must hold keys"),
-        ("a: " + "[" * 50_000, "is not YAML"),
-        ("train: train/images\nnames: [a]\nkpt_shape: [17]", "kpt_shape must be two numbers"),
-        ("x: " + "a" * (1 << 20), "allowed are 1048576"),
+        ("train: train/images", "'names'"),
+        ("train: train/images\nnames: [a, b]\nnc: 4", "nc is 4"),
+        ("train: train/images\nnames: {0: a, one: c}", "'one'"),
+        ("train: train/images\nnames: {0: a, 0: b}", "'0' stands there twice"),
+        ("train: train/images\nnames: [a]\ntrain: valid/images", "'train' stands there twice"),
+        ("train: train/images\nnames: [[a]]", "list"),
+        ('train: train/images\nnames: ["\\ud800"]', "surrogates"),
+        ("train: nowhere\nnames: [a]", "'nowhere' does not exist"),
+        ("train: {a: b}\nnames: [a]", "data.yaml"),
+        ("train: train/images\nval: valid/images\nvalid: valid/images\nnames: [a]", "'val' twice"),
+        ("train: valid\nnames: [a", "expected"),
+        ("- a", "keys"),
+        ("a: " + "[" * 50_000, "Recursion"),
+        ("train: train/images\nnames: [a]\nkpt_shape: [17]", "data.yaml"),
+        ("x: " + "a" * (1 << 20), "at most"),
     ],
 )
-def test_a_wrong_description_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_description_is_named(tmp_path: Path, text: str, word: str) -> None:
     path = write_yolo(tmp_path)
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"(?s)data\.yaml.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)data\.yaml.*{word}") as error:
         read_description(path)
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_of_a_description_is_built_or_multiplied(tmp_path: Path) -> None:
     path = write_yolo(tmp_path)
-    merged = "".join(f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}]}}\n" for n in range(1, 40))
-    path.write_text(f"k0: &k0 {{a: b}}\n{merged}names: !!python/object/apply:os.getcwd []\ntrain: train/images\n")
-    with pytest.raises(ValueError, match="has no names"):
+    path.write_text("names: !!python/object/apply:os.getcwd []\ntrain: train/images\n")
+    with pytest.raises(ValueError, match="names must be"):
+        read_description(path)
+    path.write_text("a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 40)))
+    with pytest.raises(ValueError, match="aliases"):
         read_description(path)
 
 
 @pytest.mark.parametrize("shape", ["[2, 3]", "[3, 2]"])
-def test_keypoints_are_dropped_and_said(tmp_path: Path, shape: str) -> None:
+def test_keypoints_are_cut_off(tmp_path: Path, shape: str) -> None:
     path = write_yolo(tmp_path, (f"{BOX} 0.5 0.5 2 0 0 0",))
     path.write_text(path.read_text() + f"kpt_shape: {shape}\n")
     (annotation,) = read(path)["annotations"]
-    assert annotation["bbox"] == [16, 12, 32, 8] and annotation["keypoints"] == [0.5, 0.5, 2, 0, 0, 0]
+    assert annotation["bbox"] == [16, 12, 32, 8] and "segmentation" not in annotation
     (tmp_path / "train/labels/0.txt").write_text(POLYGON)
-    with pytest.raises(ValueError, match=r"7 values; with the kpt_shape of .* 5 of its box and 6 of keypoints"):
+    with pytest.raises(ValueError, match="7 values"):
         read(path)
 
 
@@ -132,7 +105,7 @@ def test_lists_of_images_labels_beside_them_and_cocos_names(tmp_path: Path) -> N
     for place in ("a/1.jpg", "b/2.jpg"):
         write_picture(tmp_path / place)
         (tmp_path / place).with_suffix(".txt").write_text("1 0.5 0.5 0.5 0.5\n79 0.5 0.5 0.5 0.5")
-    (tmp_path / "train.txt").write_text("./a/1.jpg\nb/2.jpg\n")
+    (tmp_path / "train.txt").write_text(f"./a/1.jpg\n\n{tmp_path}/b/2.jpg\n")
     names = "".join(f"  {number}: {name}\n" for number, name in enumerate(COCO_NAMES.values()))
     (tmp_path / "coco.yaml").write_text(f"path: ../elsewhere\ntrain: train.txt\nval: [a, b]\nnames:\n{names}")
     for split in ("train", "val"):
@@ -141,17 +114,43 @@ def test_lists_of_images_labels_beside_them_and_cocos_names(tmp_path: Path) -> N
         assert {annotation["category_id"] for annotation in content["annotations"]} == {2, 90}, "bicycle, toothbrush"
 
 
-def test_labels_in_the_wrong_place_are_no_empty_pictures(tmp_path: Path) -> None:
-    path = write_yolo(tmp_path)
-    (tmp_path / "train/labels").rename(tmp_path / "train/annotations")
-    with pytest.raises(ValueError, match=r"train: none of its 5 images has a label, .*train/labels/0\.txt"):
+@pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "images/../../../secret.jpg"])
+def test_lists_do_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    write_picture(tmp_path / "secret.jpg")
+    path = write_yolo(tmp_path / "deep/mine")
+    (tmp_path / "deep/mine/train.txt").write_text(f"train/images/0.jpg\n{name}\n")
+    path.write_text("train: train.txt\nnames: [a]\n")
+    with pytest.raises(ValueError, match=r"train\.txt line 2: .*leads out"):
         read(path)
 
 
-def test_labels_without_a_picture_are_said(tmp_path: Path) -> None:
+def test_links_to_folders_and_pipes_are_no_images(tmp_path: Path) -> None:
+    path = write_yolo(tmp_path / "mine")
+    images = tmp_path / "mine/train/images"
+    (images / "again").symlink_to(images)
+    (images / "up").symlink_to(tmp_path)
+    os.mkfifo(images / "pipe.jpg")
+    assert len(read(path)["images"]) == 5
+    os.mkfifo(tmp_path / "pipe.txt")
+    path.write_text("train: ../pipe.txt\nnames: [a]\n")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read(path)
+
+
+def test_labels_in_the_wrong_place_are_no_empty_pictures(tmp_path: Path) -> None:
     path = write_yolo(tmp_path)
+    (tmp_path / "train/labels").rename(tmp_path / "train/annotations")
+    with pytest.raises(ValueError, match=r"none of its 5 images has a label .*train/labels/0\.txt"):
+        read(path)
+
+
+def test_labels_without_a_picture_are_counted_and_above_a_tenth_an_error(tmp_path: Path) -> None:
+    path = write_yolo(tmp_path, (BOX,) * 20)
     (tmp_path / "train/images/2.jpg").unlink()
     (tmp_path / "train/labels/classes.txt").write_text("cat\n")
-    made = read_yolo(read_description(path), "train")[1]
-    assert made.findings == (("label without image", str(tmp_path / "train/labels/2.txt")),)
-    assert POLYGON not in made.data.decode()
+    odd = read_yolo(read_description(path), "train")[2]
+    assert odd == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
+    for place in range(3, 6):
+        (tmp_path / f"train/images/{place}.jpg").unlink()
+    with pytest.raises(ValueError, match="4 x label without image"):
+        read(path)

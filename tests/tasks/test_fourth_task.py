@@ -37,9 +37,8 @@ sys.path.insert(0, sys.argv[4])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
-from visft_ds.planner import plan_largest, run_of
-from visft_ds.evals.compare import read_evaluation
-from visft_ds.evals.run_report import report_runs
+from visft_ds.planner.step import plan_largest, run_of
+from visft_ds.evals.report import report_runs
 out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
 if mode == "shared":
@@ -50,8 +49,8 @@ first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}}
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
 found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", images=1)
-same = read_evaluation("own", out / "evaluation").results("classification") == found.results["classification"]
-report_runs([out / "stage2"], None)
+same = json.loads((out / "evaluation/classification_results.json").read_text()) == found.results["classification"]
+report_runs([out / "stage2"], None, None)
 model = visft_ds.load(out / "stage2")
 predicted = model.predict(sys.argv[3])
 predicted.draw().save(out / "drawn.png")

@@ -27,6 +27,7 @@ from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.engine import Engine
+from visft_ds.prepare.data import RunData
 from visft_ds.run import async_eval
 from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
@@ -283,7 +284,7 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
 
 def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> None:
     config = resolve(stage=1, model="debug", settings=texts({**SETTINGS, **EARLY, "visft.run.out": str(tmp_path)}))
-    state = RunState(config, cast(Engine, None), {})  # an engine is asked for nothing here
+    state = RunState(config, cast(Engine, None), {}, cast(RunData, None))  # an engine is asked for nothing here
     for step, score in enumerate((0.5, 0.1, 0.1), 1):
         state.judged(step, {"box/AP50": score})
     told: list[str] = []

@@ -12,7 +12,7 @@ from tests.coco_tree import write_tree
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.compare import read_evaluation
+from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.heads import load_heads
 from visft_ds.shards.build import Options, build
 

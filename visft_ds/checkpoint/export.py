@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
+from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.shards import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
@@ -43,27 +44,24 @@ def export_weights(
     folder: Path,
     *,
     lora: LoraConfig | None,
-    head_options: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, Any],
-    categories: Sequence[Category],
+    infos: Mapping[str, HeadInfo],
+    base_weights: str,
     base_sha256: str,
     base: BaseWeights,
-    vocabulary: Vocabulary | None = None,
     base_model: Publication | None = None,
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
         lora: settings of the adapters, where the backbone has some.
-        head_options: task -> options its head was built with.
-        facts: recorded in head files: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
-        vocabulary: goes along with heads that work with words.
+        infos: descriptions of the heads, see `describe_heads`.
+        base_weights: name of what the backbone began as; equal to `base_sha256` unless it was drawn at random.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
         base: has the values of what is frozen, which the engine holds in the precision of the run alone.
         base_model: publication of the base.
     """
     written = []
-    backbone, base_weights = engine.module.backbone, facts["base_weights"]
+    backbone = engine.module.backbone
     names = trainable(engine)
     base_names = [
         name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
@@ -82,9 +80,7 @@ def export_weights(
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        width, facts = backbone.width, {**facts, **({} if backbone.until is None else {UNTIL: backbone.until})}
-        infos = {task: _head_info(task, width, head_options[task], facts, categories, vocabulary) for task in heads}
-        written += save_head_files(heads, folder, infos, overwrite=True)
+        written += save_head_files(heads, folder, {task: infos[task] for task in heads}, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
         tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
@@ -155,20 +151,30 @@ def _write_tower(
     write_safetensors(path, infos, produce, {**metadata, "lora_merged": "false"}, overwrite=True)
 
 
-def _head_info(
-    task: str,
-    width: int,
-    given: Mapping[str, Any],
-    extra: Mapping[str, Any],
+def describe_heads(
+    backbone: Backbone,
+    tasks: Mapping[str, TaskConfig],
+    facts: Mapping[str, Any],
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
-) -> HeadInfo:
-    options = dict(given)
-    if TASKS[task].uses_vocabulary:  # its classes are words, not categories
-        assert vocabulary is not None
-        options["vocabulary_size"] = vocabulary.size
-        return HeadInfo(task, width, options, [], {**extra, "vocabulary": vocabulary.to_dict()})
-    return HeadInfo(task, width, options, [asdict(c) for c in categories], extra)
+) -> dict[str, HeadInfo]:
+    """Description of each head of a run, by which its file alone is enough to build it again.
+
+    Args:
+        facts: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
+        vocabulary: goes along with heads that work with words.
+    """
+    extra = {**facts, **({} if backbone.until is None else {UNTIL: backbone.until})}
+    infos = {}
+    for name, task in tasks.items():
+        options = task.head.model_dump(mode="json")
+        if TASKS[name].uses_vocabulary:  # its classes are words, not categories
+            assert vocabulary is not None
+            options["vocabulary_size"] = vocabulary.size
+            infos[name] = HeadInfo(name, backbone.width, options, [], {**extra, "vocabulary": vocabulary.to_dict()})
+        else:
+            infos[name] = HeadInfo(name, backbone.width, options, [asdict(c) for c in categories], extra)
+    return infos
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -95,12 +95,15 @@ class Checkpoint:
         return found
 
 
-def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mapping[str, str]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: EngineState, identity: Mapping[str, str], header: Mapping[str, str] | None = None
+) -> Path:
     """Write one checkpoint; returns its folder when it is on disk. Main process only.
 
     Args:
         folder: <run>/checkpoints.
         identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base_weights": ...}.
+        header: metadata of the file of values, which describe the heads in it.
 
     Raises:
         OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
@@ -111,7 +114,8 @@ def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mappi
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
         os.mkdir(temporary)
-        written = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
+        headers = {_PARAMETERS: header or {}}
+        written = {name: _write_tensors(temporary / name, files[name], headers.get(name, {})) for name in files}
         # Last: a folder with this file is complete.
         write_file(temporary / _STATE, [_state_json(step, state, identity, written)])
         sync_folder(temporary)
@@ -226,9 +230,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: file.get(name) for name in file}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Written:
     infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    return write_file(path, safetensors_pieces(path, infos, lambda name: tensors[name], {}))
+    return write_file(path, safetensors_pieces(path, infos, lambda name: tensors[name], header))
 
 
 def _state_json(step: int, state: EngineState, identity: Mapping[str, str], files: Mapping[str, Written]) -> bytes:

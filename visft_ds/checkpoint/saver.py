@@ -108,6 +108,7 @@ class Saver:
         identity: see `save_checkpoint`.
         retention: which checkpoints stay.
         to_be_judged: see `Retention.obsolete`.
+        header: step -> what `save_checkpoint` writes beside the values.
     """
 
     def __init__(
@@ -116,11 +117,12 @@ class Saver:
         identity: Mapping[str, str],
         retention: Retention,
         to_be_judged: Callable[[int], bool] = lambda step: False,
+        header: Callable[[int], Mapping[str, str]] = lambda step: {},
     ) -> None:
         self.folder, self.identity, self.retention = folder, dict(identity), retention
         self.saved = 0  #: step of the newest checkpoint that this rank knows to be on disk
         self._asked = 0
-        self._to_be_judged = to_be_judged
+        self._to_be_judged, self._header = to_be_judged, header
         self._scores: dict[int, float | None] = {}
         self._buffers = HostBuffers()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
@@ -210,6 +212,11 @@ class Saver:
             )
         return step == best_step(self._scores)
 
+    def best(self) -> int | None:
+        """The best of the steps that have a checkpoint; None without one, or without a metric to choose by."""
+        saved = set(saved_steps(self.folder))
+        return best_step({step: score for step, score in self._scores.items() if step in saved})
+
     def since_best(self) -> tuple[int, int | None]:
         """(evaluations that gave the metric after the best one, its step). None before the first."""
         best = best_step(self._scores)
@@ -245,7 +252,7 @@ class Saver:
         self, step: int, state: EngineState, stall: float, waited: float, scores: Mapping[int, float | None]
     ) -> SaveReport:
         began = time.perf_counter()
-        save_checkpoint(self.folder, step, state, self.identity)
+        save_checkpoint(self.folder, step, state, self.identity, self._header(step))
         self.saved = step
         seconds = time.perf_counter() - began
         self._delete(step, scores)

@@ -73,7 +73,7 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
             command = f"visft shards build ... --out {dataset.root} --split {dataset.split}"
             yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
         if dataset.categories is not None and not Path(dataset.categories).is_file():
-            command = f"visft shards info {dataset.root} --split {dataset.split} --categories"
+            command = f"visft shards info {dataset.root} --split {dataset.split}"
             yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
@@ -272,9 +272,20 @@ def heads_inside(run: Path) -> tuple[Path, Path]:
 
 
 def head_files(folder: Path, task: str) -> list[Path]:
-    """Files that may hold a task's head: ours, else those named as the published ones. `folder` may be a file."""
+    """Files that may hold a task's head: ours, a checkpoint's, else those named as the published ones.
+
+    `folder` may be a file.
+    """
     if folder.is_file():
         return [folder]
+    values = folder / "parameters.safetensors"
+    if values.is_file():
+        from safetensors import safe_open  # these cost what --help has not
+
+        from visft_ds.files import reading
+
+        with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
+            return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
     file = folder / f"{task}.safetensors"
     if file.is_file():
         return [file]

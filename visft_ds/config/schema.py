@@ -110,11 +110,11 @@ class ModelConfig(StrictModel):
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start
-    recompute: Literal["auto", "none", "block", "mlp", "all_but_attention", "gelu_8bit"] = "auto"
-    kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any (docs/memory-and-speed.md)
+    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
+    kernels: Literal["library", "triton"] = "library"  #: of adapted layers; triton: our own (docs/memory-and-speed.md)
     packed: bool = False  #: the backbone takes images of different sizes without padding (docs/memory-and-speed.md)
     tf32: bool = False  #: float32 products and convolutions of GPUs in TF32 (docs/memory-and-speed.md); false: in full
-    compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
+    compile: Literal["none", "blocks"] = "none"  #: by torch.compile
 
     @property
     def timm(self) -> str | None:

@@ -344,16 +344,6 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
             "must be none with ZeRO-3, which gathers the weights of every layer in Python, between the operators of a "
             "block: use --engine zero1 or zero2",
         )
-    if model.compile == "cuda_graphs" and keys.pipeline is not None:
-        yield key, "must be blocks or none with a pipeline, which keeps several micro-batches under way at once"
-    if model.compile == "cuda_graphs" and model.packed:
-        yield key, "must be blocks or none with visft.model.packed: packed images hardly ever have one shape twice"
-    if model.packed and model.recompute == "all_but_attention":
-        yield (
-            "visft.model.recompute",
-            "must be auto, none, block, mlp or gelu_8bit with visft.model.compile and visft.model.packed: attention "
-            "over packed images is not compiled, so that nothing tells the compiler to keep its result",
-        )
     if model.kernels == "triton":
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
     if not visft.run.rehearsal:

@@ -155,19 +155,17 @@ def _block(tower: TowerShape, index: int, images: int, tokens: int, flows: bool)
             costs[layer] = cost
             total += cost
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
-    if tower.trainable and tower.recompute not in ("none", "gelu_8bit"):
-        again = _again(tower, start, costs, attention_kept=products == FUSED_ATTENTION)
+    if tower.trainable and tower.recompute != "none":
+        again = _again(tower, start, costs)
         total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows
 
 
-def _again(tower: TowerShape, start: str, costs: Mapping[str, Flops], *, attention_kept: bool) -> int:
+def _again(tower: TowerShape, start: str, costs: Mapping[str, Flops]) -> int:
     """Operations of the second forward of a block, or of what of it is recomputed."""
     chosen = {layer: cost.forward for layer, cost in costs.items()}
     if tower.recompute == "mlp":
         chosen = {layer: cost for layer, cost in chosen.items() if layer not in ("attn.qkv", "attention")}
-    elif tower.recompute == "all_but_attention" and attention_kept:
-        chosen["attention"] = 0  # plain products are not kept
     # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
     # nothing of its result, so it is not recomputed; in front of a norm, or with adapters, it is. The norm behind
     # an MLP that is recomputed alone has kept what it needs.

@@ -1,7 +1,7 @@
 """Time spent on samples: named spans of work, measured in each thread and summed on request.
 
-A span costs a third of a microsecond, so the data path carries them always: the log of a run and `visft profile
-data` read the same numbers. Processor time costs more to ask for and is measured on request only.
+A span costs a third of a microsecond, so the data path carries them always: the log of a run and `visft
+profile --loader` read the same numbers. Processor time costs more to ask for and is measured on request only.
 
     with span("decode"):
         pixels = decode_image(data)

@@ -30,8 +30,8 @@ from visft_ds.data.spans import Spent, measure_cpu, measures_cpu, spent
 
 WorkerKind = Literal["threads", "processes"]
 
-#: More threads than this do not help: up to 43 % of a sample's time may hold the interpreter lock, as measured by
-#: `visft profile data`, so little more than two can be busy at once.
+#: More threads than this do not help: up to 43 % of a sample's time may hold the interpreter lock,
+#: as measured, so little more than two can be busy at once.
 MOST_THREADS = 3
 MOST_PROCESSES = 8
 #: Samples that a thread makes without a pause.

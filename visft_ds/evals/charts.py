@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 WINDOW = 1 / 40
 #: Values that differ by more than this factor are drawn on a logarithmic axis.
 WIDE = 4.0
-#: Most points of a line that are worth their bytes.
-MOST_POINTS = 1000
 
 INK, PALE, UP, DOWN = "#25272a", "#55585c", "#1d7a33", "#b3261e"
 _CURVES = (UP, "#2456a6", "#b06a00", "#7a3e9d")
@@ -41,6 +39,7 @@ _STYLE = {
     "axes.edgecolor": "#9a9da1",
     "ytick.left": False,
     "figure.constrained_layout.wspace": 0.06,
+    "path.simplify_threshold": 0.3,  # points of a long line that nobody would see
 }
 
 
@@ -71,12 +70,6 @@ def smooth(values: Sequence[float]) -> list[float]:
         average += max(least, 1 / seen) * (value - average)
         result.append(average)
     return result
-
-
-def thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Every k-th point and the last one, so that about MOST_POINTS remain."""
-    places = [*range(0, len(xs) - 1, max(1, len(xs) // MOST_POINTS)), *range(len(xs))[-1:]]
-    return [xs[place] for place in places], [ys[place] for place in places]
 
 
 def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: float) -> str:
@@ -162,41 +155,6 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
             axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
 
     return svg(draw, title=title, width=760, height=66 + 20 * len(bars))
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Point of a chart that has an interval both ways."""
-
-    name: str
-    x: Bar
-    y: Bar
-    marked: bool  #: gets a ring
-
-
-def price_chart(curves: Mapping[str, Sequence[Spot]], *, title: str, x_label: str, y_label: str) -> str:
-    """An `<svg>` element with a line through the named points of each curve, and their intervals as thin crosses."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set_title(title, weight="bold")
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.grid()
-        axes.axhline(0, color="#9a9da1", lw=1)
-        axes.axvline(0, color="#9a9da1", lw=1)
-        for number, (name, spots) in enumerate(curves.items()):
-            colour = _CURVES[number % len(_CURVES)]
-            axes.plot([s.x.value for s in spots], [s.y.value for s in spots], "o-", color=colour, ms=4, label=name)
-            for spot in spots:
-                axes.plot((spot.x.low, spot.x.high), (spot.y.value,) * 2, color=colour, lw=1, alpha=0.35)
-                axes.plot((spot.x.value,) * 2, (spot.y.low, spot.y.high), color=colour, lw=1, alpha=0.35)
-                place = (spot.x.value, spot.y.value)
-                axes.annotate(spot.name, place, (5, -11), textcoords="offset points", fontsize=8)
-                if spot.marked:
-                    axes.plot(*place, "o", ms=11, mfc="none", mec=INK)
-        axes.legend(frameon=False)
-
-    return svg(draw, title=title, width=560, height=360)
 
 
 def block_chart(names: Sequence[str], curves: Mapping[str, Sequence[Bar]], *, title: str, y_label: str) -> str:

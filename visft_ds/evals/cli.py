@@ -28,6 +28,15 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
+REPORT = """A page about one run, or about several side by side: one HTML file that needs no network.
+
+    visft report runs/stage2                                     writes runs/stage2/report.html
+    visft report runs/stage1 runs/stage2 --out report.html       the others are compared with the first
+
+It shows results (of visft evaluate, otherwise of the evaluations during training), pictures of visft evaluate, losses
+by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
+2 wrong usage or unusable input.
+"""
 #: Word behind visft evaluate -> module of what it does.
 _COMMANDS = {"benchmarks": "command", "dose": "dose_command", "layers": "layers_command"}
 
@@ -60,10 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if problems else 0
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Run `visft report`; returns the exit status."""
+    parser = Parser(prog=program("report"), description=REPORT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
+    parser.add_argument("--benchmarks", type=Path, metavar="DIR", help="what visft evaluate benchmarks wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="name it .html (default, of one run: RUN/report.html)")
+    given = parser.parse_args(arguments)
+    from visft_ds.evals.report import report_runs
+    from visft_ds.resilience.errors import tell
+
+    try:
+        print(f"wrote {report_runs(given.runs, given.benchmarks, given.out)}")
+    except (ValueError, OSError) as error:
+        return tell(error, "report")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
-    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
+    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
     model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
     model.add_argument(

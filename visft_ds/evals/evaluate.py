@@ -16,10 +16,10 @@ import orjson
 
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
-from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
@@ -32,6 +32,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
@@ -240,7 +241,7 @@ def _job(given: Request) -> Job:
     chosen = None if given.backbone is None else named(os.fspath(given.backbone), download=given.download)
     backbone = None if chosen is None else chosen.file(download=given.download)
     if given.run:
-        visft = given.recorded or recorded_config(given.run).visft
+        visft = given.recorded or recorded_config(folder_of_run(given.run)).visft
         source = source_of_run(
             given.run,
             visft,
@@ -256,7 +257,7 @@ def _job(given: Request) -> Job:
             batch_size=given.batch_size,
         )
         split = given.split or visft.data.val
-        shards = data if data or coco else data_of_run(given.run, visft, split)
+        shards = data if data or coco else data_of_run(folder_of_run(given.run), visft, split)
     else:
         needed = ("backbone", "heads", *(["out"] if given.command else []))
         missing = [f"--{name}" for name in needed if getattr(given, name) is None]
@@ -301,7 +302,8 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
-            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "data": {"where": where, "split": job.split, "images": count, "total": len(manifest)}
+            | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
             **_facts(source.tasks),
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),

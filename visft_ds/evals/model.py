@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from visft_ds.checkpoint.adapter import change_of_checkpoint
 from visft_ds.config.backbones import Named
 from visft_ds.config.layers import AnyPath
-from visft_ds.config.preflight import head_files, heads_inside
+from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.costs.hardware import DTYPES
@@ -44,6 +45,7 @@ from visft_ds.interop.heads import (
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
+from visft_ds.interop.tuned import Change
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
@@ -191,7 +193,7 @@ def source_of_run(
     return ModelSource(
         files_of_run(run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter),
         streams,
-        vocabulary or recorded_words(run, config),
+        vocabulary or recorded_words(folder_of_run(run), config),
         decoding_of(config, beam_size),
         precision or config.model.precision,
         config.model.packed,
@@ -207,10 +209,12 @@ def files_of_run(
     heads: Path | None = None,
     adapter: AnyPath | None = None,
 ) -> ModelFiles:
-    """The files a finished run wrote or was given, wherever it lies now: what it trained comes from its own export
-    folder, heads that it was given from its copies of them, base weights from where `prepare.places` finds them.
+    """The files a run wrote or was given, wherever it lies now: what it trained comes from its own export folder, or
+    from one of its checkpoints, heads that it was given from its copies of them, base weights from where
+    `prepare.places` finds them.
 
     Args:
+        run: its folder, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an adapter merged
             in takes none from the run.
@@ -218,18 +222,20 @@ def files_of_run(
     Raises:
         ValueError: the run has not written what it trains yet, or a file is missing.
     """
-    export, own_adapter = run / "export", _adapter_folder(adapter)
-    if adapter is None and config.stage == 2 and config.lora is not None:
+    place, run = run, folder_of_run(run)
+    export, own_adapter, of_checkpoint = run / "export", _adapter_folder(adapter), place != run
+    if adapter is None and (config.lora is not None or (of_checkpoint and trains_backbone(config))):
         merged = backbone is not None and is_merged(open_weights(backbone))
-        own_adapter = None if merged else export / ADAPTER_FOLDER
-    if trains_backbone(config):
+        own_adapter = None if merged else place if of_checkpoint else export / ADAPTER_FOLDER
+    if trains_backbone(config) and not of_checkpoint:
         own_backbone = export / TRAINED_BACKBONE_FILE
     elif config.model.weights is None:
         own_backbone = export / BACKBONE_FILE
     else:  # one that is replaced need not be there any more
         own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
-    complete = all(head_file(export, task).is_file() for task in tasks)
-    of_run = own_backbone, export if complete or config.heads.path is None else find(run, config, HEADS)
+    own = place if of_checkpoint else export
+    complete = all(head_files(own, task) for task in tasks)
+    of_run = own_backbone, own if complete or config.heads.path is None else find(run, config, HEADS)
     backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([own_adapter] if own_adapter else [])]
@@ -291,7 +297,7 @@ def _load_backbone(
     timm = files.timm or timm_settings(weights)
     facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
     backbone: Backbone
-    adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
+    adapter = None if files.adapter is None else _change_at(files.backbone, files.adapter)
     until = files.until or end_of(weights, adapter)
     if until is None and adapter is None and files.of_run is None:
         until = _end_of_heads(infos, weights)
@@ -306,10 +312,7 @@ def _load_backbone(
     facts |= {} if until is None else {"ends": f"after {until}"}
     if adapter is not None:
         adapter.install(backbone)
-        targets = "+".join(adapter.targets)
-        facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
-        if adapter.base_storage != "full":
-            facts["adapter"] += f"; trained over a base in {adapter.base_storage}, evaluated on the full one"
+        facts["adapter"] = f"{files.adapter}: {adapter.describe()}"
     return backbone, facts
 
 
@@ -388,6 +391,15 @@ def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dic
     return found
 
 
+def _change_at(backbone: Path, path: Path) -> Change:
+    """The change of a backbone in an adapter folder or a checkpoint. Raises ValueError as `adapter_for`."""
+    if not (path / "state.json").is_file():
+        return adapter_for(backbone, path)
+    change = change_of_checkpoint(path)
+    _check_base(backbone, path, change.base_sha256)
+    return change
+
+
 def adapter_for(backbone: Path, path: Path) -> Adapter:
     """Read an adapter that was trained on these base weights.
 
@@ -396,23 +408,26 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
+    adapter = read_adapter(path)
+    _check_base(backbone, path, adapter.base_sha256)
+    return adapter
+
+
+def _check_base(backbone: Path, path: Path, wanted: str | None) -> None:
     weights = open_weights(backbone)
     if is_merged(weights):
         raise ValueError(
             f"{backbone} has an adapter merged in already; with {path} on top it would count twice: leave the "
             f"adapter out, or give the base weights"
         )
-    adapter = read_adapter(path)
-    wanted = adapter.base_sha256
     if wanted is not None and (found := base_identity(weights)) != wanted:
         raise ValueError(
             f"{path} was trained on base weights with sha256 {wanted}, but {backbone} has {found}: name the base "
             f"it was trained on with --backbone, or --adapter none"
         )
-    return adapter
 
 
-def end_of(weights: WeightFile, adapter: Adapter | None) -> str | None:
+def end_of(weights: WeightFile, adapter: Change | None) -> str | None:
     """The block that a model is read after, by what its files record; None: it is whole."""
     return weights.metadata.get(UNTIL) or (adapter.until if adapter is not None else None)
 

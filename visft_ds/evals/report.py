@@ -1,31 +1,35 @@
-"""report.html: what was trained and how well it does, in one file that needs nothing else and no network.
+"""`visft report`: a page about one run, or about several side by side; one HTML file that needs no network.
 
-Reads only what runs (run.json, metrics.jsonl) and visft evaluate (metrics.json, results, pictures) left on disk.
-A difference has a colour only where it has an interval, and that leaves zero out.
+It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft evaluate benchmarks
+left on disk. A run may still be training; what it has not recorded is left out.
 """
 
 from __future__ import annotations
 
-import math
+import base64
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+import orjson
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.preflight import is_url
 from visft_ds.config.resolve import flatten
-from visft_ds.evals import curves
-from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
-from visft_ds.evals.compare import MAIN, Evaluation, compare_results
-from visft_ds.evals.jackknife import PARTS
-from visft_ds.evals.out_of_domain import Comparison
-from visft_ds.evals.page import embed, render
+from visft_ds.data.shards import Manifest
+from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation
+from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.monitor.metrics import RunFile
+from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted_values, redacted_words
 from visft_ds.run.folder import read_run, recorded_config
-from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
+from visft_ds.tasks.pictures import Picture, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {
@@ -37,287 +41,195 @@ MEANINGS = {
     "APl": "large objects, area from 96² pixels",
     "AR100": "recall with 100 predictions an image",
     "CIDEr": "weighted n-grams shared with the true captions, 0 to 10",
-    "BLEU-1": "share of right words",
-    "BLEU-2": "runs of up to two words",
-    "BLEU-3": "up to three",
-    "BLEU-4": "up to four",
+    "BLEU-4": "runs of up to four words",
     "ROUGE-L": "longest common subsequence of words",
 }
-_MOST_CATEGORIES = 20
+_MOST_PICTURES = 6  # of a task
 _NONE = "–"
-#: Pictures of a task; fewer where each task has two sections of them.
-_MOST_PICTURES, _MOST_OF_TWO = 6, 4
-_ROWS = 2  # of each task on the sheet of `comparison`
-_HEAD = 34  # height of the line of labels on it, pixels
-
-
-Drawn = Mapping[str, Mapping[int, Picture]]  #: task -> image id -> ground truth beside prediction
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that a report shows; sections without content are left out."""
-
-    title: str
-    introduction: Sequence[str]  #: paragraphs
-    runs: Mapping[str, Path]  #: label -> run folder
-    evaluations: Sequence[Evaluation]  #: before ... after: the difference shown is last - first
-    merged: Evaluation | None = None  #: the last one again, with the adapter merged into the weights
-    training: Sequence[Evaluation] = ()  #: the same models as `evaluations`, on images they were trained on
-    files: Mapping[str, Path] = field(default_factory=dict)
-    commands: Mapping[str, str] = field(default_factory=dict)  #: what it does -> text to paste
-    seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
-    beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
-    changes: Mapping[str, Interval] = field(default_factory=dict)  #: number -> last - first, see `jackknife.changes`
-    without: str = "visft report computes them"  #: why there are no changes
-    histories: Mapping[str, curves.History] = field(default_factory=dict)  #: of runs whose records have been read
-    drawn: Mapping[str, Drawn] | None = None  #: label -> pictures; None: those of `evaluations`
-
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks that any evaluation has numbers of."""
-        return [task for task in MAIN if any(task in evaluation.tasks for evaluation in self.evaluations)]
+class _Run:
+    label: str
+    folder: Path
+    config: ResolvedConfig
+    record: RunFile
+    history: History
 
 
-def write_report(path: Path, report: Report) -> Path:
+def report_runs(folders: Sequence[Path], benchmarks: Path | None, out: Path | None) -> Path:
     """Write the page; returns its path.
 
     Raises:
-        ValueError: a run or evaluation that is not there or not finished.
+        ValueError: a folder without a run, the same run twice, a file that is no page, records that cannot be read.
     """
-    where = " on held-out images" if report.training else ""
-    most = _MOST_OF_TWO if report.training else _MOST_PICTURES
-    results = [
-        _results(f"Results{where}", report.evaluations, report.merged, report.changes, report.without),
-        _results("Results on training images", report.training, None, {}, "they are of images that were learnt"),
+    labels = _labels(folders)
+    if out is None and len(folders) > 1:
+        raise ValueError(f"--out is needed for {len(folders)} runs: name the page, as in --out report.html")
+    path = out or folders[0] / "report.html"
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out {path} would be overwritten with a page: name a file that ends in .html")
+    runs = [
+        _Run(label, folder, recorded_config(folder), read_run(folder), read_history(folder))
+        for label, folder in zip(labels, folders, strict=True)
     ]
-    drawn = report.drawn if report.drawn is not None else _drawn(report.evaluations)
-    pictures = []
-    for task in report.tasks if report.drawn is None else MAIN:
-        title = f"{task.capitalize()}: the same images, {'before and after' if len(drawn) == 2 else 'side by side'}"
-        pictures.append(_pictures(f"{title}{where and ', held out'}", drawn, task, most))
-        pictures.append(_pictures(f"{title}, trained on", _drawn(report.training), task, most))
-    read = report.histories
-    histories = {label: read.get(label) or curves.read_history(folder) for label, folder in report.runs.items()}
-    text = render(
-        "evals/report.html.j2",
-        title=report.title,
-        report=report,
-        cards=[*_beyond_card(report.beyond), *(_card(report, task) for task in report.tasks)],
-        sheets=[embed(sheet) for sheet in report.beyond.pictures] if report.beyond else [],
-        results=results,
-        pictures=pictures,
-        curves=curves.charts(histories),
-        missing=curves.missing(histories),
-        times=_times(report, histories),
-        categories=_categories(report),
-        colours=curves.COLOURS,
-        runs=_runs(report),
-        seconds={name: f"{value:.1f} s" for name, value in report.seconds.items()},
+    evaluations = _evaluations(runs)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("report.html.j2").render(
+        title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
+        labels=labels,
+        states=[_state(run) for run in runs],
+        beyond=_out_of_domain(benchmarks) if benchmarks else None,
+        evaluations=evaluations,
+        results=_results(evaluations),
+        pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
+        curves=charts({run.label: run.history for run in runs}),
+        facts=_side_by_side([_facts(run) for run in runs]),
+        settings=_differing([run.config for run in runs]),
+        environment=_side_by_side([_environment(run.record) for run in runs]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture | None:
-    """Sheet for all tasks: under a line of labels so many images of each, a row an image with its ground truth and
-    the predictions of each evaluation; None without pictures.
-    """
-    panels: list[Picture] = []
-    drawn = _drawn(evaluations)
-    for task in MAIN:
-        for row in list(_panels(drawn, task).values())[:rows]:
-            panels += row
-    if not panels:
-        return None
-    columns = 1 + len(evaluations)
-    sheet = grid(panels, columns=columns)
-    head = Image.fromarray(paper(_HEAD, sheet.shape[1]))
-    draw = ImageDraw.Draw(head)
-    for place, label in enumerate(("ground truth", *(evaluation.label for evaluation in evaluations))):
-        left = 12 + place * (sheet.shape[1] - 12) / columns
-        draw.text((left, _HEAD / 2 + 4), label, fill=INK, font=letters(20), anchor="lm")
-    return np.concatenate([np.asarray(head), sheet])
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Names of folders, or their paths if names are the same."""
+    resolved = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise ValueError(f"{folder} is given twice: name each run once")
+    names = [place.name for place in resolved]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
-def _drawn(evaluations: Sequence[Evaluation]) -> dict[str, Drawn]:
-    return {one.label: {task: one.pictures(task) for task in MAIN} for one in evaluations}
+def _state(run: _Run) -> str:
+    steps, visft = run.config.total_steps, run.config.visft
+    done = f"finished: {steps} steps" if run.history.last >= steps else f"{run.history.last} of {steps} steps"
+    return f"{run.label}: stage {visft.stage} of {visft.model.name}, {done}."
 
 
-def _panels(of_models: Mapping[str, Drawn], task: str) -> dict[int, list[Picture]]:
-    """Image id -> [ground truth, prediction of each model], for the images that were drawn of all of them."""
-    drawn = [pictures.get(task, {}) for pictures in of_models.values()]
-    if not drawn:
-        return {}
-    shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
-    halves = {image_id: [split_panels(pictures[image_id]) for pictures in drawn] for image_id in shared}
-    return {image_id: [pairs[0][0], *(pair[1] for pair in pairs)] for image_id, pairs in halves.items()}
+# ------------------------------------------------------------------------------------------------------------- results
 
 
-def _card(report: Report, task: str) -> dict[str, Any]:
-    name = MAIN[task]
-    values = [evaluation.metrics.get(name, math.nan) for evaluation in report.evaluations]
-    lines = [f"{name.replace('/', ' ')} {report.evaluations[-1].label}"]
-    if len(values) > 1:
-        change = _change(report.evaluations, name)
-        known = report.changes.get(name)
-        interval = f", {_interval(known, 3)}" if known else ""
-        difference = f" ({change:+.3f}{interval})" if math.isfinite(change) else ""
-        lines.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
-    for evaluation in report.training[-1:]:
-        lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
-    return {"value": _number(values[-1], 3), "lines": lines}
-
-
-def _beyond_card(beyond: Comparison | None) -> list[dict[str, Any]]:
-    if beyond is None:
-        return []
-    line = next(line for line in beyond.lines() if line.main)
-    return [
-        {
-            "value": line.after,
-            "lines": [f"{line.name} out of domain, percent", f"before: {line.before}", beyond.verdict()],
-        }
-    ]
-
-
-def _results(
-    title: str,
-    evaluations: Sequence[Evaluation],
-    merged: Evaluation | None,
-    changes: Mapping[str, Interval],
-    without: str,
-) -> dict[str, Any]:
-    last = evaluations[-1] if evaluations else None
-    tasks = last.tasks if last else []
-    told = f", and beside it its {LEVEL:.0%} interval over images (Student's t, a jackknife of {PARTS} parts); coloured"
-    return {
-        "title": title,
-        "evaluations": evaluations,
-        "merged": merged,
-        "tasks": [_rows(evaluations, merged, task, changes) for task in tasks],
-        "intervals": f"{told} is what leaves zero out."
-        if changes
-        else f"; without intervals, so without colours: {without}.",
-        "differences": [compare_results(last, merged, task).text() for task in tasks] if last and merged else [],
-    }
-
-
-def _rows(
-    evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str, changes: Mapping[str, Interval]
-) -> list[dict[str, Any]]:
-    """A task's numbers: each evaluation, the difference, the merged weights."""
-    rows, prefix = [], MAIN[task].partition("/")[0]
-    for name in evaluations[-1].metrics:
-        if not name.startswith(f"{prefix}/") or name.count("/") > 1:
+def _evaluations(runs: Sequence[_Run]) -> list[Evaluation]:
+    """The last evaluation of each run that has one; of a single run without `visft evaluate` also its first."""
+    found = []
+    for run in runs:
+        data = run.config.visft.data
+        made = run.folder / f"evaluation-{data.val}"
+        if (made / METRICS).is_file():
+            found.append(read_evaluation(run.label, made))
             continue
-        change, known = _change(evaluations, name), changes.get(name)
-        rows.append(
-            {
-                "name": name,
-                "meaning": MEANINGS.get(name.partition("/")[2], ""),
-                "main": name == MAIN[task],
-                "numbers": [_number(evaluation.metrics.get(name, math.nan)) for evaluation in evaluations],
-                "change": f"{change:+.4f}" if math.isfinite(change) else _NONE,
-                "interval": _interval(known, 4) if known else "",
-                "kind": ("up" if change > 0 else "down") if known and known.sure else "",
-                "merged": _number(merged.metrics.get(name, math.nan)) if merged else "",
-            }
-        )
-    return rows
+        entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
+        facts = {"where": f"{data.root}/{data.val}", "images": run.config.visft.run.eval_limit, "total": _total(run)}
+        if facts["images"] and facts["total"]:
+            facts["images"] = min(facts["images"], facts["total"])
+        for entry in entries[:1] + entries[1:][-1:] if len(runs) == 1 else entries[-1:]:
+            label = run.label if len(runs) > 1 else f"step {entry['step']}"
+            metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}
+            found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
+    return found
 
 
-def _pictures(title: str, drawn: Mapping[str, Drawn], task: str, most: int) -> dict[str, Any]:
-    rows = list(_panels(drawn, task).items())[:most]
-    return {
-        "title": title,
-        "task": task,
-        "labels": ["ground truth", *drawn],
-        "rows": {image_id: [embed(panel) for panel in panels] for image_id, panels in rows},
-    }
+def _total(run: _Run) -> int | None:
+    """Images of the split that a run is evaluated on; None if they are not on this machine."""
+    visft = run.config.visft
+    try:
+        root = data_of_run(run.folder, visft, visft.data.val)
+        return None if is_url(root) else len(Manifest.load(root, visft.data.val))
+    except (ValueError, OSError):
+        return None
 
 
-def _times(report: Report, histories: Mapping[str, curves.History]) -> list[dict[str, Any]]:
-    """Bars of what the time of each run went into."""
-    configs = {label: recorded_config(folder).to_dict()["visft"] for label, folder in report.runs.items()}
-    spent = [curves.time_by_part(history, configs[label]) for label, history in histories.items()]
-    data = [curves.time_of_data(history) for history in histories.values()]
-    parts = [("Training, by the clock", spent), ("Making samples, by all readers of the main process", data)]
-    return [{"title": title, "rows": _shares(seconds)} for title, seconds in parts if any(seconds)]
-
-
-def _shares(seconds: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, str]]]:
-    """Part -> of each run, the share of its sum and a text."""
-    sums = [sum(of_run.values()) or 1.0 for of_run in seconds]
-    return {
-        part: [
-            (
-                max(0.0, of_run.get(part, 0.0) / total),
-                f"{of_run.get(part, 0.0) / total:.0%}, {of_run.get(part, 0.0):.1f} s",
+def _results(evaluations: Sequence[Evaluation]) -> list[list[dict[str, Any]]]:
+    """By task, rows of each number and its differences from the first evaluation."""
+    parts = []
+    for main_metric in MAIN.values():
+        prefix = main_metric.partition("/")[0]
+        names = dict.fromkeys(name for one in evaluations for name in one.metrics)
+        rows = []
+        for name in (name for name in names if name.startswith(f"{prefix}/") and name.count("/") == 1):
+            values = [one.metrics.get(name, -1.0) for one in evaluations]
+            rows.append(
+                {
+                    "name": name,
+                    "meaning": MEANINGS.get(name.partition("/")[2], ""),
+                    "main": name == main_metric,
+                    "numbers": [_number(value) for value in values],
+                    "changes": ["", *(_change(values[0], value) for value in values[1:])],
+                }
             )
-            for of_run, total in zip(seconds, sums, strict=True)
-        ]
-        for part in dict.fromkeys(part for of_run in seconds for part in of_run)
-    }
+        parts.append(rows)
+    return [rows for rows in parts if rows]
 
 
-def _categories(report: Report) -> list[dict[str, Any]]:
-    """For boxes and masks, the average precision of each category; of many, those that changed most."""
-    halves = [_bars(report, prefix) for prefix in ("box", "mask")] if report.evaluations else []
-    return [half for half in halves if half["rows"]]
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value >= 0 else _NONE  # -1 is COCO's mark for "there is nothing of this kind to find"
 
 
-def _bars(report: Report, prefix: str) -> dict[str, Any]:
-    first, last = report.evaluations[0].metrics, report.evaluations[-1].metrics
-    names = [name for name in last if name.startswith(f"{prefix}/") and name.count("/") == 2]
-    names = [name for name in names if name in first and min(first[name], last[name]) >= 0]
-    total = len(names)
-    names = sorted(names, key=lambda name: abs(last[name] - first[name]), reverse=True)[:_MOST_CATEGORIES]
-    names.sort(key=lambda name: last[name], reverse=True)
-    return {
-        "prefix": prefix,
-        "which": f"the {len(names)} of {total} categories that changed most"
-        if len(names) < total
-        else "every category",
-        "rows": {
-            name.split("/")[2]: [(value := one.metrics[name], f"{value:.3f}") for one in report.evaluations]
-            for name in names
-        },
-    }
+def _change(first: float, other: float) -> str:
+    return f"{other - first:+.4f}" if min(first, other) >= 0 else _NONE
 
 
-def _runs(report: Report) -> dict[str, Any]:
-    if not report.runs:
-        return {}
-    records = [read_run(folder) for folder in report.runs.values()]
-    configs = [recorded_config(folder).to_dict() for folder in report.runs.values()]
-    facts = [_run_facts(record, config) for record, config in zip(records, configs, strict=True)]
-    values = [dict(flatten(redacted_values(config))) for config in configs]
-    keys = [key for key in dict.fromkeys(key for of_run in values for key in of_run) if key != "visft.run.out"]
-    settings = {key: [str(of_run.get(key, _NONE)) for of_run in values] for key in keys}
-    return {
-        "facts": _side_by_side(facts),
-        "environment": _side_by_side([_environment(record) for record in records]),
-        "settings": {key: texts for key, texts in settings.items() if len(set(texts)) > 1},
-    }
+def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
+    """By image, ground truth and the prediction of each evaluation that drew it."""
+    drawn = {one.label: one.pictures(task) for one in evaluations if one.record.get("pictures", {}).get(task)}
+    shared = [image for image in next(iter(drawn.values()), {}) if all(image in of for of in drawn.values())]
+    rows: dict[int, list[str]] = {}
+    for image in shared[:_MOST_PICTURES]:
+        pairs = [split_panels(of[image]) for of in drawn.values()]
+        rows[image] = [_embed(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
+    return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _side_by_side(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    names = dict.fromkeys(name for of_run in runs for name in of_run)
-    return {name: [of_run.get(name, _NONE) for of_run in runs] for name in names}
+def _embed(picture: Picture) -> str:
+    """A picture as the address of itself."""
+    buffer = io.BytesIO()
+    # No subsampling of colour: it would blur the thin coloured frames.
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=82, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _environment(record: RunFile) -> dict[str, str]:
-    commit = f"{record.git.commit[:12]}{', with changes' if record.git.modified else ''}" if record.git else _NONE
-    times = f", then {len(record.earlier)} times more" if record.earlier else ""
-    started = (record.earlier[0].get("started") if record.earlier else record.started) or _NONE
-    command = " ".join(redacted_words(record.command))
-    return {"started": f"{started}{times}", "command": command, "commit": commit, **record.versions}
+def _out_of_domain(folder: Path) -> dict[str, Any]:
+    """The table of `visft evaluate benchmarks`, as text."""
+    from visft_ds.evals.benchmarks.command import RECORD  # takes a second
+    from visft_ds.evals.benchmarks.intervals import Interval
+
+    path = folder / RECORD
+    with reading(path, "a record of visft evaluate benchmarks"):
+        record = orjson.loads(read_bytes(path))
+        labels, rows = list(record["arms"]), []
+        for row in record["rows"]:
+            cells = []
+            for label in labels:
+                value, change = row["values"].get(label), row["differences"].get(label)
+                shown = bool(change and row["shown"].get(label))
+                cells.append(
+                    {
+                        "value": f"{100 * value['value']:.2f}" if value else _NONE,
+                        "change": Interval(**change).text(shown=shown) if change else "",
+                        "kind": ("up" if change["value"] > 0 else "down") if shown else "",
+                    }
+                )
+            rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
+        names = [Path(name).name for name in record["pictures"]]
+    sheets = [_embed(np.asarray(open_image(folder / "pictures" / name))) for name in names]
+    return {"labels": labels, "rows": rows, "primary": record["primary"], "sheets": sheets}
 
 
-def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
-    visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]
+# ---------------------------------------------------------------------------------------------------- what runs record
+
+
+def _facts(run: _Run) -> dict[str, str]:
+    config = run.config.to_dict()
+    visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]["params"]
     lora, model, rate = visft["lora"], visft["model"], optimizer["params"]["lr"]
     return {
         "backbone": f"{model['name']}, weights: {model['weights'] or 'random'}",
@@ -326,37 +238,28 @@ def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
             for group in visft["param_groups"]
         ),
         "adapter": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {'+'.join(lora['targets'])}" if lora else "none",
-        "a step": _step_fact(visft),
-        "steps": f"{schedule['params']['total_num_steps']}, {schedule['params']['warmup_num_steps']} of them warm-up",
+        "steps": f"{schedule['total_num_steps']}, {schedule['warmup_num_steps']} of them warm-up",
         "optimiser": f"{optimizer['type']}, clipping {config['gradient_clipping']:g}",
-        "processes": f"{record.world_size}, ZeRO-{config['zero_optimization']['stage']}",
+        "processes": f"{run.record.world_size}, ZeRO-{config['zero_optimization']['stage']}",
         "precision": model["precision"],
         "data": f"{visft['data']['root']}, split {visft['data']['train']}",
         "seed": str(visft["seed"]),
     }
 
 
-def _step_fact(visft: Mapping[str, Any]) -> str:
-    """Description of the tasks that an optimiser step trains."""
-    tasks = {name: task for name, task in visft["tasks"].items() if task}
-    if visft["mode"] == "shared":
-        return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    shares = {name: task["updates"] for name, task in tasks.items()}
-    all_shares = sum(shares.values())
-    return "one task: " + ", ".join(
-        f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"
-        for name, task in tasks.items()
-    )
+def _environment(record: RunFile) -> dict[str, str]:
+    commit = f"{record.git.commit[:12]}{', with changes' if record.git.modified else ''}" if record.git else _NONE
+    command = " ".join(redacted_words(record.command))
+    return {"started": record.started or _NONE, "command": command, "commit": commit, **record.versions}
 
 
-def _change(evaluations: Sequence[Evaluation], name: str) -> float:
-    values = [evaluations[place].metrics.get(name, math.nan) for place in (0, -1)]
-    return values[1] - values[0] if min(values) >= 0 else math.nan
+def _differing(configs: Sequence[ResolvedConfig]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs."""
+    values = [dict(flatten(redacted_values(config.to_dict()))) for config in configs]
+    texts = _side_by_side([{key: str(value) for key, value in of.items()} for of in values])
+    return {key: of for key, of in texts.items() if len(set(of)) > 1 and key != "visft.run.out"}
 
 
-def _interval(known: Interval, digits: int) -> str:
-    return f"{known.low:+.{digits}f} to {known.high:+.{digits}f}"
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if value >= 0 else _NONE
+def _side_by_side(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for of_run in runs for name in of_run)
+    return {name: [of_run.get(name, _NONE) for of_run in runs] for name in names}

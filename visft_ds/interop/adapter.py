@@ -151,9 +151,9 @@ class Adapter:
         """A few words for the console."""
         where = "+".join(self.targets)
         if self.model is not None:
-            where = f"on {len(self.layers())} layers ({', '.join(self.targets)})"
+            where = f"{len(self.layers())} layers ({', '.join(self.targets)})"
         kind = "DoRA, rank" if self.magnitude else "rank"
-        return f"{kind} {self.rank}, scaling {self.scaling:g}, {where}"
+        return f"{kind} {self.rank}, alpha {self.alpha:g}, on {where}"
 
     def fingerprint(self) -> str:
         """SHA-256 of settings and values, independent of the file they came from."""

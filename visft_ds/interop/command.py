@@ -22,7 +22,7 @@ from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.evals.compare import MAIN, read_evaluation
+from visft_ds.evals.records import MAIN, read_evaluation
 from visft_ds.flags import check_extra
 from visft_ds.interop import loaders, onnx, peft
 from visft_ds.interop.adapter import Adapter, average

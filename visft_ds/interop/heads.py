@@ -156,19 +156,28 @@ def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:
 
 def _open(path: str | Path, task: str, *, assume: bool) -> HeadFile:
     """The head of a task in a file of any kind, nothing but names and shapes read; `assume`: see `find_published`."""
-    file = open_weights(path)
+    file, of_checkpoint = open_weights(path), f"{_KEY}.{task}"
+    if of_checkpoint in file.metadata:
+        prefix = f"heads.{task}."
+        names = {name.removeprefix(prefix): name for name in file if name.startswith(prefix)}
+        return HeadFile(file, _own_info(file, of_checkpoint), names)
     if _KEY not in file.metadata:
         return find_published(_sorted(file), task, assume=assume)
-    info = _own_info(file)
+    info = _own_info(file, _KEY)
     if info.task != task:
         raise ValueError(f"{path} holds a {info.task} head; a {task} head is wanted")
     return HeadFile(file, info, {name: name for name in file})
 
 
-def _own_info(file: WeightFile) -> HeadInfo:
+def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
+    """Header of a checkpoint that holds heads among other tensors, by which they are read like head files."""
+    return {f"{_KEY}.{task}": json.dumps(asdict(info)) for task, info in heads.items()}
+
+
+def _own_info(file: WeightFile, key: str) -> HeadInfo:
     try:
-        file.told(_KEY, HeadEntry)
-        info = HeadInfo(**json.loads(file.metadata[_KEY]))
+        file.told(key, HeadEntry)
+        info = HeadInfo(**json.loads(file.metadata[key]))
         check_options(info)
     except ValueError as error:
         raise ValueError(

@@ -16,26 +16,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from visft_ds.models.layers import (
     Attention,
     LayerNorm,
-    Linear,
     Mlp,
     PatchEmbed,
     resize_position_embeddings,
     stack_padded,
 )
-from visft_ds.ops import FrozenCasts, autocast_as, autocast_dtype, kernels, matmul_dtype, movable
-from visft_ds.ops.attention import Packing, attention_kernels
-from visft_ds.ops.frozen import Rest, replaced_linear, rest_of_block
+from visft_ds.ops import autocast_as, autocast_dtype, movable
+from visft_ds.ops.attention import Packing
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -64,21 +61,14 @@ PRESETS = {
 }
 
 
-#: What of a block is recomputed in the backward pass: all of it; the MLP, whose hidden activations are the widest,
-#: and the attention's projection in front of it; or all but the attention kernel, whose cost alone grows with the
-#: square of the tokens (its result is kept instead).
-#: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
-RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
+#: What of a block is recomputed in the backward pass: all of it; or the MLP, whose hidden activations are the widest,
+#: and the attention's projection in front of it.
+RECOMPUTE = ("block", "mlp")
 
 
-#: Since 2.15 torch asks whether hooks on saved tensors see what is kept of a region; they did not, and the ledger of
-#: `costs` counts so.
-_UNHOOKED = {name: False for name in signature(checkpoint).parameters if name == "respect_saved_tensors_hooks"}
-
-
-def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with activation checkpointing. Blocks have no dropout, so no random state is restored."""
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -126,31 +116,23 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, device=device, dtype=dtype)
         self.norm2 = LayerNorm(width, device=device, dtype=dtype)
         self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
-        self._cast = FrozenCasts()
 
-    def forward(
-        self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False, coded_gelu: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D) in the dtype of the residual stream.
 
         Args:
             packing: x is (1, T, D), the tokens of several images.
             recompute_mlp: recompute everything from the attention kernel to the GELU in the backward pass, instead of
                 keeping the hidden activations of the MLP.
-            coded_gelu: keep 8 bits of each hidden activation.
         """
-        if not (recompute_mlp or coded_gelu) and (rest := self._frozen_rest(x)) is not None:
-            return rest_of_block(x, self._attended(x, packing), rest)
         # The result of the first branch gets no name here, which would keep it in memory until the block ends.
         if recompute_mlp:
             # Activations between the attention kernel and the GELU are as wide as the residual stream, and the product
             # between them costs a ninth of the MLP's first one: they are recomputed with it.
-            x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing), coded_gelu)
+            x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing))
         else:
-            x = self._added(x, self.attn.proj(self._attended(x, packing)))
-            branch = self._mlp(x, coded_gelu)
-        out: Tensor = self.norm2(branch, added_to=x) if self.post_norm else x + branch
-        return out
+            x, branch = self._projected_and_mlp(x, self._attended(x, packing))
+        return x + (self.norm2(branch) if self.post_norm else branch)
 
     def recomputes_all(self) -> bool:
         """Return True if the second forward of this block has nothing to leave out, and no storage moves under it.
@@ -162,55 +144,17 @@ class Block(nn.Module):
         fixed = not (torch.compiler.is_compiling() or any(one is not None and movable(one) for one in last))
         return fixed and (self.post_norm or len(_trained(self.mlp.fc2)) > 0)
 
-    def _frozen_rest(self, x: Tensor) -> Rest | None:
-        """Return the parameters behind the attention, None where something asks for each module to be called.
-
-        Those are weights that train or that ZeRO-3 divides, adapters, hooks, a compiler, kernels of our own; and norms
-        in front of the branches, with which a second forward leaves out the last product.
-        """
-        if not self.post_norm or torch.compiler.is_compiling() or replaced_linear() or kernels(x.device) == "triton":
-            return None
-        mlp, norms = self.mlp, (self.norm1, self.norm2)
-        layers = self.attn.proj, mlp.fc1, mlp.fc2
-        for module in (mlp, *layers, *norms):
-            if type(module) not in (Mlp, Linear, LayerNorm) or module._forward_hooks or module._forward_pre_hooks:
-                return None
-        weights = [layer.weight for layer in layers]
-        vectors = [layer.bias for layer in layers if layer.bias is not None]
-        for norm in norms:
-            vectors += (norm.weight, norm.bias)
-        dtype = matmul_dtype(weights[0])
-        if movable(weights[0]) or any(weight.dtype != dtype for weight in weights):
-            return None
-        if any(parameter.requires_grad for parameter in (*weights, *vectors)):
-            return None
-        proj, fc1, fc2, *norm_vectors = self._cast(dtype, *vectors)
-        first, second = norm_vectors[:2], norm_vectors[2:]
-        return Rest(
-            (weights[0], proj),
-            (first[0], first[1]),
-            (weights[1], fc1),
-            (weights[2], fc2),
-            (second[0], second[1]),
-            (self.norm1.eps, self.norm2.eps),
-        )
-
     def _attended(self, x: Tensor, packing: Packing | None) -> Tensor:
         out: Tensor = self.attn(x if self.post_norm else self.norm1(x), packing)
         return out
 
-    def _added(self, x: Tensor, branch: Tensor) -> Tensor:
-        out: Tensor = self.norm1(branch, added_to=x) if self.post_norm else x + branch
-        return out
-
-    def _mlp(self, x: Tensor, coded_gelu: bool) -> Tensor:
-        out: Tensor = self.mlp(x if self.post_norm else self.norm2(x), coded=coded_gelu)
-        return out
-
-    def _projected_and_mlp(self, x: Tensor, attended: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
+    def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after the first branch, and the result of the second branch."""
-        x = self._added(x, self.attn.proj(attended))
-        return x, self._mlp(x, coded_gelu)
+        if self.post_norm:
+            x = x + self.norm1(self.attn.proj(attended))
+            return x, self.mlp(x)
+        x = x + self.attn.proj(attended)
+        return x, self.mlp(self.norm2(x))
 
 
 def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor:
@@ -218,11 +162,6 @@ def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str)
     run: Callable[..., Tensor] = block
     if policy == "mlp":
         run = partial(block, recompute_mlp=True)
-    elif policy == "gelu_8bit":
-        run = partial(block, coded_gelu=True)
-    elif policy == "all_but_attention":
-        kept = partial(create_selective_checkpoint_contexts, attention_kernels())
-        run = recomputed(block, context_fn=kept, **_UNHOOKED)
     elif policy == "block":
         if isinstance(block, Block) and block.recomputes_all():
             whole = block if packing is None else partial(block, packing=packing)
@@ -243,12 +182,8 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-class BlockRunner(Protocol):
-    """Another way to run blocks, such as `compiled.CompiledBlocks`."""
-
-    def begin(self, images: Tensor, *, training: bool, packed: bool) -> None: ...
-
-    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor: ...
+#: As `run_block`.
+BlockRunner = Callable[[nn.Module, Tensor, Packing | None, str], Tensor]
 
 
 class EvaViT(nn.Module):
@@ -322,7 +257,6 @@ class EvaViT(nn.Module):
         """
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
-        self._begin(images, packed=True)
         grids = self.grids(frames)
         x = self.embed(images, grids)
         packing = self.packing(grids, x.device)
@@ -332,7 +266,6 @@ class EvaViT(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
-        self._begin(images, packed=False)
         x = self.embed(images)
         for block in self.blocks:
             x = self.run_block(block, x)
@@ -365,10 +298,6 @@ class EvaViT(nn.Module):
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
         run = self.compiled or run_block
         return run(block, x, packing, policy)
-
-    def _begin(self, images: Tensor, *, packed: bool) -> None:
-        if self.compiled is not None:
-            self.compiled.begin(images, training=self.training, packed=packed)
 
     def describe(self) -> str:
         """A few words for the console."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.ops import FrozenCasts, matmul_dtype
+from visft_ds.ops import matmul_dtype, no_autocast
 from visft_ds.ops.attention import Packing, attention, attention_packed
-from visft_ds.ops.gelu import gelu, layer_norm
+from visft_ds.ops.gelu import gelu
 
 
 def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -45,15 +45,12 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = _empty(out_features, in_features, device=device, dtype=dtype)
         self.register_parameter("bias", _empty(out_features, device=device, dtype=dtype) if bias else None)
-        self._cast = FrozenCasts()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own."""
         weight, bias = self.weight, self.bias if bias is None else bias
         dtype = matmul_dtype(weight)
-        if bias is not None and bias.dtype != dtype:
-            (bias,) = self._cast(dtype, bias)
-        return F.linear(x.to(dtype), weight.to(dtype), bias)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -77,11 +74,12 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = _empty(width, device=device, dtype=dtype)
         self.bias = _empty(width, device=device, dtype=dtype)
-        self._cast = FrozenCasts()
 
-    def forward(self, x: Tensor, added_to: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., D); with a residual stream to add the result to, the sum, in the stream's dtype."""
-        return layer_norm(x, self.weight, self.bias, self.eps, added_to, self._cast)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32.
+        with no_autocast(x.device):
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class PatchEmbed(nn.Module):
@@ -143,9 +141,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(width, hidden, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, *, coded: bool = False) -> Tensor:
-        """(..., D) -> (..., D). `coded`: keep 8 bits for each hidden unit, see `visft_ds.ops.gelu`."""
-        out: Tensor = self.fc2(gelu(self.fc1(x), coded=coded))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out: Tensor = self.fc2(gelu(self.fc1(x)))
         return out
 
 
@@ -169,7 +167,6 @@ class Attention(nn.Module):
         self.q_bias = _empty(width, device=device, dtype=dtype)
         self.v_bias = _empty(width, device=device, dtype=dtype)
         self.proj = Linear(width, width, device=device, dtype=dtype)
-        self._bias = FrozenCasts()
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
@@ -177,19 +174,13 @@ class Attention(nn.Module):
         The block applies `proj`, which it may recompute in the backward pass.
         """
         batch, length, width = x.shape
-        (bias,) = self._bias(self.q_bias.dtype, self.q_bias, self.v_bias, make=_qkv_bias)
-        qkv: Tensor = self.qkv(x, bias)
+        qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
         if packing is None:
             mixed = attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
         else:
             mixed = attention_packed(q[0], k[0], v[0], packing)
         return mixed.reshape(batch, length, width)
-
-
-def _qkv_bias(dtype: torch.dtype, q_bias: Tensor, v_bias: Tensor) -> tuple[Tensor]:
-    """Bias of the fused projection, (3D,): there is none on k."""
-    return (torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]).to(dtype),)
 
 
 def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
-from visft_ds.ops import FrozenCasts, matmul_dtype, no_autocast
+from visft_ds.ops import no_autocast
 from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, parts_of, row_lengths
 
 #: Parameters that an adapted layer may add to those of the layer it replaces.
@@ -167,7 +167,7 @@ class LoRALinear(AdaptedLayer):
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.slices = slices
-        self._cast, self._wide = FrozenCasts(), WideWeight()
+        self._wide = WideWeight()
         self.start(generator)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRALinear:
@@ -183,11 +183,7 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own (EVA's qkv: see `Attention`)."""
-        weight, bias = self.weight, self.bias if bias is None else bias
-        dtype = matmul_dtype(weight)
-        if bias is not None and bias.dtype != dtype:
-            (bias,) = self._cast(dtype, bias)
-        factors = (weight, bias, self.lora_A, self.lora_B)
+        factors = (self.weight, self.bias if bias is None else bias, self.lora_A, self.lora_B)
         if self.lora_magnitude is not None:
             return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices, wide=self._wide)
         return lora_linear(x, *factors, self.scale, self.slices, wide=self._wide)

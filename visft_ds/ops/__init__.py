@@ -5,7 +5,6 @@ The plain PyTorch version of an op is its specification; a faster one is tested 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -65,9 +64,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     mode = _stand_in(device)
     if mode:
         return mode.no_autocast()
-    if torch.compiler.is_compiling():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext() if autocast_dtype(device) is None else _AutocastOff(device.type)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
@@ -77,76 +74,18 @@ def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
     return no_autocast(device) if dtype is None else torch.autocast(device.type, dtype)
 
 
-class _AutocastOff:
-    """`torch.autocast(enabled=False)` inside a region where autocast is on, at a tenth of its time.
-
-    It caches nothing while it is off, so there is no cache to clear.
-    """
-
-    def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
-
-    def __enter__(self) -> None:
-        torch.set_autocast_enabled(self._device_type, False)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_autocast_enabled(self._device_type, True)
-
-
 def movable(parameter: Tensor) -> bool:
     """Return True if what is derived from a parameter may not be kept: the storage behind it changes under ZeRO-3."""
     return hasattr(parameter, "ds_id")
 
 
-class FrozenCasts:
-    """Casts of frozen tensors to the dtype of computation, or what else is made of them, kept from pass to pass.
-
-    They are made anew where a tensor was changed in place, replaced or moved. Nothing is kept of tensors that train (an
-    optimiser writes past the counter of changes), that ZeRO-3 divides, or while torch.compile looks on. Only for small
-    tensors: each exists twice from then on.
-    """
-
-    def __init__(self) -> None:
-        self._state: list[Any] = []
-        self._made: tuple[Tensor, ...] = ()
-        self._alias: list[Tensor] = []  # keeps addresses of storages from being used again
-
-    def __deepcopy__(self, memo: object) -> FrozenCasts:
-        return FrozenCasts()
-
-    def __reduce__(self) -> tuple[type[FrozenCasts], tuple[()]]:
-        return FrozenCasts, ()
-
-    def __call__(
-        self, dtype: torch.dtype, *tensors: Tensor, make: Callable[..., tuple[Tensor, ...]] | None = None
-    ) -> tuple[Tensor, ...]:
-        """Cast each tensor to the dtype, or return `make(dtype, *tensors)`, which computes with a graph what trains."""
-        make = make or _cast_all
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-            return make(dtype, *tensors)
-        state = [(dtype, t.requires_grad, t._version, t.untyped_storage()._cdata) for t in tensors]
-        if state == self._state:
-            return self._made
-        if any(tensor.requires_grad or movable(tensor) for tensor in tensors):
-            self._state = []
-            return make(dtype, *tensors)
-        with torch.inference_mode(False), torch.no_grad():  # kept for training, whoever asks first
-            self._made, self._alias = make(dtype, *tensors), [tensor.detach() for tensor in tensors]
-        self._state = state
-        return self._made
-
-
-def _cast_all(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-#: "library": products of cuBLAS and the like, PyTorch for the rest; "triton": our own kernels where they exist.
+#: "library": products of cuBLAS and the like; "triton": our own kernels of adapted layers.
 KERNELS = ("library", "triton")
 _chosen = ("library", "cpu")
 
 
 def use_kernels(name: str, device: torch.device) -> None:
-    """Choose for the whole process, once at its start, what operations with kernels of their own run on.
+    """Choose for the whole process, once at its start, what adapted layers run on.
 
     The choice holds for tensors on this kind of device: a model that is checked on the CPU first takes the library.
 

@@ -17,7 +17,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 from visft_ds.ops import placed
@@ -223,23 +222,6 @@ def choose_packed_for_gpu(
     if installed:
         return "flash_attn", "the package flash-attn is installed"
     return "varlen", "torch's own flash attention for packed lengths"
-
-
-def attention_kernels() -> list[OpOverload]:
-    """The operators that fused attention consists of, wherever this process computes it; plain products are none."""
-    from torch.nn.attention import varlen  # it brings its operator along
-
-    assert varlen is not None
-    kernels = [
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.torch_attn._varlen_attn.default,
-    ]
-    if hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward"):  # there as soon as the package is imported
-        kernels.append(torch.ops.flash_attn._flash_attn_varlen_forward.default)
-    return kernels
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

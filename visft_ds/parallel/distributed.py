@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,25 +122,6 @@ def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGro
         count = dist.get_world_size(group)
     means = dict(zip(keys, (vector / count).cpu().tolist()[: len(keys)], strict=True))
     return means if math.isfinite(means["loss"]) else {"loss": means["loss"]}
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """(rows of all ranks, ...) in rank order, on every rank; each gives equally many. No gradient flows through it."""
-    if not dist.is_initialized():
-        return rows.detach()
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat(parts)
-
-
-def sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one dtype by their sums over all ranks, in one all-reduce."""
-    if not dist.is_initialized() or not tensors:
-        return
-    vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(vector)
-    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.reshape(tensor.shape))
 
 
 def gather_objects(value: Any) -> list[Any] | None:

@@ -8,16 +8,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field
 
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import read_record
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES, find_peak
@@ -36,9 +32,9 @@ LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 #: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6
 #: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
-#: computed again; measured. Where the attention's result is kept, torch looks at each operator in Python.
+#: computed again; measured.
 HOST_SECONDS = 19e-6
-CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
+CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 _UPDATE_BYTES = 32
 
@@ -131,42 +127,25 @@ class Cluster:
         return size / rate
 
 
-def parse_cluster(text: str, network: str | None = None) -> Cluster:
-    """`8xA100-80GB`, `2x8xH100` (machines x GPUs; the memory where there are several), or a JSON file.
+def parse_cluster(text: str, network: float | None = None) -> Cluster:
+    """`8xA100-80GB` or `2x8xH100` (machines x GPUs; the memory where there are several).
 
     Args:
-        network: of a machine, a name of `NETWORKS` or GB/s; None: as the file says, or as such machines are sold.
+        network: of a machine, GB/s in one direction; None: as such machines are sold.
 
     Raises:
-        ValueError: another form, an unknown name (with the nearest one), a file that lacks something.
+        ValueError: another form, or an unknown name (with the nearest one).
     """
-    speed = None if network is None else _parse_network(network)
-    if Path(text).suffix == ".json":
-        cluster = _from_file(Path(text))
-        return cluster if speed is None else replace(cluster, network=speed)
+    if network is not None and not 0 < network < math.inf:
+        raise ValueError(f"--network {network}: give GB/s above 0, such as 25 (200 Gbit/s)")
     found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
     if found is None or not int(found[1] or 1) * int(found[2]):
         raise ValueError(
             f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or MACHINESxGPUSxNAME such as 8x8xH100 (each at "
-            "least 1), or give a JSON file"
+            "least 1)"
         )
     gpu, per_node = _find(found[3], text), int(found[2]) if found[1] else _PER_NODE
-    return Cluster(int(found[1] or 1) * int(found[2]), gpu, speed or gpu.network, per_node)
-
-
-def _parse_network(text: str) -> float:
-    """Bytes a second. Raises ValueError for anything but a name or GB/s above 0."""
-    try:
-        speed = NETWORKS.get(text.lower()) or float(text) * 1e9
-    except ValueError:
-        speed = 0.0
-    if not 0 < speed <= 1e15:
-        names = ", ".join(f"{name} ({known / 1e9:g})" for name, known in NETWORKS.items())
-        raise ValueError(
-            f"--network {text}: give the GB/s of a machine in one direction, above 0 and at most 1000000, such as 25 "
-            f"(200 Gbit/s); or one of {names}"
-        )
-    return speed
+    return Cluster(int(found[1] or 1) * int(found[2]), gpu, 1e9 * network if network else gpu.network, per_node)
 
 
 def _find(name: str, text: str) -> Gpu:
@@ -178,54 +157,7 @@ def _find(name: str, text: str) -> Gpu:
         raise ValueError(f"--cluster {text}: which one? There are {', '.join(gpu.name for gpu in close)}")
     near = difflib.get_close_matches(wanted, [key.upper() for key in GPUS], n=1, cutoff=0.4)
     hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}" if near else ""
-    raise ValueError(
-        f"--cluster {text}: {name} is not known{hint}. There are {', '.join(GPUS)}; describe another one in a JSON file"
-    )
-
-
-#: Number of a device above 0, in thousands of millions a second, GiB or the like.
-Rate = Annotated[float, Field(gt=0, le=1e9)]
-
-
-class Tflops(StrictModel):
-    """Operations of matrix products, in millions of millions a second."""
-
-    fp32: Rate
-    bf16: Rate | None = None
-    fp16: Rate | None = None
-
-    def items(self) -> Iterator[tuple[Precision, float]]:
-        """Those that are told, by precision."""
-        told: dict[Precision, float | None] = {"fp32": self.fp32, "bf16": self.bf16, "fp16": self.fp16}
-        yield from ((name, rate) for name, rate in told.items() if rate is not None)
-
-
-class ClusterFile(StrictModel):
-    """Description of a cluster; network and machines where there are several."""
-
-    count: Annotated[int, Field(ge=1, le=10**6)]
-    name: str
-    memory_gib: Rate
-    bandwidth_gb_s: Rate
-    link_gb_s: Rate
-    tflops: Tflops
-    network_gb_s: Rate = NETWORKS["200gbit"] / 1e9
-    per_node: Annotated[int, Field(ge=1, le=10**6)] = _PER_NODE
-
-
-def _from_file(path: Path) -> Cluster:
-    """A cluster out of a file. Raises ValueError for other content than that of `ClusterFile`."""
-    try:
-        found = read_record(path, ClusterFile)
-    except ValueError as error:
-        raise ValueError(
-            f"--cluster {error} All numbers must be above 0, and tflops an object such as "
-            '{"fp32": 19.5, "fp16": 312, "bf16": 312}'
-        ) from error
-    tflops: dict[Precision, float] = {name: rate for name, rate in found.tflops.items()}
-    network, memory = found.network_gb_s * 1e9, int(found.memory_gib * 2**30)
-    gpu = Gpu(found.name, memory, found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, network, tflops)
-    return Cluster(found.count, gpu, network, found.per_node)
+    raise ValueError(f"--cluster {text}: {name} is not known{hint}. There are {', '.join(GPUS)}")
 
 
 @dataclass(frozen=True)
@@ -276,6 +208,19 @@ def gpu_here(device: torch.device) -> Gpu | None:
     peak, memory = find_peak(torch.cuda.get_device_name(device)), torch.cuda.get_device_properties(device).total_memory
     alike = [g for g in GPUS.values() if peak and (g.tflops.get("bf16"), g.tflops["fp32"]) == (peak.bf16, peak.fp32)]
     return min(alike, key=lambda gpu: abs(gpu.memory - memory), default=None)
+
+
+def peak_rate(device: torch.device, precision: Precision) -> float | None:
+    """The dense peak of this GPU in operations a second; None on a CPU and on GPUs that are not known.
+
+    fp32 means TF32 where the run allows it and the GPU has it.
+    """
+    peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is None:
+        return None
+    tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest" and peak.tf32
+    rate = peak.tf32 if tf32 else {"bf16": peak.bf16, "fp16": peak.fp16, "fp32": peak.fp32}[precision]
+    return None if rate is None else rate * 1e12
 
 
 def rates_here(device: torch.device) -> Rates:

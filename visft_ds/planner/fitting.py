@@ -14,8 +14,8 @@ from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, trace_ste
 
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
 MEMORY_SHARE = 0.92
-#: From the one that computes least to the one that keeps least. gelu_8bit rounds gradients, so that a user states it.
-_POLICIES = ("none", "mlp", "all_but_attention", "block")
+#: From the one that computes least to the one that keeps least.
+_POLICIES = ("none", "mlp", "block")
 #: A step that gathers or sends weights and tokens, over one that does not: assumed, it depends on the links.
 _DIVIDED = 1.1
 
@@ -36,8 +36,7 @@ def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
         return _POLICIES[:1]  # a frozen backbone keeps nothing
     if model.timm is not None:
         return "none", "block"
-    alone = model.packed and model.compile != "none"  # attention over packed images is not compiled
-    return tuple(policy for policy in _POLICIES if not (alone and policy == "all_but_attention"))
+    return _POLICIES
 
 
 def recompute_setting(policy: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -18,8 +17,6 @@ from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 
 CUDA = torch.device("cuda")
-#: Images of a micro-batch that are tried at most where batches may be of any size.
-_MOST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -208,66 +205,6 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         if len(tried) == 1 and tried[0].fits:
             break  # nothing recomputed, in one micro-batch: nothing takes less
     return min(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.fullest.total), default=None)
-
-
-def fewer_are_faster(config: ResolvedConfig, cluster: Cluster, best: SearchArm | None) -> SearchArm | None:
-    """The most GPUs, fewer than all, on which ZeRO makes more images a second than the best arm on all of them."""
-    if best is not None and not best.fits:
-        return None  # fewer hold less
-    rate = 0.0 if best is None else best.images_per_second
-    for count in (n for n in range(cluster.count // 2, 0, -1) if cluster.count % n == 0):
-        smaller = replace(cluster, count=count)
-        if best is not None and best.config.pipeline_stages == 1:  # the same micro-batches, more of them
-            divided = best.config.deepspeed["zero_optimization"]["stage"] == 3
-            arm: SearchArm | None = forecast(best.config, smaller, best.flags, like=None if divided else best)
-        else:
-            arm = _fastest(changed(config, engine="zero1"), smaller, ("--engine zero1",))
-        if arm is not None:
-            return arm if arm.fits and arm.images_per_second > rate else None
-    return None
-
-
-def with_batches(arm: SearchArm, cluster: Cluster, times: int) -> SearchArm:
-    """An arm with so many times the images a step, in micro-batches of the same size, on another number of GPUs."""
-    settings = [
-        f"{_key(name)}.batch_size={times * stream.batch_size}" for name, stream in arm.config.visft.streams().items()
-    ]
-    flags = (*arm.flags, *(f"--set {setting}" for setting in settings))
-    return forecast(changed(arm.config, settings), cluster, flags, like=arm)
-
-
-def scaling(config: ResolvedConfig, cluster: Cluster, factors: Sequence[int]) -> Iterator[tuple[int, SearchArm]]:
-    """(factor, arm): ZeRO-1 and the fastest pipeline on 1, 2, 4, ... GPUs, with so many times the images a step.
-
-    Memory is planned once for each engine, with the largest micro-batches that fit on as few GPUs as it runs on.
-    """
-    streams = config.visft.streams()
-    unit = math.gcd(*(stream.batch_size for stream in streams.values()))
-
-    def sizes(images: int, micro: int) -> list[str]:
-        return [
-            f"{_key(name)}.{key}={stream.batch_size * size // unit}"
-            for name, stream in streams.items()
-            for key, size in (("batch_size", images), ("micro_batch", micro))
-        ]
-
-    for flags, engine in _engines(config, cluster):
-        stages = engine.pipeline_stages
-        if engine.deepspeed["zero_optimization"]["stage"] == 3:
-            continue
-        images = 2 * stages if stages > 1 else _MOST_AT_ONCE
-        group = _fastest(changed(engine, sizes(images, images)), replace(cluster, count=stages), flags)
-        if group is None or not group.fits:
-            continue
-        for count in (1 << power for power in range(cluster.count.bit_length())):
-            for factor in factors:
-                each, rest = divmod(unit * factor * stages, count)
-                if rest or count % stages:
-                    continue
-                most = min(each, images // group.accumulation)
-                micro = next(size for size in range(most, 0, -1) if each % size == 0)
-                divided = changed(group.config, sizes(unit * factor, micro))
-                yield factor, forecast(divided, replace(cluster, count=count), group.flags, like=group)
 
 
 def _key(stream: str) -> str:

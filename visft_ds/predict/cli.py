@@ -46,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", type=Path, required=True, metavar="RUN", help="a finished run, its export folder, or merged weights"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a run, RUN/checkpoints/step_N, RUN/export, or merged weights",
     )
     model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds.config.backbones import Named, named
-from visft_ds.config.preflight import head_files
+from visft_ds.config.preflight import head_files, run_of
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.plan import generator
@@ -69,8 +69,8 @@ def load(
     """Load a trained model for predictions.
 
     Args:
-        source: folder of a finished run; its export folder, also without the run; or merged weights (a file, or the
-            folder that merging wrote) together with `heads`.
+        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, also without the run; or merged
+            weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -93,7 +93,7 @@ def load(
     weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         parts = source_of_run(
-            run,
+            _place_in(run, source),
             recorded_config(run).visft,
             where=source,
             tasks=tasks,
@@ -134,7 +134,7 @@ def load_backbone(
     weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         config = recorded_config(run).visft
-        files = files_of_run(run, config, [], backbone=weights, adapter=adapter)
+        files = files_of_run(_place_in(run, source), config, [], backbone=weights, adapter=adapter)
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
         parts = ModelSource(_files_at(source, chosen, weights, None, adapter), {}, precision=precision or "auto")
@@ -338,11 +338,16 @@ def _device(wanted: str | torch.device | None) -> torch.device:
 
 
 def _run_at(source: Path) -> Path | None:
-    """The run that a folder is, or is the export of."""
-    if (source / RECORD_FILE).is_file():
-        return source
+    """The run that a folder is, or is a checkpoint or the export of."""
+    if (run := run_of(source)) is not None:
+        return run
     places = (source.absolute(), source.resolve())  # "." has no name, a link another one
     return next((p.parent for p in places if p.name == _EXPORT and (p.parent / RECORD_FILE).is_file()), None)
+
+
+def _place_in(run: Path, source: Path) -> Path:
+    """The run itself, or its checkpoint where that was given."""
+    return source if source.parent.name == "checkpoints" else run
 
 
 def _head_folder(source: Path) -> Path:

@@ -159,19 +159,15 @@ def probe_memory(
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
         sections = [Section("steps", rows, columns), memory.planned()]
-        sections += [_compiled_section(model.compile, compiling)] if compiles else []
+        sections += [_compiled_section(compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
 
 
-def _compiled_section(how: str, seconds: float) -> Section:
+def _compiled_section(seconds: float) -> Section:
     """Blocks compiled before the first step, with the time it took; evaluation compiles what it runs itself."""
     graphs, breaks = compilations()
     text = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
     rows = [("blocks", text), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
-    if how == "cuda_graphs":
-        rows.append(
-            ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")
-        )
     return Section("compiled", rows)
 
 

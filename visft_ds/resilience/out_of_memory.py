@@ -16,7 +16,8 @@ from visft_ds.data.samples import Batch
 from visft_ds.monitor.console import Section
 from visft_ds.ops.numerics import without_order
 from visft_ds.parallel import distributed
-from visft_ds.planner import MemoryPlan, PlannedRun, fitting_settings, plan_largest
+from visft_ds.planner.fitting import fitting_settings
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import host_memory_available, memory_in_use, peak_memory
 

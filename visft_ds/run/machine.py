@@ -24,8 +24,8 @@ from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.placement import placement_for
-from visft_ds.planner import PlannedRun, fitting_settings, run_of
-from visft_ds.planner.fitting import MEMORY_SHARE
+from visft_ds.planner.fitting import MEMORY_SHARE, fitting_settings
+from visft_ds.planner.step import PlannedRun, run_of
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision

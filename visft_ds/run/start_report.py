@@ -25,7 +25,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
 from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
-from visft_ds.planner import PlannedRun, plan_largest, run_of
+from visft_ds.planner.step import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file

@@ -10,17 +10,19 @@ from pathlib import Path
 from types import TracebackType
 
 from visft_ds.checkpoint.disk import explained
-from visft_ds.checkpoint.export import export_weights
+from visft_ds.checkpoint.export import describe_heads, export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.interop.card_data import Publication, publication_of
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import described
 from visft_ds.interop.writing import remove_unfinished
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.state import EngineState, ToHost, gather_state, restore_state
+from visft_ds.parallel.state import EngineState, ToHost, gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.pretrained import local
@@ -40,15 +42,18 @@ class RunState:
         config: `visft.run` says what is kept.
         engine: whose state is saved and restored.
         identity: what a checkpoint of this run must have been made with.
+        data: categories and words that heads are saved with.
     """
 
-    def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str]) -> None:
+    def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData) -> None:
         run = config.visft.run
         self.identity = dict(identity)
-        self._out, self._engine, self._config = Path(run.out or ""), engine, config
+        self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
         retention = Retention(run.keep_last, run.keep_best)
-        self._saver = Saver(self._out / "checkpoints", self.identity, retention, due)
+        self._saver = Saver(
+            self._out / "checkpoints", self.identity, retention, due, lambda step: described(self._heads(step))
+        )
 
     @property
     def saved(self) -> int:
@@ -172,31 +177,57 @@ class RunState:
         if distributed.is_main():
             self._saver.delete_obsolete()
 
-    def export(self, step: int, base_sha256: str, data: RunData, base: BaseWeights) -> None:
+    def take_best(self, step: int, log: RunLog) -> int:
+        """Let the engine have the values of the best checkpoint by `visft.run.keep_best`, to be exported. Collective.
+
+        Args:
+            step: that the engine has made, and keeps where no metric was named or measured.
+
+        Returns:
+            The step whose values the engine has now.
+        """
+        metric = self._saver.retention.best
+        best = distributed.broadcast_object(self._saver.best()) if metric else None
+        if best is None:
+            return step
+        if best != step:
+            checkpoint = open_checkpoint(checkpoint_path(self._saver.folder, best))
+            with met_by_one_rank():
+                state = checkpoint.load()
+            restore_state(self._engine, state, best)
+        log.message(f"exports step {best}, the best by {metric}")
+        return int(best)
+
+    def _heads(self, step: int) -> dict[str, HeadInfo]:
+        """Descriptions of the heads that train in this run."""
+        visft = self._config.visft
+        facts = {"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode}
+        heads = {name.split(".")[1] for name in trainable(self._engine) if name.startswith("heads.")}
+        tasks, data = {name: task for name, task in visft.tasks.enabled().items() if name in heads}, self._data
+        return describe_heads(self._engine.module.backbone, tasks, facts, data.categories, data.vocabulary)
+
+    def export(self, step: int, base_sha256: str, base: BaseWeights) -> None:
         """Export what has trained. Collective.
 
         Args:
             base_sha256: hash of the base file.
-            data: categories and words that heads are exported with.
             base: weights that the run started from.
 
         Raises:
             OSError: a full disk.
         """
-        folder, visft = self._out / "export", self._config.visft
+        folder, lora = self._out / "export", self._config.visft.lora
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             if distributed.is_main():
                 remove_unfinished(folder)
             paths = export_weights(
                 self._engine,
                 folder,
-                lora=visft.lora,
-                head_options={name: task.head.model_dump(mode="json") for name, task in visft.tasks.enabled().items()},
-                facts={"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode},
-                categories=data.categories,
+                lora=lora,
+                infos=self._heads(step),
+                base_weights=self.identity["base weights"],
                 base_sha256=base_sha256,
                 base=base,
-                vocabulary=data.vocabulary,
                 base_model=self._publication(),
             )
             for path in paths:

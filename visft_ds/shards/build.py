@@ -1,140 +1,98 @@
-"""COCO -> shards: deterministic, checked, atomic, resumable.
+"""COCO -> shards: the same input gives the same bytes, and a build that was killed goes on with the missing shards.
 
-The assignment of samples to shards is fixed first, from the sizes of the files. Shards are then independent of each
-other: any number of workers writes the same bytes, and a build that was killed goes on with the missing ones. A shard
-gets its final name only when it is complete and on disk; the manifest is written last.
+Samples are assigned to shards first, from the sizes of the image files. A shard gets its final name when it is whole
+and on disk; its record in the hidden folder `.SPLIT.build` follows, the manifest comes last.
 
-Beside the shards, the hidden folder `.NAME.build` keeps one record per finished shard.
+Shards hold the pixels that the labels fit: a picture that its EXIF data turns is stored upright.
 """
 
 from __future__ import annotations
 
-import errno
-import re
+import hashlib
+import io
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tarfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any
+from dataclasses import replace as replaced
+from pathlib import Path
+from typing import Any, BinaryIO
+from zlib import crc32
 
 import numpy as np
 import orjson
 
-from visft_ds.data.decode import MAX_PIXELS, MOST_PIXELS
-from visft_ds.data.shards import VERSION, index_path, manifest_path, shard_name
-from visft_ds.names import shown_name, wrong_name
-from visft_ds.redaction import redacted
-from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
-from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
-from visft_ds.shards.inputs import MadeJson, open_images
-from visft_ds.shards.outputs import Output, exclusive
-from visft_ds.shards.reencode import Reencoding
-from visft_ds.shards.shard_writer import (
-    Planned,
-    Prepared,
-    Treatment,
-    finished_shard,
-    quarantined,
-    sample_bytes,
-    tar_bytes,
-    write_shard,
+from visft_ds.data.decode import decode_image
+from visft_ds.data.shards import (
+    INDEX_DTYPE,
+    VERSION,
+    Manifest,
+    ShardFile,
+    fingerprint,
+    index_path,
+    manifest_path,
+    shard_name,
+    store,
 )
-from visft_ds.shards.source import CATEGORY_RULES, CocoFile, CocoSource, SourceImage, SourceSelection, read_source
-from visft_ds.shards.workers import BuildProgress, BuildWorkers
-from visft_ds.tasks.vocabulary import TOKENIZER
+from visft_ds.files import MAX_PIXELS, image_frame, open_image, read_bytes, reading, sync_folder
+from visft_ds.names import shown_name, wrong_name
+from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
+from visft_ds.shards.yolo import Exif
+from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
-#: Of the order of samples. It is part of the random key and independent of the manifest's version.
-_ORDER_VERSION = 1
-_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-#: Version 0.1 could look for duplicates. A manifest keeps the keys, with the values of a build that left none out.
-_DUPLICATES = {"dedup": "report", "against": []}
+_BLOCK = tarfile.BLOCKSIZE
+_COLUMNS = tuple(name for name in INDEX_DTYPE.names or () if name != "shard")
+_MOST_OF_A_PICTURE = 1 << 30  # bytes
+#: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_TURNED = "picture stored upright, as its EXIF data says and its annotations fit"
+_ASSUMED = "picture stored upright by its EXIF data; its size cannot tell (--exif ignore: the labels fit it as stored)"
+_AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Inputs, output and settings of a build; every place but `out` is a local path or a URL that fsspec knows.
+    """What is built, from what; all but the places determines the bytes, and the manifest records it."""
 
-    Raises ValueError for values out of range and for combinations that exclude each other.
-    """
-
-    images: Path | str
+    images: Path
     instances: CocoFile | None
     captions: CocoFile | None
-    out: Path | str
+    out: Path
     split: str
-    max_size: int = 256_000_000  #: bytes of a shard; of the files as they are, where they are re-encoded
-    max_count: int | None = None
-    seed: int | None = 0  #: None keeps the order of image ids, else the order is a random permutation
-    fail_on_bad: bool = False
-    keep_crowd: bool = True
+    ids: Path | None = None  #: file of image ids or names, one a line: only these
+    max_size: int = 256_000_000  #: bytes of a shard
     limit: int | None = None  #: only the first so many images of the order
-    categories: str = "keep"  #: "keep", "coco80" or a file, see `SourceSelection`
-    keep_empty: bool = True
-    ids: Path | str | None = None
-    licenses: tuple[int, ...] | None = None
-    check: CheckLevel = "decode"
-    reencode: Reencoding | None = None
-    max_pixels: int = MAX_PIXELS
-    allow_drops: bool = (
-        False  #: go on where more than a tenth of the annotations is lost; the shards do not depend on it
-    )
+    seed: int = 0  #: of the order
+    exif: Exif = None
 
     def __post_init__(self) -> None:
-        if not self.split or not all(c.isalnum() or c in "-_" for c in self.split):
-            raise ValueError(f"split name {self.split!r} is not allowed: use letters, digits, '-' and '_'")
-        for name, value in (("max size", self.max_size), ("max count", self.max_count), ("limit", self.limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} is not allowed: give at least 1")
-        if not 1 <= self.max_pixels <= MOST_PIXELS:
-            raise ValueError(f"--max-pixels {self.max_pixels} is not allowed: give 1 to {MOST_PIXELS}")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed {self.seed} is not allowed: give an integer from 0 to 2**63 - 1, or none")
+        if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
+            raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
+        if (self.limit is not None and self.limit < 1) or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"limit {self.limit}, seed {self.seed}: a limit from 1 and a seed from 0 are allowed")
         if self.instances is None and self.captions is None:
             raise ValueError("there is nothing to learn: give --instances, --captions or both")
-        if self.check not in CHECK_LEVELS:
-            raise ValueError(f"--check {self.check} is not allowed; allowed are {', '.join(CHECK_LEVELS)}")
-        if self.reencode is not None and self.check != "decode":
-            raise ValueError(f"--reencode decodes every image anyway: leave out --check {self.check}")
-        if self.categories != "keep" and self.instances is None:
-            raise ValueError(f"--categories {self.categories} needs --instances, where categories come from")
-        made = isinstance(self.instances, MadeJson) or isinstance(self.captions, MadeJson)
-        if made and self.check == "none":
-            raise ValueError(
-                "--check none believes the sizes that COCO files state; this data states none: leave it out"
-            )
-
-    def selection(self) -> SourceSelection:
-        """Selection of annotations and images, for `read_source`."""
-        return SourceSelection(
-            categories=self.categories,
-            keep_crowd=self.keep_crowd,
-            keep_empty=self.keep_empty,
-            ids=self.ids,
-            licenses=self.licenses,
-            reencoding=self.reencode,
-            allow_drops=self.allow_drops,
-        )
+        if not self.images.is_dir():
+            raise ValueError(f"the images folder {self.images} does not exist")
 
     def content(self) -> dict[str, Any]:
-        """Settings that determine the shards, apart from the input files; the manifest records them."""
-        return {
-            "max_size": self.max_size,
-            "max_count": self.max_count,
-            "seed": self.seed,
-            "keep_crowd": self.keep_crowd,
-            "keep_empty": self.keep_empty,
-            "limit": self.limit,
-            # of a file, the digest among the sources tells more than its name
-            "categories": self.categories if self.categories in CATEGORY_RULES else "file",
-            "licenses": None if self.licenses is None else sorted(self.licenses),
-            "check": self.check,
-            "reencode": None if self.reencode is None else self.reencode.described(),
-            "drop_duplicates": False,  # splits that version 0.1 built so hold other images
-            "tokenizer": TOKENIZER,
-            # only where it is another: splits of earlier releases stay the same
-            **({} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}),
-        }
+        names = ("max_size", "limit", "seed", "exif")
+        return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An image with its file as it was found."""
+
+    image: SourceImage
+    path: Path
+    size: int  #: bytes
+    stamp: int  #: when it was changed, which stands for the pixels
 
 
 def build(
@@ -143,236 +101,277 @@ def build(
     workers: int = 1,
     dry_run: bool = False,
     replace: bool = False,
-    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
-) -> BuildReport:
+    on_image: Callable[[int], object] = lambda count: None,
+) -> Manifest:
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
     Args:
-        options: inputs, output and settings of the samples.
         workers: threads; the result does not depend on it.
-        dry_run: read the JSON files, look at file sizes, plan, and write nothing.
-        replace: delete a split of this name that was built with other options, from other JSON files or of more images.
-        on_progress: called a few times a second in the calling thread.
+        dry_run: plan from the JSON files and the sizes of the images, and write nothing; the manifest is a forecast.
+        replace: delete a split of this name that was built otherwise or of other files.
+        on_image: called in any thread for images that are done, with their number.
 
     Raises:
-        ValueError: unusable input; another split of this name, see `replace`; another build running.
-        TooManyDropsError: one of these; more than a tenth of the annotations would be lost. Nothing is written.
-        KeyboardInterrupt: passed on after the workers have stopped; what is finished is kept.
-        OSError: writing failed; what is finished is kept.
-        RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
+        ValueError: unusable input, more than a tenth of the images among it; another split of this name.
+        OSError: writing failed; shards that are finished are kept.
     """
-    on_progress(BuildProgress())
-    images, output = open_images(options.images), Output(options.out, options.split)
-    source = read_source(options.instances, options.captions, options.selection())
-    treatment = Treatment(images, options.check, options.reencode, options.max_pixels)
-    missing: list[dict[str, Any]] = []
-    samples = _locate(_ordered(source.images, options), options, treatment, missing)
-    if not samples:
-        raise ValueError(
-            f"no image of the data set is usable in {redacted(options.images)}: {'; '.join(left_out(missing))}. "
-            "File names are relative to --images."
-        )
+    source = read_coco(options.instances, options.captions, options.ids)
+    key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
+    order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
+    chosen = [source.images[place] for place in order[: options.limit].tolist()]
+    left_out: list[tuple[str, str]] = []
+    plan = _cut(_find(chosen, options, left_out), options)
+    reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
     if dry_run:
-        return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
-    with _clear_errors(options):
-        output.open()
-        with exclusive(output.scratch), BuildWorkers(workers, on_progress) as threads:
-            plan = _cut(samples, options)
-            _claim(options, source, output, len(plan), replace=replace)
-            threads.progress.total_images, threads.progress.total_shards = len(samples), len(plan)
-            records = _Builder(options, plan, treatment, output, threads).run()
-            quarantine = missing + [bad for record in records for bad in record["quarantine"]]
-            _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
-            if not any(record["rows"] for record in records):  # an error, which leaves nothing behind
-                for record in records:
-                    output.remove(record["name"])
-                shutil.rmtree(output.scratch)
-            return write_manifest(
-                output,
-                options.split,
-                {**options.content(), **_DUPLICATES},
-                source,
-                records,
-                quarantine,
-                out=str(options.out),
-                kept=threads.progress.kept,
-            )
+        forecast = [ShardFile("", len(part), sum(one.size for one in part), "") for part in plan]
+        return _manifest(options, source, [one.image for part in plan for one in part], forecast, left_out)
+    work = options.out / f".{options.split}.build"
+    _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
+    stopped = threading.Event()
+
+    def count(number: int) -> None:
+        if stopped.is_set():
+            raise RuntimeError("the build was stopped")
+        on_image(number)
+
+    def write(number: int) -> dict[str, Any]:
+        shard, record = options.out / shard_name(options.split, number), work / f"{number}.json"
+        return _kept(shard, record, plan[number], count) or _write(shard, record, plan[number], options, count)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore")  # of damaged metadata; set here, as threads share it
+        try:
+            records = list(pool.map(write, range(len(plan))))
+        finally:
+            stopped.set()
+    left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
+    try:
+        reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
+    except ValueError:  # nothing stays, so that the corrected input may be built
+        for record in records:
+            (options.out / record["name"]).unlink()
+        shutil.rmtree(work)
+        raise
+    for kind, name in (one for record in records for one in record["odd"]):
+        source.findings.add(kind, name)
+    index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
+    file, there = io.BytesIO(), set(index["image_id"].tolist())
+    np.save(file, index, allow_pickle=False)
+    store(index_path(options.out, options.split), file.getvalue())
+    shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
+    made = replaced(
+        _manifest(options, source, [image for image in chosen if image.image_id in there], shards, left_out),
+        fingerprint=fingerprint(source.categories, index),
+        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+    )
+    made.save()
+    return made
 
 
-class _Builder:
-    """Writes the planned shards with a number of threads."""
-
-    def __init__(
-        self,
-        options: Options,
-        plan: Sequence[Sequence[Planned]],
-        treatment: Treatment,
-        output: Output,
-        threads: BuildWorkers,
-    ) -> None:
-        self._options, self._plan, self._treatment = options, plan, treatment
-        self._output, self._threads = output, threads
-
-    def run(self) -> list[dict[str, Any]]:
-        """The records of all shards in order."""
-        self._threads.progress.phase = "writing shards"
-        return self._threads.run(self._shard, range(len(self._plan)))
-
-    def _shard(self, number: int) -> dict[str, Any]:
-        name, samples = shard_name(self._options.split, number), self._plan[number]
-        record = finished_shard(name, self._output, samples)
-        kept = record is not None
-        if record is None:
-            # From here on the old manifest would describe other shards.
-            with self._threads.lock:
-                self._output.remove(_manifest_name(self._options))
-            prepared = self._threads.ahead(self._prepare, samples)
-            record = write_shard(name, self._output, samples, prepared, lambda bad: _refuse_bad(self._options, [bad]))
-        with self._threads.lock:
-            progress = self._threads.progress
-            progress.shards += 1
-            progress.kept += kept
-            progress.images += len(samples) if kept else 0
-        return record
-
-    def _prepare(self, sample: Planned) -> Prepared:
-        prepared = self._treatment.prepare(sample)
-        self._threads.count()
-        return prepared
+def _manifest(
+    options: Options,
+    source: CocoSource,
+    images: Sequence[SourceImage],
+    shards: Sequence[ShardFile],
+    left_out: Sequence[tuple[str, str]],
+) -> Manifest:
+    counts = {
+        "images": len(images),
+        "annotations": sum(len(image.annotations) for image in images),
+        "crowds": sum(image.crowds for image in images),
+        "trainable": sum(image.trainable for image in images),
+        "captions": sum(len(image.captions) for image in images),
+        "empty": sum(not image.annotations and not image.captions for image in images),
+        "left_out": len(left_out),
+    }
+    return Manifest(
+        root=options.out,
+        split=options.split,
+        categories=source.categories,
+        counts=counts,
+        shards=tuple(shards),
+        vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
+        left_out=left_out,
+        findings=source.findings,
+        options=options.content(),
+        sources=source.files,
+        fingerprint="",
+        index_sha256="",
+    )
 
 
-def _manifest_name(options: Options) -> str:
-    return manifest_path(Path(), options.split).name
-
-
-def _ordered(images: Sequence[SourceImage], options: Options) -> list[SourceImage]:
-    order = np.arange(len(images))
-    if options.seed is not None:
-        # Raw words of a bit generator stay the same over numpy's versions; `permutation` may not.
-        key = np.array([options.seed, _ORDER_VERSION], dtype=np.uint64)
-        order = np.argsort(np.random.Philox(key=key).random_raw(len(images)), kind="stable")
-    return [images[place] for place in order[: options.limit].tolist()]
-
-
-def _locate(
-    images: Sequence[SourceImage], options: Options, treatment: Treatment, quarantine: list[dict[str, Any]]
-) -> list[Planned]:
-    """Find the files; those that are not there are quarantined."""
-    safe = []
+def _find(images: Sequence[SourceImage], options: Options, left_out: list[tuple[str, str]]) -> list[_Planned]:
+    """Find the files; those that are not there are left out."""
+    found = []
     for image in images:
-        path = PurePath(image.file_name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
-            quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
-        elif reason := wrong_name(image.file_name, folders=True):
-            quarantine.append(quarantined(image, "unsafe name", reason))
+        path = options.images / image.file_name
+        if reason := wrong_name(image.file_name, folders=True):
+            left_out.append((image.file_name, f"name not allowed: {reason}"))
+        elif not path.is_file():
+            left_out.append((image.file_name, "no such file in the images folder"))
         else:
-            safe.append(image)
-    samples = []
-    for image, found in zip(safe, treatment.images.find([image.file_name for image in safe]), strict=True):
-        if found is None:
-            quarantine.append(quarantined(image, "missing", "no such file in the images folder"))
-        else:
-            samples.append(Planned(image, found.size, found.stamp))
-    _refuse_bad(options, quarantine)
-    return samples
+            found.append(_Planned(image, path, path.stat().st_size, path.stat().st_mtime_ns))
+    return found
 
 
-def _refuse_bad(options: Options, quarantine: Sequence[Mapping[str, Any]]) -> None:
-    if quarantine and options.fail_on_bad:
-        shown = "; ".join(
-            f"{shown_name(bad['file_name'])}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3]
+def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
+    """Why images are left out: reason -> how many, the first few."""
+    found = Findings()
+    for name, reason in left_out:
+        kind, _, detail = reason.partition(": ")
+        found.add(kind, shown_name(name) + (f" ({detail})" if detail else ""))
+    return found
+
+
+def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, replace: bool) -> None:
+    """Bind the output to these options and files, so that two builds never mix; with `replace` an old one goes."""
+    shards = sorted(options.out.glob(f"{options.split}-{'[0-9]' * 6}.tar"))
+    same = _record(work / "options.json") == wanted
+    if shards and not same and not replace:
+        raise ValueError(
+            f"{options.out} holds a split {options.split!r} of other files or options: use another --out, or --replace "
+            "to throw it away"
         )
-        raise ValueError(f"{len(quarantine)} unusable images: {shown}. Repair them, or use --bad quarantine.")
+    manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
+    for path in (*shards[planned:], *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
+        path.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    store(work / "options.json", orjson.dumps(wanted))
 
 
-def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
-    """Fill shards in order up to the limits; a sample larger than the limit gets a shard of its own."""
-    shards: list[list[Planned]] = []
+def _record(path: Path) -> Any:
+    try:
+        return orjson.loads(path.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):  # damaged: it proves nothing
+        return None
+
+
+def _cut(images: Sequence[_Planned], options: Options) -> list[list[_Planned]]:
+    """Fill shards in order up to the limit; a sample larger than that gets a shard of its own."""
+    shards: list[list[_Planned]] = []
     used = 0
-    for sample in samples:
-        size = sample_bytes(sample.size, len(sample.image.label))
-        full = bool(shards) and len(shards[-1]) == options.max_count
-        if not shards or full or tar_bytes(used + size) > options.max_size:
+    for one in images:
+        size = sum(_BLOCK + length + -length % _BLOCK for length in (one.size, len(one.image.label())))
+        if not shards or -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > options.max_size:
             shards.append([])
             used = 0
-        shards[-1].append(sample)
+        shards[-1].append(one)
         used += size
     return shards
 
 
-def _claim(options: Options, source: CocoSource, output: Output, planned: int, *, replace: bool) -> None:
-    """Bind the output to these options, JSON files and so many shards, so that two different builds never mix."""
-    wanted = {"version": VERSION, **options.content(), "sources": source.files}
-    name = f"{output.work}/options.json"
-    pattern = re.compile(re.escape(options.split) + r"-\d{6,}\.tar")
-    shards = sorted(filter(pattern.fullmatch, output.names()))
-    data = output.read(name)
-    if data is None and shards and not replace:
-        # Copied without their hidden records: nothing tells whether this build would make the same ones.
-        raise ValueError(
-            f"{options.out} holds shards of {options.split!r} without the records of their build ({output.work}/). "
-            "Use another --out or --split, or --replace to throw them away."
-        )
-    known = _known_options(data)
-    if data is not None and not known and not replace:
-        raise ValueError(f"{options.out}/{name} is damaged: give --replace to throw the split away and make it anew")
-    differing = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    if known and differing and not replace:
-        shown = "; ".join(_difference(name, known.get(name), wanted.get(name)) for name in differing)
-        raise ValueError(
-            f"{options.out} holds a split {options.split!r} that was built otherwise ({shown}). "
-            "Use another --out or --split, the same options, or --replace to throw it away."
-        )
-    ours = {shard_name(options.split, number) for number in range(planned)}
-    strangers = [name for name in shards if name not in ours]
-    if strangers and not replace:
-        raise ValueError(
-            f"{options.out} has {len(strangers)} shards that this build would not make: {', '.join(strangers[:3])}. "
-            "Move them away, or give --replace to make the split anew; they would be taken for a part of it."
-        )
-    if differing or strangers:
-        # The manifest first: what it describes must never be half gone.
-        for old in (_manifest_name(options), index_path(Path(), options.split).name, *shards, *output.work_names()):
-            output.remove(old)
-    for left_over in output.scratch.glob("*.tmp"):
-        left_over.unlink()
-    output.write(name, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
+def _key(images: Sequence[_Planned]) -> str:
+    """Identity of what goes into a shard."""
+    digest = hashlib.sha256()
+    for one in images:
+        digest.update(b"%d %d %b" % (one.size, one.stamp, one.image.label()))
+    return digest.hexdigest()
 
 
-def _known_options(data: bytes | None) -> dict[str, Any]:
-    """The options of an earlier build; empty if there was none or its record is damaged."""
+def _kept(shard: Path, record: Path, images: Sequence[_Planned], count: Callable[[int], None]) -> dict[str, Any] | None:
+    """The record of a shard that an earlier build has finished from the same images, if it is still whole."""
+    found: dict[str, Any] | None = _record(record)
+    if found is None or found["key"] != _key(images) or not shard.is_file():
+        return None
+    with shard.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != found["sha256"]:
+            return None
+    count(len(images))
+    return found
+
+
+def _write(
+    shard: Path, record: Path, images: Sequence[_Planned], options: Options, count: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write a shard under a temporary name, then its record."""
+    rows, left_out, odd = list[list[int]](), list[tuple[str, str]](), list[tuple[str, str]]()
+    temporary = record.with_suffix(".tmp")
     try:
-        content = orjson.loads(data or b"{}")
-    except orjson.JSONDecodeError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        with temporary.open("wb") as file:
+            tar = TarWriter(file)
+            for one in images:
+                count(1)
+                try:
+                    suffix, data, kind = _picture(read_bytes(one.path, _MOST_OF_A_PICTURE), one.image, options)
+                except ValueError as error:
+                    left_out.append((one.image.file_name, str(error)))
+                    continue
+                rows.append(_add(tar, one.image, suffix, data))
+                odd += [(kind, shown_name(one.image.file_name))] if kind else []
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(shard)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(shard.parent)
+    made = {"name": shard.name, "key": _key(images), "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
+    made |= {"rows": rows, "left_out": left_out, "odd": odd}
+    store(record, orjson.dumps(made))
+    return made
 
 
-def _difference(name: str, there: Any, asked: Any) -> str:
-    if name != "sources" or not isinstance(there, dict):
-        return f"{name}: {there!r} there, {asked!r} asked"
-    roles = [role for role in sorted(there.keys() | asked.keys()) if there.get(role) != asked.get(role)]
-    return "; ".join(f"{role}: {_file(there.get(role))} there, {_file(asked.get(role))} asked" for role in roles)
+def _picture(data: bytes, image: SourceImage, options: Options) -> tuple[str, bytes, str | None]:
+    """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be used."""
+    frame, odd = image_frame(data, "unreadable"), None
+    stored, labelled = (frame.height, frame.width), (image.height, image.width)
+    turn = frame.orientation > 1 and options.exif != "ignore"
+    if turn and options.exif is None:
+        turn = not stored == labelled != frame.upright
+        told = options.instances is None or (isinstance(options.instances, Path) and stored != frame.upright)
+        odd = (_TURNED if told else _ASSUMED) if turn else _AS_STORED
+    height, width = frame.upright if turn else stored
+    if (height, width) != labelled:
+        raise ValueError(f"another size: {width} x {height}, the annotations are of {image.width} x {image.height}")
+    if not turn:
+        with reading("unreadable", "a picture"):
+            decode_image(data, max_pixels=MAX_PIXELS)  # as training will
+        return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
+    upright, jpeg = io.BytesIO(), frame.format in ("JPEG", "MPO")
+    open_image(data, "unreadable").save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)
+    return "jpg" if jpeg else "png", upright.getvalue(), odd
 
 
-def _file(source: Any) -> str:
-    """A file among the sources, in words."""
-    if not isinstance(source, dict):
-        return "none"
-    return f"{source.get('name')} (sha256 {source.get('sha256')!s:.12}...)"
+class TarWriter:
+    """A USTAR archive whose bytes depend on nothing but its members."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.offset, self.digest = file, 0, hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its payload."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        place = self.offset
+        self._put(data + bytes(-len(data) % _BLOCK))
+        return place
+
+    def close(self) -> None:
+        """Two empty blocks end an archive, and padding as other tar programs write it."""
+        self._put(bytes(2 * _BLOCK))
+        self._put(bytes(-self.offset % tarfile.RECORDSIZE))
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
 
 
-@contextmanager
-def _clear_errors(options: Options) -> Iterator[None]:
-    """Say what a full or protected disk means for the build."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: cannot write to {options.out}{where}. Nothing that is finished is lost: mend it and "
-            "run the same command again",
-        ) from error
+def _add(tar: TarWriter, image: SourceImage, suffix: str, data: bytes) -> list[int]:
+    """Append both members; returns the index row without its shard."""
+    key, label = f"{image.image_id:012d}", image.label()
+    row = {
+        "image_offset": tar.add(f"{key}.{suffix}", data),
+        "image_size": len(data),
+        "image_crc32": crc32(data),
+        "label_offset": tar.add(f"{key}.json", label),
+        "label_size": len(label),
+        "label_crc32": crc32(label),
+        "width": image.width,
+        "height": image.height,
+        "image_id": image.image_id,
+        "num_annotations": image.trainable,
+        "num_captions": len(image.captions),
+    }
+    return [row[column] for column in _COLUMNS]

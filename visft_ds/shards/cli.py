@@ -1,71 +1,175 @@
 """COCO, YOLO or captioned images -> shards that any WebDataset reader opens, checked and reproducible.
 
-    visft shards MYFOLDER                 what it is, is recognised; `visft shards build MYFOLDER` with all flags
-    visft shards build --images train2017 --instances instances_train2017.json \\
-        --captions captions_train2017.json --out shards --split train
-    visft shards verify shards
-    visft shards info shards --categories
-    visft shards info --step 1000 --run runs/stage2-eva_e
+    visft shards MYFOLDER                 what it is, is recognised
+    visft shards verify MYFOLDER-shards
 
-Exit status: 0 fine, 1 problems found, 2 wrong usage or unusable input, 3 more than a tenth of the
-annotations would be lost (nothing is written), 130 interrupted.
+Exit status: 0 fine, 1 damage found, 2 wrong usage or unusable input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-from visft_ds import program
-from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
+from tqdm import tqdm
 
-#: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
-COMMANDS = {
-    "build": ("build_command", "add_build_parser", "make shards, index and manifest; goes on where it was interrupted"),
-    "permute": ("permute", "add_permute_parser", "a control: the same images with the labels of one another"),
-    "verify": ("commands", "add_verify_parser", "read every byte and list what is wrong"),
-    "info": ("commands", "add_info_parser", "what a folder holds, or the images of a training step"),
-}
+from visft_ds import program
+from visft_ds.data.shards import Manifest, splits_in, verify
+from visft_ds.flags import Parser, check_least, parse_size
+from visft_ds.shards.build import Options, build, reasons
+from visft_ds.shards.coco import lines_of
+from visft_ds.shards.layouts import FolderSplit, recognise
+from visft_ds.shards.permute import permute
+
+_INPUTS = ("images", "instances", "captions")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
-            if not Path(arguments[0]).exists():
-                raise ValueError(f"{arguments[0]} is neither a folder nor a command; there are {', '.join(COMMANDS)}")
-            arguments = ["build", *arguments]
-        parser = _parser(arguments[:1])
-        options, rest = parser.parse_known_args(arguments)
-        options.rest = rest
-        if rest and arguments[0] != "info":  # which takes the flags of visft train
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(options.run(options))
-    except (ValueError, OSError, RuntimeError) as error:
-        from visft_ds.shards.findings import TooManyDropsError
-
-        print(f"shards: {redacted(error)}", file=sys.stderr)
-        return 3 if isinstance(error, TooManyDropsError) else 2
-    except KeyboardInterrupt:
-        print("\nshards: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-
-
-def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
         prog=program("shards"),
         description="COCO, YOLO or captioned images -> checked, reproducible shards",
         epilog="visft shards FOLDER is short for visft shards build FOLDER",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (module, function, summary) in COMMANDS.items():
-        if [name] == list(given):
-            getattr(import_module(f"visft_ds.shards.{module}"), function)(commands, summary)
-        else:
-            commands.add_parser(name, help=summary)
-    return parser
+    _add_build(commands.add_parser("build", help="make shards; goes on where it was interrupted"))
+    command = commands.add_parser("permute", help="a control: the same images with the labels of one another")
+    command.add_argument("folder", type=Path, metavar="DIR", help="finished shards")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder: a COCO tree")
+    command.add_argument("--seed", type=int, default=0, help="of the permutation (default %(default)s)")
+    command.set_defaults(run=_permute)
+    for name, run, summary in (
+        ("verify", _verify, "read every byte and name what is not as it was made"),
+        ("info", _info, "counts, sizes and categories"),
+    ):
+        command = commands.add_parser(name, help=summary)
+        command.add_argument("folder", metavar="DIR", help="finished shards")
+        command.add_argument("--split", metavar="NAME", help="one of them (default: all)")
+        command.set_defaults(run=run)
+    try:
+        if words and words[0] not in commands.choices and not words[0].startswith("-"):
+            if not Path(words[0]).exists():
+                raise ValueError(f"{words[0]} is neither a folder nor a command: {', '.join(commands.choices)}")
+            words = ["build", *words]
+        options = parser.parse_args(words)
+        return int(options.run(options) or 0)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"shards: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nshards: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO, Roboflow's COCO "
+        "export, YOLO (data.yaml), or images with captions (jsonl)."
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="FOLDER", help="a data set, or its data.yaml; else the next three")
+    add("--images", type=Path, metavar="DIR", help="folder of the image files")
+    add("--instances", type=Path, metavar="FILE", help="instances_*.json of COCO")
+    add("--captions", type=Path, metavar="FILE", help="captions_*.json of COCO; at least one of the two")
+    add("--out", type=Path, metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
+    add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
+    add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name a line")
+    add("--limit", type=int, metavar="N", help="only the first N images of the order")
+    add("--max-size", default="256MB", metavar="SIZE", help="of a shard (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the order of samples (default %(default)s)")
+    turning = "turn pictures as their EXIF data says, or not (default: turn, unless only the stored size fits)"
+    add("--exif", choices=("apply", "ignore"), help=turning)
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: cores)")
+    add("--replace", action="store_true", help="throw away a split of this name that was built otherwise")
+    add("--dry-run", action="store_true", help="read the annotations and plan, write nothing")
+    parser.set_defaults(run=_build)
+
+
+def _build(given: argparse.Namespace) -> None:
+    """Build the split of the files, or every split of a folder; all YOLO labels are read before anything is written."""
+    check_least(given, workers=1)
+    if given.folder is None:
+        if missing := [f"--{name}" for name in ("images", "out", "split") if getattr(given, name) is None]:
+            raise ValueError(f"{', '.join(missing)}: missing; give a FOLDER that is recognised, or these")
+        split = FolderSplit(given.split, *(getattr(given, name) for name in _INPUTS))
+        return _build_split(given, given.out, split)
+    if doubled := [f"--{name}" for name in _INPUTS if getattr(given, name) is not None]:
+        raise ValueError(f"{given.folder} has its own files: leave out {', '.join(doubled)}, or the folder")
+    place = Path(os.path.abspath(given.folder))
+    kind, splits, left = recognise(place, given.split, given.exif)
+    out = given.out or Path(f"{place.parent if place.is_file() else place}-shards")
+    print(f"{given.folder}: {kind}, {', '.join(split.name for split in splits)}")
+    for path in left:
+        print(f"  not read: {path.relative_to(place)}")
+    for split in splits:
+        _build_split(given, out, split)
+    if not given.dry_run:
+        command = ["visft", "train", "--data", str(out), "--model", "lite0", "--stage", "1"]
+        command += [] if "val" in splits_in(out) else ["--set", "visft.run.eval_every=0"]
+        command += [] if "train" in splits_in(out) else ["--set", f"visft.data.train={splits[0].name}"]
+        print(f"train on it: {shlex.join(command)}")
+
+
+def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
+    options = Options(
+        split.images,
+        split.instances,
+        split.captions,
+        out,
+        split.name,
+        ids=given.ids,
+        max_size=parse_size(given.max_size),
+        limit=given.limit,
+        seed=given.seed,
+        exif=given.exif,
+    )
+    began = time.perf_counter()
+    with tqdm(desc=split.name, unit=" images", disable=True if given.dry_run else None) as bar:
+        made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update)
+    verb = "would make" if given.dry_run else "made"
+    print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
+    for findings in (split.odd, made.findings, reasons(made.left_out)):
+        print(*lines_of(findings), sep="\n", end="\n" if findings else "")
+    if made.fingerprint:
+        print(f"  fingerprint {made.fingerprint}")
+
+
+def _size(manifest: Manifest) -> str:
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
+    return f"{len(manifest.shards)} shards of {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB: {counts}"
+
+
+def _permute(given: argparse.Namespace) -> None:
+    for split, counts in permute(given.folder, given.out, given.seed):
+        print(f"{given.out}: {split}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def _loaded(given: argparse.Namespace) -> list[Manifest]:
+    if not (splits := [given.split] if given.split else splits_in(Path(given.folder))):
+        raise ValueError(f"{given.folder} holds no finished split; of a URL, name one by --split")
+    return [Manifest.load(given.folder, split) for split in splits]
+
+
+def _verify(given: argparse.Namespace) -> bool:
+    damaged = {manifest.split: verify(manifest) for manifest in _loaded(given)}
+    for split, files in damaged.items():
+        fine = f"{split}: every byte is as it was made"
+        print(f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again" if files else fine)
+    return any(damaged.values())
+
+
+def _info(given: argparse.Namespace) -> None:
+    for manifest in _loaded(given):
+        print(f"{manifest.split}: {_size(manifest)}")
+        for side in ("width", "height"):
+            sides = sorted(manifest.index[side].tolist())
+            print(f"  {side} {sides[0]} to {sides[-1]}, median {sides[len(sides) // 2]}")
+        names = ", ".join(f"{category.coco_id} {category.name}" for category in manifest.categories)
+        print(f"  {len(manifest.categories)} categories: {names or 'none'}")
+        print(f"  fingerprint {manifest.fingerprint}")

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from visft_ds.shards.caption_lines import read_lines
-from visft_ds.shards.source import CocoFile
-from visft_ds.shards.yolo import SPLITS, read_description, read_mapping, read_yolo
+import orjson
+
+from visft_ds.files import read_bytes, reading
+from visft_ds.names import checked_name
+from visft_ds.shards.coco import CocoFile, Findings
+from visft_ds.shards.yolo import SPLITS, Exif, labelled_size, read_description, read_mapping, read_yolo
 
 _YEAR = re.compile(r"(train|val|test)\d{4}")
 _COCO_FILE = re.compile(r"(?:(instances|captions)_)?(.+)\.json")
-_ROBOFLOW = "_annotations.coco.json"
-_CAPTION_FILES = ("metadata.jsonl", "captions.jsonl")
+_BESIDE_IMAGES = {"Roboflow": ("_annotations.coco.json",), "captions": ("metadata.jsonl", "captions.jsonl")}
 _LOOKED_FOR = """looked for
   COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/; images in SPLIT/, images/
   Roboflow  SPLIT/_annotations.coco.json beside the images
@@ -32,75 +35,112 @@ class FolderSplit:
     """Inputs of a build that a folder has for a split."""
 
     name: str
-    images: Path | str
+    images: Path
     instances: CocoFile | None
     captions: CocoFile | None
+    odd: Findings = field(default_factory=Findings)  #: what was odd in the layout
 
 
-def recognise(place: Path, wanted: str | None = None) -> tuple[str, list[FolderSplit], list[Path]]:
+def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tuple[str, list[FolderSplit], list[Path]]:
     """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
 
     Args:
         wanted: only the split of this name.
+        exif: for annotations that state no sizes: those of the pictures as stored ("ignore"), or upright.
 
     Raises:
         ValueError: nothing that is known, or two things; no split of the name; what the files of the layout say is
             wrong. Says what was looked for and what was found.
     """
-    if place.suffix in (".yaml", ".yml") and place.is_file():
-        found = [("YOLO", [place])]
-    elif not place.is_dir():
+    yaml = place.suffix in (".yaml", ".yml") and place.is_file()
+    if not yaml and not place.is_dir():
         raise ValueError(f"{place} is neither a folder nor a data.yaml")
-    else:
-        found = list(_layouts(place))
+    found = [("YOLO", [place])] if yaml else list(_layouts(place))
     if not found:
-        raise ValueError(f"{place} is no data set of a known layout; {_LOOKED_FOR}\nfound {_content(place)}")
+        content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir())
+        raise ValueError(f"{place} is no data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
+    told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
     if len(found) > 1:
-        listed = "".join(f"\n  {kind}: {_names(files, place)}" for kind, files in found)
         raise ValueError(
-            f"{place} is {len(found)} things:{listed}\nname the data.yaml of one, or the files: visft shards build "
-            "--images DIR --instances FILE --captions FILE --out DIR --split NAME"
+            f"{place} is {len(found)} things, {'; '.join(told)}; name the data.yaml of one, or the files by --images, "
+            "--instances, --captions, --out and --split"
         )
     kind, files = found[0]
-    splits = {"COCO": _coco, "Roboflow": _roboflow, "YOLO": _yolo, "captions": _captioned}[kind](place, files, wanted)
+    if kind == "COCO":
+        splits = _coco(place, files, wanted)
+    elif kind == "YOLO":
+        description = read_description(files[0], wanted)
+        made = ((name, *read_yolo(description, name, exif)) for name in description.images)
+        splits = [FolderSplit(name, images, content, None, odd) for name, images, content, odd in made]
+    else:
+        splits = []
+        for path in files:
+            split = "train" if path.parent == place else _split_of(path.parent.name)
+            if any(split == other.name for other in splits):
+                raise ValueError(f"{place} has two files of the split {split!r}, one is {path}")
+            if wanted in (None, split):
+                both = (path, None) if kind == "Roboflow" else (None, read_captions(path, exif))
+                splits.append(FolderSplit(split, path.parent, *both))
     if not splits:
-        raise ValueError(f"{place} has no split {wanted!r}; it is {kind}: {_names(files, place)}")
-    left = [path for path in place.glob("annotations/*.json") if path not in files]
-    return kind, splits, sorted(left)
+        raise ValueError(f"{place} has no split {wanted!r}; it is {told[0]}")
+    return kind, splits, sorted(path for path in place.glob("annotations/*.json") if path not in files)
+
+
+def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
+    """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them (metadata.jsonl), as a
+    COCO file. `caption` or `captions` do as well, each a text or a list of texts; images lie beside the file.
+
+    Raises:
+        ValueError: no line, or one that is wrong, or whose name leads out of the folder.
+    """
+    numbers: dict[str, int] = {}
+    captions: list[dict[str, Any]] = []
+    with reading(path, 'lines such as {"file_name": "a.jpg", "text": "A dog."}'):
+        for place, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+            if line.strip():
+                with reading(f"line {place}", "a caption"):
+                    entry = orjson.loads(line)
+                    name = checked_name(entry["file_name"], "it", folders=True)
+                    given = [entry[key] for key in ("text", "caption", "captions") if key in entry]
+                    texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
+                    if not given or not all(isinstance(text, str) for text in texts):
+                        raise ValueError("it has no text")
+                image = numbers.setdefault(name, len(numbers) + 1)
+                captions += [{"id": place, "image_id": image, "caption": text} for text in texts]
+        if not numbers:
+            raise ValueError("it has no line")
+    images = []
+    for name, number in numbers.items():
+        height, width = labelled_size(path.parent / name, exif)
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+    return {"images": images, "annotations": captions}
+
+
+def _few(names: Sequence[str]) -> str:
+    return (", ".join(names[:_SHOWN]) or "nothing") + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """(kind, files by which it was recognised) of each data set that a folder holds."""
-    coco = [path for path in _json_files(folder) if _of_coco(folder, path)]
-    roboflow = _here_and_below(folder, _ROBOFLOW)
-    captions = [path for name in _CAPTION_FILES for path in _here_and_below(folder, name)]
-    yield from (one for one in (("COCO", coco), ("Roboflow", roboflow), ("captions", captions)) if one[1])
-    yield from (("YOLO", [path]) for path in _descriptions(folder))
-
-
-def _json_files(folder: Path) -> list[Path]:
-    return sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json")))
-
-
-def _here_and_below(folder: Path, name: str) -> list[Path]:
-    """The files of a name in a folder and in those of its splits."""
-    tried = (folder / name, *(folder / split / name for split in SPLITS))
-    return [path for path in tried if path.is_file()]
-
-
-def _descriptions(folder: Path) -> list[Path]:
-    """The YAML files that describe a YOLO data set: data.yaml, or all that have its keys."""
+    json_files = sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json")))
+    if coco := [path for path in json_files if _of_coco(folder, path)]:
+        yield "COCO", coco
+    for kind, names in _BESIDE_IMAGES.items():
+        tried = [part / name for name in names for part in (folder, *(folder / split for split in SPLITS))]
+        if beside := [path for path in tried if path.is_file()]:
+            yield kind, beside
     if (folder / "data.yaml").is_file():
-        return [folder / "data.yaml"]
-    found = []
+        yield "YOLO", [folder / "data.yaml"]
+        return
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
         try:
             values = read_mapping(path)
         except ValueError:  # of something else: it stands among what was found
             continue
         if "names" in values and any(key in values for key in SPLITS):
-            found.append(path)
-    return found
+            yield "YOLO", [path]
 
 
 def _split_of(name: str) -> str:
@@ -133,53 +173,13 @@ def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[Folde
             continue
         if not split or images is None:
             raise ValueError(
-                f"{path}: its images are in none of {match[2]}/, images/{match[2]}/, images/: put them there, or make "
-                "the other splits alone (--split NAME)"
+                f"{path}: its images are in none of {match[2]}/, images/{match[2]}/, images/; --split NAME makes "
+                "another split alone"
             )
         parts = found.setdefault(split, {"images": images})
         if role in parts or parts["images"] != images:
             raise ValueError(
-                f"{folder} has more than one {split!r}: {path.name} and {', '.join(map(str, parts.values()))}; give "
-                "one by --images, --instances, --captions, --out and --split"
+                f"{folder} has more than one {split!r}: {path.name} and {_few(list(map(str, parts.values())))}"
             )
         parts[role] = path
     return [FolderSplit(name, p["images"], p.get("instances"), p.get("captions")) for name, p in found.items()]
-
-
-def _roboflow(folder: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
-    return [FolderSplit(name, path.parent, path, None) for name, path in _by_folder(folder, files, wanted)]
-
-
-def _captioned(folder: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
-    return [FolderSplit(name, path.parent, None, read_lines(path)) for name, path in _by_folder(folder, files, wanted)]
-
-
-def _by_folder(folder: Path, files: Sequence[Path], wanted: str | None) -> Iterator[tuple[str, Path]]:
-    """(split, file) of files that lie in the folders of splits; one that lies in no such folder is of "train"."""
-    found: dict[str, Path] = {}
-    for path in files:
-        split = "train" if path.parent == folder else _split_of(path.parent.name)
-        if split in found:
-            raise ValueError(
-                f"{folder} has two files of the split {split!r}: {found.get(split)} and {path}; move one away"
-            )
-        found[split] = path
-    yield from ((split, path) for split, path in found.items() if wanted in (None, split))
-
-
-def _yolo(place: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
-    description = read_description(files[0], wanted)
-    return [FolderSplit(name, *read_yolo(description, name), None) for name in description.images]
-
-
-def _names(files: Sequence[Path], folder: Path) -> str:
-    names = [path.name if path == folder else str(path.relative_to(folder)) for path in files[:_SHOWN]]
-    return ", ".join(names) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
-
-
-def _content(folder: Path) -> str:
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    if any((folder / one).is_dir() for one in ("labels", "train/labels")):
-        shown += "; labels of YOLO need a data.yaml with the names of the classes"
-    return shown or "nothing in it"

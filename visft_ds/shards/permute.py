@@ -5,11 +5,8 @@ Whatever a training gains from such labels it does not owe to what they say.
 
 from __future__ import annotations
 
-import argparse
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +15,23 @@ from PIL import Image
 
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
+from visft_ds.files import image_frame, open_image
 
 _QUALITY = 95  # of images that take the size of another
 
 
-def add_permute_parser(commands: Any, summary: str) -> None:
-    """Add the sub-command that permutes labels."""
-    parser = commands.add_parser("permute", help=summary)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="finished shards")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder: a COCO tree")
-    parser.add_argument("--seed", type=int, default=0, help="of the permutation (default %(default)s)")
-    parser.set_defaults(run=run_permute)
+def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Write a COCO tree of all splits of finished shards; yields each with its counts.
 
-
-def run_permute(given: argparse.Namespace) -> int:
-    """Write the tree; returns the exit status."""
-    if given.out.exists():
-        raise ValueError(f"{given.out} is there already and nothing is overwritten; name a new folder")
-    if not (splits := splits_in(given.folder)):
-        raise ValueError(f"{given.folder} holds no finished shards")
+    Raises:
+        ValueError: there are none, or the new folder is there already.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already and nothing is overwritten; name a new folder")
+    if not (splits := splits_in(folder)):
+        raise ValueError(f"{folder} holds no finished shards")
     for split in splits:
-        counts = write_permuted(ShardReader(Manifest.load(given.folder, split)), given.out, split, given.seed)
-        print(f"{given.out}: {split}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 0
+        yield split, write_permuted(ShardReader(Manifest.load(folder, split)), out, split, seed)
 
 
 def others(count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -67,14 +58,13 @@ def write_permuted(reader: ShardReader, out: Path, split: str, seed: int) -> Map
         assert data is not None
         image["file_name"] = f"{image['id']:012d}.jpg"
         size = image["width"], image["height"]
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.format == "JPEG" and picture.size == size:
-                (folder / image["file_name"]).write_bytes(data)
-                continue
-            resized += 1
-            picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
-                folder / image["file_name"], "JPEG", quality=_QUALITY
-            )
+        frame = image_frame(data)
+        if frame.format == "JPEG" and (frame.width, frame.height) == size:
+            (folder / image["file_name"]).write_bytes(data)
+            continue
+        resized += 1
+        picture = open_image(data, upright=False).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / image["file_name"], "JPEG", quality=_QUALITY)
     for kind, listed in {"instances": objects["annotations"], "captions": captions}.items():
         content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
         (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))

@@ -1,11 +1,10 @@
-"""The arms of a comparison, as a command line names them: a model, seeds of one recipe, an adapter at several scales.
+"""The arms of a comparison, as a command line names them: a model, or seeds of one recipe.
 
     MODEL                            one model, as `models` reads it
     LABEL=MODEL,MODEL,MODEL          one arm: trainings that differ by their seed
-    MODEL@LOW:HIGH:STEP              an arm for each scale of the adapter
 
 What stands behind the last model of a list counts for those without an end of their own:
-LABEL=RUN1,RUN2#blocks.5@0:1.5:0.25.
+LABEL=RUN1,RUN2#blocks.5@0.5.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from pathlib import Path
 
 from visft_ds.evals.benchmarks.models import LABEL, ModelSpec, parse_model
 
-MOST_SCALES = 50
 _NUMBER = r"[-+]?[0-9.]+(?:e[-+]?[0-9]+)?"
-_RANGE = re.compile(rf"(.+)@({_NUMBER}):({_NUMBER}):({_NUMBER})")
 _ENDS = re.compile(rf"(.+?)((?:#[^#@]+)?(?:@{_NUMBER})?)")
 
 
@@ -29,18 +26,16 @@ class Contender:
 
     label: str
     models: tuple[ModelSpec, ...]
-    sweep: str | None = None  #: label of the arms that differ from it by the scale of the adapter alone
-    scale: float = 1.0
 
 
 def parse_arms(texts: Sequence[str]) -> list[Contender]:
     """All arms of a command line; files are looked for, not opened.
 
     Raises:
-        ValueError: as `parse_model`; also for scales that are no range, a list without label, two arms or models of one
+        ValueError: as `parse_model`; also for a list without label, two arms or models of one
             name, and numbers of seeds that cannot be paired with those of the first arm.
     """
-    arms = [arm for text in texts for arm in _sweep(text)]
+    arms = [_arm(text) for text in texts]
     labels = [label for arm in arms for label in {arm.label, *(model.label for model in arm.models)}]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
@@ -52,29 +47,6 @@ def parse_arms(texts: Sequence[str]) -> list[Contender]:
                 f"give as many, in the same order, or one"
             )
     return arms
-
-
-def _sweep(text: str) -> list[Contender]:
-    match = _RANGE.fullmatch(text)
-    if match is None:
-        return [_arm(text)]
-    low, high, step = (float(number) for number in match.groups()[1:])
-    if not (step > 0 and low < high <= low + (MOST_SCALES - 1) * step):
-        raise ValueError(
-            f"--model {text}: give scales as @LOW:HIGH:STEP, LOW below HIGH, at most {MOST_SCALES} of them, as in "
-            f"@0:1.5:0.25"
-        )
-    scales = [round(low + number * step, 9) for number in range(int((high - low) / step + 1.001))]
-    found = [(scale, _arm(f"{match[1]}@{scale:.9g}")) for scale in scales]
-    return [
-        Contender(
-            f"{arm.label}@{scale:g}",
-            tuple(replace(model, label=f"{model.label}@{scale:g}") for model in arm.models),
-            arm.label,
-            scale,
-        )
-        for scale, arm in found
-    ]
 
 
 def _arm(text: str) -> Contender:

@@ -20,16 +20,7 @@ from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, check_numbers, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions
-from visft_ds.evals.benchmarks.price import (
-    knee_lines,
-    knees,
-    losses_section,
-    points_of,
-    price_picture,
-    price_section,
-)
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.retention import KEPT, AnswersKept
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.benchmarks.run import Dose, Settings, check_same_everywhere, dose, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, seeds_section, sheet, verdict
@@ -46,7 +37,7 @@ from visft_ds.resilience.errors import met_by_one_rank, tell
 from visft_ds.tasks.pictures import save_png
 
 FORMAT, VERSION = "visft_ds benchmarks", 1
-RECORD, CHART, GAINS, PICTURES, CACHE = "benchmarks.json", "differences.svg", "gain.svg", "pictures", "cache"
+RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
 
     visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
@@ -54,7 +45,7 @@ USAGE = """Out-of-domain benchmarks of any number of models, in one table with b
     visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
     visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
         --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
-    visft evaluate benchmarks --model base=base.pt --model visft=RUN@0:1.5:0.25 ...
+    visft evaluate benchmarks --model base=base.pt --model half=RUN@0.5 --model visft=RUN ...
     deepspeed --num_gpus 8 --module visft_ds evaluate benchmarks ...
 
 The first model is what the others are compared with; runs of one recipe with different seeds are one arm. Features and
@@ -116,7 +107,7 @@ def _prepare(given: argparse.Namespace) -> tuple[list[Contender], list[Benchmark
     arms = parse_arms(given.model)
     check_folder(given.out, RECORD, given.primary)
     benchmarks = parse_benchmarks(given.benchmark)
-    check_numbers([*([given.primary] if given.primary else []), *given.price], benchmarks)
+    check_numbers([given.primary] if given.primary else [], benchmarks)
     return arms, benchmarks, settings
 
 
@@ -156,19 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="MODEL",
         help="[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]; "
-        "LABEL=MODEL,MODEL,... for seeds of one recipe; ...@LOW:HIGH:STEP for an arm of each scale of the adapter",
+        "LABEL=MODEL,MODEL,... for seeds of one recipe",
     )
     parser.add_argument(
         "--primary",
         metavar="NUMBER",
         help='the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm',
-    )
-    parser.add_argument(
-        "--price",
-        action="append",
-        default=[],
-        metavar="NUMBER",
-        help="a number whose loss is the price, several for their mean (default: answers kept of every retention)",
     )
     how = add_flags(parser)
     how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
@@ -207,24 +191,14 @@ def _write(
 ) -> None:
     members, out = {arm.label: [model.label for model in arm.models] for arm in arms}, given.out
     labels, primary = list(members), given.primary
-    price = given.price or [f"{each.label} {KEPT}" for each in benchmarks if isinstance(each, AnswersKept)]
-    mean = {f"price/mean of {len(price)}": price} if len(price) > 1 else {}
-    rows = rows_of(results, averages(benchmarks) | mean, members, primary)
-    of_name = {row.name: row for row in rows}
-    if unknown := [name for name in price if name not in of_name]:
-        raise ValueError(f"--price {unknown[0]}: no such number; there are {', '.join(of_name)}")
-    gain = of_name.get(primary or "")
-    paid = of_name[next(iter(mean), price[0])] if price else None
-    points = points_of(arms, gain, paid) if gain and paid else []
-    found = knees(points)
+    rows = rows_of(results, averages(benchmarks), members, primary)
+    gain = next((row for row in rows if row.name == primary), None)
+    moved = {arm: sum(of) / len(of) for arm, each in members.items() if (of := _moved(doses, each))}
     seen = {of[0]: results[of[0]] for of in members.values()}
     pictures = _pictures(out, benchmarks, seen, given.images)
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
-    if gain and paid and points:
-        picture = price_picture(points, found, gain, paid).encode()
-        write_atomically(out / GAINS, lambda file: file.write(picture), overwrite=True)
     chosen = {label: {name: dict(s.settings) for name, s in of.items() if s.settings} for label, of in results.items()}
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -232,14 +206,13 @@ def _write(
         "models": {label: dict(of) for label, of in facts.items()},
         "arms": members,
         "primary": primary,
-        "price": price,
-        "knees": {sweep: None if point is None else point.arm.scale for sweep, point in found.items()},
         "benchmarks": {
             each.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in each.sets.items()}
             for each in benchmarks
         },
         "rows": as_json(rows),
         "chosen": chosen,
+        "moved": moved,
         "doses": {label: {name: asdict(one) for name, one in of.items()} for label, of in doses.items()},
         "settings": {name: redacted(value) for name, value in vars(given).items()},
         "processes": distributed.world_size(),
@@ -251,7 +224,7 @@ def _write(
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
     models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
-    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([GAINS] if points else [])]
+    written = [RECORD, *([CHART] if len(labels) > 1 else [])]
     written += [f"{PICTURES}/"] if pictures else []
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
     parts = [Section("models", models), section(rows, labels, primary)]
@@ -260,14 +233,15 @@ def _write(
         Section(f"primary: {row.name}", [(label, verdict(row, label)) for label in row.shown])
         for row in ([gain] if gain and gain.shown else [])
     ]
-    parts += [side] if (side := price_section(arms, doses, gain, [of_name[name] for name in price])) else []
-    parts += [losses] if (losses := losses_section(arms)) else []
-    if found:
-        title = (
-            "knees of the sweeps: furthest above the line to the largest gain and price; judge them on other pictures"
-        )
-        parts.append(Section(title, knee_lines(found)))
+    if moved:
+        lines = [(arm, f"{value:.3f}") for arm, value in moved.items()]
+        parts.append(Section(f"how far features of {benchmarks[0].label} moved: |f - f0| / |f0 - mean of f0|", lines))
     print_plan("visft_ds benchmarks", [*parts, Section("run", rest)])
+
+
+def _moved(doses: Mapping[str, Mapping[str, Dose]], labels: Sequence[str]) -> list[float]:
+    """How far the features of the first benchmark moved, by each model of an arm."""
+    return [next(iter(doses[label].values())).change for label in labels if doses.get(label)]
 
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:

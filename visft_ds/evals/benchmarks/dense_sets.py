@@ -39,7 +39,7 @@ from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray, check_apart
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
 from visft_ds.monitor.console import gauged
 from visft_ds.names import checked_name
-from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.coco import stored_segmentation
 
 CELLS, VOID = 56, -1
 #: Images of a part; a larger one gives every k-th.
@@ -312,9 +312,9 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     given = annotation.get("segmentation") or None
     if isinstance(given, Mapping) and height * width > MAX_PIXELS:
         raise ValueError(f"{where}: a mask of {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
-    shape, wrong = stored_segmentation(given, height, width)
+    shape = stored_segmentation(given, height, width)
     if shape is None and given is not None:
-        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation: {wrong[0]}")
+        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")
     if isinstance(shape, Mapping):
         mask = Image.fromarray(coco_mask.decode(dict(shape)))
         return np.asarray(mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)).astype(bool)

@@ -133,10 +133,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
     )
 
 
-_ASKS = (
-    "retention counts which answers of the first model's own classifier stay (the price of a CLIP tower is its "
-    "zero-shot accuracy: --price NUMBER). But"
-)
+_ASKS = "retention counts which answers of the first model's own classifier stay. But"
 
 
 def _source(spec: ModelSpec, lacks: str) -> tuple[str, int | None, str | None]:

@@ -1,0 +1,37 @@
+"""An adapter at the scale at which it moves features as far as another one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from visft_ds.evals.benchmarks.dose_command import WITHIN, as_noise, scale_for
+from visft_ds.interop.adapter import Adapter
+
+
+@pytest.mark.parametrize(
+    "dose",
+    [lambda scale: 0.4 * scale, lambda scale: 3 * scale**2, lambda scale: 0.9 * math.tanh(scale / 7), math.expm1],
+    ids=["linear", "square", "saturating", "steep"],
+)
+@pytest.mark.parametrize("wanted", [0.02, 0.35, 0.8])
+def test_a_scale_is_found_for_any_dose(dose: Callable[[float], float], wanted: float) -> None:
+    calls = []
+    scale = scale_for(lambda scale: calls.append(scale) or dose(scale), wanted)  # type: ignore[func-returns-value]
+    assert abs(dose(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+
+
+def test_a_dose_that_no_scale_reaches_is_told() -> None:
+    with pytest.raises(ValueError, match="no scale up to 1024 was found"):
+        scale_for(lambda scale: min(scale, 0.1), 0.3)
+
+
+def test_noise_is_as_large_as_what_was_learnt() -> None:
+    tensors = {"a.lora_A": torch.full((8, 400), 3.0), "a.lora_B": torch.linspace(-1, 1, 3200).reshape(400, 8)}
+    found = as_noise(Adapter(8, 8.0, ("a",), tensors, model="x"), 1).tensors
+    for name, value in tensors.items():
+        assert float(found[name].square().mean()) == pytest.approx(float(value.square().mean()), rel=0.1)
+    assert abs(float((found["a.lora_B"] * tensors["a.lora_B"]).mean())) < 0.05

@@ -1,0 +1,81 @@
+"""Reading of the folders that visft evaluate writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.tasks.pictures import Picture
+from visft_ds.tasks import config_class, entries
+
+#: What visft evaluate leaves in its folder; METRICS is written last.
+FORMAT, VERSION = "visft_ds evaluation", 1
+METRICS, PICTURES = "metrics.json", "pictures"
+
+#: Task -> the one number it is known by. Part before the slash: of all its numbers.
+MAIN = {name: str(config_class(name).main) for name in entries()}
+
+
+def results_name(task: str) -> str:
+    """Name of the file with a task's results."""
+    return f"{task}_results.json"
+
+
+def counted(images: int | None, total: int | None) -> str:
+    """How many images numbers are of, in words: `16 of 200 images`."""
+    if images is None:
+        return "all images" if total is None else f"{total} images"
+    return f"{images} images" if total in (None, images) else f"{images} of {total} images"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers of a model on a split, as visft evaluate or an evaluation during training recorded them."""
+
+    label: str
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Name -> value: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1 where the data has no such objects."""
+        metrics: Mapping[str, float] = self.record["metrics"]
+        return metrics
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have numbers here, in the order of MAIN."""
+        prefixes = {name.partition("/")[0] for name in self.metrics}
+        return [task for task, name in MAIN.items() if name.partition("/")[0] in prefixes]
+
+    @property
+    def images(self) -> str:
+        """How many images the numbers are of, in words."""
+        data = self.record["data"]
+        return counted(data["images"], data.get("total"))
+
+    def pictures(self, task: str) -> dict[int, Picture]:
+        """Image id -> ground truth beside prediction. Raises ValueError for a damaged picture."""
+        files = self.record.get("pictures", {}).get(task, ())
+        place = self.folder / PICTURES
+        return {entry["image_id"]: np.asarray(open_image(place / Path(entry["file"]).name)) for entry in files}
+
+
+def read_evaluation(label: str, folder: Path) -> Evaluation:
+    """Open an evaluation. Raises ValueError if the folder holds none, or an unfinished one."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no finished evaluation (no {METRICS}); make it with visft evaluate")
+    with reading(path, "an evaluation"):
+        record = orjson.loads(read_bytes(path))
+        if (record["format"], record["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"its format is not {FORMAT} {VERSION}")
+        found = Evaluation(label, folder, record)
+        {name: float(value) for name, value in found.metrics.items()}, found.images
+    return found

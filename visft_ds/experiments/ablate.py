@@ -1,0 +1,302 @@
+"""The experiment to do before believing in stage 2: its gain out of domain beside controls, and what it costs.
+
+    visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; 85 minutes on two idle cores
+    visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
+    visft ablate --model eva_e --processes 8 --data SHARDS --benchmark dense=SOURCE --benchmark zero_shot=imagenet/val
+
+Every arm is trained with every seed; its adapter is also scaled until it moves features as far as that of the first
+arm. Each arm is compared with the untouched base and with the first arm, over items and seeds together. The claim
+stands if the first arm is better than the base, and better than labels of other images at the same feature shift. The
+same command continues an interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from visft_ds import program
+from visft_ds.config import resolve
+from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
+from visft_ds.flags import EVAL, Parser, check_extra, check_least
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.redaction import redacted
+from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.steps import OUT, Steps
+
+BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
+CLAIM_SEEDS = 5  #: that the claim asks for
+HELD = "heart,arrow"  # shapes that no training image shows
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a training departs from the recipe. In settings, $heads is stage 1's rate, $mode its visft.mode, $hundredth a
+    hundredth of stage 2's rate."""
+
+    settings: tuple[str, ...] = ()  #: --set of stage 2
+    both: tuple[str, ...] = ()  #: --set of both stages: it has a base of its own
+    joint: bool = False  #: no stage 1: heads start at random
+    permuted: bool = False  #: each image has the labels of another one, in both stages
+    made: str = ""  #: no training: "noise" in place of the first arm's adapter, or the "soup" of those of all seeds
+
+
+def _heads(rate: str) -> str:
+    return f'visft.param_groups.1={{"name": "heads", "params": "heads.*", "lr": {rate}}}'
+
+
+_RANDOM = ("visft.heads.start=random", "visft.mode=$mode")
+_LATE = '["blocks.[456].*.conv_pw", "blocks.[456].*.conv_pwl", "conv_head"]'
+ARMS = {
+    FIRST: Arm(),
+    PERMUTED: Arm(permuted=True),
+    "heads along": Arm((_heads("$heads"),)),
+    "one stage": Arm((*_RANDOM, _heads("$heads")), joint=True),
+    "last layer": Arm((f"visft.lora.targets={_LATE}",), both=("visft.model.until=null",)),
+    "boxes": Arm(("visft.tasks=detection",)),
+    "masks": Arm(("visft.tasks=segmentation",)),
+    "captions": Arm(("visft.tasks=captioning",)),
+    "random heads": Arm((*_RANDOM, _heads("0"), "optimizer.params.lr=$hundredth"), joint=True),
+    "noise": Arm(made="noise"),
+    "soup": Arm(made="soup"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        check_extra("what is trained here is judged by benchmarks, which", "eval", EVAL)
+        check_least(given, seeds=2, jobs=1, processes=1)
+        if given.jobs > 1 and given.processes > 1:
+            raise ValueError(f"--jobs {given.jobs}: trainings of several processes would share their GPUs; give 1")
+        plan = Plan(given)
+        if given.dry_run:
+            plan.steps.show()
+            return 0
+        failed = plan.steps.run(given.jobs)
+        plan.write(failed)
+    except (ValueError, OSError) as error:
+        print(f"ablate: {redacted(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nablate: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("experiment", nargs="?", choices=("gain",), default="gain", help="the only one, and the default")
+    add("--arms", metavar="A,B", help=f"beside {FIRST!r}; default: all of {', '.join(ARMS)}")
+    add("--arm", action="append", default=[], metavar='"NAME: KEY=VALUE ..."', help="another arm: settings of stage 2")
+    add("--seeds", type=int, default=3, metavar="N", help="of every arm (default %(default)s)")
+    add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="default %(default)s")
+    add("--jobs", type=int, default=1, metavar="N", help="commands at a time (default %(default)s)")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    add("--model", default=MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
+    add("--base", metavar="FILE", help=f"its weights (default: the configured ones; of {MODEL} those of the demo)")
+    add("--data", metavar="SHARDS", help="default: drawings, made on the way")
+    add("--benchmark", action="append", default=[], metavar="KIND=SOURCE", help="the first dense= one decides")
+    add("--processes", type=int, default=1, metavar="N", help="of each training (default %(default)s)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training")
+    return parser
+
+
+class Plan:
+    """All steps of the experiment, and which of them are read at the end."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.steps = given, Steps(given.out)
+        self.recipe = {stage: resolve(stage=stage, model=given.model, settings=given.set) for stage in (1, 2)}
+        self.arms = _chosen_arms(given.arms, given.arm, whole=self.recipe[2].visft.model.until is None)
+        for arm in self.arms.values():  # a mistake in an arm is told now, not after hours
+            resolve(stage=2, model=given.model, settings=[*given.set, *arm.both, *self._filled(arm.settings)])
+        self.judges: list[str] = list(given.benchmark)
+        self.data, self.base = given.data, given.base
+        if self.data is None:
+            self._draw()
+        dense = [text for text in self.judges if text.startswith("dense=")]
+        if not dense:
+            raise ValueError("the gain is judged by patches and objects: give a --benchmark dense=SOURCE")
+        self.dense, self.primary = dense[0], f"{label_of(dense[0])} objects knn"
+        self.tables = {name: self._tables(name, arm) for name, arm in self.arms.items()}
+
+    def _draw(self) -> None:
+        """Drawings to learn from and to judge, and ImageNet weights."""
+        drawn = ("toy", *DRAWN, "--without", HELD, "--workers", "1", "--out", OUT)
+        images = self.steps.add("drawings", *drawn, "--train", str(TRAIN), "--val", str(VAL))
+        learnt, judged = (str(round(share * TRAIN)) for share in PROBED)
+        other = self.steps.add("style-b", *drawn, "--style", "b", "--train", learnt, "--val", judged)
+        self.data = str(self.steps.add("shards", "shards", str(images), "--out", OUT, resumes=True))
+        self.judges = [f"dense={other},name=style-b", *self.judges]
+        if self.base is None and self.given.model == MODEL:
+            from visft_ds.interop.efficientnet import installed
+
+            words = ("--base", str(installed()), "--format", "timm", "--out", OUT)
+            self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
+            self.judges.append(f"retention={other}/val2017,name=style-b")
+
+    # ------------------------------------------------------------------------------------------------- trainings
+
+    def _filled(self, settings: Sequence[str]) -> list[str]:
+        """Settings of an arm with the values that they name."""
+        one, two = self.recipe[1], self.recipe[2].optimizer.params.lr
+        values = {"heads": f"{one.optimizer.params.lr:g}", "mode": one.visft.mode, "hundredth": f"{two / 100:g}"}
+        return [Template(text).safe_substitute(values) for text in settings]
+
+    def _train(self, name: str, stage: int, seed: int, arm: Arm, *settings: str) -> Path:
+        data = self._permuted(seed) if arm.permuted else self.data
+        words = ["train", "--num_gpus", str(self.given.processes)] if self.given.processes > 1 else ["train"]
+        words += ["--stage", str(stage), "--model", self.given.model, "--data", data]
+        chosen = [*self.given.set, *arm.both, *settings, f"visft.seed={seed}"]
+        chosen += [f"visft.model.weights={self.base}"] if self.base else []
+        words += [part for one in chosen for part in ("--set", one)]
+        return self.steps.add(f"{name}-seed{seed}", *words, "--out", OUT, resumes=True)
+
+    def _permuted(self, seed: int) -> str:
+        words = ("shards", "permute", self.data, "--seed", str(seed), "--out", OUT)
+        tree = self.steps.add(f"permuted{seed}", *words)
+        return str(self.steps.add(f"permuted{seed}-shards", "shards", str(tree), "--out", OUT, resumes=True))
+
+    def _stage1(self, arm: Arm, seed: int) -> Path:
+        name = "-".join(["stage1", *(["permuted"] if arm.permuted else []), *(["own"] if arm.both else [])])
+        return self._train(name, 1, seed, arm, f"visft.features.cache={self.given.out}/features")
+
+    def _stage2(self, name: str, seed: int) -> Path:
+        arm = self.arms[name]
+        heads = [] if arm.joint else [f"visft.heads.path={self._stage1(arm, seed)}/export"]
+        return self._train(_slug(name), 2, seed, arm, *heads, *self._filled(arm.settings))
+
+    def _models(self, name: str, arm: Arm) -> dict[str, list[str]]:
+        """Label -> its models: as they were trained, and at the dose of the first arm of the same seed."""
+        seeds = range(self.given.seeds)
+        first = [self._stage2(FIRST, seed) for seed in seeds]
+        if arm.made == "noise":
+            return {f"{name} {EQUAL}": [self._dosed(name, first[s], ("--noise", str(s)), s) for s in seeds]}
+        if arm.made == "soup":
+            words = [part for run in first for part in ("--adapter", f"{run}/export/adapter")]
+            run = self._stage1(self.arms[FIRST], 0)
+            base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
+            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words, "--out", OUT)
+            return {name: [f"{run}+{soup}"]}
+        runs = [self._stage2(name, seed) for seed in seeds]
+        found = {name: list(map(str, runs))}
+        if name != FIRST and not arm.both:
+            found[f"{name} {EQUAL}"] = [self._dosed(name, first[s], ("--model", str(runs[s])), s) for s in seeds]
+        return found
+
+    def _dosed(self, name: str, like: Path, words: Sequence[str], seed: int) -> str:
+        words = ("evaluate", "dose", "--like", str(like), *words, "--benchmark", self.dense, "--out", OUT)
+        return f"{self._stage1(self.arms[FIRST], 0)}+{self.steps.add(f'{_slug(name)}-dose{seed}', *words)}"
+
+    def _tables(self, name: str, arm: Arm) -> list[Path]:
+        """Comparisons of an arm with the base, and with the first arm."""
+        models = self._models(name, arm)
+        base = {BASE: [str(self._stage1(arm if arm.both else self.arms[FIRST], 0))]}
+        first = {FIRST: [str(self._stage2(FIRST, seed)) for seed in range(self.given.seeds)]}
+        tables = [(f"{_slug(name)}-table", {**base, **models}, self.judges)]
+        if name != FIRST and not arm.both:
+            judges = [judge for judge in self.judges if not judge.startswith("retention=")]  # asks the first model
+            tables.append((f"{_slug(name)}-beside", {**first, **models}, judges))
+        found = []
+        for title, labels, judges in tables:
+            words = ["evaluate", "benchmarks", "--primary", self.primary, "--cache", f"{self.given.out}/scores"]
+            words += [part for label, each in labels.items() for part in ("--model", f"{label}={','.join(each)}")]
+            words += [part for judge in judges for part in ("--benchmark", judge)]
+            found.append(self.steps.add(title, *words, "--out", OUT, resumes=True))
+        return found
+
+    # --------------------------------------------------------------------------------------------------- results
+
+    def write(self, failed: Mapping[str, str]) -> None:
+        """Print the verdict and one table of all arms; write them as table.json and table.md."""
+        rows = []
+        for tables in self.tables.values():
+            if tables[0].name in failed:
+                continue
+            paths = [table / "benchmarks.json" for table in tables if table.name not in failed]
+            records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            for label in list(records[0]["arms"])[1:]:
+                moved = records[0]["moved"].get(label)
+                row = {"arm": label, "moved": moved and round(moved, 3)}
+                row |= {f"minus {next(iter(one['arms']))}": difference(one, self.primary, label) for one in records}
+                kept = [of["name"] for of in records[0]["rows"] if of["name"].endswith("answers kept")]
+                rows.append(row | {name: difference(records[0], name, label) for name in kept})
+        said = verdict(rows, self.given.seeds)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [[_cell(row.get(column)) for column in columns] for row in rows]
+        title = "percentage points, over items and seeds together; * excludes zero"
+        print_plan(self.primary, [Section("verdict", [(said,)]), Section(title, lines, columns)])
+        content = {"primary": self.primary, "verdict": said, "rows": rows, "failed": failed}
+        (self.given.out / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        marked = [columns, ["---"] * len(columns), *lines]
+        text = [f"**{said}**", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
+        (self.given.out / "table.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def _chosen_arms(names: str | None, more: Sequence[str], *, whole: bool) -> dict[str, Arm]:
+    """The first arm, the others that were named, and those that the command line describes.
+
+    Args:
+        whole: the network is read at its end by all arms, so that `last layer` would be none of its own.
+    """
+    known = {name: arm for name, arm in ARMS.items() if not (whole and arm.both)}
+    chosen = [name.strip() for name in names.split(",")] if names else list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"--arms {unknown[0]}: no such arm; there are {', '.join(known)}")
+    arms = {FIRST: ARMS[FIRST], **{name: known[name] for name in chosen}}
+    for text in more:
+        name, colon, settings = text.partition(":")
+        if not colon or not settings.split() or name.strip() in {**ARMS, **arms}:
+            raise ValueError(f'--arm {text}: give a new name and settings, as in "rank 4: visft.lora.rank=4"')
+        arms[name.strip()] = Arm(tuple(settings.split()))
+    return arms
+
+
+def difference(record: Mapping[str, Any], number: str, arm: str) -> dict[str, float] | None:
+    """{"value", "low", "high"} of an arm minus the first one of its table; None if either has no such number."""
+    return next((row["differences"].get(arm) for row in record["rows"] if row["name"] == number), None)
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """Sentence on whether the claim stands."""
+    of_arm = {row["arm"]: row for row in rows}
+    gain = of_arm.get(FIRST, {}).get(f"minus {BASE}")
+    against = of_arm.get(f"{PERMUTED} {EQUAL}", {}).get(f"minus {FIRST}")
+    if gain is None or against is None:
+        return f"The claim was not judged: it needs {FIRST!r} and {PERMUTED!r}, and one of them has no result."
+    more = {"value": -against["value"], "low": -against["high"], "high": -against["low"]}
+    lacks = [what for what, one in (("the base", gain), ("labels of other images", more)) if one["low"] <= 0]
+    few = f" {seeds} seeds of the {CLAIM_SEEDS} that it asks for." if seeds < CLAIM_SEEDS else ""
+    zero = f" Zero is not excluded over {' and '.join(lacks)}." if lacks else ""
+    return (
+        f"The claim {'does not stand' if lacks else 'stands'}: {_cell(gain)} over the base, {_cell(more)} over labels "
+        f"of other images {EQUAL}.{zero}{few}"
+    )
+
+
+def label_of(benchmark: str) -> str:
+    """Name of a benchmark of a command line, which is not opened."""
+    kind, _, rest = benchmark.partition("=")
+    source, *pairs = rest.split(",")
+    names = [pair.removeprefix("name=") for pair in pairs if pair.startswith("name=")]
+    return f"{kind}/{names[0] if names else Path(source).name}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        low, high = 100 * value["low"], 100 * value["high"]
+        return f"{100 * value['value']:+.1f} [{low:+.1f}, {high:+.1f}]{' *' if low > 0 or high < 0 else ''}"
+    return "–" if value is None else str(value)
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-").lower()

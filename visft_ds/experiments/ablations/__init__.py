@@ -1,1 +1,0 @@
-"""Questions about the recipe, answered by experiments: what is run, collected and drawn for each."""

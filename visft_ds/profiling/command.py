@@ -1,0 +1,114 @@
+"""`visft profile`: N steps of the real run, with any engine: images a second, MFU, time by part, memory, a trace.
+
+Exit status: 0 measured, 2 wrong usage or something missing, 3 another rank ended first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visft_ds import program
+from visft_ds.config import missing_inputs, render_missing, resolve_arguments
+from visft_ds.resilience.errors import tell
+
+_EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
+nothing is written but the files of --json and --trace.
+
+examples:
+  visft profile --stage 2 --model debug --data shards
+  visft profile --num_gpus 8 --stage 2 --synthetic --json profile.json
+  deepspeed --num_gpus 8 tools/profile.py --stage 2 --engine pipeline --trace traces
+  visft profile --stage 2 --data shards --loader
+"""
+
+
+def build_flags() -> argparse.ArgumentParser:
+    """Flags of the command itself; all others are those of `visft train`."""
+    parser = argparse.ArgumentParser(
+        prog=program("profile"),
+        description="Measure N optimiser steps of each task, as training makes them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each task (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before these (%(default)s)")
+    parser.add_argument("--synthetic", action="store_true", help="generated pictures; random weights for missing files")
+    parser.add_argument("--loader", action="store_true", help="read batches only, without a model: samples a second")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="one more step of each for Perfetto, by operator")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit status. Every rank measures, the main one prints."""
+    try:
+        options, rest = build_flags().parse_known_args(arguments)
+        if options.steps < 1 or options.warmup < 1:
+            raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
+        if options.json is not None and not options.json.resolve().parent.is_dir():
+            raise ValueError(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
+        _, config = resolve_arguments(rest)
+        missing = [] if options.synthetic else missing_inputs(config)
+        if missing:
+            raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")
+        from visft_ds.profiling import measure  # imports torch and deepspeed, which costs seconds
+
+        if options.loader:
+            record = measure.measure_loader(config, options.steps, options.warmup, synthetic=options.synthetic)
+            text = render_loader(record)
+        else:
+            found = measure.measure(
+                config, options.steps, options.warmup, synthetic=options.synthetic, trace=options.trace
+            )
+            if found is None:
+                return 0
+            record, text = found, render(found)
+        print(text, flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except argparse.ArgumentError as error:
+        return tell(ValueError(str(error)))
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error)
+    return 0
+
+
+def render(record: dict[str, Any]) -> str:
+    """A line for each stream, its slowest rank's; below it the time by part and the planned memory by part."""
+    lines = [f"{'':16}{'images/s':>10}{'ms/step':>10}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}{'planned':>9}"]
+    for name in record["ranks"][0]:
+        one = max((rank[name] for rank in record["ranks"]), key=lambda found: statistics.median(found["seconds"]))
+        peak = max(rank[name]["peak"] for rank in record["ranks"])
+        seconds, planned = statistics.median(one["seconds"]), sum(one["planned"].values())
+        mfu = "" if one["utilisation"] is None else f"{one['utilisation']:.1%}"
+        rate = one["operations"] / seconds / 1e12
+        lines.append(
+            f"{name:16}{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{rate:10.3g}{mfu:>8}"
+            f"{peak / 2**30:10.2f}{planned / 2**30:9.2f}"
+        )
+        hooked = sum(one["parts"].values())
+        lines += [f"  {part:14}{1e3 * spent:20.1f}{spent / hooked:10.1%}" for part, spent in one["parts"].items()]
+        lines += [f"  {part:14}{size / 2**30:57.2f}" for part, size in one["planned"].items() if size]
+    return "\n".join(lines)
+
+
+def render_loader(record: dict[str, Any]) -> str:
+    """Samples a second of each stream, and milliseconds of a sample by part of its reading, summed over threads."""
+    lines = [f"{'':16}{'samples/s':>10}{'ms/sample':>11}"]
+    for name, one in record["loader"].items():
+        each = 1e3 / max(1, one["samples"])
+        lines.append(f"{name:16}{one['samples'] / one['seconds']:10.1f}{each * one['seconds']:11.2f}")
+        lines += [f"  {part:14}{each * spent:21.2f}" for part, spent in one["parts"].items() if spent]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Steps of the real run, measured: the model, engine and loader that `train` builds, without a run folder.
+
+Whole steps are timed in turn with steps that have marks around their parts, so that a machine whose speed drifts does
+so for both. With gloo and NCCL alike, what a rank waits for others lies in the part that waits.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from visft_ds.config import ResolvedConfig, changed
+from visft_ds.data.plan import Plan, StepPlan
+from visft_ds.data.samples import Batch
+from visft_ds.data.spans import Spent
+from visft_ds.model import counts_of, loss_denominators_of
+from visft_ds.monitor.metrics import versions
+from visft_ds.parallel import distributed
+from visft_ds.parallel.build import build_engine
+from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.pipeline import PipelineEngine
+from visft_ds.planner.cluster import peak_rate
+from visft_ds.planner.step import model_operations, plan_stream
+from visft_ds.prepare.data import RunData, open_data, open_loader
+from visft_ds.prepare.model import prepare_model
+from visft_ds.pretrained import local
+from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.run.machine import Machine, check_machine, settle_recompute
+from visft_ds.shards.build import Options, build
+from visft_ds.toy.annotations import write_toy_coco
+
+_IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
+_ROWS = 15  #: of the table of a trace
+#: Instruction of a pipeline -> part of a step.
+_INSTRUCTIONS = {"ForwardPass": "forward", "BackwardPass": "backward", "OptimizerStep": "optimizer"}
+
+
+@dataclass
+class StreamProfile:
+    """Steps of one kind on this rank."""
+
+    images: int  #: of a step, over all ranks
+    seconds: list[float]
+    parts: dict[str, float]  #: seconds of a step by part, mean
+    peak: int  #: bytes, of the allocator on a GPU, else of the process
+    planned: dict[str, int]  #: bytes by part
+    operations: int  #: of this rank's step, nothing computed twice
+    utilisation: float | None  #: of the GPU's dense peak (MFU); None: it is not known
+
+
+def measure(
+    config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool, trace: Path | None
+) -> dict[str, Any] | None:
+    """The record of all streams on the main process, None elsewhere. Collective."""
+    with open_session(config, synthetic=synthetic) as session:
+        found = {}
+        for name in session.config.visft.streams():
+            found[name] = asdict(session.measure(name, steps, warmup))
+            if trace is not None:
+                session.trace(name, trace)
+        ranks = distributed.gather_objects(found)
+        record = {"config": session.config.to_dict(), "versions": versions(), "ranks": ranks}
+    distributed.close()
+    return None if ranks is None else record
+
+
+def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool) -> dict[str, Any]:
+    """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each stream."""
+    found: dict[str, Any] = {}
+    with open_run_data(config, synthetic=synthetic) as (opened, data):
+        machine = check_machine(opened, data.vocabulary_size)
+        for name in opened.visft.streams():
+            loader = open_loader(opened.visft, only(data, name), machine.planned.batches)
+            samples, before, began = 0, dict[str, Spent](), 0.0
+            for number, (_, batches) in enumerate(loader.steps(0, warmup + steps)):
+                if number >= warmup:
+                    samples += sum(len(batch.images) for batch in batches)
+                elif number == warmup - 1:
+                    before, began = dict(loader.spent()), time.perf_counter()
+            seconds = time.perf_counter() - began
+            spent = {part: all_.wall - before[part].wall for part, all_ in loader.spent().items()}
+            loader.close()
+            found[name] = {"samples": samples, "seconds": seconds, "parts": spent}
+    return {"config": opened.to_dict(), "versions": versions(), "loader": found}
+
+
+# ------------------------------------------------------------------------------------------------------ session
+
+
+@contextmanager
+def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[ResolvedConfig, RunData]]:
+    """The data of a run that begins, of generated pictures if asked for, and its configuration. No run is read."""
+    with tempfile.TemporaryDirectory(prefix="visft-profile-") as folder:
+        run = config.visft.run.model_copy(update={"out": f"{folder}/run", "eval_every": 0, "keep_best": None})
+        config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
+        if synthetic:
+            config = with_random_weights(config, drawn_shards(config, Path(folder)))
+        yield open_data(config)
+
+
+@contextmanager
+def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
+    """Build what `train` builds, in its order, without a run folder."""
+    with ExitStack() as stack:
+        config, data = stack.enter_context(open_run_data(config, synthetic=synthetic))
+        machine = check_machine(config, data.vocabulary_size)
+        start_process_group()
+        config, machine = settle_recompute(config, machine)
+        prepared = prepare_model(
+            config.visft,
+            config.optimizer.params,
+            precision=machine.planned.precision,
+            heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
+            categories=data.categories,
+            vocabulary=data.vocabulary,
+            placement=machine.placement,
+        )
+        engine = build_engine(
+            prepared,
+            machine.deepspeed_config,
+            config.optimizer.params,
+            Schedule.of(config.scheduler, config.total_steps),
+            seed=config.visft.seed,
+            partition=machine.planned.partition,
+            compile=config.visft.model.compile,
+        )
+        yield Session(config, data, machine, stack.enter_context(released(engine)))
+
+
+def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
+    """Shards of generated pictures, twice the largest batch of them: in a few there is nothing for a task."""
+    count = 2 * max(stream.batch_size for stream in config.visft.streams().values())
+    tree, split = folder / "coco", config.visft.data.train
+    write_toy_coco(tree, train=count, val=0, height=_IMAGE[0], width=_IMAGE[1], max_shapes=18)
+    instances, captions = (tree / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions"))
+    build(Options(tree / "train2017", instances, captions, folder / "shards", split))
+    return folder / "shards"
+
+
+def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
+    """The same on other shards, with random values where files are not here: speed does not depend on values."""
+    settings = [f"visft.data.root={shards}", "visft.data.sets=[]"]
+    weights, heads, words = config.visft.model.weights, config.visft.heads.path, config.visft.tasks.with_words()
+    if words is not None and words[1].vocabulary.file is None:
+        settings.append(f"visft.tasks.{words[0]}.vocabulary.min_count=1")
+    if weights is not None and not local(weights).is_file():
+        settings.append("visft.model.weights=null")
+    if heads is not None and not Path(heads).exists():
+        settings += ["visft.heads.path=null", "visft.heads.start=random"]
+    return changed(config, settings)
+
+
+def only(data: RunData, stream: str) -> RunData:
+    """The data of a run that has this stream only: its batches in the order in which training meets them."""
+    plan = data.plan
+    return replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.shuffle, plan.views))
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to make steps."""
+
+    config: ResolvedConfig
+    data: RunData
+    machine: Machine
+    engine: Engine
+
+    def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
+        """Whole steps, in turn with steps by part. Collective."""
+        device, planned = self.engine.device, self.machine.planned
+        loader = open_loader(self.config.visft, only(self.data, stream), planned.batches)
+        steps = loader.steps(0, warmup + 2 * count)
+        plain: list[float] = []
+        parts: list[dict[str, float]] = []
+        for _ in range(warmup):
+            self._step(stream, *next(steps))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(count):
+            seconds, images = self._timed(stream, steps)
+            plain.append(seconds)
+            with timed_parts(self.engine) as watch:
+                seconds, images = self._timed(stream, steps)
+            found = {"data wait": loader.wait_seconds, **watch.seconds()}
+            parts.append({**found, "rest": seconds - sum(found.values())})
+        loader.close()
+        kind = self.config.visft.streams()[stream]
+        operations, rate = model_operations(planned, kind), peak_rate(device, planned.precision)
+        return StreamProfile(
+            images,
+            plain,
+            {part: statistics.fmean(one.get(part, 0.0) for one in parts) for part in parts[0]},
+            peak_memory(device),
+            asdict(plan_stream(planned, kind)),
+            operations,
+            None if rate is None else operations / statistics.median(plain) / rate,
+        )
+
+    def trace(self, stream: str, folder: Path) -> None:
+        """One step under torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its operators."""
+        cuda = self.engine.device.type == "cuda"
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
+        loader = open_loader(self.config.visft, only(self.data, stream), self.machine.planned.batches)
+        steps = loader.steps(0, 2)
+        self._step(stream, *next(steps))
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=activities, acc_events=True) as profiler:
+            self._timed(stream, steps)
+        loader.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stream}-rank{distributed.rank()}.json.gz"
+        profiler.export_chrome_trace(str(path))
+        if distributed.is_main():
+            by = "self_device_time_total" if cuda else "self_cpu_time_total"
+            print(f"{stream}: {path}\n{profiler.key_averages().table(sort_by=by, row_limit=_ROWS)}", flush=True)
+
+    def _timed(self, stream: str, steps: Iterator[tuple[StepPlan, list[Batch]]]) -> tuple[float, int]:
+        """(seconds from asking for the data to the end of the step, images of all ranks)."""
+        synchronize(self.engine.device)
+        began = time.perf_counter()
+        step_plan, batches = next(steps)
+        self._step(stream, step_plan, batches)
+        synchronize(self.engine.device)
+        return time.perf_counter() - began, len(step_plan.indices)
+
+    def _step(self, stream: str, step_plan: StepPlan, batches: Sequence[Batch]) -> None:
+        """As the training loop makes it."""
+        engine, what = self.engine, f"step {step_plan.step} of {stream}"
+        agreement = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
+        micro_batches = self.machine.planned.batches.micro_batches
+        denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
+        with self.machine.memory.watched_step(what, stream, batches):
+            engine.train_step(step_plan.step, batches, denominators)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds by part: CUDA events on a GPU, the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._marks = device, defaultdict[str, list[Any]](list)
+
+    def mark(self, part: str) -> None:
+        """Begin or end a part."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[part].append(event)
+        else:
+            self._marks[part].append(time.perf_counter())
+
+    def marked(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """The function, its time counted for a part."""
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.mark(part)
+            result = function(*arguments, **named)
+            self.mark(part)
+            return result
+
+        return call
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, from every odd mark to the even one behind it; waits for the device."""
+        synchronize(self._device)
+
+        def between(first: Any, last: Any) -> float:
+            return float(first.elapsed_time(last)) / 1e3 if self._device.type == "cuda" else float(last - first)
+
+        return {part: sum(map(between, marks[::2], marks[1::2])) for part, marks in self._marks.items()}
+
+
+class _TimedCriterion:
+    """A criterion whose calls are counted."""
+
+    def __init__(self, criterion: Any, watch: Stopwatch) -> None:
+        self._criterion, self._call = criterion, watch.marked(criterion, "criteria")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._criterion, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(*arguments, **named)
+
+
+@contextmanager
+def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
+    """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to do."""
+    watch, module = Stopwatch(engine.device), engine.module
+    with ExitStack() as stack:
+        if isinstance(engine, PipelineEngine):
+            instructions = {
+                kind: watch.marked(function, _INSTRUCTIONS.get(kind.__name__, "between stages"))
+                for kind, function in engine.deepspeed._INSTRUCTION_MAP.items()
+            }
+            stack.enter_context(patch.object(engine.deepspeed, "_INSTRUCTION_MAP", instructions))
+        else:
+            for part, owner in (("backbone", module.backbone), *(("heads", head) for head in module.heads.values())):
+                before = owner.register_forward_pre_hook(lambda *_, part=part: watch.mark(part), prepend=True)
+                after = owner.register_forward_hook(lambda *_, part=part: watch.mark(part))
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            criteria = {task: _TimedCriterion(criterion, watch) for task, criterion in module.criteria.items()}
+            stack.enter_context(patch.dict(module.criteria, criteria))
+            for name, part in (("backward", "backward"), ("step", "optimizer")):
+                timed = watch.marked(getattr(engine.deepspeed, name), part)
+                stack.enter_context(patch.object(engine.deepspeed, name, timed))
+        yield watch

@@ -1,0 +1,169 @@
+"""Commands that make one another's inputs: each runs once, and the same list goes on where it was stopped.
+
+A step needs those whose results, or the folder around them, its words name. It has finished when its record holds the
+same command and nothing that it needs ran after it. What it prints is in its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visft_ds.interop.writing import write_text
+from visft_ds.redaction import redacted_words
+from visft_ds.resilience.processes import same_code
+from visft_ds.run.lock import locked
+
+OUT = "{OUT}"  #: stands in the words of a command for the file or folder that it makes
+TAIL = 12  #: lines of a log that show why a step failed
+_PATIENCE = ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0))  # seconds to save, and to end at all
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of `visft`; `out` is what it makes."""
+
+    name: str
+    command: tuple[str, ...]
+    out: Path
+    needs: tuple[str, ...]
+    resumes: bool  #: continues from what it left behind; otherwise that is removed before it starts again
+
+
+class Steps:
+    """Steps of one folder, in an order in which they can run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.steps: dict[str, Step] = {}
+
+    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
+        """Add `visft WORDS` unless it is there; returns what it makes: ROOT/NAME, or `out` in ROOT."""
+        place = self.root / (out or name)
+        command = tuple(word.replace(OUT, str(place)) for word in words)
+        needs = tuple(step.name for step in self.steps.values() if any(_names(word, step.out) for word in command))
+        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes))
+        assert step.command == command, f"two steps are called {name}"
+        return place
+
+    def run(self, jobs: int = 1) -> dict[str, str]:
+        """Run what has not finished; returns name -> reason, of what failed.
+
+        Raises:
+            ValueError: another process works in the folder, or something there was not made by these steps.
+            KeyboardInterrupt: running steps were asked to save and have ended.
+        """
+        for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
+            if signal.getsignal(sign) == signal.SIG_DFL:
+                signal.signal(sign, signal.default_int_handler)
+        with locked(self.root, patience=1.0):
+            return self._run(jobs)
+
+    def _run(self, jobs: int) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        waiting = [step for step in self.steps.values() if not self._finished(step)]
+        unfinished = {step.name for step in waiting}
+        running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        try:
+            while waiting or running:
+                for step in [step for step in waiting if not unfinished.intersection(step.needs)]:
+                    if lost := [need for need in step.needs if need in failed]:
+                        failed[step.name] = f"needs {lost[0]}, which failed"
+                        unfinished.remove(step.name)
+                    elif len(running) == jobs:
+                        break
+                    else:
+                        running[step.name] = self._start(step), time.monotonic()
+                    waiting.remove(step)
+                time.sleep(0.1)
+                for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
+                    process, began = running.pop(name)
+                    unfinished.remove(name)
+                    if process.returncode:
+                        failed[name] = f"exit status {process.returncode}"
+                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
+                        path = self._path(name, "log")
+                        print(f"FAILED: {name}: {failed[name]}; the end of {path}:", *end, sep="\n", flush=True)
+                        continue
+                    seconds = round(time.monotonic() - began, 1)
+                    self._record(self.steps[name], seconds=seconds)
+                    print(f"  {name}: {seconds:.0f} s", flush=True)
+        finally:
+            for process, _ in running.values():
+                _stop(process)
+        return failed
+
+    def show(self) -> None:
+        """Print the commands, in order."""
+        for step in self.steps.values():
+            mark = " (finished)" if self._finished(step) else ""
+            print(f"# {step.name}{mark}\nvisft {shlex.join(redacted_words(step.command))}")
+
+    def log(self, name: str) -> str:
+        """What a step printed."""
+        return self._path(name, "log").read_text(encoding="utf-8", errors="replace")
+
+    def _finished(self, step: Step) -> bool:
+        return self._fresh(step) and "seconds" in self._read(step.name)
+
+    def _fresh(self, step: Step) -> bool:
+        """Return True if the step last ran with this command, and all that it needs had finished before."""
+        if self._read(step.name).get("command") != list(step.command):
+            return False
+        began = self._path(step.name).stat().st_mtime_ns
+        before = [self.steps[need] for need in step.needs]
+        return all(self._finished(one) and self._path(one.name).stat().st_mtime_ns <= began for one in before)
+
+    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+        if step.out.exists() and not (step.resumes and self._fresh(step)):
+            if not self._path(step.name, "log").is_file():
+                raise ValueError(f"{step.out} was not made by this command: choose another --out")
+            shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink()
+        self._record(step)
+        print(f"{step.name}\n  $ visft {shlex.join(redacted_words(step.command))}", flush=True)
+        words = [sys.executable, "-m", "visft_ds", *step.command]
+        with self._path(step.name, "log").open("wb") as log:
+            # A group of its own: an interrupt reaches launcher and ranks together, when `_stop` says so.
+            return subprocess.Popen(words, stdout=log, stderr=log, env=same_code(), start_new_session=True)
+
+    def _record(self, step: Step, **more: float) -> None:
+        text = json.dumps({"command": step.command, **more}) + "\n"
+        write_text(self._path(step.name), text, overwrite=True)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self._path(name)
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return record
+
+    def _path(self, name: str, suffix: str = "json") -> Path:
+        return self.root / "steps" / f"{name}.{suffix}"
+
+
+def _names(word: str, made: Path) -> bool:
+    """Return True if a word of a command names what a step makes, something in it, or just the folder around it."""
+    inside, around = (re.escape(str(place)) for place in (made, made.parent))
+    return re.search(rf"(?<![\w./-])({inside}(?![\w.-])|{around}(?![\w./-]))", word) is not None
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the group of a process to save and end, then make it end."""
+    for sign, patience in _PATIENCE:
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(ProcessLookupError):  # raised when nobody of the group is left
+            os.killpg(process.pid, sign)
+            while time.monotonic() < deadline:  # a launcher ends before the ranks that it started
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
