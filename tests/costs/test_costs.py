@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.options import head_of
 from visft_ds.costs import hardware
 from visft_ds.costs.counting import FlopMeter
 from visft_ds.costs.flops import Flops, TowerShape, packed_flops, tower_flops

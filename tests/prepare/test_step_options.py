@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.models.compiled import check_compiler, compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.planner.meta_step import Content
-from visft_ds.planner.step import PlannedRun, run_of
-from visft_ds.prepare.model import plan_groups
 from visft_ds.prepare.streams import fixed_sizes
 
 CPU = torch.device("cpu")
