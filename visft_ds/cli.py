@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 
 
@@ -91,4 +90,4 @@ def _refusal(words: Sequence[str]) -> str:
         return _usage()
     near = difflib.get_close_matches(words[0], COMMANDS, n=1)
     hint = f" did you mean {near[0]}?" if near else ""
-    return f"visft: no command {redacted(words[0])!r};{hint} visft --help lists them"
+    return f"visft: no command {words[0]!r};{hint} visft --help lists them"

@@ -25,7 +25,6 @@ if __name__ == "__main__":
     fake_cuda.start()
 
 from tests.parallel import engine_case as case
-from visft_ds.data.samples import Upload
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.tasks import matching
 
@@ -56,10 +55,10 @@ def step(watch: Watch, task: str) -> None:
     module.backbone.recompute = "block"
     config = case.engine_config("zero1", "bf16", accumulation=1)
     engine = ZeroEngine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
-    upload, on_host = Upload(engine.device), case.part(STEP[task], 0, 2)
+    on_host = case.part(STEP[task], 0, 2)
     for number in range(2):
         watch.on = number == 1
-        batch = upload(on_host)
+        batch = on_host.to(engine.device)
         agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [batch]), False, engine.device)
         report = engine.train_step(number, [batch], loss_denominators_of(agreed.counts, WORLD, engine.device))
         assert not report.refused and not report.skipped, report

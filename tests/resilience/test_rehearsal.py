@@ -14,8 +14,8 @@ from tests.coco_tree import write_tree
 from tests.options import alone, drawn, together
 from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.data.plan import generator
-from visft_ds.data.roles import sample_checksum
 from visft_ds.data.transforms import final_size
+from visft_ds.parallel.pipeline import sample_checksum
 from visft_ds.prepare.data import RunData, open_data
 from visft_ds.resilience.memory import Largest, _gathered, largest_batches
 from visft_ds.shards.build import Options, build

@@ -44,7 +44,7 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
     who: str, number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    words = command(shards, out, extra={**LONG, "visft.data.workers": "processes", "visft.data.num_workers": 1})
+    words = command(shards, out, extra={**LONG, "visft.data.num_workers": 1})
     ours = [sys.executable, "-m", "visft_ds", "train", "--num_gpus", "2", *words]
     process = start_command(ours if who.startswith("visft") else deepspeed(["launchers/train.py", *words]))
     family: list[psutil.Process] = []

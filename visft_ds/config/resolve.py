@@ -37,11 +37,9 @@ NOT_IDENTITY = (
     "visft.data.root",
     "visft.data.sets.*.root",
     "visft.data.sets.*.categories",  # its content counts
-    "visft.data.shuffle",  # what "auto" means counts
-    "visft.data.workers",
+    "visft.data.shuffle",  # the order of samples counts
     "visft.data.num_workers",
     "visft.data.prefetch_steps",
-    "visft.data.skip_damaged",
     "visft.data.cache*",
     "visft.features.cache",
     "visft.heads.path",

@@ -169,20 +169,17 @@ class DataConfig(StrictModel):
     val: Text = "val"
     weight: Above = 1.0  #: of ROOT/TRAIN beside the sets below
     sets: tuple[DataSetConfig, ...] = ()
-    shuffle: Literal["auto", "full", "windowed"] = "auto"  #: auto: windowed for a URL, full for a folder
-    workers: Literal["auto", "threads", "processes"] = "auto"
-    num_workers: Positive | None = None  #: of each training process; null: chosen for the machine
+    shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: for a URL only
+    num_workers: Count | None = None  #: processes of each training process that read; null: chosen for the machine
     prefetch_steps: Count = 2
-    skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for whole copies of remote shards that were read; null: keep nothing
-    cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
+    cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
+    cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
 
 
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
 
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
-    storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: format that features are rounded to, also where none are kept
     cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
 
 

@@ -14,7 +14,7 @@ from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_Z
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
-from visft_ds.redaction import refuse_secrets
+from visft_ds.redaction import is_secret, refuse_secrets
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -109,7 +109,7 @@ def _render(errors: Sequence[tuple[str, str]], tree: Tree) -> str:
     lines = [f"the configuration has {len(errors)} error{'s' if len(errors) > 1 else ''}:"]
     for key, message in errors:
         found, value = _lookup(tree.values, key)
-        given = f" = {shorten(value)}" if found else ""
+        given = f" = {shorten('***' if is_secret(key.rpartition('.')[2]) else value)}" if found else ""
         source = tree.source(key) if found else None
         lines.append(f"  {key}{given}{f' ({source})' if source else ''}: {message}")
     return "\n".join(lines)
@@ -134,6 +134,9 @@ def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in zero if isinstance(zero, dict) else ():
         if key in REFUSED_ZERO:
             yield f"zero_optimization.{key}", f"may not be set: {REFUSED_ZERO[key]}"
+    for key, value in leaves(values):
+        if isinstance(value, str) and value and is_secret(key.rpartition(".")[2]):
+            yield key, "holds a secret, which would be stored with every run: give it as an environment variable"
     for key, value in leaves({name: values[name] for name in values if name not in ("visft", *REFUSED)}):
         if value == "auto":
             yield (
@@ -307,11 +310,6 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             "must be false with visft.features: images whose features are kept pass through the backbone one by one, "
             "without padding",
         )
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with visft.features: pixels are read in some epochs only, and damage would be seen in those",
-        )
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
@@ -361,11 +359,6 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
         )
     if zero.overlap_comm:
         yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with a pipeline: its stages read pixels and labels apart and would not skip the same samples",
-        )
     for name in ("tensorboard", "wandb", "csv_monitor", "comet"):
         if getattr(keys, name) is not None:
             yield (

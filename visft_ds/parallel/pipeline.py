@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import Place, check_same_samples, sample_checksum
+from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
@@ -362,3 +363,34 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
     }
     earlier = {task: {"aux": ()} if hasattr(output, "aux") else {} for task, output in outputs.items()}
     return {task: replace(output, **tensors[task], **earlier[task]) for task, output in outputs.items()}
+
+
+def sample_checksum(batch: Batch) -> Tensor:
+    """(1,) int64: crc32 over indices, image ids and random keys, in their order."""
+    value = 0
+    for tensor in (batch.indices, batch.image_ids, batch.random_keys):
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
+    return torch.tensor([value])
+
+
+def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1) -> None:
+    """Compare the checksum that came with activations with that of the labels, in every `every`-th step.
+
+    Comparing makes the host wait for the device, which is why it need not happen in each step.
+
+    Args:
+        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
+        batch: what this stage has read.
+
+    Raises:
+        RuntimeError: activations and labels belong to different samples.
+    """
+    if step % every:
+        return
+    ours, theirs = int(sample_checksum(batch)), int(received)
+    if ours != theirs:
+        raise RuntimeError(
+            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
+            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
+            "follow the same plan"
+        )

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.spans import span
 from visft_ds.data.transforms import Op
 from visft_ds.ops.copies import to_device
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
@@ -59,19 +58,18 @@ def caption_targets(
     else the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`),
     never an empty or a cut one.
     """
-    with span("tokens"):
-        cut = [caption_words(caption) for caption in raw.captions]
-        usable = [words for words in cut if 1 <= len(words) <= max_words]
-        tokens = [vocabulary.start]
-        if usable:
-            place = 0
-            if choice == "random":
-                place = int(generator.integers(0, len(usable)))
-            elif choice == "consensus":
-                place = consensus(usable)
-            tokens = vocabulary.encode_words(usable[place])
-        references = np.array(list(raw.captions), dtype=object)
-        return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
+    cut = [caption_words(caption) for caption in raw.captions]
+    usable = [words for words in cut if 1 <= len(words) <= max_words]
+    tokens = [vocabulary.start]
+    if usable:
+        place = 0
+        if choice == "random":
+            place = int(generator.integers(0, len(usable)))
+        elif choice == "consensus":
+            place = consensus(usable)
+        tokens = vocabulary.encode_words(usable[place])
+    references = np.array(list(raw.captions), dtype=object)
+    return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
 
 
 def consensus(captions: Sequence[Sequence[str]]) -> int:

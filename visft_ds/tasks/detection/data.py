@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.spans import span
 from visft_ds.data.transforms import (
     Crop,
     FloatArray,
@@ -108,20 +107,19 @@ def detection_targets(
 
     Raises ValueError for a category that `labels` lacks.
     """
-    with span("boxes"):
-        used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
-        xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-        ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-        classes = ids if labels is None else labels_of(used, labels)
-        boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
-        kept = _has_area(boxes)
-        boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
-        kept = _has_area(boxes)
-        boxes, classes = boxes[kept], classes[kept]
-        height, width = final_size(raw.size, ops)
-        centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-        return {"boxes": relative.astype(np.float32), "labels": classes}
+    used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
+    ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+    classes = ids if labels is None else labels_of(used, labels)
+    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
+    kept = _has_area(boxes)
+    boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
+    kept = _has_area(boxes)
+    boxes, classes = boxes[kept], classes[kept]
+    height, width = final_size(raw.size, ops)
+    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+    return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
 def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:

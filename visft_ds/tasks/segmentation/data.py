@@ -19,7 +19,6 @@ from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.shards import Manifest
-from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
 from visft_ds.ops.copies import to_device
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
@@ -141,8 +140,7 @@ def image_targets(
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Targets of an image; see `segmentation_targets`."""
     try:
-        with span("masks"):
-            return segmentation_targets(raw.annotations, raw.size, ops, mask_stride, labels)
+        return segmentation_targets(raw.annotations, raw.size, ops, mask_stride, labels)
     except ValueError as error:
         raise ValueError(f"image {raw.image_id}: {error}") from error
 
