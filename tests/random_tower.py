@@ -31,13 +31,11 @@ def random_tower(seed: int | None = None, *, class_token: bool = True, post_norm
 
 
 def move_adapters(model: nn.Module, *, spread: float = 0.3) -> None:
-    """Give adapters an effect, which they have not at the start: their B, and magnitudes where there are any."""
+    """Give adapters an effect, which they have not at the start: their B."""
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             if name.endswith("lora_B"):
                 parameter.normal_(std=spread)
-            elif name.endswith("lora_magnitude"):
-                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
 
 
 def save_backbone(
@@ -57,7 +55,7 @@ def save_backbone(
 @torch.no_grad()
 def change_of(layer: AdaptedLayer) -> Tensor:
     """The dense change of its weight."""
-    return layer.adapted.change(layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scale)
+    return layer.adapted.update(layer.lora_A, layer.lora_B, layer.scale).view_as(layer.weight)
 
 
 @torch.no_grad()
@@ -66,8 +64,6 @@ def fold_adapters(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         layer.weight += change_of(layer)
         layer.lora_B.zero_()
-        if layer.lora_magnitude is not None:
-            layer.lora_magnitude.copy_(layer.first_magnitude(layer.weight))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

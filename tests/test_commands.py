@@ -51,15 +51,14 @@ def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch)
     assert given == [["--local_rank=1", "--run", "r"]]
 
 
-def test_num_gpus_starts_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda _, words: started.append(words[1:]))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
+def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("visft_ds.cli.start_ranks", lambda words, count: started.append((words, count)) or 0)
     for given in (["--num_gpus", "8"], ["--num_gpus=8"]):
-        main(["train", "--stage", "2", *given, "--dry-run"])
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "8", "--module", "visft_ds"]
-    assert started == [[*launcher, "train", "--stage", "2", "--dry-run"]] * 2
-    assert main(["train", "--num_gpus", "all"]) == 2 and "give the number of processes" in capsys.readouterr().err
+        assert main(["evaluate", "--run", "r", *given]) == 0
+    assert started == [(["evaluate", "--run", "r"], 8)] * 2
+    for command in ("train", "evaluate"):
+        assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

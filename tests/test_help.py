@@ -86,7 +86,7 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     parser.add_argument("--local_rank")
     parser.add_subparsers().add_parser("build").add_argument("--shard-size")
     for words, told in (
-        (["build", "--shard-sise", "3"], "unrecognized arguments: --shard-sise 3; did you mean --shard-size?\n"),
+        (["build", "--shard-sise", "3"], "unrecognized arguments: --shard-sise; did you mean --shard-size?\n"),
         (["--xyz"], "unrecognized arguments: --xyz\n"),
     ):
         with pytest.raises(SystemExit):

@@ -6,8 +6,6 @@ The public names are those of `_PUBLIC`; each is imported when it is first asked
 import sys
 from importlib import import_module
 from pathlib import Path
-from traceback import format_exception, walk_tb
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,41 +57,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-#: Functions in which a program still imports itself: what costs seconds is imported when its flags are right.
-_IMPORTING = ("<module>", "main", "_parser")
-
-
 def program(command: str) -> str:
     """Name of a command for its usage line, as it was typed: `visft COMMAND`, or a script of the checkout."""
     script = Path(sys.argv[0]).resolve()
     return f"{script.parent.name}/{script.name}" if script.parent in _SHELLS else f"visft {command}"
-
-
-def _name_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say what to do where a program of this package cannot even be imported."""
-    name = error.name if isinstance(error, ModuleNotFoundError) else None
-    codes = [frame.f_code for frame, _ in walk_tb(trace)]
-    importing = all(
-        code.co_name in _IMPORTING or "importlib" in code.co_filename or "runpy" in code.co_filename for code in codes
-    )
-    if name is None or name.startswith(f"{__name__}.") or not importing:
-        from visft_ds.redaction import redacted
-
-        print(redacted("".join(format_exception(kind, error, trace))), end="", file=sys.stderr)
-        return
-    remedy = "Enter the project's environment: `make install` once, then `. .venv/bin/activate`"
-    if CHECKOUT is None:
-        remedy = f"`{sys.executable} -m pip check` names all that visft_ds lacks there; install it with pip"
-    print(f"{Path(sys.argv[0]).name}: no package {name!r} in {sys.executable}. {remedy}", file=sys.stderr)
-
-
-def _is_main() -> bool:
-    """Return True if the process runs a command of this package, not somebody's program that imports it."""
-    if sys.argv[0] == "-m":  # the module is being looked for, and nothing else says yet which one
-        return any(word.partition(".")[0] == __name__ for word in sys.orig_argv[1:])
-    script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
-    return script.parent in _SHELLS or script.name in ("visft", "visft.exe")
-
-
-if _is_main():
-    sys.excepthook = _name_missing_package

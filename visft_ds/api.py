@@ -22,7 +22,7 @@ from visft_ds.config.cli import (
 )
 from visft_ds.config.layers import AnyPath
 from visft_ds.monitor.callbacks import Callback
-from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.stop import StopFlag
 
 if TYPE_CHECKING:
     from visft_ds.train import FitResult

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.redaction import redacted
-from visft_ds.resilience.processes import without_num_gpus
+from visft_ds.resilience.processes import start_ranks, without_num_gpus
 
 
 class Program(NamedTuple):
@@ -58,21 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_refusal(words), file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
-    others, count = without_num_gpus(words)
-    if words[0] in PARALLEL and count is not None and "RANK" not in os.environ:
-        return _start_ranks(others, count)
+    if words[0] in PARALLEL and words[0] != "train" and "RANK" not in os.environ:
+        try:
+            others, count = without_num_gpus(words)
+        except ValueError as error:
+            print(f"visft {words[0]}: {error}", file=sys.stderr)
+            return 2
+        if count is not None:
+            return start_ranks(others, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))
-
-
-def _start_ranks(words: Sequence[str], count: str) -> int:
-    """Become deepspeed's launcher of that many processes, deaf to the Ctrl-C that they get as well: they save and end,
-    where it would die with a traceback. Returns only where no number was given."""
-    if not count.isdecimal() or int(count) == 0:
-        print(f"visft {words[0]}: --num_gpus {count}: give the number of processes, one for each GPU", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    launcher = ("deepspeed.launcher.runner", "--num_gpus", count, "--module", "visft_ds")
-    os.execv(sys.executable, [sys.executable, "-m", *launcher, *words])
 
 
 def _usage() -> str:
@@ -98,4 +90,4 @@ def _refusal(words: Sequence[str]) -> str:
         return _usage()
     near = difflib.get_close_matches(words[0], COMMANDS, n=1)
     hint = f" did you mean {near[0]}?" if near else ""
-    return f"visft: no command {redacted(words[0])!r};{hint} visft --help lists them"
+    return f"visft: no command {words[0]!r};{hint} visft --help lists them"

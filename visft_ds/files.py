@@ -85,7 +85,7 @@ def sync_folder(path: Path) -> None:
 def read_bytes(path: Path | str, most: int = MAX_BYTES) -> bytes:
     """Content of a regular file. Raises what `open_regular` raises."""
     with open_regular(path, most) as file:
-        return file.read(most)
+        return file.read(os.fstat(file.fileno()).st_size)  # read(n) allocates n bytes at once
 
 
 def open_image(source: Path | str | bytes, name: str | None = None, *, upright: bool = True) -> Image.Image:
@@ -112,8 +112,14 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
         if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
             raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
         image.load()
-        turn = _orientation(image) if upright else 1
-        rgb = to_rgb(image)
+        return upright_rgb(image) if upright else to_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, turned as its EXIF says; EXIF that cannot be read turns nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other tags
+        turn, rgb = _orientation(image), to_rgb(image)
     if turn == 1:
         return rgb
     rgb.getexif()[_ORIENTATION] = turn

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import NoReturn
 
 from visft_ds import CHECKOUT
-from visft_ds.redaction import redacted
 
 _UNKNOWN = "unrecognized arguments: "
 #: Packages of the extra `eval`, as they are imported.
@@ -26,10 +25,14 @@ class Parser(argparse.ArgumentParser):
         """Print usage and the message, then end with status 2."""
         if message.startswith(_UNKNOWN):
             known = _flags(self)
-            for word in message.removeprefix(_UNKNOWN).split():
-                near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)
+            words = message.removeprefix(_UNKNOWN).split()
+            # What stands behind an unknown flag is not repeated: it may be a secret.
+            flags = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+            message = _UNKNOWN + " ".join(flags)
+            for word in flags:
+                near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
                 message += f"; did you mean {near[0]}?" if word.startswith("--") and near else ""
-        super().error(redacted(message))
+        super().error(message)
 
 
 def check_least(given: object, **least: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.features import FeatureCache, StoredFeatures
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
@@ -190,11 +190,11 @@ class MultiTaskModel(nn.Module):
             if stored is None:
                 pixels = self.pixels(batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]], size)
                 with torch.no_grad():
-                    features = self.backbone(pixels)[0].float().permute(1, 2, 0)
-                stored = StoredFeatures.pack(features, self.feature_cache.storage)
+                    features = self.backbone(pixels)[0].permute(1, 2, 0)
+                stored = features.bfloat16()
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
-            features = stored.unpack()
+            features = stored.float()
             images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
         features, valid = (stack_padded(parts) for parts in zip(*images, strict=True))
         return features.permute(0, 3, 1, 2), valid

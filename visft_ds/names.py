@@ -1,18 +1,9 @@
-"""Names of files that stand in other files: indexes, descriptions of data sets, manifests.
+"""Names of files that stand in other files, such as annotation files: they may not lead out of their folder.
 
-A name may not lead out of the folder that it is meant for. What a user has put into the folder under that name, a link
-to another disk among it, is the user's own business and is followed.
+What a user has put into the folder under that name, a link to another disk among it, is followed.
 """
 
 from __future__ import annotations
-
-import re
-import unicodedata
-
-#: Most file systems hold no longer part of a path, and no longer path.
-_MOST_BYTES, _MOST_BYTES_IN_ALL = 255, 4095
-#: Names that are devices on some systems, in every folder and with every suffix.
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])\s*(\..*)?", re.IGNORECASE)
 
 
 def wrong_name(name: str, *, folders: bool = False) -> str | None:
@@ -22,20 +13,11 @@ def wrong_name(name: str, *, folders: bool = False) -> str | None:
         folders: it may have folders in it, divided by "/".
     """
     parts = name.split("/")
-    if not name:
-        return "it is empty"
-    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
-        return "it has control characters"
+    if not name or not name.isprintable():
+        return "it is empty or has control characters"
     if not folders and (len(parts) > 1 or "\\" in name or name == "."):
         return "it is not a plain file name"
-    if name.startswith("/") or ".." in parts:
-        return "it leads out of its folder"
-    sizes = [len(part.encode()) for part in parts]
-    if max(sizes) > _MOST_BYTES or sum(sizes) + len(sizes) - 1 > _MOST_BYTES_IN_ALL:
-        return f"it is too long: {max(sizes)} bytes, systems allow {_MOST_BYTES}, and {_MOST_BYTES_IN_ALL} with folders"
-    if any(_DEVICE.fullmatch(part) for part in parts):
-        return "it is the name of a device on some systems"
-    return None
+    return "it leads out of its folder" if name.startswith("/") or ".." in parts else None
 
 
 def checked_name(name: str, where: object, *, folders: bool = False) -> str:
@@ -47,4 +29,4 @@ def checked_name(name: str, where: object, *, folders: bool = False) -> str:
 
 def shown_name(name: str) -> str:
     """The name for a message: signs that would end its line or move a terminal's cursor are written as escapes."""
-    return "".join(sign.encode("unicode_escape").decode() if not sign.isprintable() else sign for sign in name)
+    return name if name.isprintable() else repr(name)

@@ -11,18 +11,21 @@ from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
-from visft_ds.prepare.data import Loader, RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
-from visft_ds.resilience.signals import StopFlag
-from visft_ds.resilience.watchdog import Watchdog, watch
+from visft_ds.resilience.stop import Stop, StopFlag
+from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
@@ -38,7 +41,7 @@ from visft_ds.run.record import keep_random_base, write_record
 from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
-from visft_ds.run.validation import Validation, validation_of
+from visft_ds.run.validation import Validation, told_of_learning, validation_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Run:
     config: ResolvedConfig
     data: RunData
     machine: Machine
-    loader: Loader
+    loader: StepLoader
     engine: Engine
     state: RunState  #: checkpoints
     validation: Validation | None  #: None: no evaluation during training
@@ -63,7 +66,7 @@ class FitResult:
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
-    requeue: bool  #: SIGUSR1 asked for the job to be queued again
+    stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
     @property
@@ -101,12 +104,8 @@ def train(
 
     # 4: from here on all ranks act together.
     start_process_group()
-    alike = machine.planned.partition is None
-    with (
-        ExitStack() as at_the_end,
-        locked_for_all_ranks(out),
-        watch(out, config.visft.run.heartbeat_timeout, config.visft.run.step_timeout, alike=alike) as watchdog,
-    ):
+    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
+    with ExitStack() as at_the_end, locked_for_all_ranks(out), watchdog.watching():
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
@@ -159,7 +158,9 @@ def train(
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
-        opened = open_log(config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks)
+        opened = open_log(
+            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+        )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
@@ -168,22 +169,26 @@ def train(
                     state.report_saves(log, wait=True)
                 finally:
                     loader.close()  # what is read ahead must not hold up the end
-            finished = complete or step >= config.total_steps
+            finished, learnt = complete or step >= config.total_steps, dict[str, float]()
             if finished:
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
                     validation.poll(log, wait=True)
                 state.export(state.take_best(step, log), base_sha256, prepared.base)
-            requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
+            if finished and validation:
+                learnt = validation.learnt(engine.predict, first_of(data.sets), log)
+            stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
             distributed.close()
-            watchdog.leave("done" if finished else f"stopped: {stop.why()}")
+            watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
+                for line in told_of_learning(learnt, log.writer.last):
+                    log.message(line)
             elif validation:
                 validation.leave(log)
             state.delete_obsolete()
-            return FitResult(out, step, finished, requeue, log.writer.last)
+            return FitResult(out, step, finished, stopped, log.writer.last)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visft_ds.data.permutation import Int64Array, shuffled, shuffled_in_windows
-from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan, generator
+from visft_ds.data.permutation import Int64Array, shuffled
+from visft_ds.data.plan import WINDOW, Plan, SetPlan, StepPlan, TaskPlan, generator
 
 
 def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:
@@ -65,7 +65,8 @@ def test_every_sample_has_its_turn() -> None:
 def test_counting_steps_is_exact(ratios: list[int], seed: int, steps: int) -> None:
     plan = Plan({f"t{n}": one(2, 1, ratio) for n, ratio in enumerate(ratios)}, seed)
     tasks = [plan.task_of(step) for step in range(steps)]
-    assert {name: plan.steps_before(steps, name) for name in plan.tasks} == {n: tasks.count(n) for n in plan.tasks}
+    turns = plan._turns
+    assert {name: turns.before(steps, name) for name in plan.tasks} == {n: tasks.count(n) for n in plan.tasks}
 
 
 def test_shares_hold_at_every_moment_and_far_away(plan: Plan) -> None:
@@ -74,13 +75,13 @@ def test_shares_hold_at_every_moment_and_far_away(plan: Plan) -> None:
         for task, share in shares.items():
             # The discrepancy of a golden-ratio sequence grows like log(step); independent draws would be off by
             # sqrt(step * share), more than 20 at step 2000 and 500 at step 10**6.
-            assert abs(plan.steps_before(step, task) - share * step) < 6
+            assert abs(plan._turns.before(step, task) - share * step) < 6
 
 
 def test_a_far_step_needs_no_walk(plan: Plan) -> None:
     step = 10**15 + 3
     part = plan.step(step)
-    assert part.position == plan.steps_before(step, part.task)
+    assert part.position == plan._turns.before(step, part.task)
     assert part.epoch == part.position // plan.steps_per_epoch(part.task, "coco")
 
 
@@ -120,7 +121,6 @@ def test_values_never_change() -> None:
     assert "".join(plan.task_of(step) for step in range(12)) == TASKS
     assert _numbers(plan.step(0)) == FIRST
     assert _numbers(plan.step(1000)) == LATER
-    assert _numbers(Plan({"a": one(5000, 3, 2), "b": one(9, 3, 1)}, 42, "windowed").step(1)) == WINDOWED
 
 
 def _numbers(part: StepPlan) -> tuple[str, int, list[int], list[int]]:
@@ -130,25 +130,12 @@ def _numbers(part: StepPlan) -> tuple[str, int, list[int], list[int]]:
 TASKS = "babaabaababa"
 FIRST = ("b", 0, [0, 3, 6], [7311271866402548978, 8900319891796037487, 2316143959832345644])
 LATER = ("b", 111, [7, 6, 8], [7275307816023506852, 1682867220053535959, 5117441374459245755])
-WINDOWED = ("a", 0, [2503, 2736, 3618], [6056820146106752157, 6994206930960671712, 230291529258694797])
 
 
-@pytest.mark.parametrize(
-    ("tasks", "message"),
-    [
-        ({"a": one(25, 32)}, "'coco' has 25 samples for it, fewer than one global batch of 32"),
-        ({"a": one(25, 32)}, r"a global batch of at most 25 \(visft.tasks.a.batch_size\)"),
-        ({"shared": one(25, 32)}, r"at most 25 \(visft.shared.batch_size\)"),
-    ],
-)
-def test_impossible_plans_are_refused(tasks: dict[str, TaskPlan], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Plan(tasks, seed=0)
-
-
-def test_a_batch_that_cannot_be_split_is_refused(plan: Plan) -> None:
-    with pytest.raises(ValueError, match=r"global batch of 12 cannot be split over 5 .* x 1"):
-        plan.split(plan.step(0), 0, 5, 1)
+@pytest.mark.parametrize(("task", "key"), [("a", "visft.tasks.a.batch_size"), ("shared", "visft.shared.batch_size")])
+def test_a_set_smaller_than_a_batch_is_refused(task: str, key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        Plan({task: one(25, 32)}, seed=0)
 
 
 # Data sets
@@ -191,32 +178,18 @@ def test_each_set_has_epochs_of_its_own_in_every_task() -> None:
     assert seen["detection", "coco", 0] != seen["captioning", "coco", 0]
 
 
-def test_the_state_is_three_numbers_and_a_fingerprint() -> None:
-    plan = Plan(SETS, seed=3)
-    state = plan.state(17)
-    assert {name: value for name, value in state.items() if name != "fingerprint"} == {
-        "step": 17,
-        "seed": 3,
-        "version": 2,
-    }
+def test_what_decides_the_order_is_described() -> None:
     bigger = {**SETS, "detection": TaskPlan({"coco": SetPlan(np.arange(91), 3)}, 8, 2)}
-    others = [Plan(SETS, 3, "windowed"), Plan(bigger, 3), Plan({"detection": SETS["detection"]}, 3)]
-    assert len({state["fingerprint"], *(other.fingerprint() for other in others)}) == 4
-    assert Plan(dict(reversed(SETS.items())), 4).fingerprint() == state["fingerprint"]
-
-
-def test_substitutes_belong_to_the_sample_and_lie_in_its_set() -> None:
-    plan = Plan(SETS, seed=3)
-    part = plan.step(0)
-    found = [plan.substitute(part, int(part.keys[0]), attempt) for attempt in (1, 2, 3)]
-    assert found == [Plan(SETS, seed=3).substitute(part, int(part.keys[0]), attempt) for attempt in (1, 2, 3)]
-    assert len(set(found)) > 1 and max(found) < len(SETS[part.task].sets[part.dataset].samples)
+    windows = {"detection": TaskPlan({"coco": SetPlan(np.arange(90), 3, np.arange(90) // 9)}, 8, 2)}
+    plans = [Plan(SETS, 3), Plan(SETS, 4), Plan(SETS, 3, 2), Plan(bigger, 3), Plan(windows, 3)]
+    assert len({plan.describe() for plan in plans}) == len(plans)
+    assert Plan(dict(reversed(SETS.items())), 3).describe() == plans[0].describe()
 
 
 # The order inside a set
 
 
-@given(st.integers(1, 5000), st.integers(0, 2**64 - 1), st.sampled_from([shuffled, shuffled_in_windows]))
+@given(st.integers(1, 5000), st.integers(0, 2**64 - 1), st.sampled_from([shuffled]))
 @settings(max_examples=60, deadline=None)
 def test_every_sample_has_exactly_one_place(size: int, key: int, order: Callable[..., Int64Array]) -> None:
     whole = order(np.arange(size), size, key)
@@ -237,20 +210,17 @@ def test_all_orders_are_equally_likely(size: int) -> None:
     assert abs(chi_square - (orders - 1)) < 4 * (2 * (orders - 1)) ** 0.5
 
 
-def test_a_windowed_order_stays_near_and_a_full_one_does_not() -> None:
-    size, batch = 117_266, 64
-    touched = {}
-    for name, order in (("full", shuffled), ("windowed", shuffled_in_windows)):
-        batches = [order(np.arange(first, first + batch), size, 5) for first in range(0, 40 * batch, batch)]
-        touched[name] = np.mean([len(np.unique(indices // 64)) for indices in batches])
-        spread = np.mean([indices.std() for indices in batches]) / (size / 12**0.5)
-        # 1: a batch is spread over the file like independent draws
-        assert spread > (0.97 if name == "full" else 0.85), (name, spread)
-    # a window has 16 blocks of 64 neighbours, which straddle up to 32 aligned ones
-    assert touched["full"] > 60 and touched["windowed"] < 33, touched
-
-
-def test_samples_left_out_of_a_windowed_epoch_differ_between_epochs() -> None:
-    plan = Plan({"a": one(130, 64)}, 0, "windowed")
-    left_out = [set(range(130)) - {i for s in (2 * e, 2 * e + 1) for i in plan.step(s).indices} for e in range(6)]
-    assert all(len(rest) == 2 for rest in left_out) and len(set.union(*left_out)) > 6
+def test_a_windowed_order_needs_each_shard_once_an_epoch() -> None:
+    shards = np.repeat(np.arange(20), 25)
+    plan = Plan({"a": TaskPlan({"coco": SetPlan(np.arange(500), 1, shards)}, 10)}, seed=1)
+    epochs = []
+    for epoch in range(3):
+        steps = [plan.step(step).indices for step in range(50 * epoch, 50 * epoch + 50)]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(500))
+        used = [set(shards[indices].tolist()) for indices in steps]
+        for shard in range(20):
+            places = [step for step, numbers in enumerate(used) if shard in numbers]
+            assert places[-1] - places[0] < WINDOW * 25 // 10, "one stretch, no longer than a window"
+        assert max(map(len, used)) == WINDOW
+        epochs.append(steps[0].tolist())
+    assert len(set(map(tuple, epochs))) == 3

@@ -147,7 +147,7 @@ def load_stage2(world: World) -> EvaluationModel:
 def _predictions(world: World, shards: Path) -> dict[str, Results]:
     model = load_stage2(world)
     with ShardReader(Manifest.load(shards, "val")) as reader:
-        collected = collect(model.predict, reader, world.configs[2].visft.streams(), model.vocabulary, threads=0)
+        collected = collect(model.predict, reader, world.configs[2].visft.streams(), model.vocabulary, num_workers=0)
     assert collected is not None
     return collected
 

@@ -150,7 +150,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
     with ShardReader(Manifest.load(world.shards, "val")) as reader:
         for task, stream in config.visft.streams().items():
             pipeline = pipeline_of(stream, model.vocabulary, train=False)
-            batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, threads=0)))
+            batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, num_workers=0)))
             with torch.no_grad():
                 wanted = prepared(batch)[task]
             got = model.predict(batch)[task]
@@ -269,7 +269,7 @@ def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
     totals = {1: 0.0, 2: 0.0}
     with ShardReader(Manifest.load(world.shards, "val")) as reader, torch.no_grad():
         pipeline = pipeline_of(stream, model.vocabulary, train=False)
-        for batch in evaluation_batches(reader, pipeline, 1, 0, 1, threads=0):
+        for batch in evaluation_batches(reader, pipeline, 1, 0, 1, num_workers=0):
             features = model.module.features(batch)
             image = int(batch.image_ids[0])
             for beams, evaluation in ((1, whole), (2, searched)):

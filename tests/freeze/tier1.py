@@ -66,7 +66,6 @@ _STAGE2: Mapping[str, Settings] = {
     "stage2-qv-sizes": SIZES,
     "stage2-qv-packed": _PACKED,
     "stage2-linears": {**LESS, "visft.lora.targets": ["q", "k", "v", "proj", "fc1", "fc2"]},
-    "stage2-dora": {**LESS, "visft.lora.magnitude": True},
     "stage2-full": {**LESS, "visft.lora": None, "visft.param_groups": "backbone.*"},
     "stage2-lora-and-norms": {**LESS, "visft.param_groups": "backbone.*.lora_*,backbone.*norm*"},
     "stage2-joint": {**LESS, "visft.heads.start": "random", "visft.heads.path": None},

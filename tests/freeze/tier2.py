@@ -96,10 +96,7 @@ def _merges() -> list[Case]:
         merge("timm-bf16", "--dtype", "bf16"),
         merge("timm-scaled", "--scale", "0.5"),
         merge("average", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
-        *(
-            merge(run, runs=(run,))
-            for run in ("stage2-qv", "stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")
-        ),
+        *(merge(run, runs=(run,)) for run in ("stage2-qv", "stage2-linears", "stage2-full", "stage2-lora-and-norms")),
         merge("convnext", "--verify", runs=("convnext-stage2",)),
         merge("convnext-peft", "--format", "peft", runs=("convnext-stage2",)),
     ]
@@ -198,7 +195,7 @@ def _errors() -> list[Case]:
     for line in Path(__file__).with_name("bad_commands.txt").read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             name, words = line.split(": ", 1)
-            needs = ("shards", "train/stage1-shared", "train/stage2-qv", "train/stage2-full", "train/stage2-dora")
+            needs = ("shards", "train/stage1-shared", "train/stage2-qv", "train/stage2-full")
             found.append(Case(f"error/{name}", ((tuple(shlex.split(words)),),), printed, needs, status=None))
     return found
 

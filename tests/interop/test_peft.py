@@ -196,7 +196,7 @@ def test_an_adapter_that_peft_trained_on_the_whole_qkv_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "DoRA on the fused qkv"),
+        ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"peft_type": "IA3"}, "type 'IA3' are not LoRA"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),

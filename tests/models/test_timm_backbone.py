@@ -20,7 +20,7 @@ from visft_ds.interop.adapter import Adapter, adapter_of_run
 from visft_ds.interop.backbones import load_timm, open_backbone
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, read_adapter, verify_merge
-from visft_ds.interop.peft import README, TIMM_FILE, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
+from visft_ds.interop.peft import README, TIMM_FILE, WEIGHTS, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -37,15 +37,15 @@ ADAPTED = {
 }
 
 
-def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | None = None) -> TimmBackbone:
+def _adapted(name: str, *, targets: tuple[str, ...] | None = None) -> TimmBackbone:
     backbone = build_timm(name).eval()
-    inject_lora(backbone, rank=3, alpha=1.5, targets=targets or ADAPTED[name], magnitude=magnitude)
+    inject_lora(backbone, rank=3, alpha=1.5, targets=targets or ADAPTED[name])
     move_adapters(backbone, spread=0.1)
     return backbone
 
 
-def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> Adapter:
-    lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name], magnitude=magnitude)
+def _adapter(backbone: TimmBackbone, name: str) -> Adapter:
+    lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name])
     tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
     return adapter_of_run(lora, tensors, backbone)
 
@@ -177,16 +177,15 @@ def test_statistics_of_batch_norms_do_not_move_before_anyone_calls_train() -> No
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-@pytest.mark.parametrize("magnitude", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_adapters_begin_as_nothing_and_merge_exactly(name: str, magnitude: bool) -> None:
+def test_adapters_begin_as_nothing_and_merge_exactly(name: str) -> None:
     images = torch.randn(2, 3, 64, 96)
     backbone = build_timm(name).eval()
     with torch.no_grad():
         plain = backbone(images)
-        inject_lora(backbone, rank=3, targets=ADAPTED[name], magnitude=magnitude)
+        inject_lora(backbone, rank=3, targets=ADAPTED[name])
         assert torch.equal(backbone(images), plain)
     assert has_effect(backbone, images) > 1e-3
-    backbone = _adapted(name, magnitude=magnitude)
+    backbone = _adapted(name)
     with torch.no_grad():
         adapted = backbone(images)
         assert relative(adapted, plain) > 1e-3
@@ -210,21 +209,11 @@ def test_recomputing_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
-@pytest.mark.parametrize(
-    ("name", "magnitude"),
-    [
-        ("test_vit", False),
-        ("test_resnet", True),
-        pytest.param("test_convnext", False, marks=pytest.mark.slow),
-        pytest.param("test_resnet", False, marks=pytest.mark.slow),
-    ],
-)
-def test_the_readme_loads_it_into_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, magnitude: bool
-) -> None:
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", pytest.param("test_convnext", marks=pytest.mark.slow)])
+def test_the_readme_loads_it_into_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     pytest.importorskip("peft")
-    ours, images = _adapted(name, magnitude=magnitude), torch.randn(2, 3, 160, 160)
-    adapter = _adapter(ours, name, magnitude=magnitude)
+    ours, images = _adapted(name), torch.randn(2, 3, 160, 160)
+    adapter = _adapter(ours, name)
     folder = save_peft_adapter(adapter, tmp_path / "adapter")
     _base_file(name, folder)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
@@ -241,13 +230,6 @@ def test_the_readme_loads_it_into_peft(
     assert again.fingerprint() == adapter.fingerprint() and again.layers() == adapter.layers()
     assert all(again.adapted(layer) == adapter.adapted(layer) for layer in adapter.layers())
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
-
-
-def test_what_peft_cannot_have() -> None:
-    fused = _adapter(_adapted("test_vit", magnitude=True), "test_vit", magnitude=True)
-    assert "no slices of a fused layer" in (why_no_peft(fused) or "")
-    grouped = _adapter(_adapted("test_convnext", magnitude=True), "test_convnext", magnitude=True)
-    assert "no grouped convolutions" in (why_no_peft(grouped) or "")
 
 
 def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:

@@ -82,20 +82,13 @@ DATA_DEPENDENT = {
     ),
     *("bincount", "histc", "equal", "is_nonzero", "repeat_interleave"),
 }
-FACTORIES = {"empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "linspace", "scalar_tensor", "eye"}
-#: Operators whose floating-point tensors have to be of one dtype; fake tensors do not look at it.
-ONE_DTYPE = {
-    *("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "mv", "dot", "linear", "convolution"),
-    *("convolution_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "native_layer_norm", "_varlen_attn"),
-    *("index_put", "index_put_", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-}
 #: Memory of the host that was pinned in this case, by its address.
 _PINNED: dict[int, torch.UntypedStorage] = {}
 #: Kinds of what a watch finds.
 TO_GPU, TO_HOST, VALUE = "blocking copy to the GPU", "blocking copy to the host", "value read on the host"
 SIZE, BOOLEAN, HOST_INDEX = "data-dependent operator", "boolean index", "index on the host"
 WAIT = "torch.cuda.synchronize"
-MIXED, DOUBLE, MADE = "tensors of two devices", "float64 on the GPU", "tensor made on the host"
+MIXED = "tensors of two devices"
 #: Kinds for which the host waits until the GPU has done all that it was given.
 BLOCKING = (TO_GPU, TO_HOST, VALUE, SIZE, BOOLEAN, HOST_INDEX, WAIT)
 
@@ -241,7 +234,7 @@ class Watch(TorchDispatchMode):
             self.found.append(Found(kind, "the backward pass", 0, "", what))
             return
         path, line = frame.f_code.co_filename, frame.f_lineno
-        if (file := _place(path)).startswith("visft_ds") or kind not in (MIXED, DOUBLE, MADE):
+        if (file := _place(path)).startswith("visft_ds") or kind != MIXED:
             self.found.append(Found(kind, file, line, linecache.getline(path, line).strip(), what))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -276,7 +269,6 @@ class Watch(TorchDispatchMode):
             with unset_fake_temporarily():
                 for view, values in zip(tree_leaves(out), tree_leaves(func(held, *args[1:], **kwargs)), strict=True):
                     view.held = values
-        self._examine_results(name, out, what)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -309,9 +301,6 @@ class Watch(TorchDispatchMode):
             return values.to(kwargs.get("dtype") or source.dtype, copy=True)
 
     def _examine(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], devices: set[str], what: str) -> None:
-        dtypes = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
-        if name in ONE_DTYPE and len(dtypes) > 1:
-            raise TypeError(f"{name} of {' and '.join(sorted(map(str, dtypes)))}: kernels of CUDA take one dtype")
         if name in DATA_DEPENDENT and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
             self._note(SIZE, what)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
@@ -322,15 +311,6 @@ class Watch(TorchDispatchMode):
                     self._note(HOST_INDEX, what)
         elif "cpu" in devices and any(tensor.ndim for tensor in tensors if tensor.device.type == "cpu"):
             self._note(MIXED, what)
-
-    def _examine_results(self, name: str, out: Any, what: str) -> None:
-        for result in tree_leaves(out) if self.on else ():
-            if not isinstance(result, Tensor):
-                continue
-            if result.device.type == "cuda" and result.dtype == torch.float64:
-                self._note(DOUBLE, what)
-            elif result.device.type == "cpu" and name in (*FACTORIES, "lift_fresh"):
-                self._note(MADE, what)
 
 
 def _held(tensor: Tensor) -> Tensor | None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from visft_ds.config import derive_batches, resolve
 from visft_ds.config.batches import deepspeed_dict
-from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.roles import IdleLoader, Place
+from visft_ds.data.loader import Place
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.parallel.pipeline import stage_groups
 from visft_ds.planner.step import run_of
@@ -83,12 +81,6 @@ def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
     assert Place.of_rank(1, 2, 1) == Place(0, 1, 1, 2) and Place.of_rank(1, 2, 1).role == "both"
 
 
-def test_a_stage_that_reads_nothing_knows_the_steps() -> None:
-    plan = Plan({"detection": TaskPlan({"toy": SetPlan(np.arange(8))}, 4)}, 0)
-    steps = list(IdleLoader(plan).steps(3, 6))
-    assert [(whole.step, batches) for whole, batches in steps] == [(3, []), (4, []), (5, [])]
-
-
 def test_a_stage_without_a_group_gets_an_anchor() -> None:
     """Every stage has all groups, in order: ZeRO-1 runs collectives for each, and has none for an empty one."""
     stages = [nn.ModuleDict({"a": nn.Linear(2, 2)}), nn.ModuleDict({"b": nn.Linear(2, 2)})]
@@ -110,7 +102,6 @@ def test_a_stage_without_a_group_gets_an_anchor() -> None:
         (["zero_optimization.stage=0"], "clips by the gradient of one stage"),
         (["zero_optimization.stage=2"], "DeepSpeed refuses 2 and 3"),
         (["zero_optimization.overlap_comm=true"], "must be false with a pipeline"),
-        (["visft.data.skip_damaged=2"], "must be 0 with a pipeline"),
         (['tensorboard={"enabled": true}'], "remove it with a pipeline"),
         (["pipeline.stages=1"], "greater than or equal to 2"),
         (["pipeline.activation_checkpoint_interval=1"], "unknown key"),

@@ -11,12 +11,11 @@ import torch
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
-from visft_ds.config.schema import DataConfig, VisftConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
-from visft_ds.prepare.data import settle_shuffle
-from visft_ds.prepare.datasets import captioned, data_identity, open_training_data, shuffle_of, workers_of
+from visft_ds.prepare.datasets import captioned, data_identity, open_training_data
 from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.shards.build import Options, build
 
@@ -181,35 +180,3 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
         config_of(folder, sets=[{**objects, "name": "train"}])
     with pytest.raises(ValueError, match="captioning does not train in this run"):
         config_of(folder, "visft.tasks=detection", sets=[{**objects, "tasks": ["captioning"]}])
-
-
-def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
-    """Else a run whose shards are copied from a server to a disk would go on in another order, or not at all."""
-    out = f"visft.run.out={tmp_path}"
-    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco", out])
-    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards", out])
-    assert settle_shuffle(local)[1] == "auto: local shards"
-    begun, why = settle_shuffle(remote)
-    assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
-    (tmp_path / "run.json").write_text(json.dumps({"schema": 2, "config": begun.to_dict()}))
-    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
-    moved, why = settle_shuffle(local)
-    assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")
-    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full", out])
-    assert settle_shuffle(full)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
-
-
-def test_remote_shards_are_read_in_windows() -> None:
-    assert shuffle_of(DataConfig()) == ("full", "auto: local shards")
-    assert shuffle_of(DataConfig(root="s3://bucket/coco"))[0] == "windowed"
-    assert shuffle_of(DataConfig(root="s3://bucket/coco", shuffle="full")) == ("full", "as configured")
-
-
-def test_remote_shards_without_a_cache_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes could share what is read ahead through a cache only, and would ask for sample after sample."""
-    monkeypatch.setattr("visft_ds.prepare.datasets.usable_cores", lambda: 64)
-    kinds = [
-        workers_of(DataConfig(root=root, cache=cache))[0]
-        for root, cache in (("shards", None), ("s3://bucket/coco", None), ("s3://bucket/coco", "cache"))
-    ]
-    assert kinds == ["processes", "threads", "processes"]

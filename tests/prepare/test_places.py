@@ -73,7 +73,7 @@ def _data(config: ResolvedConfig, given: Mapping[str, str]) -> RunData:
     """The data of a run, as far as its record needs it."""
     manifest = Manifest.load(config.visft.data.root, "train")
     plan = Plan({"detection": TaskPlan({"train": SetPlan(manifest.having("any"))}, 1)}, 0)
-    return RunData(given, {"train": TrainingSet(manifest, ("detection",))}, {}, {}, plan, "", None, None)
+    return RunData(given, {"train": TrainingSet(manifest, ("detection",))}, {}, {}, plan, None, None)
 
 
 def test_heads_and_words_are_copied_once(home: Path) -> None:

@@ -38,7 +38,6 @@ def prepared(*settings: str) -> PreparedModel:
 #: Lines of docs/training.md -> endings of the names that train, and whether the backbone itself does.
 METHODS: dict[str, tuple[list[str], set[str], bool]] = {
     "lora": ([], {"lora_A", "lora_B"}, False),
-    "dora": (["visft.lora.magnitude=true"], {"lora_A", "lora_B", "lora_magnitude"}, False),
     "bias": (["visft.lora=null", "visft.param_groups=backbone.*bias"], {"bias", "q_bias", "v_bias"}, True),
     "norms": (["visft.lora=null", "visft.param_groups=backbone.*norm*"], {"weight", "bias"}, True),
     "lora and norms": (
@@ -69,17 +68,6 @@ def test_all_and_the_last_block() -> None:
     assert not any(".blocks.0." in name for name in last.names) and len(last.names) == 15
 
 
-def test_magnitudes_start_as_the_lengths_of_the_rows() -> None:
-    """Filled tensor by tensor from a model that was on the meta device."""
-    plain, with_lengths = prepared(), prepared("visft.lora.magnitude=true")
-    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(plain.module.backbone(images), with_lengths.module.backbone(images))
-    layer = with_lengths.module.backbone.get_submodule("blocks.1.attn.qkv")
-    lengths = layer.weight.norm(dim=1)  # type: ignore[operator, union-attr]
-    torch.testing.assert_close(layer.lora_magnitude, torch.cat([lengths[:32], lengths[64:]]))
-
-
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -87,7 +75,6 @@ def test_magnitudes_start_as_the_lengths_of_the_rows() -> None:
         (["visft.lora=null", "visft.param_groups=heads.*"], "must train something of backbone"),
         (["visft.param_groups=backbone.*norm*"], "or train without adapters: visft.lora=null"),
         (["visft.param_groups=backbone.*.lora_*,bakcbone.norm.*"], "'bakcbone.norm.*' matches no parameter"),
-        (["visft.lora.magnitude=true", "visft.param_groups=backbone.*.lora_[AB]"], "lora_magnitude; widen a glob"),
         (
             ["visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.detection.*"}'],
             "stage 'lora and heads' must train",

@@ -51,7 +51,7 @@ def test_a_pipeline_on_two_ranks(tmp_path: Path) -> None:
 def test_the_loader_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--stage", "1", "--loader", "--json", str(tmp_path / "found.json"), *FLAGS]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["loader"]["detection"]
-    assert found["samples"] == 4 and found["seconds"] > 0 and found["parts"]["decode"] > 0
+    assert found["samples"] == 4 and found["seconds"] > 0
     assert "samples/s" in capsys.readouterr().out
 
 

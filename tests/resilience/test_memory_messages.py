@@ -19,7 +19,7 @@ from visft_ds.planner.fitting import Suggestion
 from visft_ds.planner.step import MemoryPlan, PlannedRun, run_of
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
-from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.stop import StopFlag
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.detection.data import DetectionTargets
 

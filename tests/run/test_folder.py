@@ -29,7 +29,7 @@ FIRST, OTHER = _config(), _config("optimizer.params.lr=1e-6")
 def _run(out: Path) -> Path:
     """What a run leaves that diverges before its first checkpoint; notes of the user beside it."""
     RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(out)
-    for name in (*RECORDS[1:], "heartbeats/rank_00000.json", LOCK_FILE, "notes.txt"):
+    for name in (*RECORDS[1:], LOCK_FILE, "notes.txt"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
     return out
@@ -46,7 +46,7 @@ def test_a_run_that_saved_nothing_is_set_aside_with_all_that_it_wrote(tmp_path: 
     aside = set_aside(out)
     assert aside == out / "earlier-1" and (aside / "run.json").read_text() == before
     assert all((aside / name).read_text() == name for name in RECORDS[1:])
-    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "heartbeats", "notes.txt", LOCK_FILE]
+    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "notes.txt", LOCK_FILE]
     RunRecord(OTHER.to_dict(), 1, ["train.py"]).write(out)
     assert open_run_folder(out, FIRST, "auto") and set_aside(out) == out / "earlier-2"
     assert json.loads((aside / "run.json").read_text()) == json.loads(before)

@@ -40,14 +40,14 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64_000_000))
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    many = ["visft.data.workers=processes", "visft.data.num_workers=8", "visft.shared.image.fixed_size=1024"]
+    many = ["visft.data.num_workers=8", "visft.shared.image.fixed_size=1024"]
     wide = config(*many)
     with pytest.raises(
         ValueError,
-        match=r"has 64 MB free; 13 batches for each training process of this machine may need \d+ MB.*workers=threads",
+        match=r"has 64 MB free; 13 batches for each training process of this machine may need \d+ MB.*num_workers=0",
     ):
         check_shared_memory(wide, derive_batches(wide, 1), tmp_path)
-    for fine in (config(*many[:2]), config("visft.data.workers=threads", *many[1:])):
+    for fine in (config(many[0]), config("visft.data.num_workers=0", many[1])):
         check_shared_memory(fine, derive_batches(fine, 1), tmp_path)
 
 

@@ -11,7 +11,6 @@ import torch
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
-from visft_ds.config.preflight import CANNOT_START
 from visft_ds.launch import main
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.eva_vit import PRESETS
@@ -91,7 +90,7 @@ def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str],
     words = tmp_path / "words.json"
     arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path), "--dry-run"]
     arguments += ["--set", f"visft.tasks.captioning.vocabulary.file={words}"]
-    assert main(arguments) == CANNOT_START
+    assert main(arguments) == 2
     out = capsys.readouterr().out
     assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
     assert out.startswith("== ") and out.index("-- what trains") < out.index("this run cannot start")
@@ -104,7 +103,7 @@ def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Pat
     assert main([*arguments, str(shards)]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
-    assert main([*arguments, str(tmp_path)]) == CANNOT_START
+    assert main([*arguments, str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["visft"]["data"]["root"] == str(tmp_path) and "this run cannot start" in err
     assert main(["--stage", "1", "--model", "debug", "--json"]) == 2
@@ -123,7 +122,7 @@ def test_a_dry_run_opens_the_files_that_a_start_opens(
     settings["visft.tasks.detection.batch_size"] = 8
     arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
     arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    assert main(arguments) == CANNOT_START
+    assert main(arguments) == 2
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("this run cannot start")]
     assert len(told) == 2 and str(weights) in told[0] and "detection.safetensors" in told[1]
 

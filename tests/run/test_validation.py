@@ -33,7 +33,7 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
-from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run import async_eval as judging
 from visft_ds.run.async_eval import AsyncEvaluation
 from visft_ds.run.log import RunLog
@@ -278,7 +278,7 @@ def test_predictions_that_are_not_finite(
         assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
         validation.poll(log, wait=True)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: the evaluation of step 2 failed: detection: the score of a result for image_id")
+    assert "step 2 failed: detection" in warning
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
     assert "mask/AP" in printed.getvalue() and "box/AP" not in printed.getvalue()
 
@@ -291,7 +291,7 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
 
     def predict(batch: Batch) -> dict[str, Any]:
         seen.append(batch)
-        stop.reason = "signal SIGTERM"
+        stop.reason = Stop.SIGTERM
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():

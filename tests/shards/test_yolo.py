@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from tests.yolo_folder import BOX, POLYGON, write_picture, write_yolo
-from visft_ds.shards.yolo import read_description, read_yolo
+from visft_ds.shards.yolo import read_yolo
 from visft_ds.tasks.classes import COCO_NAMES
 
 
 def read(path: Path, split: str = "train") -> dict[str, Any]:
-    return read_yolo(read_description(path), split)[1]
+    return read_yolo(path, split)[0][2]
 
 
 def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
-    folder, content, odd = read_yolo(read_description(write_yolo(tmp_path)), "val")
+    ((_, folder, content, odd),) = read_yolo(write_yolo(tmp_path), "val")
     assert folder == tmp_path / "valid/images" and not odd
     assert [image["file_name"] for image in content["images"]] == [f"{n}.jpg" for n in range(5)]
     assert {(image["height"], image["width"]) for image in content["images"]} == {(32, 64)}
@@ -76,7 +76,7 @@ def test_a_wrong_description_is_named(tmp_path: Path, text: str, word: str) -> N
     path = write_yolo(tmp_path)
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"(?s)data\.yaml.*{word}") as error:
-        read_description(path)
+        read_yolo(path)
     assert "\n" not in str(error.value)
 
 
@@ -84,10 +84,10 @@ def test_nothing_of_a_description_is_built_or_multiplied(tmp_path: Path) -> None
     path = write_yolo(tmp_path)
     path.write_text("names: !!python/object/apply:os.getcwd []\ntrain: train/images\n")
     with pytest.raises(ValueError, match="names must be"):
-        read_description(path)
+        read_yolo(path)
     path.write_text("a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 40)))
     with pytest.raises(ValueError, match="aliases"):
-        read_description(path)
+        read_yolo(path)
 
 
 @pytest.mark.parametrize("shape", ["[2, 3]", "[3, 2]"])
@@ -148,7 +148,7 @@ def test_labels_without_a_picture_are_counted_and_above_a_tenth_an_error(tmp_pat
     path = write_yolo(tmp_path, (BOX,) * 20)
     (tmp_path / "train/images/2.jpg").unlink()
     (tmp_path / "train/labels/classes.txt").write_text("cat\n")
-    odd = read_yolo(read_description(path), "train")[2]
+    odd = read_yolo(path, "train")[0][3]
     assert odd == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
     for place in range(3, 6):
         (tmp_path / f"train/images/{place}.jpg").unlink()

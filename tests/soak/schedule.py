@@ -31,7 +31,7 @@ class Kind:
 def _request(target: str, number: Signals) -> Kind:
     """A request to stop; who passes it on, and with which exit code, see docs/training.md."""
     heard = target in ("rank", "supervisor")
-    code = (REQUEUE if number == SIGUSR1 else 0) if heard else None
+    code = (REQUEUE if number == SIGUSR1 else 128 + number) if heard else None
     says = r"stopped after step \d+"
     return Kind(f"{number.name} to {target}", "send", target, number, code, says, lossless=True)
 
@@ -47,12 +47,12 @@ REQUESTS = [
         for target in ("launcher", "deepspeed")
     ),
 ]
-_KILLED = r"rank \d \(process \d+ .*(was killed, or out of memory|is gone: killed)"
+_KILLED = r"another rank ended first|return code = -9"
 HARM = [
     Kind("SIGKILL to rank", "send", says=_KILLED),
     Kind("SIGKILL in a save", "kill_in_save", says=_KILLED),
     Kind("SIGKILL, and again while it starts", "kill_twice", says=_KILLED),
-    Kind("SIGSTOP to rank", "hang", says=r"has given no sign of life for \d+ s; its process is stopped"),
+    Kind("SIGSTOP to rank", "hang", says=r"no progress for \d+ s"),
     Kind("everything killed at once", "power_off", code=-SIGKILL),
     Kind("newest checkpoint damaged", "damage_checkpoint", code=-SIGKILL),
     Kind("shard damaged", "damage_shard", code=2),

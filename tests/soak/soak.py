@@ -34,8 +34,8 @@ SETTINGS = {
     "visft.run.log_every": 1,
     "visft.run.ema": 0.99,
     "visft.run.keep_best": "box/AP50",
+    "visft.run.step_timeout": 60.0,
     "visft.run.eval_every": EVAL_EVERY,
-    "visft.run.heartbeat_timeout": 10.0,
     "visft.data.val": "train",
     "scheduler.params.warmup_num_steps": 5,
 }

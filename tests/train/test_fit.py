@@ -28,6 +28,7 @@ from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
+from visft_ds.resilience.stop import Stop
 from visft_ds.run import async_eval
 from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
@@ -258,13 +259,13 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     told = Told(STEPS, lambda: signal.raise_signal(signal.SIGUSR1))
     more = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
     ended = stage1(tmp_path / "run", told, **more)
-    assert ended.finished and ended.step == STEPS and ended.requeue and ended.export.is_dir()
+    assert ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1 and ended.export.is_dir()
     out = capfd.readouterr().out
     assert "the last evaluation is left out; the same command makes it" in out and "stopped after step" not in out
     assert told.evaluations == []
     again = Told()
     ended = stage1(tmp_path / "run", again, **more)
-    assert ended.finished and not ended.requeue and [step for step, _ in again.evaluations] == [STEPS]
+    assert ended.finished and not ended.stopped and [step for step, _ in again.evaluations] == [STEPS]
 
 
 def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(

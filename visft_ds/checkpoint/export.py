@@ -84,13 +84,9 @@ def export_weights(
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
         tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
-        # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
-        split = lora.magnitude and tower is not None
         whole_adapter = adapter_of_run(lora, adapter, backbone, base_sha256)
         place = folder / ADAPTER_FOLDER
-        written.append(
-            save_peft_adapter(whole_adapter, place, tower, split=split, base_model=base_model, overwrite=True)
-        )
+        written.append(save_peft_adapter(whole_adapter, place, tower, base_model=base_model, overwrite=True))
     return written
 
 

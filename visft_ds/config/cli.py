@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import program
+from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.layers import AnyPath, display
 from visft_ds.config.preflight import (
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
     add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
-    add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
+    add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
     add(
         "--set",
@@ -120,7 +121,9 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     except argparse.ArgumentError as error:
         raise ValueError(f"{error}; see visft train --help") from error
     if unknown:
-        raise ValueError("\n".join(_unknown(parser, text) for text in unknown))
+        # What stands behind an unknown flag is not repeated: it may be a secret.
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        raise ValueError("\n".join(_unknown(parser, text) for text in flags or unknown))
     if arguments.stage not in (None, "1", "2"):
         raise ValueError(f"--stage {arguments.stage}: must be 1 (heads) or 2 (the backbone's adapters)")
     if arguments.json and not arguments.dry_run:
@@ -150,11 +153,18 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         if doubled:
             raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
     else:
+        if arguments.stage is None and (arguments.model not in (None, own.MODEL) or arguments.data is None):
+            raise ValueError(
+                "--stage is missing: 1 trains the heads, 2 the backbone's adapters; --data FOLDER alone trains heads "
+                "for photographs of your own"
+            )
         if arguments.stage is None:
-            raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
+            arguments.stage, arguments.model = 1, own.MODEL
         if arguments.backbone is not None:
             found = named(arguments.backbone, download=arguments.download)
             arguments.model, backbone = model_of(found, arguments.model)
+        if arguments.model == own.MODEL:
+            backbone |= own.of_backbone(backbone)
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
     config = resolve_with_data(
@@ -201,6 +211,10 @@ def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = Non
     named = given.get("tasks") or any(text.startswith("visft.tasks=") for text in given.get("settings", ()))
     given["idle"] = {} if named else tasks_without_labels(config)
     given["flags"] = dict(given.get("flags") or {})
+    photographs = given.get("model") == own.MODEL and not given.get("recorded") and not given.get("file")
+    if photographs:
+        given["flags"] = own.chosen(resolve(**given)) | given["flags"]
+        config = resolve(**given)
     tasks = [name for name in config.visft.tasks.enabled() if name not in given["idle"]]
     if batch_size is not None:
         sized = {f"visft.tasks.{name}" for name in tasks} | ({"visft.shared"} if config.visft.shared else set())
@@ -214,6 +228,9 @@ def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = Non
             given["flags"] |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
         given["flags"]["--epochs"] = ("scheduler.params.total_num_steps", None)
         config = resolve(**given)
+        if photographs:
+            given["flags"] |= own.chosen(config)
+            config = resolve(**given)
     return config
 
 
@@ -300,6 +317,6 @@ def _unknown(parser: argparse.ArgumentParser, text: str) -> str:
     flags = sorted(flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--local_rank")
     if not text.startswith("-"):
         return f"{text}: unknown argument; flags begin with --, lists in --set need quotes"
-    near = difflib.get_close_matches(text.partition("=")[0].replace("_", "-"), flags, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(text.replace("_", "-"), flags, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(flags)}. Anything else: --set KEY=VALUE"
     return f"{text}: unknown flag; {hint}"

@@ -28,8 +28,6 @@ PUBLISHED_WEIGHTS = {
 
 #: Copies in a run's folder of what it was given.
 INPUTS_FOLDER = "inputs"
-#: Exit code of a dry run where the run itself could not start.
-CANNOT_START = 3
 
 
 @dataclass(frozen=True)

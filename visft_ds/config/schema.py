@@ -133,7 +133,6 @@ class LoraConfig(StrictModel):
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
-    magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
 class HeadsConfig(StrictModel):
@@ -170,20 +169,17 @@ class DataConfig(StrictModel):
     val: Text = "val"
     weight: Above = 1.0  #: of ROOT/TRAIN beside the sets below
     sets: tuple[DataSetConfig, ...] = ()
-    shuffle: Literal["auto", "full", "windowed"] = "auto"  #: auto: windowed for a URL, full for a folder
-    workers: Literal["auto", "threads", "processes"] = "auto"
-    num_workers: Positive | None = None  #: of each training process; null: chosen for the machine
+    shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: for a URL only
+    num_workers: Count | None = None  #: processes of each training process that read; null: chosen for the machine
     prefetch_steps: Count = 2
-    skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for whole copies of remote shards that were read; null: keep nothing
-    cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
+    cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
+    cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
 
 
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
 
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
-    storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: format that features are rounded to, also where none are kept
     cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
 
 
@@ -219,8 +215,7 @@ class RunConfig(StrictModel):
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    heartbeat_timeout: Above = 60.0  #: seconds without a heartbeat after which a rank counts as lost
-    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
+    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 

@@ -14,8 +14,13 @@ from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_Z
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
+<<<<<<< HEAD
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import entries
+=======
+from visft_ds.redaction import is_secret, refuse_secrets
+from visft_ds.tasks import registry
+>>>>>>> main
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -75,12 +80,8 @@ def suggest(location: Sequence[str]) -> str:
     return f"known here: {', '.join(siblings)}" if siblings else f"{prefix[:-1]} has no keys of its own"
 
 
-def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
+def validate(tree: Tree) -> Recipe:
     """The typed recipe of a tree of values.
-
-    Args:
-        recorded: the values are those of a run that has begun. It may name a metric that nothing measures, or a trace
-            of steps that never came; what it trained is no less readable for that.
 
     Raises:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
@@ -94,8 +95,7 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     keys, more = check(DeepSpeedKeys, theirs)
     errors += [(key, message) for key, message in [*found, *more] if key not in handled]
     if recipe is not None:
-        errors += _contradictions(recipe)
-        errors += [] if recorded else [*_unknown_metric(recipe.visft), *_unreached_trace(recipe)]
+        errors += [*_contradictions(recipe), *_unknown_metric(recipe.visft), *_unreached_trace(recipe)]
     if keys is not None:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:
@@ -114,7 +114,7 @@ def _render(errors: Sequence[tuple[str, str]], tree: Tree) -> str:
     lines = [f"the configuration has {len(errors)} error{'s' if len(errors) > 1 else ''}:"]
     for key, message in errors:
         found, value = _lookup(tree.values, key)
-        given = f" = {shorten(value)}" if found else ""
+        given = f" = {shorten('***' if is_secret(key.rpartition('.')[2]) else value)}" if found else ""
         source = tree.source(key) if found else None
         lines.append(f"  {key}{given}{f' ({source})' if source else ''}: {message}")
     return "\n".join(lines)
@@ -139,6 +139,9 @@ def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in zero if isinstance(zero, dict) else ():
         if key in REFUSED_ZERO:
             yield f"zero_optimization.{key}", f"may not be set: {REFUSED_ZERO[key]}"
+    for key, value in leaves(values):
+        if isinstance(value, str) and value and is_secret(key.rpartition(".")[2]):
+            yield key, "holds a secret, which would be stored with every run: give it as an environment variable"
     for key, value in leaves({name: values[name] for name in values if name not in ("visft", *REFUSED)}):
         if value == "auto":
             yield (
@@ -312,11 +315,6 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             "must be false with visft.features: images whose features are kept pass through the backbone one by one, "
             "without padding",
         )
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with visft.features: pixels are read in some epochs only, and damage would be seen in those",
-        )
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
@@ -357,6 +355,8 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
             "zero_optimization.stage",
             "must be 1 with a pipeline: DeepSpeed refuses 2 and 3, and with 0 it clips by the gradient of one stage",
         )
+    if visft.model.packed:
+        yield "visft.model.packed", "must be false with a pipeline: use --engine zero0, zero1, zero2 or zero3"
     if visft.model.timm is not None:
         yield (
             "visft.model.preset",
@@ -364,11 +364,6 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
         )
     if zero.overlap_comm:
         yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"
-    if visft.data.skip_damaged:
-        yield (
-            "visft.data.skip_damaged",
-            "must be 0 with a pipeline: its stages read pixels and labels apart and would not skip the same samples",
-        )
     for name in ("tensorboard", "wandb", "csv_monitor", "comet"):
         if getattr(keys, name) is not None:
             yield (

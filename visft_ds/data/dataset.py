@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
-from visft_ds.data.decode import MOST_PIXELS, decode_image
-from visft_ds.data.labels import parse_label
+from visft_ds.data.decode import decode_image
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
-from visft_ds.data.spans import span
 from visft_ds.data.transforms import Geometry, Op
 
 
@@ -43,10 +42,6 @@ class Transform(Protocol):
         """Labels of each task for the image after `ops`."""
         ...
 
-    def modules(self) -> set[str]:
-        """Modules that it works with, for processes that load them before they are given it."""
-        ...
-
 
 @dataclass(frozen=True)
 class SamplePipeline:
@@ -69,58 +64,30 @@ def read_raw(
     """
     row = reader.row(index)
     image_file, label_file = reader.read(index, role)
-    image = None
+    image, size = None, (row["height"], row["width"])
     if image_file is not None:
         try:
-            with span("decode"):
-                image = decode_image(image_file, max_pixels=MOST_PIXELS)
+            image = decode_image(image_file)
         except ValueError as error:
-            raise DamagedSample(f"{_place(reader, index)} cannot be decoded: {error}") from error
-        if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
-            raise DamagedSample(
-                f"{_place(reader, index)} has {image.shape[1]} x {image.shape[0]} pixels, not {row['width']} x "
-                f"{row['height']} as in the index"
-            )
-    label: Mapping[str, Any] = {}
-    if label_file is not None:
-        with span("labels"):
-            label = _checked(reader, index, label_file)
+            raise DamagedSample(f"{reader.describe(index)} cannot be decoded: {error}") from error
+        if image.shape[:2] != size:
+            raise DamagedSample(f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index")
+    label: Mapping[str, Any] = orjson.loads(label_file) if label_file is not None else {}
     annotations = label.get("annotations", ())
     return RawSample(
         index=index,
         image_id=row["image_id"],
-        size=(row["height"], row["width"]),
+        size=size,
         image=image,
         annotations=annotations if categories is None else translated(annotations, categories),
         captions=label.get("captions", ()),
     )
 
 
-def _place(reader: ShardReader, index: int) -> str:
-    return f"{reader.describe(index)}: the image at offset {reader.row(index)['image_offset']}"
-
-
-def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bool) -> bool:
-    """Return True if an image has the size of the index, or was scaled down when the shards were made.
-
-    Annotations and index keep the size of the original. Every transform scales, so that a smaller image only has to
-    have the same aspect ratio, but for the rounding of its sides.
-    """
-    (height, width), original = image.shape[:2], (row["height"], row["width"])
-    if (height, width) == original or not reencoded:
-        return (height, width) == original
-    return height <= original[0] and abs(height * original[1] - width * original[0]) <= max(original)
-
-
 def translated(
     annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
 ) -> list[Mapping[str, Any]]:
-    """Annotations with the ids that heads know; those without one are left out.
-
-    Raises ValueError for a category that is not in `categories`.
-    """
-    if unknown := sorted({annotation["category_id"] for annotation in annotations} - categories.keys()):
-        raise ValueError(f"an object has category {unknown[0]}, which its manifest does not list")
+    """Annotations with the ids that heads know; those without one are left out."""
     pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
@@ -128,7 +95,7 @@ def translated(
 def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
     """The stored annotations (crowds included) as an ordinary COCO dictionary, for evaluators."""
     images, annotations = [], []
-    for label in _labels(reader, indices):
+    for label in labels_of_split(reader, indices):
         images.append({name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]})
         annotations += [{**annotation, "image_id": label["image_id"]} for annotation in label["annotations"]]
     categories = [{"id": category.coco_id, "name": category.name} for category in reader.manifest.categories]
@@ -138,19 +105,12 @@ def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> d
 def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
     """The stored captions in the form of COCO's captions_*.json, for evaluators."""
     annotations = []
-    for label in _labels(reader, indices):
+    for label in labels_of_split(reader, indices):
         annotations += [{"image_id": label["image_id"], "caption": caption} for caption in label["captions"]]
     return {"annotations": annotations}
 
 
-def _labels(reader: ShardReader, indices: Sequence[int] | None) -> Iterator[Mapping[str, Any]]:
-    wanted = range(len(reader)) if indices is None else indices
-    for index in wanted:
-        yield _checked(reader, index, reader.read(index, "labels")[1] or b"")
-
-
-def _checked(reader: ShardReader, index: int, label: bytes) -> dict[str, Any]:
-    try:
-        return parse_label(label)
-    except ValueError as error:
-        raise DamagedSample(f"{reader.describe(index)}: its label cannot be used: {error}") from error
+def labels_of_split(reader: ShardReader, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The labels (`data.labels`) of all samples, or of some."""
+    for index in range(len(reader)) if indices is None else indices:
+        yield orjson.loads(reader.read(index, "labels")[1] or b"")

@@ -1,4 +1,4 @@
-"""Loader of one rank's micro-batches: reads a plan's samples ahead of their use, in workers that hold no state.
+"""One rank's micro-batches, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
 
 Shape letters: B images.
 """
@@ -6,22 +6,79 @@ Shape letters: B images.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from visft_ds.data.batches import BatchMaker, Skipped
-from visft_ds.data.dataset import DataSet, SamplePipeline
-from visft_ds.data.features import FeatureCache
-from visft_ds.data.plan import Plan, StepPlan
-from visft_ds.data.samples import Batch, Upload
+from visft_ds.data.dataset import DataSet, SamplePipeline, read_raw
+from visft_ds.data.features import FeatureCache, View
+from visft_ds.data.plan import Plan, StepPlan, generator
+from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role, ShardReader
-from visft_ds.data.spans import Spent, spent
-from visft_ds.data.workers import Caller, Made, Processes, Threads, WorkerKind, Workers
+
+#: Steps for which remote shards are fetched ahead.
+_FETCHED_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a rank in reading: its pipeline stage, and its pipeline among the data-parallel ones."""
+
+    stage: int
+    stages: int
+    dp_rank: int
+    dp_size: int
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
+        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        assert world_size % stages == 0, (world_size, stages)
+        dp_size = world_size // stages
+        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
+
+    @property
+    def role(self) -> Role | None:
+        """What this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
+        roles: dict[int, Role] = {0: "images", self.stages - 1: "labels"}
+        return "both" if self.stages == 1 else roles.get(self.stage)
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Everything a worker needs to make batches. Samples whose features are kept come with them, without pixels."""
+
+    sets: Mapping[str, DataSet]
+    pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
+    role: Role = "both"
+    features: FeatureCache | None = None
+
+    def __call__(self, part: StepPlan) -> Batch:
+        """The batch of a micro-batch."""
+        dataset, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
+        samples = []
+        for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
+            view = None if self.features is None else self.features.get(key, index)
+            raw = read_raw(dataset.reader, index, self.role if view is None else "labels", dataset.categories)
+            sample = pipeline.transform(raw, generator(key))
+            if self.features is not None and view is None:
+                assert sample.image is not None
+                view = View((sample.image.shape[1], sample.image.shape[2]))
+            # Without labels, empty targets would claim that there is nothing in the image.
+            targets = {} if self.role == "images" else sample.targets
+            samples.append(replace(sample, random_key=key, targets=targets, view=view))
+        return pipeline.collate(samples)
 
 
 class StepLoader:
@@ -32,19 +89,12 @@ class StepLoader:
         plan: the order; the loader never draws anything itself.
         pipelines: task -> data set -> transform and collate, for everything in the plan.
         dp_rank, dp_size, accumulation: this rank's part of each global batch.
-        role: what to read. "images" (first stage of a pipeline) gives batches without targets, "labels" (its last
-            stage) batches without pixels; both have the same samples, sizes and keys in the same order.
-        workers, num_workers: what reads ahead; 0 works in the caller's thread, one step at a time.
+        role: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches
+            without pixels, of the same samples in the same order; None (between them) steps without batches.
+        num_workers: processes; 0 works in the caller's thread.
         prefetch_steps: how many steps may be ready beyond the one in use.
-        skip_damaged: how many damaged samples this process may replace before damage is an error. Only with role
-            "both": processes that read images and labels apart would not agree on what is damaged.
-        device: a GPU that batches are sent to (`Batch.sent`), one step ahead of the one in use. On any other device
-            they stay on the host.
 
-    `wait_seconds` is the time the last step made its consumer wait; `skipped` has every sample that was replaced.
-
-    Raises:
-        ValueError: a global batch that cannot be split as asked.
+    `wait_seconds` is the time the last step made its consumer wait.
     """
 
     def __init__(
@@ -56,103 +106,61 @@ class StepLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         accumulation: int = 1,
-        role: Role = "both",
-        workers: WorkerKind = "threads",
-        num_workers: int = 2,
+        role: Role | None = "both",
+        num_workers: int = 0,
         prefetch_steps: int = 2,
-        skip_damaged: int = 0,
-        device: torch.device | None = None,
     ) -> None:
-        assert role == "both" or not skip_damaged
-        plan.check_split(dp_size, accumulation)
-        self.plan = plan
-        self._dp_rank, self._dp_size, self._accumulation = dp_rank, dp_size, accumulation
-        self._prefetch = prefetch_steps if num_workers else 0
-        self._budget = skip_damaged
-        self._maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
-        self._sets, self._role = sets, role
-        self._kind, self._number = workers, num_workers
-        self._spent_by_processes: dict[str, Spent] = {}
-        self._gpu = device if device is not None and device.type == "cuda" else None
-        self.wait_seconds = 0.0
-        self.skipped: list[Skipped] = []
+        self.plan, self.wait_seconds = plan, 0.0
+        self._part, self._accumulation = (dp_rank, dp_size, accumulation), accumulation if role else 0
+        self._maker = BatchMaker(sets, pipelines, role or "both")
+        self._workers, self._ahead = num_workers, prefetch_steps * accumulation
 
     def keep_features(self, features: FeatureCache) -> None:
-        """From the next call of `steps` on, give samples their cached features, if there are any, without pixels."""
-        assert self._role == "both" and not self._budget, "a damaged picture would be read in some epochs only"
+        """From the next call of `steps` on, give samples their kept features, if there are any, without pixels."""
         self._maker = replace(self._maker, features=features)
 
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
-        """Steps start, start + 1, ... (to `stop`, exclusive; endless without) with this rank's micro-batches.
+        """The plan of each global batch from `start` to `stop` (exclusive), with this rank's micro-batches.
 
-        The StepPlan is that of the whole global batch. An error in a worker appears here, at its step. Leaving the loop
-        in any way, or closing the iterator, ends the workers.
+        An error in a worker appears here, at its step. Leaving the loop in any way ends the workers.
         """
-        step_plans: dict[int, StepPlan] = {}
-        workers: Workers = Caller(self._maker)
-        if self._number:
-            workers = (Threads if self._kind == "threads" else Processes)(self._maker, self._number)
-        made = workers.made(self._parts(start, stop, step_plans), self._prefetch * self._accumulation)
-        upload, sender = None, None
-        if self._gpu is not None:
-            upload = Upload(self._gpu)
-            if self._prefetch:
-                # The host may wait for a batch there, and pins it, while it waits for the GPU here.
-                sender = ThreadPoolExecutor(1, "upload", torch.cuda.set_device, (self._gpu,))
-        coming: Future[list[Made]] | None = None
-        step = start
+        planned: dict[int, StepPlan] = {}
+        remote = any(dataset.reader.manifest.remote for dataset in self._maker.sets.values())
+        fetching = ThreadPoolExecutor(1, "fetch") if remote and self._accumulation else None
+
+        def parts() -> Iterator[StepPlan]:
+            for step in itertools.count(start) if stop is None else range(start, stop):
+                planned[step] = self.plan.step(step)
+                if fetching is not None:
+                    first = step if step == start else step + _FETCHED_STEPS
+                    for later in range(first, min(step + _FETCHED_STEPS + 1, stop or first + _FETCHED_STEPS + 1)):
+                        fetching.submit(self._fetch, later)
+                yield from self.plan.split(planned[step], *self._part)[: self._accumulation]
+
+        batches = _made(self._maker, parts(), self._workers, self._ahead)
         try:
-            while stop is None or step < stop:
+            for step in itertools.count(start) if stop is None else range(start, stop):
                 began = time.perf_counter()
-                batches = []
-                for micro in self._next(made, upload) if coming is None else coming.result():
-                    self._note(micro.skipped, micro.spent_by_process)
-                    batches.append(micro.batch)
+                micro_batches = list(itertools.islice(batches, self._accumulation))
                 self.wait_seconds = time.perf_counter() - began
-                if sender is not None and step + 1 != stop:
-                    coming = sender.submit(list, self._next(made, upload))
-                step_plan = step_plans.pop(step)
-                yield step_plan, batches
-                step += 1
+                step_plan = planned.pop(step) if step in planned else self.plan.step(step)
+                yield step_plan, micro_batches
         finally:
-            if sender is not None:
-                sender.shutdown(wait=True, cancel_futures=True)
-            made.close()  # type: ignore[attr-defined]  # a generator
+            batches.close()
+            if fetching is not None:
+                fetching.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """End all reading ahead, and close the shards. A later step opens them again."""
-        for dataset in self._sets.values():
+        """Close the shards. A later step opens them again."""
+        for dataset in self._maker.sets.values():
             dataset.reader.close()
 
-    def spent(self) -> dict[str, Spent]:
-        """Cost of reading and making samples so far, in this process and its workers."""
-        return {name: here + self._spent_by_processes.get(name, Spent()) for name, here in spent().items()}
-
-    def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:
-        """This rank's micro-batches, in order."""
-        step = start
-        while stop is None or step < stop:
-            step_plans[step] = self.plan.step(step)
-            yield from self.plan.split(step_plans[step], self._dp_rank, self._dp_size, self._accumulation)
-            step += 1
-
-    def _next(self, made: Iterator[Made], upload: Upload | None) -> Iterator[Made]:
-        """The micro-batches of the next step, sent where there is an upload."""
-        for micro in itertools.islice(made, self._accumulation):
-            yield micro if upload is None else replace(micro, batch=upload(micro.batch))
-
-    def _note(self, skipped: list[Skipped], spent_by_process: Mapping[str, Spent]) -> None:
-        """Record what a micro-batch skipped and cost. Raises ValueError once more is damaged than may be skipped."""
-        self.skipped += skipped
-        for name, more in spent_by_process.items():
-            self._spent_by_processes[name] = self._spent_by_processes.get(name, Spent()) + more
-        damaged = {(sample.dataset, sample.index): sample for sample in self.skipped}
-        if len(damaged) > self._budget:
-            reasons = "\n".join(f"  {sample.reason}" for sample in damaged.values())
-            raise ValueError(
-                f"{len(damaged)} damaged samples are more than the {self._budget} that may be skipped "
-                f"(visft.data.skip_damaged):\n{reasons}"
-            )
+    def _fetch(self, step: int) -> None:
+        """Copy the shards of a step. An error appears where they are read, which tries again."""
+        for part in self.plan.split(self.plan.step(step), *self._part):
+            manifest = self._maker.sets[part.dataset].reader.manifest
+            for shard in np.unique(manifest.index["shard"][part.indices]).tolist():
+                manifest.fetch(shard)
 
 
 def evaluation_batches(
@@ -163,7 +171,7 @@ def evaluation_batches(
     world_size: int,
     limit: int | None = None,
     *,
-    threads: int = 2,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """This rank's batches of a split: each image (of the first `limit`) once over all ranks, equally many batches.
 
@@ -171,16 +179,83 @@ def evaluation_batches(
     in step and no result is counted twice.
     """
     count = len(reader) if limit is None else min(limit, len(reader))
-    rounds = -(-count // world_size)
-    indices = rank + world_size * np.arange(rounds)
+    indices = rank + world_size * np.arange(-(-count // world_size))
+    chunks = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
-    parts = [
-        StepPlan(0, name, name, 0, 0, part.clip(max=count - 1), np.zeros(len(part), np.int64))
-        for part in np.split(indices, range(batch_size, rounds, batch_size))
-        if len(part)
-    ]
+    parts = [StepPlan(0, name, name, 0, 0, chunk.clip(max=count - 1), np.zeros_like(chunk)) for chunk in chunks]
     maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
-    workers: Workers = Threads(maker, threads) if threads else Caller(maker)
-    for number, made in enumerate(workers.made(parts, ahead=2)):
-        real = indices[number * batch_size : (number + 1) * batch_size] < count
-        yield replace(made.batch, real=torch.from_numpy(real))
+    for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
+        yield replace(batch, real=torch.from_numpy(chunk < count))
+
+
+class _Parts(Dataset[Batch | Exception]):
+    """Micro-batches by their plan, as workers make them."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self._maker = maker
+
+    def __getitem__(self, part: StepPlan) -> Batch | Exception:
+        try:
+            return self._maker(part)
+        except (ValueError, OSError, RuntimeError) as error:
+            return error  # raised by the consumer: torch would wrap it into another message
+
+
+def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Generator[Batch, None, None]:
+    """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
+    options: dict[str, Any] = {}
+    if workers:
+        # A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time.
+        context = multiprocessing.get_context("forkserver")
+        pipelines = itertools.chain.from_iterable(of_task.values() for of_task in maker.pipelines.values())
+        used = {type(pipeline.transform).__module__ for pipeline in pipelines} - {"__main__"}
+        context.set_forkserver_preload([__name__, *sorted(used)])
+        _start_fork_server()
+        options = {"prefetch_factor": -(-(ahead + 1) // workers), "worker_init_fn": _start_worker}
+        options |= {"num_workers": workers, "multiprocessing_context": context}
+    batches = iter(
+        DataLoader(
+            _Parts(maker),
+            batch_size=None,  # items are batches already
+            sampler=parts,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it would draw from the global one, which dropout draws from too
+            **options,
+        )
+    )
+    try:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        del batches  # its finaliser ends the processes
+
+
+def _start_worker(number: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when its training process has ended, however that was: torch looks at the parent, which is the
+    fork server here, and the fork server lives as long as its workers."""
+    wait([sentinel])
+    os._exit(1)
+
+
+def _start_fork_server() -> None:
+    """Start the server whose children the workers will be, deaf to the signals that ask a training process to stop.
+
+    Launchers and schedulers send them to every process below them. Without its workers a training process could not
+    finish its step. A mask is inherited, and nothing that arrives here meanwhile is lost.
+    """
+    resource_tracker.ensure_running()  # first, because starting it unblocks signals that this thread has blocked
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

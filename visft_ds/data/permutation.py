@@ -22,8 +22,6 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 #: Least number of Feistel rounds that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000
 #: keys: 8 rounds miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
 _ROUNDS = 16
-#: Neighbouring samples of the shards that stay together in a windowed order, and number of such blocks in a window.
-BLOCK, WINDOW = 64, 16
 
 
 def hash_words(words: UInt64Array) -> UInt64Array:
@@ -77,26 +75,3 @@ class Permutation:
 def shuffled(places: Int64Array, size: int, key: int) -> Int64Array:
     """(G,) places in a random order of 0 .. size - 1 -> (G,) what stands there."""
     return Permutation(size, key)(places)
-
-
-def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
-    """The same with neighbours kept near each other, for storage where random access is slow.
-
-    Blocks of `BLOCK` neighbours are shuffled, and within each window of `WINDOW` blocks all samples are: a consumer
-    touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks, and the
-    samples of the incomplete one at the end, differ between epochs.
-    """
-    blocks, window = size // BLOCK, BLOCK * WINDOW
-    numbers = places // window
-    slots = np.empty_like(places)
-    for number in np.unique(numbers).tolist():  # a batch lies in one or two windows
-        start, chosen = number * window, numbers == number
-        slots[chosen] = start + Permutation(min(window, size - start), hash_ints(key, 1, number))(
-            places[chosen] - start
-        )
-    # the incomplete block, whose number is `blocks`, keeps its slot
-    numbers, inside = slots // BLOCK, slots % BLOCK
-    complete = numbers < blocks
-    if blocks:
-        numbers[complete] = Permutation(blocks, hash_ints(key, 2))(numbers[complete])
-    return (numbers * BLOCK + inside + hash_ints(key, 3) % size) % size

@@ -1,17 +1,10 @@
-"""Task, samples and random keys of a step: a pure function of (seed, step).
+"""Task, samples and random keys of a step: a pure function of (seed, step), the same on every rank.
 
-Nothing here has a state but the step, so a run resumes at any step at no cost, and every rank knows what all others do
-without communication. The global batch is fixed; how it is split over data-parallel ranks, micro-batches and workers
-changes who computes, never what is computed.
+How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed. A step
+belongs to one task and takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic
+is on integers or on raw Philox words, which numpy keeps over its versions (NEP 19).
 
-A step belongs to one task and takes its samples from one data set among those that carry labels for the task. Each
-pair of the two counts its own epochs. Where all tasks share one forward pass (mode "shared"), the plan has a single
-task, "shared".
-
-All arithmetic is on integers or on raw Philox words, whose values numpy guarantees to stay the same over its versions
-(NEP 19 guarantees that for bit generators but not for `Generator.permutation`).
-
-Shape letters: G samples in the global batch.
+Shape letters: N samples of a data set, G samples of a global batch.
 """
 
 from __future__ import annotations
@@ -21,37 +14,37 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
 from visft_ds.config.task_schema import SHARED
-from visft_ds.data.interleave import Interleaving
-from visft_ds.data.permutation import GOLDEN, Int64Array, hash_ints, hash_words, shuffled, shuffled_in_windows
+from visft_ds.data.permutation import GOLDEN, WORD, Int64Array, UInt64Array, hash_ints, hash_words, shuffled
 
-_KEY_MASK = (1 << 63) - 1  # keys become int64 tensors
-#: Changes whenever the same arguments would give another order: a run never resumes in the order of another release.
+#: Changes whenever the same arguments would give another order: a run never resumes in another one.
 ORDER_VERSION = 2
+#: Shards whose samples are mixed in a windowed order.
+WINDOW = 4
 
-Shuffle = Literal["full", "windowed"]
-_SHUFFLES = {"full": shuffled, "windowed": shuffled_in_windows}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of a cache: it is equal to itself only
 class SetPlan:
-    """Share of a data set in a task: its eligible samples, and its weight relative to the task's other sets."""
+    """A data set in a task: its eligible samples, and its weight relative to the task's other sets."""
 
-    samples: Int64Array
+    samples: Int64Array  #: (N,) positions in its index
     weight: float = 1.0
+    shards: Int64Array | None = None  #: (N,) the shard of each, for a windowed order; None: any may follow any other
 
 
 @dataclass(frozen=True)
 class TaskPlan:
     """Schedule of a task."""
 
-    sets: Mapping[str, SetPlan]  #: by data set; only sets that carry labels for the task
+    sets: Mapping[str, SetPlan]  #: those that carry labels for the task
     batch_size: int  #: samples of an optimiser step over all ranks
-    ratio: float = 1.0  #: the task's share of the steps, relative to the other tasks' ratios
+    ratio: float = 1.0  #: share of the steps, relative to the other tasks' ratios
 
 
 @dataclass(frozen=True)
@@ -68,10 +61,7 @@ class StepPlan:
 
 
 def generator(key: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers that are a function of a key and a stream, whoever draws them and when.
-
-    `stream` separates users of the same key: transforms draw from 0, a loss that samples points from the others.
-    """
+    """Random numbers of a key: transforms draw from stream 0, losses that sample points from the others."""
     return np.random.Generator(np.random.Philox(key=np.array([key, stream], dtype=np.uint64)))
 
 
@@ -80,64 +70,47 @@ class Plan:
 
     Args:
         tasks: task name -> TaskPlan.
-        seed: any integer in [0, 2**63).
-        shuffle: "full" permutes a whole data set; "windowed" keeps samples that are neighbours in the shards near each
-            other, for storage where random access is slow (see `permutation.shuffled_in_windows`).
+        seed: 0 or more.
         views: None: a sample has a new key in every epoch. A number: its keys, and with them its crops and flips,
-            repeat after so many epochs and do not depend on the seed, so that cached features serve other runs too.
+            repeat after so many epochs and do not depend on the seed, so that kept features serve other runs too.
 
     Raises:
-        ValueError: a seed out of range, or a data set with fewer samples than one global batch.
+        ValueError: a data set with fewer samples than a global batch.
     """
 
-    def __init__(
-        self, tasks: Mapping[str, TaskPlan], seed: int, shuffle: Shuffle = "full", views: int | None = None
-    ) -> None:
-        if not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed {seed} is not allowed: give an integer from 0 to 2**63 - 1")
+    def __init__(self, tasks: Mapping[str, TaskPlan], seed: int, views: int | None = None) -> None:
         for name, task in tasks.items():
-            _check_task(name, task)
+            key = "visft.shared" if name == SHARED else f"visft.tasks.{name}"
+            for dataset, part in task.sets.items():
+                if len(part.samples) < task.batch_size:
+                    raise ValueError(
+                        f"{dataset} has {len(part.samples)} samples for {name}, fewer than {key}.batch_size="
+                        f"{task.batch_size}: lower it"
+                    )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
-        self.tasks = {name: tasks[name] for name in sorted(tasks)}
-        self.seed = seed
-        self.shuffle: Shuffle = shuffle
-        self.views = views
-        self._task_order = Interleaving({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
-        self._set_order = {
-            name: Interleaving(
-                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, hash_ints(seed, _hash_of(name))
-            )
+        self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
+        self._turns = Turns({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
+        self._sets = {
+            name: Turns({key: part.weight for key, part in sorted(task.sets.items())}, hash_ints(seed, _hash_of(name)))
             for name, task in self.tasks.items()
         }
 
-    def state(self, step: int) -> dict[str, int | str]:
-        """State for a checkpoint after `step` steps: a run with another one would see other samples."""
-        return {"step": step, "seed": self.seed, "version": ORDER_VERSION, "fingerprint": self.fingerprint()}
-
     def describe(self) -> str:
-        """The state without its step, as one line of a checkpoint (which has the step already)."""
-        return f"version {ORDER_VERSION}, seed {self.seed}, {self.shuffle} shuffle, {self.fingerprint()}"
-
-    def fingerprint(self) -> str:
-        """Digest of how samples are drawn, without the seed: tasks, sets, numbers of samples, weights, shuffle."""
+        """What a run and its continuation must have in common, as a line of a checkpoint."""
         tasks = {
             name: [
                 task.batch_size,
                 task.ratio,
-                {dataset: [len(part.samples), part.weight] for dataset, part in sorted(task.sets.items())},
+                {key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())},
             ]
             for name, task in self.tasks.items()
         }
-        views = [] if self.views is None else [self.views]
-        return hashlib.sha256(json.dumps([self.shuffle, tasks, *views]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([tasks, self.views]).encode()).hexdigest()
+        return f"version {ORDER_VERSION}, seed {self.seed}, {digest}"
 
     def task_of(self, step: int) -> str:
         """The task of a step, on all ranks."""
-        return self._task_order.at(step)
-
-    def steps_before(self, step: int, task: str) -> int:
-        """Number of steps of `task` in [0, step); exact, and as fast at step 10**9 as at step 10."""
-        return self._task_order.before(step, task)
+        return self._turns.at(step)
 
     def steps_per_epoch(self, task: str, dataset: str) -> int:
         """Steps in which `task` sees each sample of the set at most once; an incomplete last batch is dropped."""
@@ -146,53 +119,84 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """The global batch of a step."""
-        if step < 0:
-            raise ValueError(f"step {step} is not allowed: steps count from 0")
-        task = self.task_of(step)
-        plan = self.tasks[task]
-        position = self.steps_before(step, task)
-        dataset = self._set_order[task].at(position)
-        samples = plan.sets[dataset].samples
-        earlier = self._set_order[task].before(position, dataset)
+        task = self._turns.at(step)
+        plan, position = self.tasks[task], self._turns.before(step, task)
+        dataset = self._sets[task].at(position)
+        part, earlier = plan.sets[dataset], self._sets[task].before(position, dataset)
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
-        places = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size)  # in the epoch's order
         key = hash_ints(self.seed, _hash_of(task), _hash_of(dataset), epoch)
-        indices = samples[_SHUFFLES[self.shuffle](places, len(samples), key)]
-        if self.shuffle == "windowed":
-            indices = np.sort(indices)  # each rank reads neighbours: which rank computes what changes no result
+        first = batch * plan.batch_size
+        if part.shards is None:
+            indices = part.samples[shuffled(np.arange(first, first + plan.batch_size), len(part.samples), key)]
+        else:
+            # Sorted, so that each machine needs few of the window's shards: who computes changes no result.
+            indices = np.sort(part.samples[_windowed(part, key)[first : first + plan.batch_size]])
         if self.views is not None:
             key = hash_ints(_hash_of(task), _hash_of(dataset), epoch % self.views)
         return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, hash_ints(key, 1)))
 
-    def substitute(self, part: StepPlan, key: int, attempt: int) -> int:
-        """Index of the substitute for a damaged sample of `part`: a function of its key and the number of attempts."""
-        samples = self.tasks[part.task].sets[part.dataset].samples
-        return int(samples[hash_ints(key, attempt) % len(samples)])
-
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
-        """All micro-batches of a rank for a step planned by `step`, in order.
-
-        Those of all ranks are disjoint and together are the step, for any `dp_size` and `accumulation` whose product
-        divides the global batch.
-        """
-        assert 0 <= dp_rank < dp_size
-        self.check_split(dp_size, accumulation)
-        size = len(step_plan.indices) // (dp_size * accumulation)
+        """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the step."""
+        size, rest = divmod(len(step_plan.indices), dp_size * accumulation)
+        assert not rest and 0 <= dp_rank < dp_size, (len(step_plan.indices), dp_rank, dp_size, accumulation)
         starts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
         return [
             replace(step_plan, indices=step_plan.indices[s : s + size], keys=step_plan.keys[s : s + size])
             for s in starts
         ]
 
-    def check_split(self, dp_size: int, accumulation: int) -> None:
-        """Raise ValueError unless every task's global batch divides evenly over ranks and micro-batches."""
-        for name, plan in self.tasks.items():
-            parts = dp_size * accumulation
-            if parts < 1 or plan.batch_size % parts:
-                raise ValueError(
-                    f"task {name!r}: a global batch of {plan.batch_size} cannot be split over {dp_size} data-parallel "
-                    f"ranks x {accumulation} micro-batches; give a multiple of {parts}, or fewer ranks"
-                )
+
+class Turns:
+    """Names in turn by their shares, tasks over steps and data sets over the steps of a task.
+
+    Turn i is a point on a circle, and each name an arc of it as long as its share. The points form a golden-ratio
+    (low-discrepancy) sequence, so that counts never drift from the shares.
+
+    Args:
+        shares: name -> share relative to the others, above 0.
+        offset: where on the circle to begin, in [0, 2**64).
+    """
+
+    def __init__(self, shares: Mapping[str, float], offset: int) -> None:
+        parts = [Fraction(share) for share in shares.values()]
+        self._names, self._offset = list(shares), offset
+        self._bounds = [0, *(round(part * WORD / sum(parts)) for part in accumulate(parts))]
+
+    def at(self, turn: int) -> str:
+        """The name that has this turn."""
+        place = (turn * GOLDEN + self._offset) % WORD
+        return next(name for name, bound in zip(self._names, self._bounds[1:], strict=True) if place < bound)
+
+    def before(self, turn: int, name: str) -> int:
+        """Number of turns of a name in [0, turn), exact and without counting them."""
+        low, high = self._bounds[self._names.index(name) :][:2]
+        # (x mod M < bound) equals floor(x / M) - floor((x - bound) / M), and x is linear in the turn.
+        return _floor_sum(turn, self._offset - low) - _floor_sum(turn, self._offset - high)
+
+
+def _floor_sum(n: int, b: int) -> int:
+    """Sum of floor((GOLDEN * i + b) / 2**64) for i in [0, n) (Euclid-like reduction)."""
+    m, a, total = WORD, GOLDEN, 0
+    while True:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        if a * n + b < m:
+            return total
+        n, b = divmod(a * n + b, m)
+        m, a = a, m
+
+
+@lru_cache(maxsize=8)
+def _windowed(part: SetPlan, key: int) -> Int64Array:
+    """(N,) an order that needs each shard in one stretch: shards shuffled, then samples within `WINDOW` of them."""
+    assert part.shards is not None
+    numbers, places = np.unique(part.shards, return_inverse=True)
+    turns = np.argsort(np.argsort(_words(len(numbers), key, 1), kind="stable"), kind="stable")
+    return np.lexsort((_words(len(places), key, 0), turns[places] // WINDOW))
+
+
+def _words(size: int, key: int, stream: int) -> UInt64Array:
+    return np.random.Philox(key=np.array([key, stream], dtype=np.uint64)).random_raw(size)
 
 
 def _hash_of(name: str) -> int:
@@ -202,14 +206,4 @@ def _hash_of(name: str) -> int:
 
 def _keys(indices: Int64Array, base: int) -> Int64Array:
     hashed = hash_words(hash_words(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
-    return (hashed & np.uint64(_KEY_MASK)).astype(np.int64)
-
-
-def _check_task(name: str, task: TaskPlan) -> None:
-    for dataset, part in task.sets.items():
-        if len(part.samples) < task.batch_size:
-            raise ValueError(
-                f"task {name!r}: data set {dataset!r} has {len(part.samples)} samples for it, fewer than one global "
-                f"batch of {task.batch_size}; give a larger data set, or a global batch of at most {len(part.samples)} "
-                f"({'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.batch_size)"
-            )
+    return (hashed & np.uint64((1 << 63) - 1)).astype(np.int64)

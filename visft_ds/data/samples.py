@@ -5,8 +5,8 @@ Shape letters: B images, H W pixels, N objects of all images, concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +28,8 @@ class RawSample:
 
     index: int  #: position in the split's index; identifies the sample everywhere
     image_id: int  #: the COCO image id
-    size: tuple[int, int]  #: (height, width) of the original image, in whose pixels the annotations are
-    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB; smaller than `size` where shards were made with --reencode
+    size: tuple[int, int]  #: (height, width) in whose pixels the annotations are
+    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
 
@@ -78,72 +78,22 @@ class Batch:
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
     #: host. None: all are as large as the batch.
     frames: Tensor | None = None
-    sent: Sent | None = None  #: the same batch on its way to a GPU
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have targets in this batch."""
         return tuple(self.targets)
 
+    def pin_memory(self) -> Batch:
+        """The batch with its pixels where a GPU can fetch them by itself; torch's DataLoader calls it."""
+        return replace(self, images=self.images.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
         """The batch with all that a model needs on `device`; the host does not wait (`ops.copies.to_device`)."""
-        if self.sent is not None:
-            assert device.type == "cuda", device
-            return self.sent.arrived()
         images, sizes = to_device(self.images, device), to_device(self.sizes, device)
         targets = {task: target.to(device) for task, target in self.targets.items()}
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=images, sizes=sizes, targets=targets, views=views)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Batch that a stream of its own copies to a GPU, while another one computes."""
-
-    batch: Batch
-    copied: torch.cuda.Event
-
-    def arrived(self) -> Batch:
-        """The batch. What the current stream does from now on waits for the copies; the host does not."""
-        stream = torch.cuda.current_stream(self.batch.images.device)
-        stream.wait_event(self.copied)
-        for tensor in _on_gpu(self.batch):
-            tensor.record_stream(stream)  # else its memory could be used again, by the other stream, too early
-        return self.batch
-
-
-class Upload:
-    """Sends batches to a GPU by a stream of its own.
-
-    Args:
-        device: the GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch on the host, already `sent`."""
-        with torch.cuda.stream(self._stream):
-            there = batch.to(self._device)
-        return replace(batch, sent=Sent(there, self._stream.record_event()))
-
-
-def _on_gpu(value: Any) -> Iterator[Tensor]:
-    """The tensors on a GPU in a batch or in parts of one."""
-    if isinstance(value, Tensor):
-        yield from [value] if value.device.type == "cuda" else []
-        return
-    parts: Iterable[Any] = ()
-    if is_dataclass(value):
-        parts = (getattr(value, entry.name) for entry in fields(value))
-    elif isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, tuple):
-        parts = value
-    for part in parts:
-        yield from _on_gpu(part)
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:
@@ -176,7 +126,9 @@ def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
     images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    known = [place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features]
+    known = [
+        place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features is not None
+    ]
     assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
     padded = torch.zeros((len(samples), 3, *frames.amax(dim=0).tolist()), dtype=torch.uint8)
     for place, image in images.items():

@@ -167,8 +167,14 @@ class Manifest:
         column = {"any": None, "annotations": "num_annotations", "captions": "num_captions"}[labels]
         return np.arange(len(self)) if column is None else np.flatnonzero(self.index[column])
 
+    def fetch(self, shard: int) -> None:
+        """Make this machine's copy of a remote shard, if there is none."""
+        if self.remote is not None:
+            file = self.shards[shard]
+            self.remote.copy(file.name, file.bytes, file.sha256)
+
     def open(self, shard: int) -> int:
-        """Descriptor of a shard, fetched first if it is remote."""
+        """Descriptor of a shard, fetched first if it is remote. Raises ValueError or RuntimeError if it cannot be."""
         file = self.shards[shard]
         if self.remote is not None:
             return self.remote.open(file.name, file.bytes, file.sha256)

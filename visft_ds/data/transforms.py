@@ -20,8 +20,6 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
-from visft_ds.data.spans import span
-
 Size = tuple[int, int]  # (height, width)
 FloatArray = npt.NDArray[np.float64]
 _T = TypeVar("_T")
@@ -94,23 +92,22 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
     contiguous copy, and gives the same values. So does mirroring after a scaling instead of before it, which has fewer
     pixels to copy where the scaling makes the image smaller.
     """
-    with span("resize"):
-        tensor = torch.from_numpy(image).permute(2, 0, 1)
-        for op in _mirrored_small(ops, (image.shape[0], image.shape[1])):
-            if isinstance(op, Flip):
-                tensor = tensor.flip(2)
-            elif isinstance(op, Crop):
-                bottom, right = op.top + op.height, op.left + op.width
-                beyond = [-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1]]
-                beyond = [max(0, side) for side in beyond]
-                tensor = tensor[:, max(0, op.top) : bottom, max(0, op.left) : right]
-                tensor = F.pad(tensor, beyond, value=128) if any(beyond) else tensor
-            elif isinstance(op, Pad):
-                missing = (0, op.width - tensor.shape[2], 0, op.height - tensor.shape[1])
-                tensor = F.pad(tensor, missing, value=op.value) if any(missing) else tensor
-            else:
-                tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
-        return tensor.contiguous()
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for op in _mirrored_small(ops, (image.shape[0], image.shape[1])):
+        if isinstance(op, Flip):
+            tensor = tensor.flip(2)
+        elif isinstance(op, Crop):
+            bottom, right = op.top + op.height, op.left + op.width
+            beyond = [-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1]]
+            beyond = [max(0, side) for side in beyond]
+            tensor = tensor[:, max(0, op.top) : bottom, max(0, op.left) : right]
+            tensor = F.pad(tensor, beyond, value=128) if any(beyond) else tensor
+        elif isinstance(op, Pad):
+            missing = (0, op.width - tensor.shape[2], 0, op.height - tensor.shape[1])
+            tensor = F.pad(tensor, missing, value=op.value) if any(missing) else tensor
+        else:
+            tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
+    return tensor.contiguous()
 
 
 def _mirrored_small(ops: Sequence[Op], size: Size) -> Sequence[Op]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from visft_ds.checkpoint.adapter import change_of_checkpoint
 from visft_ds.config.backbones import Named
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
@@ -395,6 +394,8 @@ def _change_at(backbone: Path, path: Path) -> Change:
     """The change of a backbone in an adapter folder or a checkpoint. Raises ValueError as `adapter_for`."""
     if not (path / "state.json").is_file():
         return adapter_for(backbone, path)
+    from visft_ds.checkpoint.adapter import change_of_checkpoint  # imports deepspeed: costs seconds
+
     change = change_of_checkpoint(path)
     _check_base(backbone, path, change.base_sha256)
     return change

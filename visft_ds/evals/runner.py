@@ -28,7 +28,7 @@ def collect(
     vocabulary: Vocabulary | None,
     *,
     limit: int | None = None,
-    threads: int = 2,
+    num_workers: int = 0,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Results] | None:
     """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
@@ -54,7 +54,7 @@ def collect(
                 distributed.rank(),
                 world,
                 limit,
-                threads=threads,
+                num_workers=num_workers,
             ):
                 outputs = predict(batch)
                 for task, results in ours.items():

@@ -3,7 +3,7 @@
 Legend: r rank, G number of adapted slices of a fused qkv, D width, g groups of a convolution. Tensors are named and
 shaped as in the model: linear layers `lora_A` (G*r, in), rows stacked slice by slice in the order q, k, v, and `lora_B`
 (rows, r), likewise; convolutions `lora_A` (r, in / g, k, k) and `lora_B` (out, r). The change of a weight is
-(alpha / r) * B @ A, per slice; with `lora_magnitude` (rows,) (DoRA) the moved rows then get these lengths.
+(alpha / r) * B @ A, per slice.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class Adapter:
     targets: tuple[str, ...]
     tensors: dict[str, Tensor]
     base_sha256: str | None = None
-    magnitude: bool = False
     base_storage: str = "full"
     model: str | None = None  #: name of the model of timm
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
@@ -114,51 +113,42 @@ class Adapter:
             return rows_of_qkv(slices, rows // len(slices))
         return AdaptedRows(((0, rows),), rows, self.groups.get(layer, 1))
 
-    def factors(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and magnitudes of a layer, fp32."""
-        a, b = (self.tensors[f"{layer}.{kind}"].float() for kind in ("lora_A", "lora_B"))
-        return a, b, self.tensors[f"{layer}.lora_magnitude"].float() if self.magnitude else None
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A and B of a layer, fp32."""
+        return self.tensors[f"{layer}.lora_A"].float(), self.tensors[f"{layer}.lora_B"].float()
 
     def delta(self, weight: str) -> Tensor:
         """scaling * B @ A of one base weight, dense, fp32, (out, fan in); zero in rows that are not adapted."""
         layer = weight.removesuffix(".weight")
-        a, b, _ = self.factors(layer)
-        return self.adapted(layer).update(a, b, self.scaling)
+        return self.adapted(layer).update(*self.factors(layer), self.scaling)
 
     def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(result, change) of one base weight, fp32 all."""
-        layer = weight.removesuffix(".weight")
-        change = self.adapted(layer).change(base, *self.factors(layer), self.scaling)
+        change = self.delta(weight).view_as(base)
         return base + change, change
 
     def scaled(self, scale: float) -> Adapter:
-        """With `scale` times its effect, any number, also 0 and below; it goes into lora_B.
-
-        Raises ValueError for magnitudes, whose effect is no multiple of lora_B.
-        """
+        """With `scale` times its effect, any number, also 0 and below; it goes into lora_B."""
         if scale == 1:
             return self
-        if self.magnitude:
-            raise ValueError("an adapter with magnitudes (DoRA) cannot be scaled: its effect is no multiple of lora_B")
         tensors = {name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()}
         return replace(self, tensors=tensors)
 
     def record(self) -> dict[str, object]:
         """Entry in the metadata of merged weights."""
-        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
+        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
 
     def describe(self) -> str:
         """A few words for the console."""
         where = "+".join(self.targets)
         if self.model is not None:
             where = f"{len(self.layers())} layers ({', '.join(self.targets)})"
-        kind = "DoRA, rank" if self.magnitude else "rank"
-        return f"{kind} {self.rank}, alpha {self.alpha:g}, on {where}"
+        return f"rank {self.rank}, alpha {self.alpha:g}, on {where}"
 
     def fingerprint(self) -> str:
         """SHA-256 of settings and values, independent of the file they came from."""
         if self.model is None:
-            settings: object = (self.rank, float(self.alpha), self.targets, *(("magnitude",) if self.magnitude else ()))
+            settings: object = (self.rank, float(self.alpha), self.targets)
         else:
             settings = (self.model, self.rank, float(self.alpha), sorted(self.layers()))
         return fingerprint_of(settings, ((name, self.tensors[name]) for name in sorted(self.tensors)))
@@ -173,8 +163,6 @@ class Adapter:
             if _FUSED.fullmatch(layer):
                 rows, parts = slices * tower.width, slices
             shapes |= {f"{layer}.lora_A": (parts * self.rank, fan_in), f"{layer}.lora_B": (rows, self.rank)}
-            if self.magnitude:
-                shapes[f"{layer}.lora_magnitude"] = (rows,)
         return shapes
 
     def fit(self, tower: Tower) -> Adapter:
@@ -224,7 +212,7 @@ class Adapter:
                 f"the adapter is for a tower of EVA of width {self.width}, depth {self.depth}, and the model is timm's "
                 f"{backbone.name}: take the adapter and the base of the same model"
             )
-        inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets, magnitude=self.magnitude)
+        inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
         parameters = lora_parameters(backbone)
         wrong = sorted(parameters.keys() ^ adapter.tensors.keys())
         wrong += [n for n, p in parameters.items() if n in adapter.tensors and p.shape != adapter.tensors[n].shape]
@@ -254,8 +242,6 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     Raises ValueError for adapters of other projections, towers or bases.
     """
     first = adapters[0]
-    if any(adapter.magnitude for adapter in adapters):
-        raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
     for other in adapters[1:]:
         if _model_of(other) != _model_of(first) or (other.model is not None and other.layers() != first.layers()):
             models = (f"{_model_of(one)} ({one.describe()})" for one in (first, other))
@@ -330,7 +316,6 @@ def adapter_of_run(
         tuple(lora.targets),
         dict(tensors),
         base_sha256,
-        lora.magnitude,
         until=backbone.until,
     )
     if isinstance(backbone, EvaViT):

@@ -33,8 +33,8 @@ class CardSource:
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of weights. `trained`: setting -> value; `measured`: numbers of an evaluation; `datasets`: names of the
-    training data on the hub; all empty where nothing is known."""
+    """Origin of weights. `trained`: setting -> value; `measured`: numbers of an evaluation of a whole split; both empty
+    where nothing is known."""
 
     base: CardSource | None
     adapters: tuple[CardSource, ...]
@@ -42,7 +42,6 @@ class Origin:
     measured: Sequence[Measurement] = ()
     notes: tuple[str, ...] = ()
     published: Publication | None = None
-    datasets: tuple[str, ...] = ()
 
 
 def merged_card(
@@ -86,7 +85,7 @@ def adapter_card(
     model = "a vision tower of EVA-CLIP, without the tower" if tower else f"timm's {adapter.model}, without that model"
     what = [f"The LoRA of a supervised fine-tuning ({_METHOD}) for {model}.", peft.facts(adapter, tower)]
     what += [] if origin.published else [peft.NAMELESS]
-    loading = [peft.loading(adapter, tower, split=form == "peft_split")]
+    loading = [peft.loading(adapter, tower, origin.published, split=form == "peft_split")]
     sources, measured = _sources(origin, adapter, tower), _of_outputs(verification)
     return _card(title, "peft", origin, sources, what, measured, loading, merged=False)
 
@@ -160,9 +159,7 @@ def _card(
     merged: bool = True,
 ) -> str:
     numbers = {f"{one.name} ({one.split}, {one.data})": f"{one.value:.4f}" for one in origin.measured}
-    front = front_matter(
-        title, library, origin.published, merged=merged, datasets=origin.datasets, measured=origin.measured
-    )
+    front = front_matter(title, library, origin.published, merged=merged, measured=origin.measured)
     lines = [*front, f"# {title}", "", *what, "", *sources]
     lines += fact_table("How it was trained", origin.trained, "Not recorded.")
     lines += fact_table("Measured", {**measured, **numbers}, "Nothing.")
@@ -174,7 +171,7 @@ def _of_merge(total: Share, blocks: Sequence[Share], verification: Verification 
     measured = {}
     if total.wanted:
         measured["share of the change that is in the file"] = f"{total.retained:.2%}"
-        measured["error of the change, |missing| / |change|"] = f"{total.error:.2g}"
+        measured["error of the change, norm of what is missing / norm of the change"] = f"{total.error:.2g}"
     if total.wanted and any(block.wanted for block in blocks):
         worst = min((index for index, block in enumerate(blocks) if block.wanted), key=lambda i: blocks[i].retained)
         measured["the share, block with the least"] = f"block {worst}: {blocks[worst].retained:.2%}"
@@ -216,7 +213,8 @@ def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
     """Lines of a section with a table of name and value; `empty` says what stands there without facts."""
     if not facts:
         return [f"## {title}", "", empty, ""]
-    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    rows = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in facts.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {row} |" for row in rows), ""]
 
 
 def _snippet(form: str, report: MergeReport, side_files: Collection[str]) -> list[str]:

@@ -74,14 +74,12 @@ def front_matter(
     base: Publication | None,
     *,
     merged: bool,
-    datasets: Sequence[str] = (),
     measured: Sequence[Measurement] = (),
 ) -> list[str]:
     """Lines of the head of a card. What is not known is left out; the licence is that of the base weights.
 
     Args:
         merged: the weights are whole, not those of an adapter alone.
-        datasets: names of the training data on the hub.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -90,7 +88,7 @@ def front_matter(
     results = [
         EvalResult(
             task_type=one.task,
-            dataset_type=datasets[0] if datasets else "custom",
+            dataset_type="custom",
             dataset_name=one.data,
             dataset_split=one.split,
             metric_type=one.name,
@@ -107,7 +105,6 @@ def front_matter(
         library_name=library,
         pipeline_tag="image-feature-extraction",
         tags=["vision", "visft", *([] if merged else ["lora"])],
-        datasets=list(datasets) or None,
         model_name=title if results else None,
         eval_results=results or None,
         **relation,

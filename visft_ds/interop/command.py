@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -98,7 +97,6 @@ def merge(given: argparse.Namespace) -> int:
         _measured(given.results) if given.results else _measured_in(own, place) if own else (),
         (f"The {', '.join(how)}",) if how else (),
         publication_of(given.base, model and model[0]),
-        _datasets(run) if run else (),
     )
     if given.format not in _ADAPTER_FORMATS:
         return _write_merged(given, adapter, origin) if model is None else _write_timm(given, adapter, origin)
@@ -162,7 +160,7 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
                 card = timm_card(title, layout, given.dtype, change, origin, report, verification)
             write_text(stage / peft.README, card)
         _publish(stage, given.out, files)
-    if given.format == layout and (call := report.create_call()):
+    if given.format == layout and (call := report.create_call(given.out)):
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
         if report.backbone.until is not None:
@@ -221,7 +219,12 @@ def _weights_in(stage: Path, given: argparse.Namespace) -> Path:
     """Path of the weights in a staging folder."""
     if given.format == "onnx":
         return stage / "weights.safetensors"
-    return stage / (FORMATS[given.format].file if _is_folder(given.out) else given.out.name)
+    return stage / (_file_of(given.format) if _is_folder(given.out) else given.out.name)
+
+
+def _file_of(form: str) -> str:
+    """Name of the weights of a format inside a folder."""
+    return FORMATS[form].file if form in FORMATS else "model.safetensors"
 
 
 def _write_onnx(given: argparse.Namespace, weights: Path, backbone: Backbone) -> list[Path]:
@@ -256,7 +259,7 @@ def _verify(
             elif given.format in _ADAPTER_FORMATS:
                 load_result = partial(load, result)
             else:
-                name = FORMATS[given.format].file
+                name = _file_of(given.format)
                 load_result = partial(load, stack.enter_context(loaders.as_folder(result, name, side_files)))
         verification = verify_merge(
             given.base,
@@ -317,24 +320,28 @@ def _trained(run: Path, place: Path) -> dict[str, str]:
     return facts
 
 
-def _datasets(run: Path) -> tuple[str, ...]:
-    """Names of a run's data sets, as their user called them: ends of paths, never folders."""
-    data = recorded_config(run).visft.data
-    names = [Path(urlsplit(data.root).path).name.removesuffix("-shards"), *(one.name for one in data.sets)]
-    return tuple(dict.fromkeys(name for name in names if name))
-
-
 def _measured(folder: Path) -> tuple[Measurement, ...]:
-    """Numbers of a folder of visft evaluate."""
+    """Numbers of a folder of visft evaluate. Raises ValueError for those of a part of a split, which a card has not."""
     evaluation = read_evaluation("results", folder)
     data = evaluation.record["data"]
+    if data["images"] < data.get("total", math.inf):
+        raise ValueError(
+            f"--results {folder}: {data['images']} of {data.get('total', 'more')} images; evaluate them all"
+        )
     return _measurements(evaluation.metrics, f"{data['images']} images, data {data['fingerprint'][:12]}", data["split"])
 
 
 def _measured_in(run: Path, place: Path) -> tuple[Measurement, ...]:
-    """Numbers of the evaluation in a run after the step whose weights lie at a place; none without one."""
+    """Numbers of the evaluation in a run of the step whose weights lie at a place; none without one, or of a part."""
+    settings = recorded_config(run).visft.run
+    if settings.eval_limit is not None:
+        return ()
     records = list(read_metrics(run / METRICS_FILE)) if (run / METRICS_FILE).is_file() else []
     step = max((record["step"] for record in records), default=0)
+    if settings.keep_best is not None:
+        from visft_ds.checkpoint.saver import best_step, recorded_scores  # imports deepspeed: costs seconds
+
+        step = best_step(recorded_scores(run / METRICS_FILE, settings.keep_best)) or step
     if place.name.startswith("step_"):
         step = int(place.name.removeprefix("step_"))
     elif place.parent.name != "export":  # other values than those that were evaluated
@@ -383,6 +390,8 @@ def _publish(stage: Path, out: Path, files: Sequence[Path]) -> None:
 
 
 def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Origin) -> int:
+    if _layout(given) not in FORMATS:
+        raise ValueError(f"--format {given.format} is for models of timm; of a tower of EVA-CLIP: {', '.join(FORMATS)}")
     form, dtype = FORMATS[_layout(given)], DTYPES[given.dtype]
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)

@@ -169,7 +169,7 @@ def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_lora(name: str) -> bool:
     """Return True if a parameter belongs to an adapter."""
-    return name.endswith((".lora_A", ".lora_B", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude"))
+    return name.endswith((".lora_A", ".lora_B", ".lora_A.weight", ".lora_B.weight"))
 
 
 def find_layout(file: WeightFile) -> Layout:

@@ -113,13 +113,13 @@ class TimmMerge:
     notes: tuple[str, ...]
     unfit: tuple[str, ...] = ()
 
-    def create_call(self) -> str | None:
-        """Python that builds timm's model and loads a file FILE of these weights, strictly; None where it cannot."""
+    def create_call(self, file: Path) -> str | None:
+        """Python that builds timm's model and loads a file of these weights, strictly; None where it cannot."""
         if "pretrained_cfg" not in self.side_files.get("config.json", {}):
             return None
         size = "".join(f", {key}={value}" for key, value in self.backbone.options.items())
         classes = self.side_files["config.json"]["num_classes"]
-        return f'timm.create_model("{self.backbone.name}", num_classes={classes}{size}, checkpoint_path=FILE)'
+        return f'timm.create_model("{self.backbone.name}", num_classes={classes}{size}, checkpoint_path="{file}")'
 
 
 def read_adapter(path: str | Path) -> Adapter:

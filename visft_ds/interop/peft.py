@@ -3,9 +3,8 @@
 PEFT has no LoRA on *slices* of a fused qkv. Ours is put into its plain one on the whole qkv (D width, r rank, G adapted
 slices): rank G*r, A as it is, B (3D, G*r) block by block (slice g in columns g*r..(g+1)*r) and zero elsewhere,
 lora_alpha G times as large so that alpha / rank stays. On timm's model with separate q_proj, k_proj, v_proj ("split")
-each slice is an adapter of its own. Both maps are exact, both ways. Magnitudes (DoRA) go into the split form only: on
-the fused qkv PEFT would give all its rows a length, also those that are not adapted. Neither has it groups of a
-convolution that share A: of g groups ours is one of rank g*r, with zeros. What PEFT cannot have of a model of timm is
+each slice is an adapter of its own. Both maps are exact, both ways. Neither has it groups of
+a convolution that share A: of g groups ours is one of rank g*r, with zeros. What PEFT cannot have of a model of timm is
 in our own file, which lies beside PEFT's. File format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -42,7 +41,7 @@ LARGEST_PEFT = 2**27
 _KEY, _TIMM_KEY = "visft_adapter", "visft_module_adapter"
 _NAME = re.compile(
     r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))"
-    r"\.lora_(?:([AB])\.weight|magnitude_vector)"
+    r"\.lora_([AB])\.weight"
 )
 # Names of modules and ends of them, plain or as re.escape writes them: a pattern without repetition ends at once.
 _PLAIN = re.compile(r"\^?(?:\w|\\?[.-])+\$?")
@@ -78,7 +77,6 @@ class TimmAdapterEntry(StrictModel):
     rank: Natural
     alpha: float
     targets: list[str]
-    magnitude: bool
     places: dict[str, AdaptedPlace]
     base_sha256: str | None
     options: dict[str, Natural]
@@ -169,11 +167,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 ADAPTER = "."  # this folder
-BASE = "base.safetensors"  # the base weights, under timm's names
 
-model = timm.create_model("{name}", num_classes=0{size})
-weights = load_file(BASE)
-model.load_state_dict({{name: weights[name] for name in model.state_dict()}})  # without a classifier
+{base}
 {ending}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
 """
@@ -209,11 +204,6 @@ def save_peft_adapter(
     if adapter.model is None:
         assert tower is not None
         adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
-        if adapter.magnitude and adapter.slices() and not split:
-            raise ValueError(
-                "PEFT's DoRA on the fused qkv also has lengths of rows that are not adapted: write peft_split, for the "
-                "model with separate q, k and v"
-            )
     config = folder / CONFIG
     if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, TIMM_FILE, README)):
         raise ValueError(f"{folder} holds an adapter already and is not overwritten: choose another folder")
@@ -263,11 +253,6 @@ def why_no_peft(adapter: Adapter) -> str | None:
     """Why PEFT cannot compute with an adapter on a model of timm; None where it can."""
     adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
     grouped = [layer for layer, rows in adapted.items() if rows.groups > 1]
-    if adapter.magnitude:
-        sliced = [layer for layer, rows in adapted.items() if not rows.unsliced]
-        if sliced or grouped:
-            why = "slices of a fused layer" if sliced else "grouped convolutions"
-            return f"its DoRA knows no {why} ({examples(sliced or grouped, 1)})"
     size = sum(adapted[layer].groups ** 2 * adapter.tensors[f"{layer}.lora_A"].numel() for layer in grouped)
     if size > LARGEST_PEFT:
         return f"as updates of convolutions without groups they would have {size:,} values, nearly all of them zero"
@@ -296,7 +281,7 @@ def _readme(adapter: Adapter, tower: Tower | None, base_model: Publication | Non
     base, nameless = adapter.base_sha256 or "not recorded", "" if base_model else f"{NAMELESS}\n"
     head = _HEAD.format(model=model, facts=facts(adapter, tower), base=base, nameless=nameless)
     front = front_matter("adapter", "peft", base_model, merged=False)
-    return "\n".join(front) + "\n" + head + loading(adapter, tower, split=split)
+    return "\n".join(front) + "\n" + head + loading(adapter, tower, base_model, split=split)
 
 
 def facts(adapter: Adapter, tower: Tower | None) -> str:
@@ -304,9 +289,8 @@ def facts(adapter: Adapter, tower: Tower | None) -> str:
     if tower is None:
         text = f"{adapter.describe()}. `{TIMM_FILE}` is what `visft merge` of visft_ds reads to add it into full "
         return f"{text}weights, which need nothing else."
-    kind = "DoRA of rank" if adapter.magnitude else "Rank"
     text = (
-        f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
+        f"Rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
         f"{adapter.depth} blocks ({tower.describe()})."
     )
     if adapter.until is not None:
@@ -317,7 +301,7 @@ def facts(adapter: Adapter, tower: Tower | None) -> str:
     return text
 
 
-def loading(adapter: Adapter, tower: Tower | None, *, split: bool) -> str:
+def loading(adapter: Adapter, tower: Tower | None, published: Publication | None, *, split: bool) -> str:
     """The part of a README.md that says how PEFT + timm load an adapter folder, or why they do not."""
     if tower is None:
         if reason := why_no_peft(adapter):
@@ -325,7 +309,15 @@ def loading(adapter: Adapter, tower: Tower | None, *, split: bool) -> str:
         size = "".join(f", {key}={value}" for key, value in adapter.options.items())
         separate, why = (_SEPARATE, _NECESSARY) if reads_past_layers(adapter) else ("", "")
         ending = separate + _ending(adapter)
-        return _TIMM_LOADING.format(name=adapter.model, size=size, ending=ending) + why
+        base = f'model = timm.create_model("{adapter.model}", num_classes=0{size}, pretrained=True)'
+        if published is None:
+            base = (
+                f'BASE = "model.safetensors"  # put the path of your base weights here: sha256 {adapter.base_sha256}\n'
+                f'model = timm.create_model("{adapter.model}", num_classes=0{size})\n'
+                "weights = load_file(BASE)\n"
+                "model.load_state_dict({name: weights[name] for name in model.state_dict()})  # without a classifier"
+            )
+        return _TIMM_LOADING.format(base=base, ending=ending) + why
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
     adjust += _SPLIT if split else ""
@@ -376,7 +368,7 @@ def adapter_config(adapter: Adapter, split: bool) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_rslora": False,
-        "use_dora": adapter.magnitude,
+        "use_dora": False,
     }
 
 
@@ -392,18 +384,15 @@ def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
         adapter = _separated(adapter)
     for layer in adapter.layers():
         rows = adapter.adapted(layer)
-        a, b, magnitude = adapter.factors(layer)
+        a, b = adapter.factors(layer)
         if rows.groups > 1:
             a = _spread_groups(a, rows.groups)
         if not rows.unsliced:
             b = _spread(b, rows, adapter.rank)
         if a.ndim == 4:
             b = b[:, :, None, None]
-            magnitude = None if magnitude is None else magnitude[None, :, None, None]
         stem = f"base_model.model.{layer}"
         tensors |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
-        if magnitude is not None:
-            tensors[f"{stem}.lora_magnitude_vector"] = magnitude.contiguous()
     return tensors
 
 
@@ -452,7 +441,7 @@ def _own_name(name: str) -> str:
 def read_peft_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder, ours or one that PEFT wrote for timm's EVA, into LoRA on slices, exactly.
 
-    Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA on the fused qkv, biases,
+    Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA, biases,
     different ranks, a lora_B that is not zero outside one block a slice), for incomplete folders, and for settings that
     ask for code to be run or could run for ever.
     """
@@ -482,14 +471,8 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
     split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
     if split and "attn.qkv" in modules:
         raise ValueError(f"{file.path}: adapts the fused qkv and separate projections at once; no model has both")
-    magnitude = config.use_dora
-    if magnitude and "attn.qkv" in modules:
-        raise ValueError(
-            f"{file.path}: DoRA on the fused qkv gives all its rows a length, which DoRA on slices does not express; "
-            f"train the model with separate q, k and v, or merge with PEFT (merge_and_unload) and load the weights"
-        )
-    if absent := [name for name in file if name.endswith(".lora_B.weight") and magnitude != (_beside(name) in file)]:
-        raise ValueError(f"{file.path}: use_dora={magnitude} and the tensors beside {examples(absent)} do not agree")
+    if config.use_dora:
+        raise ValueError(f"{file.path}: use_dora is true; merge DoRA with PEFT (merge_and_unload) and load the weights")
     slices = _slices(file, told) if "attn.qkv" in modules else split
     targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
     rank, scaling = _rank_and_scaling(file, config, len(slices))
@@ -506,7 +489,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
             value = gathered
         tensors[our_name] = value
     base, storage, until = (told.base_sha256, told.base_storage, told.until) if told else (None, "full", None)
-    return Adapter(rank, scaling * rank, targets, tensors, base, magnitude, storage, until=until)
+    return Adapter(rank, scaling * rank, targets, tensors, base, storage, until=until)
 
 
 def is_timm_file(path: Path) -> bool:
@@ -520,8 +503,7 @@ def _read_timm(path: Path) -> Adapter:
     if _TIMM_KEY not in file.metadata:
         raise ValueError(f"{file.path} is no adapter that this project wrote for a model of timm")
     told = file.told(_TIMM_KEY, TimmAdapterEntry)
-    kinds = [kind for kind in KINDS if told.magnitude or kind != "lora_magnitude"]
-    names = [f"{layer}.{kind}" for layer in told.places for kind in kinds]
+    names = [f"{layer}.{kind}" for layer in told.places for kind in KINDS]
     whole = bool(names) and set(names) == set(file)
     for layer, place in told.places.items() if whole else ():
         a, b = file.shape(f"{layer}.lora_A"), file.shape(f"{layer}.lora_B")
@@ -534,7 +516,6 @@ def _read_timm(path: Path) -> Adapter:
         tuple(told.targets),
         {name: file.get(name) for name in names} if whole else {},
         told.base_sha256,
-        told.magnitude,
         model=told.name,
         options=told.options,
         groups={layer: place.groups for layer, place in told.places.items() if place.groups > 1},
@@ -544,11 +525,6 @@ def _read_timm(path: Path) -> Adapter:
     if not whole or _places(adapter) != places:
         raise ValueError(f"{file.path}: its tensors are not those of the layers that its header names")
     return adapter
-
-
-def _beside(lora_b: str) -> str:
-    """Name of the magnitudes that belong to a lora_B."""
-    return lora_b.removesuffix("lora_B.weight") + "lora_magnitude_vector"
 
 
 def _stacked(file: WeightFile, slices: tuple[str, ...]) -> dict[str, Tensor]:

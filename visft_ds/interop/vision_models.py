@@ -125,7 +125,7 @@ def vision_model(backbone: TimmBackbone) -> VisionModel:
             return known
     families = ", ".join(f"{known.family} ({known.architecture})" for known in VISION_MODELS)
     raise ValueError(
-        f"timm's {backbone.name} is no model that is written for transformers: these are {families} and EVA-CLIP-g. "
+        f"timm's {backbone.name} is no model that is written for transformers: these are {families}. "
         f"Write --format timm, whose folder transformers loads by its TimmWrapperModel"
     )
 

@@ -3,8 +3,7 @@
 An adapted layer keeps the names of the layer it replaces (`weight`, `bias`), adding `lora_A` and `lora_B`, stacked over
 the adapted slices as loralib's MergedLinear stacks them, so files of either kind load as they are. A slice is a range
 of output rows: on the fused qkv projection any of q, k and v can be adapted alone. ViSFT's code adapts q and v with
-rank 64 and alpha 1: scale 1/64. With magnitudes (DoRA, https://arxiv.org/abs/2402.09353) the length of each adapted row
-is a parameter too.
+rank 64 and alpha 1: scale 1/64.
 
 On convolutions, grouped and depthwise ones too, the weight (out, in / groups, k, k) is updated as a matrix with a row
 for each output channel, as in LoCon (https://github.com/KohakuBlueleaf/LyCORIS). Without groups the update is a
@@ -35,10 +34,10 @@ from torch import Tensor, nn
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
 from visft_ds.ops import no_autocast
-from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, parts_of, row_lengths
+from visft_ds.ops.lora import Slices, WideWeight, lora_linear, parts_of
 
 #: Parameters that an adapted layer may add to those of the layer it replaces.
-KINDS = ("lora_A", "lora_B", "lora_magnitude")
+KINDS = ("lora_A", "lora_B")
 _FUSED = "attn.qkv"  #: where a tower keeps q, k and v in one layer; EVA-02's larger ones of timm have attn.q_proj, ...
 #: target -> (path of the layer in a block, index of the part of its output, number of equal parts), in stacking order
 TARGETS = {
@@ -76,36 +75,23 @@ class AdaptedRows:
             torch.matmul(b[rows_of_b], a[rows_of_a].flatten(1), out=result[changed])
         return result.mul_(scale)
 
-    def change(self, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
-        """Dense change of a weight (rows, ...); with magnitudes (R,), adapted rows then have these lengths."""
-        result = self.update(a, b, scale).view_as(weight)
-        if magnitude is not None:
-            for changed, _, rows_of_b in self.parts(b.shape[1]):
-                result[changed] = dora_change(weight[changed], result[changed], magnitude[rows_of_b])
-        return result
-
 
 class AdaptedLayer(nn.Module):
-    """Layer with the weight and bias of the one it replaces, lora_A, lora_B and, for DoRA, lora_magnitude.
-
-    Subclasses compute the forward and the initial magnitudes.
-    """
+    """Layer with the weight and bias of the one it replaces, lora_A and lora_B. Subclasses compute the forward."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_magnitude: nn.Parameter | None
 
     def __init__(
-        self, base: nn.Module, adapted: AdaptedRows, fan_in: Sequence[int], *, rank: int, alpha: float, magnitude: bool
+        self, base: nn.Module, adapted: AdaptedRows, fan_in: Sequence[int], *, rank: int, alpha: float
     ) -> None:
         """Take over a layer's parameters; the adapters are fp32, or fp64 over fp64 weights.
 
         Args:
             base: the layer to replace, with `weight` and `bias`.
             fan_in: shape of a row of the weight and of a row of lora_A.
-            magnitude: add lora_magnitude (DoRA).
         """
         super().__init__()
         self.rank = rank
@@ -120,15 +106,11 @@ class AdaptedLayer(nn.Module):
         like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(*a, **like))
         self.lora_B = nn.Parameter(torch.zeros(*b, **like))
-        self.register_parameter("lora_magnitude", nn.Parameter(torch.empty(b[0], **like)) if magnitude else None)
 
     def start(self, generator: torch.Generator | None) -> None:
-        """Initialise A and the magnitudes; on the meta device there is nothing to do. B is zero from the beginning."""
-        if self.weight.is_meta:
-            return
-        self.lora_A.data.copy_(self.random_a(generator))
-        if self.lora_magnitude is not None:
-            self.lora_magnitude.data.copy_(self.first_magnitude(self.weight))
+        """Initialise A; on the meta device there is nothing to do. B is zero from the beginning."""
+        if not self.weight.is_meta:
+            self.lora_A.data.copy_(self.random_a(generator))
 
     def random_a(self, generator: torch.Generator | None = None) -> Tensor:
         """Initial values of A, fp32 on the CPU, so that every device starts alike.
@@ -139,17 +121,12 @@ class AdaptedLayer(nn.Module):
         bound = 1.0 / math.sqrt(math.prod(shape[1:]))
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
-    def first_magnitude(self, weight: Tensor) -> Tensor:
-        """Initial magnitudes, fp32: the norms of the adapted rows of a weight on any device."""
-        raise AssertionError("subclasses define it")
-
 
 class LoRALinear(AdaptedLayer):
     """A `Linear` with low-rank updates on slices of its output.
 
-    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r), lora_magnitude (R,) or None. A
-    starts uniform in +-1/sqrt(in), B at zero, magnitudes at the lengths of the weight's rows: the output does not
-    change at the start.
+    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r). A starts uniform in
+    +-1/sqrt(in), B at zero: the output does not change at the start.
     """
 
     def __init__(
@@ -159,11 +136,10 @@ class LoRALinear(AdaptedLayer):
         *,
         rank: int,
         alpha: float,
-        magnitude: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         adapted = AdaptedRows(slices, base.out_features)
-        super().__init__(base, adapted, (base.in_features,), rank=rank, alpha=alpha, magnitude=magnitude)
+        super().__init__(base, adapted, (base.in_features,), rank=rank, alpha=alpha)
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.slices = slices
@@ -176,16 +152,9 @@ class LoRALinear(AdaptedLayer):
         self._wide = WideWeight()
         return self
 
-    def first_magnitude(self, weight: Tensor) -> Tensor:
-        """See `AdaptedLayer`; weight (out, in)."""
-        a, b = (weight.new_zeros(self.shapes[kind]) for kind in ("lora_A", "lora_B"))
-        return row_lengths(weight, a, b, self.scale, self.slices)
-
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own (EVA's qkv: see `Attention`)."""
         factors = (self.weight, self.bias if bias is None else bias, self.lora_A, self.lora_B)
-        if self.lora_magnitude is not None:
-            return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices, wide=self._wide)
         return lora_linear(x, *factors, self.scale, self.slices, wide=self._wide)
 
     def extra_repr(self) -> str:
@@ -196,9 +165,7 @@ class LoRALinear(AdaptedLayer):
 
 
 class LoRAConv2d(AdaptedLayer):
-    """An `nn.Conv2d` with a low-rank update: lora_A (r, in / groups, k, k), lora_B (out, r), lora_magnitude (out,) or
-    None.
-    """
+    """An `nn.Conv2d` with a low-rank update: lora_A (r, in / groups, k, k), lora_B (out, r)."""
 
     def __init__(
         self,
@@ -206,19 +173,14 @@ class LoRAConv2d(AdaptedLayer):
         *,
         rank: int,
         alpha: float,
-        magnitude: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         out, *fan_in = base.weight.shape
         adapted = AdaptedRows(((0, out),), out, base.groups)
-        super().__init__(base, adapted, fan_in, rank=rank, alpha=alpha, magnitude=magnitude)
+        super().__init__(base, adapted, fan_in, rank=rank, alpha=alpha)
         self.stride, self.padding, self.dilation, self.groups = base.stride, base.padding, base.dilation, base.groups
         self.out_channels, self.kernel_size = out, base.kernel_size
         self.start(generator)
-
-    def first_magnitude(self, weight: Tensor) -> Tensor:
-        """See `AdaptedLayer`."""
-        return lengths(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
@@ -226,16 +188,8 @@ class LoRAConv2d(AdaptedLayer):
         y = F.conv2d(x, self.weight, self.bias, *window, self.groups)
         if self.groups == 1:
             inner = F.conv2d(x, self.lora_A, None, *window)
-            y = y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
-        else:
-            y = y + F.conv2d(x, self._update(), None, *window, self.groups)
-        if self.lora_magnitude is None:
-            return y
-        with torch.no_grad():  # DoRA, section 4.3: no gradient flows through the length
-            length = lengths(self.weight.to(self.lora_B.dtype) + self._update())
-        excess = (self.lora_magnitude / length - 1).view(1, -1, 1, 1)  # 0 at the start of training: y stays as it is
-        without_bias = y if self.bias is None else y.to(excess.dtype) - self.bias.to(excess.dtype).view(1, -1, 1, 1)
-        return (y + excess * without_bias).to(y.dtype)
+            return y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
+        return y + F.conv2d(x, self._update(), None, *window, self.groups)
 
     def _update(self) -> Tensor:
         """scale * B A in the shape of the weight, in the precision of the adapters."""
@@ -249,18 +203,6 @@ class LoRAConv2d(AdaptedLayer):
         )
 
 
-def dora_change(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """Change of rows (n, ...) that DoRA moves by `delta` and then scales to the lengths `magnitude` (n,)."""
-    moved = weight.to(delta.dtype) + delta
-    factor = magnitude / lengths(moved)
-    return (moved.flatten(1) * factor[:, None]).view_as(moved) - weight
-
-
-def lengths(rows: Tensor) -> Tensor:
-    """Euclidean lengths (n, ...) -> (n,), never quite zero, so that a row of zeros stays one."""
-    return rows.flatten(1).norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
-
-
 @dataclass(frozen=True)
 class LoraSettings:
     """Hyperparameters of a model's adapters."""
@@ -268,7 +210,6 @@ class LoraSettings:
     rank: int
     alpha: float
     targets: tuple[str, ...]  #: in the order of TARGETS
-    magnitude: bool = False
 
 
 def inject_lora(
@@ -277,7 +218,6 @@ def inject_lora(
     rank: int = 64,
     alpha: float = 1.0,
     targets: Iterable[str] = ("q", "v"),
-    magnitude: bool = False,
     seed: int = 0,
 ) -> None:
     """Replace the targeted layers by adapted ones, in place.
@@ -290,7 +230,6 @@ def inject_lora(
         alpha: the update is scaled by alpha / rank.
         targets: roles in every block of `backbone.blocks` (keys of TARGETS); or globs over the names of linear layers
             and convolutions, such as "stages.*.mlp.fc1".
-        magnitude: train the lengths of adapted rows too (DoRA).
         seed: decides A of every layer, whatever the device and the state of the global generators.
 
     Raises:
@@ -310,7 +249,7 @@ def inject_lora(
         if twice := [name for name in found if name in plan]:
             raise ValueError(f"LoRA targets {targets}: {twice[0]} is adapted by two of them")
         plan |= found
-    options: dict[str, Any] = {"rank": rank, "alpha": alpha, "magnitude": magnitude}
+    options: dict[str, Any] = {"rank": rank, "alpha": alpha}
     for name, (layer, slices) in plan.items():
         parent, _, child = name.rpartition(".")
         generator = generator_for(seed, name)
@@ -394,20 +333,17 @@ def _name(backbone: nn.Module) -> str:
     return str(getattr(backbone, "name", type(backbone).__name__))
 
 
-def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str], Tensor]) -> Tensor:
+def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value that `inject_lora` with this seed gives an adapter's parameter: fp32, on the CPU.
 
     For a backbone on the meta device, where `inject_lora` makes shapes only; values are drawn as they are needed.
 
     Args:
-        name: "...lora_A", "...lora_B" or "...lora_magnitude".
-        read: returns a parameter of the backbone by name, as the model starts with it.
+        name: "...lora_A" or "...lora_B".
     """
     path, _, kind = name.rpartition(".")
     layer = lora_layers(backbone)[path]
-    if kind == "lora_A":
-        return layer.random_a(generator_for(seed, path))
-    return torch.zeros(layer.shapes[kind]) if kind == "lora_B" else layer.first_magnitude(read(f"{path}.weight"))
+    return layer.random_a(generator_for(seed, path)) if kind == "lora_A" else torch.zeros(layer.shapes[kind])
 
 
 def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
@@ -416,12 +352,11 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`, and `...lora_magnitude` if there is one."""
+    """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
     return {
         f"{name}.{kind}" if name else kind: getattr(layer, kind)
         for name, layer in lora_layers(module).items()
         for kind in KINDS
-        if getattr(layer, kind) is not None
     }
 
 
@@ -437,7 +372,7 @@ def lora_settings(module: nn.Module) -> LoraSettings:
         if name.endswith(path) and _range(layer.out_features, part, of) in layer.slices
     }
     targets = tuple(target for target in TARGETS if target in found)
-    return LoraSettings(first.rank, first.alpha, targets, first.lora_magnitude is not None)
+    return LoraSettings(first.rank, first.alpha, targets)
 
 
 @torch.no_grad()

@@ -1,25 +1,21 @@
-"""Console output: tables, the line of a training step, and what is left of other work; a bar on a terminal, else text.
+"""Console output: tables, the line of a training step, and the progress of other work.
 
 No line is longer than WIDTH, unless a path or a command in it is: those stay whole, to be copied.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Column, Table
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 
@@ -30,9 +26,8 @@ SMOOTHING = 0.1
 #: Steps over which speed and waiting are averaged.
 WINDOW = 50
 _SHORT = 3  # letters of a task where its whole name does not fit
-_BAR = 12  # columns of a bar
-#: Seconds that work may take before it is spoken of, and between two lines: more of them the longer it takes.
-_FIRST, _RARELY = 5.0, 60.0
+#: Seconds that work may take before it is spoken of, and between two lines where no terminal shows a bar.
+_FIRST, _RARELY = 5.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -49,30 +44,13 @@ def print_plan(title: str, sections: Sequence[Section], *, enabled: bool = True,
     if not enabled:
         return
     stream = stream or sys.stdout
-    console = Console(file=stream)
-    if console.is_terminal:
-        console.rule(f"[bold]{escape(title)}", align="left")
-        for section in sections:
-            console.print(_rich_table(section))
-        return
     print(f"== {title}", file=stream)
     for section in sections:
-        print("\n".join(_plain_table(section)), file=stream)
+        print("\n".join(_table(section)), file=stream)
     stream.flush()
 
 
-def _rich_table(section: Section) -> Table:
-    title = f"[bold]{escape(section.title)}"
-    table = Table(title=title, title_justify="left", box=None, show_header=bool(section.columns), pad_edge=False)
-    width = max((len(row) for row in section.rows), default=len(section.columns))
-    for name in [*section.columns, *[""] * (width - len(section.columns))]:
-        table.add_column(escape(name), overflow="fold")
-    for row in section.rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
-def _plain_table(section: Section) -> list[str]:
+def _table(section: Section) -> list[str]:
     rows = [list(section.columns), *section.rows] if section.columns else list(section.rows)
     # The last column is not padded, so that long texts do not widen the whole table; they go on below themselves.
     widths: dict[int, int] = {}
@@ -153,7 +131,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """The progress of a training; a context manager. On a terminal a bar shows the newest numbers.
+    """The progress of a training; a context manager. On a terminal a last line shows the newest numbers.
 
     Args:
         total: optimiser steps of the whole run.
@@ -161,66 +139,70 @@ class Progress:
         log_every: print a line that stays whenever the step is a multiple, and for the first and last step.
         enabled: False on every process but the main one: prints nothing.
         stream: where to; stdout by default.
+        gone: called when nobody reads the stream any more; None: that is an error.
     """
 
     def __init__(
-        self, total: int, *, start: int = 0, log_every: int = 20, enabled: bool = True, stream: TextIO | None = None
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        log_every: int = 20,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        gone: Callable[[], None] | None = None,
     ) -> None:
         self.total, self.start, self.log_every, self.enabled = total, start, log_every, enabled
-        self._stream = stream or sys.stdout
+        self._stream, self._gone = stream or sys.stdout, gone
         self._window = _Window()
-        self._bar: Bar | None = None
-        console = Console(file=self._stream)
-        if enabled and console.is_terminal:
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-            # A file that stderr was sent to keeps its lines.
-            self._bar = Bar(BarColumn(_BAR), text, console=console, redirect_stderr=sys.stderr.isatty())
-            self._task = self._bar.add_task("", total=total, completed=start)
+        live = enabled and self._stream.isatty()
+        self._width = shutil.get_terminal_size((WIDTH, 24)).columns - 1 if live else WIDTH
+        self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
     def update(self, line: StepLine) -> None:
         """Show a finished step."""
         if not self.enabled:
             return
         self._window.add(line)
-        if self._bar is not None:
-            width = self._bar.console.width - _BAR - 1
-            self._bar.update(self._task, completed=line.step, description=escape(self._window.text(self.total, width)))
+        text = self._window.text(self.total, self._width)
         if line.step % self.log_every == 0 or line.step in (self.start + 1, self.total):
-            self.message(self._window.text(self.total, WIDTH if self._bar is None else self._bar.console.width))
+            self.message(text)
+        if self._bar is not None:
+            self._bar.set_description_str(text)
 
     def message(self, text: str) -> None:
         """Print a line of its own, e.g. that a checkpoint was saved."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.console.print(escape(text), highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            if self._gone is None:
+                raise
+            self._gone()
 
 
 class Gauge:
     """Progress of any work but training, with the time left, on stderr; a context manager. Silent for five seconds.
-
-    On a terminal it is a bar, which is gone at the end; elsewhere lines that become rarer the longer it takes.
 
     Args:
         what: a name for the work, e.g. "encoding digits".
         total: how much there is to do; 0 where nobody knows yet.
         unit: of `total`.
         enabled: False on every process but the main one, or for --quiet: prints nothing.
-        tell: prints a line instead, where a bar stands already, e.g. `Progress.message`.
-        seconds: a clock.
+        tell: prints a line instead, where another one stands already, e.g. `Progress.message`.
     """
 
     def __init__(
@@ -231,21 +213,10 @@ class Gauge:
         *,
         enabled: bool = True,
         tell: Callable[[str], None] | None = None,
-        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.what, self.total, self.unit, self.done = what, total, f" {unit}" if unit else "", 0.0
-        self._seconds, self._tell, self._enabled = seconds, tell or self._print, enabled
+        self.what, self.total, self.unit, self._enabled, self._tell = what, total, unit, enabled, tell
         self._lock = threading.Lock()  # work is done in threads
-        self._bar: Bar | None = None
-        console = Console(stderr=True)
-        self._width = console.width - _BAR - 1
-        if enabled and tell is None and console.is_terminal:
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-            shared = sys.stdout.isatty()  # else what is printed goes elsewhere, and has to
-            self._bar = Bar(BarColumn(_BAR), text, console=console, transient=True, redirect_stdout=shared)
-            self._task = self._bar.add_task("")
-        self._began = self._at_start = self._next = 0.0
-        self._start(0)
+        self._bar = self._begin(0)
 
     def __enter__(self) -> Gauge:
         return self
@@ -253,48 +224,58 @@ class Gauge:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.close()
 
     def phase(self, what: str, total: float, unit: str, done: float = 0) -> None:
         """Go on with other work, of which a part may be done already."""
-        self.what, self.total, self.unit = what, total, f" {unit}"
-        self._start(done)
+        self._bar.close()
+        self.what, self.total, self.unit = what, total, unit
+        self._bar = self._begin(done)
 
     def add(self, amount: float = 1) -> None:
         """So much more is done; from any thread."""
         with self._lock:
-            self.show(self.done + amount)
+            self._bar.update(amount)
 
     def show(self, done: float, note: str = "") -> None:
         """So much is done in all; `note` says more, e.g. a second number."""
-        self.done, now = done, self._seconds()
-        if not self._enabled or now < self._next:
-            return
-        taken = max(now - self._began, 1e-9)
-        self._next = now + (0.2 if self._bar is not None else min(max(_FIRST, taken / 2), _RARELY))
-        text = self._text(taken, note)
-        if self._bar is None:
-            self._tell(text)
-            return
-        self._bar.start()
-        self._bar.update(self._task, total=self.total or None, completed=done, description=escape(text[: self._width]))
+        self._bar.set_postfix_str(note.lstrip(", "), refresh=False)
+        self.add(done - self._bar.n)
 
-    def _text(self, taken: float, note: str) -> str:
-        rate = (self.done - self._at_start) / taken
-        if not self.total:
-            return f"{self.what}: {self.done:.0f}{self.unit}{note}" if self.done else f"{self.what} ..."
-        left = f", {rate:.3g}/s, left {clock((self.total - self.done) / rate)}" if rate > 0 else ""
-        return f"{self.what}: {self.done:.0f}/{self.total:.0f}{self.unit}{note}{left}"
+    @property
+    def done(self) -> float:
+        """So much is done."""
+        return float(self._bar.n)
 
-    def _start(self, done: float) -> None:
-        self._began = self._seconds()
-        self._next = self._began + _FIRST
-        self.done = self._at_start = done
+    def _begin(self, done: float) -> tqdm:
+        live = sys.stderr is not None and sys.stderr.isatty() and self._tell is None
+        return tqdm(
+            desc=self.what,
+            total=self.total or None,
+            initial=done,
+            unit=f" {self.unit}" if self.unit else "",
+            disable=not self._enabled,
+            delay=_FIRST,
+            mininterval=0.2 if live else _RARELY,
+            bar_format=None if live else "{desc}: {n:.0f}/{total}{unit}{postfix}, left {remaining}\n",
+            file=sys.stderr if self._tell is None else _Lines(self._tell),
+            leave=False,
+            dynamic_ncols=live,
+        )
 
-    @staticmethod
-    def _print(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+
+class _Lines:
+    """A stream for tqdm that hands on whole lines."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            self._tell(line)
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
 
 
 def gauged(items: Iterable[Item], what: str, total: float, unit: str = "", *, enabled: bool = True) -> Iterator[Item]:

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Natural, Whole, as_record, read_record
 from visft_ds.monitor.callbacks import Callback
-from visft_ds.redaction import redacted_values, redacted_words
+from visft_ds.redaction import redacted, redacted_values
 
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
@@ -340,7 +340,7 @@ class RunRecord:
         record = {
             "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": redacted_words(self.command),
+            "command": [redacted(word) for word in self.command],
             "world_size": self.world_size,
             "versions": versions(),
             "git": git_revision(Path(__file__).resolve().parents[2]),

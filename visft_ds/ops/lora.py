@@ -11,12 +11,8 @@ called backends:
 - augmented: one product of [x | u] with [W | B], so that 16-bit results are rounded once, in any library's product.
 - triton: the same rounding without the copies of x and W that the augmented product is made of (sm_80 and later).
 
-DoRA, https://arxiv.org/abs/2402.09353: for the rows of each adapted slice W' = m * (W + s B A) / |W + s B A|, the
-length of a row (over its inputs) apart from its direction. As in section 4.3 no gradient flows through the length in
-the denominator. All other rows are as LoRA leaves them.
-
 docs/memory-and-speed.md#kernels says why small updates need a single rounding.
-Letters: K inputs, F outputs, R adapted outputs, G slices, r rank, M tokens (all leading dimensions of x).
+Letters: K inputs, F outputs, G slices, r rank, M tokens (all leading dimensions of x).
 """
 
 from __future__ import annotations
@@ -347,64 +343,3 @@ def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, slices: Sequen
     found = (tuple(lora_a.shape), tuple(lora_b.shape))
     if found != wanted:
         raise ValueError(f"lora_linear: lora_a, lora_b have shapes {found}; slices {tuple(slices)} need {wanted}")
-
-
-def dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    scale: float,
-    slices: Sequence[tuple[int, int]],
-    *,
-    wide: WideWeight | None = None,
-) -> Tensor:
-    """Linear layer plus low-rank updates of some output slices, whose rows then have the lengths `magnitude`.
-
-    Equal to `lora_linear` bit for bit where magnitudes are the lengths that the rows have. In 16 bit what the
-    magnitudes change is added to a result that is already rounded.
-
-    Args:
-        x: (..., K).
-        magnitude: (R,), stacked slice by slice like the rows of `lora_b`; all others as in `lora_linear`.
-
-    Returns:
-        (..., F) in the dtype computed in.
-    """
-    y = lora_linear(x, weight, bias, lora_a, lora_b, scale, slices, wide=wide)
-    lengths = row_lengths(weight, lora_a, lora_b, scale, slices)
-    with no_autocast(y.device):
-        excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 at the start of training: y stays as it is
-        of_all = excess.new_zeros(weight.shape[0])
-        for lo, hi, _, part in parts_of(slices, lora_b.shape[1]):
-            of_all[lo:hi] = excess[part]
-        without_bias = y if bias is None else y.to(excess.dtype) - bias.to(excess.dtype)
-        return (y + of_all * without_bias).to(y.dtype)
-
-
-@torch.no_grad()
-def row_lengths(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, slices: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Lengths |W + s B A| of the adapted rows, without the dense product.
-
-    The square is |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, in fp32 or wider; with b = 0 exactly that of w.
-
-    Args:
-        weight: (F, K).
-        lora_a: (G*r, K).
-        lora_b: (R, r).
-
-    Returns:
-        (R,) float32, of float64 weights float64.
-    """
-    found = []
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    with no_autocast(weight.device):
-        for lo, hi, rows_of_a, rows_of_b in parts_of(slices, lora_b.shape[1]):
-            rows, a, b = weight[lo:hi].to(wide), lora_a[rows_of_a].to(wide), lora_b[rows_of_b].to(wide)
-            squares = rows.square().sum(1) + 2 * scale * (b * (rows @ a.t())).sum(1)
-            found.append((squares + scale**2 * (b * (b @ (a @ a.t()))).sum(1)).sqrt())
-    return torch.cat(found).clamp(min=torch.finfo(wide).tiny)  # a row of zeros stays one

@@ -46,8 +46,8 @@ def is_main() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this process: its GPU by `LOCAL_RANK`, else the CPU."""
-    if not torch.cuda.is_available():
+    """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU."""
+    if os.environ["DS_ACCELERATOR"] == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -101,6 +101,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if dist.is_initialized():
         dist.all_reduce(vector)
     return bool(vector.item())
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest `value` of all ranks, on every rank."""
+    vector = torch.tensor([float(value)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return int(vector.item())
 
 
 def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,13 +24,13 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import Place, check_same_samples
+from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.engine import StepReport, add_losses, faults_of_all, judge_gradient, loss_slots, step_seed
-from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
+from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64
@@ -170,7 +171,7 @@ class PipelineEngine:
         sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
-            check_same_samples(step, received[:1], batch, every)
+            check_same_samples(step, received, batch, every)
             add_losses(sums, losses, self.accumulation)
 
         self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
@@ -239,7 +240,7 @@ class PipelineEngine:
                 return _loss_of(outputs, batch)
 
             self.deepspeed.module.loss_fn = loss
-        start(_inputs(self.module, batches, self.device, first=self.place.stage == 0))
+        start(_inputs(batches, self.device, first=self.place.stage == 0))
 
     def _share_losses(self) -> tuple[dict[str, float], float]:
         """Broadcast the losses, means over the pipelines, and the loss scale from the last stages to all ranks.
@@ -324,12 +325,12 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _inputs(model: MultiTaskModel, batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
+def _inputs(batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
     """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the last."""
     for batch in batches:
         if first:
             there = batch.to(device)
-            yield (there.images, there.sizes, travelling_label(model, batch)), None
+            yield (there.images, there.sizes, sample_checksum(batch)), None
         else:
             yield (), batch
 
@@ -362,3 +363,34 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
     }
     earlier = {task: {"aux": ()} if hasattr(output, "aux") else {} for task, output in outputs.items()}
     return {task: replace(output, **tensors[task], **earlier[task]) for task, output in outputs.items()}
+
+
+def sample_checksum(batch: Batch) -> Tensor:
+    """(1,) int64: crc32 over indices, image ids and random keys, in their order."""
+    value = 0
+    for tensor in (batch.indices, batch.image_ids, batch.random_keys):
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
+    return torch.tensor([value])
+
+
+def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1) -> None:
+    """Compare the checksum that came with activations with that of the labels, in every `every`-th step.
+
+    Comparing makes the host wait for the device, which is why it need not happen in each step.
+
+    Args:
+        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
+        batch: what this stage has read.
+
+    Raises:
+        RuntimeError: activations and labels belong to different samples.
+    """
+    if step % every:
+        return
+    ours, theirs = int(sample_checksum(batch)), int(received)
+    if ours != theirs:
+        raise RuntimeError(
+            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
+            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
+            "follow the same plan"
+        )

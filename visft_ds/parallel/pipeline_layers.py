@@ -1,9 +1,8 @@
 """A prepared model as the list of layers that a pipeline divides: the same modules, no second definition.
 
-Two tensors travel between layers: the tokens (B, N, D) float32, and an int64 label that no layer changes: a checksum
-of the samples they belong to, followed by the patch grids (h, w) of all images where their tokens are packed in one
-row, (1, T, D). Targets never travel: the last layer gets its batch from this rank's loader.
-Letters: B images, H W pixels, N tokens of an image, T tokens of all, h w patch grid, D width.
+Two tensors travel between layers: the tokens (B, N, D) float32, and an int64 checksum of the samples they belong to,
+which no layer changes. Targets never travel: the last layer gets its batch from this rank's loader.
+Letters: B images, H W pixels, N tokens of an image, h w patch grid, D width.
 """
 
 from __future__ import annotations
@@ -11,71 +10,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from visft_ds.data.roles import sample_checksum
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
 from visft_ds.models.backbone import require_eva_vit
-from visft_ds.models.eva_vit import Grids
-from visft_ds.ops.attention import Packing
 from visft_ds.tasks.matching import at_least_float32
 
-Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), label (1 [+ 2B],)
-
-
-class _Packings:
-    """Packing of tokens, read from their label; once for all layers of a stage, as the host has to wait for it."""
-
-    def __init__(self) -> None:
-        self._read: tuple[Tensor, Grids, Packing] | None = None
-
-    def of(self, model: MultiTaskModel, label: Tensor) -> tuple[Grids, Packing] | tuple[None, None]:
-        """Grids and packing; None where every image has a row of its own."""
-        if len(label) == 1:
-            return None, None
-        if self._read is None or self._read[0] is not label:
-            grids = [(height, width) for height, width in label[1:].view(-1, 2).tolist()]
-            self._read = (label, grids, require_eva_vit(model.backbone).packing(grids, label.device))
-        return self._read[1:]
+Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), checksum (1,)
 
 
 class EmbeddingLayer(nn.Module):
     """Pixels to tokens."""
 
-    def __init__(self, model: MultiTaskModel, packings: _Packings) -> None:
+    def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         backbone = require_eva_vit(model.backbone)
-        self._packings = packings
         self._model = (model,)  # a tuple, so that the whole model is not part of this layer
         self.patch_embed = backbone.patch_embed
         self.pos_embed, self.cls_token = backbone.pos_embed, backbone.cls_token
 
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
-        """(images (B, 3, H, W) uint8, sizes (B, 2), label) -> what travels."""
-        images, sizes, label = fed
+        """(images (B, 3, H, W) uint8, sizes (B, 2), checksum) -> what travels."""
+        images, sizes, checksum = fed
         model = self._model[0]
-        grids, _ = self._packings.of(model, label)
-        tokens = require_eva_vit(model.backbone).embed(model.pixels(images, sizes), grids)
-        return tokens.contiguous(), label  # a transposed view cannot be sent
+        tokens = require_eva_vit(model.backbone).embed(model.pixels(images, sizes))
+        return tokens.contiguous(), checksum  # a transposed view cannot be sent
 
 
 class BlockLayer(nn.Module):
     """Transformer block, recomputed in the backward pass where the model's settings select it."""
 
-    def __init__(self, model: MultiTaskModel, index: int, packings: _Packings) -> None:
+    def __init__(self, model: MultiTaskModel, index: int) -> None:
         super().__init__()
         self._model = (model,)
-        self._packings = packings
         self.block = require_eva_vit(model.backbone).blocks[index]
 
     def forward(self, travelling: Travelling) -> Travelling:
         """Tokens to tokens of the same shape."""
-        tokens, label = travelling
-        model = self._model[0]
-        _, packing = self._packings.of(model, label)
-        return require_eva_vit(model.backbone).run_block(self.block, tokens, packing), label
+        tokens, checksum = travelling
+        return require_eva_vit(self._model[0].backbone).run_block(self.block, tokens), checksum
 
 
 class HeadsLayer(nn.Module):
@@ -84,7 +58,7 @@ class HeadsLayer(nn.Module):
     Attributes:
         batch: labels of the micro-batch whose tokens come next; set before each forward. Its pixels are not used.
         loss_denominators: of the step; None: predict.
-        received: the label that came with the tokens.
+        received: the checksum that came with the tokens.
     """
 
     def __init__(self, model: MultiTaskModel) -> None:
@@ -106,21 +80,16 @@ class HeadsLayer(nn.Module):
         model, batch = self._model[0], self.batch
         assert batch is not None, "no batch was handed to the heads"
         backbone = require_eva_vit(model.backbone)
-        size, frames = padded_size(batch, backbone.patch_size), model.frames(batch)
+        size = padded_size(batch, backbone.patch_size)
         grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
         expected = (len(batch.sizes), grid[0] * grid[1] + (backbone.cls_token is not None))
-        if frames is not None:
-            expected = (1, sum(backbone.packing(frames.grids, tokens.device).lengths))
         if tokens.shape[:2] != expected:
             raise RuntimeError(
                 f"the last pipeline stage received tokens {tuple(tokens.shape[:2])} and labels of images {size[0]} x "
                 f"{size[1]}, which have {expected}: the stages do not follow the same plan"
             )
         batch, tokens = batch.to(tokens.device), self.norm(tokens)
-        if frames is None:
-            features, valid = backbone.feature_map(tokens, grid), valid_region(batch.sizes, size, grid)
-        else:
-            features, valid = backbone.feature_maps(tokens, frames.grids), frames.valid(batch.sizes)
+        features, valid = backbone.feature_map(tokens, grid), valid_region(batch.sizes, size, grid)
         return model.outputs(at_least_float32(features), valid, batch, self.loss_denominators)
 
 
@@ -130,17 +99,10 @@ def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
     return max(height, patch_size), max(width, patch_size)
 
 
-def travelling_label(model: MultiTaskModel, batch: Batch) -> Tensor:
-    """Label that travels with the tokens of a batch, from the stage that reads its pixels."""
-    checksum, frames = sample_checksum(batch), model.frames(batch)
-    return checksum if frames is None else torch.cat([checksum, torch.tensor(frames.grids).flatten()])
-
-
 def pipeline_layers(model: MultiTaskModel) -> list[tuple[str, nn.Module]]:
     """The layers by name, in order: "embedding", "blocks.0", ..., "heads". Parameters are the model's own."""
-    packings, depth = _Packings(), require_eva_vit(model.backbone).depth
-    blocks = [(f"blocks.{index}", BlockLayer(model, index, packings)) for index in range(depth)]
-    return [("embedding", EmbeddingLayer(model, packings)), *blocks, ("heads", HeadsLayer(model))]
+    blocks = [(f"blocks.{index}", BlockLayer(model, index)) for index in range(require_eva_vit(model.backbone).depth)]
+    return [("embedding", EmbeddingLayer(model)), *blocks, ("heads", HeadsLayer(model))]
 
 
 def owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from visft_ds.data.roles import Place
+from visft_ds.data.loader import Place
 from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition

@@ -6,39 +6,26 @@ Letters: H W pixels.
 from __future__ import annotations
 
 import glob
-import io
 import os
-import struct
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from visft_ds.data.decode import JPEG, PNG, check_pixels, decode_image, to_rgb
+from visft_ds.files import open_image, reading, to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
-#: More than a photograph of 50 megapixels, and below what Pillow warns of.
-MAX_PIXELS = 80_000_000
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
-_BY_PILLOW = ("WEBP", "BMP", "GIF", "TIFF")
-_ORIENTATION = 0x0112  # EXIF
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ALLOWED = (
+    "give a path, a Pillow image, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8, or a list of them"
+)
 
 
 @dataclass(frozen=True)
@@ -58,51 +45,51 @@ class Found:
 
     def name(self, file: Path) -> str:
         """Path below the root, with slashes: no two files have the same."""
-        return readable(Path(os.path.abspath(file)).relative_to(self.root).as_posix())
+        return printable(Path(os.path.abspath(file)).relative_to(self.root).as_posix())
 
 
-def readable(path: str | Path) -> str:
-    """A path, or a text with one, that can be printed and stored: bytes that are no UTF-8 become their numbers."""
+def printable(path: str | Path) -> str:
+    """A path, or a text with one; bytes that are no UTF-8 become their numbers."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> Found:
-    """Files as they are; of folders (with all below them) and patterns those that end as images do, sorted.
+    """Files as they are; of folders and patterns those that end as images do, sorted. Links to folders and hidden files
+    are passed over.
 
     Args:
-        given: paths; a pattern may have *, ?, [...] and ** for any folders. As in a shell, they pass over hidden files.
+        given: files, folders with all below them, and patterns with *, ?, [...] or ** for any folders.
         outside: folder whose files are left out: predictions are no input.
 
     Raises:
-        ValueError: nothing there by that name, no image in a folder or among what a pattern matches, or all of it in
-            `outside`.
+        ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
     """
     files: dict[str, Path] = {}
     roots = []
-    for pattern in map(Path, given):
-        if pattern.is_file():
-            root, found = pattern.parent, [pattern]
-        elif pattern.is_dir():
-            root, found = pattern, _matching(f"{glob.escape(str(pattern))}/**")
-        elif glob.has_magic(str(pattern)):
-            root = next(path for path in pattern.parents if not glob.has_magic(str(path)))
-            found = _matching(str(pattern))
+    for place in map(Path, given):
+        if glob.has_magic(str(place)) and not place.exists():
+            root = next(path for path in place.parents if not glob.has_magic(str(path)))
+            found = _images(root, str(place.relative_to(root)))
+        elif place.is_dir():
+            root, found = place, _images(place, "**/*")
+        elif place.exists():
+            root, found = place.parent, [place]
         else:
-            raise ValueError(f"{pattern}: no such file or folder")
-        if not found:
-            raise ValueError(f"{pattern}: no image there (files that end in {', '.join(SUFFIXES)})")
+            raise ValueError(f"{place}: no such file or folder")
         if outside is not None:
             found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
-            if not found:
-                raise ValueError(f"{pattern}: all of it lies in --out {outside}: choose another --out")
+        if not found:
+            raise ValueError(f"{place}: no image there (files that end in {', '.join(SUFFIXES)})")
         files |= {os.path.abspath(path): path for path in found}
         roots.append(os.path.abspath(root))
     return Found(tuple(files.values()), Path(os.path.commonpath(roots)))
 
 
-def _matching(pattern: str) -> list[Path]:
-    paths = map(Path, sorted(glob.iglob(pattern, recursive=True)))
-    return [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+def _images(root: Path, pattern: str) -> list[Path]:
+    pattern += "/*" if pattern.endswith("**") else ""  # which alone gives folders
+    below = ((path, path.relative_to(root).parts) for path in sorted(root.glob(pattern)))
+    shown = (path for path, parts in below if not any(part.startswith(".") for part in parts))
+    return [path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
 def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage], bool]:
@@ -113,7 +100,7 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     """
     if isinstance(images, str | Path):
         found = find_images([images])
-        return [open_image(file) for file in found.files], Path(images).is_file()
+        return [open_file(file) for file in found.files], Path(images).is_file()
     if isinstance(images, Image.Image | np.ndarray | Tensor):
         return [_of_memory(images, "the image")], True
     if not isinstance(images, Iterable):
@@ -121,94 +108,33 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     every: list[OpenedImage] = []
     for place, image in enumerate(images):
         if isinstance(image, str | Path):
-            every += [open_image(file) for file in find_images([image]).files]
+            every += [open_file(file) for file in find_images([image]).files]
         else:
             every.append(_of_memory(image, f"image {place} of the list"))
     return every, False
 
 
-def open_image(path: Path) -> OpenedImage:
-    """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF file (of several pictures the first) and turn it upright by its EXIF.
-
-    JPEG and PNG are decoded as in training, but that COCO annotates pixels as stored, so that there nothing is turned.
-    An orientation that cannot be read is none.
+def open_file(path: Path) -> OpenedImage:
+    """Decode a file, of several pictures the first, upright by its EXIF.
 
     Raises:
-        ValueError: naming the file: none of these, damaged, cut off, grey ones of more than 8 bits, or too large.
+        ValueError: naming the file: no picture, damaged, too large, or not a regular file.
+        OSError: it may not be read.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    try:
-        return OpenedImage(_decode(data), path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _decode(data: bytes) -> Pixels:
-    if not data.startswith((JPEG, PNG)):
-        return _decode_other(data)
-    return _turned(decode_image(data, max_pixels=MAX_PIXELS), _orientation(data))
-
-
-def _decode_other(data: bytes) -> Pixels:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow's word for a file that is cut off
-        try:
-            with Image.open(io.BytesIO(data), formats=_BY_PILLOW) as image:
-                check_pixels(image.height, image.width, MAX_PIXELS)
-                image.load()
-                return _turned(to_rgb(image), _orientation(image))
-        except UnidentifiedImageError:
-            begins = f"it begins with {data[:12]!r}" if data else "it is empty"
-            raise ValueError(f"no JPEG, PNG, WebP, BMP, GIF or TIFF file: {begins}") from None
-        except (OSError, SyntaxError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
-            raise ValueError(f"damaged: {error}") from error
-
-
-def _orientation(source: bytes | Image.Image) -> int:
-    """Orientation by the EXIF of a file or a picture; 1, upright, where it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tags that are cut off, beside which this one can be read
-        try:
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-            return int(image.getexif().get(_ORIENTATION, 1))
-        except (OSError, SyntaxError, ValueError, TypeError, struct.error):
-            return 1
-
-
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """Contiguous pixels that can be written to, which torch asks for."""
-    if orientation in _TURNS:
-        pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
-    return np.require(pixels, requirements=["C", "W"])
-
-
-_ALLOWED = (
-    "give a path, a Pillow image, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8, or a list of them"
-)
+    return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
 
 
 def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
-        try:
-            check_pixels(image.height, image.width, MAX_PIXELS)
-            image.load()
-            return OpenedImage(_turned(to_rgb(image), _orientation(image)), None)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{what}: {error}") from error
+        with reading(what, "a picture"):
+            return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
     if not isinstance(image, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
-    dtype = str(image.dtype).removeprefix("torch.")
-    if dtype != "uint8":  # NumPy has not all of torch's
-        raise ValueError(f"{what} has numbers of {dtype}: give uint8, 0 to 255")
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"{what} is a tensor of shape {tuple(image.shape)}: {_ALLOWED}")
-        array = image.detach().cpu().permute(1, 2, 0).numpy()
-    else:
-        array = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
+    if not str(image.dtype).endswith("uint8"):  # NumPy has not all of torch's
+        raise ValueError(f"{what} has numbers of {image.dtype}: give uint8, 0 to 255")
+    array: Pixels = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
+    if array.ndim == 2 and isinstance(image, np.ndarray):
+        array = np.stack([array] * 3, axis=-1)
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"{what} is an array of shape {image.shape}: {_ALLOWED}")
+        raise ValueError(f"{what} has the shape {tuple(image.shape)}: {_ALLOWED}")
     return OpenedImage(np.array(array, order="C"), None)

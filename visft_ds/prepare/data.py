@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -13,9 +13,8 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.loader import StepLoader
+from visft_ds.data.loader import Place, StepLoader
 from visft_ds.data.plan import Plan
-from visft_ds.data.roles import IdleLoader, Place
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
@@ -27,16 +26,12 @@ from visft_ds.prepare.datasets import (
     first_of,
     open_training_data,
     settle_classes,
-    shuffle_of,
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.prepare.places import located, paths_of
 from visft_ds.prepare.streams import pipelines_of, plan_of, settle_batches, streams_of, vocabulary_of
-from visft_ds.run.folder import recorded_config, saved_something
 from visft_ds.tasks.vocabulary import Vocabulary
-
-Loader = StepLoader | IdleLoader
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,6 @@ class RunData:
     streams: Mapping[str, Stream]  #: with the classes of the run's heads
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: stream -> set -> what makes its training batches
     plan: Plan
-    why_shuffled: str
     vocabulary: Vocabulary | None  #: None: no task works with words
     validation: Manifest | None  #: None: no evaluation during training
 
@@ -78,7 +72,7 @@ def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
         ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
     given, out = paths_of(config.visft), Path(config.visft.run.out or "")
-    config, why_shuffled = settle_shuffle(located(config, out))
+    config = located(config, out)
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))
     config = settle_batches(config, sets, max(1, distributed.world_size() // config.pipeline_stages))
@@ -90,22 +84,9 @@ def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
         streams=streams_of(settings, first_of(sets)),
         pipelines=pipelines_of(settings, sets, vocabulary),
         plan=plan_of(settings, sets),
-        why_shuffled=why_shuffled,
         vocabulary=vocabulary,
         validation=open_validation(settings, first_of(sets)),
     )
-
-
-def settle_shuffle(config: ResolvedConfig) -> tuple[ResolvedConfig, str]:
-    """The configuration with its order decided, and why: "auto" means the same as when the run began, wherever its
-    shards are now."""
-    data, out = config.visft.data, Path(config.visft.run.out or "")
-    recorded = recorded_config(out).visft.data.shuffle if saved_something(out) else "auto"
-    kind, why = shuffle_of(data)
-    if data.shuffle == "auto" and recorded != "auto":
-        kind, why = recorded, "as the run began"
-    visft = config.visft.model_copy(update={"data": data.model_copy(update={"shuffle": kind})})
-    return replace(config, visft=visft), why
 
 
 def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
@@ -130,16 +111,9 @@ def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
     return validation
 
 
-def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> Loader:
-    """The loader of this rank's part of each global batch; in the middle of a pipeline one that reads nothing.
-
-    Raises:
-        ValueError: a global batch that cannot be divided so.
-    """
-    kind, number, _ = workers_of(config.data)
+def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:
+    """The loader of this rank's part of each global batch."""
     place = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
-    if place.role is None:
-        return IdleLoader(data.plan)
     return StepLoader(
         {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in data.sets.items()},
         data.plan,
@@ -148,18 +122,15 @@ def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> Loader:
         dp_size=place.dp_size,
         accumulation=batches.accumulation,
         role=place.role,
-        workers=kind,
-        num_workers=number,
+        num_workers=workers_of(config.data),
         prefetch_steps=config.data.prefetch_steps,
-        skip_damaged=config.data.skip_damaged,
-        device=distributed.local_device(),
     )
 
 
 def keep_features(
     config: VisftConfig,
     sets: Mapping[str, TrainingSet],
-    loader: Loader,
+    loader: StepLoader,
     prepared: PreparedModel,
     precision: Precision,
 ) -> FeatureCache | None:
@@ -175,7 +146,6 @@ def keep_features(
         raise ValueError(
             "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
         )
-    assert isinstance(loader, StepLoader)
     prepared.module.feature_cache = features
     loader.keep_features(features)
     return features
@@ -203,4 +173,4 @@ def features_of(
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
     root = None if config.features.cache is None else Path(config.features.cache)
-    return FeatureCache(root, identity, config.features.storage)
+    return FeatureCache(root, identity)

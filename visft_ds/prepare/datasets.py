@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
 from visft_ds.data.fetch import Cache
-from visft_ds.data.plan import Shuffle
 from visft_ds.data.shards import Category, Manifest, manifest_path
-from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import classes_of, have_ids_of_coco
@@ -80,27 +79,16 @@ def data_identity(sets: Mapping[str, TrainingSet]) -> str:
     return hashlib.sha256(json.dumps([[name, one.identity()] for name, one in sets.items()]).encode()).hexdigest()
 
 
-def shuffle_of(data: DataConfig) -> tuple[Shuffle, str]:
-    """Kind of shuffling, and the reason for it."""
-    if data.shuffle != "auto":
-        return data.shuffle, "as configured"
-    remote = [root for root in (data.root, *(one.root for one in data.sets)) if is_url(root)]
-    return ("windowed", f"auto: {remote[0]} is read over the network") if remote else ("full", "auto: local shards")
+def windowed(data: DataConfig, root: str) -> bool:
+    """Return True if the samples of a set are mixed within a few shards at a time, so that each is fetched once."""
+    return is_url(root) if data.shuffle is None else data.shuffle == "windowed"
 
 
-def workers_of(data: DataConfig) -> tuple[WorkerKind, int, str]:
-    """(kind, number, why) of the data workers of this process."""
-    cores, processes = usable_cores(), distributed.processes_here()
-    remote = any(is_url(root) for root in (data.root, *(one.root for one in data.sets)))
-    if data.workers == "auto" and remote and data.cache is None:
-        kind, number, _ = choose_workers("threads", data.num_workers, cores=cores, processes=processes)
-        return kind, number, "auto: remote shards without a cache; only threads share what was read ahead"
-    return choose_workers(data.workers, data.num_workers, cores=cores, processes=processes)
-
-
-def evaluation_threads(data: DataConfig) -> int:
-    """Number of threads that decode in evaluation."""
-    return min(workers_of(data)[1], MOST_THREADS)
+def workers_of(data: DataConfig) -> int:
+    """Processes that read for this one. Without a GPU they would take the cores that compute."""
+    if data.num_workers is not None or distributed.local_device().type == "cpu":
+        return data.num_workers or 0
+    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:

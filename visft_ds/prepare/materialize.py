@@ -194,7 +194,7 @@ def fill_model(
 
     def of_backbone(name: str) -> Tensor:
         def drawn() -> Tensor:
-            return first_value(backbone, name, config.seed, base.read) if is_lora(name) else base.read(name)
+            return first_value(backbone, name, config.seed) if is_lora(name) else base.read(name)
 
         return drawn() if start is None else start.value(f"backbone.{name}", drawn)
 

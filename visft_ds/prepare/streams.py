@@ -19,7 +19,7 @@ from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.data.transforms import Size
-from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
+from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, windowed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import collate_joint, geometry_of, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
@@ -73,17 +73,17 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         ValueError: fewer samples that a stream can learn from than its batch size.
     """
     tasks = {
-        stream.name: TaskPlan(_samples_of(stream, sets), stream.batch_size, stream.share)
+        stream.name: TaskPlan(_samples_of(config, stream, sets), stream.batch_size, stream.share)
         for stream in config.streams().values()
     }
     views = None if config.features is None else config.features.views
-    return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
+    return Plan(tasks, config.seed, views)
 
 
 def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_size: int) -> ResolvedConfig:
     """The configuration with batches that are no larger than a data set, and that so many processes can share."""
     for stream in config.visft.streams().values():
-        images = min(len(part.samples) for part in _samples_of(stream, sets).values())
+        images = min(len(part.samples) for part in _samples_of(config.visft, stream, sets).values())
         smaller = images // dp_size * dp_size
         if images < stream.batch_size and smaller:
             key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
@@ -93,13 +93,15 @@ def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_s
     return config
 
 
-def _samples_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+def _samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
     """Data set -> its samples that teach at least one task of the stream."""
     parts = {}
     for name, part in parts_of(stream, sets).items():
         selections = {TASKS[task].config.learns_from for task in part.tasks}
-        samples = sets[name].manifest.having(selections.pop() if len(selections) == 1 else "any")
-        parts[name] = SetPlan(samples, sets[name].weight)
+        manifest = sets[name].manifest
+        samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
+        shards = manifest.index["shard"][samples] if windowed(config.data, str(manifest.root)) else None
+        parts[name] = SetPlan(samples, sets[name].weight, shards)
     return parts
 
 

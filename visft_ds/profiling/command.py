@@ -101,12 +101,11 @@ def render(record: dict[str, Any]) -> str:
 
 
 def render_loader(record: dict[str, Any]) -> str:
-    """Samples a second of each stream, and milliseconds of a sample by part of its reading, summed over threads."""
+    """Samples a second of each stream, and milliseconds of a sample."""
     lines = [f"{'':16}{'samples/s':>10}{'ms/sample':>11}"]
     for name, one in record["loader"].items():
         each = 1e3 / max(1, one["samples"])
         lines.append(f"{name:16}{one['samples'] / one['seconds']:10.1f}{each * one['seconds']:11.2f}")
-        lines += [f"  {part:14}{each * spent:21.2f}" for part, spent in one["parts"].items() if spent]
     return "\n".join(lines)
 
 

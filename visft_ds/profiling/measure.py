@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.data.spans import Spent
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
@@ -83,16 +82,15 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
         machine = check_machine(opened, data.vocabulary_size)
         for name in opened.visft.streams():
             loader = open_loader(opened.visft, only(data, name), machine.planned.batches)
-            samples, before, began = 0, dict[str, Spent](), 0.0
+            samples, began = 0, 0.0
             for number, (_, batches) in enumerate(loader.steps(0, warmup + steps)):
                 if number >= warmup:
                     samples += sum(len(batch.images) for batch in batches)
                 elif number == warmup - 1:
-                    before, began = dict(loader.spent()), time.perf_counter()
+                    began = time.perf_counter()
             seconds = time.perf_counter() - began
-            spent = {part: all_.wall - before[part].wall for part, all_ in loader.spent().items()}
             loader.close()
-            found[name] = {"samples": samples, "seconds": seconds, "parts": spent}
+            found[name] = {"samples": samples, "seconds": seconds}
     return {"config": opened.to_dict(), "versions": versions(), "loader": found}
 
 
@@ -165,7 +163,7 @@ def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
 def only(data: RunData, stream: str) -> RunData:
     """The data of a run that has this stream only: its batches in the order in which training meets them."""
     plan = data.plan
-    return replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.shuffle, plan.views))
+    return replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

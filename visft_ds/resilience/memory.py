@@ -19,8 +19,8 @@ from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.labels import whole_image
+from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
-from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Manifest, Role
 from visft_ds.data.transforms import Size

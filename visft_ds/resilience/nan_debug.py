@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from visft_ds.checkpoint.format import Checkpoint, checkpoint_path, open_checkpoint, saved_steps
 from visft_ds.config import ResolvedConfig, derive_batches
-from visft_ds.data.batches import BatchMaker
 from visft_ds.data.dataset import DataSet
+from visft_ds.data.loader import BatchMaker
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_denominators_of
@@ -241,7 +241,6 @@ def _build(
     maker = BatchMaker(
         {name: DataSet(ShardReader(of_set.manifest), of_set.categories) for name, of_set in sets.items()},
         pipelines_of(settings, sets, vocabulary),
-        substitutes=plan if settings.data.skip_damaged else None,
         features=module.feature_cache,
     )
     batches, step_plan = derive_batches(config, world_size), plan.step(checkpoint.step)
@@ -252,7 +251,7 @@ def _build(
     split = [plan.split(step_plan, place, batches.dp, batches.accumulation) for place in range(batches.dp)]
     # Of a pipeline the last stage, which has the losses: its random numbers, and the name that messages give it.
     first = batches.dp * (batches.stages - 1)
-    parts = {rank: [maker.make(part)[0] for part in of_rank] for rank, of_rank in enumerate(split, first)}
+    parts = {rank: [maker(part) for part in of_rank] for rank, of_rank in enumerate(split, first)}
     counts = counts_of(module, [batch for of_rank in parts.values() for batch in of_rank])
     return parts, module.to(device), loss_denominators_of(counts, batches.micro_batches, device)
 

@@ -1,83 +1,89 @@
-"""Processes of this machine, identified through /proc where there is one; how many a command asks for.
+"""The ranks of a command on this machine, as `visft COMMAND --num_gpus N` starts them. Imports nothing heavy.
 
-Imports nothing heavy.
+DeepSpeed's launcher ends with 0 when it was killed, and a Ctrl-C ends it with a traceback while ranks still save.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from types import FrameType
 
 from visft_ds import CHECKOUT
+from visft_ds.resilience.errors import LOST_CODE
+from visft_ds.resilience.stop import SIGNALS
+
+#: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
+_FAILED = frozenset(range(-64, 5)) - {0}
+#: Seconds that ranks have to end by themselves after one has failed.
+_GRACE = 15.0
 
 
-@cache
-def machine() -> str:
-    """The running kernel and the process ids this process sees of it; "" where /proc does not tell.
+def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
+    """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
 
-    Containers of one machine that share its network have one host name and process ids of their own; machines made from
-    one image may share a name as well. A process of another one must not count as gone because nobody here has its id.
+    Raises:
+        ValueError: not the number of processes.
     """
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def started(pid: int) -> str:
-    """When a process was started, as its kernel counts: process ids come again. "" where /proc does not tell."""
-    fields = _status(pid)
-    return fields[19] if fields else ""
-
-
-def parent(pid: int) -> int:
-    """Parent of a process; -1 where /proc does not tell."""
-    fields = _status(pid)
-    return int(fields[1]) if fields else -1
-
-
-def command(pid: int) -> list[str]:
-    """Words of a process's command; none where /proc does not tell."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
-def state(pid: int, born: str, home: str) -> str:
-    """The state of a process in words, "gone" where there is no such process, "" where it is unknown.
-
-    Args:
-        born: when it was started, as `started` of its own machine told.
-        home: that machine, as its `machine` told.
-    """
-    if not home or home != machine():
-        return ""
-    fields = _status(pid)
-    if not fields or fields[19] != born or fields[0] in "ZX":
-        return "gone"
-    return {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device"}.get(fields[0], "running")
-
-
-def _status(pid: int) -> list[str]:
-    """The fields after its name, the first one its state; none where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return []
-
-
-def without_num_gpus(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N: "" where it is missing, None without both."""
     for place, word in enumerate(words):
         flag, equals, number = word.partition("=")
-        if flag == "--num_gpus" and equals:
-            return [*words[:place], *words[place + 1 :]], number
         if flag == "--num_gpus":
-            return [*words[:place], *words[place + 2 :]], "".join(words[place + 1 : place + 2])
+            number = number if equals else "".join(words[place + 1 : place + 2])
+            if not number.isdecimal() or int(number) == 0:
+                raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
+            return [*words[:place], *words[place + (1 if equals else 2) :]], int(number)
     return list(words), None
+
+
+def start_ranks(words: Sequence[str], count: int) -> int:
+    """Run `visft WORDS` in `count` processes that train or evaluate together. Returns their common exit status.
+
+    A signal is passed on to each rank once: the ranks are no part of the terminal's foreground group. A rank that fails
+    ends the others, which get some seconds to say why.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    for rank in range(count):
+        environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "visft_ds", *words]
+        ranks.append(subprocess.Popen(command, env=environment, process_group=0))
+    failed = None
+    while any(process.poll() is None for process in ranks):
+        if failed is None and any(process.returncode in _FAILED for process in ranks):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > _GRACE:
+            for process in ranks:
+                process.kill()
+        time.sleep(0.1)
+    return _status_of([process.returncode for process in ranks])
+
+
+def _status_of(codes: Sequence[int]) -> int:
+    """One exit status for all ranks: that of the rank which failed by itself, not of those that only lost it."""
+    killed = [code for code in codes if code < 0]
+    for code in killed:
+        print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+    own = [code for code in codes if code > 0 and code != LOST_CODE]
+    if own:
+        return own[0]
+    if killed and -killed[0] in SIGNALS:  # before the first step signals end a rank as they end any process
+        return 128 - killed[0]
+    return LOST_CODE if any(codes) else 0
 
 
 def same_code() -> dict[str, str]:

@@ -17,11 +17,14 @@ ADAPTER_FOLDER = "adapter"
 #: Checkpoints of the states that refused steps began with: none to go on from, and out of what is kept and counted.
 REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
+#: Says why a run ended in good order; there is none while it trains.
+ENDED_FILE = "ended"
 RECORD_FILE = "run.json"
 #: Everything a run writes that is its own alone, as globs; the record comes last, so that `set_aside` can be cut off
 #: anywhere.
 _OF_A_RUN = (
     "export",
+    ENDED_FILE,
     "metrics.jsonl",
     "tensorboard",
     "tracker-*",  # under which name a tracker knows the run
@@ -57,7 +60,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
         return False
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
-        of_a_start = {"export", "heartbeats", INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
+        of_a_start = {"export", ENDED_FILE, INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
         if set(found) <= of_a_start:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
-from visft_ds.data.batches import Skipped
+from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.callbacks import Callback
@@ -22,7 +21,6 @@ from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.monitor.trace import traced
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
-from visft_ds.prepare.data import Loader
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
 from visft_ds.resilience.host_memory import peak_memory
@@ -37,7 +35,6 @@ class RunLog:
     progress: Progress
     trace: Callable[[], None] = lambda: None  #: called at the end of each step
     at_peak: SecondsAtPeak | None = None  #: for the MFU, where it can be told
-    _reported: list[Skipped] = field(default_factory=list)
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -48,20 +45,19 @@ class RunLog:
         step_plan: StepPlan,
         report: StepReport,
         batches: Sequence[Batch],
-        loader: Loader,
+        loader: StepLoader,
         *,
         tasks: Sequence[str],
         seconds: float,
         device: torch.device,
     ) -> None:
-        """Record a finished step, and samples that were replaced in it.
+        """Record a finished step.
 
         Args:
             batches: of this rank.
             tasks: of the run; whose losses the console shows.
             seconds: since the step before.
         """
-        self._report_skipped(loader)
         step, images, memory = step_plan.step + 1, len(step_plan.indices), peak_memory(device)
         at_peak = self.at_peak(batches) if self.at_peak else None
         self.progress.update(
@@ -87,8 +83,6 @@ class RunLog:
             **{f"images_per_second/{task}": images / seconds for task in tasks if step_plan.task in (task, SHARED)},
             "memory/peak_gib": memory / 2**30,
             "data_wait_seconds": loader.wait_seconds,
-            "data_skipped": float(len(loader.skipped)),
-            **{f"data_seconds/{name}": spent.wall for name, spent in loader.spent().items()},
             "skipped": float(report.skipped),
             "refused": float(bool(report.refused)),
             "not_finite": float(not is_finite(report)),
@@ -97,18 +91,6 @@ class RunLog:
             values["mfu"] = at_peak / seconds
         self.writer.step(step, values)
         self.trace()
-
-    def _report_skipped(self, loader: Loader) -> None:
-        for skipped in loader.skipped[len(self._reported) :]:
-            self._reported.append(skipped)
-            text = (
-                f"step {skipped.step + 1}: sample {skipped.index} of {skipped.dataset} replaced by {skipped.instead} "
-                f"({len(loader.skipped)} so far on rank {distributed.rank()}): {skipped.reason}"
-            )
-            if distributed.is_main():
-                self.message(text)
-            else:  # each rank sees the damage of its own samples
-                print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -120,12 +102,14 @@ def open_log(
     precision: Precision,
     keeps_features: bool,
     callbacks: Sequence[Callback],
+    gone: Callable[[], None],
 ) -> Iterator[RunLog]:
     """The log of a run that goes on after `start` of its steps.
 
     Args:
         precision: of the run; `keeps_features`: the backbone is not run, so its operations are none of a step's.
         callbacks: listeners to what is recorded.
+        gone: called when nobody reads the console any more.
     """
     main, run = distributed.is_main(), config.visft.run
     out = Path(run.out or "")
@@ -137,7 +121,9 @@ def open_log(
             tracker = Tracker(run.track, out, hyper_parameters)
             stack.callback(tracker.close)
             callbacks = [*callbacks, tracker]
-        progress = stack.enter_context(Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main))
+        progress = stack.enter_context(
+            Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=gone)
+        )
         trace = stack.enter_context(traced(out, run.trace, start, progress.message))
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
         writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)

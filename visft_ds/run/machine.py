@@ -164,8 +164,8 @@ def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path =
     Raises:
         ValueError: it cannot hold what the workers of this machine may have ready at once.
     """
-    kind, number, _ = workers_of(config.visft.data)
-    if kind != "processes" or not folder.is_dir():
+    number = workers_of(config.visft.data)
+    if not number or not folder.is_dir():
         return
     largest = 0
     for name, stream in config.visft.streams().items():
@@ -176,7 +176,7 @@ def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path =
         raise ValueError(
             f"{folder} has {_megabytes(free)} free; {ready} batches for each training process of this machine may "
             f"need {_megabytes(needed)}: give the container more (docker run --shm-size=8g), or use --set "
-            "visft.data.workers=threads, or a smaller visft.data.prefetch_steps"
+            "visft.data.num_workers=0, or a smaller visft.data.prefetch_steps"
         )
 
 

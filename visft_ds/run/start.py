@@ -78,7 +78,7 @@ def _of_adapter(config: VisftConfig, place: Path) -> Start:
         adapter = adapter.fit(tower_of(backbone))
     elif adapter.model != backbone.name:
         raise ValueError(f"visft.start: the adapter in {place} is not one of timm's {backbone.name}")
-    there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, magnitude=adapter.magnitude)
+    there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(place, there, config.lora)
     tensors = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     return Start(

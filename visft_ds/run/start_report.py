@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config import Batches, ResolvedConfig, own
 from visft_ds.config.layers import shorten
-from visft_ds.config.preflight import CANNOT_START, head_files
+from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.costs.hardware import DTYPES
@@ -55,6 +55,8 @@ def print_start(
 ) -> None:
     """The plan of a run that is about to train, after `start` steps. Main process only."""
     module, run = prepared.module, machine.planned
+    for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
+        print(line, flush=True)
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype, model = DTYPES[run.precision], config.visft.model
@@ -122,25 +124,15 @@ def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | N
     for task, part in plan.tasks.items():
         epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
         rows.append((f"epoch, {task}", ", ".join(epochs)))
-    kind, number, why = workers_of(config.data)
-    rows += [
-        ("order", f"{plan.shuffle} shuffle ({data.why_shuffled})"),
-        ("workers", f"{number} {kind} ({why})"),
-    ]
-    if config.data.skip_damaged:
-        rows.append(("damage", f"up to {config.data.skip_damaged} samples of each process may be replaced"))
+    rows.append(("workers", f"{workers_of(config.data)} processes that read for each training process"))
     if config.features is not None and features is not None:
         rows.append(("features", _features_row(plan, features)))
-        rows += [("", f"not used: {line}") for line in features.others()]
     return Section("data", rows)
 
 
 def _features_row(plan: Plan, features: FeatureCache) -> str:
-    samples = sum(len(part.samples) for task in plan.tasks.values() for part in task.sets.values())
-    views = f"{plan.views} geometr{'y' if plan.views == 1 else 'ies'} of each image, rounded to {features.storage}"
-    if features.folder is None:
-        return f"{views}, not kept (visft.features.cache)"
-    return f"{views}; {len(features)} of {samples * (plan.views or 1)} are in {features.folder}"
+    views = f"{plan.views} geometr{'y' if plan.views == 1 else 'ies'} of each image"
+    return f"{views}, kept in {features.folder}" if features.folder else f"{views}, not kept (visft.features.cache)"
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_json: bool = False) -> int:
@@ -151,7 +143,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         as_json: print the resolved configuration, and reasons on stderr.
 
     Returns:
-        The exit code: 0, or CANNOT_START where an input is missing or is not what a start could read. Whether it fits
+        The exit code: 0, or 2 where an input is missing or is not what a start could read. Whether it fits
         into memory is said, and changes nothing.
 
     Raises:
@@ -177,7 +169,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     if as_json:
         print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
-        return CANNOT_START if reasons else 0
+        return 2 if reasons else 0
     sections = [
         Section(
             "replaced on purpose",
@@ -191,7 +183,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
     print("\n".join(reasons), end="\n" if reasons else "")
-    return CANNOT_START if reasons else 0
+    return 2 if reasons else 0
 
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:

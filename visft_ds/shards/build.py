@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 import orjson
+from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.shards import (
@@ -39,9 +39,9 @@ from visft_ds.data.shards import (
     shard_name,
     store,
 )
-from visft_ds.files import MAX_PIXELS, image_frame, open_image, read_bytes, reading, sync_folder
+from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
 from visft_ds.names import shown_name, wrong_name
-from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
+from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
@@ -57,7 +57,7 @@ _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stor
 
 @dataclass(frozen=True)
 class Options:
-    """What is built, from what; all but the places determines the bytes, and the manifest records it."""
+    """What is built, from what."""
 
     images: Path
     instances: CocoFile | None
@@ -69,6 +69,7 @@ class Options:
     limit: int | None = None  #: only the first so many images of the order
     seed: int = 0  #: of the order
     exif: Exif = None
+    masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
 
     def __post_init__(self) -> None:
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
@@ -81,69 +82,35 @@ class Options:
             raise ValueError(f"the images folder {self.images} does not exist")
 
     def content(self) -> dict[str, Any]:
-        names = ("max_size", "limit", "seed", "exif")
-        return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
+        """What determines the bytes beside the files, for the manifest."""
+        drawn = {"masks_from_boxes": True} if self.masks_from_boxes else {}
+        found = {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")}
+        return found | drawn | {"tokenizer": TOKENIZER}
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """An image with its file as it was found."""
-
-    image: SourceImage
-    path: Path
-    size: int  #: bytes
-    stamp: int  #: when it was changed, which stands for the pixels
-
-
-def build(
-    options: Options,
-    *,
-    workers: int = 1,
-    dry_run: bool = False,
-    replace: bool = False,
-    on_image: Callable[[int], object] = lambda count: None,
-) -> Manifest:
+def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
     Args:
         workers: threads; the result does not depend on it.
         dry_run: plan from the JSON files and the sizes of the images, and write nothing; the manifest is a forecast.
         replace: delete a split of this name that was built otherwise or of other files.
-        on_image: called in any thread for images that are done, with their number.
 
     Raises:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name.
         OSError: writing failed; shards that are finished are kept.
     """
-    source = read_coco(options.instances, options.captions, options.ids)
+    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]
-    left_out: list[tuple[str, str]] = []
-    plan = _cut(_find(chosen, options, left_out), options)
+    left_out = _look(chosen, options)
     reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
-    if dry_run:
-        forecast = [ShardFile("", len(part), sum(one.size for one in part), "") for part in plan]
-        return _manifest(options, source, [one.image for part in plan for one in part], forecast, left_out)
-    work = options.out / f".{options.split}.build"
-    _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
-    stopped = threading.Event()
-
-    def count(number: int) -> None:
-        if stopped.is_set():
-            raise RuntimeError("the build was stopped")
-        on_image(number)
-
-    def write(number: int) -> dict[str, Any]:
-        shard, record = options.out / shard_name(options.split, number), work / f"{number}.json"
-        return _kept(shard, record, plan[number], count) or _write(shard, record, plan[number], options, count)
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore")  # of damaged metadata; set here, as threads share it
-        try:
-            records = list(pool.map(write, range(len(plan))))
-        finally:
-            stopped.set()
+    plan = _cut([image for image in chosen if image.stamp != -1], options)
+    work, records = options.out / f".{options.split}.build", list[dict[str, Any]]()
+    if not dry_run:
+        _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
+        records = _write_all(options, work, plan, workers)
     left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
     try:
         reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
@@ -157,52 +124,39 @@ def build(
     index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
     file, there = io.BytesIO(), set(index["image_id"].tolist())
     np.save(file, index, allow_pickle=False)
-    store(index_path(options.out, options.split), file.getvalue())
+    images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
     shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
-    made = replaced(
-        _manifest(options, source, [image for image in chosen if image.image_id in there], shards, left_out),
-        fingerprint=fingerprint(source.categories, index),
-        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
-    )
-    made.save()
-    return made
-
-
-def _manifest(
-    options: Options,
-    source: CocoSource,
-    images: Sequence[SourceImage],
-    shards: Sequence[ShardFile],
-    left_out: Sequence[tuple[str, str]],
-) -> Manifest:
-    counts = {
-        "images": len(images),
-        "annotations": sum(len(image.annotations) for image in images),
-        "crowds": sum(image.crowds for image in images),
-        "trainable": sum(image.trainable for image in images),
-        "captions": sum(len(image.captions) for image in images),
-        "empty": sum(not image.annotations and not image.captions for image in images),
-        "left_out": len(left_out),
-    }
-    return Manifest(
+    manifest = Manifest(
         root=options.out,
         split=options.split,
         categories=source.categories,
-        counts=counts,
-        shards=tuple(shards),
+        counts={
+            "images": len(images),
+            "annotations": sum(image.objects for image in images),
+            "crowds": sum(image.crowds for image in images),
+            "trainable": sum(image.trainable for image in images),
+            "captions": sum(len(image.captions) for image in images),
+            "empty": sum(not image.objects and not image.captions for image in images),
+            "left_out": len(left_out),
+        },
+        shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
         vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
         left_out=left_out,
         findings=source.findings,
         options=options.content(),
         sources=source.files,
-        fingerprint="",
-        index_sha256="",
+        fingerprint=fingerprint(source.categories, index),
+        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
     )
+    if not dry_run:
+        store(index_path(options.out, options.split), file.getvalue())
+        manifest.save()
+    return manifest
 
 
-def _find(images: Sequence[SourceImage], options: Options, left_out: list[tuple[str, str]]) -> list[_Planned]:
-    """Find the files; those that are not there are left out."""
-    found = []
+def _look(images: Sequence[SourceImage], options: Options) -> list[tuple[str, str]]:
+    """Note size and time of change of the image files; those that are not there are returned with the reason."""
+    left_out = []
     for image in images:
         path = options.images / image.file_name
         if reason := wrong_name(image.file_name, folders=True):
@@ -210,8 +164,8 @@ def _find(images: Sequence[SourceImage], options: Options, left_out: list[tuple[
         elif not path.is_file():
             left_out.append((image.file_name, "no such file in the images folder"))
         else:
-            found.append(_Planned(image, path, path.stat().st_size, path.stat().st_mtime_ns))
-    return found
+            image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
+    return left_out
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
@@ -221,6 +175,20 @@ def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
         kind, _, detail = reason.partition(": ")
         found.add(kind, shown_name(name) + (f" ({detail})" if detail else ""))
     return found
+
+
+def _cut(images: Sequence[SourceImage], options: Options) -> list[list[SourceImage]]:
+    """Fill shards in order up to the limit; a sample larger than that gets a shard of its own."""
+    shards: list[list[SourceImage]] = []
+    used = 0
+    for image in images:
+        size = sum(_BLOCK + length + -length % _BLOCK for length in (image.size, len(image.label())))
+        if not shards or -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > options.max_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(image)
+        used += size
+    return shards
 
 
 def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, replace: bool) -> None:
@@ -233,7 +201,8 @@ def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, r
             "to throw it away"
         )
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
-    for path in (*shards[planned:], *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
+    left_over = [path for path in shards if path.name >= shard_name(options.split, planned)]
+    for path in (*left_over, *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
         path.unlink()
     work.mkdir(parents=True, exist_ok=True)
     store(work / "options.json", orjson.dumps(wanted))
@@ -246,42 +215,46 @@ def _record(path: Path) -> Any:
         return None
 
 
-def _cut(images: Sequence[_Planned], options: Options) -> list[list[_Planned]]:
-    """Fill shards in order up to the limit; a sample larger than that gets a shard of its own."""
-    shards: list[list[_Planned]] = []
-    used = 0
-    for one in images:
-        size = sum(_BLOCK + length + -length % _BLOCK for length in (one.size, len(one.image.label())))
-        if not shards or -(-(used + size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > options.max_size:
-            shards.append([])
-            used = 0
-        shards[-1].append(one)
-        used += size
-    return shards
+def _write_all(
+    options: Options, work: Path, plan: Sequence[Sequence[SourceImage]], workers: int
+) -> list[dict[str, Any]]:
+    """The records of all shards; those that an earlier build has finished from the same images are kept."""
+    stopped = threading.Event()
+    bar = tqdm(desc=options.split, total=sum(map(len, plan)), unit=" images", disable=None)
+
+    def count(number: int) -> None:
+        if stopped.is_set():
+            raise RuntimeError("the build was stopped")
+        bar.update(number)
+
+    def write(number: int) -> dict[str, Any]:
+        shard, record = options.out / shard_name(options.split, number), work / f"{number}.json"
+        found: dict[str, Any] | None = _record(record)
+        if found is not None and found["key"] == _key(plan[number]) and shard.is_file():
+            with shard.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == found["sha256"]:
+                    count(len(plan[number]))
+                    return found
+        return _write(shard, record, plan[number], options, count)
+
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore")  # of damaged metadata; set here, as threads share it
+        try:
+            return list(pool.map(write, range(len(plan))))
+        finally:
+            stopped.set()
 
 
-def _key(images: Sequence[_Planned]) -> str:
-    """Identity of what goes into a shard."""
+def _key(images: Sequence[SourceImage]) -> str:
+    """Identity of what goes into a shard; the time of change stands for the pixels."""
     digest = hashlib.sha256()
-    for one in images:
-        digest.update(b"%d %d %b" % (one.size, one.stamp, one.image.label()))
+    for image in images:
+        digest.update(b"%d %d %b" % (image.size, image.stamp, image.label()))
     return digest.hexdigest()
 
 
-def _kept(shard: Path, record: Path, images: Sequence[_Planned], count: Callable[[int], None]) -> dict[str, Any] | None:
-    """The record of a shard that an earlier build has finished from the same images, if it is still whole."""
-    found: dict[str, Any] | None = _record(record)
-    if found is None or found["key"] != _key(images) or not shard.is_file():
-        return None
-    with shard.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != found["sha256"]:
-            return None
-    count(len(images))
-    return found
-
-
 def _write(
-    shard: Path, record: Path, images: Sequence[_Planned], options: Options, count: Callable[[int], None]
+    shard: Path, record: Path, images: Sequence[SourceImage], options: Options, count: Callable[[int], None]
 ) -> dict[str, Any]:
     """Write a shard under a temporary name, then its record."""
     rows, left_out, odd = list[list[int]](), list[tuple[str, str]](), list[tuple[str, str]]()
@@ -289,15 +262,16 @@ def _write(
     try:
         with temporary.open("wb") as file:
             tar = TarWriter(file)
-            for one in images:
+            for image in images:
                 count(1)
                 try:
-                    suffix, data, kind = _picture(read_bytes(one.path, _MOST_OF_A_PICTURE), one.image, options)
+                    data = read_bytes(options.images / image.file_name, _MOST_OF_A_PICTURE)
+                    suffix, data, kind = _picture(data, image, options)
                 except ValueError as error:
-                    left_out.append((one.image.file_name, str(error)))
-                    continue
-                rows.append(_add(tar, one.image, suffix, data))
-                odd += [(kind, shown_name(one.image.file_name))] if kind else []
+                    left_out.append((image.file_name, str(error)))
+                else:
+                    rows.append(_add(tar, image, suffix, data))
+                    odd += [(kind, shown_name(image.file_name))] if kind else []
             tar.close()
             file.flush()
             os.fsync(file.fileno())
@@ -325,7 +299,7 @@ def _picture(data: bytes, image: SourceImage, options: Options) -> tuple[str, by
         raise ValueError(f"another size: {width} x {height}, the annotations are of {image.width} x {image.height}")
     if not turn:
         with reading("unreadable", "a picture"):
-            decode_image(data, max_pixels=MAX_PIXELS)  # as training will
+            decode_image(data)  # as training will
         return _SUFFIXES.get(frame.format, frame.format.lower()), data, odd
     upright, jpeg = io.BytesIO(), frame.format in ("JPEG", "MPO")
     open_image(data, "unreadable").save(upright, "JPEG" if jpeg else "PNG", quality=95, subsampling=0)

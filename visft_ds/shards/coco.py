@@ -53,16 +53,20 @@ class SourceImage:
     width: int
     height: int
     kept: dict[str, Any]  #: licence and address: who shows an image must be able to name its author
-    annotations: list[bytes] = field(default_factory=list)  #: JSON; as objects, those of COCO take ten times the room
+    annotations: bytearray = field(default_factory=bytearray)  #: JSON; one growing buffer leaves no holes in the memory
     captions: list[str] = field(default_factory=list)
+    objects: int = 0
     crowds: int = 0
     trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
+    wanted: bool = True  #: it was asked for
+    size: int = 0  #: bytes of its file
+    stamp: int = -1  #: when that was changed; -1: there is none
 
     def label(self) -> bytes:
         """The JSON file of this sample in a shard."""
         names = ("image_id", "file_name", "width", "height")
         fields = {name: getattr(self, name) for name in names} | self.kept
-        fields["annotations"] = orjson.Fragment(b"[%b]" % b",".join(self.annotations))
+        fields["annotations"] = orjson.Fragment(b"[%b]" % bytes(self.annotations[:-1]))
         return orjson.dumps(fields | {"captions": self.captions})
 
 
@@ -76,18 +80,21 @@ class CocoSource:
     files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256
 
 
-def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None) -> CocoSource:
+def read_coco(
+    instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None, ellipses: bool = False
+) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
     Args:
         only: a text file of image ids or file names, one a line: only these images.
+        ellipses: an object without a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
             is unusable; nothing to learn.
     """
-    findings, files, names = Findings(), dict[str, Mapping[str, Any]](), set[str]()
-    images, wanted, table = dict[int, SourceImage](), dict[int, SourceImage](), dict[int, str]()
+    findings, files = Findings(), dict[str, Mapping[str, Any]]()
+    images, table, names = dict[int, SourceImage](), dict[int, str](), set[str]()
     if only is not None:
         with reading(only, "a list of image ids or file names"):
             names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {""}
@@ -97,28 +104,27 @@ def read_coco(instances: CocoFile | None, captions: CocoFile | None, only: Path 
         where = place if isinstance(place, Path) else f"the {role}"
         with reading(where, f"a COCO file of {role}"):
             content = orjson.loads(_read(place, role, files).removeprefix(b"\xef\xbb\xbf"))
-            if not images:
-                wanted = images = _images(content["images"], where, findings)
-            if only is not None:
-                wanted = {n: one for n, one in images.items() if str(n) in names or one.file_name in names}
+            images = images or _images(content["images"], where, findings)
+            for image in images.values() if only is not None else ():
+                image.wanted = str(image.image_id) in names or image.file_name in names
             if role == "captions":
-                _add_captions(content["annotations"], images, wanted, where, findings, strangers=instances is not None)
-                continue
-            for category in content["categories"]:
-                if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
-                    raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
-                table[category["id"]] = category["name"]
-            taker = _Annotations(images, wanted, table, findings)
-            for annotation in content["annotations"]:
-                taker.add(annotation)
-            taker.finish(where)
-    if missing := names - {str(number) for number in wanted} - {image.file_name for image in wanted.values()}:
+                lost = _add_captions(content["annotations"], images, findings, strangers=instances is not None)
+            else:
+                for category in content["categories"]:
+                    if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
+                        raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
+                    table[category["id"]] = category["name"]
+                lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
+            lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
+            findings.update(lost)
+    chosen = [images[number] for number in sorted(images) if images[number].wanted]
+    if missing := names - {str(image.image_id) for image in chosen} - {image.file_name for image in chosen}:
         raise ValueError(f"{only}: {len(missing)} of its {len(names)} lines name no image: {sorted(missing)[:3]}")
     # 1 x 1 stands for a file that cannot be read, which is the better reason
-    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in wanted.values()):
-        raise ValueError(f"{where}: none of its {len(wanted)} images has an object or a caption to learn from")
+    if not any(image.trainable or image.captions or image.width * image.height == 1 for image in chosen):
+        raise ValueError(f"{where}: none of its {len(chosen)} images has an object or a caption to learn from")
     categories = tuple(Category(place, number, table[number]) for place, number in enumerate(sorted(table)))
-    return CocoSource([wanted[number] for number in sorted(wanted)], categories, findings, files)
+    return CocoSource(chosen, categories, findings, files)
 
 
 def _read(place: CocoFile, role: str, files: dict[str, Mapping[str, Any]]) -> bytes:
@@ -149,104 +155,86 @@ def _images(entries: list[dict[str, Any]], where: object, findings: Findings) ->
 
 
 def _add_captions(
-    entries: list[dict[str, Any]],
-    images: Mapping[int, SourceImage],
-    wanted: Mapping[int, SourceImage],
-    where: object,
-    findings: Findings,
-    *,
-    strangers: bool,
-) -> None:
-    """Give the captions to their images.
+    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], findings: Findings, *, strangers: bool
+) -> Findings:
+    """Give the captions to their images; returns those that cannot be used.
 
     Args:
         strangers: they may be of more images than there are: of a part of COCO, the captions of all are often given.
     """
-    lost, unknown, taken = Findings(), Findings(), 0
+    lost, unknown = Findings(), Findings()
     for entry in entries:
-        image, text = images.get(_id_of_image(entry)), entry.get("caption")
+        image, text = _image_of(entry, images), entry.get("caption")
         if image is None:
             unknown.add("caption without image", f"caption {entry.get('id')}")
         elif not isinstance(text, str) or not text.strip():
             lost.add("caption without text", f"caption {entry.get('id')}")
-        elif image.image_id in wanted:
+        else:
             image.captions.append(text)
-        taken += image is not None
-    if strangers and taken:
-        findings.update(unknown)
-    else:
-        lost.update(unknown)
-    lost.refuse_above_a_tenth(len(entries), where, "captions")
-    findings.update(lost)
+    (findings if strangers and unknown.total < len(entries) else lost).update(unknown)
+    return lost
 
 
-@dataclass
-class _Annotations:
-    """Takes the annotations of a file one by one and gives each to its image."""
-
-    images: Mapping[int, SourceImage]
-    wanted: Mapping[int, SourceImage]
-    categories: Mapping[int, str]
-    findings: Findings
-    lost: Findings = field(default_factory=Findings)
-    apart: Findings = field(default_factory=Findings)  #: masks that are not where their boxes are
-    seen: set[int] = field(default_factory=set)
-    taken: int = 0
-    masks: int = 0
-
-    def add(self, entry: dict[str, Any]) -> None:
+def _add_annotations(
+    entries: list[dict[str, Any]],
+    images: Mapping[int, SourceImage],
+    categories: Mapping[int, str],
+    findings: Findings,
+    ellipses: bool,
+) -> Findings:
+    """Give the annotations to their images; returns those that cannot be used."""
+    lost, apart, masks, seen = Findings(), Findings(), 0, set[int]()
+    for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
-        image, where = self.images.get(_id_of_image(entry)), f"annotation {number}"
-        if image is not None and image.image_id not in self.wanted:
-            return
-        self.taken += 1
+        image, where = _image_of(entry, images), f"annotation {number}"
         if image is None:
-            return self.lost.add("annotation without image", where)
-        if type(category) is not int or category not in self.categories:
-            return self.lost.add("annotation of unknown category", f"{where}: {category}")
-        if type(number) is not int or number in self.seen:
-            return self.lost.add("annotation without an id of its own", where)
-        if not _is_box(box) or crowd not in (None, 0, 1):
-            return self.lost.add("box or crowd flag malformed", f"{where}: {box}")
-        self.seen.add(number)
-        x, y, width, height = box
-        useful, area = has_area(box, image.width, image.height), entry.get("area")
-        area = area if type(area) in (int, float) else width * height
-        stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
-        segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
-        if segmentation is not None:
-            stored["segmentation"] = segmentation
-        for kind, seen in (
-            ("crowd (kept; training leaves it out)", crowd),
-            ("box without area (kept; training leaves it out)", not useful),
-            ("instance without mask", not segmentation and not crowd),
-        ):
-            if seen:
-                self.findings.add(kind, where)
-        image.crowds += bool(crowd)
-        image.trainable += useful and not crowd
-        image.annotations.append(orjson.dumps(stored))
-        right, bottom = x + width, y + height
-        if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
-            kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
-            return self.lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
-        extent = None if crowd or not segmentation else _extent(segmentation)
-        self.masks += extent is not None
-        if extent and sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
-            self.apart.add("mask more than a pixel from its box", f"{where}: {box}")
+            lost.add("annotation without image", where)
+        elif type(category) is not int or category not in categories:
+            lost.add("annotation of unknown category", f"{where}: {category}")
+        elif type(number) is not int or number in seen:
+            lost.add("annotation without an id of its own", where)
+        elif not _is_box(box) or crowd not in (None, 0, 1):
+            lost.add("box or crowd flag malformed", f"{where}: {box}")
+        elif image.wanted:
+            seen.add(number)
+            x, y, width, height = box
+            useful, area = has_area(box, image.width, image.height), entry.get("area")
+            area = area if type(area) in (int, float) else width * height
+            stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
+            segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
+            drawn = ellipses and useful and not segmentation and not crowd
+            segmentation = [_ellipse(*box)] if drawn else segmentation
+            if segmentation is not None:
+                stored["segmentation"] = segmentation
+            image.annotations += orjson.dumps(stored) + b","
+            image.objects += 1
+            image.crowds += bool(crowd)
+            image.trainable += useful and not crowd
+            for kind, found in (
+                ("mask drawn as an ellipse into its box", drawn),
+                ("crowd (kept; training leaves it out)", crowd),
+                ("box without area (kept; training leaves it out)", not useful),
+                ("instance without mask", not segmentation and not crowd),
+            ):
+                if found:
+                    findings.add(kind, where)
+            right, bottom = x + width, y + height
+            if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
+                kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
+                lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
+            elif segmentation and not crowd and (extent := _extent(segmentation)):
+                masks += 1
+                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
+                    apart.add("mask more than a pixel from its box", f"{where}: {box}")
+    if apart.total > MOST_LOST * masks:
+        findings.update(apart)
+    return lost
 
-    def finish(self, where: object) -> None:
-        """Raises ValueError if more than a tenth is lost."""
-        self.lost.refuse_above_a_tenth(self.taken, where, "annotations")
-        self.findings.update(self.lost)
-        if self.apart.total > MOST_LOST * self.masks:
-            self.findings.update(self.apart)
 
-
-def _id_of_image(entry: Mapping[str, Any]) -> int:
+def _image_of(entry: Mapping[str, Any], images: Mapping[int, SourceImage]) -> SourceImage | None:
     number = entry.get("image_id")
-    return number if type(number) is int else -1  # which no image has
+    return images.get(number) if type(number) is int else None
 
 
 def _is_box(box: Any) -> bool:
@@ -261,14 +249,22 @@ def stored_segmentation(given: Any, height: int, width: int) -> Any:
         return good if good or not given else None
     if not isinstance(given, Mapping) or given.get("size") != [height, width]:
         return None
-    code = {"size": [height, width], "counts": given.get("counts")}
+    counts, code = given.get("counts"), {"size": [height, width], "counts": given.get("counts")}
     try:
-        if isinstance(code["counts"], list):
+        if isinstance(counts, list):
             code["counts"] = coco_mask.frPyObjects(code, height, width)["counts"].decode("ascii")
-        coco_mask.decode(code)  # its runs fill the image
+            return code if sum(counts) == height * width else None
+        coco_mask.decode(code)  # which fails unless its runs fill the image
     except (ValueError, RuntimeError, TypeError):
         return None
     return code
+
+
+def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
+    """The polygon of 32 points that touches the sides of a box."""
+    turns = [2 * math.pi * place / 32 for place in range(32)]
+    points = ((x + width * (1 + math.cos(a)) / 2, y + height * (1 + math.sin(a)) / 2) for a in turns)
+    return [round(value, 2) for point in points for value in point]
 
 
 def _is_polygon(given: Any) -> bool:

@@ -17,7 +17,7 @@ import orjson
 from visft_ds.files import read_bytes, reading
 from visft_ds.names import checked_name
 from visft_ds.shards.coco import CocoFile, Findings
-from visft_ds.shards.yolo import SPLITS, Exif, labelled_size, read_description, read_mapping, read_yolo
+from visft_ds.shards.yolo import SPLITS, Exif, labelled_size, read_mapping, read_yolo
 
 _YEAR = re.compile(r"(train|val|test)\d{4}")
 _COCO_FILE = re.compile(r"(?:(instances|captions)_)?(.+)\.json")
@@ -69,8 +69,7 @@ def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tupl
     if kind == "COCO":
         splits = _coco(place, files, wanted)
     elif kind == "YOLO":
-        description = read_description(files[0], wanted)
-        made = ((name, *read_yolo(description, name, exif)) for name in description.images)
+        made = read_yolo(files[0], wanted, exif)
         splits = [FolderSplit(name, images, content, None, odd) for name, images, content, odd in made]
     else:
         splits = []

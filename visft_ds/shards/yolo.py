@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +28,6 @@ _NO_LABELS = frozenset(("classes.txt",))  # what annotation tools leave beside t
 _MOST_OF_A_DESCRIPTION, _MOST_OF_A_TEXT = 1 << 20, 1 << 28  # bytes
 _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
-
-
-@dataclass(frozen=True)
-class YoloDescription:
-    """Content of a data.yaml."""
-
-    path: Path
-    roots: tuple[Path, ...]  #: folders that entries are relative to
-    names: Mapping[int, str]  #: number of a class -> its name
-    images: Mapping[str, tuple[Path, ...]]  #: split -> folders of images, or files that list them
-    keypoints: int  #: values of keypoints behind the box in a line
 
 
 class _Loader(yaml.BaseLoader):
@@ -68,28 +56,38 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return values
 
 
-def read_description(path: Path, wanted: str | None = None) -> YoloDescription:
-    """Read a data.yaml; of `wanted`, only the split of this name is looked for.
+def read_yolo(
+    path: Path, wanted: str | None = None, exif: Exif = None
+) -> list[tuple[str, Path, dict[str, Any], Findings]]:
+    """(name, folder of the images, their objects as a COCO file, labels without an image) of the splits in a data.yaml.
+
+    Args:
+        wanted: only the split of this name is looked for.
 
     Raises:
-        ValueError: no YAML, no names, names that contradict `nc`, or images that are nowhere.
+        ValueError: no data.yaml, or one of images that are nowhere; no label for any image of a split; a line of a
+            label that is wrong; a name that leads out of the data set; more than a tenth of labels without an image.
     """
     values = read_mapping(path)
     with reading(path, "a data.yaml of YOLO"):
         here = Path(os.path.abspath(path.parent))
         root = Path(os.path.normpath(here / values.get("path", "")))
         roots = (root, here) if root.is_dir() and root != here else (here,)
-        images: dict[str, tuple[Path, ...]] = {}
+        images: dict[str, list[Path]] = {}
         for key, split in SPLITS.items():
             if values.get(key) and wanted in (None, split):
                 if split in images:
                     raise ValueError(f"it names images of {split!r} twice, the second time as {key!r}")
                 entries = values[key] if isinstance(values[key], list) else [values[key]]
-                images[split] = tuple(_find(entry, roots, key) for entry in entries)
+                images[split] = [_find(entry, roots, key) for entry in entries]
         if not any(map(values.get, SPLITS)):
             raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
-        count, size = values.get("kpt_shape") or (0, 0)
-        return YoloDescription(path, roots, _names(values), images, int(count) * int(size))
+        names, (count, size) = _names(values), values.get("kpt_shape") or (0, 0)
+        keypoints = int(count) * int(size)
+    return [
+        (split, *_read_split(f"{path}: {split}", places, roots, names, keypoints, exif))
+        for split, places in images.items()
+    ]
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:
@@ -114,15 +112,10 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
     raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes one split alone)")
 
 
-def read_yolo(description: YoloDescription, split: str, exif: Exif = None) -> tuple[Path, dict[str, Any], Findings]:
-    """(folder of the images, their objects as a COCO file, labels without an image) of a split.
-
-    Raises:
-        ValueError: no image; no label for any of them; a line of a label that is wrong; a name that leads out of the
-            data set; more than a tenth of the labels belongs to no image.
-    """
-    where, places = f"{description.path}: {split}", description.images[split]
-    paths = sorted({path for place in places for path in _image_files(place, description.roots)})
+def _read_split(
+    where: str, places: Sequence[Path], roots: Sequence[Path], names: Mapping[int, str], keypoints: int, exif: Exif
+) -> tuple[Path, dict[str, Any], Findings]:
+    paths = sorted({path for place in places for path in _image_files(place, roots)})
     labels = {path: _label_of(path) for path in paths}
     used = {label for label in labels.values() if label.is_file()}
     if not used:
@@ -130,8 +123,8 @@ def read_yolo(description: YoloDescription, split: str, exif: Exif = None) -> tu
         raise ValueError(
             f"{where}: none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
         )
-    ids = {number: number for number in description.names}
-    if [description.names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
+    ids = {number: number for number in names}
+    if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
         ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     images: list[dict[str, Any]] = []
@@ -142,7 +135,7 @@ def read_yolo(description: YoloDescription, split: str, exif: Exif = None) -> tu
             raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
         height, width = labelled_size(path, exif)
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for category, points, outline in _lines(labels[path], description) if labels[path] in used else ():
+        for category, points, outline in _lines(labels[path], names, keypoints) if labels[path] in used else ():
             if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
                 entry = {**_placed(points, outline, height, width), "category_id": ids[category], "image_id": number}
                 annotations.append({"id": len(annotations) + 1, **entry, "iscrowd": 0})
@@ -154,7 +147,7 @@ def read_yolo(description: YoloDescription, split: str, exif: Exif = None) -> tu
         if label.name not in _NO_LABELS:
             odd.add("label without image", shown_name(str(label)))
     odd.refuse_above_a_tenth(len(all_labels), where, "labels")
-    categories = [{"id": ids[number], "name": name} for number, name in description.names.items()]
+    categories = [{"id": ids[number], "name": name} for number, name in names.items()]
     return folder, {"images": images, "annotations": annotations, "categories": categories}, odd
 
 
@@ -196,20 +189,20 @@ def _text_of(path: Path) -> str:
         return read_bytes(path, _MOST_OF_A_TEXT).decode("utf-8-sig")
 
 
-def _lines(path: Path, description: YoloDescription) -> Iterator[tuple[int, Sequence[float], bool]]:
+def _lines(path: Path, names: Mapping[int, str], keypoints: int) -> Iterator[tuple[int, Sequence[float], bool]]:
     """(class, x y x y ... of a polygon or of two corners, whether it is a polygon) of each line of a label."""
     for place, text in enumerate(_text_of(path).splitlines(), 1):
         try:
             if text.strip():
-                yield _line(text.split(), description)
+                yield _line(text.split(), names, keypoints)
         except ValueError as error:
             raise ValueError(f"{path} line {place}: {error}") from error
 
 
-def _line(words: Sequence[str], description: YoloDescription) -> tuple[int, Sequence[float], bool]:
-    (number, *values), names, keypoints = map(float, words), description.names, description.keypoints
+def _line(words: Sequence[str], names: Mapping[int, str], keypoints: int) -> tuple[int, Sequence[float], bool]:
+    number, *values = map(float, words)
     if number not in names:
-        raise ValueError(f"class {words[0]:.40}, but {description.path.name} names {min(names)} to {max(names)}")
+        raise ValueError(f"class {words[0]:.40}, but the names are of {min(names)} to {max(names)}")
     if keypoints and len(words) == _BOX + keypoints:
         values = values[:4]
     elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):

@@ -1,0 +1,251 @@
+"""Damaged files for every reader: a correct result, a ValueError or an OSError; no traceback, no hang, bounded memory.
+
+python -m tests.test_fuzz --inputs 75000 --seed 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 20  # of one input
+ROOM = 6 * 2**30  # bytes of address space beyond what the process has at its start
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reader of files: `make` writes valid ones into a folder, `read` reads all; one is damaged before each read."""
+
+    name: str
+    make: Callable[[Path], object]
+    read: Callable[[Path], object]
+
+
+def readers() -> list[Reader]:
+    """Readers of everything that comes from outside."""
+    from PIL import Image
+
+    from tests import finished
+    from tests.yolo_folder import write_yolo
+    from visft_ds.checkpoint.format import open_checkpoint
+    from visft_ds.data.shards import Manifest, ShardReader
+    from visft_ds.files import open_image
+    from visft_ds.interop.files import open_weights
+    from visft_ds.monitor.metrics import read_metrics
+    from visft_ds.predict.model import load
+    from visft_ds.run.folder import recorded_config
+    from visft_ds.shards.build import Options, build
+    from visft_ds.shards.layouts import recognise
+
+    runs, shards = finished.runs(), finished.shards()
+
+    def copied(*files: Path) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            for file in files:
+                shutil.copy(file, folder)
+
+        return make
+
+    def tree(source: Path) -> Callable[[Path], object]:
+        return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True)
+
+    def read_split(folder: Path) -> None:
+        reader = ShardReader(Manifest.load(folder, "val"))
+        for place in range(len(reader)):
+            reader.read(place)
+
+    def read_tree(folder: Path) -> None:
+        _, splits, _ = recognise(folder)
+        for number, split in enumerate(splits):
+            build(Options(split.images, split.instances, split.captions, folder / f"out{number}", "toy"))
+
+    def read_weights(folder: Path) -> None:
+        for path in folder.iterdir():
+            file = open_weights(path)
+            for name in file:
+                file.get(name)
+
+    def read_run(folder: Path) -> None:
+        recorded_config(folder)
+        list(read_metrics(folder / "metrics.jsonl"))
+
+    def pictures(folder: Path) -> None:
+        picture = Image.effect_noise((40, 30), 60).convert("RGB")
+        for kind in ("jpg", "png", "webp", "bmp", "gif", "tif"):
+            picture.save(folder / f"a.{kind}", exif=Image.Exif().tobytes())
+
+    return [
+        Reader("split", copied(*shards.glob("val*")), read_split),
+        Reader("COCO tree", tree(shards.parent / "toy"), read_tree),
+        Reader("YOLO folder", write_yolo, read_tree),
+        Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
+        Reader("weights", copied(runs / "stage2/export/backbone.safetensors"), read_weights),
+        Reader("export", tree(runs / "stage1/export"), load),
+        Reader("run", copied(runs / "stage2/run.json", runs / "stage2/metrics.jsonl"), read_run),
+        Reader("checkpoint", tree(runs / "stage2/checkpoints/step_00000004"), open_checkpoint),
+    ]
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 2**31, 2**63, 2**70, 1e308, float("nan"), float("inf"), 0.5),
+    *("", "../../x", "/etc/passwd", "\ud800", "a" * 100_000, "x\0y", [], {}, [[[[]]]], {"a": {}}, [0] * 1000),
+)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The file with one mistake: bits, length, a block, or a value of the JSON that it is or has as its header."""
+    kind = rng.choice(("bits", "cut", "block", "twice", "json", "json", "json"))
+    if kind == "json":
+        with contextlib.suppress(ValueError, struct.error, UnicodeError, RecursionError):
+            if data[:1] in (b"{", b"["):
+                lines = data.splitlines(keepends=True) if data.count(b"\n{") else [data]
+                place = rng.randrange(len(lines))
+                lines[place] = _changed(lines[place], rng) + b"\n" * lines[place].endswith(b"\n")
+                return b"".join(lines)
+            (length,) = struct.unpack("<Q", data[:8])  # a safetensors file
+            if data[8:9] == b"{" and length < len(data):
+                header = _changed(data[8 : 8 + length], rng)
+                return struct.pack("<Q", len(header)) + header + data[8 + length :]
+        kind = "bits"
+    changed, place = bytearray(data or b"\0"), rng.randrange(max(1, len(data)))
+    if kind == "bits":
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del changed[place:]
+    elif kind == "block":
+        size = rng.choice((1, 8, 64, 4096))
+        changed[place : place + size] = rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size)))
+    else:
+        changed[place:place] = changed[place : place + rng.choice((1, 100, 10_000))]
+    return bytes(changed)
+
+
+def _changed(text: bytes, rng: random.Random) -> bytes:
+    """JSON with one value replaced, removed, renamed or nested deeply."""
+    content = json.loads(text)
+    holders: list[Any] = [content]
+    for holder in holders:  # grows on the way
+        holders += [
+            one for one in (holder.values() if isinstance(holder, dict) else holder) if isinstance(one, dict | list)
+        ]
+    holder = rng.choice([one for one in holders if one] or [content])
+    key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    what = rng.choice(("value", "value", "value", "drop", "rename", "deep"))
+    if what == "drop":
+        del holder[key]
+    elif what == "rename" and isinstance(holder, dict):
+        holder[rng.choice(("x", "__class__", str(key) + " "))] = holder.pop(key)
+    else:
+        holder[key] = "DEEP" if what == "deep" else rng.choice(VALUES)
+    return json.dumps(content).replace('"DEEP"', "[" * 3000 + "]" * 3000).encode()
+
+
+def run(inputs: int, seed: int, only: str | None = None) -> list[str]:
+    """Surprises, each with reader, number of the input and what happened."""
+    chosen = [reader for reader in readers() if only in (None, reader.name)]
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.signal(signal.SIGALRM, _too_long)
+    surprises: list[str] = []
+    for reader in chosen:
+        with tempfile.TemporaryDirectory() as place:
+            valid = Path(place, "valid")
+            valid.mkdir()
+            reader.make(valid)
+            reader.read(Path(shutil.copytree(valid, Path(place, "whole"))))  # raises if the reader refuses valid files
+            files = sorted(path.relative_to(valid) for path in valid.rglob("*") if path.is_file())
+            refused, began = 0, time.monotonic()
+            for number in range(-(-inputs // len(chosen))):
+                rng = random.Random(f"{seed} {reader.name} {number}")
+                folder, file = Path(place, "damaged"), rng.choice(files)
+                shutil.copytree(valid, folder)
+                (folder / file).write_bytes(damaged((valid / file).read_bytes(), rng))
+                try:
+                    signal.alarm(SECONDS)
+                    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        reader.read(folder)
+                except (ValueError, OSError):
+                    refused += 1
+                except (Exception, TooLong):  # noqa: BLE001
+                    surprises.append(f"{reader.name} {number} {file}: {traceback.format_exc(limit=-4)}")
+                finally:
+                    signal.alarm(0)
+                shutil.rmtree(folder)
+            print(
+                f"{reader.name:12} {number + 1} inputs, {refused} refused, {time.monotonic() - began:.0f} s", flush=True
+            )
+    return surprises
+
+
+class TooLong(BaseException):
+    """An input took more than `SECONDS`."""
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TooLong
+
+
+def test_damaged_files_are_read_correctly_or_refused() -> None:
+    command = [sys.executable, "-m", "tests.test_fuzz", "--inputs", "400"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
+    from visft_ds.interop.files import open_weights
+
+    (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=r"a\.pt"):
+        open_weights(tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    from visft_ds.files import open_image
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    with pytest.raises(ValueError, match="pixels"):
+        open_image(tmp_path / "a.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.test_fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="one reader")
+    given = parser.parse_args(arguments)
+    surprises = run(given.inputs, given.seed, given.only)
+    print("\n".join(surprises[:50]), f"{len(surprises)} surprises", sep="\n")
+    return 1 if surprises else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Stopping cleanly: a signal, or a launcher or supervisor that is gone, sets one flag that ranks read before each step.
+
+Imports nothing heavy: it is made before torch is imported, so that a launcher that dies during the start is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from enum import IntEnum
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from visft_ds.resilience.errors import LOST_CODE
+
+#: The program between the `deepspeed` command and the ranks of a machine.
+_LAUNCHER = "deepspeed.launcher.launch"
+#: Process id and time of birth of the supervisor, in the environment of its command.
+_SUPERVISOR = "VISFT_SUPERVISOR"
+
+
+class Stop(IntEnum):
+    """Why a run stops before its end; of several reasons the largest counts."""
+
+    NOT = 0
+    LAUNCHER_GONE = 1
+    SIGPIPE = 2  #: nobody reads the output any more
+    SIGINT = 3
+    SIGTERM = 4
+    SIGUSR1 = 5  #: schedulers send it before they end a job: it is to be queued again
+
+    def status(self, requeue_code: int) -> int:
+        """The exit status of a run that stopped for this reason."""
+        if self in (Stop.NOT, Stop.LAUNCHER_GONE):
+            return LOST_CODE if self else 0
+        return requeue_code if self is Stop.SIGUSR1 else 128 + signal.Signals[self.name]
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def supervised() -> dict[str, str]:
+    """Environment for a command that this process supervises: its ranks stop when this process is gone."""
+    return {**os.environ, _SUPERVISOR: f"{os.getpid()} {psutil.Process().create_time()}"}
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher or supervisor above this process is gone.
+
+    The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans. So
+    a rank watches its parent and, if that is DeepSpeed's launcher, its grandparent. The ranks agree on stopping in the
+    all-reduce that each step makes anyway: all stop after the same step and save the same step.
+
+    Args:
+        launched: whether a launcher started this process.
+    """
+
+    def __init__(self, *, launched: bool) -> None:
+        self.reason = Stop.NOT
+        self._replaced: dict[int, Any] = {}  # number of a signal -> the handler that was there before
+        self._listening = threading.Event()
+        self._above: list[psutil.Process] = []
+        self._parent = os.getppid() if launched else 0
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(self._parent) if self._parent > 1 else None
+            if parent is not None and _LAUNCHER in parent.cmdline():
+                self._above += [runner] if (runner := parent.parent()) else []
+        pid, _, born = os.environ.get(_SUPERVISOR, "").partition(" ")
+        self._supervisor = (int(pid), float(born)) if born else None
+        if self._parent or self._supervisor:
+            threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
+
+    def _end_at_start(self) -> None:
+        """Until `listen` there is nothing to save: end with the launcher at once."""
+        while not self._listening.wait(0.5):
+            if self._alone():
+                print("stopped before the first step: the launcher is gone", file=sys.stderr, flush=True)
+                os._exit(LOST_CODE)
+
+    def listen(self) -> None:
+        """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet.
+
+        Python hands signals to the main thread only: called in another one, it does nothing.
+        """
+        self._listening.set()
+        if threading.current_thread() is threading.main_thread():
+            self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def restore(self) -> None:
+        """Give the signals back to those who had them before `listen`."""
+        self._listening.set()
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced = {}
+
+    def output_gone(self) -> None:
+        """Nobody reads what this process prints: throw it away, and stop after the step."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+        self.reason = max(self.reason, Stop.SIGPIPE)
+
+    def why(self) -> str:
+        """Why this rank stops."""
+        if self.reason is Stop.LAUNCHER_GONE:
+            return "the launcher is gone"
+        return f"signal {self.reason.name}" if self.reason else "asked by another rank"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is Stop.SIGINT and number == signal.SIGINT:  # the user does not want to wait for the step
+            raise KeyboardInterrupt
+        self.reason = max(self.reason, Stop[signal.Signals(number).name])
+
+    def __bool__(self) -> bool:
+        if not self.reason and self._alone():
+            self.reason = Stop.LAUNCHER_GONE
+        return bool(self.reason)
+
+    def _alone(self) -> bool:
+        if self._parent and os.getppid() != self._parent:
+            return True
+        return any(not _runs(process) for process in self._above) or (
+            self._supervisor is not None and not _is_there(*self._supervisor)
+        )
+
+
+def _is_there(pid: int, born: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == born and _runs(process)
+    except psutil.Error:
+        return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Return True unless it has ended, collected or not."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
