@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visft_ds.interop.writing import write_text
 from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 from visft_ds.run.lock import locked
@@ -140,6 +139,8 @@ class Steps:
 
     def _record(self, step: Step, **more: float) -> None:
         text = json.dumps({"command": step.command, **more}) + "\n"
+        from visft_ds.interop.writing import write_text  # brings torch, which --help need not wait for
+
         write_text(self._path(step.name), text, overwrite=True)
 
     def _read(self, name: str) -> dict[str, Any]:
