@@ -108,7 +108,6 @@ setup(
             OPEN_CLIP,
             SKLEARN,
             WEIGHTS,
-            "mlxtend>=0.23",
             HTTP,
             S3,
             # Its extra states the boto3 it goes with; else pip tries fifty others, and then another build of torch.

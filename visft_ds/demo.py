@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config import resolve
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.redaction import redacted
 from visft_ds.steps import OUT, Steps
@@ -39,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of each training (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to both trainings")
     given = parser.parse_args(arguments)
+    from visft_ds.config import resolve  # takes a second
+
     began = time.monotonic()
     try:
         check_least(given, train=8, processes=1)

@@ -22,7 +22,6 @@ from typing import Any
 
 from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
-from visft_ds.run.lock import locked
 
 OUT = "{OUT}"  #: stands in the words of a command for the file or folder that it makes
 TAIL = 12  #: lines of a log that show why a step failed
@@ -66,6 +65,8 @@ class Steps:
         for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
             if signal.getsignal(sign) == signal.SIG_DFL:
                 signal.signal(sign, signal.default_int_handler)
+        from visft_ds.run.lock import locked  # takes a second, which --help would, too
+
         with locked(self.root, patience=1.0):
             return self._run(jobs)
 
@@ -108,7 +109,7 @@ class Steps:
         """Print the commands, in order."""
         for step in self.steps.values():
             mark = " (finished)" if self._finished(step) else ""
-            print(f"# {step.name}{mark}\nvisft {shlex.join([redacted(word) for word in step.command])}")
+            print(f"# {step.name}{mark}\nvisft {shlex.join(map(redacted, step.command))}")
 
     def log(self, name: str) -> str:
         """What a step printed."""
@@ -131,17 +132,17 @@ class Steps:
                 raise ValueError(f"{step.out} was not made by this command: choose another --out")
             shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink()
         self._record(step)
-        print(f"{step.name}\n  $ visft {shlex.join([redacted(word) for word in step.command])}", flush=True)
+        print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
         words = [sys.executable, "-m", "visft_ds", *step.command]
         with self._path(step.name, "log").open("wb") as log:
             # A group of its own: an interrupt reaches launcher and ranks together, when `_stop` says so.
             return subprocess.Popen(words, stdout=log, stderr=log, env=same_code(), start_new_session=True)
 
     def _record(self, step: Step, **more: float) -> None:
-        text = json.dumps({"command": step.command, **more}) + "\n"
-        from visft_ds.interop.writing import write_text  # brings torch, which --help need not wait for
-
-        write_text(self._path(step.name), text, overwrite=True)
+        path = self._path(step.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps({"command": step.command, **more}) + "\n", encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self._path(name)

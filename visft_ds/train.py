@@ -18,6 +18,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
+from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
@@ -40,7 +41,7 @@ from visft_ds.run.record import keep_random_base, write_record
 from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
-from visft_ds.run.validation import Validation, validation_of
+from visft_ds.run.validation import Validation, told_of_learning, validation_of
 
 
 @dataclass(frozen=True)
@@ -168,18 +169,22 @@ def train(
                     state.report_saves(log, wait=True)
                 finally:
                     loader.close()  # what is read ahead must not hold up the end
-            finished = complete or step >= config.total_steps
+            finished, learnt = complete or step >= config.total_steps, dict[str, float]()
             if finished:
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
                     validation.poll(log, wait=True)
                 state.export(state.take_best(step, log), base_sha256, prepared.base)
+            if finished and validation:
+                learnt = validation.learnt(engine.predict, first_of(data.sets), log)
             stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
             distributed.close()
             watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
+                for line in told_of_learning(learnt, log.writer.last):
+                    log.message(line)
             elif validation:
                 validation.leave(log)
             state.delete_obsolete()

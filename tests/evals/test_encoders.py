@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.clip_case import SIDE, TOWER, make_clip, save_clip
-from visft_ds.evals.benchmarks.encoders import KINDS, NORMALISATIONS, square_preprocess
-from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
+from visft_ds.evals.benchmarks.encoders import CLIP, KINDS, square_preprocess
+from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
-from visft_ds.evals.benchmarks.text_towers import text_tower_in
-from visft_ds.models.eva_vit import build_backbone
-from visft_ds.models.lora import inject_lora, lora_layers
+from visft_ds.evals.benchmarks.text import text_tower_in
 
+CPU = torch.device("cpu")
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", ""]
 
 
@@ -43,7 +42,7 @@ def test_our_tower_and_the_text_side_of_its_file_are_open_clips(
 ) -> None:
     """Class token, final norm, projection, eos pooling, causal mask: any of them wrong gives other embeddings."""
     path = save_clip(clip, tmp_path / "clip.safetensors", layout=layout)
-    encoder = load_encoder(parse_model(str(path)), LoadOptions("fp32"))
+    encoder = load_encoder(parse_model(str(path)), "fp32")
     assert encoder.kinds == KINDS and encoder.text is not None
     found = encoder.module(images, KINDS)
     torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
@@ -51,7 +50,7 @@ def test_our_tower_and_the_text_side_of_its_file_are_open_clips(
     torch.testing.assert_close(found["pooled"], tokens[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["patches"].flatten(2).transpose(1, 2), tokens[:, 1:], rtol=1e-5, atol=1e-5)
     wanted = clip.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.text.encode(TEXTS), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -59,41 +58,14 @@ def test_classes_are_those_of_open_clips_zero_shot_classifier(clip: Any, tmp_pat
     tower = text_tower_in(save_clip(clip, tmp_path / "clip.safetensors"))
     assert tower is not None
     classes, templates = ["cat", "hot dog", "sea"], ["a photo of a {}.", "a bad {}"]
-    ours = class_embeddings(tower.encode(sentences(classes, templates)), len(templates))
+    ours = class_embeddings(tower.encode(sentences(classes, templates), CPU), len(templates))
     theirs = open_clip.build_zero_shot_classifier(clip, open_clip.SimpleTokenizer(), classes, templates)
     torch.testing.assert_close(ours, theirs.T, rtol=1e-5, atol=1e-6)
 
 
-def test_what_no_tensor_tells_is_part_of_the_keys(tmp_path: Path) -> None:
-    """Features of one file under two activations, or of one adapter under two scales, are not each other's."""
-    config = {
-        "embed_dim": 20,
-        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 64, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    }
-    names = ("Tiny-gelu", "Tiny-quick")
-    for name in names:
-        (tmp_path / f"{name}.json").write_text(json.dumps(config | ({"quick_gelu": True} if "quick" in name else {})))
-        open_clip.add_model_config(tmp_path / f"{name}.json")
-    save_file(open_clip.create_model(names[0], load_weights=False).state_dict(), tmp_path / "w.safetensors")
-    gelu, quick = (
-        load_encoder(parse_model(f"open_clip:{tmp_path}/{name}.json:{tmp_path}/w.safetensors"), LoadOptions("fp32"))
-        for name in names
-    )
-    assert identity(gelu.module) == identity(quick.module) and gelu.settings != quick.settings
-    specs = [parse_model(f"timm:{name}:random") for name in ("test_vit", "test_vit2")]
-    timms = [load_encoder(spec, LoadOptions("fp32")) for spec in specs]
-    assert timms[0].settings["architecture"] != timms[1].settings["architecture"]
-    tower = build_backbone("debug")
-    inject_lora(tower, rank=4)
-    before = identity(tower)
-    next(iter(lora_layers(tower).values())).scale *= 2
-    assert identity(tower) != before
-
-
 @torch.no_grad()
-def test_open_clip_by_configuration(images: torch.Tensor, tmp_path: Path) -> None:
-    """A tower of open_clip's own: the embedding is that of encode_image, also beside the feature map."""
+def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path) -> None:
+    """The embedding is that of encode_image, also beside the feature map."""
     config = {
         "embed_dim": 20,
         "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 64, "patch_size": 14},
@@ -103,23 +75,20 @@ def test_open_clip_by_configuration(images: torch.Tensor, tmp_path: Path) -> Non
     open_clip.add_model_config(tmp_path / "Tiny-test.json")
     model = open_clip.create_model("Tiny-test", load_weights=False).eval()
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
-    spec = parse_model(f"open_clip:{tmp_path}/Tiny-test.json:{tmp_path}/tiny.safetensors")
-    encoder = load_encoder(spec, LoadOptions("fp32"))
+    encoder = load_encoder(parse_model(f"open_clip:Tiny-test:{tmp_path}/tiny.safetensors"), "fp32")
     wanted = model.encode_image(images, normalize=True)
     for kinds in (("clip",), KINDS):
         torch.testing.assert_close(encoder.module(images, kinds)["clip"], wanted, rtol=1e-5, atol=1e-6)
-    found = encoder.module(images, KINDS)
-    assert found["patches"].shape == (3, 64, 2, 2)
-    assert encoder.text is not None
+    assert encoder.module(images, KINDS)["patches"].shape == (3, 64, 2, 2) and encoder.text is not None
     wanted = model.encode_text(open_clip.SimpleTokenizer()(TEXTS), normalize=True)
-    torch.testing.assert_close(encoder.text.encode(TEXTS), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_open_clip_around_timm_computes_all_in_one_forward(clip: Any, images: torch.Tensor) -> None:
     from visft_ds.evals.benchmarks.encoders import _OpenClipEncoder
 
-    found = _OpenClipEncoder(clip.visual)(images, KINDS)
+    found = _OpenClipEncoder(clip.visual)(images, KINDS[:3])
     torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
     assert found["patches"].shape == (3, 48, 2, 2)
 
@@ -129,7 +98,7 @@ def test_timm_vision_transformer_and_convolutions(tmp_path: Path) -> None:
     for name, side, grid in (("test_vit", 160, 10), ("test_resnet", 160, 5)):
         model = timm.create_model(name, pretrained=False, num_classes=0).eval()
         save_file({n: v.contiguous() for n, v in model.state_dict().items()}, tmp_path / f"{name}.safetensors")
-        encoder = load_encoder(parse_model(f"timm:{name}:{tmp_path}/{name}.safetensors"), LoadOptions("fp32"))
+        encoder = load_encoder(parse_model(f"timm:{name}:{tmp_path}/{name}.safetensors"), "fp32")
         image = torch.randn(1, 3, side, side)
         found = encoder.module(image, encoder.kinds)
         torch.testing.assert_close(found["pooled"], model(image), rtol=1e-5, atol=1e-5)
@@ -145,31 +114,25 @@ def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path,
     values = {key: value.contiguous() for key, value in model.state_dict().items()}
     path = tmp_path / "model.safetensors"
     save_file(values, path)
-    encoder = load_encoder(parse_model(f"timm:{name}:{path}"), LoadOptions("fp32"))
+    encoder = load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
     image = torch.randn(1, 3, encoder.side, encoder.side)
     wanted = model.forward_head(model.forward_features(image), pre_logits=True)
     assert torch.equal(encoder.module(image, ("pooled",))["pooled"], wanted)
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
-    assert all(key in encoder.facts["left out"] for key in own)
     assert not set(own) & {key.removeprefix("model.") for key in encoder.module.state_dict()}
     first = next(key for key in values if key not in own)
-    other = {
-        "Unexpected": values | {"extra.weight": torch.zeros(3)},
-        "Missing": {key: value for key, value in values.items() if key != first},
-        "size mismatch": values | {own[0]: torch.zeros(11, 3)},
-    }
-    for message, tensors in other.items():
+    for tensors in (values | {"extra.weight": torch.zeros(3)}, {k: v for k, v in values.items() if k != first}):
         save_file(tensors, path)
-        with pytest.raises(ValueError, match=message):
-            load_encoder(parse_model(f"timm:{name}:{path}"), LoadOptions("fp32"))
+        with pytest.raises(ValueError, match="missing or too many"):
+            load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
 
 
 def test_what_is_no_checkpoint_of_timm_is_told_in_one_line(tmp_path: Path) -> None:
     for name in ("page.safetensors", "page.pth", "empty.safetensors", "empty.pth"):
         (tmp_path / name).write_text("<html>" * 20 if name.startswith("page") else "")
-        with pytest.raises(ValueError, match=f"timm:test_vit: {tmp_path}/{name}"):
-            load_encoder(parse_model(f"timm:test_vit:{tmp_path}/{name}"), LoadOptions("fp32"))
+        with pytest.raises(ValueError, match=name):
+            load_encoder(parse_model(f"timm:test_vit:{tmp_path}/{name}"), "fp32")
 
 
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (28, 28), (9, 200)])
@@ -177,25 +140,25 @@ def test_images_are_prepared_as_by_open_clip(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     theirs = image_transform_v2(PreprocessCfg(size=SIDE), is_train=False)(image)
-    torch.testing.assert_close(square_preprocess(SIDE, *NORMALISATIONS["clip"])(image), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(square_preprocess(SIDE, *CLIP)(image), theirs, rtol=0, atol=1e-6)
 
 
 def test_half_a_text_tower_is_refused(clip: Any, tmp_path: Path) -> None:
     whole = load_file(save_clip(clip, tmp_path / "clip.safetensors"))
     for name, message in (
-        ("text.ln_final.bias", "Missing: ln_final.bias"),
+        ("text.ln_final.bias", "ln_final.bias"),
         ("text.text_projection", "lacks text.text_projection"),
     ):
         save_file({n: v for n, v in whole.items() if n != name}, tmp_path / "half.safetensors")
         with pytest.raises(ValueError, match=message):
             text_tower_in(tmp_path / "half.safetensors")
     save_file({**whole, "text.adapter.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"Unexpected: adapter.weight"):
+    with pytest.raises(ValueError, match=r"adapter.weight"):
         text_tower_in(tmp_path / "more.safetensors")
     half = tmp_path / "half.safetensors"
     save_file({n: v for n, v in whole.items() if n != "visual.trunk.head.bias"}, half, metadata={"tower": TOWER})
     with pytest.raises(ValueError, match="half there"):
-        load_encoder(parse_model(str(half)), LoadOptions("fp32"))
+        load_encoder(parse_model(str(half)), "fp32")
     save_file(whole, half)
     with pytest.raises(ValueError, match="does not tell its number of heads"):
-        load_encoder(parse_model(str(half)), LoadOptions("fp32"))
+        load_encoder(parse_model(str(half)), "fp32")

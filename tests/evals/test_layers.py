@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
@@ -20,11 +18,11 @@ from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import move_adapters, relative
 from visft_ds.evals.benchmarks import layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
+from visft_ds.evals.benchmarks.judge import Settings, judge
 from visft_ds.evals.benchmarks.kinds import parse_benchmark
-from visft_ds.evals.benchmarks.layers import choose, encode_blocks, half_of
-from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
-from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.run import Encoded, Settings, encode_all
+from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
+from visft_ds.evals.benchmarks.models import load_encoder, parse_model
+from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.layouts import tower_in, tower_of
@@ -33,17 +31,10 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.models.lora import inject_lora
 
-OPTIONS = LoadOptions("fp32")
-TINY = {
-    "embed_dim": 20,
-    "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 64, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
-
 
 def _read(model: str, images: Tensor) -> dict[str, Tensor]:
-    encoder = load_encoder(parse_model(model), OPTIONS)
-    assert encoder.kinds == KINDS_WITHOUT_TEXT and encoder.text is None and "read" in encoder.facts
+    encoder = load_encoder(parse_model(model), "fp32")
+    assert encoder.kinds == KINDS_WITHOUT_TEXT and encoder.text is None
     with torch.no_grad():
         found: dict[str, Tensor] = encoder.module(images, KINDS_WITHOUT_TEXT)
     return found
@@ -68,7 +59,7 @@ def test_a_tower_of_ours_and_the_same_in_open_clip(tmp_path: Path) -> None:
 def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     """An adapter on both blocks, read in front of the second: base + adapter at a scale, and what is merged of it."""
     path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
-    backbone: Any = load_encoder(parse_model(str(path)), OPTIONS).module.backbone
+    backbone: Any = load_encoder(parse_model(str(path)), "fp32").module.backbone
     inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
     move_adapters(backbone, spread=0.5)
     save_peft_adapter(adapter_of(backbone), tmp_path / "adapter", tower_of(backbone))
@@ -76,7 +67,7 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     merge_into_file(path, adapter, tmp_path / "merged.safetensors", tower=tower_of(backbone))
     spec = parse_model(f"{path}+{tmp_path}/adapter#blocks.0@0.5")
     assert (spec.label, spec.block, spec.scale) == ("clip+adapter#blocks.0", "blocks.0", 0.5)
-    first = _read(f"{path}+{tmp_path}/adapter@0.5#blocks.0", images)["patches"]
+    first = _read(f"{path}+{tmp_path}/adapter#blocks.0@0.5", images)["patches"]
     assert relative(_read(f"merged={tmp_path}/merged.safetensors#blocks.0", images)["patches"], first) < 1e-5
     assert relative(_read(f"{path}#blocks.0", images)["patches"], first) > 1e-3
 
@@ -85,7 +76,7 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
 def test_what_was_trained_up_to_a_block_is_read_there(tmp_path: Path) -> None:
     """By what adapter and header of the merged file say. No embedding: the projection reads the last block."""
     path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
-    backbone: Any = load_encoder(parse_model(f"{path}#blocks.0"), OPTIONS).module.backbone
+    backbone: Any = load_encoder(parse_model(f"{path}#blocks.0"), "fp32").module.backbone
     inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
     move_adapters(backbone, spread=0.5)
     save_peft_adapter(adapter_of(backbone), tmp_path / "adapter", tower_of(backbone))
@@ -93,25 +84,13 @@ def test_what_was_trained_up_to_a_block_is_read_there(tmp_path: Path) -> None:
     merge_into_file(path, read_adapter(tmp_path / "adapter"), tmp_path / "merged.safetensors", tower=whole)
     wanted = backbone(images)
     for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/merged.safetensors"):
-        encoder = load_encoder(parse_model(model), OPTIONS)
-        assert encoder.kinds == KINDS_WITHOUT_TEXT and encoder.settings["until"] == "blocks.0"
+        encoder = load_encoder(parse_model(model), "fp32")
+        assert encoder.kinds == KINDS_WITHOUT_TEXT
         assert relative(encoder.module(images, ["patches"])["patches"], wanted) < 1e-5
     behind = _read(f"{tmp_path}/merged.safetensors#blocks.1", images)["patches"]
     assert relative(behind, wanted) > 1e-2
     with pytest.raises(ValueError, match=r"cannot end after 'blocks.1': it has blocks.0 to blocks.0"):
         _read(f"{path}+{tmp_path}/adapter#blocks.1", images)
-
-
-@torch.no_grad()
-def test_open_clips_own_tower(tmp_path: Path) -> None:
-    (tmp_path / "Tiny-layers.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(tmp_path / "Tiny-layers.json")
-    model = open_clip.create_model("Tiny-layers", load_weights=False).eval()
-    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
-    images = torch.randn(2, 3, SIDE, SIDE)
-    wanted = model.visual.forward_intermediates(images, indices=[1], normalize_intermediates=True)
-    found = _read(f"open_clip:{tmp_path}/Tiny-layers.json:{tmp_path}/tiny.safetensors#blocks.1", images)
-    assert relative(found["patches"], wanted["image_intermediates"][0]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -144,56 +123,40 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _settings(cache: Path) -> Settings:
-    return Settings(torch.device("cpu"), "fp32", cache, 4, 0, OPTIONS)
-
-
-def _encoded(model: str, benchmark: Benchmark, cache: Path) -> tuple[dict[str, Encoded], dict[str, str]]:
-    facts: dict[str, str] = {}
-    found = encode_blocks(parse_model(model), [benchmark], _settings(cache), facts.update)
-    return {block: of for block, (of,) in found.items()}, facts
-
-
-@pytest.mark.parametrize("kind", ["timm", "ours", "open_clip"])
-def test_one_pass_reads_what_each_cut_model_gives(
+@pytest.mark.parametrize("kind", ["timm", "ours"])
+def test_one_forward_reads_what_each_cut_model_gives(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The same features whether all blocks fit at once or one does; the end has a row where it is another map."""
+    """The same scores whether all blocks fit at once or one does; the end has a row if it is another map."""
     if kind == "timm":
         whole = timm.create_model("test_efficientnet", num_classes=0)
         save_file({key: value.contiguous() for key, value in whole.state_dict().items()}, tmp_path / "w.safetensors")
         model, blocks = f"timm:test_efficientnet:{tmp_path}/w.safetensors", [*(f"blocks.{n}" for n in range(5)), "end"]
-    elif kind == "ours":
-        model, blocks = str(save_clip(make_clip(), tmp_path / "clip.safetensors")), ["blocks.0", "blocks.1"]
     else:
-        (tmp_path / "Tiny-pass.json").write_text(json.dumps(TINY))
-        open_clip.add_model_config(tmp_path / "Tiny-pass.json")
-        torch.manual_seed(0)
-        save_file(open_clip.create_model("Tiny-pass", load_weights=False).state_dict(), tmp_path / "w.safetensors")
-        model, blocks = (
-            f"open_clip:{tmp_path}/Tiny-pass.json:{tmp_path}/w.safetensors",
-            [f"blocks.{n}" for n in range(3)],
-        )
+        model, blocks = str(save_clip(make_clip(), tmp_path / "clip.safetensors")), ["blocks.0", "blocks.1"]
+    settings = Settings(torch.device("cpu"), "fp32", tmp_path / "cache", 4, 0)
     benchmark = parse_benchmark(f"dense={pictures}")
-    together, facts = _encoded(model, benchmark, tmp_path / "together")
-    assert list(together) == blocks and facts["passes"].startswith("1, ")
+    together = judge_blocks(parse_model(model), [benchmark], settings)
+    assert list(together) == blocks
     monkeypatch.setattr(layers, "MOST", 1)
-    apart, facts = _encoded(model, benchmark, tmp_path / "apart")
-    assert facts["passes"].startswith(f"{len(blocks)}, ")
-    for block in blocks:
-        spec = parse_model(model if block == "end" else f"{model}#{block}")
-        (alone,) = encode_all([spec], [benchmark], _settings(tmp_path / "alone"), lambda *_: None)[spec.label]
-        for part in ("train", "test"):
-            features = together[block].images[part].read()["patches"]
-            assert torch.equal(features, apart[block].images[part].read()["patches"])
-            assert relative(alone.images[part].read()["patches"], features) < 1e-6
-    monkeypatch.setattr(layers.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(ValueError, match=r"features of all blocks take .* free: give --cache"):
-        _encoded(model, benchmark, tmp_path / "full")
+    apart = judge_blocks(parse_model(model), [benchmark], settings)
+    specs = [parse_model(f"{n}={model}" + ("" if block == "end" else f"#{block}")) for n, block in enumerate(blocks)]
+    alone, _ = judge(specs, [benchmark], settings)
+    for number, block in enumerate(blocks):
+        for name, score in together[block].items():
+            assert np.array_equal(score.values, apart[block][name].values)
+            assert score.value == pytest.approx(alone[str(number)][name].value, abs=0.02)
+
+
+def _weights(folder: Path) -> Path:
+    torch.manual_seed(0)
+    values = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file({key: value.contiguous() for key, value in values.items()}, folder / "vit.safetensors")
+    return folder / "vit.safetensors"
 
 
 def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["layers", "--model", "timm:test_vit:random", "--benchmark", f"dense={pictures},name=two"]
+    words = ["layers", "--model", f"timm:test_vit:{_weights(tmp_path)}", "--benchmark", f"dense={pictures},name=two"]
     words += ["--threads", "0", "--primary", "dense/two knn mIoU", "--out", str(tmp_path / "out")]
     assert evaluate(words) == 0
     record = json.loads((tmp_path / "out" / "layers.json").read_text())
@@ -206,26 +169,16 @@ def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("model", "benchmark", "message"),
-    [
-        ("timm:test_vit:random#blocks.2", "dense={}", "give the model without #blocks.2"),
-        ("timm:test_vit:random", "retention={}/images", "blocks are compared by dense"),
-        ("timm:test_vit:random", "dense={},name=x --primary y", "is no number of these benchmarks"),
-    ],
+    ("end", "more", "message"),
+    [("#blocks.2", "", "#blocks.2"), ("", "retention", "dense"), ("", "--primary=y", "no such number")],
 )
 def test_what_has_no_blocks_to_compare(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, benchmark: str, message: str
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str, more: str, message: str
 ) -> None:
-    words = [
-        "layers",
-        "--model",
-        model,
-        "--benchmark",
-        *benchmark.format(pictures).split(),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert evaluate([*words, "--threads", "0"]) == 2 and message in capsys.readouterr().err
+    source = f"retention={pictures}/images/val" if more == "retention" else f"dense={pictures}"
+    words = ["layers", "--model", f"timm:test_vit:{_weights(tmp_path)}{end}", "--benchmark", source]
+    words += ["--out", str(tmp_path / "o"), *([more] if more.startswith("--") else [])]
+    assert evaluate(words) == 2 and message in capsys.readouterr().err
 
 
 def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.evals.test_benchmarks import _record, _run, world
 from visft_ds.config.schema import LoraConfig
-from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
+from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.retention import load_classifier, read_images
-from visft_ds.evals.benchmarks.run import tensors_of
-from visft_ds.evals.benchmarks.scales import Scales
 from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.cli import main as merge_main
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
@@ -104,7 +99,6 @@ def test_who_has_no_classifier_is_told_in_one_line(world: Path, net: Path, tmp_p
     base, clip = f"timm:{NAME}:{net}/base.safetensors", str(world / "clip.safetensors")
     for models, message in (
         ([clip], "clip brings none: it is no model of timm with weights"),
-        ([f"timm:{NAME}:random"], f"{NAME} brings none"),
         ([f"{net}/bare.safetensors"], f"bare.safetensors has no classifier of timm's {NAME}"),
         ([base, clip], "clip cannot be asked: it is no model of timm"),
         ([base, f"timm:test_resnet:{other}"], "test_resnet is timm's test_resnet, which cannot feed the classifier"),
@@ -129,76 +123,3 @@ def test_pictures_of_any_folder(net: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
         read_images(str(tmp_path / "empty"))
-
-
-def _specs(text: str, scales: tuple[float, ...]) -> list[ModelSpec]:
-    spec = parse_model(text)
-    return [replace(spec, label=f"{scale}", scale=scale) for scale in scales]
-
-
-@pytest.mark.parametrize(
-    ("name", "targets"),
-    [
-        (NAME, LATE),
-        ("test_resnet", ("layer2.*.downsample.1",)),  # its sum is computed in place, into what came before
-        ("test_vit", ("q", "v", "blocks.1.mlp.fc2")),
-        ("test_convnext", ("stages.3.*.mlp.fc1",)),
-    ],
-)
-def test_scales_of_one_module_are_models_of_their_own(
-    name: str, targets: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, batch by batch, in any order of scales."""
-    backbone = build_timm(name)
-    values = {**backbone.state_dict(), **backbone.left_out}
-    save_tensors(tmp_path / "base.safetensors", values, tower_metadata(backbone))
-    _adapter(name, targets, tmp_path / "adapter")
-    specs = _specs(f"{tmp_path}/base.safetensors+{tmp_path}/adapter", (1.0, 0.0, -0.5))
-    alone = [load_encoder(spec, LoadOptions("fp32")).module for spec in specs]
-    shared = load_encoder(specs[0], LoadOptions("fp32")).module
-    scales = Scales(shared, [tensors_of(spec) for spec in specs])
-    for _ in range(2):
-        images = torch.randn(2, 3, 96, 96)
-        for number, module in enumerate(alone):
-            with torch.inference_mode():
-                scales.use(number)
-                found, wanted = (one(images, ("pooled", "patches")) for one in (shared, module))
-            assert all(torch.equal(found[kind], wanted[kind]) for kind in wanted), number
-
-
-def test_trainings_of_one_recipe_take_turns_in_one_module(net: Path, tmp_path: Path) -> None:
-    """Seeds, scales and averages through the command: each is what it is alone, and the average what its parts give."""
-    _adapter(NAME, LATE, tmp_path / "other", spread=0.3)
-    models = [f"one={net}/base.safetensors+{net}/adapter", f"two={net}/base.safetensors+{tmp_path}/other@0.5"]
-    base = f"base=timm:{NAME}:{net}/base.safetensors"
-    kept = {}
-    for number, group in enumerate([models, *([model] for model in models)]):
-        words = [word for model in (base, *group) for word in ("--model", model)]
-        out = tmp_path / str(number)
-        assert _run(*words, "--benchmark", f"retention={net}/pictures", "--out", out)[0] == 0
-        record = _record(out)
-        kept[number] = {label: of["value"] for label, of in record["rows"][0]["values"].items()}
-        assert all(f"{part}" in str(record["models"]) for part in ([net / "adapter"] if number < 2 else []))
-    assert kept[0] == kept[1] | kept[2] and len(set(kept[0].values())) == 3
-    words = ["--adapter", str(net / "adapter"), "--adapter", str(tmp_path / "other"), "--weights", "0.25", "0.5"]
-    words += ["--base", str(net / "base.safetensors"), "--format", "peft", "--out", str(tmp_path / "soup")]
-    assert merge_main(words) == 0
-    parts = [read_adapter(path) for path in (tmp_path / "soup", net / "adapter", tmp_path / "other")]
-    for weight in parts[0].weights():
-        changes = [part.delta(weight) for part in parts]
-        torch.testing.assert_close(changes[0], 0.25 * changes[1] + 0.5 * changes[2])
-
-
-def test_what_comes_before_the_adapter_is_computed_once(net: Path) -> None:
-    module: Any = load_encoder(parse_model(f"{net}/base.safetensors+{net}/adapter"), LoadOptions("fp32")).module
-    counted = {"blocks.2.0.conv_pwl": 0, "blocks.3.0.conv_pw": 0, "blocks.4.0.conv_dw": 0}
-    for part in counted:
-        module.backbone.get_submodule(part).register_forward_pre_hook(
-            lambda *_, part=part: counted.__setitem__(part, counted[part] + 1)
-        )
-    specs = _specs(f"{net}/base.safetensors+{net}/adapter", (0.0, 0.5, 1.0))
-    scales = Scales(module, [tensors_of(spec) for spec in specs])
-    for number in range(3):
-        scales.use(number)
-        module(torch.randn(1, 3, 96, 96), ("patches",))
-    assert list(counted.values()) == [1, 3, 3]

@@ -13,12 +13,10 @@ import torch
 from scipy import stats
 
 from tests.evals.test_benchmarks import _record, _run, world
-from visft_ds.evals.benchmarks import arms, intervals
-from visft_ds.evals.benchmarks.arms import parse_arms
 from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, resampled, two_sided
-from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
+from visft_ds.evals.benchmarks.models import load_encoder, parse_arms, parse_model
 from visft_ds.evals.benchmarks.protocol import Score
-from visft_ds.evals.benchmarks.table import decide, rows_of, section, seeds_section, verdict
+from visft_ds.evals.benchmarks.table import decide, rows_of, section, verdict
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.peft import save_peft_adapter
@@ -42,7 +40,7 @@ def test_several_seeds_against_plain_loops() -> None:
     groups = np.repeat(np.arange(40), 3)
     base = (rng.random(120) < 0.5).astype(np.float64)
     news = [np.where(rng.random(120) < 0.1 + 0.1 * seed, 1.0, base) for seed in range(3)]
-    (row,) = rows_of(_results({"a": [base, *news]}, groups), {}, ARMS)
+    (row,) = rows_of(_results({"a": [base, *news]}, groups), ARMS)
     each = [float((new - base).mean()) for new in news]
     of = row.seeds["new"]
     assert of.each == pytest.approx(each) and row.differences["new"].value == pytest.approx(np.mean(each))
@@ -67,9 +65,9 @@ def test_seeds_are_paired_with_those_of_the_first_arm() -> None:
     shared = [rng.random(50) + 0.3 * seed for seed in range(2)]
     pairs = {"a": ["a 1", "a 2"], "b": ["b 1", "b 2"]}
     results = {f"{arm} {seed + 1}": {"n": Score("n", shared[seed] + (arm == "b"))} for arm in "ab" for seed in (0, 1)}
-    (row,) = rows_of(results, {}, pairs)
+    (row,) = rows_of(results, pairs)
     assert row.seeds["b"].each == pytest.approx((1, 1)) and row.p["b"] < 0.001
-    (row,) = rows_of(results, {}, {"a": ["a 1"], "b": ["b 1", "b 2"]})
+    (row,) = rows_of(results, {"a": ["a 1"], "b": ["b 1", "b 2"]})
     assert row.seeds["b"].each == pytest.approx((1, 1 + float((shared[1] - shared[0]).mean())))
 
 
@@ -78,7 +76,7 @@ def test_ratios_of_several_seeds_are_drawn_together() -> None:
     unions = rng.integers(50, 100, (40, 1, 3)).astype(np.float64)
     base = np.concatenate([unions * 0.5, unions], axis=1)
     better = [base + np.array([gain, 0.0])[:, None] for gain in (1.0, 1.0, 1.0)]
-    (row,) = rows_of(_results({"mIoU": [base, *better]}), {}, ARMS)
+    (row,) = rows_of(_results({"mIoU": [base, *better]}), ARMS)
     change = row.differences["new"]
     assert change.value == pytest.approx(Score("", better[0]).value - 0.5)
     assert change.high - change.low < change.value / 2  # as of one seed: all three agree on every draw
@@ -91,10 +89,10 @@ def test_of_few_items_nothing_is_shown() -> None:
     """All of n are of one sign by chance in 2^(1 - n) of cases; captions of one image are one item."""
     for count, groups in ((5, None), (30, np.repeat(np.arange(5), 6))):
         results = {name: {"n": Score("n", np.full(count, value), groups)} for name, value in (("a", 0.0), ("b", 1.0))}
-        (row,) = rows_of(results, {}, primary="n")
+        (row,) = rows_of(results, primary="n")
         assert not row.shown["b"] and row.p["b"] == 2.0**-4 and row.differences["b"].low == 0.0
     results = {name: {"n": Score("n", np.full(6, value))} for name, value in (("a", 0.0), ("b", 1.0))}
-    (row,) = rows_of(results, {}, primary="n")
+    (row,) = rows_of(results, primary="n")
     assert row.shown["b"] and row.p["b"] == 2.0**-5
 
 
@@ -140,43 +138,42 @@ def test_one_number_is_decided_by_itself_and_the_others_by_holm() -> None:
     change = (noise - noise.mean()) / noise.std() + 2.4 / math.sqrt(50)
     names = [f"n {number}" for number in range(5)]
     results = {"base": {n: Score(n, base) for n in names}, "new": {n: Score(n, change) for n in names}}
-    rows = rows_of(results, {}, primary="n 3")
+    rows = rows_of(results, primary="n 3")
     assert all(row.differences["new"].sure for row in rows)
     assert [row.name for row in rows if row.shown["new"]] == ["n 3"]
     lines = section(rows, ["base", "new"], "n 3").rows
     assert [line[0] for line in lines if line[-1].endswith("*")] == ["n 3"]
     assert verdict(rows[3], "new").startswith("shown: +33.94 [+")
-    weak = rows_of({"base": results["base"], "new": {n: Score(n, change - 0.3) for n in names}}, {}, primary="n 3")
+    weak = rows_of({"base": results["base"], "new": {n: Score(n, change - 0.3) for n in names}}, primary="n 3")
     assert verdict(weak[3], "new").startswith("not shown: +3.94 [-")
     with pytest.raises(ValueError, match="--primary n 99: no such number; there are n 0, n 1"):
         decide(rows, "n 99")
 
 
 def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is behind a list counts for all of it."""
-    for name in ("a.pt", "b.pt", "l,m.pt"):
-        (tmp_path / name).write_text("")
-    monkeypatch.setattr(arms, "parse_model", lambda text: ModelSpec(text.partition("=")[0], "visft_ds", text))
+    """What is behind a list counts for all of it that have no such end."""
     monkeypatch.chdir(tmp_path)
-    found = parse_arms(["base=a.pt", "s=a.pt,b.pt@0.7,c#blocks.5@0.5"])
-    assert [model.name for model in found[1].models] == ["a.pt#blocks.5@0.5", "b.pt@0.7", "c#blocks.5@0.5"]
-    assert [model.label for model in found[1].models] == ["s 1", "s 2", "s 3"]
+    for name in ("a.pt", "b.pt", "c.pt", "l,m.pt", "x"):
+        Path(name).write_text("")
+    found = parse_arms(["base=a.pt", "s=a.pt+x,b.pt+x@0.7,c.pt+x#blocks.5@0.5"])["s"]
+    assert [(one.name, one.block, one.scale) for one in found] == [
+        ("a.pt", "blocks.5", 0.5),
+        ("b.pt", "blocks.5", 0.7),
+        ("c.pt", "blocks.5", 0.5),
+    ]
+    assert [one.label for one in found] == ["s 1", "s 2", "s 3"]
     assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
-    for given, message in (
-        (["a.pt,b.pt"], "give it a name, as in NAME=a.pt,b.pt"),
-        (["x=a.pt,,b.pt"], "a model of the list is empty"),
-        (["x=a.pt", "x=b.pt"], "two models are called x"),
-        (["x=a.pt,b.pt", "x 1=b.pt"], "two models are called x 1"),
-        (["x=a.pt,b.pt", "y=a.pt,b.pt,c"], "y has 3 seeds and x, which it is compared with, 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for given in (["a.pt,b.pt"], ["x=a.pt,,b.pt"], ["x=a.pt", "x=b.pt"], ["x=a.pt,b.pt", "y=a.pt,b.pt,c.pt"]):
+        with pytest.raises(ValueError, match=r"LABEL=|seeds"):
             parse_arms(given)
 
 
-def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
+def test_the_command_compares_seeds_and_keeps_what_was_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An arm of three adapters; the record says which number was to decide, and no other is taken later."""
     base, adapter = world / "clip.safetensors", read_adapter(world / "adapter")
-    tower = tower_of(load_encoder(parse_model(str(base)), LoadOptions("fp32")).module.backbone)
+    tower = tower_of(load_encoder(parse_model(str(base)), "fp32").module.backbone)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         tensors = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in adapter.tensors.items()}
@@ -185,19 +182,15 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_pa
     command = ["--model", f"base={base}", "--model", f"seeds={seeds}", "--benchmark", f"retrieval={world}/coco"]
     command += ["--out", str(tmp_path / "out")]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
-    for name, message in (("dense/x knn", "whose names begin with retrieval/coco"), (f"{first}0 ", "no such number;")):
-        assert message in _run(*command, "--primary", name)[2]
+    with monkeypatch.context() as patched:  # before anything is encoded
+        patched.setattr("visft_ds.evals.benchmarks.command.judge", None)
+        assert "no such number" in _run(*command, "--primary", f"{first}x")[2]
     status, said, errors = _run(*command, "--primary", first)
     assert status == 0, errors
-    assert f"primary: {first}" in said and "shown: " in said and "differences by seed" in said
+    assert f"primary: {first}" in said and "shown: " in said
     record = _record(tmp_path / "out")
     assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)
     assert row["differences"].keys() == row["shown"].keys() == {"seeds"} and len(row["seeds"]["seeds"]["each"]) == 3
     assert "is named before results are seen" in _run(*command)[2]
     assert f"whose primary number was {first}" in _run(*command, "--primary", other)[2]
-
-
-def test_a_table_without_seeds_says_nothing_of_them() -> None:
-    results = {"a": {"n": Score("n", np.ones(3))}, "b": {"n": Score("n", np.ones(3))}}
-    assert seeds_section(rows_of(results, {})) is None and intervals.DRAWS == 4000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from visft_ds.evals.benchmarks.dose_command import WITHIN, as_noise, scale_for
+from visft_ds.experiments.dose import WITHIN, as_noise, scale_for
 from visft_ds.interop.adapter import Adapter
 
 

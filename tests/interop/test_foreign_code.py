@@ -15,7 +15,7 @@ import torch
 
 from tests.clip_case import write_folder
 from visft_ds.evals.benchmarks.encoders import Encoder
-from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.interop.foreign_code import check_config
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.peft import CONFIG as PEFT_CONFIG
@@ -75,7 +75,7 @@ def configure(folder: Path, part: str, **settings: Any) -> None:
 
 
 def load(name: str) -> Encoder:
-    return load_encoder(parse_model(f"open_clip:{name}"), LoadOptions("fp32"))
+    return load_encoder(parse_model(f"open_clip:{name}"), "fp32")
 
 
 def trusted(folder: Path) -> Path:
@@ -138,20 +138,6 @@ def test_a_folder_that_asks_for_code_is_refused_by_name(
     with pytest.raises(ValueError, match=f"{guilty.name}: .*{key}") as caught:
         load(f"local-dir:{folder}")
     assert str(guilty) in str(caught.value) and "foreign code" in str(caught.value)
-    assert not trace.exists()
-
-
-def test_a_configuration_that_names_a_folder_with_code(folder: Path, trace: Path, tmp_path: Path) -> None:
-    write(folder / "tokenizer_config.json", TOKENIZER)
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    content["text_cfg"] |= {"hf_tokenizer_name": str(folder)}
-    write(tmp_path / "named.json", content)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*auto_map"):
-        load(f"{tmp_path / 'named.json'}:{folder / FILE}")
-    content["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
-    write(tmp_path / "trusting.json", content)
-    with pytest.raises(ValueError, match=r"trusting\.json: .*trust_remote_code"):
-        load(f"{tmp_path / 'trusting.json'}:{folder / FILE}")
     assert not trace.exists()
 
 
@@ -236,7 +222,7 @@ def test_weights_for_timm_are_never_unpickled_with_code(tmp_path: Path, monkeypa
     trace = tmp_path / "trace"
     torch.save({"state_dict": {}, "extra": Runs(trace)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights_only"):
-        load_encoder(parse_model(f"timm:test_vit:{tmp_path / 'weights.pth'}"), LoadOptions("fp32"))
+        load_encoder(parse_model(f"timm:test_vit:{tmp_path / 'weights.pth'}"), "fp32")
     assert not trace.exists()
 
 

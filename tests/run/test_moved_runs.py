@@ -18,7 +18,7 @@ from tests.coco_tree import write_tree
 from tests.random_tower import save_backbone
 from tests.ranks import REPOSITORY
 from tests.tiny import TINY
-from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.cli import main as merge
 from visft_ds.models.eva_vit import build_backbone
@@ -93,7 +93,7 @@ def test_a_run_is_whole_without_the_folder_it_began_in(
     assert str(base) in capsys.readouterr().out
     assert replay([str(moved), "--step", "3"]) == 0
     spec = parse_model(f"before={moved}")
-    assert spec.name == str(base) and load_encoder(spec, LoadOptions("fp32")).facts["adapter"].startswith(str(moved))
+    assert spec.name == str(base) and str(spec.adapter).startswith(str(moved)) and load_encoder(spec, "fp32").kinds
 
     photo = sorted(tree.images.iterdir())[0]
     prediction = load(moved).predict(photo, threshold=0)

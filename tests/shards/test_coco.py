@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def read(tree: Tree) -> CocoSource:
 
 def count(source: CocoSource, word: str) -> int:
     return sum(number for kind, (number, _) in source.findings.items() if word in kind)
+
+
+def stored(source: CocoSource) -> list[Content]:
+    """All annotations as they go into the labels."""
+    return [one for image in source.images for one in json.loads(image.label())["annotations"]]
 
 
 def each(change: Callable[[Content], Any], share: float = 1.0) -> Change:
@@ -103,7 +109,7 @@ def test_less_than_a_tenth_is_counted(toy: Tree) -> None:
     toy.edit(each(lambda entry: entry.update(category_id=1000), 0.09))
     source = read(toy)
     assert count(source, "unknown category") == round(0.09 * objects)
-    assert sum(len(image.annotations) for image in source.images) == objects - round(0.09 * objects)
+    assert len(stored(source)) == objects - round(0.09 * objects)
     toy.edit(each(lambda entry: entry.update(category_id=1000), 0.11))
     with pytest.raises(ValueError, match="unknown category"):
         read(toy)
@@ -138,9 +144,7 @@ def test_kept_as_they_are(toy: Tree) -> None:
 
     toy.edit(change)
     source = read(toy)
-    first, second, third, fourth, fifth = sorted(
-        (json.loads(one) for image in source.images for one in image.annotations), key=lambda one: one["id"]
-    )
+    first, second, third, fourth, fifth = sorted(stored(source), key=lambda one: one["id"])
     assert first["bbox"][2] == 0 and "keypoints" not in first
     assert second["area"] == second["bbox"][2] * second["bbox"][3] and second["segmentation"] == []
     assert len(third["segmentation"]) == 1 and "segmentation" not in fourth
@@ -175,8 +179,7 @@ def test_run_length_codes(toy: Tree) -> None:
 
     toy.edit(change)
     source = read(toy)
-    stored = [json.loads(one).get("segmentation") for image in source.images for one in image.annotations]
-    assert stored == [{"size": size, "counts": text}] * 2 + [None] * 9
+    assert [one.get("segmentation") for one in stored(source)] == [{"size": size, "counts": text}] * 2 + [None] * 9
 
 
 def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:
@@ -259,3 +262,21 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_byte_order_mark_is_no_fault(toy: Tree) -> None:
     toy.instances.write_bytes(b"\xef\xbb\xbf" + toy.instances.read_bytes())
     assert len(read(toy).images) == 24
+
+
+def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
+    """Only of objects without a mask, and counted; their area is that of an ellipse."""
+    toy.edit(each(lambda entry: entry.pop("segmentation"), share=0.5))
+    source = read_coco(toy.instances, toy.captions, ellipses=True)
+    drawn = count(source, "ellipse")
+    labels = [json.loads(label) for image in source.images for label in image.annotations]
+    assert 0 < drawn < len(labels) and not count(source, "without mask")
+    found = 0
+    for label in labels:
+        (x, y, width, height), shape = label["bbox"], label.get("segmentation")
+        if isinstance(shape, list) and shape[0][:2] == [round(x + width, 2), round(y + height / 2, 2)]:
+            found += 1
+            (code,) = coco_mask.frPyObjects(shape, 96, 144)
+            if min(x, y) >= 0 and x + width <= 144 and y + height <= 96 and min(width, height) > 10:
+                assert coco_mask.area(code) == pytest.approx(math.pi / 4 * width * height, rel=0.1)
+    assert found == drawn

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import program
+from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.layers import AnyPath, display
 from visft_ds.config.preflight import (
@@ -153,11 +154,18 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         if doubled:
             raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
     else:
+        if arguments.stage is None and (arguments.model not in (None, own.MODEL) or arguments.data is None):
+            raise ValueError(
+                "--stage is missing: 1 trains the heads, 2 the backbone's adapters; --data FOLDER alone trains heads "
+                "for photographs of your own"
+            )
         if arguments.stage is None:
-            raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
+            arguments.stage, arguments.model = 1, own.MODEL
         if arguments.backbone is not None:
             found = named(arguments.backbone, download=arguments.download)
             arguments.model, backbone = model_of(found, arguments.model)
+        if arguments.model == own.MODEL:
+            backbone |= own.of_backbone(backbone)
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
     config = resolve_with_data(
@@ -204,6 +212,10 @@ def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = Non
     named = given.get("tasks") or any(text.startswith("visft.tasks=") for text in given.get("settings", ()))
     given["idle"] = {} if named else tasks_without_labels(config)
     given["flags"] = dict(given.get("flags") or {})
+    photographs = given.get("model") == own.MODEL and not given.get("recorded") and not given.get("file")
+    if photographs:
+        given["flags"] = own.chosen(resolve(**given)) | given["flags"]
+        config = resolve(**given)
     tasks = [name for name in config.visft.tasks.enabled() if name not in given["idle"]]
     if batch_size is not None:
         sized = {f"visft.tasks.{name}" for name in tasks} | ({"visft.shared"} if config.visft.shared else set())
@@ -217,6 +229,9 @@ def resolve_with_data(*, batch_size: int | None = None, epochs: int | None = Non
             given["flags"] |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
         given["flags"]["--epochs"] = ("scheduler.params.total_num_steps", None)
         config = resolve(**given)
+        if photographs:
+            given["flags"] |= own.chosen(config)
+            config = resolve(**given)
     return config
 
 

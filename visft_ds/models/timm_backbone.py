@@ -292,6 +292,15 @@ def _on_meta(backbone: TimmBackbone) -> TimmBackbone:
     return probe
 
 
+def fine_map(name: str) -> tuple[str | None, int]:
+    """(block whose map has a cell for 16 pixels, None for all of the tower; side of an image of some 20 cells)."""
+    model, _ = build_model(name, None, device="meta")
+    known = [(str(info["module"]), int(info["reduction"])) for info in getattr(model, "feature_info", ())]
+    fine = [(block, stride) for block, stride in known if stride <= 16] or [("", 16)]
+    block, stride = fine[-1]
+    return (None, 320 // stride * stride) if fine[-1:] == known[-1:] or not block else (block, 320)
+
+
 def build_timm(
     name: str,
     *,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config import Batches, ResolvedConfig, own
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
@@ -55,6 +55,8 @@ def print_start(
 ) -> None:
     """The plan of a run that is about to train, after `start` steps. Main process only."""
     module, run = prepared.module, machine.planned
+    for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
+        print(line, flush=True)
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype, model = DTYPES[run.precision], config.visft.model

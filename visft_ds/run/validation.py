@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
-from visft_ds.evals.runner import Predict, collect
+from visft_ds.evals.runner import Predict, as_metrics, collect, measure
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
@@ -25,6 +26,8 @@ from visft_ds.run.log import RunLog
 from visft_ds.tasks.registry import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
+#: Training photographs that a run is asked about at its end.
+PHOTOGRAPHS = 100
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
 
@@ -131,6 +134,14 @@ class Validation:
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
+    def learnt(self, predict: Predict, training: Manifest, log: RunLog) -> dict[str, float]:
+        """AP50 of the first training photographs, by name. Collective; empty but on the main process."""
+        reader = ShardReader(training)
+        given = (predict, reader, self._streams, self._vocabulary)
+        collected = collect(*given, limit=PHOTOGRAPHS, tell=log.message)
+        outcome, _ = measure(collected or {}, reader, limit=PHOTOGRAPHS)
+        return {name: value for name, value in as_metrics(outcome).items() if name.endswith("/AP50")}
+
     def poll(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
@@ -143,6 +154,23 @@ class Validation:
             self.poll(log)
             time.sleep(0.1)
         self._judge.abandon()
+
+
+def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
+    """Lines about average precision of training photographs beside that of an evaluation (names begin with `val/`)."""
+    lines = []
+    for name, value in learnt.items():
+        other = last.get(f"val/{name}", math.nan)
+        told = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
+        if value < 0.5:
+            told += ": not learnt yet, more steps help (--steps)"
+        elif other < value / 2:
+            told += (
+                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and for "
+                "boxes visft.tasks.detection.head.type=dense"
+            )
+        lines.append(told)
+    return lines
 
 
 class _AskedError(Exception):

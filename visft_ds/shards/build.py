@@ -25,6 +25,7 @@ from zlib import crc32
 
 import numpy as np
 import orjson
+from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.shards import (
@@ -68,6 +69,7 @@ class Options:
     limit: int | None = None  #: only the first so many images of the order
     seed: int = 0  #: of the order
     exif: Exif = None
+    masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
 
     def __post_init__(self) -> None:
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
@@ -81,30 +83,24 @@ class Options:
 
     def content(self) -> dict[str, Any]:
         """What determines the bytes beside the files, for the manifest."""
-        return {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")} | {"tokenizer": TOKENIZER}
+        drawn = {"masks_from_boxes": True} if self.masks_from_boxes else {}
+        found = {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")}
+        return found | drawn | {"tokenizer": TOKENIZER}
 
 
-def build(
-    options: Options,
-    *,
-    workers: int = 1,
-    dry_run: bool = False,
-    replace: bool = False,
-    on_image: Callable[[int], object] = lambda count: None,
-) -> Manifest:
+def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
     Args:
         workers: threads; the result does not depend on it.
         dry_run: plan from the JSON files and the sizes of the images, and write nothing; the manifest is a forecast.
         replace: delete a split of this name that was built otherwise or of other files.
-        on_image: called in any thread for images that are done, with their number.
 
     Raises:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name.
         OSError: writing failed; shards that are finished are kept.
     """
-    source = read_coco(options.instances, options.captions, options.ids)
+    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]
@@ -114,7 +110,7 @@ def build(
     work, records = options.out / f".{options.split}.build", list[dict[str, Any]]()
     if not dry_run:
         _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
-        records = _write_all(options, work, plan, workers, on_image)
+        records = _write_all(options, work, plan, workers)
     left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
     try:
         reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
@@ -136,11 +132,11 @@ def build(
         categories=source.categories,
         counts={
             "images": len(images),
-            "annotations": sum(len(image.annotations) for image in images),
+            "annotations": sum(image.objects for image in images),
             "crowds": sum(image.crowds for image in images),
             "trainable": sum(image.trainable for image in images),
             "captions": sum(len(image.captions) for image in images),
-            "empty": sum(not image.annotations and not image.captions for image in images),
+            "empty": sum(not image.objects and not image.captions for image in images),
             "left_out": len(left_out),
         },
         shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
@@ -220,19 +216,16 @@ def _record(path: Path) -> Any:
 
 
 def _write_all(
-    options: Options,
-    work: Path,
-    plan: Sequence[Sequence[SourceImage]],
-    workers: int,
-    on_image: Callable[[int], object],
+    options: Options, work: Path, plan: Sequence[Sequence[SourceImage]], workers: int
 ) -> list[dict[str, Any]]:
     """The records of all shards; those that an earlier build has finished from the same images are kept."""
     stopped = threading.Event()
+    bar = tqdm(desc=options.split, total=sum(map(len, plan)), unit=" images", disable=None)
 
     def count(number: int) -> None:
         if stopped.is_set():
             raise RuntimeError("the build was stopped")
-        on_image(number)
+        bar.update(number)
 
     def write(number: int) -> dict[str, Any]:
         shard, record = options.out / shard_name(options.split, number), work / f"{number}.json"
@@ -244,7 +237,7 @@ def _write_all(
                     return found
         return _write(shard, record, plan[number], options, count)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")  # of damaged metadata; set here, as threads share it
         try:
             return list(pool.map(write, range(len(plan))))

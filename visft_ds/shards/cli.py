@@ -1,7 +1,4 @@
-"""COCO, YOLO or captioned images -> shards that any WebDataset reader opens, checked and reproducible.
-
-    visft shards MYFOLDER                 what it is, is recognised
-    visft shards verify MYFOLDER-shards
+"""`visft shards`: COCO, YOLO or captioned images -> shards that any WebDataset reader opens.
 
 Exit status: 0 fine, 1 damage found, 2 wrong usage or unusable input, 130 interrupted.
 """
@@ -15,8 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
@@ -79,6 +74,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
     add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name a line")
+    add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
     add("--limit", type=int, metavar="N", help="only the first N images of the order")
     add("--max-size", default="256MB", metavar="SIZE", help="of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the order of samples (default %(default)s)")
@@ -109,19 +105,17 @@ def _build(given: argparse.Namespace) -> None:
     for split in splits:
         _build_split(given, out, split)
     if not given.dry_run:
-        command = ["visft", "train", "--data", str(out), "--model", "lite0", "--stage", "1"]
-        command += [] if "val" in splits_in(out) else ["--set", "visft.run.eval_every=0"]
+        command = ["visft", "train", "--data", str(out)]
         command += [] if "train" in splits_in(out) else ["--set", f"visft.data.train={splits[0].name}"]
         print(f"train on it: {shlex.join(command)}")
 
 
 def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
-    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif")}
+    named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
     size = parse_size(given.max_size)
     options = Options(split.images, split.instances, split.captions, out, split.name, max_size=size, **named)
     began = time.perf_counter()
-    with tqdm(desc=split.name, unit=" images", disable=True if given.dry_run else None) as bar:
-        made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace, on_image=bar.update)
+    made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
     verb = "would make" if given.dry_run else "made"
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
     for findings in (split.odd, made.findings, reasons(made.left_out)):

@@ -21,17 +21,36 @@ _QUALITY = 95  # of images that take the size of another
 
 
 def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Write a COCO tree of all splits of finished shards; yields each with its counts.
+    """Write a COCO tree in which the labels of each image lie beside another one, which takes the size of the image
+    that they are of; yields each split of the shards with its counts.
 
     Raises:
-        ValueError: there are none, or the new folder is there already.
+        ValueError: there are no shards, or the new folder is there already.
     """
     if out.exists():
         raise ValueError(f"{out} is there already and nothing is overwritten; name a new folder")
     if not (splits := splits_in(folder)):
         raise ValueError(f"{folder} holds no finished shards")
+    (out / "annotations").mkdir(parents=True)
     for split in splits:
-        yield split, write_permuted(ShardReader(Manifest.load(folder, split)), out, split, seed)
+        reader, images, resized = ShardReader(Manifest.load(folder, split)), out / f"{split}2017", 0
+        objects, captions = coco_dataset(reader), caption_dataset(reader)["annotations"]
+        images.mkdir()
+        for image, place in zip(objects["images"], others(len(reader), seed).tolist(), strict=True):
+            data, _ = reader.read(place, "images")
+            assert data is not None
+            image["file_name"] = f"{image['id']:012d}.jpg"
+            frame, size = image_frame(data), (image["width"], image["height"])
+            if frame.format == "JPEG" and (frame.width, frame.height) == size:
+                (images / image["file_name"]).write_bytes(data)
+            else:
+                resized += 1
+                picture = open_image(data, upright=False).resize(size, Image.Resampling.BICUBIC)
+                picture.save(images / image["file_name"], "JPEG", quality=_QUALITY)
+        for kind, listed in {"instances": objects["annotations"], "captions": captions}.items():
+            content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
+            (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
+        yield split, {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}
 
 
 def others(count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -42,30 +61,3 @@ def others(count: int, seed: int) -> npt.NDArray[np.int64]:
     found = np.empty(count, dtype=np.int64)
     found[order] = np.roll(order, 1)
     return found
-
-
-def write_permuted(reader: ShardReader, out: Path, split: str, seed: int) -> Mapping[str, int]:
-    """Write a split as a COCO tree in which the labels of each image lie beside another one, which takes the size of
-    the image that they are of. Returns counts.
-    """
-    objects, captions = coco_dataset(reader), caption_dataset(reader)["annotations"]
-    folder = out / f"{split}2017"
-    folder.mkdir(parents=True)
-    (out / "annotations").mkdir(exist_ok=True)
-    resized = 0
-    for image, place in zip(objects["images"], others(len(reader), seed).tolist(), strict=True):
-        data, _ = reader.read(place, "images")
-        assert data is not None
-        image["file_name"] = f"{image['id']:012d}.jpg"
-        size = image["width"], image["height"]
-        frame = image_frame(data)
-        if frame.format == "JPEG" and (frame.width, frame.height) == size:
-            (folder / image["file_name"]).write_bytes(data)
-            continue
-        resized += 1
-        picture = open_image(data, upright=False).resize(size, Image.Resampling.BICUBIC)
-        picture.save(folder / image["file_name"], "JPEG", quality=_QUALITY)
-    for kind, listed in {"instances": objects["annotations"], "captions": captions}.items():
-        content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
-        (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
-    return {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}

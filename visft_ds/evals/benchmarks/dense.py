@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.benchmarks.class_sets import PLAIN
+from visft_ds.evals.benchmarks.classes import PLAIN
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet
 from visft_ds.evals.benchmarks.probes import NEIGHBOURS, STRENGTHS, TEMPERATURE, linear_probe, nearest_neighbours, vote
 from visft_ds.evals.benchmarks.protocol import (
@@ -51,7 +51,6 @@ class Dense:
     label: str
     train: DenseSet
     test: DenseSet
-    only_objects: bool = False  #: nothing is said about segmentation
     needs_text: bool = False
     kinds: Sequence[str] = ("patches", "clip_patches")
 
@@ -64,15 +63,15 @@ class Dense:
         return sentences(self.test.names, PLAIN)
 
     @property
-    def truths(self) -> Mapping[str, Sequence[str]]:
-        return {}
+    def numbers(self) -> Sequence[str]:
+        objects = ("objects knn", "objects linear", "objects text") if self.test.names else ()
+        return ("linear mIoU", "knn mIoU", *objects)
 
     @property
     def settings(self) -> Mapping[str, Any]:
         protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
         truths = [self.train.truth, self.test.truth]
-        names = {"names": list(self.test.names), **({"only": "objects"} if self.only_objects else {})}
-        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, **names}
+        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
 
     @property
     def classes(self) -> int:
@@ -80,33 +79,30 @@ class Dense:
         return max(self.train.classes, self.test.classes)
 
     def scores(self, features: Features) -> Iterator[Score]:
-        train, test = (features.images[name]["patches"] for name in ("train", "test"))
-        if not self.only_objects:
-            said = segment_linearly(train, self.train.cells, test)
-            found = overlaps(said, self.test.cells, self.classes)
-            yield Score("linear mIoU", found, maps=said.astype(np.int16))
-            said = segment_by_neighbours(train, self.train.cells, test, self.classes)
-            yield Score("knn mIoU", overlaps(said, self.test.cells, self.classes))
+        train, test = (features[name]["patches"] for name in ("train", "test"))
+        answers = segment_linearly(train, self.train.cells, test)
+        yield Score("linear mIoU", overlaps(answers, self.test.cells, self.classes), maps=answers.astype(np.int16))
+        answers = segment_by_neighbours(train, self.train.cells, test, self.classes)
+        yield Score("knn mIoU", overlaps(answers, self.test.cells, self.classes))
         if not self.test.names:
             return
         learnt, judged = (pooled(part, of) for part, of in ((train, self.train), (test, self.test)))
-        labels, owners, names = self.test.labels, self.test.owners, self.test.names
-        right = nearest_neighbours(learnt, self.train.labels, judged, labels, len(names))
+        labels, owners = self.test.labels, self.test.owners
+        right = nearest_neighbours(learnt, self.train.labels, judged, labels, len(self.test.names))
         yield Score("objects knn", right, owners)
-        right, _, strength = linear_probe(learnt.numpy(), self.train.labels, judged.numpy(), labels)
-        yield Score("objects linear", right, owners, settings={"C": strength})
-        if features.texts is not None and "clip_patches" in features.images["test"]:
-            embeddings = F.normalize(pooled(features.images["test"]["clip_patches"], self.test), dim=1)
-            similarity = embeddings @ class_embeddings(features.texts, len(PLAIN)).T
+        yield Score("objects linear", linear_probe(learnt.numpy(), self.train.labels, judged.numpy(), labels), owners)
+        if "texts" in features and "clip_patches" in features["test"]:
+            embeddings = F.normalize(pooled(features["test"]["clip_patches"], self.test), dim=1)
+            similarity = embeddings @ class_embeddings(features["texts"]["clip"], len(PLAIN)).T
             yield Score("objects text", hits(rank_of(similarity, torch.from_numpy(labels)), 1), owners)
 
 
-def overlaps(said: IntArray, cells: np.ndarray[Any, Any], classes: int) -> FloatArray:
+def overlaps(answers: IntArray, cells: np.ndarray[Any, Any], classes: int) -> FloatArray:
     """(images, 2, classes): cells in which answer and truth are a class, and cells in which one of the two is."""
     known = cells != VOID
     found = np.zeros((len(cells), 2, classes))
     for number in range(classes):
-        answer, truth = known & (said == number), cells == number
+        answer, truth = known & (answers == number), cells == number
         found[:, 0, number] = (answer & truth).sum(axis=(1, 2))
         found[:, 1, number] = (answer | truth).sum(axis=(1, 2))
     return found

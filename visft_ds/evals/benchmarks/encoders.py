@@ -12,38 +12,29 @@ and takes images as its `preprocess` makes them: RGB, resized and cropped to squ
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.benchmarks.dense_sets import CELLS
-from visft_ds.evals.benchmarks.text_towers import TextOf, TextTower
-from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
-from visft_ds.interop.timm_names import classes_in
-from visft_ds.models.eva_vit import EvaViT, block_names, depth_until
+from visft_ds.evals.benchmarks.text import TextOf, TextTower
+from visft_ds.files import reading
+from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder
+from visft_ds.interop.timm_names import classifier_names
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 
 KINDS = ("pooled", "clip", "patches", "clip_patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
-#: Name -> (mean, std) of the channels of RGB in [0, 1]. EVA-CLIP was trained and is evaluated with CLIP's, ViSFT trains
-#: its heads with ImageNet's.
-NORMALISATIONS = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-POOLS = ("auto", "token", "mean")
-RANDOM = "random"  #: says in place of weights that none are meant
-
+#: (mean, std) of the channels of RGB in [0, 1] that EVA-CLIP was trained and is evaluated with.
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HUB = "hf-hub:"
 
 Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
@@ -58,9 +49,7 @@ class Encoder:
     preprocess: Preprocess
     normalisation: tuple[Sequence[float], Sequence[float]]  #: (mean, std) of RGB in [0, 1], the last step of it
     side: int  #: of its images, pixels
-    settings: Mapping[str, Any]  #: what features depend on beside the weights; "architecture" where these do not tell
     text: TextTower | None
-    facts: Mapping[str, str]  #: what was loaded, for people
 
 
 class Blocks(Protocol):
@@ -80,23 +69,16 @@ class Blocks(Protocol):
 
 
 class EvaEncoder(nn.Module):
-    """A tower of ours, with the CLIP projection of its file where it has one.
+    """A tower of ours, with the CLIP projection of its file if it has one; `pooled` is the class token, or the mean of
+    the patches of a tower without.
 
     Args:
         projection: (weight (E, D), bias (E)) on the normed class token, as in EVA-CLIP.
-        pool: where `pooled` comes from: the class token ("token"), the mean of the patches ("mean"); "auto": the class
-            token where the tower has one.
-
-    Raises:
-        ValueError: a class token is asked for, or needed by the projection, and there is none.
     """
 
-    def __init__(self, backbone: EvaViT, projection: tuple[Tensor, Tensor] | None, pool: str = "auto") -> None:
+    def __init__(self, backbone: EvaViT, projection: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
-        if pool == "token" and backbone.cls_token is None:
-            raise ValueError("the tower has no class token to pool by: choose another pooling, mean or auto")
         self.backbone = backbone
-        self.by_token = backbone.cls_token is not None and pool != "mean"
         self.head: nn.Linear | None = None
         if projection is not None and backbone.cls_token is not None:
             weight, bias = projection
@@ -130,7 +112,7 @@ class EvaEncoder(nn.Module):
         first = 0 if self.backbone.cls_token is None else 1
         found: dict[str, Tensor] = {}
         if "pooled" in kinds:
-            found["pooled"] = tokens[:, 0] if self.by_token else tokens[:, first:].float().mean(dim=1)
+            found["pooled"] = tokens[:, 0] if first else tokens[:, first:].float().mean(dim=1)
         if "clip" in kinds:
             assert self.head is not None
             found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
@@ -188,32 +170,21 @@ def _coarse(patches: Tensor) -> Tensor:
 
 
 class _OpenClipEncoder(nn.Module):
-    """The image side of an open_clip model; `pooled` is what comes before the last projection where timm gives it."""
+    """The image side of an open_clip model; `pooled` is what comes before the last projection if timm gives it."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
-        self.until: str | None = None
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        if self.until is not None:
-            given: list[Tensor] = []
-            hook = self.block(self.until).register_forward_hook(lambda *parts: given.append(parts[-1]))
-            self.visual(images)
-            hook.remove()
-            return self.of_block(given[0], images, kinds)
         found: dict[str, Tensor] = {}
         trunk: Any = getattr(self.visual, "trunk", None)
         if trunk is not None:  # one forward for all
             tokens = trunk.forward_features(images)
-            if "pooled" in kinds:
-                found["pooled"] = trunk.forward_head(tokens, pre_logits=True)
-            if "clip" in kinds:
-                embedding = self.visual.head(trunk.forward_head(tokens))  # type: ignore[operator]
-                found["clip"] = F.normalize(embedding.float(), dim=-1)
-            if "patches" in kinds:
-                found["patches"] = _patches(trunk, tokens)
-            return found
+            found["pooled"] = trunk.forward_head(tokens, pre_logits=True)
+            found["clip"] = F.normalize(self.visual.head(trunk.forward_head(tokens)).float(), dim=-1)  # type: ignore[operator]
+            found["patches"] = _patches(trunk, tokens)
+            return {kind: found[kind] for kind in kinds}
         if "patches" in kinds or "clip_patches" in kinds:
             outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
             found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
@@ -223,29 +194,6 @@ class _OpenClipEncoder(nn.Module):
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)
         return {kind: found[kind] for kind in kinds}
-
-    def ends(self) -> list[str]:
-        """See `Blocks`; none of a network that is no plain ViT with a class token."""
-        plain = hasattr(self.visual, "transformer") and self.kinds == KINDS
-        return block_names(len(self.visual.transformer.resblocks)) if plain else []  # type: ignore[union-attr,arg-type]
-
-    def end_after(self, block: str) -> None:
-        """See `Blocks`."""
-        blocks: Any = self.visual.transformer.resblocks  # type: ignore[union-attr]
-        del blocks[depth_until(block, len(blocks)) :]
-        self.until = block
-
-    def block(self, name: str) -> nn.Module:
-        """See `Blocks`."""
-        return self.visual.get_submodule(name.replace("blocks", "transformer.resblocks"))
-
-    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """See `Blocks`; `pooled` is the class token."""
-        visual: Any = self.visual
-        tokens = visual.ln_post(given if visual.transformer.batch_first else given.transpose(0, 1))
-        grid = tuple(side // size for side, size in zip(images.shape[-2:], visual.patch_size, strict=True))
-        found = {"pooled": tokens[:, 0], "patches": tokens[:, 1:].transpose(1, 2).unflatten(2, grid)}
-        return {kind: value for kind, value in found.items() if kind in kinds}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -283,17 +231,12 @@ def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) ->
     https://github.com/baaivision/EVA/blob/master/EVA-CLIP/rei/eva_clip/transform.py
     """
     return transforms.Compose(
-        [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(list(mean), list(std))]
-    )
-
-
-def eva_crop(side: int) -> Preprocess:
-    """The same up to the pixels, (3, side, side) uint8."""
-    return transforms.Compose(
         [
             transforms.Resize(side, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(side),
             transforms.PILToTensor(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(list(mean), list(std)),
         ]
     )
 
@@ -302,8 +245,8 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     """A model of open_clip with its text side.
 
     Args:
-        name: of a built-in architecture, `hf-hub:...` or `local-dir:...`, or the path of a JSON configuration.
-        weights: tag or file; "random" for none; None where the name brings them along.
+        name: of a built-in architecture, `hf-hub:...` or `local-dir:...`.
+        weights: tag or file; None if the name brings them along.
 
     Raises:
         ValueError: an unknown name or tag, no weights named, or a configuration that asks for code to be run.
@@ -311,46 +254,28 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    if Path(name).suffix == ".json":
-        check_config(read_config(Path(name)), name)
-        open_clip.add_model_config(Path(name))
-        name = Path(name).stem
     brings = name.startswith((_HUB, LOCAL))
-    if not brings and name not in open_clip.list_models():
-        raise ValueError(
-            f"open_clip has no model {name!r}; python -c 'import open_clip; print(open_clip.list_models())'"
-        )
-    if brings == (weights is not None):
-        raise ValueError(
-            f"open_clip:{name} brings its weights along: leave {weights!r} out"
-            if brings
-            else f"say which weights: open_clip:{name}:TAG, open_clip:{name}:FILE, or open_clip:{name}:{RANDOM}. "
-            f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
-        )
+    if not brings and (weights is None or name not in open_clip.list_models()):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of that name"
+        raise ValueError(f"open_clip:{name}: give open_clip:NAME:TAG or open_clip:NAME:FILE; tags: {tags}")
     if name.startswith(LOCAL):
         check_folder(Path(name.removeprefix(LOCAL)))
-    try:
+    with reading(f"open_clip:{name}", "a model of open_clip"):
         if name.startswith(_HUB):
             check_config(open_clip.get_model_config(name), name)
-        model = open_clip.create_model(
-            name, pretrained=None if weights == RANDOM else weights, load_weights=weights != RANDOM
-        )
-    # Its words for an unknown tag, a failed download and another shape.
-    except (RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"open_clip:{name}: {error}") from error
+        model = open_clip.create_model(name, pretrained=weights, load_weights=True).requires_grad_(False).eval()
+        # What the search may not have seen, such as files of a repository, is not run either, and nobody is asked.
+        foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+        tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
     config, visual = model.visual.preprocess_cfg, _OpenClipEncoder(model.visual)
-    # What the search may not have seen, such as files of a repository, is not run either, and nobody is asked whether.
-    foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
-    tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
+    size = config["size"]
     return Encoder(
-        visual.requires_grad_(False).eval(),
+        visual.eval(),
         visual.kinds,
         image_transform_v2(PreprocessCfg(**config), is_train=False),
         (config["mean"], config["std"]),
-        _side(config["size"]),
-        {"preprocess": json.dumps(config, sort_keys=True), "architecture": open_clip.get_model_config(name)},
-        TextTower(TextOf(model.requires_grad_(False).eval()), tokenizer, f"open_clip {name}"),
-        {"backbone": f"open_clip {name}, weights {weights or 'of its repository'}"},
+        size if isinstance(size, int) else int(size[0]),
+        TextTower(TextOf(model), tokenizer),
     )
 
 
@@ -359,7 +284,7 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
 
     Args:
         name: of the model, with or without tag.
-        weights: file; "random" for none; None: timm's own, which may be downloaded.
+        weights: file; None: timm's own, which may be downloaded.
 
     Raises:
         ValueError: an unknown name, or a file that is not there or of another model.
@@ -368,19 +293,15 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; python -c 'import timm; print(timm.list_models(\"*vit*\"))'")
-    own_file = weights is not None and weights != RANDOM
-    if own_file and not Path(str(weights)).is_file():
-        raise ValueError(f"timm:{name}: {weights} is no file; give one, {RANDOM}, or nothing for timm's own weights")
-    facts = {"backbone": f"timm {name}, weights {weights or 'of timm'}"}
-    try:
-        if own_file:
-            model, left_out = _timm_of_file(name, str(weights))
-            facts |= {"left out": f"the classifier: {', '.join(left_out)}"} if left_out else {}
-        else:
-            model = timm.create_model(name, pretrained=weights is None, num_classes=0)
-    # Its words for tensors that do not fit, for weights it does not have, and for pickles (by version).
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"timm:{name}: {error}") from error
+    with reading(weights or f"timm:{name}", f"weights of timm's {name}"):
+        model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        if weights is not None:
+            values = timm.models.load_state_dict(weights, weights_only=True)  # older versions would run code of pickles
+            missing, left = model.load_state_dict(values, strict=False)
+            classifiers = classifier_names(model.pretrained_cfg.get("classifier"))
+            heads = tuple(f"{one.partition('.')[0]}." for one in classifiers)
+            if odd := [*missing, *(key for key in left if not key.startswith(heads))]:
+                raise ValueError(f"tensors that are missing or too many: {', '.join(odd[:5])}")
     config = timm.data.resolve_model_data_config(model)
     return Encoder(
         _TimmEncoder(model).requires_grad_(False).eval(),
@@ -388,37 +309,5 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
         int(config["input_size"][-1]),
-        {
-            "preprocess": json.dumps({key: config[key] for key in sorted(config)}),
-            "architecture": name.partition(".")[0],
-        },
         None,
-        facts,
     )
-
-
-def _timm_of_file(name: str, path: str) -> tuple[Any, list[str]]:
-    """(a model of timm without classifier, names of the classifier's tensors that its file has).
-
-    timm itself accounts for every key of the file, against the model with as many classes.
-    """
-    import timm
-
-    if Path(path).suffix in (".npz", ".npy"):  # of JAX: timm's models read these themselves
-        return timm.create_model(name, num_classes=0, checkpoint_path=path), []
-    try:
-        values = timm.models.load_state_dict(path, weights_only=True)  # older versions would run the code of a pickle
-    except (SafetensorError, EOFError) as error:  # the latter of an empty file
-        raise ValueError(f"timm:{name}: {path} is no whole weight file ({error})") from error
-    except RuntimeError as error:
-        raise ValueError(f"timm:{name}: {path}: {error}") from error
-    known = timm.get_pretrained_cfg(name)
-    shapes = {key: value.shape for key, value in values.items()}
-    model = timm.create_model(name, num_classes=classes_in(known.classifier if known else None, shapes))
-    model.load_state_dict(values)
-    model.reset_classifier(0)
-    return model, sorted(values.keys() - model.state_dict().keys())
-
-
-def _side(size: int | tuple[int, int] | list[int]) -> int:
-    return size if isinstance(size, int) else int(size[0])

@@ -1,4 +1,4 @@
-"""Sources of images: files, members of tar files, arrays; and the hash that identifies a set.
+"""Sources of images: files and arrays; the hash that identifies a set; lists and annotations beside them.
 
 Files are identified by name, size and modification time, so that a set of millions is not read twice to be known;
 arrays by their content.
@@ -7,21 +7,23 @@ arrays by their content.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from PIL import Image
 
 from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.names import checked_name
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+_MOST_TEXT = 2**28  # bytes of a list of names and texts
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -45,21 +47,30 @@ def stamp(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def decode(file: BinaryIO | Path, name: str) -> Image.Image:
-    """An image as RGB. Raises ValueError that names it where it cannot be read whole."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's word for broken PNG
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+def decode(file: Path | bytes, name: str) -> Image.Image:
+    """An image as stored, in RGB: annotations and published protocols ignore EXIF orientation."""
+    return open_image(file, name, upright=False)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file that are not blank, without spaces around them."""
+    with reading(path, "a text file"):
+        text = read_bytes(path, _MOST_TEXT).decode("utf-8-sig")  # ICDAR's begin with a byte order mark
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file."""
+    return orjson.loads(read_bytes(path))
+
+
+def inside(folder: Path, name: Any, listed: Path) -> Path:
+    """The file of a name that stands in the file `listed`. Raises ValueError for one that leaves the folder."""
+    return folder / checked_name(str(name), listed, folders=True)
 
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
-    """Image files below a folder.
-
-    Raises:
-        ValueError: one that is not there.
-    """
+    """Image files below a folder. Raises ValueError for one that is not there."""
     missing = [str(path) for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -67,45 +78,6 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     names = [str(path.relative_to(root)) for path in paths]
     parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
     return ImageSet(names, lambda place: decode(paths[place], str(paths[place])), digest(parts))
-
-
-def from_tars(paths: Sequence[Path], label_suffix: str) -> tuple[ImageSet, list[bytes]]:
-    """(images, their labels) of WebDataset shards: `KEY.jpg` (or another image) beside `KEY.<label_suffix>`.
-
-    Raises:
-        ValueError: a tar that is damaged, or an image without label or label without image.
-    """
-    members: dict[tuple[int, str], tuple[str, int, int]] = {}
-    labels: dict[tuple[int, str], bytes] = {}
-    for number, path in enumerate(paths):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in (member for member in tar if member.isfile()):
-                    stem, suffix = os.path.splitext(member.name)
-                    if suffix.lower() in SUFFIXES:
-                        members[number, stem] = (member.name, member.offset_data, member.size)
-                    elif suffix == label_suffix:
-                        file = tar.extractfile(member)
-                        assert file is not None
-                        labels[number, stem] = file.read()
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is no whole tar: {error}; fetch it again") from error
-    if alone := sorted(members.keys() ^ labels.keys()):
-        number, stem = alone[0]
-        lacks = "label" if alone[0] in members else "image"
-        raise ValueError(f"{paths[number]}: {stem} has no {lacks} ({len(alone)} like this); pack the shards again")
-    keys = sorted(members)
-    names = [f"{paths[number].name}/{members[number, stem][0]}" for number, stem in keys]
-
-    def read(place: int) -> Image.Image:
-        number, stem = keys[place]
-        _, offset, size = members[number, stem]
-        with paths[number].open("rb") as file:  # a handle of its own: threads read at once
-            file.seek(offset)
-            return decode(io.BytesIO(file.read(size)), names[place])
-
-    fingerprint = digest(text for path in paths for text in (path.name, stamp(path)))
-    return ImageSet(names, read, fingerprint), [labels[key] for key in keys]
 
 
 def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:
@@ -124,12 +96,11 @@ def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image],
     )
 
 
-def chosen(images: ImageSet, places: Sequence[int], names: Sequence[str] | None = None) -> ImageSet:
+def chosen(images: ImageSet, places: Sequence[int]) -> ImageSet:
     """Some of the images, in the given order; one may come several times."""
-    read = images.read
     return replace(
         images,
-        names=[images.names[place] for place in places] if names is None else names,
-        read=lambda number: read(places[number]),
+        names=[images.names[place] for place in places],
+        read=lambda number: images.read(places[number]),
         fingerprint=digest((images.fingerprint, np.asarray(places, dtype=np.int64).tobytes())),
     )

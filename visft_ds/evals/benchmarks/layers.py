@@ -1,35 +1,33 @@
-"""Comparison of the blocks of a model: all of them on the same probes, out of one forward of the whole model.
+"""Comparison of the blocks of a model: all of them on the same probes.
 
-As many blocks are read at once as take MOST bytes of a chunk; where not all do, images are encoded once more for each
-further group. For scoring, features of one block are in memory at a time.
+As many blocks are read in one forward as fit into MOST bytes of features; if not all do, images are encoded once more
+for each further group. Features of one benchmark are in memory at a time.
 
 The best block of a number is chosen on one half of the test images and judged on the other: the best of a dozen numbers
-is too good by being chosen. It is compared with the end of the model, which is what is read where nobody chooses.
+is too good by being chosen. It is compared with the end of the model, which is what is read if nobody chooses.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.cache import CHUNK
-from visft_ds.evals.benchmarks.encoders import Blocks
-from visft_ds.evals.benchmarks.encoding import Worker, forward
+from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.intervals import Interval
+from visft_ds.evals.benchmarks.judge import Settings, encode, forward
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, readable
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.run import Encoded, Settings, encode, worker_of
 from visft_ds.evals.benchmarks.table import rows_of
+from visft_ds.parallel import distributed
 
-#: Name of what the whole model gives, where that is not what its last block gives.
+#: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
-MOST = 2**29  #: bytes of a chunk's features of all blocks that are read at once
+MOST = 8 * 2**30  #: bytes of a benchmark's features of all blocks that are read together
 _KINDS = ("pooled", "patches", "columns")
 
 
@@ -41,59 +39,39 @@ class Choice:
     block: str
     value: Interval
     end: Interval
-    difference: Interval | None  #: to the end of the model; None where that is the best
+    difference: Interval | None  #: to the end of the model; None if that is the best
 
 
-class _BlockReader:
-    """Forward of a model, of which the wanted blocks are kept until they are asked for."""
+class _Reader(nn.Module):
+    """A model read after several of its blocks in one forward; names of features are `BLOCK KIND`."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.wanted = module, list[str]()
-        self._blocks, self._given = cast(Blocks, module), dict[str, Any]()
-        for name in self._blocks.ends():
-            self._blocks.block(name).register_forward_hook(self._keep(name))
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if name in self.wanted:
-                self._given[name] = output
-
-        return hook
-
-    def read(self, name: str, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Features of a wanted block; the first of them runs the model, for the images of all."""
-        if name == self.wanted[0]:
-            whole = self.module(images, kinds if END in self.wanted else ())
-            self._given |= {END: whole} if END in self.wanted else {}
-        given = self._given.pop(name)
-        return given if name == END else self._blocks.of_block(given, images, kinds)
-
-
-class _View(nn.Module):
-    """A model read after one of its blocks."""
-
-    def __init__(self, reader: _BlockReader, name: str) -> None:
+    def __init__(self, module: nn.Module, blocks: Sequence[str]) -> None:
         super().__init__()
-        self._reader, self._name = reader, name
+        self.module, self.blocks = module, blocks
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        return self._reader.read(self._name, images, kinds)
+        model: Any = self.module
+        given: dict[str, Tensor] = {}
+        hooks = [
+            model.block(name).register_forward_hook(lambda *parts, name=name: given.__setitem__(name, parts[-1]))
+            for name in self.blocks
+            if name != END
+        ]
+        end = model(images, kinds)
+        for hook in hooks:
+            hook.remove()
+        found: dict[str, Tensor] = {}
+        for name in self.blocks:
+            of = end if name == END else model.of_block(given.pop(name), images, kinds)
+            found |= {f"{name} {kind}": value for kind, value in of.items()}
+        return found
 
 
-def encode_blocks(
-    spec: ModelSpec,
-    benchmarks: Sequence[Benchmark],
-    settings: Settings,
-    tell: Callable[[Mapping[str, str]], None],
-) -> dict[str, list[Encoded]]:
-    """Block -> its features for each benchmark, in the order of the model. Collective.
-
-    Args:
-        tell: called with facts of the model.
+def judge_blocks(spec: ModelSpec, benchmarks: Sequence[Benchmark], settings: Settings) -> dict[str, dict[str, Score]]:
+    """Block -> name -> score, in the order of the model, on the main process. Collective.
 
     Raises:
-        ValueError: a model whose blocks are not known, a benchmark that needs more than features of images, and
-            features for which the disk has no room.
+        ValueError: a model whose blocks are not known, or a benchmark that needs more than features of images.
     """
     if spec.block is not None:
         raise ValueError(f"{spec.label}: every block is read; give the model without #{spec.block}")
@@ -103,50 +81,34 @@ def encode_blocks(
                 f"{benchmark.label} reads what the end of a model alone has (an embedding beside texts, a classifier): "
                 f"blocks are compared by dense, probe, objects with a training part, and ocr"
             )
-    encoder = readable(load_encoder(spec, settings.load), spec)
-    worker = worker_of(encoder, spec.label, settings)
-    reader = _BlockReader(worker.encoder.module)
-    views = {name: _viewed(worker, reader, name) for name in (*cast(Blocks, encoder.module).ends(), END)}
-    sizes = _sizes(views, reader)
-    count = sum(len(images) for benchmark in benchmarks for images in benchmark.sets.values())
-    _check_room(sum(sizes.values()) * count, settings)
-    groups = list(_groups(sizes, MOST // min(CHUNK, count)))
-    tell({**encoder.facts, "passes": f"{len(groups)}, of {', '.join(f'{one[0]} to {one[-1]}' for one in groups)}"})
-    found: dict[str, list[Encoded]] = {name: [] for name in sizes}
-    for group in groups:
-        reader.wanted = group
-        for benchmark in benchmarks:
-            for name, encoded in zip(group, encode([views[name] for name in group], benchmark), strict=True):
-                found[name].append(encoded)
-    return found
+    encoder = readable(load_encoder(spec, settings.precision), spec)
+    encoder.module.to(settings.device)
+    sizes = _sizes(encoder, settings)
+    results: dict[str, dict[str, Score]] = {name: {} for name in sizes}
+    for benchmark in benchmarks:
+        for group in _groups(sizes, MOST // sum(map(len, benchmark.sets.values()))):
+            read = replace(encoder, module=_Reader(encoder.module, group))
+            features = encode(read, benchmark, settings, f"{spec.label}: {benchmark.label}")
+            for name in group if distributed.is_main() else ():
+                own = {part: _of_block(name, of) for part, of in features.items()}
+                results[name] |= {f"{benchmark.label} {score.name}": score for score in benchmark.scores(own)}
+    return results if distributed.is_main() else {}
 
 
-def _viewed(worker: Worker, reader: _BlockReader, name: str) -> Worker:
-    settings = {**worker.encoder.settings, **({} if name == END else {"until": name})}
-    encoder = replace(worker.encoder, module=_View(reader, name), settings=settings)
-    return replace(worker, encoder=encoder, label=f"{worker.label}#{name}")
+def _of_block(name: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name} "): value for key, value in features.items() if key.startswith(f"{name} ")}
 
 
-def _sizes(views: Mapping[str, Worker], reader: _BlockReader) -> dict[str, int]:
-    """Bytes of an image's map by name of the block; the end is left out where it is the last block."""
-    side = next(iter(views.values())).encoder.side
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    reader.wanted = list(views)
-    found = {name: forward(view, image, ["patches"])["patches"] for name, view in views.items()}
+def _sizes(encoder: Encoder, settings: Settings) -> dict[str, int]:
+    """Bytes of an image's map by name of the block; the end is left out if it is the last block."""
+    model: Any = encoder.module
+    blocks = [*model.ends(), END]
+    image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
+    found = forward(replace(encoder, module=_Reader(model, blocks)), image, ["patches"], settings)
     *_, last, end = found
     if torch.equal(found[last], found[end]):
         del found[end]
-    return {name: patches.numel() * patches.element_size() for name, patches in found.items()}
-
-
-def _check_room(needed: int, settings: Settings) -> None:
-    place = next(folder for folder in (settings.cache, *settings.cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise ValueError(
-            f"features of all blocks take {needed / 1e9:,.1f} GB, {place} has {free / 1e9:,.1f} GB free: give --cache "
-            f"on a larger disk, or fewer images"
-        )
+    return {name.removesuffix(" patches"): 4 * patches.numel() for name, patches in found.items()}
 
 
 def _groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
@@ -176,7 +138,7 @@ def choose(results: Mapping[str, Mapping[str, Score]]) -> list[Choice]:
         if not (len(chosen[end].values) and len(judged[end].values)):
             raise ValueError(f"{name} has too few test images: one half chooses a block, the other one judges it")
         best = max(results, key=lambda block: chosen[block].value)
-        (row,) = rows_of({block: {name: judged[block]} for block in dict.fromkeys((end, best))}, {})
+        (row,) = rows_of({block: {name: judged[block]} for block in dict.fromkeys((end, best))})
         found.append(Choice(name, best, row.values[best], row.values[end], row.differences.get(best)))
     return found
 
@@ -186,4 +148,4 @@ def half_of(score: Score, number: int) -> Score:
     images = np.arange(len(score.values)) if score.groups is None else score.groups
     kept = (np.random.default_rng(0).random(int(images.max()) + 1) < 0.5)[images] == bool(number)
     groups = None if score.groups is None else score.groups[kept]
-    return replace(score, values=score.values[kept], groups=groups, said=())
+    return replace(score, values=score.values[kept], groups=groups)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.evals.benchmarks.class_sets import ClassSet
+from visft_ds.evals.benchmarks.classes import ClassSet
 from visft_ds.evals.benchmarks.protocol import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
 from visft_ds.monitor.console import gauged
 
@@ -48,8 +48,9 @@ class Probe:
         return {"train": self.train.images, "test": self.test.images}
 
     @property
-    def truths(self) -> Mapping[str, Sequence[str]]:
-        return {"test": self.test.truths()}
+    def numbers(self) -> Sequence[str]:
+        fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
+        return ("knn", "linear", *(f"{shots}-shot" for shots in SHOTS if shots <= fewest))
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -58,17 +59,13 @@ class Probe:
         return {"benchmark": "probe 1", "protocol": protocol, "labels": labels, "names": list(self.test.classes)}
 
     def scores(self, features: Features) -> Iterator[Score]:
-        train, test = (features.images[name]["pooled"] for name in ("train", "test"))
+        train, test = (features[name]["pooled"] for name in ("train", "test"))
         yield Score("knn", nearest_neighbours(train, self.train.labels, test, self.test.labels, len(self.test.classes)))
-        right, predicted, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
-        names = [self.test.classes[place] for place in predicted]
-        yield Score("linear", right, said=names, shows="test", settings={"C": strength})
-        fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
-        for shots in (shots for shots in SHOTS if shots <= fewest):
-            draws = [
-                _few(train.numpy(), self.train.labels, test.numpy(), self.test.labels, shots, d) for d in range(DRAWS)
-            ]
-            yield Score(f"{shots}-shot", np.mean(draws, axis=0))
+        given = train.numpy(), self.train.labels, test.numpy(), self.test.labels
+        yield Score("linear", linear_probe(*given))
+        for name in self.numbers[2:]:
+            shots = int(name.removesuffix("-shot"))
+            yield Score(name, np.mean([_few(*given, shots, draw) for draw in range(DRAWS)], axis=0))
 
 
 def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:
@@ -88,8 +85,8 @@ def vote(train: Tensor, labels: IntArray, test: Tensor, classes: int) -> Tensor:
     return votes
 
 
-def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -> tuple[FloatArray, IntArray, float]:
-    """(right or not, predicted class) of each test image, and the C that was chosen."""
+def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -> FloatArray:
+    """1.0 for each test image whose class is predicted."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         held[np.flatnonzero(labels == label)[4::5]] = True  # a class of fewer than five is not held out
@@ -97,11 +94,10 @@ def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -
     if held.any():
         accuracy = []
         for candidate in gauged(STRENGTHS, "linear probe", len(STRENGTHS), "strengths"):
-            predicted = _said(train[~held], labels[~held], train[held], candidate)
+            predicted = _predicted(train[~held], labels[~held], train[held], candidate)
             accuracy.append(float((predicted == labels[held]).mean()))
         strength = STRENGTHS[int(np.argmax(accuracy))]
-    predicted = _said(train, labels, test, strength)
-    return (predicted == truth).astype(np.float64), predicted, strength
+    return (_predicted(train, labels, test, strength) == truth).astype(np.float64)
 
 
 def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: int, draw: int) -> FloatArray:
@@ -109,10 +105,12 @@ def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: in
     rng = np.random.default_rng([shots, draw])
     places = [rng.choice(np.flatnonzero(labels == label), shots, replace=False) for label in np.unique(labels)]
     places_of_all = np.concatenate(places)
-    return (_said(train[places_of_all], labels[places_of_all], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
+    return (_predicted(train[places_of_all], labels[places_of_all], test, FEW_SHOT_STRENGTH) == truth).astype(
+        np.float64
+    )
 
 
-def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
+def _predicted(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
     if len(np.unique(labels)) < 2:
         return np.full(len(test), labels[0], dtype=np.int64)
     from sklearn.linear_model import LogisticRegression

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,9 @@ from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+#: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
+#: has a text side.
+Features = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class ImageSet:
     """Images to be encoded, in a fixed order."""
 
     names: Sequence[str]  #: of the images, for people
-    read: Callable[[int], Image.Image]  #: RGB; ValueError with the name where there is no whole image
+    read: Callable[[int], Image.Image]  #: RGB; ValueError with the name if there is no whole image
     fingerprint: str  #: other images, other fingerprint
     stretched: bool = False  #: to squares; otherwise the middle square is seen
 
@@ -38,23 +41,12 @@ class Score:
     #: the number is the mean over classes of (sum of the first) / (sum of the second), where the second is not 0.
     values: FloatArray
     groups: IntArray | None = None  #: (n,); items of one group are no independent evidence (captions of an image)
-    said: Sequence[str] = ()  #: what the model answered to each image of the set `shows`, where that can be shown
-    shows: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  #: what was chosen on the way, for the record
     maps: npt.NDArray[np.int16] | None = None  #: (images, h, w), the class that the model sees in each place
 
     @property
     def value(self) -> float:
         """The number."""
         return float(self.values.mean() if self.values.ndim == 1 else mean_ratio(self.values.sum(axis=0)))
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of a benchmark's images and texts by a model."""
-
-    images: Mapping[str, Mapping[str, Tensor]]  #: set -> kind -> (images, ...) float32 on the CPU
-    texts: Tensor | None  #: (texts, E) float32, each of length 1; None: the model has no text side
 
 
 class Benchmark(Protocol):
@@ -70,7 +62,7 @@ class Benchmark(Protocol):
 
     @property
     def kinds(self) -> Sequence[str]:
-        """Kinds of features it reads, of `encoders.KINDS`, where a model has them; "columns" for `patches`."""
+        """Kinds of features it reads, of `encoders.KINDS`, if a model has them; "columns" for `patches`."""
 
     @property
     def texts(self) -> Sequence[str]:
@@ -81,8 +73,8 @@ class Benchmark(Protocol):
         """Return True if it gives no score without a text side."""
 
     @property
-    def truths(self) -> Mapping[str, Sequence[str]]:
-        """Set -> the right answer to each of its images, for pictures."""
+    def numbers(self) -> Sequence[str]:
+        """Names of its scores; a model may lack some."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -90,12 +82,6 @@ class Benchmark(Protocol):
 
     def scores(self, features: Features) -> Iterator[Score]:
         """The numbers of one model; higher is better."""
-
-
-def check_apart(source: str, train: str, test: str | None) -> None:
-    """Raise ValueError where a probe would be judged on what it learnt."""
-    if train == test:
-        raise ValueError(f"{source}: probes would learn from {train} and be judged on it: name two parts")
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:
@@ -107,14 +93,10 @@ def mean_ratio(sums: FloatArray) -> FloatArray:
 
 
 def rank_of(similarity: Tensor, right: Tensor) -> Tensor:
-    """Place of the right column in each row, 0 the best, (rows,) int64.
+    """Place of the right column (rows,) in each row of (rows, columns), 0 the best, (rows,) int64.
 
     Whatever is as similar as the right one counts as before it: a model that says the same to all images is last, not
     first.
-
-    Args:
-        similarity: (rows, columns).
-        right: (rows,) int64.
     """
     true = similarity.gather(1, right[:, None])
     return (similarity >= true).sum(dim=1) - 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.encoders import RANDOM, Encoder
+from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
@@ -28,35 +28,30 @@ from visft_ds.models.timm_backbone import build_model
 
 KIND = "answers"  #: (images,), the number of the class that a classifier says
 KEPT = "answers kept"  #: name of the number
-FIRST = "first"  #: name of the first model's answers among the features
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
 @dataclass(frozen=True)
 class AnswersKept:
-    """Share of the first model's top-1 answers that a model gives, too."""
+    """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
 
     label: str
     images: ImageSet
     needs_text: bool = False
     kinds: Sequence[str] = (KIND,)
     texts: Sequence[str] = ()
+    numbers: Sequence[str] = (KEPT,)
 
     @property
     def sets(self) -> Mapping[str, ImageSet]:
         return {"test": self.images}
 
     @property
-    def truths(self) -> Mapping[str, Sequence[str]]:
-        return {}
-
-    @property
     def settings(self) -> Mapping[str, Any]:
-        return {"benchmark": "retention 1"}
+        return {"benchmark": "retention 2"}
 
     def scores(self, features: Features) -> Iterator[Score]:
-        kept = features.images["test"][KIND] == features.images[FIRST][KIND]
-        yield Score(KEPT, kept.double().numpy())
+        yield Score(KEPT, features["test"][KIND].double().numpy())
 
 
 def read_images(source: str) -> ImageSet:
@@ -127,9 +122,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
         int(config["input_size"][-1]),
-        {"preprocess": str(sorted(config.items())), "architecture": name.partition(".")[0]},
         None,
-        {},
     )
 
 
@@ -138,7 +131,7 @@ _ASKS = "retention counts which answers of the first model's own classifier stay
 
 def _source(spec: ModelSpec, lacks: str) -> tuple[str, int | None, str | None]:
     """(name in timm, image size where it is not the model's own, file or None for timm's own weights) of a model."""
-    if spec.library == "timm" and spec.weights != RANDOM:
+    if spec.library == "timm":
         return spec.name, None, spec.weights
     timm = (spec.timm or timm_settings(open_weights(spec.name))) if spec.library == "visft_ds" else None
     if timm is None:

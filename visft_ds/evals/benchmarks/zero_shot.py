@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.evals.benchmarks.class_sets import ClassSet
+from visft_ds.evals.benchmarks.classes import ClassSet
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, class_embeddings, hits, rank_of, sentences
 
 _ROWS = 4096  # images compared with all classes at once
@@ -35,23 +35,17 @@ class ZeroShot:
         return sentences(self.data.classes, self.data.templates)
 
     @property
-    def truths(self) -> Mapping[str, Sequence[str]]:
-        return {"test": self.data.truths()}
+    def numbers(self) -> Sequence[str]:
+        return ("top1", "top5") if len(self.data.classes) > 5 else ("top1",)
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"benchmark": "zero-shot 1", "labels": self.data.labels.tolist(), "templates": len(self.data.templates)}
 
     def scores(self, features: Features) -> Iterator[Score]:
-        assert features.texts is not None
-        classes = class_embeddings(features.texts, len(self.data.templates))
-        embeddings, labels = features.images["test"]["clip"], torch.from_numpy(self.data.labels)
-        ranks, best = [], []
-        for start in range(0, len(embeddings), _ROWS):
-            similarity = embeddings[start : start + _ROWS] @ classes.T
-            ranks.append(rank_of(similarity, labels[start : start + _ROWS]))
-            best.append(similarity.argmax(dim=1))
-        names = [self.data.classes[place] for place in torch.cat(best).tolist()]
-        yield Score("top1", hits(torch.cat(ranks), 1), said=names, shows="test")
-        if len(self.data.classes) > 5:
-            yield Score("top5", hits(torch.cat(ranks), 5))
+        classes = class_embeddings(features["texts"]["clip"], len(self.data.templates))
+        embeddings, labels = features["test"]["clip"], torch.from_numpy(self.data.labels)
+        parts = zip(embeddings.split(_ROWS), labels.split(_ROWS), strict=True)
+        ranks = torch.cat([rank_of(part @ classes.T, right) for part, right in parts])
+        for name in self.numbers:
+            yield Score(name, hits(ranks, int(name.removeprefix("top"))))

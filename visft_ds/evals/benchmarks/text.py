@@ -11,20 +11,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.interop.backbones import copy_tensors
-from visft_ds.interop.files import WeightFile, open_weights
+from visft_ds.files import reading
+from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import PROJECTION
 from visft_ds.interop.towers import open_tower
 
 PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
 HEAD_WIDTH = 64
+_BATCH = 256  # texts
 _LAYER = re.compile(r"text\.transformer\.resblocks\.(\d+)\.")
 
 
@@ -34,21 +34,20 @@ class TextTower:
 
     module: nn.Module  #: tokens (n, length) -> (n, E)
     tokenize: Callable[[Sequence[str]], Tensor]
-    source: str  #: for people
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n, E) float32, each of length 1. A text longer than the tower reads is cut at its end."""
-        device = next(self.module.parameters()).device
-        return F.normalize(self.module(self.tokenize(list(texts)).to(device)).float(), dim=-1)
+    def encode(self, texts: Sequence[str], device: torch.device) -> Tensor:
+        """(n, E) float32, each of length 1, on the CPU. A text longer than the tower reads is cut at its end."""
+        module, starts = self.module.to(device), range(0, len(texts), _BATCH)
+        parts = [module(self.tokenize(list(texts[start : start + _BATCH])).to(device)) for start in starts]
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
 
 
 def text_tower_in(path: str | Path) -> TextTower | None:
     """The text tower of an EVA-CLIP or open_clip file, in float32; None where the file has none.
 
     Raises:
-        ValueError: half a tower, or one of another architecture; all names that are missing or too many are listed. A
-            vocabulary that is not CLIP's.
+        ValueError: half a tower, one of another architecture, or a vocabulary that is not CLIP's.
     """
     file = open_weights(path)
     names = [name for name in file if name.startswith(PREFIX)]
@@ -78,8 +77,13 @@ def text_tower_in(path: str | Path) -> TextTower | None:
             f"{tokenizer.vocab_size}: it was trained with another tokenizer, which no file of this kind names"
         )
     module: nn.Module = TextTransformer(**settings)
-    _load(module, file, names)
-    return TextTower(module.requires_grad_(False).eval(), tokenizer, f"{file.path.name}: {settings}")
+    # A causal mask, which some files carry along, is a function of the length.
+    tensors = {name.removeprefix(PREFIX): file.get(name) for name in names if not name.endswith("attn_mask")}
+    with reading(path, "a file with CLIP's text tower"):
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+        if wrong := [*(name for name in missing if not name.endswith("attn_mask")), *unexpected]:
+            raise ValueError(f"tensors that are missing or too many: {', '.join(wrong)}")
+    return TextTower(module.requires_grad_(False).eval(), tokenizer)
 
 
 def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
@@ -108,24 +112,3 @@ class TextOf(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         encoded: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return encoded
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Without the image side: what the text embeddings depend on."""
-        state = super().state_dict(*args, **options)
-        return {name: value for name, value in state.items() if not name.startswith("model.visual.")}
-
-
-def _load(module: nn.Module, file: WeightFile, names: Sequence[str]) -> None:
-    targets = dict(module.named_parameters())
-    given = {name.removeprefix(PREFIX) for name in names}
-    # A causal mask, which some files carry along; it is a function of the length.
-    missing, unexpected = sorted(targets.keys() - given), sorted(given - targets.keys() - {"attn_mask"})
-    if missing or unexpected:
-        raise ValueError(
-            f"{file.path}: its text tower is not that of EVA-CLIP or open_clip. Missing: "
-            f"{', '.join(missing) or 'none'}. Unexpected: {', '.join(unexpected) or 'none'}"
-        )
-    shapes = [f"{PREFIX}{name}" for name, value in targets.items() if file.shape(PREFIX + name) != tuple(value.shape)]
-    if shapes:
-        raise ValueError(f"{file.path}: tensors of its text tower have odd shapes: {', '.join(shapes)}")
-    copy_tensors(file, {name: PREFIX + name for name in targets}, targets)

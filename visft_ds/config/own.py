@@ -1,0 +1,104 @@
+"""The recipe for photographs of one's own, `visft train --data FOLDER`.
+
+`ds_configs/models/own.json`, and by number and labels of the photographs the length of the run, zooms, kept features,
+and the evaluations in between.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.config.preflight import is_url, number_of_images
+from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.pretrained import TIMM
+from visft_ds.tasks import registry
+
+MODEL = "own"
+#: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
+STEPS, PASSES = 550, 30
+VIEWS, EVALUATIONS = 12, 3
+#: Photographs whose features are kept: those of all views are 1 MB each.
+MOST_KEPT = 2000
+#: Sides of a zoom's window: a caption may name what a small one cuts off.
+ZOOM_WITH_CAPTIONS = (0.8, 1.2)
+#: Photographs at which a DETR learns places by heart.
+FEW_FOR_DETR = 100
+
+
+def chosen(config: ResolvedConfig) -> dict[str, tuple[str, Any]]:
+    """Flag -> (dotted key, value) of what the photographs decide; any other flag replaces it.
+
+    Args:
+        config: of the recipe, with the tasks that the photographs have labels for, and what was asked for.
+    """
+    visft, values = config.visft, dict[str, Any]()
+    tasks, root = visft.tasks.enabled(), visft.data.root
+    if is_url(root) or not (Path(root) / f"{visft.data.train}.manifest.json").is_file():
+        return {}
+    images, batch = number_of_images(config), next(iter(visft.streams().values())).batch_size
+    steps = config.total_steps
+    if visft.stage == 1:
+        if config.sources["scheduler.params.total_num_steps"].startswith(CONFIG_ROOT.name):
+            steps = max(STEPS, math.ceil(PASSES * images / batch))
+            values["scheduler.params.total_num_steps"] = steps
+        cache = f"{visft.run.out}/features" if images <= MOST_KEPT else None
+        values["visft.features"] = {"views": VIEWS, "cache": cache}
+        if "captioning" in tasks:
+            values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS
+    every = math.ceil(steps / EVALUATIONS)
+    judged = (Path(root) / f"{visft.data.val}.manifest.json").is_file()
+    values |= {"visft.run.eval_every": every if judged else 0, "visft.run.save_every": every}
+    if judged:
+        values["visft.run.keep_best"] = registry.config_class(next(iter(tasks))).main
+    return {f"the recipe for {images} photographs ({key})": (key, value) for key, value in values.items()}
+
+
+def of_backbone(model: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """The same of a backbone that --backbone names, or of the recipe's own where its weights are installed."""
+    keys = {key: value for key, value in model.values()}
+    preset: str | None = keys.get("visft.model.preset")
+    if not keys:
+        from visft_ds.interop.efficientnet import PUBLISHED, found
+
+        weights = found(PUBLISHED[0])
+        return {} if weights is None else {f"pip's {PUBLISHED[0].package}": ("visft.model.weights", str(weights))}
+    if preset is None or not preset.startswith(TIMM):
+        return {}
+    from visft_ds.models.timm_backbone import fine_map
+
+    block, side = fine_map(preset.removeprefix(TIMM))
+    where = {"visft.model.until": block, "visft.tasks.captioning.image.size": side} | {
+        f"visft.{of}.image.fixed_size": side for of in ("shared", "tasks.detection", "tasks.segmentation")
+    }
+    return {f"the map of {preset} ({key})": (key, value) for key, value in where.items()}
+
+
+def told(config: ResolvedConfig, images: int) -> list[str]:
+    """Lines for the start of a run: what was chosen for photographs of one's own and why, and what will not work."""
+    visft, lines = config.visft, list[str]()
+    tasks, run = visft.tasks.enabled(), visft.run
+    if config.sources.get("visft.run.save_every", "").startswith("the recipe for"):
+        (stream,) = visft.streams().values() if visft.mode == "shared" else [next(iter(visft.streams().values()))]
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {visft.model.until or 'its end'}"]
+        parts[0] += f" at {stream.largest_side()} px"
+        if "detection" in tasks and tasks["detection"].head.model_dump()["type"] == "dense":
+            parts.append("boxes around the cells of its map (few photographs teach no DETR)")
+        if visft.features is not None:
+            kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
+            parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
+        parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
+        if run.keep_best:
+            parts.append(
+                f"{math.ceil(config.total_steps / run.eval_every)} evaluations, the best {run.keep_best} stays"
+            )
+        lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
+    head = tasks["detection"].head.model_dump() if "detection" in tasks else {}
+    if head.get("type") == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
+        lines.append(
+            f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
+            "--set visft.tasks.detection.head.type=dense"
+        )
+    return lines
