@@ -261,7 +261,7 @@ def _with_random_heads(visft: VisftConfig) -> VisftConfig:
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
-    return _typed(merge([(origin, values)]), recorded=True)
+    return _typed(merge([(origin, values)]))
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
@@ -273,7 +273,7 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     tree = merge([("the configuration", with_engine(config.to_dict(), engine))])
     for text in settings:
         _apply(tree, text)
-    return _typed(tree, recorded=True)
+    return _typed(tree)
 
 
 def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
@@ -300,8 +300,8 @@ def _merge_layers(stage: int, engine: str, model: str) -> Tree:
     return tree
 
 
-def _typed(tree: Tree, *, recorded: bool = False) -> ResolvedConfig:
-    recipe = validate(tree, recorded=recorded)
+def _typed(tree: Tree) -> ResolvedConfig:
+    recipe = validate(tree)
     visft, scheduler = _drop_idle_groups(recipe.visft), recipe.scheduler
     if scheduler.params.total_num_steps is None:
         steps = scheduler.params.model_copy(update={"total_num_steps": visft.updates()})
