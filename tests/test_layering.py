@@ -15,13 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
 #: Modules that stand on another floor than the rest of their room.
 APART = (
-<<<<<<< HEAD
-    *("parallel.distributed", "resilience.processes", "resilience.errors", "resilience.signals", "run.folder"),
-    *("tasks", "interop.cli", "interop.command"),
-=======
     *("parallel.distributed", "resilience.processes", "resilience.errors", "resilience.stop", "run.folder"),
-    *("tasks.registry", "interop.cli", "interop.command"),
->>>>>>> main
+    *("tasks", "interop.cli", "interop.command"),
 )
 #: Package -> the only places that may import it.
 RESERVED = {

@@ -13,12 +13,6 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.models.compiled import check_compiler, compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-<<<<<<< HEAD
-=======
-from visft_ds.planner.meta_step import Content
-from visft_ds.planner.step import PlannedRun
-from visft_ds.prepare.model import plan_groups
->>>>>>> main
 from visft_ds.prepare.streams import fixed_sizes
 
 CPU = torch.device("cpu")
@@ -54,25 +48,6 @@ def test_packing_is_part_of_what_a_run_is_and_compiling_is_not() -> None:
     assert configured(BLOCKS).fingerprint() == plain.fingerprint()
 
 
-<<<<<<< HEAD
-=======
-def test_plans_know_how_large_an_average_image_is() -> None:
-    """Of content alone 64 % are left, more where several are padded to the largest; memory takes the largest."""
-    streams = configured(CONTENT).visft.streams()
-    assert streams["detection"].typical_side(1) == streams["detection"].largest_side() == 672
-    side = streams["segmentation"].typical_side(1)
-    assert 0.62 < (side / 1024) ** 2 < 0.65 and side < streams["segmentation"].typical_side(2) < 1024
-    assert streams["segmentation"].largest_side() == 1024
-    small = ("visft.tasks.segmentation.image.fixed_size=null", "visft.tasks.segmentation.image.size=112")
-    config = configured(*small, CONTENT, PACKED, model="debug")
-    run = PlannedRun(config, derive_batches(config, 1), "fp32", 20, CPU, Content())
-    stream = config.visft.streams()["segmentation"]
-    assert run.typical(config.visft.streams()["captioning"]) is run
-    height, width = run.typical(stream).content.size or (0, 0)
-    assert 0.62 < (height / 112) * (width / 112) < 0.65 and run.content.size is None
-
-
->>>>>>> main
 def test_a_compiler_that_is_missing_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_compiler("none", CPU)
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

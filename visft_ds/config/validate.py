@@ -14,13 +14,8 @@ from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_Z
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
-<<<<<<< HEAD
-from visft_ds.redaction import refuse_secrets
-from visft_ds.tasks import entries
-=======
 from visft_ds.redaction import is_secret, refuse_secrets
-from visft_ds.tasks import registry
->>>>>>> main
+from visft_ds.tasks import entries
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
