@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.predict.images import find_images, open_image, opened
+from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.model import Model, _run_at, load, load_backbone
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
@@ -79,7 +78,7 @@ def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> No
 
 
 def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> None:
-    pixels = open_image(place / "dog.jpg").pixels
+    pixels = open_file(place / "dog.jpg").pixels
     folder = place / "kinds"
     folder.mkdir()
     for kind in ("png", "bmp", "tiff"):
@@ -112,34 +111,11 @@ def test_every_mode_of_pillow_is_read(model: Model, mode: str) -> None:
     np.testing.assert_array_equal(model.predict(gray).image, np.stack([gray] * 3, axis=-1))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright(place: Path, tmp_path: Path, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "turned.jpg"
-    Image.open(place / "dog.jpg").crop((0, 0, 40, 24)).save(path, exif=exif)
-    with Image.open(path) as image:
-        wanted = np.asarray(ImageOps.exif_transpose(image))
-        np.testing.assert_array_equal(open_image(path).pixels, wanted)
-    assert wanted.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
-
-
-def test_exif_that_is_broken_hides_no_picture(tmp_path: Path) -> None:
-    entries = struct.pack("<HHLL", 0x112, 3, 1, 6) + struct.pack("<HHLL", 0x131, 2, 100, 5000)  # the second is cut
-    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + bytes(4)
-    Image.new("RGB", (40, 24)).save(tmp_path / "cut.jpg", exif=exif)
-    assert open_image(tmp_path / "cut.jpg").pixels.shape == (40, 24, 3)
-    Image.new("RGB", (40, 24)).save(tmp_path / "none.webp", exif=b"Exif\0\0garbage!")
-    assert open_image(tmp_path / "none.webp").pixels.shape == (24, 40, 3)
-    with Image.open(tmp_path / "none.webp") as image:
-        assert opened(image)[0][0].pixels.shape == (24, 40, 3)
-
-
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Images of other shapes would be padded to one size, over which positions would be spread."""
     shutil.copytree(finished.runs() / "stage1/export", place / "moved")  # without its run: sizes of the paper
     model = load(place / "moved", tasks="detection")
-    pixels = open_image(place / "dog.jpg").pixels
+    pixels = open_file(place / "dog.jpg").pixels
     images = [pixels[:40], pixels[:, :40], pixels[8:48]]
     together = model.predict(images, threshold=0, batch_size=3)
     for image, found in zip(images, together, strict=True):
@@ -176,7 +152,7 @@ def test_a_drawing_shows_what_was_found(model: Model, place: Path) -> None:
 
 
 def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> None:
-    pixels = torch.from_numpy(open_image(place / "dog.jpg").pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
+    pixels = torch.from_numpy(open_file(place / "dog.jpg").pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
     features = model.backbone(pixels)
     assert isinstance(model.backbone, torch.nn.Module) and features.shape == (2, 16, 4, 4)
     sizes, one = torch.full((2, 2), 56), torch.zeros(2, dtype=torch.int64)
@@ -233,81 +209,6 @@ def test_an_export_is_known_by_any_name_of_its_folder(place: Path, monkeypatch: 
     assert _run_at(Path(".")) == Path.cwd().parent
 
 
-def test_what_is_no_model_is_refused_in_one_sentence(place: Path) -> None:
-    half = place / "half"
-    shutil.copytree(place / "runs/stage2", half)
-    shutil.rmtree(half / "export")
-    (half / "export").mkdir()
-    (place / "nothing").mkdir()
-    cases: list[tuple[str, dict[str, Any], str]] = [
-        ("half", {}, "interrupted"),
-        ("absent", {}, "no such run"),
-        ("nothing", {}, "holds no head"),
-        ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
-        ("runs/stage2", {"device": "tpu9"}, "device"),
-        ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
-        ("runs/stage2", {"device": "meta"}, "give cpu, cuda or cuda:N"),
-        ("runs/stage2", {"precision": "int8"}, "int8"),
-        ("runs/stage2", {"image_size": 0}, "at least 1 pixel"),
-    ]
-    for source, options, message in cases:
-        with pytest.raises(ValueError, match=message):
-            load(place / source, **options)
-
-
-def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.jpg").write_text("no picture")
-    (tmp_path / "none.png").write_bytes(b"")
-    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (tmp_path / "cut.jpg").write_bytes((place / "dog.jpg").read_bytes()[:900])
-    for kind in ("png", "webp", "bmp", "gif", "tiff"):
-        whole = tmp_path / f"whole.{kind}"
-        Image.open(place / "dog.jpg").save(whole)
-        (tmp_path / f"half.{kind}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        whole.unlink()
-    broken = sorted(path for path in tmp_path.iterdir() if path.is_file())
-    assert len(broken) == 9
-    for path in broken:
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            model.predict([place / "dog.jpg", path])
-    array = np.zeros((8, 8, 3), np.uint8)
-    cases: list[tuple[Any, str]] = [
-        (tmp_path / "empty", "no image"),
-        (tmp_path / "absent.jpg", "no such file"),
-        (f"{tmp_path}/*.jpeg", "no image"),
-        (array / 255, "float64"),
-        (torch.from_numpy(array).permute(2, 0, 1).bfloat16(), "numbers of bfloat16: give uint8"),
-        (torch.from_numpy(array).permute(2, 0, 1)[None], "a list of them"),
-        (array.transpose(2, 0, 1), "shape"),
-        (array[..., :2], "shape"),
-        (array[:0], "shape"),
-        ([array, None], "image 1 of the list is of type NoneType"),
-        (7, "int is no image"),
-    ]
-    for wrong, message in cases:
-        with pytest.raises(ValueError, match=message):
-            model.predict(wrong)
-    for options, message in (({"threshold": 1.5}, "threshold"), ({"batch_size": 0}, "batch size")):
-        with pytest.raises(ValueError, match=message):
-            model.predict(array, **options)
-
-
-def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/dog.jpg", "b/dog.jpg", "b/deep/dog.jpg", "out/dog.jpg", ".hidden/dog.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    found = find_images(["a/dog.jpg", "a/../b", "b/*.jpg", "a/dog.jpg"])
-    assert [found.name(file) for file in found.files] == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
-    one = find_images([tmp_path / "a/dog.jpg"])
-    assert [one.name(file) for file in one.files] == ["dog.jpg"]
-    with pytest.raises(ValueError, match=r"a/dog.jpg: all of it lies in --out \.: choose another"):
-        find_images(["a/dog.jpg"], outside=Path("."))
-    every = find_images(["."], outside=Path("out"))
-    assert sorted(every.name(file) for file in every.files) == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
-
-
 def test_the_five_lines_of_the_pages_run(place: Path) -> None:
     """README and page show the same ones, each of a run of its own."""
     root = Path(__file__).parents[2]
@@ -318,3 +219,63 @@ def test_the_five_lines_of_the_pages_run(place: Path) -> None:
     names: dict[str, Any] = {}
     exec(here[0], names)
     assert names["r"].caption and (place / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_photographs_are_turned_upright(place: Path, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("jpg", "png", "webp"):
+        path = tmp_path / f"turned.{kind}"
+        Image.open(place / "dog.jpg").crop((0, 0, 40, 24)).save(path, exif=exif)
+        with Image.open(path) as image:
+            wanted = np.asarray(ImageOps.exif_transpose(image))
+            np.testing.assert_array_equal(open_file(path).pixels, wanted)
+            np.testing.assert_array_equal(opened(image)[0][0].pixels, wanted)
+        assert wanted.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+
+
+def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes((place / "dog.jpg").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            model.predict([place / "dog.jpg", path])
+    array = np.zeros((8, 8, 3), np.uint8)
+    for wrong, word in (
+        (tmp_path / "absent.jpg", "absent"),
+        (array / 255, "float64"),
+        (torch.from_numpy(array).permute(2, 0, 1)[None], "shape"),
+        (array[..., :2], "shape"),
+        ([array, None], "image 1"),
+        (7, "int"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            model.predict(wrong)  # type: ignore[call-overload]
+
+
+def test_what_is_no_model_is_refused(place: Path) -> None:
+    (place / "nothing").mkdir()
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("absent", {}, "no such run"),
+        ("nothing", {}, "no heads"),
+        ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
+        ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
+        ("runs/stage2", {"device": "meta"}, "cpu"),
+        ("runs/stage2", {"image_size": 0}, "pixel"),
+    ]
+    for source, options, word in cases:
+        with pytest.raises(ValueError, match=word):
+            load(place / source, **options)
+
+
+def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/dog.jpg", "b/dog.jpg", "b/deep/dog.jpg", "out/dog.jpg", ".hidden/dog.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    found = find_images(["a/dog.jpg", "a/../b", "b/*.jpg", "a/dog.jpg"])
+    assert [found.name(file) for file in found.files] == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
+    every = find_images(["."], outside=Path("out"))
+    assert sorted(every.name(file) for file in every.files) == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]

@@ -269,7 +269,7 @@ def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
     toy.edit(each(lambda entry: entry.pop("segmentation"), share=0.5))
     source = read_coco(toy.instances, toy.captions, ellipses=True)
     drawn = count(source, "ellipse")
-    labels = [json.loads(label) for image in source.images for label in image.annotations]
+    labels = stored(source)
     assert 0 < drawn < len(labels) and not count(source, "without mask")
     found = 0
     for label in labels:

@@ -17,10 +17,9 @@ USAGE = """Boxes, masks and captions for your own pictures; no annotations neede
     visft predict photos/ more/*.png --model runs/stage2 --threshold 0.7 --out found
     visft predict "photos/**/*.jpg" --model merged.safetensors --heads runs/stage1/export
 
-Writes into DIR: pictures/NAME.png, predictions.json (names and sizes of the images, categories, and for each task what
-was found, in COCO's results format), and predictions.jsonl, the record by which the same command goes on where it was
-cut off. A file that is no image is named and skipped. Exit status: 0 something was predicted, 2 nothing was, wrong
-usage or unusable input, 130 interrupted.
+Writes into DIR, a new or empty folder: pictures/NAME.png and predictions.json (names and sizes of the images,
+categories, and for each task what was found, in COCO's results format). A file that is no image is named and skipped.
+Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable input, 130 interrupted.
 """
 
 
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return predict(given)
     except KeyboardInterrupt:
-        print("\npredict: interrupted; the same command goes on", file=sys.stderr)
+        print("\npredict: interrupted", file=sys.stderr)
         return 130
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -37,7 +36,7 @@ from visft_ds.evals.model import (
     streams_without_run,
 )
 from visft_ds.interop.backbones import is_merged
-from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES, open_weights
+from visft_ds.interop.files import PICKLE_SUFFIXES, open_weights
 from visft_ds.interop.heads import categories_of
 from visft_ds.model import PixelScale, normalise_pixels
 from visft_ds.parallel import distributed
@@ -105,9 +104,13 @@ def load(
             side=image_size,
         )
     else:
-        found = heads_in(heads or _head_folder(source))
-        streams = streams_without_run(found, batch_size=DEFAULT_BATCH, side=image_size)
-        streams = chosen_streams(streams, tasks, heads, heads or source)
+        if not source.exists():
+            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
+        if heads is None and not any(head_files(source, task) for task in TASKS if source.is_dir()):
+            raise ValueError(f"{source} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
+        heads = heads or source
+        streams = streams_without_run(heads_in(heads), batch_size=DEFAULT_BATCH, side=image_size)
+        streams = chosen_streams(streams, tasks, heads, heads)
         files = _files_at(source, chosen, weights, heads, adapter)
         parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
     loaded, streams = _build(parts, device, allow_other_base=allow_other_base)
@@ -137,7 +140,9 @@ def load_backbone(
         files = files_of_run(_place_in(run, source), config, [], backbone=weights, adapter=adapter)
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
-        parts = ModelSource(_files_at(source, chosen, weights, None, adapter), {}, precision=precision or "auto")
+        if not source.exists():
+            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
+        parts = ModelSource(_files_at(source, chosen, weights, source, adapter), {}, precision=precision or "auto")
     return ImageFeatures(_build(parts, device)[0])
 
 
@@ -169,11 +174,10 @@ class ImageFeatures(nn.Module):
                 f"images of shape {tuple(images.shape)}: give (B, 3, H, W), H and W at least {self.patch_size}"
             )
         if images.is_floating_point():
-            low, high = images.aminmax()
-            if not (low >= 0 and high <= 1):  # NaN is neither
-                raise ValueError(
-                    f"float images from {low:g} to {high:g}: give 0 to 1, not normalised, or uint8 from 0 to 255"
-                )
+            if images.device.type == "cpu":  # of a GPU the numbers would have to be waited for
+                low, high = images.aminmax()
+                if not (low >= 0 and high <= 1):  # NaN is neither
+                    raise ValueError(f"float images from {low:g} to {high:g}: give 0 to 1, or uint8 from 0 to 255")
             images = images * 255
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
@@ -235,7 +239,7 @@ class Model:
         batches of several sizes, a prediction does not depend on the images beside it, but for rounding.
 
         Args:
-            images: a file, a Pillow image of any mode but I and F, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
+            images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
                 both uint8; or several: a list of these, a folder, a pattern such as "photos/*.jpg".
             threshold: least score of boxes and masks.
             batch_size: most images that pass through the model at once; default: the run's.
@@ -350,51 +354,24 @@ def _place_in(run: Path, source: Path) -> Path:
     return source if source.parent.name == "checkpoints" else run
 
 
-def _head_folder(source: Path) -> Path:
-    if not source.exists():
-        raise ValueError(f"{source}: no such run, export folder or weight file")
-    if source.is_dir() and any(head_files(source, task) for task in TASKS):
-        return source
-    if source.is_file() or _merged_in(source):
-        raise ValueError(
-            f"{source} is a backbone without heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
-        )
-    if (source / _EXPORT).is_dir():
-        raise ValueError(f"{source} has no {RECORD_FILE}: it is no whole run; give its folder {_EXPORT} alone")
-    return source
-
-
 def _files_at(
-    source: Path, chosen: Named | None, backbone: Path | None, heads: Path | None, adapter: str | Path | None
+    source: Path, chosen: Named | None, backbone: Path | None, heads: Path, adapter: str | Path | None
 ) -> ModelFiles:
     """Files of an export without its run, or of merged weights."""
     exported = source / ADAPTER_FOLDER
     if adapter is None and exported.is_dir() and not (backbone is not None and is_merged(open_weights(backbone))):
         adapter = exported
-    weights = _weights_at(source) if backbone is None else backbone
-    # Of one export: random bases of release 0.1 do not say so themselves.
-    of_run = (weights, source) if weights.parent == source else None
-    return replace(files_without_run(chosen, weights, heads or source, adapter), of_run=of_run)
+    return files_without_run(chosen, backbone or _weights_at(source), heads, adapter)
 
 
 def _weights_at(source: Path) -> Path:
     """The one weight file of an export folder, or of a folder that merging wrote."""
     if source.is_file():
         return source
-    if not source.exists():
-        raise ValueError(f"{source}: no such run, export folder or weight file")
+    heads = {path for task in TASKS for path in head_files(source, task)}
     exported = [source / name for name in (TRAINED_BACKBONE_FILE, BACKBONE_FILE) if (source / name).is_file()]
-    found = exported[:1] or _merged_in(source)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(
-            f"{source} has to hold one file of backbone weights, found {names}: give backbone=FILE (--backbone)"
-        )
-    return found[0]
-
-
-def _merged_in(folder: Path) -> list[Path]:
-    whole = [path for path in sorted(folder.glob(f"*{INDEX}")) if path.is_file()]
-    heads = {path for task in TASKS for path in head_files(folder, task)}
     suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    return whole or [path for path in sorted(folder.glob("*")) if path.suffix in suffixes and path not in heads]
+    found = exported[:1] or sorted(path for path in source.glob("*") if path.suffix in suffixes and path not in heads)
+    if len(found) != 1:
+        raise ValueError(f"{source} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
+    return found[0]
