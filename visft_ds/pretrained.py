@@ -39,7 +39,7 @@ _USUAL = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
 _INDEX = ".index.json"
 _SHARD = re.compile(r".+-of-\d+\.safetensors")
@@ -78,7 +78,7 @@ class HubFile:
 def weights_among(names: Iterable[str]) -> str | None:
     """The weight file among the files of a folder; None where there is none, or several are."""
     known = set(names)
-    others = [name for name in known if name.endswith(_SUFFIXES) and not _SHARD.fullmatch(name)]
+    others = [name for name in known if name.endswith(WEIGHT_SUFFIXES) and not _SHARD.fullmatch(name)]
     return _usual_among(known) or (others[0] if len(others) == 1 else None)
 
 
@@ -190,6 +190,15 @@ def _asking(name: str, wanted: HubFile) -> Iterator[HfApi]:
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:  # a portal of a network, or a mirror
         raise ValueError(f"{name}: {api.endpoint} does not answer as the hub does ({error!r})") from error
+
+
+def is_timm(name: str) -> bool:
+    """Return True for a model of the installed timm, with a tag or without."""
+    if find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def check_timm(name: str) -> None:

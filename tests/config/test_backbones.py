@@ -147,3 +147,9 @@ def test_download_fetches_what_a_configuration_names(hub: FakeHub) -> None:
     assert not hub.requests
     config = of(*words, "--download")
     assert not any("weights" in item.what for item in missing_inputs(config))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "resnet50.a1_in1k", "resnet50"])
+def test_timms_own_names_are_models_of_timm(name: str) -> None:
+    """Not EVA-ViT-E with a file of that name."""
+    assert named(name).model == named(f"timm:{name}").model

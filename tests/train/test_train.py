@@ -149,7 +149,7 @@ def test_a_folder_of_something_else_is_left_alone(
 
 def test_missing_inputs_are_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, ["--stage", "2", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
-    for wanted in ("visft shards build", "EVA02_CLIP_E_psz14_plus_s9B.pt", "visft train --stage 1"):
+    for wanted in ("visft shards", "EVA02_CLIP_E_psz14_plus_s9B.pt", "visft train --stage 1"):
         assert wanted in message
     assert len(message.splitlines()) < 30
 

@@ -1,6 +1,6 @@
 """Backbones by name, as behind --backbone: what a name says about `visft.model`, and where its weights are.
 
-    timm:NAME                a model of timm with its weights, such as timm:vit_base_patch16_dinov3.lvd1689m
+    [timm:]NAME              a model of timm with its weights, such as vit_base_patch16_dinov3.lvd1689m
     hf-hub:ORG/NAME          a model of timm that somebody put on the hub, with its config.json
     eva_e                    the backbone of a file in ds_configs/models
     FILE, FOLDER             weights, also of another layout; a folder that timm reads, with its config.json
@@ -24,7 +24,19 @@ from visft_ds.config.layers import CONFIG_ROOT, load_json
 from visft_ds.config.records import Natural, parse_json, read_record
 from visft_ds.config.resolve import available
 from visft_ds.config.schema import PRESETS
-from visft_ds.pretrained import HUB, TIMM, HubFile, fetch, local, on_hub, timm_name, weights_among, weights_of_timm
+from visft_ds.pretrained import (
+    HUB,
+    TIMM,
+    WEIGHT_SUFFIXES,
+    HubFile,
+    fetch,
+    is_timm,
+    local,
+    on_hub,
+    timm_name,
+    weights_among,
+    weights_of_timm,
+)
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
 _IDLE = ("num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "class_token")
@@ -126,8 +138,10 @@ def named(text: str, *, download: bool = False) -> Named:
             raise ValueError(f"{text} has not one weight file to take: give the file")
         found = _described(path / "config.json", text) | {"weights": str(path / file)}
         return Named(text, _slug(path.resolve().name), found)
-    if path.is_file() or path.suffix:
+    if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return Named(text, None, {"weights": text})
+    if is_timm(text):
+        return named(f"{TIMM}{text}")
     near = difflib.get_close_matches(text, available("models"), n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(

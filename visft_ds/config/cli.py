@@ -24,6 +24,7 @@ from visft_ds.config.preflight import (
 )
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
+from visft_ds.files import read_bytes
 from visft_ds.pretrained import fetch, local, on_hub
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -50,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
+    add(
+        "--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)"
+    )
     add(
         "--model",
         metavar="NAME|FILE",
@@ -246,7 +249,7 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     if run is None and Path(source).exists():
         return None
     record = (Path(out or f"{place}-fork") if run is None else run) / "run.json"
-    content = parse_json(record.read_bytes(), str(record)) if record.is_file() else {}
+    content = parse_json(read_bytes(record, 1 << 26), str(record)) if record.is_file() else {}
     if run is None:  # gone: only what began with it goes on
         parent = content.get("parent") if isinstance(content, dict) else None
         before = str(parent.get("path")) if isinstance(parent, dict) else ""

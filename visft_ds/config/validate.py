@@ -15,7 +15,7 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.redaction import is_secret, refuse_secrets
-from visft_ds.tasks import registry
+from visft_ds.tasks import entries
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -27,7 +27,7 @@ ITEM = "*"  #: stands for a position in a list
 def known_keys() -> tuple[str, ...]:
     """Every key a configuration may set, dotted; "*" stands for a position in a list."""
     complete()
-    return _known_keys(tuple(registry.entries()))
+    return _known_keys(tuple(entries()))
 
 
 @functools.cache
@@ -75,12 +75,8 @@ def suggest(location: Sequence[str]) -> str:
     return f"known here: {', '.join(siblings)}" if siblings else f"{prefix[:-1]} has no keys of its own"
 
 
-def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
+def validate(tree: Tree) -> Recipe:
     """The typed recipe of a tree of values.
-
-    Args:
-        recorded: the values are those of a run that has begun. It may name a metric that nothing measures, or a trace
-            of steps that never came; what it trained is no less readable for that.
 
     Raises:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
@@ -94,8 +90,7 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     keys, more = check(DeepSpeedKeys, theirs)
     errors += [(key, message) for key, message in [*found, *more] if key not in handled]
     if recipe is not None:
-        errors += _contradictions(recipe)
-        errors += [] if recorded else [*_unknown_metric(recipe.visft), *_unreached_trace(recipe)]
+        errors += [*_contradictions(recipe), *_unknown_metric(recipe.visft), *_unreached_trace(recipe)]
     if keys is not None:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:

@@ -29,7 +29,7 @@ PROTOCOLS = {
     "hf": "huggingface_hub",
     "memory": "fsspec",
 }
-_ATTEMPTS = 4  # pauses of 1, 2 and 4 s between them
+_ATTEMPTS, _PAUSE = 4, 1.0  # seconds, doubled each time
 _TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -89,8 +89,11 @@ class RemoteFolder:
             if not path.exists():
                 self._make_room(folder, size)
                 part = folder / f".{sha256}.part"
-                self._get(name, part, lambda: _digest(part) == sha256)
-                part.replace(path)
+                try:
+                    self._get(name, part, lambda: _digest(part) == sha256)
+                    part.replace(path)
+                finally:
+                    part.unlink(missing_ok=True)
         return path
 
     def open(self, name: str, size: int, sha256: str) -> int:
@@ -137,7 +140,7 @@ class RemoteFolder:
                     return
                 if attempt + 1 == _ATTEMPTS:
                     raise ValueError(f"{where} is not what its manifest says: copy all files of the split there again")
-            time.sleep(2**attempt)
+            time.sleep(_PAUSE * 2**attempt)
 
 
 def _digest(path: Path) -> str:

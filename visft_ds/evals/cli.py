@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     data.add_argument("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
-    data.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default %(default)s)")
+    data.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the machine)")
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     out.add_argument("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")

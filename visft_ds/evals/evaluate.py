@@ -17,7 +17,7 @@ import orjson
 from visft_ds.config.backbones import named
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import folder_of_run
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader, splits_in
 from visft_ds.evals.examples import draw_examples
@@ -39,7 +39,7 @@ from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import cache_of, needs_vocabulary
+from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted
@@ -92,7 +92,7 @@ class Request:
     limit: int | None
     image_size: int | None
     batch_size: int | None
-    workers: int
+    workers: int | None
     out: Path | None
     images: int
     threshold: float
@@ -119,7 +119,7 @@ def evaluate(
     limit: int | None = None,
     image_size: int | None = None,
     batch_size: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     out: AnyPath | None = None,
     images: int = 8,
     threshold: float = 0.5,
@@ -146,7 +146,7 @@ def evaluate(
         limit: only the first so many images.
         image_size: resize to squares of so many pixels.
         batch_size: of one process; by default the run's, or 8.
-        workers: processes that decode; 0: none but this one.
+        workers: processes that decode; None: chosen for the machine.
         out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
         images: pictures to draw into `out`.
         threshold: least score in pictures.
@@ -283,7 +283,12 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
     with ShardReader(manifest) as reader:
         began = time.perf_counter()
         collected = collect(
-            model.predict, reader, source.streams, model.vocabulary, limit=given.limit, num_workers=given.workers
+            model.predict,
+            reader,
+            source.streams,
+            model.vocabulary,
+            limit=given.limit,
+            num_workers=workers_of(DataConfig(num_workers=given.workers)),
         )
         seconds = time.perf_counter() - began
         pictures = draw_examples(
@@ -399,7 +404,7 @@ def _write(
 
 def _facts(tasks: Sequence[str]) -> dict[str, Any]:
     """Name -> whatever else the numbers of these tasks depend on."""
-    return {name: value for task in tasks for name, value in TASKS[task].evaluator.facts.items()}
+    return {name: value for task in tasks for name, value in TASKS[task].facts.items()}
 
 
 def _print_start(model: EvaluationModel, precision: str, data: str) -> None:

@@ -50,7 +50,7 @@ from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
-from visft_ds.tasks.registry import config_class
+from visft_ds.tasks import config_class
 
 _ADAPTER_FORMATS = ("peft",)
 

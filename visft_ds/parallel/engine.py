@@ -130,7 +130,7 @@ def start_process_group() -> None:
     os.environ.setdefault("MASTER_PORT", _free_port())
     # Torch's flight recorder, from which the watchdog names the last collective.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
-    if torch.cuda.is_available():
+    if distributed.local_device().type == "cuda":
         torch.cuda.set_device(distributed.local_device())
     try:
         store = _store_at_home()  # kept until torch has taken it over

@@ -85,9 +85,10 @@ def windowed(data: DataConfig, root: str) -> bool:
 
 
 def workers_of(data: DataConfig) -> int:
-    """Processes that read for this one."""
-    share = len(os.sched_getaffinity(0)) // distributed.processes_here()
-    return min(8, max(1, share - 1)) if data.num_workers is None else data.num_workers
+    """Processes that read for this one. Without a GPU they would take the cores that compute."""
+    if data.num_workers is not None or distributed.local_device().type == "cpu":
+        return data.num_workers or 0
+    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:

@@ -23,6 +23,7 @@ import orjson
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Whole, read_record
+from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.runner import as_metrics, measure
 from visft_ds.interop.writing import write_text
@@ -61,7 +62,9 @@ class AsyncEvaluation:
     def __init__(self, folder: Path, manifest: Manifest, limit: int | None) -> None:
         self.folder = folder.resolve()
         self._shards = manifest.root.resolve() if isinstance(manifest.root, Path) else manifest.root
-        self._data = {"split": manifest.split, "limit": limit}
+        cache = None if manifest.remote is None else manifest.remote.cache
+        copies = None if cache is None else [str(cache.folder), cache.max_bytes]
+        self._data = {"split": manifest.split, "limit": limit, "cache": copies}
         self._waiting: deque[int] = deque()
         self._working: tuple[int, subprocess.Popen[bytes]] | None = None
         self._failed: list[EvalResult] = []
@@ -194,7 +197,8 @@ def main(folder: Path, shards: Path | str) -> int:
             collected[task] = _read_results(folder / f"{task}_results.json")
         except (ValueError, OSError) as error:
             unread.append(f"{task}: {error}")
-    with ShardReader(Manifest.load(shards, order["split"])) as reader:
+    cache = None if order["cache"] is None else Cache(Path(order["cache"][0]), order["cache"][1])
+    with ShardReader(Manifest.load(shards, order["split"], cache)) as reader:
         outcome, problems = measure(collected, reader, limit=order["limit"])
     whole = {"step": order["step"], "metrics": as_metrics(outcome), "problems": [*unread, *problems]}
     write_text(folder / _METRICS, orjson.dumps(whole).decode(), overwrite=True)

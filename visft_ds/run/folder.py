@@ -9,6 +9,7 @@ from typing import Any
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 from visft_ds.config.preflight import INPUTS_FOLDER
 from visft_ds.config.records import as_record, parse_json
+from visft_ds.files import read_bytes
 from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
@@ -38,6 +39,8 @@ _OF_A_RUN = (
     RECORD_FILE,
 )
 _ASIDE = "earlier-"
+#: Largest run.json that is read, bytes.
+_MOST_BYTES = 1 << 26
 _SHOWN = 8  # names or differences in a message
 
 
@@ -122,7 +125,7 @@ def read_run(out: Path) -> RunFile:
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
     try:
-        data = record.read_bytes()
+        data = read_bytes(record, _MOST_BYTES)
         found = parse_json(data, str(record))
         schema = found.get("schema") if isinstance(found, dict) else None
         if schema == RUN_SCHEMA:

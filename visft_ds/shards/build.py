@@ -161,7 +161,7 @@ def _look(images: Sequence[SourceImage], options: Options) -> list[tuple[str, st
         path = options.images / image.file_name
         if reason := wrong_name(image.file_name, folders=True):
             left_out.append((image.file_name, f"name not allowed: {reason}"))
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             left_out.append((image.file_name, "no such file in the images folder"))
         else:
             image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
@@ -173,7 +173,7 @@ def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
     found = Findings()
     for name, reason in left_out:
         kind, _, detail = reason.partition(": ")
-        found.add(kind, shown_name(name) + (f" ({detail})" if detail else ""))
+        found.add(kind, shown_name(name) + (f" ({detail.rpartition(': ')[2]})" if detail else ""))
     return found
 
 
