@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATH",
-        help="run, checkpoint, adapter folder or ViSFT LoRA file; several: their mean; none: another --format of --base",
+        help="run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form",
     )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
