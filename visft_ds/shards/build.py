@@ -82,9 +82,8 @@ class Options:
 
     def content(self) -> dict[str, Any]:
         """What determines the bytes beside the files, for the manifest."""
-        drawn = {"masks_from_boxes": True} if self.masks_from_boxes else {}
-        found = {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")}
-        return found | drawn | {"tokenizer": TOKENIZER}
+        names = ("max_size", "limit", "seed", "exif", "masks_from_boxes")
+        return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
 
 
 def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
