@@ -183,6 +183,7 @@ def train(
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
+                log.writer.event(step, "training images evaluated", **learnt)
                 for line in told_of_learning(learnt, log.writer.last):
                     log.message(line)
             elif validation:

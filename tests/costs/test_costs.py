@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.options import head_of
 from visft_ds.costs import hardware
 from visft_ds.costs.counting import FlopMeter
 from visft_ds.costs.flops import Flops, TowerShape, packed_flops, tower_flops
@@ -26,7 +25,6 @@ from visft_ds.costs.ledger import (
 )
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.tasks.detection.flops import detection_flops
 
 CPU = torch.device("cpu")
 
@@ -125,25 +123,6 @@ def test_packed_images_cost_what_the_formula_says() -> None:
         backbone.train()(torch.randn(2, 3, 56, 70), ((56, 28), (30, 70))).square().sum().backward()
     formula = packed_flops(tower_of(backbone, rank=3, targets=("q", "v")), [4 * 2, 2 * 5], 2 * 4 * 5)
     assert meter.total == formula.all
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("trains", [True, False])
-def test_a_detection_head_costs_what_the_formula_says(trains: bool, dropout: float) -> None:
-    options = {
-        **{"num_classes": 5, "num_queries": 7, "encoder_dim": 16, "decoder_dim": 24, "encoder_layers": 2},
-        **{"decoder_layers": 3, "num_heads": 2, "ffn_dim": 20, "dropout": dropout},
-    }
-    head = head_of("detection", 10, **options).train().requires_grad_(trains)
-    features = torch.randn(2, 10, 3, 4, requires_grad=not trains)
-    meter = FlopMeter()
-    with meter.counting():
-        output = head(features, torch.ones(2, 3, 4, dtype=torch.bool))
-        forward = meter.total
-        layers = (*output.aux, output)
-        sum(layer.logits.square().sum() + layer.boxes.square().sum() for layer in layers).backward()
-    formula = detection_flops(options, 10, images=2, patches=12, trains=trains, flows=not trains)
-    assert (forward, meter.total - forward) == (formula.forward, formula.backward)
 
 
 def test_naive_attention_costs_one_product_less_backward() -> None:

@@ -447,7 +447,7 @@ def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
     def judge(*_: Any) -> dict[str, float]:
         raise ValueError("the score of a result for image_id 7 is nan")
 
-    monkeypatch.setitem(vars(TASKS["detection"].evaluator), "measure", judge)
+    monkeypatch.setattr(TASKS["detection"], "measure", judge)
     status, printed, errors = _evaluate("--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
     assert status == 2
     assert errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"

@@ -16,7 +16,7 @@ from visft_ds.interop.heads import find_head, head_file, load_heads, open_head, 
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks.captioning.head import CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
-from visft_ds.tasks.segmentation.loss import SegmentationHead
+from visft_ds.tasks.segmentation.head import SegmentationHead
 
 WIDTH = 12
 # Each with an option that no tensor tells.

@@ -27,7 +27,7 @@ from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
-from visft_ds.tasks.segmentation.loss import SegmentationHead
+from visft_ds.tasks.segmentation.head import SegmentationHead
 
 FILES = {
     task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(TASKS, ("detection", "segment", "caption"), strict=True)

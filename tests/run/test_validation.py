@@ -39,8 +39,7 @@ from visft_ds.run.async_eval import AsyncEvaluation
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import TASKS, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SETTINGS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torchvision.ops
 
-from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
+from visft_ds.tasks.matching import centers_to_corners, generalized_box_iou
 
 
 def _boxes(count: int) -> torch.Tensor:

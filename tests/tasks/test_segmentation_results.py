@@ -13,7 +13,8 @@ from faster_coco_eval import mask as coco_mask
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.segmentation.loss import SegmentationOutput, postprocess
+from visft_ds.tasks.segmentation.head import SegmentationOutput
+from visft_ds.tasks.segmentation.loss import postprocess
 
 
 def _batch(count: int, **fields: Tensor) -> Batch:

@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
+    add(
+        "--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)"
+    )
     add(
         "--model",
         metavar="NAME|FILE",

@@ -17,7 +17,7 @@ from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.files import read_bytes
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import registry
+from visft_ds.tasks import BUILT_IN, config_class, entries
 
 #: File name of published base weights that no hub has -> command that fetches it into a folder. Source:
 #: https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
@@ -148,7 +148,7 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         command = f"{launcher()} --stage 1 {named or f'--model {model}'}"
         if "visft.data.root" in config.sources:
             command += f" --data {quote(config.visft.data.root)}"
-        if len(others) < len(registry.BUILT_IN):
+        if len(others) < len(BUILT_IN):
             command += f" --set visft.tasks={','.join(others)}"
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
@@ -201,7 +201,7 @@ def _lacks(config: ResolvedConfig, task: str) -> str | None:
     findings = _values(_manifest_file(config), "findings")
     try:
         kinds = {kind: number for kind, (number, _) in findings.items()}
-        lacks: str | None = registry.config_class(task).lacks(counts, kinds) if counts else None
+        lacks: str | None = config_class(task).lacks(counts, kinds) if counts else None
     except (ValueError, TypeError, AttributeError):
         return None
     return lacks
@@ -260,8 +260,8 @@ def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, A
     tasks = found["visft"].get("tasks")
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         head = task.get("head") if isinstance(task, dict) else None
-        if name in registry.entries() and isinstance(head, dict) and "num_classes" in head:
-            usual = registry.config_class(name).model_fields["head"].default
+        if name in entries() and isinstance(head, dict) and "num_classes" in head:
+            usual = config_class(name).model_fields["head"].default
             if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
                 del head["num_classes"]
     return found
@@ -298,7 +298,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
     file = folder / f"{task}.safetensors"
     if file.is_file():
         return [file]
-    word = registry.config_class(task).published
+    word = config_class(task).published
     published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
     return [path for path in published if path.is_file()]
 

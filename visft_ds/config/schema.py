@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
-from visft_ds.tasks import registry
+from visft_ds.tasks import config_class, entries
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
@@ -30,9 +30,9 @@ PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
-    if value in registry.entries():
+    if value in entries():
         return value
-    allowed = " or ".join(", ".join(f"'{name}'" for name in registry.entries()).rsplit(", ", 1))
+    allowed = " or ".join(", ".join(f"'{name}'" for name in entries()).rsplit(", ", 1))
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
 
 
@@ -267,9 +267,9 @@ class Recipe(StrictModel):
 
 def complete() -> None:
     """Give the schema every task of the table; a task may be registered at any time."""
-    absent = [name for name in registry.entries() if name not in TasksConfig.model_fields]
+    absent = [name for name in entries() if name not in TasksConfig.model_fields]
     for name in absent:
-        kind = registry.config_class(name)
+        kind = config_class(name)
         TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
     if absent:
         for model in (TasksConfig, VisftConfig, Recipe):  # from the inside out

@@ -404,7 +404,7 @@ def _write(
 
 def _facts(tasks: Sequence[str]) -> dict[str, Any]:
     """Name -> whatever else the numbers of these tasks depend on."""
-    return {name: value for task in tasks for name, value in TASKS[task].evaluator.facts.items()}
+    return {name: value for task in tasks for name, value in TASKS[task].facts.items()}
 
 
 def _print_start(model: EvaluationModel, precision: str, data: str) -> None:

@@ -63,9 +63,9 @@ def draw_examples(
             outputs = predict(batch)
             for task in stream.tasks if distributed.is_main() else ():
                 results = TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
-                for place, raw in enumerate(raws):
+                for raw in raws:
                     of_image = [result for result in results if result["image_id"] == raw.image_id]
-                    example = Example(raw, of_image, outputs[task], place, names, threshold)
+                    example = Example(raw, of_image, names, threshold)
                     try:
                         pictures[task][raw.image_id] = TASKS[task].picture(example)
                     except ValueError as error:

@@ -55,8 +55,7 @@ from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import config_class
+from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
 DEFAULT_BATCH = 8  # without a run that tells

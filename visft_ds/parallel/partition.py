@@ -133,10 +133,9 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 def _stream_costs(module: MultiTaskModel, lora: LoraConfig | None, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for a micro-batch of a stream, with images of typical size."""
+    """Operations of each layer for a micro-batch of a stream, with images of the largest size."""
     backbone = require_eva_vit(module.backbone)
-    together = 1 if module.packed else images
-    side = stream.typical_side(together) // backbone.patch_size or 1
+    side = stream.largest_side() // backbone.patch_size or 1
     patches = side * side
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     tower = tower_from(backbone, lora, trained)

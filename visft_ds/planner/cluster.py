@@ -256,7 +256,6 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, cluster: Cluster | 
     Args:
         cluster: over whose links ranks send their messages; None: sending takes no time.
     """
-    run = run.typical(stream)
     found, batches, zero = trace_step(run.alone(), stream), run.batches, run.zero()
     micro = micro_batch_seconds(run.alone(), stream, rates)
     shared = batches.dp if zero.stage else 1

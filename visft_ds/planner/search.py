@@ -105,7 +105,7 @@ def forecast(
     if config.visft.model.recompute == "auto":
         full = full.changed(changed(config, (recompute_setting(choose_recompute(full, capacity, rates).policy),)))
     for name, stream in config.visft.streams().items():
-        work = trace_step(plain.typical(stream).alone(), stream).work
+        work = trace_step(plain.alone(), stream).work
         peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
         streams[name] = StreamForecast(
             images=stream.batch_size,
@@ -165,7 +165,7 @@ def choose_recompute(run: PlannedRun, capacity: int, rates: Rates) -> RecomputeC
 
     def seconds(policy: str) -> float:
         candidate = run.changed(changed(run.config, (recompute_setting(policy),)))
-        return sum(stream.share * micro_batch_seconds(candidate.typical(stream), stream, rates) for stream in streams)
+        return sum(stream.share * micro_batch_seconds(candidate, stream, rates) for stream in streams)
 
     needed, fitting = dict[str, int](), dict[str, float]()
     for policy in policies_of(run.config):

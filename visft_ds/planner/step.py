@@ -72,14 +72,6 @@ class PlannedRun:
         """The same micro-batch of one process: its operations do not depend on the others."""
         return replace(self, batches=replace(self.batches, dp=1, accumulation=1, stages=1))
 
-    def typical(self, stream: Stream) -> PlannedRun:
-        """The same with images of average size, where the largest say too little of the time."""
-        together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
-        side = stream.typical_side(together)
-        if self.content.size is not None or side == stream.largest_side():
-            return self
-        return replace(self, content=replace(self.content, size=(side, side)))
-
     def model_key(self, stream: Stream) -> str:
         """Text that two runs share if a stream is the same work of the same model in both."""
         visft = self.config.visft
@@ -334,7 +326,7 @@ def run_of(
 
 def model_operations(run: PlannedRun, stream: Stream) -> int:
     """Arithmetic of a rank's part of an optimiser step on typical images, nothing computed twice."""
-    plain = run.changed(changed(run.config, ["visft.model.recompute=none"])).typical(stream)
+    plain = run.changed(changed(run.config, ["visft.model.recompute=none"]))
     micro = sum(count * work.operations for work, count in trace_step(plain.alone(), stream).work.items())
     return micro * run.batches.accumulation // run.batches.stages
 

@@ -220,9 +220,6 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        for key, problem in task.backbone_contradictions(backbone.patch_size):  # transforms do not know the backbone
-            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):

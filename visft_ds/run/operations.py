@@ -15,7 +15,6 @@ from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import plain_below
 from visft_ds.parallel.engine import Engine
-from visft_ds.tasks import TASKS
 
 #: Micro-batches of a rank's step -> seconds they would take at the peak rate, nothing computed twice; None: no formula.
 SecondsAtPeak = Callable[[Sequence[Batch]], float | None]
@@ -26,7 +25,7 @@ class StepFormula:
     """Operations of this rank's part of a step."""
 
     backbone: Flops | None  #: None: there is no formula, as for models of timm
-    head: Flops | None  #: None: a head of the step has no formula
+    head: Flops | None  #: None: heads have no formula
 
     @property
     def total(self) -> Flops | None:
@@ -49,7 +48,7 @@ def formula_of(engine: Engine, resolved: ResolvedConfig, precision: Precision, b
         linear_keeps_late=engine.stage == 3 and bool(keeps_late),
     )
     first = module.backbone.cls_token is not None
-    in_backbone, in_heads, known = Flops(), Flops(), True
+    in_backbone = Flops()
     for batch in batches:
         images, (height, width) = len(batch.images), module.backbone.grid(batch.images)
         patches, frames = height * width, module.frames(batch)
@@ -57,23 +56,7 @@ def formula_of(engine: Engine, resolved: ResolvedConfig, precision: Precision, b
             in_backbone += tower_flops(tower, images, patches + first, patches)
         else:
             in_backbone += packed_flops(tower, [first + h * w for h, w in frames.grids], images * patches)
-        for task in batch.tasks:
-            head = module.heads[task]
-            trains = {parameter.requires_grad for parameter in head.parameters()}
-            formula = TASKS[task].flops
-            if formula is None or len(trains) > 1:  # of a head that trains in part only the counter knows
-                known = False
-                continue
-            options = config.tasks.enabled()[task].head.model_dump()
-            in_heads += formula(
-                options if head.training else {**options, "dropout": 0.0},
-                module.backbone.width,
-                images,
-                patches,
-                trains=trains == {True},
-                flows=module.train_backbone,
-            )
-    return StepFormula(in_backbone, in_heads if known else None)
+    return StepFormula(in_backbone, None if any(batch.tasks for batch in batches) else Flops())
 
 
 def seconds_at_peak(engine: Engine, config: ResolvedConfig, precision: Precision) -> SecondsAtPeak | None:

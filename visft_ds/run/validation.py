@@ -23,7 +23,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Training photographs that a run is asked about at its end.

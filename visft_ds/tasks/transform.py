@@ -17,36 +17,21 @@ import numpy.typing as npt
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import entries
+from visft_ds.tasks import TASKS, entries
 from visft_ds.tasks.spec import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Transform from a raw sample to one with the targets of some tasks.
-
-    The sample's `targets` have an entry for each task, in the order of TASKS; of the tasks of this package:
-        "detection": {"boxes": (n, 4) float32, cxcywh relative to the transformed image, "labels": (n,) int64, raw
-            category ids, or places among the classes of the head where they are not COCO's}.
-        "segmentation": {"masks": (n, hm, wm) uint8, covered part of each cell, "labels": (n,) int64, places among the
-            classes of the head, by default COCO's 80}. An object without a mask has a box only, so n may be smaller
-            than in detection.
-        "captioning": {"tokens": (T,) int64, "references": (captions,) str objects}.
-    Letters: n objects of one image, hm wm cells of the masks, T caption length in ids.
-    """
+    """Transform from a raw sample to one with the targets of some tasks, in the order of TASKS."""
 
     train: bool
     geometry: Geometry
     tasks: Mapping[str, ImageTargets]
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        """Transform one sample; evaluation draws nothing from `generator`.
-
-        Raises:
-            ValueError: a category without a class, or a segmentation that cannot be read; names image and annotation.
-        """
+        """Transform one sample; evaluation draws nothing from `generator`."""
         ops = self.geometry.draw(raw.size, self.train, generator)
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
         return Sample(
@@ -68,20 +53,16 @@ class ImageTransform:
 
     def modules(self) -> set[str]:
         """Modules that it works with: this one, and those that describe its tasks."""
-        return {__name__, *(entries()[task].spec.partition(":")[0] for task in self.tasks)}
+        return {__name__, *(entries()[task].partition(":")[0] for task in self.tasks)}
 
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
-    """The transform of a stream.
-
-    Raises:
-        ValueError: a task that works with words, without a vocabulary.
-    """
-    targets = {}
-    for task in TASKS:
-        if task in stream.tasks:
-            own = TASKS[task].of_data(vocabulary, stream.classes.get(task))
-            targets[task] = TASKS[task].targets(train, stream.image, **own)
+    """The transform of a stream."""
+    targets = {
+        task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task))
+        for task in TASKS
+        if task in stream.tasks
+    }
     return ImageTransform(train, geometry_of(stream), targets)
 
 

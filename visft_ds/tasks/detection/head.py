@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.matching import ClassLoss, Matches, MatchingCosts, at_least_float32, match
+from visft_ds.tasks.matching import (
+    Matches,
+    at_least_float32,
+    centers_to_corners,
+    class_loss,
+    generalized_box_iou,
+    match,
+)
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
@@ -105,8 +110,7 @@ class DetectionCriterion:
     """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched boxes.
 
     `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4), `no_object` is
-    the weight of that class within the cross-entropy and `average` the kind of its mean, see `matching.ClassLoss`.
-    `num_queries` and `decoder_layers` are the head's.
+    the weight of that class within the cross-entropy. `num_queries` and `decoder_layers` are the head's.
 
     Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}` of the
     earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
@@ -118,33 +122,20 @@ class DetectionCriterion:
     """
 
     def __init__(
-        self,
-        *,
-        num_queries: int,
-        decoder_layers: int,
-        ce: float,
-        l1: float,
-        giou: float,
-        no_object: float,
-        average: ClassAverage,
+        self, *, num_queries: int, decoder_layers: int, ce: float, l1: float, giou: float, no_object: float
     ) -> None:
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
-        self.class_loss = ClassLoss(no_object, average)
-        self.costs = MatchingCosts(ce, l1, giou)
+        self.no_object = no_object
+        self.costs = (ce, l1, giou)
         suffixes = ["", *(f"_{layer}" for layer in range(decoder_layers - 1))]
         by_name = {"ce": ce, "l1": l1, "giou": giou}
         self.weights: dict[str, float] = {name + s: weight for s in suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
-
-        `boxes` is the number of objects; `ClassLoss.count` has the denominator of the cross-entropy, for which an image
-        with n objects has min(n, Q) matched queries.
-        """
+        """Loss denominators from the labels alone, to be summed over ranks and micro-batches."""
         counts = batch.targets["detection"].counts
-        matched = int(counts.clamp(max=self.num_queries).sum())
-        return {"boxes": float(counts.sum()), **self.class_loss.count(len(counts), self.num_queries, matched)}
+        return {"boxes": float(counts.sum()), "images": float(len(counts))}
 
     def __call__(
         self,
@@ -153,10 +144,7 @@ class DetectionCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
-
-        Raises what `matching.match` raises.
-        """
+        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
         layers = (*output.aux, output)
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
         assert (logits.shape[2], len(layers)) == (self.num_queries, self.decoder_layers), logits.shape
@@ -166,7 +154,7 @@ class DetectionCriterion:
         classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
         classes[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
         by_name = {
-            "ce": self.class_loss(logits, classes, loss_denominators),
+            "ce": class_loss(logits, classes, self.no_object, loss_denominators),
             **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
         }
         suffixes = [*(f"_{layer}" for layer in range(self.decoder_layers - 1)), ""]

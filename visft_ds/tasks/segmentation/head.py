@@ -1,6 +1,7 @@
-"""Transformer decoder of the segmentation head: queries that attend only to the cells their own mask covers.
+"""Segmentation head, single-scale Mask2Former, and its decoder: queries attend to the cells their own mask covers.
 
-Letters: B images, h w patch grid, S = h*w cells, Q queries, E width, C classes, L prediction sets = decoder layers + 1.
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, Q queries, E width, C classes, L prediction sets =
+decoder layers + 1.
 
 Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
 then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted before the layer
@@ -11,11 +12,87 @@ A parameter is used only in the forward of the module that owns it (see `pixel_d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.segmentation.config import Labelling
+from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
+
+
+@dataclass(frozen=True)
+class SegmentationOutput:
+    """Predictions of the last decoder layer; `aux` holds those before the first layer and of the earlier layers."""
+
+    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
+    masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
+    aux: tuple[SegmentationOutput, ...] = ()
+    labelling: Labelling = "contiguous"  #: of the head
+    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
+    #: batch in pixels is meant.
+    extents: Tensor | None = None
+
+
+class SegmentationHead(nn.Module):
+    """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
+
+    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
+    image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
+    weights; the loss and the results follow it. Defaults and bounds of the options stand in `SegmentationHeadConfig`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        num_classes: int,
+        num_queries: int,
+        hidden_dim: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_heads: int,
+        num_points: int,
+        encoder_ffn_dim: int,
+        decoder_ffn_dim: int,
+        dropout: float,
+        labelling: Labelling,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        self.decoder_layers = decoder_layers
+        self.labelling: Labelling = labelling
+        self.pixel_decoder = PixelDecoder(
+            in_channels,
+            hidden_dim,
+            num_layers=encoder_layers,
+            num_heads=num_heads,
+            num_points=num_points,
+            ffn_dim=encoder_ffn_dim,
+            dropout=dropout,
+        )
+        self.decoder = MaskedDecoder(
+            hidden_dim,
+            num_classes=num_classes,
+            num_queries=num_queries,
+            num_layers=decoder_layers,
+            num_heads=num_heads,
+            ffn_dim=decoder_ffn_dim,
+            dropout=dropout,
+        )
+
+    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
+        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
+        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+        memory, mask_features = self.pixel_decoder(features, valid)
+        logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
+        earlier = zip(logits[:-1], masks[:-1], strict=True)
+        aux = tuple(SegmentationOutput(*predicted, labelling=self.labelling) for predicted in earlier)
+        return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
 
 
 class MaskedDecoderLayer(nn.Module):
