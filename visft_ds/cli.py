@@ -23,7 +23,7 @@ class Program(NamedTuple):
 
 COMMANDS = {
     "demo": Program("visft_ds.demo", "the whole way in small: drawings, both stages, evaluation, report"),
-    "toy": Program("visft_ds.toy.cli", "draw a toy data set in COCO's own form"),
+    "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
     "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),

@@ -15,7 +15,7 @@ from tests.coco_tree import Tree, write_tree
 from tools.make_shards import main
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.coco import CocoSource, read_coco
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 Content = dict[str, Any]
 Change = Callable[[Content], Any]
