@@ -19,7 +19,7 @@ USAGE = """Merge LoRA adapters into base weights, or write an adapter in another
 visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
-Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
+Base: .safetensors, .pt; any known layout; that of a run may be left out.
 Adapter: a run (also one that trained its backbone itself), a checkpoint folder, an adapter folder, or a LoRA file as
 ViSFT published them; several are averaged; without any the base is written as it is, in another form. An --out without
 suffix is a folder: weights, the configuration of the library that reads them, and a model card.

@@ -40,7 +40,7 @@ from visft_ds.data.shards import (
     store,
 )
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
-from visft_ds.names import shown_name, wrong_name
+from visft_ds.names import wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
@@ -171,7 +171,7 @@ def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
     found = Findings()
     for name, reason in left_out:
         kind, _, detail = reason.partition(": ")
-        found.add(kind, shown_name(name) + (f" ({detail.rpartition(': ')[2]})" if detail else ""))
+        found.add(kind, name + (f" ({detail.rpartition(': ')[2]})" if detail else ""))
     return found
 
 
@@ -264,7 +264,7 @@ def _write(
                     left_out.append((image.file_name, str(error)))
                 else:
                     rows.append(_add(tar, image, suffix, data))
-                    odd += [(kind, shown_name(image.file_name))] if kind else []
+                    odd += [(kind, image.file_name)] if kind else []
             tar.close()
             file.flush()
             os.fsync(file.fileno())

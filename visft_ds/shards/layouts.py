@@ -116,9 +116,8 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
 
 
 def _few(names: Sequence[str]) -> str:
-    return (", ".join(names[:_SHOWN]) or "nothing") + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "nothing") + more
 
 
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
@@ -136,7 +135,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
         try:
             values = read_mapping(path)
-        except ValueError:  # of something else: it stands among what was found
+        except (ValueError, OSError):  # of something else: it stands among what was found
             continue
         if "names" in values and any(key in values for key in SPLITS):
             yield "YOLO", [path]

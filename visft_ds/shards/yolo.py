@@ -114,7 +114,7 @@ def read_yolo(
         beside = {file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts} - used
         for label in sorted(beside) if all(place.is_dir() for place in places) else ():
             if label.name not in _NO_LABELS:
-                odd.add("label without image", shown_name(str(label)))
+                odd.add("label without image", label)
         odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
         made.append((split, folder, {"images": images, "annotations": annotations, "categories": categories}, odd))
     return made
