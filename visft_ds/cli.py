@@ -34,7 +34,6 @@ COMMANDS = {
     "plan": Program("visft_ds.planner.command", "does a configuration fit a cluster, and how fast is it there?"),
     "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
     "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
-    "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),
     "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
 }
 #: Those that several processes do together.

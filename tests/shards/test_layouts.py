@@ -224,5 +224,15 @@ def test_two_years_of_one_split_are_refused(tmp_path: Path) -> None:
         recognise(folder)
     assert [split.name for split in recognise(folder, "val")[1]] == ["val"]
     shutil.rmtree(folder / "val2017")
-    with pytest.raises(ValueError, match=r"val2017\.json: its images are in none of val2017/"):
+    with pytest.raises(ValueError, match=r"val2017\.json: there is no folder"):
         recognise(folder, "val")
+
+
+def test_names_that_would_move_a_terminal_are_shown_as_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_tree(tmp_path / "tree", 40)
+    tree.edit(lambda content: content["images"][0].update(file_name="a\n\x1b[2Jb.jpg"))
+    assert main(["build", *tree.arguments(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "1 x name not allowed" in told and "\x1b" not in told and r"a\n\x1b[2Jb.jpg" in told

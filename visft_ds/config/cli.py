@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
-    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
     add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")

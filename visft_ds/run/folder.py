@@ -15,8 +15,6 @@ from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
-#: Checkpoints of the states that refused steps began with: none to go on from, and out of what is kept and counted.
-REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
 #: Says why a run ended in good order; there is none while it trains.
 ENDED_FILE = "ended"
@@ -33,7 +31,6 @@ _OF_A_RUN = (
     "trace-*.json.gz",
     "validation",
     "bundles",  # of runs before 0.2
-    REFUSED_FOLDER,
     "checkpoints",
     INPUTS_FOLDER,
     RECORD_FILE,
