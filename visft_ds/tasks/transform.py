@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
-from visft_ds.data.transforms import Geometry, Pad, ShortSides, apply_to_image, final_size, of_options
+from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary

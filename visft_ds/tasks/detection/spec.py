@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options, places
 from visft_ds.tasks import Results
-from visft_ds.tasks.average_precision import coco_average_precision, pack_results, unpack_results
+from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets, pack_detection
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
@@ -61,14 +59,15 @@ class Detection(Task):
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
-    def make_head(self, in_channels: int, **options: Any) -> nn.Module:
-        kind, width = options.pop("type"), options.pop("width")
+    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        whole = self.options("head", options)
+        kind, width = whole.pop("type"), whole.pop("width")
         if kind == "dense":
-            return DenseHead(in_channels, num_classes=options["num_classes"], width=width)
-        return DetectionHead(in_channels, **options)
+            return DenseHead(in_channels, num_classes=whole["num_classes"], width=width)
+        return DetectionHead(in_channels, **whole)
 
-    def make_criterion(self, **options: Any) -> Criterion:
-        if options.pop("type") == "dense":
+    def losses(self, *, type: str, **options: Any) -> Criterion:
+        if type == "dense":
             return DenseCriterion(ce=options["ce"], giou=options["giou"])
         return DetectionCriterion(**options)
 
@@ -84,17 +83,8 @@ class Detection(Task):
             return dense_results(output, batch, classes, threshold)
         return postprocess(output, batch, classes, threshold)
 
-    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
-        return coco_dataset(reader, indices)
-
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return coco_average_precision(truth, results, per_category=per_category)
-
-    def compress(self, results: Results) -> Any:
-        return pack_results(results)
-
-    def expand(self, compressed: Any) -> Results:
-        return unpack_results(compressed)
 
     def picture(self, example: Example) -> Picture:
         return example.draw(example.objects(), boxes=lambda one: one["bbox"])
