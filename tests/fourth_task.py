@@ -66,9 +66,9 @@ class ClassificationOutput:
 
 
 class ClassificationHead(nn.Module):
-    def __init__(self, in_channels: int, *, num_classes: int) -> None:
+    def __init__(self, in_channels: int, options: ClassificationHeadConfig) -> None:
         super().__init__()
-        self.classifier = nn.Linear(in_channels, num_classes)
+        self.classifier = nn.Linear(in_channels, options.num_classes)
 
     def forward(self, features: Tensor, valid: Tensor) -> ClassificationOutput:
         shares = valid / valid.sum(dim=(1, 2), keepdim=True)
@@ -76,8 +76,8 @@ class ClassificationHead(nn.Module):
 
 
 class ClassificationCriterion:
-    def __init__(self, *, bce: float) -> None:
-        self.weights = {"bce": bce}
+    def __init__(self, head: ClassificationHeadConfig, loss: ClassificationLoss) -> None:
+        self.weights = {"bce": loss.bce}
 
     def count(self, batch: Batch) -> dict[str, float]:
         return {"images": float(len(batch.images))}

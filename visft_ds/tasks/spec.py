@@ -108,10 +108,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (in_channels, **head options); called with (features, valid)
-    losses: ClassVar[Callable[..., Criterion]]  #: (**loss options, **shared options)
+    head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
+    losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
     sizes: ClassVar[HeadSizes]
-    shared_options: ClassVar[tuple[str, ...]] = ()  #: head options that the criterion must be given too
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod
@@ -173,14 +172,17 @@ class Task(ABC):
         """Options of a part: those given, and the schema's defaults of the others."""
         return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
 
+    def settings(self, part: Literal["head", "loss"], given: Mapping[str, Any]) -> Any:
+        """The same as an object of the schema."""
+        known = type(self.config.model_fields[part].get_default(call_default_factory=True))
+        return known(**{name: value for name, value in given.items() if name in known.model_fields})
+
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(in_channels=in_channels, **self.options("head", options), **own)
+        return self.head(in_channels, self.settings("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
-        """The criterion that fits a head: options they share are stated once, with the head."""
-        head_options = self.options("head", head_options)
-        shared = {name: head_options[name] for name in self.shared_options}
-        return self.losses(**shared, **self.options("loss", loss_options))
+        """The criterion that fits a head with these options."""
+        return self.losses(self.settings("head", head_options), self.settings("loss", loss_options))

@@ -13,7 +13,7 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options, places
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
-from visft_ds.tasks.detection.config import DetectionTask
+from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets, pack_detection
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
@@ -28,7 +28,6 @@ class Detection(Task):
     name = "detection"
     config = DetectionTask
     head = DetectionHead
-    shared_options = ("type", "num_queries", "decoder_layers")
     sizes = HeadSizes(
         in_channels=("input_proj.weight", 1, 0),
         options={
@@ -60,16 +59,13 @@ class Detection(Task):
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
-        whole = self.options("head", options)
-        kind, width = whole.pop("type"), whole.pop("width")
-        if kind == "dense":
-            return DenseHead(in_channels, num_classes=whole["num_classes"], width=width)
-        return DetectionHead(in_channels, **whole)
+        head: DetectionHeadConfig = self.settings("head", options)
+        if head.type == "dense":
+            return DenseHead(in_channels, num_classes=head.num_classes, width=head.width)
+        return DetectionHead(in_channels, head)
 
-    def losses(self, *, type: str, **options: Any) -> Criterion:
-        if type == "dense":
-            return DenseCriterion(ce=options["ce"], giou=options["giou"])
-        return DetectionCriterion(**options)
+    def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:
+        return DenseCriterion(ce=loss.ce, giou=loss.giou) if head.type == "dense" else DetectionCriterion(head, loss)
 
     def results(
         self,

@@ -36,7 +36,6 @@ class Segmentation(Task):
     config = SegmentationTask
     head = SegmentationHead
     losses = SegmentationCriterion
-    shared_options = ("num_classes", "num_queries", "decoder_layers", "labelling")
     sizes = HeadSizes(
         in_channels=("pixel_decoder.input_proj.weight", 1, 0),
         options={
