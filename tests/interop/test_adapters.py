@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
 from tests.published import save_published_lora
-from tests.random_tower import change_of, save_backbone
-from visft_ds.interop.adapter import Adapter, adapter_of, average
-from visft_ds.interop.files import open_weights
+from tests.random_tower import change_of
+from visft_ds.interop.adapter import Adapter, adapter_of
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import check_base
-from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings
@@ -134,18 +131,3 @@ def test_sizes_of_the_published_adapters() -> None:
         inject_lora(model)
         assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == expected
         assert tower_of(model).preset() == name
-
-
-def test_an_adapter_tells_over_which_base_an_earlier_release_trained_it(tmp_path: Path) -> None:
-    backbone = build_backbone("debug", width=64, depth=1, num_heads=2)
-    save_backbone(backbone, tmp_path / "base.safetensors")
-    inject_lora(backbone, rank=2)
-    torch.nn.init.normal_(backbone.blocks[0].attn.qkv.lora_B)
-    adapter = replace(adapter_of(backbone), base_storage="nf4")
-    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(backbone))
-    assert "trained over the base stored as nf4" in (folder / README).read_text(encoding="utf-8")
-    again = read_peft_adapter(folder)
-    assert again.base_storage == "nf4" and again.fingerprint() == adapter.fingerprint()
-    assert average([again, replace(again, base_storage="full")]).base_storage == "full and nf4"
-    _, notes = check_base(open_weights(tmp_path / "base.safetensors"), again, allow_other=False)
-    assert any("trained over the base stored as nf4; this is the full one" in note for note in notes)

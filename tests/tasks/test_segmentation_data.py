@@ -129,11 +129,6 @@ def test_what_gives_no_target() -> None:
     assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13
 
 
-def test_a_category_without_a_class_is_named() -> None:
-    with pytest.raises(ValueError, match="12"):
-        alone("segmentation", True)(_raw((70, 90), _annotation([_box(1, 1, 50, 50)], category=12)), generator(0))
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (4000, 6000)])
 @pytest.mark.parametrize("train", [True, False])
 def test_extreme_images(size: tuple[int, int], train: bool) -> None:

@@ -17,8 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from visft_ds.toy.annotations import SPLITS, describe, write_toy_coco
-from visft_ds.toy.cli import main
+from visft_ds.toy.coco import SPLITS, describe, main, write_toy_coco
 from visft_ds.toy.scenes import CATEGORIES, NAMES, OUTLINES, STYLES, draw_scene, rasterise, style_of, trace
 
 # The oracle's own decode() under NumPy 2.

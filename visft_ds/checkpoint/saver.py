@@ -7,7 +7,6 @@ for it. What goes wrong in the thread is raised in the training thread, at the n
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps, size_of
+from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.state import EngineState, ToHost
-from visft_ds.run.folder import REFUSED_FOLDER
-
-#: States before refused steps that stay, the newest.
-REFUSED_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -150,38 +145,6 @@ class Saver:
         self._buffers.finish()
         stall = time.perf_counter() - began
         self._writing = self._pool.submit(self._write, step, state, stall, waited, dict(self._scores))
-
-    def save_refused(self, step: int, gather: Callable[[ToHost], EngineState | None]) -> tuple[str, str]:
-        """Write the state that a refused step began with, at once, beside the checkpoints. Collective, as `save`.
-
-        A disk that does not take it is no reason to end the run, nor may it take the room of the next checkpoint.
-
-        Args:
-            step: steps done before the refused one.
-
-        Returns:
-            Where it is and how large, and why it is not there; "" for the one that is not so, both but on the main
-            process.
-
-        Raises:
-            OSError: the save before this one failed.
-        """
-        self._join()
-        state = gather(self._buffers)
-        if state is None:
-            return "", ""
-        self._buffers.finish()
-        folder, size = self.folder.parent / REFUSED_FOLDER, size_of(state)
-        free = shutil.disk_usage(self.folder.parent).free
-        if free < 2 * size:
-            return "", f"{free / 1e6:,.1f} MB are free, it and the next checkpoint need {2 * size / 1e6:,.1f} MB"
-        try:
-            path = save_checkpoint(folder, step, state, self.identity)
-            obsolete = Retention(REFUSED_KEPT).obsolete(saved_steps(folder), step, {}, lambda _: False)
-            delete_checkpoints(folder, obsolete)
-        except OSError as error:
-            return "", str(error)
-        return f"{path}, {size / 1e6:,.1f} MB", ""
 
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
         """Saves that are on disk by now and were not returned before; with `wait`, all of them.

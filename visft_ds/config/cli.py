@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
+    add(
+        "--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)"
+    )
     add(
         "--model",
         metavar="NAME|FILE",
@@ -89,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
-    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
     add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")

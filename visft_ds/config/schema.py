@@ -208,13 +208,11 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
-    track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
+    track: Literal["wandb"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
     trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
-    spike_window: Positive = 100  #: losses of the same task to compare with
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 

@@ -47,12 +47,13 @@ from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, build_backbone
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
+from visft_ds.prepare.places import DATA
 from visft_ds.run.adapter import base_of, place_of, read_change
-from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, read_run, recorded_config
 from visft_ds.tasks import config_class
 
-_ADAPTER_FORMATS = ("peft", "peft_split")
+_ADAPTER_FORMATS = ("peft",)
 
 
 def merge(given: argparse.Namespace) -> int:
@@ -63,7 +64,7 @@ def merge(given: argparse.Namespace) -> int:
     """
     if absent := [str(path) for path in given.adapter if not path.exists()]:
         raise ValueError(
-            f"{', '.join(absent)}: no such adapter; give a run, one of its checkpoints, a PEFT folder or a LoRA file"
+            f"{', '.join(absent)}: no such adapter; give a run, a checkpoint, an adapter folder or a LoRA file"
         )
     if given.base is None and not given.model and len(given.adapter) == 1:
         given.base = base_of(given.adapter[0])
@@ -313,6 +314,9 @@ def _trained(run: Path, place: Path) -> dict[str, str]:
         "optimiser": f"{optimizer.type}, learning rate {optimizer.params.lr:g}",
         "seed": str(visft.seed),
     }
+    data = read_run(run).inputs.get(DATA)
+    if isinstance(data, SplitInput) and data.masks:
+        facts["masks"] = data.masks
     if place.name.startswith("step_"):
         facts["checkpoint"] = f"step {int(place.name.removeprefix('step_'))}"
     elif place.parent.name != "export":
@@ -464,11 +468,11 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
         origin = replace(origin, base=CardSource("not named", adapter.base_sha256))
     if not _is_folder(given.out):
         raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
-    split, verification = given.format == "peft_split", None
+    verification = None
     with _staged(given.out) as stage:
-        peft.save_peft_adapter(adapter, stage, tower, split=split, base_model=origin.published, card="")
+        peft.save_peft_adapter(adapter, stage, tower, base_model=origin.published, card="")
         if given.verify:
-            load = partial(loaders.load_peft, base=given.base, adapter=adapter, tower=whole, split=split)
+            load = partial(loaders.load_peft, base=given.base, adapter=adapter, tower=whole)
             verification = _verify(given, adapter, whole, [stage], lambda _: {}, load)
             if not verification.passed:
                 return 1

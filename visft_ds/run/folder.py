@@ -15,8 +15,6 @@ from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
-#: Checkpoints of the states that refused steps began with: none to go on from, and out of what is kept and counted.
-REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
 #: Says why a run ended in good order; there is none while it trains.
 ENDED_FILE = "ended"
@@ -33,7 +31,6 @@ _OF_A_RUN = (
     "trace-*.json.gz",
     "validation",
     "bundles",  # of runs before 0.2
-    REFUSED_FOLDER,
     "checkpoints",
     INPUTS_FOLDER,
     RECORD_FILE,
@@ -64,7 +61,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
         of_a_start = {"export", ENDED_FILE, INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
-        if set(found) <= of_a_start:
+        if set(found) <= of_a_start | {"features"}:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
     if not saved_something(out):

@@ -118,7 +118,7 @@ def open_log(
         if main and run.track is not None:
             from visft_ds.monitor.track import Tracker  # few runs have one
 
-            tracker = Tracker(run.track, out, hyper_parameters)
+            tracker = Tracker(out, hyper_parameters)
             stack.callback(tracker.close)
             callbacks = [*callbacks, tracker]
         progress = stack.enter_context(
