@@ -47,9 +47,10 @@ from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
+from visft_ds.prepare.places import DATA
 from visft_ds.run.adapter import base_of, place_of, read_change
-from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, read_run, recorded_config
 from visft_ds.tasks import config_class
 
 _ADAPTER_FORMATS = ("peft",)
@@ -311,6 +312,9 @@ def _trained(run: Path, place: Path) -> dict[str, str]:
         "optimiser": f"{optimizer.type}, learning rate {optimizer.params.lr:g}",
         "seed": str(visft.seed),
     }
+    data = read_run(run).inputs.get(DATA)
+    if isinstance(data, SplitInput) and data.masks:
+        facts["masks"] = data.masks
     if place.name.startswith("step_"):
         facts["checkpoint"] = f"step {int(place.name.removeprefix('step_'))}"
     elif place.parent.name != "export":

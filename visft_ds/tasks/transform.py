@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
-from visft_ds.tasks import TASKS, entries
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -47,13 +46,9 @@ class ImageTransform:
 
     def targets(
         self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-    ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
-        """Labels of each task for the image after `ops`."""
+    ) -> dict[str, Mapping[str, Any]]:
+        """Labels of each task for the image after `ops`: arrays by name."""
         return {task: targets(raw, ops, generator) for task, targets in self.tasks.items()}
-
-    def modules(self) -> set[str]:
-        """Modules that it works with: this one, and those that describe its tasks."""
-        return {__name__, *(entries()[task].partition(":")[0] for task in self.tasks)}
 
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
