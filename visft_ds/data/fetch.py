@@ -76,7 +76,7 @@ class RemoteFolder:
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
-            RuntimeError: the server failed, again and again.
+            StoreFailed: the server failed, again and again.
         """
         folder = self.cache.folder.expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
