@@ -246,7 +246,13 @@ def write_toy_coco(
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
         seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
-        parts = {"folder": out / split, "seeds": seeds, "style": drawn, "height": height, "width": width}
+        parts: dict[str, Any] = {
+            "folder": out / split,
+            "seeds": seeds,
+            "style": drawn,
+            "height": height,
+            "width": width,
+        }
         save = partial(_make_image, **parts, max_shapes=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
