@@ -139,7 +139,7 @@ def test_a_state_of_the_right_checksum_is_no_code(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(path)
     (path / "state.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="this release reads"):
+    with pytest.raises(CheckpointError, match="state of a checkpoint"):
         open_checkpoint(path)
 
 

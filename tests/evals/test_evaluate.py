@@ -380,7 +380,7 @@ def _run(stage: int, *options: Any) -> Any:
 MISTAKES: dict[str, tuple[Any, str]] = {
     "no run there": (lambda world, folder: ["--run", folder / "nothing"], "there is no run in"),
     "unfinished run": (_unfinished, "the same training command goes on"),
-    "unknown split": (_run(1, "--split", "test"), "finished splits in .*: val"),
+    "unknown split": (_run(1, "--split", "test"), "finished splits there: val"),
     "split not in the tree": (_no_coco, "annotated there: val2017"),
     "missing backbone": (_run(1, "--backbone", "{folder}/no.pt"), "not found: .*no.pt"),
     "missing adapter": (_run(2, "--adapter", "{folder}/no"), "not found: .*no"),

@@ -132,25 +132,6 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     assert got == wanted and pooled == ("siglip" in name and "gap" not in name)
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        ("transformers", r"timm's test_vit is no model that is written for transformers: these are DINOv3"),
-        ("open_clip", r"--format open_clip is for towers of EVA-CLIP, this is timm's test_vit: choose timm"),
-    ],
-)
-def test_a_format_that_the_base_does_not_have_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, message: str
-) -> None:
-    base, adapter = random_base("test_vit", tmp_path), adapted("test_vit", tmp_path / "base.safetensors")[1]
-    save_peft_adapter(adapter, tmp_path / "adapter")
-    before = sorted(tmp_path.iterdir())
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--format", form)
-    assert _run(*given) == 2
-    said = capsys.readouterr().err
-    assert re.search(message, said) and len(said.splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
-
-
 def test_what_its_library_computes_otherwise_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -257,6 +257,7 @@ class SplitInput(StrictModel):
     beside: str
     split: str
     fingerprint: str
+    masks: str | None = None  #: how they were made, where they were not given
 
 
 class Parent(StrictModel):

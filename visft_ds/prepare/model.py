@@ -320,9 +320,6 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             raise ValueError(f"{problem}: give visft.model.until the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
-        storage = info.extra.get("base", "full")
-        if storage != "full":  # an earlier release could
-            notes.append(f"the {task} head learnt over a base in {storage}, this run has it in full")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

@@ -6,8 +6,7 @@
     RUN/run.json, "inputs"        base weights and shards: where they were, absolutely and from the run, and what proves
                                   them (sha256 of a file, fingerprint of a split)
 
-`run.record` writes all of it when a run starts. Runs of earlier releases have nothing of the kind: their paths count as
-they are recorded.
+`run.record` writes all of it when a run starts.
 """
 
 from __future__ import annotations
