@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -126,5 +127,6 @@ def open_log(
         )
         trace = stack.enter_context(traced(out, run.trace, start, progress.message))
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
-        writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)
+        settings = json.dumps(redacted_values(config.to_dict()), indent=2).splitlines()
+        writer.text(start, "configuration", "".join(f"    {line}\n" for line in settings))  # code, in Markdown
         yield RunLog(writer, progress, trace, None if keeps_features else seconds_at_peak(engine, config, precision))
