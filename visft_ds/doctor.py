@@ -203,7 +203,7 @@ def check_device() -> Iterator[Finding]:
     """GPUs, the precision a run would choose on them, and its attention."""
     import torch
 
-    from visft_ds.costs.hardware import DTYPES
+    from visft_ds.ops import DTYPES
     from visft_ds.ops.attention import attention_backend
     from visft_ds.prepare.model import choose_precision
 

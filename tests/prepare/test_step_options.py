@@ -13,10 +13,10 @@ from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.models.compiled import check_compiler, compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.planner.meta_step import Content
-from visft_ds.planner.step import PlannedRun
+from visft_ds.planner.memory import PlannedRun
 from visft_ds.prepare.model import plan_groups
 from visft_ds.prepare.streams import fixed_sizes
+from visft_ds.tasks.spec import Content
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.

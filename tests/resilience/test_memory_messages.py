@@ -15,8 +15,8 @@ import torch
 from visft_ds import launch, train
 from visft_ds.config import resolve
 from visft_ds.data.samples import Batch
-from visft_ds.planner.fitting import Suggestion
-from visft_ds.planner.step import MemoryPlan, PlannedRun, run_of
+from visft_ds.planner.memory import MemoryPlan, PlannedRun, run_of
+from visft_ds.planner.search import Suggestion
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
 from visft_ds.resilience.stop import StopFlag
@@ -24,8 +24,8 @@ from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.detection.data import DetectionTargets
 
 CPU, GIB = torch.device("cpu"), 2**30
-PLAN = MemoryPlan(2 * GIB, GIB, GIB, 0, 0, 6 * GIB, 0)
-LESS = MemoryPlan(2 * GIB, GIB, GIB, 0, 0, 2 * GIB, 0)
+PLAN = MemoryPlan(2 * GIB, GIB, GIB, 0, 0, 6 * GIB)
+LESS = MemoryPlan(2 * GIB, GIB, GIB, 0, 0, 2 * GIB)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def fitting(run: PlannedRun, room: int) -> list[Suggestion]:
         rooms.append(room)
-        return [Suggestion(("--set visft.model.recompute=block", "--set a.b=c"), LESS, 1.33)][: room // (6 * GIB)]
+        return [Suggestion(("--set visft.model.recompute=block", "--set a.b=c"), LESS)][: room // (6 * GIB)]
 
     monkeypatch.setattr(out_of_memory, "plan_largest", lambda run, stream: PLAN)
     monkeypatch.setattr(out_of_memory, "fitting_settings", fitting)
@@ -92,7 +92,7 @@ def test_the_message_has_parts_and_flags_to_paste(asked: list[int], monkeypatch:
     watched = watch()
     said = message(watched, MemoryError())
     assert "activations" in said and "6,144.0 MiB" in said
-    assert "    --set visft.model.recompute=block --set a.b=c   (6.00 GiB, 1.33 x the time)" in said
+    assert "    --set visft.model.recompute=block --set a.b=c   (6.00 GiB)" in said
     # 10 GiB are planned and did not fit, however much seems to be free
     assert asked == [int(0.7 * 10 * GIB)]
     assert "did not foresee" not in said

@@ -34,7 +34,7 @@ import json, sys
 from pathlib import Path
 import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
-from visft_ds.planner.step import plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, run_of
 visft_ds.tasks.register("classification", "tests.fourth_task:SPEC")
 from visft_ds.evals.report import report_runs
 out, mode = Path(sys.argv[1]), sys.argv[2]

@@ -16,8 +16,8 @@ from visft_ds.data.samples import Batch
 from visft_ds.monitor.console import Section
 from visft_ds.ops.numerics import without_order
 from visft_ds.parallel import distributed
-from visft_ds.planner.fitting import fitting_settings
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest
+from visft_ds.planner.memory import MemoryPlan, PlannedRun, plan_largest
+from visft_ds.planner.search import fitting_settings
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import host_memory_available, memory_in_use, peak_memory
 
@@ -107,10 +107,7 @@ class MemoryWatch:
         plan = plan_largest(self._run, stream)
         # What has failed is too much, whatever the sum says.
         room = int(_FILLED[self._device.type] * min(self._room(plan), plan.total))
-        fits = [
-            f"    {' '.join(s.settings)}   ({gib(s.memory.total)}, {s.relative_time:.2f} x the time)"
-            for s in fitting_settings(self._run, room)
-        ]
+        fits = [f"    {' '.join(s.settings)}   ({gib(s.memory.total)})" for s in fitting_settings(self._run, room)]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [
             "  peak of a rank as planned:",

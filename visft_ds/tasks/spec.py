@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
-from visft_ds.costs.flops import Flops
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Geometry, Op
@@ -130,7 +129,6 @@ class TaskSpec:
     #: (results of an image, category names by id) -> a line for a reader
     describe: Callable[[Results, Mapping[int, str]], str] | None = None
     draw: Callable[[Example], Picture] | None = None  #: ground truth beside prediction; None: the image and that line
-    flops: Callable[..., Flops] | None = None  #: closed formula of the head's operations; None: they are counted only
 
     @property
     def uses_vocabulary(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from visft_ds.costs.flops import Flops
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.transforms import ShortSides, of_options, places
 from visft_ds.tasks import Results
@@ -22,7 +21,6 @@ from visft_ds.tasks.detection.data import (
     pack_detection,
 )
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
-from visft_ds.tasks.detection.flops import dense_flops, detection_flops
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.pictures import Picture, draw_detections, palette
 from visft_ds.tasks.spec import Content, Criterion, Evaluator, Example, HeadSizes, TaskSpec
@@ -52,10 +50,6 @@ def _results(output: DenseOutput | DetectionOutput, *given: Any, **options: Any)
     if isinstance(output, DenseOutput):
         return dense_results(output, *given, **options)
     return postprocess(output, *given, **options)
-
-
-def _flops(options: Mapping[str, Any], *given: int, **needed: bool) -> Flops:
-    return (dense_flops if options["type"] == "dense" else detection_flops)(options, *given, **needed)
 
 
 def _draw(example: Example) -> Picture:
@@ -106,5 +100,4 @@ SPEC = TaskSpec(
         layers={"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
     ),
     blank=_blank,
-    flops=_flops,
 )
