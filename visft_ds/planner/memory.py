@@ -236,8 +236,8 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
         optimizer=optimizer // stages,
         buckets=buckets if stage else 0,
         gathered=min(live, whole) if stage == 3 else 0,
-        # The update makes a temporary tensor of what a rank steps.
-        activations=max(activations, FP32 * found.trained // (batches.dp if stage else 1) // stages),
+        # On a GPU the update makes a temporary tensor of all that a rank steps.
+        activations=max(activations, 0 if cpu else FP32 * found.trained // (batches.dp if stage else 1) // stages),
     )
 
 
