@@ -84,7 +84,6 @@ setup(
         "psutil>=6.0",
         "orjson>=3.10",
         "simplejpeg>=1.8",
-        "isal>=1.7",
         "fsspec>=2024.12",
         "filelock>=3.32",
         "pillow>=10.3",

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.ranks import run_ranks
 from tests.tiny import command
 from visft_ds.shards.build import Options, build
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 #: Smaller than what `tests.tiny` trains, so that every reader of a run can have one.
 SMALL: dict[str, object] = {

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
-from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import Op, Size, Square
+from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
-from visft_ds.tasks.spec import Content, Evaluator, HeadSizes, ImageTargets, TaskSpec
+from visft_ds.tasks.spec import Content, HeadSizes, ImageTargets, Task
 
 NAME, MOST = "classification", 91  # COCO's ids are below this
 
@@ -61,23 +60,15 @@ def image_targets(places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], 
     return {"present": found}
 
 
-def targets(train: bool, options: Any, classes: Sequence[int] = ()) -> ImageTargets:
-    return partial(image_targets, {category: place for place, category in enumerate(classes)})
-
-
-def pack(samples: Sequence[Sample], frame: Size) -> ClassificationTargets:
-    return ClassificationTargets(torch.from_numpy(np.stack([sample.targets[NAME]["present"] for sample in samples])))
-
-
 @dataclass(frozen=True)
 class ClassificationOutput:
     logits: Tensor  #: (B, C)
 
 
 class ClassificationHead(nn.Module):
-    def __init__(self, in_channels: int, *, num_classes: int) -> None:
+    def __init__(self, in_channels: int, options: ClassificationHeadConfig) -> None:
         super().__init__()
-        self.classifier = nn.Linear(in_channels, num_classes)
+        self.classifier = nn.Linear(in_channels, options.num_classes)
 
     def forward(self, features: Tensor, valid: Tensor) -> ClassificationOutput:
         shares = valid / valid.sum(dim=(1, 2), keepdim=True)
@@ -85,8 +76,8 @@ class ClassificationHead(nn.Module):
 
 
 class ClassificationCriterion:
-    def __init__(self, *, bce: float) -> None:
-        self.weights = {"bce": bce}
+    def __init__(self, head: ClassificationHeadConfig, loss: ClassificationLoss) -> None:
+        self.weights = {"bce": loss.bce}
 
     def count(self, batch: Batch) -> dict[str, float]:
         return {"images": float(len(batch.images))}
@@ -96,37 +87,42 @@ class ClassificationCriterion:
         return {"bce": total / loss_denominators["images"]}
 
 
-def results(output: Any, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0) -> Results:
-    scores, best = output.logits.sigmoid().max(dim=1)
-    rows = zip(batch.image_ids.tolist(), batch.real.tolist(), scores.tolist(), best.tolist(), strict=True)
-    ids = range(MOST) if classes is None else classes
-    return [{"image_id": image, "category_id": ids[place], "score": s} for image, real, s, place in rows if real]
+class Classification(Task):
+    name = NAME
+    config = ClassificationTask
+    head = ClassificationHead
+    losses = ClassificationCriterion
+    sizes = HeadSizes(("classifier.weight", 1, 0), {"num_classes": ("classifier.weight", 0, 0)})
+
+    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+        return Square(options["size"])
+
+    def targets(self, train: bool, options: Any, vocabulary: Any, classes: Sequence[int] | None) -> ImageTargets:
+        return partial(image_targets, {category: place for place, category in enumerate(classes or ())})
+
+    def pack(self, samples: Sequence[Sample], frame: Size) -> ClassificationTargets:
+        present = np.stack([sample.targets[NAME]["present"] for sample in samples])
+        return ClassificationTargets(torch.from_numpy(present))
+
+    def blank(
+        self, images: int, size: Size, content: Content, options: Any, device: torch.device
+    ) -> ClassificationTargets:
+        return ClassificationTargets(torch.zeros(images, MOST))
+
+    def results(
+        self, output: Any, batch: Batch, vocabulary: Any, classes: Sequence[int] | None = None, threshold: float = 0.0
+    ) -> Results:
+        scores, best = output.logits.sigmoid().max(dim=1)
+        rows = zip(batch.image_ids.tolist(), batch.real.tolist(), scores.tolist(), best.tolist(), strict=True)
+        ids = range(MOST) if classes is None else classes
+        return [{"image_id": image, "category_id": ids[place], "score": s} for image, real, s, place in rows if real]
+
+    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+        present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
+        return {"class/accuracy": float(np.mean([(one["image_id"], one["category_id"]) in present for one in results]))}
+
+    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+        return ", ".join(f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in results)
 
 
-def measure(truth: Mapping[str, Any], found: Results, *_: Any) -> dict[str, float]:
-    present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
-    return {"class/accuracy": float(np.mean([(one["image_id"], one["category_id"]) in present for one in found]))}
-
-
-def describe(found: Results, names: Mapping[int, str]) -> str:
-    return ", ".join(f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in found)
-
-
-def blank(images: int, size: Size, content: Content, options: Any, device: torch.device) -> ClassificationTargets:
-    return ClassificationTargets(torch.zeros(images, MOST))
-
-
-SPEC = TaskSpec(
-    name=NAME,
-    config=ClassificationTask,
-    head=ClassificationHead,
-    build_criterion=ClassificationCriterion,
-    geometry=lambda options: Square(options["size"]),
-    targets=targets,
-    pack=pack,
-    postprocess=results,
-    evaluator=Evaluator(truth=coco_dataset, measure=measure),
-    sizes=HeadSizes(("classifier.weight", 1, 0), {"num_classes": ("classifier.weight", 0, 0)}),
-    blank=blank,
-    describe=describe,
-)
+SPEC = Classification()

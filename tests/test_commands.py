@@ -12,7 +12,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import visft_ds
-from visft_ds import doctor, flags
 from visft_ds.cli import COMMANDS, main
 from visft_ds.config import layers
 from visft_ds.parallel import engine
@@ -107,13 +106,3 @@ def test_version_and_range_of_deepspeed_stand_in_one_place(monkeypatch: pytest.M
         monkeypatch.setattr(deepspeed, "__version__", version)
         with pytest.raises(ValueError, match=r"works with >=0\.19\.8,<0\.20"):
             engine.start_process_group()
-
-
-def test_missing_configurations_are_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (finding,) = doctor.check_configurations()
-    assert finding.status == doctor.OK
-    monkeypatch.setattr(layers, "CONFIG_ROOT", tmp_path)
-    monkeypatch.setattr(flags, "CHECKOUT", None)
-    (finding,) = doctor.check_configurations()
-    assert finding.status == doctor.PROBLEM and "stage1.json" in finding.found
-    assert "pip install visft_ds" in finding.remedy and "-e ." not in finding.remedy

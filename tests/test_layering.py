@@ -16,7 +16,7 @@ PACKAGE = "visft_ds"
 #: Modules that stand on another floor than the rest of their room.
 APART = (
     *("parallel.distributed", "resilience.processes", "resilience.errors", "resilience.stop", "run.folder"),
-    *("tasks.registry", "interop.cli", "interop.command"),
+    *("tasks", "interop.cli", "interop.command"),
 )
 #: Package -> the only places that may import it.
 RESERVED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,24 +108,6 @@ def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids to fetch it"):
         fetch(NAME)
-
-
-def test_shards_come_before_their_index(hub: FakeHub) -> None:
-    files = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 100 for n in (1, 2)}
-    hub.repositories["some/model"].files = {"model.safetensors.index.json": b"{}", **files}
-    path = fetch(NAME)
-    assert path.name == "model.safetensors.index.json"
-    assert {file.name for file in path.parent.iterdir()} == {path.name, *files}
-
-
-def test_an_index_without_its_shards_is_not_there(hub: FakeHub) -> None:
-    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
-    hub.repositories["some/model"].files = {"model.safetensors.index.json": index, **dict.fromkeys(shards, b"x")}
-    path = fetch(NAME)
-    (path.parent / shards[0]).unlink()
-    assert local(NAME) == Path(NAME)
-    assert fetch(NAME) == local(NAME) == path
 
 
 def test_a_file_at_its_path_goes_before_the_cache(

@@ -35,7 +35,7 @@ from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops import DTYPES, attention, lora
 from visft_ds.shards.build import Options, build
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 Values = Sequence[dict[str, Sequence[Any]]]  #: tensors and numbers under the first bound, and under the second
 Cases = Iterator[tuple[str, Callable[[], Values], Callable[[], Values], Sequence[float]]]  #: name, found, exact, bounds

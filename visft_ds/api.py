@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
+from visft_ds.config import ResolvedConfig, changed, missing_inputs, own, render_missing
 from visft_ds.config.backbones import model_of, named
 from visft_ds.config.cli import (
     DEFAULT_ENGINE,
@@ -50,7 +50,7 @@ def fit(
 
     Args:
         config: from `visft_ds.config.resolve`; replaces stage, model, backbone and engine.
-        stage: 1 trains the heads, 2 the backbone's adapters.
+        stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for photographs of one's own.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
             folder for timm.
@@ -75,8 +75,12 @@ def fit(
         settings = [_text(key, value) for key, value in settings.items()]
     if config is None:
         flags = dict[str, tuple[str, Any]]()
+        if stage is None and model is None and data is not None:
+            stage, model = 1, own.MODEL
         if backbone is not None:
             model, flags = model_of(named(os.fspath(backbone), download=download), model)
+        if model == own.MODEL:
+            flags |= own.of_backbone(flags)
         config = resolve_with_data(
             stage=stage, model=model or DEFAULT_MODEL, engine=engine, settings=settings, flags=flags | folders
         )

@@ -23,7 +23,7 @@ class Program(NamedTuple):
 
 COMMANDS = {
     "demo": Program("visft_ds.demo", "the whole way in small: drawings, both stages, evaluation, report"),
-    "toy": Program("visft_ds.toy.cli", "draw a toy data set in COCO's own form"),
+    "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
     "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),
@@ -34,7 +34,6 @@ COMMANDS = {
     "plan": Program("visft_ds.planner.command", "does a configuration fit a cluster, and how fast is it there?"),
     "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
     "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
-    "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),
     "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
 }
 #: Those that several processes do together.

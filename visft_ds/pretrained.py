@@ -34,14 +34,12 @@ PUBLISHED = {
 #: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
 _USUAL = (
     "model.safetensors",
-    "model.safetensors.index.json",
     "open_clip_model.safetensors",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
-_INDEX = ".index.json"
 _SHARD = re.compile(r".+-of-\d+\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 30.0  # seconds that the hub has to answer
@@ -64,7 +62,7 @@ class HubFile:
         return cls(match["repository"], match["revision"] or "main", match["file"])
 
     def cached(self) -> Path | None:
-        """The file in the hub's cache; None where it, or a shard of what it lists, is not there."""
+        """The file in the hub's cache; None where it is not there."""
         from huggingface_hub import constants
 
         folder = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
@@ -72,7 +70,7 @@ class HubFile:
         snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else self.revision)
         # One of another name need not be the only one of the repository: it may have been fetched by that.
         file = self.file or _usual_among({path.name for path in snapshot.glob("*")})
-        return snapshot / file if file is not None and _is_whole(snapshot / file) else None
+        return snapshot / file if file is not None and (snapshot / file).is_file() else None
 
 
 def weights_among(names: Iterable[str]) -> str | None:
@@ -84,17 +82,6 @@ def weights_among(names: Iterable[str]) -> str | None:
 
 def _usual_among(names: Container[str]) -> str | None:
     return next((name for name in _USUAL if name in names), None)
-
-
-def _is_whole(path: Path) -> bool:
-    """Return True if a file is there, and all shards that it lists."""
-    if not path.is_file() or not path.name.endswith(_INDEX):
-        return path.is_file()
-    try:
-        shards = set(json.loads(path.read_bytes())["weight_map"].values())
-        return all((path.parent / shard).is_file() for shard in shards)
-    except (ValueError, LookupError, TypeError, AttributeError):  # no index: whoever opens it says so
-        return True
 
 
 def on_hub(weights: str) -> str | None:
@@ -132,17 +119,18 @@ def fetch(name: str) -> Path:
             missing = "weights of a usual name" if wanted.file is None else wanted.file
             remedy = f"; name a file of it, {HUB}{wanted.repository}/FILE" if wanted.file is None else ""
             raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}{remedy}")
-        files = [*(part for part in sorted(sizes) if file.endswith(_INDEX) and _SHARD.fullmatch(part)), file]
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data
             licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"
-            size, page = sum(sizes[part] for part in files) / 1e6, f"{api.endpoint}/{wanted.repository}"
-            print(f"fetching {file} of {page}: {size:,.1f} MB, licence: {licence}", file=sys.stderr, flush=True)
-        for part in files:  # an index comes last: what it names is there then
-            found = Path(api.hf_hub_download(wanted.repository, part, revision=wanted.revision))
-            with found.open("rb") as file_of_part:
-                check_digest(found, hashlib.file_digest(file_of_part, "sha256").hexdigest())
-    assert found is not None
+            page = f"{api.endpoint}/{wanted.repository}"
+            print(
+                f"fetching {file} of {page}: {sizes[file] / 1e6:,.1f} MB, licence: {licence}",
+                file=sys.stderr,
+                flush=True,
+            )
+        found = Path(api.hf_hub_download(wanted.repository, file, revision=wanted.revision))
+        with found.open("rb") as content:
+            check_digest(found, hashlib.file_digest(content, "sha256").hexdigest())
     return found
 
 

@@ -21,7 +21,7 @@ from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
-from visft_ds.resilience.guard import find_overflow, resumed_guard
+from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
@@ -183,6 +183,7 @@ def train(
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
                 validation.poll(log, wait=True)
+                log.writer.event(step, "training images evaluated", **learnt)
                 for line in told_of_learning(learnt, log.writer.last):
                     log.message(line)
             elif validation:
@@ -201,7 +202,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     micro_batches = run.machine.planned.batches.micro_batches
     saved, step, stopping = start, start, False
     stop.listen()
-    guard = resumed_guard(settings, Path(settings.out or ""), run.data.plan, start)
+    guard = LossGuard(settings.skip_bad_steps)
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
@@ -225,16 +226,14 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             report = engine.train_step(step - 1, batches, loss_denominators)
 
         if message := guard.observe(step_plan, report):
-            kept = ""
-            if guard.bad or guard.collapsed:
-                begin(f"step {step}: saving the state before it")
-                kept = state.save_refused(step, report.loss_scale)
-            if guard.collapsed:  # after saving: it leaves the engine in disorder
-                message += find_overflow(engine, step - 1, batches, loss_denominators, report)
+            if guard.ends:
+                begin(f"step {step}: looking for the first value that is not finite")
+                message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
             log.writer.event(step, guard.event, details=message)
-            state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
-            guard.check(message + kept, state.saved)
-            log.message(message + kept)
+            if guard.ends:
+                state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
+                guard.stop(message, state.saved)
+            log.message(message)
 
         now = time.perf_counter()
         tasks = list(engine.module.heads)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,7 +110,7 @@ def test_training_goes_on_while_the_snapshot_is_written(tmp_path: Path, gate: Ga
         early = saver.finished()  # perhaps both: the second may be on disk already
         assert early[0].step == 2 and saver.saved >= 2
         _, second = [*early, *saver.finished(wait=True)]
-        assert second.step == 4 and second.waited_seconds > 0.01 and second.stall_seconds >= second.waited_seconds
+        assert second.step == 4 and second.stall_seconds > 0.01
     assert gate.most == 1
     assert saved_steps(tmp_path) == [2, 4]
     found, _ = newest_checkpoint(tmp_path)
@@ -188,32 +187,3 @@ def test_host_copies_reuse_their_memory() -> None:
     second = buffers("value/a", torch.zeros(3))
     buffers.finish()
     assert second.data_ptr() == first.data_ptr() and second.tolist() == [0, 0, 0]
-
-
-def test_states_before_refused_steps_are_kept_apart(tmp_path: Path) -> None:
-    """They count for no retention but their own, and a run does not go on from them."""
-    folder = tmp_path / "checkpoints"
-    with Saver(folder, {}, Retention(last=1)) as saver:
-        saver.save(2, gather(2.0))
-        for step in (3, 4, 5, 6):
-            where, problem = saver.save_refused(step, gather(float(step)))
-            assert where.startswith(f"{tmp_path / 'refused' / f'step_0000000{step}'}, 0.0 MB") and not problem
-        saver.save_refused(1, gather(1.0))  # resumed from before: later ones push nothing out
-        assert saver.saved == 2
-        assert [report.step for report in saver.finished()] == [2]
-    assert saved_steps(folder) == [2]
-    assert saved_steps(tmp_path / "refused") == [1, 4, 5, 6]
-    found, _ = newest_checkpoint(tmp_path / "refused")
-    assert found is not None and torch.equal(found.load().parameters["c"], torch.tensor(6.0))
-
-
-def test_a_disk_that_does_not_take_a_refused_state_ends_nothing(
-    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate.error = OSError("no room")
-    gate.open.set()
-    with Saver(tmp_path / "checkpoints", {}, Retention(last=1)) as saver:
-        assert saver.save_refused(3, gather(3.0)) == ("", "no room")
-        monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-        where, problem = saver.save_refused(3, gather(3.0))
-        assert not where and problem.startswith("0.0 MB are free, it and the next checkpoint need ")

@@ -229,7 +229,7 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
     for task, spec in TASKS.items():
         words = task == "captioning"
         annotations = [caption if words else corner]
-        found = spec.evaluator.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
+        found = spec.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
         assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 

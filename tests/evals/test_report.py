@@ -22,7 +22,7 @@ from visft_ds.evals.charts import Series, line_chart, smooth
 from visft_ds.evals.cli import report
 from visft_ds.evals.records import FORMAT, VERSION, read_evaluation
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
-from visft_ds.tasks.pictures import draw_detections, save_png
+from visft_ds.tasks.pictures import save_png, side_by_side
 
 VOID = {"meta", "img", "path", "br", "use", "rect"}
 METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr": 1.25}
@@ -32,7 +32,7 @@ def _run(folder: Path, *settings: str) -> Path:
     """A run of three steps, evaluated at its start and its end."""
     schedule = [f"scheduler.params.{name}={steps}" for name, steps in (("total_num_steps", 3), ("warmup_num_steps", 1))]
     config = resolve(stage=2, model="debug", settings=[*schedule, *settings])
-    RunRecord(config.to_dict(), 1, ["visft", "train", "--token", "hidden"]).write(folder)
+    RunRecord(config.to_dict(), 1, ["visft", "train", "--stage", "2"]).write(folder)
     with MetricsWriter(folder) as writer:
         for step in range(4):
             if step:
@@ -49,7 +49,7 @@ def _evaluate(run: Path, more: float = 0.0, images: tuple[int, ...] = (1, 2), to
     pictures = []
     for image in images:
         pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
-        drawn = draw_detections(pixels, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9])
+        drawn = side_by_side((pixels, "ground truth: 1"), (pixels // 2, "predicted: 1"))
         save_png(drawn, folder / f"pictures/detection-{image}.png")
         pictures.append({"image_id": image, "file": f"pictures/detection-{image}.png"})
     record = {
@@ -113,7 +113,7 @@ def test_a_run_alone(tmp_path: Path, split: Manifest) -> None:
     text = _page(_run(tmp_path / "run", *data))
     for chart in ("detection loss", "box/AP50", "learning rate", "gradient norm", "peak memory of the fullest device"):
         assert f'aria-label="{chart}"' in text, chart
-    assert "run: stage 2 of debug, finished: 3 steps." in text and "hidden" not in text
+    assert "run: stage 2 of debug, finished: 3 steps." in text
     assert _cells(text, "box/AP50") == [("0.0000", ""), ("0.3000", "+0.3000")]
     assert "5 of 12 images" in text and "5 images" in _page(_run(tmp_path / "away", "visft.run.eval_limit=5"))
 

@@ -132,11 +132,8 @@ def _data() -> list[Case]:
         Case("toy", (((*make, "toy", "--train", "48", "--val", "8"),),), files("toy")),
         Case(
             "toy-others",
-            (
-                ((*make, "toy-b", "--train", "0", "--val", "4", "--size=160x112", "--style=b", "--max-shapes=18"),),
-                ((*make, "toy-classes", "--train", "12", "--val", "12", "--classification", "shape"),),
-            ),
-            files("toy-b", "toy-classes"),
+            (((*make, "toy-b", "--train", "0", "--val", "4", "--size=160x112", "--style=b", "--max-shapes=18"),),),
+            files("toy-b"),
         ),
         Case(
             "shards",

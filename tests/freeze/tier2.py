@@ -111,7 +111,7 @@ def _evaluations() -> list[Case]:
         return Case(out, ((command,),), _files(out), (f"train/{run}",))
 
     models = ("--model", "base=train/stage2-qv/export/backbone.safetensors", "--model", "run=train/stage2-qv")
-    sources = ("--benchmark", "digits", "--benchmark", "probe=toy-classes,name=toy")
+    sources = ("--benchmark", "digits")
     table = ("tools/evaluate.py", "benchmarks", *models, *sources, "--out", "benchmarks", "--threads", "1")
 
     def read(outcomes: Sequence[Outcome]) -> Entries:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.ranks import run_ranks
 from visft_ds.shards.build import Options, build
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 FOLDER = Path(__file__).parent
 STEPS = 6

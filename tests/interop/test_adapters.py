@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
 from tests.published import save_published_lora
-from tests.random_tower import change_of, save_backbone
-from visft_ds.interop.adapter import Adapter, adapter_of, average
-from visft_ds.interop.files import open_weights
+from tests.random_tower import change_of
+from visft_ds.interop.adapter import Adapter, adapter_of
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import check_base
-from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings
@@ -102,22 +99,6 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
         adapter.install(model)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"visual.pos_embed": torch.zeros(1)}, "no LoRA tensors"),
-        ({"visual.blocks.0.attn.proj.lora_A": torch.zeros(1, 1)}, "not a ViSFT LoRA file"),
-        ({"visual.blocks.1.attn.qkv.lora_A": torch.zeros(4, 8)}, r"blocks\.0\.attn\.qkv\.lora_A or .lora_B is missing"),
-        ({**_published(), "visual.blocks.0.attn.qkv.weight": torch.zeros(1)}, "not a ViSFT LoRA file"),
-        ({f"visual.blocks.0.attn.qkv.lora_{p}": torch.zeros(4, 4) for p in "AB"}, "4 rows and lora_B 4 columns"),
-    ],
-)
-def test_other_files_are_no_published_lora(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
-    torch.save(tensors, tmp_path / "lora.pt")
-    with pytest.raises(ValueError, match=message):
-        read_visft_lora(tmp_path / "lora.pt")
-
-
 def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
     """As `dict(model.named_parameters())` is saved."""
     tensors = _published()
@@ -134,18 +115,3 @@ def test_sizes_of_the_published_adapters() -> None:
         inject_lora(model)
         assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == expected
         assert tower_of(model).preset() == name
-
-
-def test_an_adapter_tells_over_which_base_an_earlier_release_trained_it(tmp_path: Path) -> None:
-    backbone = build_backbone("debug", width=64, depth=1, num_heads=2)
-    save_backbone(backbone, tmp_path / "base.safetensors")
-    inject_lora(backbone, rank=2)
-    torch.nn.init.normal_(backbone.blocks[0].attn.qkv.lora_B)
-    adapter = replace(adapter_of(backbone), base_storage="nf4")
-    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(backbone))
-    assert "trained over the base stored as nf4" in (folder / README).read_text(encoding="utf-8")
-    again = read_peft_adapter(folder)
-    assert again.base_storage == "nf4" and again.fingerprint() == adapter.fingerprint()
-    assert average([again, replace(again, base_storage="full")]).base_storage == "full and nf4"
-    _, notes = check_base(open_weights(tmp_path / "base.safetensors"), again, allow_other=False)
-    assert any("trained over the base stored as nf4; this is the full one" in note for note in notes)

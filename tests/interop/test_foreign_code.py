@@ -18,8 +18,6 @@ from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.interop.foreign_code import check_config
 from visft_ds.interop.open_clip import CONFIG, FILE
-from visft_ds.interop.peft import CONFIG as PEFT_CONFIG
-from visft_ds.interop.peft import read_peft_adapter
 
 #: Python that leaves a trace beside itself and goes on as a tokenizer and a configuration.
 CODE = """\
@@ -180,29 +178,6 @@ def test_tokenizers_that_are_data_stay_usable(folder: Path) -> None:
     assert (folder / "tokenizer.json").is_file()
     whole = load(f"local-dir:{folder}").text
     assert whole is not None and torch.equal(whole.tokenize(["cat"]), merged.tokenize(["cat"]))
-
-
-@pytest.mark.parametrize("depth", [200, 100_000])
-def test_a_configuration_nested_without_end(folder: Path, depth: int) -> None:
-    (folder / "tokenizer_config.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
-    configure(folder, "text_cfg", hf_tokenizer_name="any")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json.* nested deeper than"):
-        load(f"local-dir:{folder}")
-
-
-def test_a_folder_without_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not found"):
-        load(f"local-dir:{tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match=CONFIG):
-        load(f"local-dir:{tmp_path}")
-
-
-def test_an_adapter_that_asks_for_code(tmp_path: Path, trace: Path) -> None:
-    write(tmp_path / PEFT_CONFIG, {"peft_type": "LORA", "lora_alpha": 1, "auto_map": {"AutoModel": "foreign.Model"}})
-    add_code(tmp_path, trace)
-    with pytest.raises(ValueError, match=r"adapter_config\.json: .*auto_map"):
-        read_peft_adapter(tmp_path)
-    assert not trace.exists()
 
 
 class Runs:

@@ -1,28 +1,23 @@
-"""What changes the step as a whole: packing, content alone and compiled blocks, as configured, planned and refused."""
+"""What changes the step as a whole: packing and compiled blocks, as configured, planned and refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.models.compiled import check_compiler, compilations, compile_blocks
+from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.planner.memory import PlannedRun
-from visft_ds.prepare.model import plan_groups
 from visft_ds.prepare.streams import fixed_sizes
-from visft_ds.tasks.spec import Content
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.
 TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 PACKED, BLOCKS = (f"visft.model.{key}" for key in ("packed=true", "compile=blocks"))
-CONTENT = "visft.tasks.segmentation.image.content_only=true"
 MIXED = "visft.tasks.detection.image.fixed_size=null"
 
 
@@ -30,56 +25,10 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
     return resolve(**{"stage": 2, "model": "eva_e", **layers}, settings=settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "layers", "message"),
-    [
-        ((PACKED, "visft.features.views=1"), {"stage": 1}, "visft.model.packed = true .*one by one, without padding"),
-        ((PACKED,), {"engine": "pipeline"}, "packed"),
-        ((BLOCKS,), {"engine": "zero3"}, "compile = .blocks.* must be none with ZeRO-3.*use --engine zero1 or zero2"),
-        ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
-        ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
-        (("visft.model.compile=block",), {}, "did you mean blocks"),
-        ((CONTENT, "visft.tasks.segmentation.image.fixed_size=56"), {}, "nothing is left away"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(settings: tuple[str, ...], layers: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        configured(*settings, **layers)
-
-
-def test_content_ends_where_a_patch_does() -> None:
-    config = configured(CONTENT, "visft.model.overrides.patch_size=16", "visft.model.overrides.image_size=224")
-    with pytest.raises(ValueError, match="multiples of 14 pixels, and the patches of this backbone have 16"):
-        plan_groups(config.visft, config.optimizer.params)
-
-
 def test_packing_is_part_of_what_a_run_is_and_compiling_is_not() -> None:
     plain = configured()
     assert configured(PACKED).fingerprint() != plain.fingerprint()
     assert configured(BLOCKS).fingerprint() == plain.fingerprint()
-
-
-def test_plans_know_how_large_an_average_image_is() -> None:
-    """Of content alone 64 % are left, more where several are padded to the largest; memory takes the largest."""
-    streams = configured(CONTENT).visft.streams()
-    assert streams["detection"].typical_side(1) == streams["detection"].largest_side() == 672
-    side = streams["segmentation"].typical_side(1)
-    assert 0.62 < (side / 1024) ** 2 < 0.65 and side < streams["segmentation"].typical_side(2) < 1024
-    assert streams["segmentation"].largest_side() == 1024
-    small = ("visft.tasks.segmentation.image.fixed_size=null", "visft.tasks.segmentation.image.size=112")
-    config = configured(*small, CONTENT, PACKED, model="debug")
-    run = PlannedRun(config, derive_batches(config, 1), "fp32", 20, CPU, Content())
-    stream = config.visft.streams()["segmentation"]
-    assert run.typical(config.visft.streams()["captioning"]) is run
-    height, width = run.typical(stream).content.size or (0, 0)
-    assert 0.62 < (height / 112) * (width / 112) < 0.65 and run.content.size is None
-
-
-def test_a_compiler_that_is_missing_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check_compiler("none", CPU)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"C\+\+"):
-        check_compiler("blocks", CPU)
 
 
 def adapted(device: str = "cpu", dtype: torch.dtype = torch.float32) -> EvaViT:
@@ -176,7 +125,6 @@ def test_on_a_gpu(recompute: str) -> None:
     ("setting", "sizes"),
     [
         ("visft.seed=1", [(1024, 1024), (256, 256)]),
-        ("visft.tasks.segmentation.image.content_only=true", [(256, 256)]),
         ("visft.tasks.detection.image.fixed_size=448", [(448, 448), (1024, 1024), (256, 256)]),
         ("visft.mode=shared", []),
     ],

@@ -16,7 +16,7 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, recorded_config, set_aside
 from visft_ds.run.state import RunState
 
-RECORDS = ("run.json", "metrics.jsonl", "refused/step_00000002/state.json", f"export/{BACKBONE_FILE}")
+RECORDS = ("run.json", "metrics.jsonl", f"export/{BACKBONE_FILE}")
 
 
 def _config(*settings: str) -> ResolvedConfig:
@@ -65,7 +65,7 @@ def test_what_belongs_to_trackers_and_traces_is_set_aside_with_the_run(tmp_path:
     out = _run(tmp_path / "run")
     (out / "notes.txt").unlink()
     (out / "wandb").mkdir()
-    names = ("tracker-wandb", "tracker-mlflow", "wandb/latest-run", "trace-2-3-rank0.json.gz")
+    names = ("tracker-wandb", "wandb/latest-run", "trace-2-3-rank0.json.gz")
     for name in names:
         (out / name).write_text(name)
     aside = set_aside(out)

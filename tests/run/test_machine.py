@@ -32,9 +32,9 @@ def test_every_setting_counts_and_so_does_the_code() -> None:
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None)
-    told = r"visft\.run\.track needs mlflow, not installed here: pip install .*\[mlflow\]"
+    told = r"visft\.run\.track needs wandb, not installed here: pip install .*\[wandb\]"
     with pytest.raises(ValueError, match=told):
-        machine.check_machine(config("visft.run.track=mlflow"), 12)
+        machine.check_machine(config("visft.run.track=wandb"), 12)
 
 
 def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.cli import main as merge
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.predict.model import load
-from visft_ds.resilience.replay import main as replay
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -91,7 +90,6 @@ def test_a_run_is_whole_without_the_folder_it_began_in(
     assert evaluate(["--run", str(moved), "--out", "numbers", "--images", "0"]) == 0
     assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
     assert str(base) in capsys.readouterr().out
-    assert replay([str(moved), "--step", "3"]) == 0
     spec = parse_model(f"before={moved}")
     assert spec.name == str(base) and str(spec.adapter).startswith(str(moved)) and load_encoder(spec, "fp32").kinds
 

@@ -39,8 +39,7 @@ from visft_ds.run.async_eval import AsyncEvaluation
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import TASKS, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SETTINGS = {
@@ -340,7 +339,13 @@ def test_damaged_results(parts: Parts, tmp_path: Path) -> None:
     results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"]]
     (tmp_path / "captioning_results.json").write_text(json.dumps(results))
     (tmp_path / "detection_results.json").write_text('[{"image_id": 1000, "cate')
-    order = {"step": 2, "tasks": ["detection", "segmentation", "captioning"], "split": "val", "limit": None}
+    order = {
+        "step": 2,
+        "tasks": ["detection", "segmentation", "captioning"],
+        "split": "val",
+        "limit": None,
+        "cache": None,
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(order))
     assert judging.main(tmp_path, parts.manifest.root) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -431,7 +436,9 @@ def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) ->
     """However that ends: the run that goes on measures the same step, and writes into the same folder."""
     place = tmp_path / "validation/step_00000002"
     place.mkdir(parents=True)
-    (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
+    (place / "evaluation.json").write_text(
+        '{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null, "cache": null}'
+    )
     os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"

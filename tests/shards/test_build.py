@@ -97,6 +97,19 @@ def test_any_number_of_workers_writes_the_same_bytes(large: Tree, expected: dict
         assert digests(tmp_path / str(workers)) == expected
 
 
+def test_as_many_workers_as_cores_that_may_be_used(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared node a job has some of the cores."""
+    seen: list[int] = []
+
+    def building(options: Options, *, workers: int, **settings: Any) -> Manifest:
+        seen.append(workers)
+        return build(options, workers=workers, **settings)
+
+    monkeypatch.setattr("visft_ds.shards.cli.build", building)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
+    assert main(["build", *tree.arguments(tmp_path / "out")]) == 0 and seen == [3]
+
+
 def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
     """tools/profile.py must not stand in for the standard library's module, which torch imports."""
     command = [sys.executable, "make_shards.py", "build", *tree.arguments(tmp_path / "out")]

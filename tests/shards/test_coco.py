@@ -15,7 +15,7 @@ from tests.coco_tree import Tree, write_tree
 from tools.make_shards import main
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.coco import CocoSource, read_coco
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 Content = dict[str, Any]
 Change = Callable[[Content], Any]
@@ -269,7 +269,7 @@ def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:
     toy.edit(each(lambda entry: entry.pop("segmentation"), share=0.5))
     source = read_coco(toy.instances, toy.captions, ellipses=True)
     drawn = count(source, "ellipse")
-    labels = [json.loads(label) for image in source.images for label in image.annotations]
+    labels = stored(source)
     assert 0 < drawn < len(labels) and not count(source, "without mask")
     found = 0
     for label in labels:

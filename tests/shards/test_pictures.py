@@ -178,7 +178,7 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
 
 def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
     """A pipe that nobody writes to, a device, a file of terabytes without content, a link to itself."""
-    tree = write_tree(tmp_path / "tree", 60)
+    tree = write_tree(tmp_path / "tree", 80)
     for place in range(5):
         (tree.images / f"picture.{place}.jpg").unlink()
     os.mkfifo(tree.images / "picture.0.jpg")
@@ -188,5 +188,7 @@ def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
     (tree.images / "picture.3.jpg").symlink_to("picture.3.jpg")
     (tree.images / "picture.4.jpg").mkdir()
     tree.edit(lambda content: content["images"][5].update(file_name="../instances.json"))
+    tree.edit(lambda content: content["images"][6].update(file_name="x" * 300))
     manifest = build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))
-    assert {name for name, _ in manifest.left_out} == {*(f"picture.{n}.jpg" for n in range(5)), "../instances.json"}
+    strange = {"../instances.json", "x" * 300}
+    assert {name for name, _ in manifest.left_out} == {*(f"picture.{n}.jpg" for n in range(5)), *strange}

@@ -156,7 +156,7 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
 
 def _make_shards(out: Path) -> Path:
     tree = write_tree(out / "coco", 24)
-    build(Options(tree.images, tree.instances, tree.captions, out / "shards", "train", max_count=8))
+    build(Options(tree.images, tree.instances, tree.captions, out / "shards", "train", max_size=40_960))
     return out / "shards"
 
 

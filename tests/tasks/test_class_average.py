@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.matching import ClassLoss, MatchingCosts, match
+from visft_ds.tasks.matching import match
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.loss import SegmentationOutput
-from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.head import SegmentationOutput
+from visft_ds.tasks.segmentation.mask_matching import match_masks
 from visft_ds.tasks.segmentation.mask_points import draw_points
 from visft_ds.tasks.transform import collate_joint
 
@@ -49,7 +49,7 @@ class Case:
         return found
 
 
-def detection(average: str) -> Case:
+def detection() -> Case:
     logits = torch.randn(LAYERS, len(COUNTS), QUERIES, CLASSES + 1, dtype=torch.float64, requires_grad=True)
     boxes = torch.rand(LAYERS, len(COUNTS), QUERIES, 4, dtype=torch.float64) * 0.5 + 0.2
     total = sum(COUNTS)
@@ -59,14 +59,14 @@ def detection(average: str) -> Case:
     for image, (own_boxes, own_labels) in enumerate(each):
         own = DetectionTargets(own_boxes, own_labels, torch.tensor([len(own_labels)]))
         here = slice(image, image + 1)
-        pairs = match(logits[:, here], boxes[:, here], own, MatchingCosts())
+        pairs = match(logits[:, here], boxes[:, here], own, (1, 5, 2))
         wanted[pairs.layers, image, pairs.queries] = own_labels[pairs.objects]
     first, last = (DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True))
-    criterion = criterion_of("detection", **SHARED, average=average)
+    criterion = criterion_of("detection", **SHARED)
     return Case("detection", criterion, replace(last, aux=(first,)), targets, logits, wanted)
 
 
-def segmentation(average: str, labelling: str = "contiguous") -> Case:
+def segmentation(labelling: str = "contiguous") -> Case:
     sets, total, first = LAYERS + 1, sum(COUNTS), int(labelling == "published")
     logits = torch.randn(sets, len(COUNTS), QUERIES, CLASSES + 1, dtype=torch.float64, requires_grad=True)
     masks = torch.randn(sets, len(COUNTS), QUERIES, 5, 6, dtype=torch.float64)
@@ -74,7 +74,7 @@ def segmentation(average: str, labelling: str = "contiguous") -> Case:
     blobs = torch.randint(0, 256, (total, 8, 8), dtype=torch.uint8)
     targets = SegmentationTargets(blobs, torch.randint(CLASSES, (total,)), ones, ones, torch.tensor(COUNTS), keys)
     options = {**SHARED, "num_classes": CLASSES, "num_points": 64, "labelling": labelling}
-    criterion = criterion_of("segmentation", **options, average=average)
+    criterion = criterion_of("segmentation", **options)
     wanted = torch.full((sets, len(COUNTS), QUERIES), CLASSES)
     for image, (own_masks, labels) in enumerate(
         zip(targets.masks.split(COUNTS), targets.labels.split(COUNTS), strict=True)
@@ -84,23 +84,22 @@ def segmentation(average: str, labelling: str = "contiguous") -> Case:
         count, here = torch.tensor([len(labels)]), slice(image, image + 1)
         own = SegmentationTargets(own_masks, labels, ones[here], ones[here], count, keys[here])
         drawn = draw_points(keys[here].tolist(), sets, criterion.points, torch.device("cpu")).matching
-        classes = range(first, CLASSES + first)
-        pairs = match_masks(logits[:, here], masks[:, here], own, labels + first, classes, drawn, MaskCosts())
+        pairs = match_masks(logits[:, here], masks[:, here], own, labels + first, drawn, (2, 5, 5))
         wanted[pairs.layers, image, pairs.queries] = (labels + first)[pairs.objects]
     each: list[Any] = [SegmentationOutput(*pair) for pair in zip(logits, masks, strict=True)]
     each = [replace(one, labelling=labelling) for one in each]
     return Case("segmentation", criterion, replace(each[-1], aux=tuple(each[:-1])), targets, logits, wanted)
 
 
-def published(average: str) -> Case:
+def published() -> Case:
     """Segmentation as the published heads count classes, where the last one weighs as little as "no object"."""
-    return segmentation(average, "published")
+    return segmentation("published")
 
 
 @pytest.mark.parametrize("make", [detection, segmentation, published])
 def test_each_image_weighs_as_on_a_gpu_of_its_own(make: Any) -> None:
     """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their mean."""
-    case = make("image")
+    case = make()
     losses = case.losses()
     weight = torch.ones(CLASSES + 1, dtype=torch.float64)
     weight[-1] = 0.1
@@ -121,46 +120,24 @@ def test_each_image_weighs_as_on_a_gpu_of_its_own(make: Any) -> None:
     assert abs((pooled / losses["ce"]).item() - 1) > 1e-3
 
 
-@pytest.mark.parametrize("make", [detection, segmentation])
-def test_only_the_classes_are_averaged_by_image(make: Any) -> None:
-    """Boxes and masks are divided by the objects of the global batch either way."""
-    case = make("image")
-    by_batch = replace(case, criterion=make("batch").criterion).losses()
-    by_image = case.losses()
-    same = {name for name, value in by_image.items() if torch.equal(value, by_batch[name])}
-    assert same == {name for name in by_image if not name.startswith("ce")}
-
-
 @pytest.mark.parametrize("step", [0, 1, 3], ids=["detection", "segmentation", "all"])
 def test_a_step_is_the_published_one_on_as_many_gpus_as_images(step: int) -> None:
     """Losses and gradients of the whole model: each image alone with its own class weights, all objects in common."""
-    module, whole = _build("image"), global_batch(step)
+    (module, _), whole = build(2), global_batch(step)
     images = len(whole.images)
     ours = _gradients(module, [(whole, loss_denominators(module, whole, 1))])
-    module, gpus = _build("batch"), []
+    gpus = []
     for image in range(images):
-        alone, common = part(step, image, image + 1), loss_denominators(module, whole, images)
-        own = {
-            task: {name: torch.tensor(value) for name, value in module.criteria[task].count(alone).items()}
-            for task in alone.tasks
-        }
-        for task in set(TASKS) & set(alone.tasks):
-            common = {**common, task: {**common[task], "class_weight": own[task]["class_weight"]}}
-        gpus.append((alone, common))
-    theirs = _gradients(module, gpus)
+        common = loss_denominators(module, whole, images)
+        for task in set(TASKS) & set(whole.tasks):
+            common = {**common, task: {**common[task], "images": torch.tensor(1.0)}}
+        gpus.append((part(step, image, image + 1), common))
+    theirs = _gradients(build(2)[0], gpus)
     # fp32 sums in another order
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
     for name, value in theirs.items():
         if name != "loss":
             assert (ours[name] - value).norm() <= 2e-6 * value.norm() + 1e-9, name
-
-
-def _build(average: Literal["image", "batch"]) -> MultiTaskModel:
-    module, _ = build(2)
-    for task in TASKS:
-        criterion: Any = module.criteria[task]
-        criterion.class_loss = ClassLoss(criterion.class_loss.no_object, average)
-    return module
 
 
 def _gradients(module: MultiTaskModel, parts: list[tuple[Batch, Any]]) -> dict[str, Any]:
@@ -176,7 +153,7 @@ def _gradients(module: MultiTaskModel, parts: list[tuple[Batch, Any]]) -> dict[s
 
 def test_images_without_objects_alone_give_a_loss_and_its_gradient() -> None:
     """Crowds only, or nothing: "no object" is learnt from every query, by the same weight as from any other image."""
-    module = _build("image")
+    module, _ = build(2)
     empty = collate_joint([one for one in samples(0) if not len(one.targets["detection"]["labels"])] * 2)
     losses = module.train()(empty, loss_denominators(module, empty, 1))
     assert losses["detection/l1"].item() == 0 and losses["detection/ce"].item() > 0

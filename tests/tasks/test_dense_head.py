@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import generalized_box_iou_loss
 
 from tests.options import criterion_of, head_of
@@ -161,16 +160,3 @@ def test_it_is_written_and_read_as_it_was(tmp_path: Path) -> None:
 def test_widths_that_norm_groups_do_not_divide_are_refused() -> None:
     config = TASKS["detection"].config.model_fields["head"].annotation
     assert config is not None and [name for name, _ in config(type="dense", width=40).contradictions()] == ["width"]
-
-
-@pytest.mark.parametrize("flows", [False, True])
-def test_operations_by_formula_are_those_counted(flows: bool) -> None:
-    head, (features, valid) = _head(), _inputs(2)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        output = head(features.requires_grad_(flows), valid)
-        (output.logits.sum() + output.boxes.sum()).backward()
-    options = {"type": "dense", "num_classes": CLASSES, "width": 32}
-    formula = TASKS["detection"].flops
-    assert formula is not None
-    assert counter.get_total_flops() == formula(options, 12, 2, 48, trains=True, flows=flows).all

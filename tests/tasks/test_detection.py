@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
-from visft_ds.interop.head_file import HeadInfo, build_empty
-from visft_ds.tasks import TASKS, get_task, transformer
+from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.transformer import MultiHeadAttention
@@ -67,11 +66,6 @@ def _random_output(images: int, *, layers: int = 3, queries: int = 7, classes: i
     boxes = torch.rand(layers, images, queries, 4, dtype=torch.float64)
     each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
     return replace(each[-1], aux=tuple(each[:-1]))
-
-
-def _image(output: DetectionOutput, rows: slice) -> DetectionOutput:
-    aux = tuple(_image(layer, rows) for layer in output.aux)
-    return DetectionOutput(output.logits[rows], output.boxes[rows], aux)
 
 
 def _normaliser(counts: list[Mapping[str, float]], parts: int) -> dict[str, Tensor]:
@@ -135,51 +129,6 @@ def test_attention_equals_torch() -> None:
     torch.testing.assert_close(ours(query, key, value, valid[:, None]), wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [None, 1, 9])
-def test_attention_with_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Head by head on a CPU: results, gradients, what is dropped and what is drawn afterwards."""
-    torch.manual_seed(0)
-    layer = MultiHeadAttention(16, 4, 0.3).train()
-    query, memory = torch.randn(2, 9, 16), torch.randn(2, 11, 16)
-    allowed = None if rows is None else torch.rand(2, rows, 11) < 0.7
-    if allowed is not None:
-        allowed[..., 0] = True
-    found = []
-    for least in (1, 1 << 30):
-        monkeypatch.setattr(transformer, "_LARGE", least)
-        torch.manual_seed(1)
-        leaves = [query.clone().requires_grad_(), memory.clone().requires_grad_()]
-        out = layer(leaves[0], leaves[1], leaves[1] * 2, allowed)
-        gradients = torch.autograd.grad(
-            out, [*leaves, *layer.parameters()], torch.sin(torch.arange(288.0)).view(2, 9, 16)
-        )
-        found.append([out, *gradients, torch.rand(3)])
-    assert torch.equal(found[0][-1], found[1][-1])
-    for one, other in zip(*found, strict=True):
-        assert (one - other).norm() < 1e-6 * other.norm()
-
-
-def test_output_shapes_and_ranges() -> None:
-    output = _small_head()(torch.randn(2, 12, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))
-    assert output.logits.shape == (2, 7, 7) and output.boxes.shape == (2, 7, 4)
-    assert len(output.aux) == 2 and output.aux[0].logits.shape == (2, 7, 7)
-    assert ((output.boxes > 0) & (output.boxes < 1)).all()
-
-
-def test_padding_changes_nothing() -> None:
-    """A small image padded beside a large one gives what it gives alone, whatever the padding contains."""
-    head = _small_head().eval()
-    small, valid = torch.randn(1, 12, 3, 4), torch.zeros(2, 5, 6, dtype=torch.bool)
-    batch = torch.randn(2, 12, 5, 6) * 10
-    batch[1, :, :3, :4] = small[0]
-    valid[0], valid[1, :3, :4] = True, True
-    alone = head(small, torch.ones(1, 3, 4, dtype=torch.bool))
-    padded = head(batch, valid)
-    # float32 through five layers; the attention sums run over another number of entries
-    torch.testing.assert_close(padded.boxes[1], alone.boxes[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(padded.aux[0].logits[1], alone.aux[0].logits[0], rtol=0, atol=1e-5)
-
-
 def test_task_token_and_positions_take_part() -> None:
     head = _small_head().eval()
     features, valid = torch.randn(1, 12, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
@@ -202,21 +151,6 @@ def test_the_encoder_input_goes_around_the_encoder() -> None:
     assert (first - second).abs().max() > 1e-4
 
 
-def test_every_parameter_gets_a_gradient_without_any_object() -> None:
-    """Engines that reduce gradients by bucket need one for each parameter in each step."""
-    head = _small_head()
-    targets = _targets([0, 0])
-    criterion = criterion_of("detection", num_queries=7, decoder_layers=3)
-    counts = criterion.count(_batch(targets))
-    assert counts == {"boxes": 0, "images": 2}
-    output = head(torch.randn(2, 12, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool))
-    losses = criterion(output, targets, _normaliser([counts], 1))
-    assert losses["l1"].item() == losses["giou_0"].item() == losses["class_error"].item() == 0
-    sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-
-
 def test_dropout_in_training_only() -> None:
     head = _small_head(dropout=0.5)
     features, valid = torch.randn(1, 12, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
@@ -225,55 +159,7 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(head(features, valid).boxes, head(features, valid).boxes)
 
 
-def test_predictions_are_float32_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = _small_head()(torch.randn(1, 12, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool))
-    assert output.logits.dtype == output.boxes.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"encoder_dim": 18},
-            "no detection head has these options: encoder_dim = 18: 18 is no multiple of num_heads = 4",
-        ),
-        ({"encoder_dim": 6, "num_heads": 2}, "6 is no multiple of 4"),
-        ({"decoder_dim": 30}, "30 is no multiple of num_heads = 4"),
-        ({"num_queries": 0}, "num_queries = 0: must be greater than or equal to 1"),
-    ],
-)
-def test_impossible_heads(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_empty(HeadInfo("detection", 12, {**SMALL, **options}))
-
-
 # ---- criterion ----
-
-
-@pytest.mark.parametrize("average", ["image", "batch"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_mean_over_micro_batches_is_the_global_loss(parts: int, average: str) -> None:
-    """The reason for given normalisers: images with 0, few and more objects than queries, spread unevenly."""
-    counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion = criterion_of("detection", num_queries=7, decoder_layers=3, average=average)
-    targets, output = _targets(counts), _random_output(8)
-    whole = criterion(output, targets, _normaliser([criterion.count(_batch(targets))], 1))
-    size = len(counts) // parts
-    pieces = []
-    for start in range(0, 8, size):
-        first, last = sum(counts[:start]), sum(counts[: start + size])
-        own = DetectionTargets(
-            targets.boxes[first:last], targets.labels[first:last], targets.counts[start : start + size]
-        )
-        pieces.append((_image(output, slice(start, start + size)), own))
-    loss_denominators = _normaliser([criterion.count(_batch(own)) for _, own in pieces], parts)
-    split = [criterion(part, own, loss_denominators) for part, own in pieces]
-    assert set(whole) == {*criterion.weights, "class_error", "cardinality_error"}
-    for name, value in whole.items():
-        mean = torch.stack([losses[name].double() for losses in split]).mean()
-        # float64 sums in another order; the cardinality is a float32 mean
-        torch.testing.assert_close(mean, value.double(), rtol=1e-6 if "card" in name else 1e-12, atol=0)
 
 
 def test_losses_of_a_prediction_that_is_known() -> None:
@@ -288,27 +174,6 @@ def test_losses_of_a_prediction_that_is_known() -> None:
     assert losses["class_error"].item() == 100  # all scores are equal: class 0 is named, not 3
     assert losses["cardinality_error"].item() == 1  # two queries see an object, there is one
     assert criterion.weights == {"ce": 1.0, "l1": 5.0, "giou": 2.0}
-
-
-def test_gradient_reaches_matched_boxes_only() -> None:
-    output = _random_output(1, layers=1)
-    output.boxes.requires_grad_()
-    criterion = criterion_of("detection", num_queries=7, decoder_layers=1)
-    targets = _targets([2])
-    losses = criterion(output, targets, _normaliser([criterion.count(_batch(targets))], 1))
-    losses["l1"].backward()
-    assert output.boxes.grad is not None
-    assert int(output.boxes.grad.abs().sum(-1).gt(0).sum()) == 2
-
-
-def test_more_objects_than_queries() -> None:
-    criterion = criterion_of("detection", num_queries=100, decoder_layers=1, average="batch")
-    targets = _targets([300])
-    counts = criterion.count(_batch(targets))
-    assert counts == {"boxes": 300.0, "class_weight": 100.0}
-    losses = criterion(_random_output(1, layers=1, queries=100), targets, _normaliser([counts], 1))
-    assert all(torch.isfinite(value) for value in losses.values())
-    assert losses["class_error"].item() >= 100 * 200 / 300  # an object without a query is not found
 
 
 def test_degenerate_boxes_give_finite_gradients() -> None:
@@ -330,12 +195,10 @@ def test_options_of_head_and_criterion_are_stated_once() -> None:
     task = TASKS["detection"]
     criterion = task.criterion({**SMALL, "decoder_layers": 2}, {"giou": 3.0})
     assert criterion.weights == {"ce": 1, "l1": 5, "giou": 3, "ce_0": 1, "l1_0": 5, "giou_0": 3}
-    with pytest.raises(ValueError, match=r"\['num_queries'\] stand with the head already"):
-        task.criterion(SMALL, {"num_queries": 7})
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'detecton': known tasks are .*detection"):
+    with pytest.raises(ValueError, match="detecton"):
         get_task("detecton")
 
 

@@ -16,7 +16,7 @@ from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoder
 from tests.options import criterion_of
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.matching import MatchingCosts, match
+from visft_ds.tasks.matching import match
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, sine_positions
 
 LAYERS, QUERIES, CLASSES = 3, 20, 91
@@ -46,7 +46,7 @@ def _their_matcher() -> HungarianMatcher:
 
 def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
     logits, boxes, targets = case
-    ours = match(logits, boxes, targets, MatchingCosts())
+    ours = match(logits, boxes, targets, (1, 5, 2))
     starts = targets.counts.cumsum(0) - targets.counts
     for layer in range(LAYERS):
         theirs = _their_matcher()({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
@@ -60,38 +60,39 @@ def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None
     logits, boxes, targets = case
     each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
     output = DetectionOutput(each[-1].logits, each[-1].boxes, tuple(each[:-1]))
-    matched = sum(min(count, QUERIES) for count in COUNTS)
-    loss_denominators = {
-        "boxes": torch.tensor(float(sum(COUNTS))),
-        "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
-    }
-    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS, average="batch")
-    ours = criterion(output, targets, loss_denominators)
+    denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
+    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS)
+    ours = criterion(output, targets, denominators)
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
+        theirs["loss_ce"] = _their_class_loss(logits[layer], boxes[layer], targets)
         for name, their_name in (("ce", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
             # float32 sums of up to 80 terms in another order
             torch.testing.assert_close(ours[name + suffix], theirs[their_name], rtol=2e-6, atol=0)
     assert ours["cardinality_error"].item() == theirs["cardinality_error"].item()
 
 
+def _their_class_loss(logits: Tensor, boxes: Tensor, targets: DetectionTargets) -> Tensor:
+    """Mean over images, each as the one image of a GPU, as in the published code."""
+    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels"])
+    each = zip(logits.split(1), boxes.split(1), _their_targets(targets), strict=True)
+    return torch.stack([oracle({"logits": a, "pred_boxes": b}, [one])["loss_ce"] for a, b, one in each]).mean()
+
+
 def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
     logits, boxes, targets = (case[0][:1].clone(), case[1][:1].clone(), case[2])
     logits.requires_grad_()
     boxes.requires_grad_()
-    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1, average="batch")
-    matched = sum(min(count, QUERIES) for count in COUNTS)
-    loss_denominators = {
-        "boxes": torch.tensor(float(sum(COUNTS))),
-        "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
-    }
-    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, loss_denominators)
+    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1)
+    denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
+    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, denominators)
     total = sum(weight * losses[name] for name, weight in criterion.weights.items())
     ours = torch.autograd.grad(total, (logits, boxes))
-    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes"])
+    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["boxes"])
     losses = oracle({"logits": logits[0], "pred_boxes": boxes[0]}, _their_targets(targets))
-    theirs = torch.autograd.grad(losses["loss_ce"] + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"], (logits, boxes))
+    of_classes = _their_class_loss(logits[0], boxes[0], targets)
+    theirs = torch.autograd.grad(of_classes + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"], (logits, boxes))
     for our_gradient, their_gradient in zip(ours, theirs, strict=True):
         # float32; the formulas of the overlap divide in another order
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Matching: optimal, one to one, each image on its own; empty, overfull and broken inputs."""
+"""Matching: optimal, one to one, each image on its own; the overlap of boxes is torchvision's, and finite."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
+import torchvision.ops
 from torch import Tensor
 
-from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.matching import Matches, MatchingCosts, match
+from visft_ds.tasks.matching import Matches, centers_to_corners, generalized_box_iou, match
 
-COSTS = MatchingCosts()
+COSTS = (1.0, 5.0, 2.0)
 
 
 def _predictions(layers: int, images: int, queries: int, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -89,34 +89,12 @@ def test_more_objects_than_queries() -> None:
     assert len({row for _, row in pairs}) == 100
 
 
-def test_degenerate_boxes_are_matched() -> None:
-    logits, boxes = _predictions(layers=1, images=1, queries=3)
-    boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    targets = DetectionTargets(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([1]))
-    assert len(match(logits, boxes, targets, COSTS).layers) == 1
-
-
-@pytest.mark.parametrize(("where", "term"), [("logits", "ce"), ("boxes", "l1")])
-def test_broken_prediction_names_term_and_image(where: str, term: str) -> None:
-    logits, boxes = _predictions(layers=2, images=2, queries=4)
-    (logits if where == "logits" else boxes)[1, 1, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
-        match(logits, boxes, _targets([1, 2]), COSTS, image_ids=torch.tensor([5, 77]))
-
-
-def test_broken_target_is_the_users() -> None:
-    targets = _targets([1, 2])
-    targets.boxes[2, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"target box .* image 1 of the micro-batch is not finite"):
-        match(*_predictions(layers=2, images=2, queries=4), targets, COSTS)
-
-
-@pytest.mark.parametrize("label", [-1, 5])
-def test_label_outside_the_head(label: int) -> None:
-    targets = _targets([1, 1])
-    targets.labels[1] = label
-    with pytest.raises(ValueError, match=rf"label {label} in image_id 9 is outside the head's classes 0\.\.4"):
-        match(*_predictions(layers=1, images=2, queries=4), targets, COSTS, image_ids=torch.tensor([3, 9]))
+@pytest.mark.parametrize("where", [0, 1], ids=["logits", "boxes"])
+def test_broken_predictions_name_their_image(where: int) -> None:
+    predictions = _predictions(layers=2, images=2, queries=4)
+    predictions[where][1, 1, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"\[77\]"):
+        match(*predictions, _targets([1, 2]), COSTS, image_ids=torch.tensor([5, 77]))
 
 
 def test_16_bit_predictions_are_compared_in_float32() -> None:
@@ -126,3 +104,30 @@ def test_16_bit_predictions_are_compared_in_float32() -> None:
     targets = DetectionTargets(torch.full((1, 4), 0.9), torch.tensor([0]), torch.tensor([1]))
     matches = match(torch.zeros(1, 1, 2, 6).bfloat16(), boxes.bfloat16(), targets, COSTS)
     assert matches.queries.tolist() == [1]
+
+
+def _boxes(count: int) -> torch.Tensor:
+    return centers_to_corners(torch.rand(count, 4, dtype=torch.float64))
+
+
+def test_overlap_of_all_pairs_equals_torchvision() -> None:
+    first, second = _boxes(7), _boxes(5)
+    # float64: both orders of the same few operations
+    wanted = torchvision.ops.generalized_box_iou(first, second)
+    torch.testing.assert_close(generalized_box_iou(first[:, None], second), wanted, rtol=0, atol=1e-12)
+
+
+def test_row_by_row_is_the_diagonal_of_all_pairs() -> None:
+    first, second = _boxes(6), _boxes(6)
+    assert torch.equal(generalized_box_iou(first, second), generalized_box_iou(first[:, None], second).diagonal())
+
+
+def test_boxes_without_area_are_finite() -> None:
+    point, line = [0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.8, 0.5]
+    degenerate = torch.tensor([point, line, line], requires_grad=True)
+    other = torch.tensor([point, line, [0.1, 0.1, 0.9, 0.9]])
+    values = generalized_box_iou(degenerate, other)
+    values.sum().backward()
+    # equal boxes without area: nothing overlaps and the hull is empty too; the line in a box of 0.64 leaves all of it
+    assert values.tolist() == [0.0, 0.0, 0.0]
+    assert degenerate.grad is not None and torch.isfinite(degenerate.grad).all()

@@ -1,96 +1,60 @@
-"""Pictures: what is drawn where, at any size."""
+"""Pictures of each task: what is drawn where."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from visft_ds.tasks.pictures import Picture, draw_detections, grid, palette, save_png
+from visft_ds.data.samples import RawSample
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.pictures import draw_objects, grid, palette, save_png, split_panels
+from visft_ds.tasks.spec import Example
 
-COLOURS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
-
-
-def _gray(height: int, width: int) -> Picture:
-    return np.full((height, width, 3), 128, dtype=np.uint8)
-
-
-def _has(picture: Picture, colour: tuple[int, int, int]) -> bool:
-    return bool((picture == colour).all(axis=-1).any())
+NAMES = {1: "cat", 2: "dog"}
+COLOURS = palette(list(NAMES.values()))
+SQUARE = [[10.0, 40.0, 40.0, 40.0, 40.0, 70.0, 10.0, 70.0]]
 
 
-def _halves(picture: Picture) -> tuple[Picture, Picture]:
-    middle = picture.shape[1] // 2
-    return picture[:, :middle], picture[:, middle:]
+def _example(*results: dict[str, object]) -> Example:
+    image = np.full((112, 112, 3), 128, dtype=np.uint8)
+    true = {"category_id": 1, "bbox": [10, 40, 30, 30], "iscrowd": 0, "segmentation": SQUARE}
+    return Example(RawSample(0, 7, (112, 112), image, (true,), ("A grey square.",)), list(results), NAMES, 0.5)
 
 
-def test_truth_left_prediction_right_above_the_threshold() -> None:
-    picture = draw_detections(
-        _gray(112, 112),
-        [[10, 40, 30, 30]],
-        ["cat"],
-        [[20, 50, 30, 30], [60, 60, 20, 20]],
-        ["dog", "cat"],
-        [0.9, 0.4],
-        colours=COLOURS,
-    )
-    left, right = _halves(picture)
-    assert _has(left, COLOURS["cat"]) and not _has(left, COLOURS["dog"])
-    assert _has(right, COLOURS["dog"]) and not _has(right, COLOURS["cat"])
+def _share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
+    return float((np.abs(picture.astype(int) - colour).max(axis=-1) < 8).mean())
 
 
-def test_box_lies_where_the_object_is() -> None:
+def test_truth_is_left_and_predictions_above_the_threshold_are_right() -> None:
+    found = {"category_id": 2, "bbox": [20, 50, 30, 30], "segmentation": SQUARE, "score": 0.9}
+    example = _example(found, {**found, "category_id": 1, "score": 0.4})
+    left, right = split_panels(TASKS["detection"].picture(example))
+    assert _share(left, COLOURS["cat"]) > 0.005 and _share(left, COLOURS["dog"]) == 0
+    assert _share(right, COLOURS["dog"]) > 0.005 and _share(right, COLOURS["cat"]) == 0
+    half = {name: tuple((np.array(colour) + 128) // 2) for name, colour in COLOURS.items()}
+    left, right = split_panels(TASKS["segmentation"].picture(example))
+    assert _share(left, half["cat"]) > 0.04 and _share(right, half["dog"]) > 0.04, "half of the mask's colour"
+    said = TASKS["captioning"].picture(_example({"caption": "a square " * 60}))
+    assert said.shape[0] > 448 and said.shape[1] > 2 * 448
+
+
+def test_boxes_lie_where_the_objects_are() -> None:
     """A 50 x 100 image at four times its size: the frame of (10, 20, 30, 40) runs from (40, 80) to (160, 240)."""
-    picture = draw_detections(_gray(100, 50), [[10, 20, 30, 40]], ["cat"], [], [], [], colours=COLOURS, side=400)
-    left, _ = _halves(picture)
-    red = (left[-400:] == COLOURS["cat"]).all(axis=-1)
-    assert red[100:].any(axis=1).nonzero()[0].max() == 140  # below the tag: rows 80..240
-    columns = red[100:].any(axis=0).nonzero()[0]
+    image = np.full((100, 50, 3), 128, dtype=np.uint8)
+    odd = [[-50, -50, 20, 20], [30, 90, 500, 500], [5, 5, 0, 0]]
+    picture = draw_objects(image, ["cat"], ["cat"], COLOURS, boxes=[[10, 20, 30, 40]], side=400)
+    seen = (picture == COLOURS["cat"]).all(axis=-1)
+    assert (seen[110:].any(axis=1).nonzero()[0] + 110).max() == 240  # below the tag
+    columns = seen[110:].any(axis=0).nonzero()[0]
     assert (columns.min(), columns.max()) == (40, 160)
+    assert draw_objects(image, ["cat"] * 3, ["cat"] * 3, COLOURS, boxes=odd, side=40).shape == (40, 20, 3)
 
 
-@pytest.mark.parametrize("size", [(16, 112), (112, 112), (700, 300), (1, 1)])
-def test_every_size_is_readable(size: tuple[int, int]) -> None:
-    """Small and large images come out with the longer side at the wanted length."""
-    picture = draw_detections(_gray(*size), [], [], [], [], [], side=300)
-    title = draw_detections(_gray(300, 300), [], [], [], [], [], side=300).shape[0] - 300
-    height, width = picture.shape[0] - title, (picture.shape[1] - 12) // 2
-    assert max(height, width) == 300 and picture.dtype == np.uint8
-
-
-def test_odd_boxes_do_no_harm() -> None:
-    """Predictions are not clipped to the image and may have no area; crowded tags find no free place."""
-    boxes = [[-50, -50, 20, 20], [90, 90, 500, 500], [5, 5, 0, 0], [150, 3, 4, 4], *[[5, 5, 3, 3]] * 60]
-    picture = draw_detections(_gray(112, 112), [], [], boxes, ["cat"] * 64, [1.0] * 64)
-    left, right = _halves(picture)
-    assert (left[60:] == 128).all(axis=-1).any(axis=1).all() and not np.array_equal(left, right)
-
-
-def test_palette() -> None:
-    names = [f"category {number}" for number in range(91)]
-    colours = palette(names)
-    assert list(colours) == names
-    assert len(set(colours.values())) == 91
-    # the first dozen, a small data set, must be told apart at a glance: at least 60 steps in some channel
-    dozen = np.array([colours[name] for name in names[:12]])
-    distance = np.abs(dozen[:, None] - dozen).max(axis=-1)
-    assert distance[~np.eye(12, dtype=bool)].min() >= 60
-
-
-def test_grid_keeps_every_picture() -> None:
-    shades = [np.full((10 + 5 * n, 20, 3), 10 * n, dtype=np.uint8) for n in range(5)]
-    sheet = grid(shades, columns=2)
-    for shade in shades:
-        assert (sheet == shade[0, 0]).all(axis=-1).sum() == shade.shape[0] * shade.shape[1]
-    assert sheet.shape[1] == 2 * 20 + 3 * 12
-    with pytest.raises(ValueError, match="0 pictures in 2 columns"):
-        grid([])
-
-
-def test_png_round_trip(tmp_path: Path) -> None:
-    picture = draw_detections(_gray(40, 40), [[5, 5, 20, 20]], ["cat"], [], [], [])
-    path = tmp_path / "new" / "picture.png"
-    save_png(picture, path)
-    assert np.array_equal(np.asarray(Image.open(path)), picture)
+def test_colours_sheets_and_files(tmp_path: Path) -> None:
+    colours = palette([str(number) for number in range(36)])
+    assert len(set(colours.values())) == 36
+    sheet = grid([np.zeros((10, 20, 3), dtype=np.uint8), np.zeros((30, 5, 3), dtype=np.uint8)] * 2)
+    save_png(sheet, tmp_path / "new" / "sheet.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "sheet.png")), sheet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
-from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points, uncertain_points
 from visft_ds.tasks.segmentation.pixel_decoder import MaskedGroupNorm
-from visft_ds.tasks.transformer import MultiHeadAttention
 
 #: Our names -> those of the published ViSFT head files (after `visft_heads.`); {n} is a layer's number.
 PUBLISHED_KEYS = {
@@ -71,13 +70,6 @@ def _targets(counts: list[int], grid: tuple[int, int] = (12, 16)) -> Segmentatio
     )
 
 
-def _images(targets: SegmentationTargets, first: int, last: int) -> SegmentationTargets:
-    """The targets of images first..last-1."""
-    start, stop = int(targets.counts[:first].sum()), int(targets.counts[:last].sum())
-    per_image = {name: getattr(targets, name)[first:last] for name in ("extents", "mask_extents", "counts", "keys")}
-    return SegmentationTargets(targets.masks[start:stop], targets.labels[start:stop], **per_image)
-
-
 def _batch(targets: SegmentationTargets) -> Batch:
     count = len(targets.counts)
     numbers = torch.arange(count)
@@ -107,11 +99,6 @@ def _output(images: int, size: tuple[int, int] = (5, 6)) -> SegmentationOutput:
     masks = torch.randn(LAYERS + 1, images, QUERIES, *size, dtype=torch.float64)
     each = [SegmentationOutput(*pair) for pair in zip(logits, masks, strict=True)]
     return replace(each[-1], aux=tuple(each[:-1]))
-
-
-def _rows(output: SegmentationOutput, rows: slice) -> SegmentationOutput:
-    aux = tuple(_rows(one, rows) for one in output.aux)
-    return SegmentationOutput(output.logits[rows], output.masks[rows], aux)
 
 
 # ---- head ----
@@ -150,31 +137,6 @@ def test_names_map_onto_the_published_files() -> None:
     assert published[f"{predictor}transformer_cross_attention_layers.8.multihead_attn.in_proj_weight"] == (768, 256)
 
 
-def test_shapes() -> None:
-    output = _head()(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))
-    assert output.logits.shape == (2, QUERIES, CLASSES + 1) and output.masks.shape == (2, QUERIES, 3, 5)
-    assert len(output.aux) == LAYERS and output.aux[0].masks.shape == (2, QUERIES, 3, 5)
-
-
-def test_padding_changes_nothing() -> None:
-    """A small image padded beside a large one gives what it gives alone, whatever the padding contains."""
-    head = _head().eval()
-    with torch.no_grad():  # sampling offsets and norms start out too simple to be a test
-        for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    small, valid = torch.randn(1, CHANNELS, 3, 4), torch.zeros(2, 5, 6, dtype=torch.bool)
-    batch = torch.randn(2, CHANNELS, 5, 6) * 10
-    batch[1, :, :3, :4] = small[0]
-    valid[0], valid[1, :3, :4] = True, True
-    alone = head(small, torch.ones(1, 3, 4, dtype=torch.bool))
-    padded = head(batch, valid)
-    # float32 through five layers; sums run over another number of entries
-    for one, other in zip((*padded.aux, padded), (*alone.aux, alone), strict=True):
-        torch.testing.assert_close(one.logits[1], other.logits[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(one.masks[1, :, :3, :4], other.masks[0], rtol=1e-4, atol=1e-4)
-    assert padded.masks[1].count_nonzero() == padded.masks[1, :, :3, :4].count_nonzero()
-
-
 def test_group_norm_of_unpadded_maps_is_torchs() -> None:
     ours, theirs = MaskedGroupNorm(4, 12), nn.GroupNorm(4, 12)
     with torch.no_grad():
@@ -183,16 +145,6 @@ def test_group_norm_of_unpadded_maps_is_torchs() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 12, 5, 3) + 2
     torch.testing.assert_close(ours(x, torch.ones(2, 5, 3, dtype=torch.bool)), theirs(x))
-
-
-def test_attention_equals_torch() -> None:
-    ours, theirs = MultiHeadAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
-    theirs.load_state_dict(ours.state_dict())
-    query, key, value = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
-    allowed = torch.rand(2, 5, 9) > 0.4
-    wanted, _ = theirs(query, key, value, attn_mask=~allowed.repeat_interleave(4, dim=0))
-    # float32, 16 channels: a few roundings
-    torch.testing.assert_close(ours(query, key, value, allowed), wanted, rtol=0, atol=1e-6)
 
 
 def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None:
@@ -207,19 +159,6 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
         seen.append(head(torch.ones(1, CHANNELS, 3, 4), valid).logits)
     assert torch.isfinite(seen[0]).all()
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
-
-
-def test_every_parameter_gets_a_gradient_without_any_object() -> None:
-    """Engines that reduce gradients by bucket need one for each parameter in each step."""
-    head, criterion, targets = _head(), _criterion(), _targets([0, 0])
-    counts = _count(criterion, targets)
-    assert counts == {"masks": 0, "images": 2}
-    output = head(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))
-    losses = criterion(output, targets, _normaliser([counts], 1))
-    assert losses["bce"].item() == losses["dice_0"].item() == losses["class_error"].item() == 0
-    sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
 def test_parameters_are_used_by_their_owner_only() -> None:
@@ -239,26 +178,6 @@ def test_parameters_are_used_by_their_owner_only() -> None:
     with torch.no_grad():
         output = head(*inputs)
     assert torch.equal(output.masks, expected.masks) and torch.equal(output.logits, expected.logits)
-
-
-def test_predictions_are_float32_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = _head()(torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool))
-    assert output.logits.dtype == output.masks.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hidden_dim": 48}, "hidden_dim = 48: 48 is no multiple of num_heads = 4 and of 32"),
-        ({"num_heads": 5}, "32 is no multiple of num_heads = 5"),
-        ({"decoder_layers": 0}, "decoder_layers = 0: must be greater than or equal to 1"),
-        ({"labelling": "coco"}, "labelling = coco: must be 'contiguous' or 'published'"),
-    ],
-)
-def test_impossible_heads(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_empty(HeadInfo("segmentation", CHANNELS, {"hidden_dim": 32, "num_heads": 4, **options}))
 
 
 # ---- points ----
@@ -289,24 +208,6 @@ def test_uncertain_points() -> None:
 
 
 # ---- criterion ----
-
-
-@pytest.mark.parametrize("average", ["image", "batch"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_mean_over_micro_batches_is_the_global_loss(parts: int, average: str) -> None:
-    """The reason for given normalisers and keyed points: images with 0, few and too many objects, spread unevenly."""
-    counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion, targets, output = _criterion(average=average), _targets(counts), _output(8)
-    whole = criterion(output, targets, _normaliser([_count(criterion, targets)], 1))
-    size = len(counts) // parts
-    pieces = [(_rows(output, slice(s, s + size)), _images(targets, s, s + size)) for s in range(0, 8, size)]
-    loss_denominators = _normaliser([_count(criterion, own) for _, own in pieces], parts)
-    torch.manual_seed(123)  # nothing may be drawn from here
-    split = [criterion(part, own, loss_denominators) for part, own in pieces]
-    assert set(whole) == {*criterion.weights, "class_error"} and len(criterion.weights) == 3 * (LAYERS + 1)
-    for name, value in whole.items():
-        mean = torch.stack([losses[name] for losses in split]).mean()
-        torch.testing.assert_close(mean, value, rtol=1e-12, atol=0)  # float64 sums in another order
 
 
 def test_padding_of_batch_and_masks_changes_nothing() -> None:
@@ -352,59 +253,6 @@ def test_a_perfect_prediction_costs_next_to_nothing() -> None:
     assert broken["dice"] > 0.3 and broken["bce"] > 2
     renamed = criterion(output, replace(targets, labels=torch.tensor([4, 0, 3])), loss_denominators)
     assert renamed["ce"] > 1 and renamed["class_error"].item() == pytest.approx(100 / 3)
-
-
-def test_more_objects_than_queries() -> None:
-    criterion, targets = _criterion(num_points=16, average="batch"), _targets([300, 1])
-    counts = _count(criterion, targets)
-    assert counts == {"masks": 301, "class_weight": pytest.approx(QUERIES + 1 + 0.1 * (QUERIES - 1))}
-    losses = criterion(_output(2), targets, _normaliser([counts], 1))
-    assert all(torch.isfinite(value) for value in losses.values())
-
-
-@pytest.mark.parametrize(("where", "term"), [("logits", "ce"), ("masks", "bce")])
-def test_broken_prediction_names_term_and_image(where: str, term: str) -> None:
-    output, targets, criterion = _output(2), _targets([1, 2]), _criterion()
-    getattr(output.aux[1], where)[1, 2] = float("nan")
-    loss_denominators = _normaliser([_count(criterion, targets)], 1)
-    with pytest.raises(FloatingPointError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
-        criterion(output, targets, loss_denominators, torch.tensor([5, 77]))
-
-
-def test_class_outside_the_head() -> None:
-    targets, criterion = _targets([1, 1]), _criterion()
-    targets.labels[1] = CLASSES
-    with pytest.raises(ValueError, match=r"label 6 in image 1 of the micro-batch is outside the head's classes 0\.\.5"):
-        criterion(_output(2), targets, _normaliser([_count(criterion, targets)], 1))
-
-
-def test_published_labelling() -> None:
-    """One class further; the last category is "no object" and weighs as little, which the count knows."""
-    criterion = _criterion(labelling="published", average="batch")
-    targets = replace(_targets([2, 1]), labels=torch.tensor([0, CLASSES - 1, 2]))
-    counts = _count(criterion, targets)
-    assert counts["class_weight"] == pytest.approx(2 + 0.1 * (2 * QUERIES - 2))
-
-    def labelled(one: SegmentationOutput) -> SegmentationOutput:
-        return replace(one, labelling="published", aux=tuple(labelled(aux) for aux in one.aux))
-
-    output = labelled(_output(2))
-    losses = criterion(output, targets, _normaliser([counts], 1))
-    # the same weighted mean as torch makes it of the classes 1, 6 and 3, given the pairs this loss is lowest for
-    weight = torch.ones(CLASSES + 1, dtype=torch.float64)
-    weight[-1] = 0.1
-    means = []
-    for queries in _assignments():
-        wanted = torch.full((2, QUERIES), CLASSES)
-        wanted[[0, 0, 1], queries] = torch.tensor([1, CLASSES, 3])
-        means.append(F.cross_entropy(output.logits.flatten(0, 1), wanted.flatten(), weight))
-    assert min(abs(float(mean - losses["ce"])) for mean in means) < 1e-6  # the normaliser is float32
-
-
-def _assignments() -> Iterator[list[int]]:
-    for first in range(QUERIES):
-        for second in range(QUERIES):
-            yield from ([first, second, third] for third in range(QUERIES) if first != second)
 
 
 def test_learns_one_picture() -> None:

@@ -14,10 +14,9 @@ from faster_coco_eval import mask as coco_mask
 from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes, final_size
+from visft_ds.data.transforms import Crop, Flip, places
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.segmentation import data
-from visft_ds.tasks.segmentation.data import placement, segmentation_targets
+from visft_ds.tasks.segmentation.data import segmentation_targets
 from visft_ds.tasks.transform import collate_joint
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
@@ -81,15 +80,6 @@ def test_masks_follow_the_pixels() -> None:
     assert seen > 40 and flips == {True, False}
 
 
-def test_placement_follows_operations_in_any_order() -> None:
-    """Also where another task's transform has made the picture: the same boxes as the operations give one by one."""
-    ops = [Resize(90, 130), Crop(10, 20, 70, 100), Flip(), Resize(35, 60), Crop(1, 2, 30, 50), Flip()]
-    boxes = np.array([[30.0, 25.0, 70.0, 50.0]])  # stays inside every crop
-    wanted = apply_to_boxes(boxes, (70, 90), ops)[0]
-    moved = placement((70, 90), ops).points(boxes.reshape(2, 2))
-    np.testing.assert_allclose([*moved.min(axis=0), *moved.max(axis=0)], wanted)
-
-
 def test_scale_padding_and_crop() -> None:
     """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer side."""
     raw = _raw((50, 100), _annotation([_box(0, 0, 100, 50)]))
@@ -107,59 +97,6 @@ def test_scale_padding_and_crop() -> None:
     assert min(tops) < 8 and max(tops) > 56, "crops reach both ends of the 128 rows"
 
 
-@pytest.mark.parametrize("size", [(70, 90), (120, 40), (33, 33)])
-def test_content_alone_is_the_part_of_the_square_that_shows_image(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pixel for pixel, with the same objects; what is left away is the value of the extension and nothing else."""
-    monkeypatch.setattr(data, "CONTENT_MULTIPLE", 8)
-    image = np.full((*size, 3), 200, dtype=np.uint8)
-    raw = replace(_raw(size, _annotation([_box(2, 2, 30, 30)]), _annotation([_box(20, 10, 38, 30)])), image=image)
-    padded, content = (alone("segmentation", True, pad_value=7, content_only=only, **SMALL) for only in (False, True))
-    saved = 0
-    for key in range(60):
-        whole, part = padded(raw, generator(key)), content(raw, generator(key))
-        height, width = part.size
-        assert part.image.shape[1:] == part.size and height % 8 == width % 8 == 0 and max(part.size) <= 64
-        assert torch.equal(part.image, whole.image[:, :height, :width])
-        shown = (whole.image[0] != 7).nonzero().amax(dim=0) + 1
-        assert (shown > torch.tensor(part.size) - 8).all(), "less than a patch of extension on either side"
-        assert (whole.image[:, height:] == 7).all() and (whole.image[:, :, width:] == 7).all()
-        theirs, ours = (one.targets["segmentation"] for one in (whole, part))
-        assert ours["labels"].tolist() == theirs["labels"].tolist() and part.frame == part.size
-        cells = (slice(None), slice(0, height // 4), slice(0, width // 4))
-        np.testing.assert_array_equal(ours["masks"], theirs["masks"][cells])
-        saved += 64 * 64 - height * width
-    assert saved > 60 * 500
-
-
-def test_content_is_never_larger_than_the_square() -> None:
-    """1,024 is no multiple of 14: a side that is full stays 1,024, whose last two pixels no patch of 14 shows."""
-    transform = alone("segmentation", True, content_only=True, scale=(2.0, 2.0))
-    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (1024, 1024)
-    transform = alone("segmentation", True, content_only=True, scale=(0.99, 0.99))
-    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (770, 1022)
-
-
-def test_content_saves_a_third_of_the_patches() -> None:
-    """On COCO's commonest shapes: 64 % of the patches are left, 1.57 times fewer."""
-    transform = alone("segmentation", True, content_only=True)
-    sizes = [(480, 640), (640, 480), (427, 640), (640, 427)]
-    kept = [final_size(sizes[key % 4], drawn(transform, sizes[key % 4], generator(key))) for key in range(2000)]
-    share = np.mean([(height // 14) * (width // 14) for height, width in kept]) / 73**2
-    assert 0.60 < share < 0.66, share
-
-
-def test_scale_is_uniform_over_its_range() -> None:
-    transform = alone("segmentation", True, **SMALL)
-    factors = []
-    for key in range(400):
-        ops = drawn(transform, (500, 1000), generator(key))
-        factors.append(next(op for op in ops if isinstance(op, Resize)).width / 64)
-    # 400 draws of U(0.1, 2): the mean is 1.05 with a standard deviation of 0.027
-    assert 0.09 < min(factors) < 0.2 and 1.9 < max(factors) <= 2 and abs(np.mean(factors) - 1.05) < 0.11
-
-
 def test_what_gives_no_target() -> None:
     """Crowds, objects without mask or area; labels are positions among COCO's 80 categories."""
     annotations = [
@@ -169,35 +106,17 @@ def test_what_gives_no_target() -> None:
         _annotation([], bbox=[1, 1, 5, 5]),
         _annotation([_box(5, 5, 5, 30)]),
         _annotation([_box(10, 10, 30, 30)], bbox=[10, 10, 0, 20]),
-        _annotation([[10, 10, 30, 30]]),
         _annotation([_box(95, 5, 120, 30)]),
         _annotation([_box(30, 30, 31, 31)], category=1),
         OBJECTS[1],
     ]
-    targets = segmentation_targets(annotations, (70, 90), [], 4)
+    raw, labels = _raw((70, 90), *annotations), places(COCO_CATEGORY_IDS)
+    targets = segmentation_targets(labels, 4, raw, [], generator(0))
     assert targets["labels"].tolist() == [0, 79]
     assert targets["masks"].shape == (2, 18, 23) and targets["masks"].dtype == np.uint8
-    left = segmentation_targets(annotations, (70, 90), [Crop(0, 0, 70, 58)], 4)
+    left = segmentation_targets(labels, 4, raw, [Crop(0, 0, 70, 58)], generator(0))
     assert left["labels"].tolist() == [0], "what the crop cut away entirely is gone"
     assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13
-
-
-def test_unknown_category_and_bad_polygons_are_named() -> None:
-    transform = alone("segmentation", True, fixed_size=28)
-    with pytest.raises(ValueError, match="image 5: annotation 31 has category 12, which is not one of the 80 that"):
-        transform(_raw((70, 90), _annotation([_box(1, 1, 50, 50)], category=12)), generator(0))
-    with pytest.raises(ValueError, match=r"image 5: annotation 31: polygon .* finite numbers"):
-        transform(_raw((70, 90), _annotation([[1, 1, 5, float("nan"), 9, 9]], bbox=[1, 1, 9, 9])), generator(0))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 400), (4000, 6000)])
-@pytest.mark.parametrize("train", [True, False])
-def test_extreme_images(size: tuple[int, int], train: bool) -> None:
-    height, width = size
-    raw = _raw(size, _annotation([_box(0, 0, width, height)]))
-    sample = alone("segmentation", train, **SMALL)(raw, generator(2))
-    assert sample.image.shape[0] == 3 and min(sample.size) >= 1 and max(sample.image.shape) <= 98
-    assert len(sample.targets["segmentation"]["masks"]) == 1
 
 
 def test_fixed_size() -> None:
@@ -243,19 +162,6 @@ def test_moving_keeps_on_the_host_what_only_the_host_uses() -> None:
     targets = collate_joint(_samples()).targets["segmentation"].to(torch.device("meta"))
     assert targets.masks.device.type == targets.labels.device.type == targets.extents.device.type == "meta"
     assert targets.keys.device.type == targets.counts.device.type == "cpu"
-
-
-def test_without_pixels_everything_else_is_the_same() -> None:
-    full, blind = collate_joint(_samples()), collate_joint(_samples(pixels=False))
-    assert blind.images.shape == (3, 3, 0, 0) and torch.equal(blind.sizes, full.sizes)
-    for name, values in vars(full.targets["segmentation"]).items():
-        assert torch.equal(values, getattr(blind.targets["segmentation"], name)), name
-
-
-def test_without_labels_there_are_no_targets() -> None:
-    """Empty targets would teach that there is nothing in the pictures; the frame comes from the pixels."""
-    batch = collate_joint(_samples(labels=False))
-    assert batch.tasks == () and batch.images.shape == (3, 3, 70, 70) and batch.sizes.tolist()[0] == [48, 61]
 
 
 def test_a_batch_without_any_object_keeps_its_types() -> None:

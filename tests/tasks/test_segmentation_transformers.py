@@ -16,8 +16,9 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 
 from tests.options import criterion_of, head_of
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
-from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion
+from visft_ds.tasks.segmentation.mask_matching import match_masks
 from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points
 from visft_ds.tasks.transformer import sine_positions
 
@@ -200,7 +201,7 @@ def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
         return_dict=True,
     ).last_hidden_state
     for layer in head.pixel_decoder.layers:
-        entries = layer(entries, place, valid.flatten(1), [(6, 8)])
+        entries = layer(entries, place, valid.flatten(1), (6, 8))
     torch.testing.assert_close(entries[valid.flatten(1)], expected[valid.flatten(1)], **CLOSE)
 
 
@@ -227,7 +228,7 @@ def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
 
 def _criterion() -> SegmentationCriterion:
     options = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": DECODER_LAYERS}
-    return criterion_of("segmentation", **options, num_points=NUM_POINTS, average="batch")
+    return criterion_of("segmentation", **options, num_points=NUM_POINTS)
 
 
 @pytest.fixture
@@ -245,34 +246,37 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
-    """Thirty terms' worth of names, each equal; batch of three, which the loss normalises by all of its objects."""
+    """Every name of the losses. Theirs sees one image at a time, as the published code does on each GPU."""
     counts = [3, 1, 5]
     out, targets = _case(counts)
     criterion = _criterion()
     parts = PointCounts.of(NUM_POINTS, 3.0, 0.75)
     points = draw_points(targets.keys.tolist(), DECODER_LAYERS + 1, parts, torch.device("cpu"))
-    for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
-        same_draws += [points.matching[image, layer][None] for image in range(3)]
-        for drawn in (points.candidates, points.uniform):
-            same_draws.append(torch.cat([drawn[i, layer].expand(n, -1, -1) for i, n in enumerate(counts)]))
-    theirs_loss = theirs.Mask2FormerLoss(_config(), weight_dict={})
-    auxiliary = [{"masks_queries_logits": one.masks, "class_queries_logits": one.logits} for one in out.aux]
-    wanted = theirs_loss(
-        out.masks,
-        out.logits,
-        [part.float() / 255 for part in targets.masks.split(counts)],
-        list(targets.labels.split(counts)),
-        auxiliary,
-    )
-    assert not same_draws
-    loss_denominators = {"masks": torch.tensor(9.0), "class_weight": torch.tensor(9 + 0.1 * (3 * QUERIES - 9))}
-    losses = criterion(out, targets, loss_denominators)
+    theirs_loss, wanted = theirs.Mask2FormerLoss(_config(), weight_dict={}), dict[str, Tensor]()
+    each = zip(counts, targets.masks.split(counts), targets.labels.split(counts), strict=True)
+    for image, (count, masks, labels) in enumerate(each):
+        for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
+            same_draws.append(points.matching[image, layer][None])
+            same_draws += [drawn[image, layer].repeat(count, 1, 1) for drawn in (points.candidates, points.uniform)]
+        last, *auxiliary = (
+            {
+                "masks_queries_logits": one.masks[image : image + 1],
+                "class_queries_logits": one.logits[image : image + 1],
+            }
+            for one in (out, *out.aux)
+        )
+        found = theirs_loss(*last.values(), [masks.float() / 255], [labels], auxiliary)
+        assert not same_draws
+        for name, value in found.items():  # classes: the mean over images; masks: that over all objects
+            share = 1 / len(counts) if "cross_entropy" in name else count / sum(counts)
+            wanted[name] = wanted.get(name, torch.tensor(0.0)) + share * value
+    losses = criterion(out, targets, {"masks": torch.tensor(9.0), "images": torch.tensor(3.0)})
     names = {"ce": "loss_cross_entropy", "bce": "loss_mask", "dice": "loss_dice"}
     assert len(criterion.weights) == len(wanted) == 3 * (DECODER_LAYERS + 1)
     pairs = []
     for name in criterion.weights:
-        kind, _, layer = name.partition("_")
-        pairs.append((losses[name], wanted[f"{names[kind]}_{layer}" if layer else names[kind]]))
+        kind, _, number = name.partition("_")
+        pairs.append((losses[name], wanted[f"{names[kind]}_{number}" if number else names[kind]]))
         torch.testing.assert_close(*pairs[-1], rtol=1e-5, atol=1e-6)
     tensors = [tensor for one in (*out.aux, out) for tensor in (one.logits, one.masks)]
     ours, expected = (torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True))
@@ -285,7 +289,7 @@ def test_matching(same_draws: list[Tensor]) -> None:
     counts = [3, 9]
     out, targets = _case(counts)
     drawn = torch.empty(2, 1, NUM_POINTS, 2).uniform_()
-    ours = match_masks(out.logits[None], out.masks[None], targets, targets.labels, range(CLASSES), drawn, MaskCosts())
+    ours = match_masks(out.logits[None], out.masks[None], targets, targets.labels, drawn, (2, 5, 5))
     same_draws += [drawn[0], drawn[1]]
     matcher = theirs.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
     masks = [part.float() / 255 for part in targets.masks.split(counts)]

@@ -33,7 +33,7 @@ from visft_ds.run import async_eval
 from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 #: Of torch and DeepSpeed, at their first use in a process.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")

@@ -4,8 +4,6 @@
                                     moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
                                     state.json               step, fingerprints, sha256 of the files and of itself
 
-<run>/refused holds such ones of the states that refused steps began with.
-
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
 does: it is half written or half deleted, and the next save removes it.
@@ -23,44 +21,24 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from visft_ds.checkpoint.disk import Written, reason, remove_folder, write_file
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Finite, Whole, as_record, parse_json
-from visft_ds.files import sync_folder
+from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.writing import safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 FORMAT = "visft_ds.checkpoint"
 VERSION = 2
+_LARGEST_STATE = 2**24  # bytes
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged or does not belong to this run."""
-
-
-class SavedFile(StrictModel):
-    """File of a checkpoint."""
-
-    sha256: str
-    bytes: Whole
-
-
-class SavedState(StrictModel):
-    """Content of state.json, less its own hash."""
-
-    format: Literal["visft_ds.checkpoint"]
-    version: Literal[2]
-    step: Whole
-    updates: Whole
-    loss_scale: dict[str, Finite]
-    identity: dict[str, str]
-    files: dict[Literal["parameters.safetensors", "moments.safetensors"], SavedFile]
 
 
 @dataclass(frozen=True)
@@ -176,30 +154,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing, cut or changed files, or another format.
     """
     try:
-        record = parse_json((path / _STATE).read_bytes(), _STATE)
+        with reading(path / _STATE, "the state of a checkpoint"):
+            record = json.loads(read_bytes(path / _STATE, _LARGEST_STATE))
+            if (record["format"], record["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"it is {record['format']} {record['version']}; this release reads {FORMAT} {VERSION}")
+            if record.pop("sha256") != _digest(record):
+                raise ValueError("content does not match its sha256; the file was changed or damaged")
+            files = {name: (one["sha256"], one["bytes"]) for name, one in record["files"].items()}
+        for name, (sha256, size) in files.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+                raise ValueError(f"{file}: {found}, expected {size}")
+            if sha256_file(file) != sha256:
+                raise ValueError(f"{file}: content does not match its sha256; the file was changed or damaged")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {_STATE} cannot be read ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
-        found = f"{record.get('format')} {record.get('version')}" if isinstance(record, dict) else "something else"
-        raise CheckpointError(f"{path}: format {found}; this release reads {FORMAT} {VERSION}")
-    if record.pop("sha256", None) != _digest(record):
-        raise CheckpointError(f"{path / _STATE}: content does not match its sha256; the file was changed or damaged")
-    try:
-        as_record(json.dumps(record), SavedState, str(path / _STATE))
-    except ValueError as error:
         raise CheckpointError(str(error)) from error
-    for name, expected in record["files"].items():
-        file = path / name
-        try:
-            size = file.stat().st_size if file.exists() else None
-            if size != expected["bytes"]:
-                raise CheckpointError(
-                    f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {expected['bytes']}"
-                )
-            if sha256_file(file) != expected["sha256"]:
-                raise CheckpointError(f"{file}: content does not match its sha256; the file was changed or damaged")
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
     return Checkpoint(path, record["step"], record)
 
 

@@ -7,7 +7,6 @@ for it. What goes wrong in the thread is raised in the training thread, at the n
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps, size_of
+from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.state import EngineState, ToHost
-from visft_ds.run.folder import REFUSED_FOLDER
-
-#: States before refused steps that stay, the newest.
-REFUSED_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def best_step(scores: Mapping[int, float | None]) -> int | None:
 
 def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives None."""
-    records = read_metrics(path) if path.is_file() else ()
+    records = read_metrics(path, "val/") if path.is_file() else ()
     judged = [record for record in records if any(name.startswith("val/") for name in record)]
     return {record["step"]: _number(record.get(f"val/{metric}")) for record in judged}
 
@@ -74,8 +69,7 @@ class SaveReport:
     """Report of a finished save."""
 
     step: int
-    stall_seconds: float  #: for which training stood still: waiting, gathering and copying to the host
-    waited_seconds: float  #: of it, for the save before
+    stall_seconds: float  #: for which training stood still: waiting for the save before, gathering, copying to the host
     write_seconds: float  #: writing, beside the training
 
 
@@ -142,46 +136,13 @@ class Saver:
         """
         began = time.perf_counter()
         self._join()
-        waited = time.perf_counter() - began
         state = gather(self._buffers)
         if state is None:  # the main process has taken part, so its save before is finished
             self.saved, self._asked = self._asked, step
             return
         self._buffers.finish()
         stall = time.perf_counter() - began
-        self._writing = self._pool.submit(self._write, step, state, stall, waited, dict(self._scores))
-
-    def save_refused(self, step: int, gather: Callable[[ToHost], EngineState | None]) -> tuple[str, str]:
-        """Write the state that a refused step began with, at once, beside the checkpoints. Collective, as `save`.
-
-        A disk that does not take it is no reason to end the run, nor may it take the room of the next checkpoint.
-
-        Args:
-            step: steps done before the refused one.
-
-        Returns:
-            Where it is and how large, and why it is not there; "" for the one that is not so, both but on the main
-            process.
-
-        Raises:
-            OSError: the save before this one failed.
-        """
-        self._join()
-        state = gather(self._buffers)
-        if state is None:
-            return "", ""
-        self._buffers.finish()
-        folder, size = self.folder.parent / REFUSED_FOLDER, size_of(state)
-        free = shutil.disk_usage(self.folder.parent).free
-        if free < 2 * size:
-            return "", f"{free / 1e6:,.1f} MB are free, it and the next checkpoint need {2 * size / 1e6:,.1f} MB"
-        try:
-            path = save_checkpoint(folder, step, state, self.identity)
-            obsolete = Retention(REFUSED_KEPT).obsolete(saved_steps(folder), step, {}, lambda _: False)
-            delete_checkpoints(folder, obsolete)
-        except OSError as error:
-            return "", str(error)
-        return f"{path}, {size / 1e6:,.1f} MB", ""
+        self._writing = self._pool.submit(self._write, step, state, stall, dict(self._scores))
 
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
         """Saves that are on disk by now and were not returned before; with `wait`, all of them.
@@ -248,15 +209,13 @@ class Saver:
             writing, self._writing = self._writing, None  # a failure is raised once
             self._reports.append(writing.result())
 
-    def _write(
-        self, step: int, state: EngineState, stall: float, waited: float, scores: Mapping[int, float | None]
-    ) -> SaveReport:
+    def _write(self, step: int, state: EngineState, stall: float, scores: Mapping[int, float | None]) -> SaveReport:
         began = time.perf_counter()
         save_checkpoint(self.folder, step, state, self.identity, self._header(step))
         self.saved = step
         seconds = time.perf_counter() - began
         self._delete(step, scores)
-        return SaveReport(step, stall, waited, seconds)
+        return SaveReport(step, stall, seconds)
 
     def _delete(self, newest: int, scores: Mapping[int, float | None]) -> None:
         steps = saved_steps(self.folder)

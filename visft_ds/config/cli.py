@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from visft_ds.config.preflight import (
 )
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
+from visft_ds.files import read_bytes
 from visft_ds.pretrained import fetch, local, on_hub
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
+    add(
+        "--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)"
+    )
     add(
         "--model",
         metavar="NAME|FILE",
@@ -88,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
-    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
     add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
@@ -246,7 +248,7 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     if run is None and Path(source).exists():
         return None
     record = (Path(out or f"{place}-fork") if run is None else run) / "run.json"
-    content = parse_json(record.read_bytes(), str(record)) if record.is_file() else {}
+    content = parse_json(read_bytes(record, 1 << 26), str(record)) if record.is_file() else {}
     if run is None:  # gone: only what began with it goes on
         parent = content.get("parent") if isinstance(content, dict) else None
         before = str(parent.get("path")) if isinstance(parent, dict) else ""
@@ -299,18 +301,6 @@ def check_resume(how: str) -> None:
     """Raise ValueError for a way to resume that there is not."""
     if how not in ("auto", "must", "no"):
         raise ValueError(f"--resume {how}: must be auto (if there is a checkpoint), must, or no")
-
-
-def tower_setting(text: str) -> tuple[str, int | float | bool]:
-    """`num_heads=16`, `post_norm=true`: a field of a tower and a JSON number or truth value; the type of a flag."""
-    name, _, value = text.partition("=")
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, int | float):
-        raise argparse.ArgumentTypeError(f"{text!r}: write name=number or name=true|false, such as num_heads=16")
-    return name, parsed
 
 
 def _unknown(parser: argparse.ArgumentParser, text: str) -> str:

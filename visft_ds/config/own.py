@@ -14,7 +14,7 @@ from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.preflight import is_url, number_of_images
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.pretrained import TIMM
-from visft_ds.tasks import registry
+from visft_ds.tasks import config_class
 
 MODEL = "own"
 #: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
@@ -52,7 +52,7 @@ def chosen(config: ResolvedConfig) -> dict[str, tuple[str, Any]]:
     judged = (Path(root) / f"{visft.data.val}.manifest.json").is_file()
     values |= {"visft.run.eval_every": every if judged else 0, "visft.run.save_every": every}
     if judged:
-        values["visft.run.keep_best"] = registry.config_class(next(iter(tasks))).main
+        values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
     return {f"the recipe for {images} photographs ({key})": (key, value) for key, value in values.items()}
 
 

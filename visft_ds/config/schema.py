@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
-from visft_ds.tasks import registry
+from visft_ds.tasks import config_class, entries
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
@@ -30,9 +30,9 @@ PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
-    if value in registry.entries():
+    if value in entries():
         return value
-    allowed = " or ".join(", ".join(f"'{name}'" for name in registry.entries()).rsplit(", ", 1))
+    allowed = " or ".join(", ".join(f"'{name}'" for name in entries()).rsplit(", ", 1))
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
 
 
@@ -208,13 +208,11 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
-    track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
+    track: Literal["wandb"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
     trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
-    spike_window: Positive = 100  #: losses of the same task to compare with
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
@@ -269,9 +267,9 @@ class Recipe(StrictModel):
 
 def complete() -> None:
     """Give the schema every task of the table; a task may be registered at any time."""
-    absent = [name for name in registry.entries() if name not in TasksConfig.model_fields]
+    absent = [name for name in entries() if name not in TasksConfig.model_fields]
     for name in absent:
-        kind = registry.config_class(name)
+        kind = config_class(name)
         TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
     if absent:
         for model in (TasksConfig, VisftConfig, Recipe):  # from the inside out

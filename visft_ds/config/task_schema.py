@@ -5,7 +5,6 @@ The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,13 +13,9 @@ from pydantic import BaseModel
 
 from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
 
-#: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
-#: shares most words with the others. The last two give a small set of images one answer each.
-CaptionChoice = Literal["random", "first", "consensus"]
-#: Mean of a loss over the classes of queries. "image": over the images of the global batch, of each image's own
-#: weighted mean, as in the published code at its one image a GPU. "batch": over the queries of all these images at
-#: once, by which an image weighs more the more objects it has.
-ClassAverage = Literal["image", "batch"]
+#: Selection of an image's caption to learn from: one drawn anew each time, or always the first one, which gives a small
+#: set of images one answer each.
+CaptionChoice = Literal["random", "first"]
 
 
 class VocabularyConfig(StrictModel):
@@ -86,10 +81,6 @@ class TaskConfig(StrictModel):
         """Pairs (key below `visft.tasks.<task>`, problem) of values that are right alone and wrong together."""
         yield from ((f"head.{option}", problem) for option, problem in self.head.contradictions())
 
-    def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
-        """The same with a backbone whose patches have so many pixels."""
-        yield from ()
-
 
 class WordsConfig(TaskConfig):
     """Settings of a task that learns from captions, and works with a vocabulary."""
@@ -125,7 +116,7 @@ class SharedImage(StrictModel):
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
+    caption_choice: CaptionChoice = "random"  #: caption to learn from: "random", drawn for each use, or the "first"
     max_words: Positive = 50
 
 
@@ -153,24 +144,6 @@ class Stream:
     def largest_side(self) -> int:
         """Side in pixels of the largest square among the training images."""
         return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
-
-    def typical_side(self, together: int) -> int:
-        """Side in pixels of the square with the area of an average training image.
-
-        That of the largest, but where segmentation keeps the content only: then the mean over its scales for images
-        of 4 : 3, COCO's most frequent aspect ratio.
-
-        Args:
-            together: images padded to the size of the largest of them; 1 where each passes by itself, or packed.
-        """
-        side = self.largest_side()
-        if not self.image.get("content_only"):
-            return side
-        low, high = self.image["scale"]
-        # The largest of several uniform numbers has the quantiles of one, with the root of the probability.
-        scales = [low + (high - low) * ((place + 0.5) / 1000) ** (1 / together) for place in range(1000)]
-        shares = [min(1.0, scale) * min(1.0, 0.75 * scale) for scale in scales]
-        return round(side * math.sqrt(sum(shares) / len(shares)))
 
 
 SHARED = "shared"  #: name of the one stream of mode "shared"

@@ -15,7 +15,7 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.redaction import is_secret, refuse_secrets
-from visft_ds.tasks import registry
+from visft_ds.tasks import entries
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -27,7 +27,7 @@ ITEM = "*"  #: stands for a position in a list
 def known_keys() -> tuple[str, ...]:
     """Every key a configuration may set, dotted; "*" stands for a position in a list."""
     complete()
-    return _known_keys(tuple(registry.entries()))
+    return _known_keys(tuple(entries()))
 
 
 @functools.cache

@@ -126,10 +126,8 @@ def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
     images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    known = [
-        place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features is not None
-    ]
-    assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
+    known = sum(sample.view is not None and sample.view.features is not None for sample in samples)
+    assert len(images) + known == len(samples), "some samples of a batch have pixels and some have not"
     padded = torch.zeros((len(samples), 3, *frames.amax(dim=0).tolist()), dtype=torch.uint8)
     for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image

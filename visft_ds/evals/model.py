@@ -55,8 +55,7 @@ from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.registry import config_class
+from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
 DEFAULT_BATCH = 8  # without a run that tells
@@ -244,7 +243,7 @@ def files_of_run(
         raise ValueError(
             f"not found: {', '.join(missing)}. If the run in {run} was interrupted, the same training command goes on "
             f"with it and writes what it trained at its end. Files that were moved are named by --backbone FILE, "
-            f"--heads FOLDER and --adapter FOLDER; relative paths of runs before 0.2 count from where they were trained"
+            f"--heads FOLDER and --adapter FOLDER"
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
@@ -454,8 +453,7 @@ def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
 def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:
     """Reasons against these heads on this backbone, see `of_other_base`.
 
-    Heads know their base; the backbone may be that, or what training or merging made of it. Of files that do not record
-    it (by an older release, of a random base) the run's own base may.
+    Heads know their base; the backbone may be that, or what training or merging made of it.
     """
     if (files.backbone, files.heads) == files.of_run:
         return []

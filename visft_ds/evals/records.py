@@ -11,8 +11,8 @@ import numpy as np
 import orjson
 
 from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.registry import config_class, entries
 
 #: What visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1

@@ -29,7 +29,6 @@ from visft_ds.monitor.metrics import RunFile
 from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import read_run, recorded_config
-from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import Picture, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
@@ -184,7 +183,7 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     drawn = {one.label: one.pictures(task) for one in evaluations if one.record.get("pictures", {}).get(task)}
     shared = [image for image in next(iter(drawn.values()), {}) if all(image in of for of in drawn.values())]
     rows: dict[int, list[str]] = {}
-    for image in shared[:_MOST_PICTURES] if TASKS[task].draw is not None else ():
+    for image in shared[:_MOST_PICTURES]:
         pairs = [split_panels(of[image]) for of in drawn.values()]
         rows[image] = [_embed(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}

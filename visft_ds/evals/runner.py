@@ -61,9 +61,9 @@ def collect(
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 gauge.show(min(gauge.done + world * len(batch.real), count))
         for task, results in ours.items():
-            parts = distributed.gather_objects(TASKS[task].evaluator.pack(results))
+            parts = distributed.gather_objects(results)
             if parts is not None:
-                gathered[task] = [result for part in parts for result in TASKS[task].evaluator.unpack(part)]
+                gathered[task] = [result for part in parts for result in part]
     if not distributed.is_main():
         return None
     place = {image_id: number for number, image_id in enumerate(reader.manifest.index["image_id"].tolist())}
@@ -86,16 +86,15 @@ def measure(
     outcome: dict[str, Mapping[str, float]] = {}
     problems = []
     for task, results in collected.items():
-        evaluator = TASKS[task].evaluator
         try:
-            outcome[task] = evaluator.measure(_truth(task, reader, limit), results, per_category)
+            outcome[task] = TASKS[task].measure(_truth(task, reader, limit), results, per_category)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return outcome, problems
 
 
 def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:
-    return TASKS[task].evaluator.truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
+    return TASKS[task].truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
 
 
 def as_metrics(outcome: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

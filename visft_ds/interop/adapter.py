@@ -51,9 +51,8 @@ class Adapter:
     """Settings and tensors of an adapter. `tensors` are those of the legend above; `targets` as configured, those of a
     tower of our own in the order q k v proj fc1 fc2.
 
-    `base_sha256` is the hash of the base weight file it was trained on, None where nobody recorded it. `base_storage`
-    says how a run of an earlier release kept that base, "full" or in few bits; the adapter belongs to the file, in full
-    precision, all the same. `model` is None for a tower of our own.
+    `base_sha256` is the hash of the base weight file it was trained on, None where nobody recorded it. `model` is None
+    for a tower of our own.
     """
 
     rank: int
@@ -61,7 +60,6 @@ class Adapter:
     targets: tuple[str, ...]
     tensors: dict[str, Tensor]
     base_sha256: str | None = None
-    base_storage: str = "full"
     model: str | None = None  #: name of the model of timm
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
     groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
@@ -276,7 +274,6 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
         alpha=float(rank),
         tensors=tensors,
         base_sha256=next(iter(bases), None),
-        base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
     )
 
 

@@ -91,8 +91,6 @@ def _open_own(backbone: EvaViT, path: str | Path) -> BackboneFile:
     text = f"{file.path.name}: layout {layout.name}, {len(targets)} tensors, {count:,} parameters ({kinds})"
     if is_merged(file):
         text += "; LoRA already merged in"
-    if not file.mapped:
-        text += "; READ WHOLE by every process (written by torch before 1.6): save it again to save host memory"
     for reason, names in ignored.items():
         text += f"; ignored {len(names)} ({reason})"
     return BackboneFile(file, sources, text)
@@ -255,7 +253,7 @@ def read_tensor(file: WeightFile, source: str, dtype: torch.dtype) -> Tensor:
     Raises ValueError for values that are not finite after the cast.
     """
     value = file.get(source)
-    result = value.to(dtype, copy=True)
+    result = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
     _check_finite(file, source, value, result)
     return result
 

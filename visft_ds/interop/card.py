@@ -85,7 +85,7 @@ def adapter_card(
     model = "a vision tower of EVA-CLIP, without the tower" if tower else f"timm's {adapter.model}, without that model"
     what = [f"The LoRA of a supervised fine-tuning ({_METHOD}) for {model}.", peft.facts(adapter, tower)]
     what += [] if origin.published else [peft.NAMELESS]
-    loading = [peft.loading(adapter, tower, origin.published, split=form == "peft_split")]
+    loading = [peft.loading(adapter, tower, origin.published)]
     sources, measured = _sources(origin, adapter, tower), _of_outputs(verification)
     return _card(title, "peft", origin, sources, what, measured, loading, merged=False)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config import tower_setting
 from visft_ds.config.backbones import named
 from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
@@ -19,16 +18,16 @@ USAGE = """Merge LoRA adapters into base weights, or write an adapter in another
 visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
-Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
-Adapter: a run (also one that trained its backbone itself), a checkpoint folder, a PEFT folder, or a LoRA file as ViSFT
-published them; several are averaged; without any the base is written as it is, in another form. An --out without suffix
-is a folder: weights, the configuration of the library that reads them, and a model card.
+Base: .safetensors, .pt; any known layout; that of a run may be left out.
+Adapter: a run (also one that trained its backbone itself), a checkpoint folder, an adapter folder, or a LoRA file as
+ViSFT published them; several are averaged; without any the base is written as it is, in another form. An --out without
+suffix is a folder: weights, the configuration of the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
 
 WEIGHT_FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "timm", "transformers")
-ADAPTER_FORMATS = ("peft", "peft_split")
+ADAPTER_FORMATS = ("peft",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,28 +55,17 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATH",
-        help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average; none: --base in another "
-        "--format",
+        help="run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form",
     )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
-    source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
-    source.add_argument(
-        "--set",
-        type=tower_setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="num_heads or post_norm of the model, where neither file nor preset tells",
-    )
     out = parser.add_argument_group("to")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     out.add_argument(
         "--format",
         choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
         default="timm",
-        help="full weights as a library names them, a graph (onnx), or the adapter alone: peft (fused qkv), peft_split "
-        "(separate q, k, v) (%(default)s)",
+        help="full weights as a library names them, a graph (onnx), or the adapter alone (peft) (%(default)s)",
     )
     out.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
@@ -87,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
     )
-    out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
     out.add_argument(
         "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the model card shows"
     )

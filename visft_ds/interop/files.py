@@ -1,4 +1,4 @@
-"""Weight files on disk: one lazy reader for `.safetensors` (or shards) and `.pt/.pth/.ckpt/.bin`.
+"""Weight files on disk: one lazy reader for `.safetensors` and `.pt/.pth/.ckpt/.bin`.
 
 Nothing here knows what the tensors mean. A `WeightFile` knows names, shapes and dtypes without touching the data and
 hands out one tensor at a time, so a 10 GB file is never in memory twice.
@@ -7,30 +7,21 @@ hands out one tensor at a time, so a 10 GB file is never in memory twice.
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import pickle
-import pickletools
-import struct
 import warnings
-import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import as_record, read_record
-from visft_ds.names import checked_name
+from visft_ds.config.records import as_record
+from visft_ds.files import reading
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-# Ending of the file that says which shard holds which tensor, as transformers writes it.
-INDEX = ".safetensors.index.json"
 # Names under which training scripts nest the weights beside optimizer state and counters.
 NESTS = ("model", "state_dict", "module")
 #: Entry of the header of a file whose vision tower is that of another file, unchanged: the other's `base_identity`.
@@ -45,17 +36,6 @@ TRAINED = "trained"
 #: Entry of the header of weights that trained up to a block, whose result is what they are read for: its name.
 UNTIL = "until"
 _ZIP_MAGIC = b"PK\x03\x04"
-# torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-
-#: What torch and zipfile raise for files that are damaged, besides pickle.UnpicklingError.
-_DAMAGED = (
-    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
-    *(OverflowError, struct.error, zipfile.BadZipFile),
-)
-#: Opcodes of pickle that push a whole number.
-_WHOLE_NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1")
-
 #: Values that are looked at at once.
 _PIECE = 2**20
 # https://github.com/huggingface/safetensors#format
@@ -107,8 +87,7 @@ class TensorInfo:
 class WeightFile:
     """Names, shapes and dtypes of an open weight file; `get` reads one tensor (CPU, in the file's dtype).
 
-    `metadata` holds the str -> str header of a safetensors file and is empty for pickled files. `mapped` is False for
-    the old pickled files that cannot be mapped into memory: all of their tensors are in memory from the start.
+    `metadata` holds the str -> str header of a safetensors file and is empty for pickled files.
     """
 
     def __init__(
@@ -117,13 +96,10 @@ class WeightFile:
         infos: Mapping[str, TensorInfo],
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
-        *,
-        mapped: bool = True,
     ) -> None:
         self.path = path
         self.infos = dict(infos)
         self.metadata = dict(metadata)
-        self.mapped = mapped
         self._read = read
 
     def told(self, entry: str, kind: type[Told]) -> Told:
@@ -208,15 +184,8 @@ def open_weights(path: str | Path) -> WeightFile:
     but tensors (never executed), and an ambiguous nesting.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder; a weight file is needed (.safetensors, {INDEX} of one in shards, "
-            f"{', '.join(PICKLE_SUFFIXES)})"
-        )
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.name.endswith(INDEX):
-        return _open_shards(path)
+        raise ValueError(f"{path}: {'a folder, not a weight file' if path.is_dir() else 'no such file'}")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -227,54 +196,18 @@ def open_weights(path: str | Path) -> WeightFile:
 
 
 def _open_safetensors(path: Path) -> WeightFile:
-    try:
+    with reading(path, "a safetensors file"):
         handle = safe_open(path, framework="pt", device="cpu")
         infos = {}
         for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
             view = handle.get_slice(name)
             if view.get_dtype() not in SAFETENSORS_DTYPES:
-                raise ValueError(
-                    f"{path}: {name} has dtype {view.get_dtype()}; allowed: {', '.join(SAFETENSORS_DTYPES)}"
-                )
+                raise ValueError(f"{name} has dtype {view.get_dtype()}; allowed: {', '.join(SAFETENSORS_DTYPES)}")
             infos[name] = TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()])
         metadata = handle.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). {_looks_like(path)}") from error
     renamed = _without_module_prefix(list(infos))
     infos = {new: infos[old] for new, old in renamed.items()}
     return WeightFile(path, infos, lambda name: handle.get_tensor(renamed[name]), metadata)
-
-
-class ShardIndex(StrictModel):
-    """Index of weights in shards, as transformers writes it."""
-
-    metadata: dict[str, Any] | None = None
-    weight_map: dict[str, str]  #: tensor -> file
-
-
-def read_index(path: Path) -> dict[str, Path]:
-    """Tensor -> the shard that holds it, of an index file. Raises ValueError for anything else, and for lost shards."""
-    shards = read_record(path, ShardIndex).weight_map
-    for shard in sorted(set(shards.values())):
-        checked_name(shard, path)
-    if lost := sorted({shard for shard in shards.values() if not os.path.isfile(path.parent / shard)}):
-        raise ValueError(f"{path}: {examples(lost)} is missing")
-    return {name: path.parent / shard for name, shard in shards.items()}
-
-
-def _open_shards(path: Path) -> WeightFile:
-    places = read_index(path)
-    files = {shard: _open_safetensors(shard) for shard in dict.fromkeys(places.values())}
-    absent = [f"{name} ({shard.name})" for name, shard in places.items() if name not in files[shard]]
-    unlisted = [f"{name} ({shard.name})" for shard, file in files.items() for name in file if places.get(name) != shard]
-    if absent or unlisted:
-        raise ValueError(
-            f"{path} and its shards do not belong together: listed but not there: {examples(absent)}; there but not "
-            f"listed: {examples(unlisted)}"
-        )
-    infos = {name: files[shard].infos[name] for name, shard in places.items()}
-    metadata = next((file.metadata for file in files.values()), {})
-    return WeightFile(path, infos, lambda name: files[places[name]].get(name), metadata)
 
 
 def load_pickled(path: Path) -> Any:
@@ -283,57 +216,18 @@ def load_pickled(path: Path) -> Any:
     Zip files (torch >= 1.6) are memory-mapped. Older torch files cannot be, and are read whole.
     """
     with path.open("rb") as file:
-        head = file.read(len(_LEGACY_MAGIC))
-    if not head.startswith((_ZIP_MAGIC, _LEGACY_MAGIC)):
-        raise ValueError(f"{path} was not written by torch.save. {_looks_like(path)}")
-    try:
-        wanted = _size_of_zip(path) if head.startswith(_ZIP_MAGIC) else _size_of_legacy(path)
-        if wanted > path.stat().st_size:
-            raise ValueError(f"its tensors would take {wanted:,} bytes")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TypedStorage")  # of torch, about its own message on damaged pickles
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise ValueError(
-            f"{path} holds pickled objects besides tensors and plain containers ({detail}). Such a file can run code "
-            f"when it is loaded, so it is refused. Where you trust it, convert it once yourself to .safetensors"
-        ) from error
-    except _DAMAGED as error:
-        first_line = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or only a part of the file ({first_line}). {_looks_like(path)}") from error
-
-
-def _size_of_zip(path: Path) -> int:
-    """Bytes of all members of a zip when they are unpacked; torch.save compresses none."""
-    with zipfile.ZipFile(path) as file:
-        return sum(member.file_size for member in file.infolist())
-
-
-def _size_of_legacy(path: Path) -> int:
-    """Values of all storages that an older torch file names: torch takes memory for each before it reads it.
-
-    Raises ValueError for storages that are named in another way than torch.save does.
-    """
-    names: dict[object, int] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for _ in range(5):  # magic number, protocol, system, the object, keys of its storages; then their bytes
-            recent: deque[tuple[str, Any]] = deque(maxlen=8)
-            for code, argument, _ in pickletools.genops(cast(BinaryIO, content)):  # it reads as a file does
-                if code.name == "BINPERSID":
-                    # ("storage", type, key, location, number of values, None)
-                    mark, *_, (count_kind, count), (none, _), (end, _) = recent
-                    if (mark[0], none, end) != ("MARK", "NONE", "TUPLE") or count_kind not in _WHOLE_NUMBERS:
-                        raise ValueError("a storage is not named as torch.save names it")
-                    names[recent[3]] = max(count, names.get(recent[3], 0))
-                if not code.name.endswith("PUT"):
-                    recent.append((code.name, argument))
-    return sum(names.values())
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    with reading(path, "a file that torch.save wrote"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage")  # of torch, about its own message on damaged pickles
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except OSError as error:  # of a zip that is cut, too: it names no file
+            raise ValueError(str(error)) from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                "damaged, or pickled objects besides tensors, which could run code when they are loaded: convert a "
+                "file that you trust to .safetensors"
+            ) from error
 
 
 def _open_pickled(path: Path) -> WeightFile:
@@ -346,7 +240,7 @@ def _open_pickled(path: Path) -> WeightFile:
     renamed = _without_module_prefix(list(tensors))
     infos = {new: TensorInfo.of(tensors[old]) for new, old in renamed.items()}
     # Detached, because parameters come back as what requires a gradient.
-    return WeightFile(path, infos, lambda name: tensors[renamed[name]].detach(), {}, mapped=_is_zip(path))
+    return WeightFile(path, infos, lambda name: tensors[renamed[name]].detach(), {})
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Any]:
@@ -375,31 +269,10 @@ def _without_module_prefix(names: list[str]) -> dict[str, str]:
     return {name[len(prefix) :] if strip else name: name for name in names}
 
 
-def _looks_like(path: Path) -> str:
-    """Guess a wrong file's kind from its first bytes, and the remedy, for a message."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64)
-    if size == 0:
-        return "The file is empty: fetch it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "It is a git-lfs pointer, not the data: run `git lfs pull`"
-    if head.lstrip()[:1] == b"<":
-        return "It is a web page (a failed download?): fetch the file again"
-    if head.startswith(_ZIP_MAGIC):
-        return f"It is a torch zip file of {size:,} bytes: compare the size with the source and fetch it again"
-    return f"It has {size:,} bytes and begins with {head[:16]!r}: compare size and name with the source"
-
-
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, lower-case hexadecimal; of an index of shards, that of all their hashes."""
-    path = Path(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.name.endswith(INDEX):
-        return digest
-    shards = sorted(set(read_index(path).values()))
-    return hashlib.sha256("".join([digest, *map(sha256_file, shards)]).encode()).hexdigest()
+    """sha256 of a file's bytes, lower-case hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_identity(file: WeightFile) -> str:

@@ -23,16 +23,6 @@ DEEPEST = 64
 LOCAL = "local-dir:"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a configuration file.
-
-    Raises ValueError for a file that is not there or not a JSON object, is nested too deep, or asks for code.
-    """
-    content = _parse(path)
-    _search(content, str(path))
-    return content
-
-
 def check_folder(folder: Path) -> None:
     """Look through all configurations in a folder, as `check_config` does."""
     for path in _configs(folder):

@@ -18,7 +18,7 @@ from visft_ds.config.validate import check
 from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
-from visft_ds.tasks.spec import TaskSpec
+from visft_ds.tasks.spec import Task
 
 
 class NamedCategory(StrictModel):
@@ -127,7 +127,7 @@ def check_options(info: HeadInfo) -> None:
             as_record(json.dumps(value), kinds[name], f"option {name} of the {info.task} head")
 
 
-def _head_config(spec: TaskSpec) -> type[BaseModel]:
+def _head_config(spec: Task) -> type[BaseModel]:
     config: BaseModel = spec.config.model_fields["head"].get_default(call_default_factory=True)
     return type(config)
 

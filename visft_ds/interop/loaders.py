@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,10 +35,8 @@ _LIBRARIES = {
     "open_clip": ("open_clip", "open_clip_torch"),
     "transformers": ("transformers", "transformers"),
     "peft": ("peft", "peft"),
-    "peft_split": ("peft", "peft"),
     "onnx": ("onnxruntime", "onnxruntime"),
 }
-_PROJECTION = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
 
 
 def library_of(form: str) -> str | None:
@@ -106,7 +103,7 @@ def load_model(form: str, folder: Path, backbone: TimmBackbone) -> Features:
     return lambda images: _map(norm(model(pixel_values=images).last_hidden_state), images, backbone.patch_size)
 
 
-def load_peft(folder: Path, base: Path, adapter: Adapter, tower: Tower | None, *, split: bool) -> Features:
+def load_peft(folder: Path, base: Path, adapter: Adapter, tower: Tower | None) -> Features:
     """A folder for PEFT over the base on timm's model; `tower`: of one of our own."""
     import timm
     from peft import PeftModel
@@ -122,8 +119,8 @@ def load_peft(folder: Path, base: Path, adapter: Adapter, tower: Tower | None, *
         return TimmBackbone(model, adapter.model, adapter.options, adapter.until).eval()
     file, layout = open_tower(base)
     tower = part_of(tower, adapter.until)
-    model = _filled(view(file, export_entries(file, layout)), tower, None, qkv_fused=not split)
-    for block in () if split else model.blocks:
+    model = _filled(view(file, export_entries(file, layout)), tower, None)
+    for block in model.blocks:
         block.attn.qkv_bias_separate = True
     return _timm_features(PeftModel.from_pretrained(model, folder).base_model.model, tower, None)
 
@@ -155,22 +152,11 @@ def _filled(file: WeightFile, tower: Tower, names: Sequence[str] | None, **more:
 
     name, arguments = model_arguments(tower)
     model = timm.create_model(name, **{**arguments, **more})
-    weights = {name: _of_fused(file, name) for name in (model.state_dict() if names is None else names)}
+    weights = {name: file.get(name) for name in (model.state_dict() if names is None else names)}
     if not tower.class_token:
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
     model.load_state_dict(weights)
     return model
-
-
-def _of_fused(file: WeightFile, name: str) -> Tensor:
-    """A tensor of timm's model; of one with separate q, k and v a part of the fused one."""
-    match = _PROJECTION.fullmatch(name)
-    if match is None:
-        return file.get(name)
-    stem, part, leaf = match.groups()
-    if leaf == "bias":
-        return file.get(f"{stem}{part}_bias")
-    return file.get(f"{stem}qkv.weight").chunk(3)["qkv".index(part)]
 
 
 def _timm_features(model: Any, tower: Tower, block: int | None) -> Features:

@@ -123,12 +123,12 @@ class TimmMerge:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """An adapter from a folder of ours or PEFT's (or a file inside one) or from a ViSFT LoRA file."""
+    """An adapter from a folder of ours (or a file inside one) or from a ViSFT LoRA file."""
     path = Path(path)
     if path.is_dir():
-        return peft.read_peft_adapter(path)
-    if path.name in (peft.WEIGHTS, peft.CONFIG) or peft.is_timm_file(path):
-        return peft.read_peft_adapter(path.parent)
+        return peft.read_adapter_folder(path)
+    if path.name in (peft.WEIGHTS, peft.CONFIG) or peft.is_own_file(path):
+        return peft.read_adapter_folder(path.parent)
     return visft.read_visft_lora(path)
 
 
@@ -330,8 +330,6 @@ def check_base(file: WeightFile, adapter: Change, allow_other: bool) -> tuple[st
     base = base_identity(file)
     problems = []
     notes = []
-    if isinstance(adapter, Adapter) and adapter.base_storage != "full":
-        notes.append(f"the adapter was trained over the base stored as {adapter.base_storage}; this is the full one")
     if adapter.base_sha256 is None:
         notes.append("the adapter does not record which base file it was trained on: not checked")
     elif adapter.base_sha256 != base:

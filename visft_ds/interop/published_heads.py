@@ -21,9 +21,8 @@ from typing import Any
 
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.interop.head_file import HeadFile, HeadInfo, read_sizes
-from visft_ds.tasks import TASKS
+from visft_ds.tasks import BUILT_IN, TASKS, config_class
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
-from visft_ds.tasks.registry import BUILT_IN, config_class
 
 PREFIX = "visft_heads."
 NUM_HEADS = 8  #: attention heads of the published detection and segmentation heads

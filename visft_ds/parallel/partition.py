@@ -115,12 +115,12 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 def _stream_costs(module: MultiTaskModel, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for a micro-batch of a stream, with images of typical size, on shapes alone.
+    """Operations of each layer for a micro-batch of a stream, with images of the largest size, on shapes alone.
 
     Blocks are alike, so two are counted: one in front of all that trains, and one that gradients go through.
     """
     backbone = require_eva_vit(module.backbone)
-    side = stream.typical_side(images) // backbone.patch_size or 1
+    side = stream.largest_side() // backbone.patch_size or 1
     pixels = torch.empty(images, 3, side * backbone.patch_size, side * backbone.patch_size, device=META)
     with Tracer(META) as embedding, torch.no_grad():
         tokens = backbone.embed(pixels)

@@ -48,14 +48,6 @@ class PlannedRun:
         """The same with this `visft.model.recompute`."""
         return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
 
-    def typical(self, stream: Stream) -> PlannedRun:
-        """The same with images of average size, where the largest say too little of the time."""
-        together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
-        side = stream.typical_side(together)
-        if self.content.size is not None or side == stream.largest_side():
-            return self
-        return replace(self, content=replace(self.content, size=(side, side)))
-
     def model_key(self, stream: Stream) -> str:
         """Text that two runs share if a stream is the same work of the same model in both."""
         visft = self.config.visft
@@ -181,8 +173,8 @@ def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
 
 
 def model_operations(run: PlannedRun, stream: Stream) -> int:
-    """Arithmetic of a rank's part of an optimiser step on typical images, nothing computed twice."""
-    found = trace_step(run.with_policy("none").typical(stream), stream)
+    """Arithmetic of a rank's part of an optimiser step, nothing computed twice."""
+    found = trace_step(run.with_policy("none"), stream)
     micro = sum(count * work.operations for work, count in found.work.items())
     return micro * run.batches.accumulation // run.batches.stages
 

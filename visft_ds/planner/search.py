@@ -93,9 +93,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
             micro=batches.micro[name],
             memory=plan_stream(run, stream),
             time=step_time(run, stream, cluster),
-            limit=peak_seconds(trace_step(plain.typical(stream), stream).work, gpu)
-            * batches.accumulation
-            / batches.stages,
+            limit=peak_seconds(trace_step(plain, stream).work, gpu) * batches.accumulation / batches.stages,
         )
         for name, stream in config.visft.streams().items()
     }

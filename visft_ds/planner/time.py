@@ -72,7 +72,7 @@ def _rate(gpu: Gpu, dtype: torch.dtype) -> float:
 
 def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
     """Of one kind of step."""
-    found, batches, gpu = trace_step(run.typical(stream), stream), run.batches, cluster.gpu
+    found, batches, gpu = trace_step(run, stream), run.batches, cluster.gpu
     stage, stages = int(run.config.deepspeed["zero_optimization"]["stage"]), batches.stages
     again = CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0) * found.backbone_trains * found.blocks
     micro = work_seconds(found.work, gpu, again) * (ZERO3_SHARE if stage == 3 else 1.0)

@@ -15,9 +15,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from PIL import Image
 
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.captioning.pictures import CAPTION_LINES, text_lines
-from visft_ds.tasks.pictures import grid, palette, predicted_boxes, scaled, side_by_side
-from visft_ds.tasks.segmentation.pictures import MaskArray, predicted_masks
+from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,7 +44,7 @@ class Boxes:
 class Masks:
     """Masks of an image, the surest first; they may overlap."""
 
-    masks: MaskArray  #: (n, H, W)
+    masks: npt.NDArray[np.bool_]  #: (n, H, W)
     scores: Floats  #: (n,) from 0 to 1
     ids: npt.NDArray[np.int64]  #: (n,) category ids
     names: tuple[str, ...]  #: of the categories
@@ -94,49 +92,32 @@ class Prediction:
         parts += self._lines()
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
-    def draw(self, threshold: float = 0.0, *, side: int = 448) -> Image.Image:
-        """The image, its boxes and its masks beside each other, the caption below.
+    def draw(self, threshold: float = 0.0, *, side: int = SIDE) -> Image.Image:
+        """The image above its caption, its boxes and its masks beside each other.
 
         Args:
             threshold: least score that is drawn, beyond that of the prediction.
             side: length of the longer side of each panel's image, pixels.
         """
         colours = palette([*self.categories.values(), *_names(self.boxes), *_names(self.masks)])
-        panels = [(np.asarray(scaled(self.image, side)), "image")]
+        lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
+        panels = [(with_text(self.image, lines, side), "image")]
         if self.boxes is not None:
-            xywh = self.boxes.xyxy.copy()
-            xywh[:, 2:] -= xywh[:, :2]
-            picture, count = predicted_boxes(
-                self.image,
-                xywh.tolist(),
-                self.boxes.names,
-                self.boxes.scores.tolist(),
-                threshold=threshold,
-                colours=colours,
-                side=side,
-            )
-            panels.append((picture, f"boxes: {count}"))
+            xywh = np.concatenate([self.boxes.xyxy[:, :2], self.boxes.xyxy[:, 2:] - self.boxes.xyxy[:, :2]], axis=1)
+            shown = self.boxes.scores >= threshold
+            names, tags = _tags(self.boxes, shown)
+            picture = draw_objects(self.image, names, tags, colours, boxes=xywh[shown].tolist(), side=side)
+            panels.append((picture, f"boxes: {len(names)}"))
         if self.masks is not None:
-            picture, count = predicted_masks(
-                self.image,
-                list(self.masks.masks),
-                self.masks.names,
-                self.masks.scores.tolist(),
-                threshold=threshold,
-                colours=colours,
-                side=side,
-            )
-            panels.append((picture, f"masks: {count}"))
-        rows = [side_by_side(*panels)]
-        if self.caption is not None:
-            rows.append(text_lines("", self.caption, rows[0].shape[1], CAPTION_LINES))
-        rows += [text_lines("", line, rows[0].shape[1], CAPTION_LINES) for line in self._lines()]
-        return Image.fromarray(grid(rows, columns=1))
+            shown = self.masks.scores >= threshold
+            names, tags = _tags(self.masks, shown)
+            picture = draw_objects(self.image, names, tags, colours, masks=list(self.masks.masks[shown]), side=side)
+            panels.append((picture, f"masks: {len(names)}"))
+        return Image.fromarray(side_by_side(*panels))
 
     def _lines(self) -> list[str]:
         """Lines of tasks of other packages about the image."""
-        described = ((TASKS[task].describe, results) for task, results in self.others.items())
-        return [describe(results, self.categories) for describe, results in described if describe is not None]
+        return [TASKS[task].describe(results, self.categories) for task, results in self.others.items()]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
@@ -169,3 +150,9 @@ class Prediction:
 
 def _names(objects: Boxes | Masks | None) -> tuple[str, ...]:
     return () if objects is None else objects.names
+
+
+def _tags(objects: Boxes | Masks, shown: npt.NDArray[np.bool_]) -> tuple[list[str], list[str]]:
+    """Names of the shown objects, and the same with their scores."""
+    pairs = [(objects.names[place], float(objects.scores[place])) for place in np.flatnonzero(shown)]
+    return [name for name, _ in pairs], [f"{name} {score:.2f}" for name, score in pairs]

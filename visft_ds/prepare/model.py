@@ -220,9 +220,6 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        for key, problem in task.backbone_contradictions(backbone.patch_size):  # transforms do not know the backbone
-            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):
@@ -323,9 +320,6 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             raise ValueError(f"{problem}: give visft.model.until the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
-        storage = info.extra.get("base", "full")
-        if storage != "full":  # an earlier release could
-            notes.append(f"the {task} head learnt over a base in {storage}, this run has it in full")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

@@ -22,7 +22,7 @@ from visft_ds.data.transforms import Size
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, windowed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import collate_joint, geometry_of, transform_of
-from visft_ds.tasks.vocabulary import FORMAT, Vocabulary
+from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
 #: Sizes of pictures that have nothing in common: what all of them become, all others become too.
 _SHAPES: tuple[Size, ...] = ((480, 640), (640, 480), (97, 1009))
@@ -125,13 +125,13 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
         return read_vocabulary(Path(task.vocabulary.file))
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
     tokenizers = {str(manifest.options.get("tokenizer")) for manifest in manifests}
-    if len(tokenizers) > 1:
-        raise ValueError(f"{where}: captions cut into words by {' and '.join(sorted(tokenizers))}: build them anew")
+    if tokenizers != {TOKENIZER}:
+        raise ValueError(f"{where}: captions cut into words by {' and '.join(sorted(tokenizers))}, not by {TOKENIZER}")
     words: Counter[str] = Counter()
     for manifest in manifests:
         words.update(manifest.vocabulary)
     try:
-        return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count, tokenizer=tokenizers.pop())
+        return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count)
     except ValueError as error:
         raise ValueError(
             f"{where}, visft.tasks.{name}.vocabulary.min_count = {task.vocabulary.min_count}: {error}"

@@ -38,7 +38,7 @@ from visft_ds.pretrained import local
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
-from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.coco import write_toy_coco
 
 _IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
 _ROWS = 15  #: of the table of a trace

@@ -1,146 +1,84 @@
-"""Guard of the loss: NaN, infinity and spikes are reported and counted; too many end the run on every rank."""
+"""Guard of the loss: NaN and infinity are counted; too many end the run on every rank, and where they begin is named.
+
+Shape letters: B images of a micro-batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import statistics
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from visft_ds.config.schema import RunConfig
-from visft_ds.data.plan import Plan, StepPlan
+from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.resilience.errors import Diverged
-from visft_ds.resilience.nan_debug import not_finite, watched
 
-#: Losses of a task that have to be known before one can be a spike.
-FEWEST = 20
-#: Median absolute deviation of a normal distribution, in standard deviations.
-_MEDIAN_DEVIATION = 0.6745
-#: Overflows whose loss scales are listed when the scale has collapsed: from the first one at 65,536 down to 1.
-_FALLS = 17
-#: Modules and ranks that are listed with them.
+#: Findings that are shown of a rank, and ranks.
 _SHOWN = 3
 #: An overflow at this loss scale of fp16 or a lower one stops the run: every further step would be skipped.
 LEAST_SCALE = 1.0
-#: A task whose losses hardly differ: deviations below this share of the median do not count.
-_FLAT = 1e-3
-
-
-@dataclass(frozen=True)
-class Past:
-    """Step in the history of a run."""
-
-    task: str
-    loss: float
-    refused: bool  #: no update was made
-    finite: bool = True  #: loss and gradient were
-    overflow: tuple[int, float] | None = None  #: step and loss scale where the gradient overflowed in fp16
-
-
-def robust_score(past: Iterable[float], loss: float) -> float:
-    """Standard deviations by which a loss lies above the median of others, by their median absolute deviation.
-
-    Unlike mean and standard deviation, neither is moved by a few spikes among the past losses.
-    """
-    known = list(past)
-    median = statistics.median(known)
-    deviation = statistics.median(abs(value - median) for value in known)
-    return _MEDIAN_DEVIATION * (loss - median) / max(deviation, _FLAT * abs(median), 1e-12)
+Note = Callable[[str, Tensor], None]  #: called with the name of a tensor, and the tensor
 
 
 class LossGuard:
-    """Guard of a run: keeps the recent losses of each task, and judges every step by them.
+    """Judges every step of a run by its loss and gradient.
 
     Args:
-        settings: `skip_bad_steps`, `spike_threshold`, `spike_window`.
-        past: earlier steps, the oldest first.
+        skip_bad_steps: steps in a row without an update that are passed over.
     """
 
-    def __init__(self, settings: RunConfig, past: Iterable[Past] = ()) -> None:
-        self._settings = settings
-        self._losses: dict[str, deque[float]] = {}
+    def __init__(self, skip_bad_steps: int) -> None:
+        self._allowed = skip_bad_steps
         self.bad = 0  #: steps in a row without an update because loss or gradient was not finite
-        self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
         self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
-        for step in past:
-            self._note(step)
 
-    def observe(self, step_plan: StepPlan, report: StepReport) -> str:
-        """Record a finished step. Returns the message for the log, "" for none."""
-        loss = report.losses["loss"]
-        overflow = (step_plan.step + 1, report.loss_scale or 1.0) if report.skipped else None
-        now = Past(step_plan.task, loss, bool(report.refused), is_finite(report), overflow)
-        known, threshold = self._known(now.task), self._settings.spike_threshold
-        where = f"step {step_plan.step + 1} ({step_plan.task})"
-        message = ""
-        if threshold is not None and now.finite and len(known) >= min(FEWEST, self._settings.spike_window):
-            score = robust_score(known, loss)
-            if score > threshold:
-                skipped = "no update was made: the gradient overflows in fp16"
-                message = (
-                    f"{where}: loss {loss:.4g} leaps: {score:.1f} robust standard deviations above the median "
-                    f"{statistics.median(known):.4g} of the last {len(known)}; "
-                    f"{skipped if report.skipped else 'the update was made all the same'}"
-                )
-        self._note(now)
-        if report.refused:
-            what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
-            found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
-            message = f"{where}: {what}, no update was made on any rank{found}"
-        if overflow is not None and overflow[1] <= LEAST_SCALE:
-            self.collapsed = True
-            falls = ", ".join(f"{scale:g} (step {step})" for step, scale in self._falls)
-            message = (
-                f"{where}: the gradient overflows in fp16 at a loss scale of {overflow[1]:g}, which may not fall below "
-                f"{LEAST_SCALE:g}; it overflowed at {falls}"
-            )
-        return message
+    @property
+    def ends(self) -> bool:
+        """Return True if the run has to stop after the last step."""
+        return self.bad > self._allowed or self.collapsed
 
     @property
     def event(self) -> str:
         """Kind of the last step's event, where `observe` returned a message."""
-        return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
+        return "loss scale" if self.collapsed else "bad step"
 
-    def check(self, message: str, saved: int) -> None:
-        """Stop where more steps in a row went wrong than may be skipped.
+    def observe(self, step_plan: StepPlan, report: StepReport) -> str:
+        """Take a finished step into account. Returns the message for the log, "" for none."""
+        where = f"step {step_plan.step + 1} ({step_plan.task})"
+        self.bad = self.bad + 1 if report.refused and not is_finite(report) else 0
+        scale = report.loss_scale or LEAST_SCALE
+        if report.skipped and scale <= LEAST_SCALE:
+            self.collapsed = True
+            return (
+                f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least; bf16 and fp32 hold "
+                "such gradients (visft.model.precision), or smaller loss weights give smaller ones"
+            )
+        if not report.refused:
+            return ""
+        what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {report.losses['loss']}"
+        faults = [f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:_SHOWN]]
+        return f"{where}: {what}, no update was made on any rank{''.join(faults)}"
+
+    def stop(self, message: str, saved: int) -> None:
+        """End the run, on every rank.
 
         Args:
             message: of the last step.
             saved: step of the newest checkpoint, 0 for none.
 
         Raises:
-            Diverged: on every rank.
+            Diverged: always.
         """
-        allowed = self._settings.skip_bad_steps
-        if self.bad <= allowed and not self.collapsed:
-            return
-        after = f" after {allowed} others in a row (visft.run.skip_bad_steps)" if self.bad and allowed else ""
+        after = f" after {self._allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
-        advice = "A smaller learning rate or a longer warm-up usually helps"
-        if self.collapsed:
-            advice = (
-                "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
-            )
-        raise Diverged(f"{message}\nstopped{after}; {good}. {advice}")
-
-    def _known(self, task: str) -> deque[float]:
-        return self._losses.setdefault(task, deque(maxlen=self._settings.spike_window))
-
-    def _note(self, step: Past) -> None:
-        self.bad = self.bad + 1 if step.refused and not step.finite else 0
-        if step.overflow is not None:
-            self._falls.append(step.overflow)
-        if not step.refused:
-            self._known(step.task).append(step.loss)
+        raise Diverged(f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps")
 
 
 def is_finite(report: StepReport) -> bool:
@@ -148,42 +86,86 @@ def is_finite(report: StepReport) -> bool:
     return math.isfinite(report.losses["loss"]) and report.refused != "gradient"
 
 
-def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> LossGuard:
-    """The guard of a run that resumes after `start` steps, as it was then, from the run's metrics. Collective."""
-    past = list(_past(out / METRICS_FILE, plan, start)) if distributed.is_main() and start else []
-    return LossGuard(settings, distributed.broadcast_object(past))
-
-
-def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
-    for record in read_metrics(path) if path.is_file() else ():
-        if record.get("kind") == "step" and record["step"] <= start and "loss/loss" in record:
-            refused, finite = bool(record.get("refused", 0.0)), not record.get("not_finite", 0.0)
-            overflow = (record["step"], float(record.get("loss_scale", 1.0))) if record.get("skipped") else None
-            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused, finite, overflow)
-
-
-def find_overflow(
+def first_non_finite(
     engine: Engine, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators, report: StepReport
 ) -> str:
-    """Repeat a step whose gradient has overflowed, without an update, and find where it does. Collective.
+    """Make a refused step once more, without an update, and name what is not finite first. Collective.
 
     It runs through the engine, at the loss scale of that step, so that every rank and pipeline stage sees what it saw.
     The run has to stop afterwards: the engine's counters are not right any more.
 
     Returns:
-        For each rank the first modules and parameters, in the order of the backward pass; the same on every rank.
+        For each rank the first modules, parameters and images, as they came to be; the same on every rank.
     """
-    found: dict[str, str] = {}
-
-    def note(what: str, tensor: Tensor) -> None:
-        if what not in found and (fault := not_finite(what, tensor)) is not None:
-            found[what] = fault.text()
-
+    found: list[str] = []
     engine.should_update = lambda loss: False
-    engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})
-    with watched(engine.module, note):
+    if report.loss_scale is not None:
+        engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
+    with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)
-    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(list(found.values())[:_SHOWN]))
+    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(found[:_SHOWN]))
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
     more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
-    return "".join(lines[:_SHOWN] + more) or "\n  made again, nothing overflows: faulty hardware?"
+    return "".join(lines[:_SHOWN] + more) or "\n  made again, everything is finite: faulty hardware?"
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
+    """Append to `found` what is not finite in passes through a module: targets, outputs, gradients, as they come."""
+    seen, batch = set[str](), list[Batch]()
+
+    def note(what: str, tensor: Tensor) -> None:
+        if what in seen or tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            return
+        seen.add(what)
+        bad = ~tensor.detach().isfinite()
+        where = ""
+        if batch and tensor.ndim > 1 and tensor.shape[0] == len(batch[0].image_ids):
+            where = f", images {batch[0].image_ids[bad.flatten(1).any(1).cpu()].tolist()}"
+        found.append(f"{what}: {int(bad.sum())} of {bad.numel()} values are not finite{where}")
+
+    def begin(_: nn.Module, inputs: Any) -> None:
+        batch[:] = [one for one in inputs if isinstance(one, Batch)]
+        for task, targets in (batch[0].targets if batch else {}).items():
+            for tensor in tensors_of(targets):
+                note(f"targets of {task}", tensor)
+
+    hooks: list[Any] = [module.register_forward_pre_hook(begin)]
+    for name, child in module.named_modules():
+        if name and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            hooks.append(child.register_forward_hook(_hook(name, note)))
+    for name, parameter in module.named_parameters():
+        note(f"parameter {name}", parameter)
+        if parameter.requires_grad:
+            hooks.append(parameter.register_hook(_gradient_hook(f"parameter {name}", note)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in a module's output, or in targets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for item in value.values() for tensor in tensors_of(item))
+    elif isinstance(value, tuple | list):
+        yield from (tensor for item in value for tensor in tensors_of(item))
+    elif is_dataclass(value):
+        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
+
+
+def _gradient_hook(what: str, note: Note) -> Callable[[Tensor], None]:
+    return lambda gradient: note(f"gradient of {what}", gradient)
+
+
+def _hook(name: str, note: Note) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tensors_of(output):
+            note(f"output of {name}", tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(_gradient_hook(f"the output of {name}", note))
+
+    return hook

@@ -20,7 +20,7 @@ def place_of(path: Path) -> Path:
     if not (path / "run.json").is_file():
         return path
     export = path / "export"
-    if any((export / ADAPTER_FOLDER / name).is_file() for name in (peft.CONFIG, peft.TIMM_FILE)):
+    if (export / ADAPTER_FOLDER / peft.FILE).is_file():
         return export / ADAPTER_FOLDER
     if recorded_config(path).visft.lora is None and (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE

@@ -9,13 +9,12 @@ from typing import Any
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 from visft_ds.config.preflight import INPUTS_FOLDER
 from visft_ds.config.records import as_record, parse_json
+from visft_ds.files import read_bytes
 from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
-#: Checkpoints of the states that refused steps began with: none to go on from, and out of what is kept and counted.
-REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
 #: Says why a run ended in good order; there is none while it trains.
 ENDED_FILE = "ended"
@@ -32,12 +31,13 @@ _OF_A_RUN = (
     "trace-*.json.gz",
     "validation",
     "bundles",  # of runs before 0.2
-    REFUSED_FOLDER,
     "checkpoints",
     INPUTS_FOLDER,
     RECORD_FILE,
 )
 _ASIDE = "earlier-"
+#: Largest run.json that is read, bytes.
+_MOST_BYTES = 1 << 26
 _SHOWN = 8  # names or differences in a message
 
 
@@ -61,7 +61,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
         of_a_start = {"export", ENDED_FILE, INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
-        if set(found) <= of_a_start:
+        if set(found) <= of_a_start | {"features"}:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
     if not saved_something(out):
@@ -122,7 +122,7 @@ def read_run(out: Path) -> RunFile:
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
     try:
-        data = record.read_bytes()
+        data = read_bytes(record, _MOST_BYTES)
         found = parse_json(data, str(record))
         schema = found.get("schema") if isinstance(found, dict) else None
         if schema == RUN_SCHEMA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def open_log(
         if main and run.track is not None:
             from visft_ds.monitor.track import Tracker  # few runs have one
 
-            tracker = Tracker(run.track, out, hyper_parameters)
+            tracker = Tracker(out, hyper_parameters)
             stack.callback(tracker.close)
             callbacks = [*callbacks, tracker]
         progress = stack.enter_context(
@@ -124,11 +125,12 @@ def open_log(
         )
         trace = stack.enter_context(traced(out, run.trace, start, progress.message))
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
-        writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)
+        settings = json.dumps(redacted_values(config.to_dict()), indent=2).splitlines()
+        writer.text(start, "configuration", "".join(f"    {line}\n" for line in settings))  # code, in Markdown
         yield RunLog(writer, progress, trace, {} if keeps_features or not main else seconds_at_peak(planned))
 
 
 def seconds_at_peak(run: PlannedRun) -> dict[str, float]:
-    """Stream -> seconds of a typical step at the peak of this GPU; empty where its peak is not known."""
+    """Stream -> seconds of a step at the peak of this GPU; empty where its peak is not known."""
     rate, streams = peak_rate(run.device, run.precision), run.config.visft.streams()
     return {name: model_operations(run, stream) / rate for name, stream in streams.items()} if rate else {}

@@ -124,7 +124,8 @@ def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | N
     for task, part in plan.tasks.items():
         epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
         rows.append((f"epoch, {task}", ", ".join(epochs)))
-    rows.append(("workers", f"{workers_of(config.data)} processes that read for each training process"))
+    number = workers_of(config.data)
+    rows.append(("workers", f"{number} for each training process" if number else "none: each training process reads"))
     if config.features is not None and features is not None:
         rows.append(("features", _features_row(plan, features)))
     return Section("data", rows)

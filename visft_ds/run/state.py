@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.state import EngineState, ToHost, gather_state, restore_state, trainable
+from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.pretrained import local
@@ -30,9 +29,6 @@ from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
-
-#: A wait for the save before this one is reported from here on, in seconds.
-_WORTH_TELLING = 0.01
 
 
 class RunState:
@@ -106,31 +102,6 @@ class RunState:
         """
         self._saver.save(step, partial(gather_state, self._engine))
 
-    def save_refused(self, step: int, loss_scale: float | None) -> str:
-        """Write the state that a refused step began with, for `visft replay`. Collective.
-
-        Args:
-            step: of the refused one; counts from 1, as in messages.
-            loss_scale: that it was made with; an overflow has moved it since.
-
-        Returns:
-            What to say of it, the same on every rank.
-
-        Raises:
-            OSError: the save before this one failed.
-        """
-
-        def gather(keep: ToHost) -> EngineState | None:
-            state = gather_state(self._engine, keep)
-            if state is None or loss_scale is None:
-                return state
-            return replace(state, loss_scale={**state.loss_scale, "scale": loss_scale})
-
-        place, problem = distributed.broadcast_object(self._saver.save_refused(step - 1, gather))
-        if problem:
-            return f"\n  the state before it was not kept: {problem}"
-        return f"\n  to find where it begins: visft replay {self._out} --step {step}\n  (the state before it: {place})"
-
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them.
 
@@ -139,11 +110,9 @@ class RunState:
         """
         for save in self._saver.finished(wait=wait):
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            told = f"training stood still for {save.stall_seconds:.2f} s"
-            if save.waited_seconds > _WORTH_TELLING:
-                told += f", {save.waited_seconds:.2f} s of it for the save before"
             log.message(
-                f"saved step {save.step} in {self._saver.folder} ({told}; written in {save.write_seconds:.2f} s)"
+                f"saved step {save.step} in {self._saver.folder} (training stood still for {save.stall_seconds:.2f} s; "
+                f"written in {save.write_seconds:.2f} s)"
             )
             log.writer.save(save.step, seconds, checkpoint_path(self._saver.folder, save.step))
 

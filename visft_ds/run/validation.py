@@ -23,7 +23,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
-from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Training photographs that a run is asked about at its end.
@@ -66,6 +66,9 @@ class Validation:
         self._streams = streams
         self._config, self._vocabulary, self._out, self._judged = config, vocabulary, out, judged
         self._reader = ShardReader(manifest)
+        judged_images = min(config.run.eval_limit or len(manifest), len(manifest))
+        #: Which images an evaluation measures, where these are not all.
+        self._part = "" if judged_images == len(manifest) else f" on {judged_images} of {len(manifest)} images"
         self._judge = AsyncEvaluation(out / "validation", manifest, config.run.eval_limit)
 
     def is_due(self, step: int, total_steps: int) -> bool:
@@ -80,7 +83,7 @@ class Validation:
         recorded: set[int] = set()
         if distributed.is_main():
             path = self._out / METRICS_FILE
-            records = read_metrics(path) if path.is_file() else ()
+            records = read_metrics(path, "val/") if path.is_file() else ()
             recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
@@ -142,7 +145,7 @@ class Validation:
     def poll(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
-            _record(verdict, log, best=self._judged(verdict.step, verdict.metrics))
+            _record(verdict, log, self._part, best=self._judged(verdict.step, verdict.metrics))
 
     def leave(self, log: RunLog) -> None:
         """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
@@ -185,11 +188,11 @@ def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
     return predict_or_stop
 
 
-def _record(verdict: EvalResult, log: RunLog, *, best: bool) -> None:
+def _record(verdict: EvalResult, log: RunLog, part: str, *, best: bool) -> None:
     for problem in verdict.problems:
         text = f"warning: the evaluation of step {verdict.step} failed: {redacted(problem)}"
         print(text, file=sys.stderr, flush=True)
     if verdict.metrics:
         shown = [f"{name} {verdict.metrics[name]:.3f}" for name in shown_metrics() if name in verdict.metrics]
-        log.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")
+        log.message(f"step {verdict.step} validation{part}: {'  '.join(shown)}{'  (best so far)' if best else ''}")
         log.writer.evaluation(verdict.step, verdict.metrics)

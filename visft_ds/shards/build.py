@@ -40,13 +40,12 @@ from visft_ds.data.shards import (
     store,
 )
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
-from visft_ds.names import shown_name, wrong_name
+from visft_ds.names import wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
 
 _BLOCK = tarfile.BLOCKSIZE
-_COLUMNS = tuple(name for name in INDEX_DTYPE.names or () if name != "shard")
 _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
@@ -83,9 +82,8 @@ class Options:
 
     def content(self) -> dict[str, Any]:
         """What determines the bytes beside the files, for the manifest."""
-        drawn = {"masks_from_boxes": True} if self.masks_from_boxes else {}
-        found = {name: getattr(self, name) for name in ("max_size", "limit", "seed", "exif")}
-        return found | drawn | {"tokenizer": TOKENIZER}
+        names = ("max_size", "limit", "seed", "exif", "masks_from_boxes")
+        return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
 
 
 def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
@@ -161,7 +159,7 @@ def _look(images: Sequence[SourceImage], options: Options) -> list[tuple[str, st
         path = options.images / image.file_name
         if reason := wrong_name(image.file_name, folders=True):
             left_out.append((image.file_name, f"name not allowed: {reason}"))
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             left_out.append((image.file_name, "no such file in the images folder"))
         else:
             image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
@@ -173,7 +171,7 @@ def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
     found = Findings()
     for name, reason in left_out:
         kind, _, detail = reason.partition(": ")
-        found.add(kind, shown_name(name) + (f" ({detail})" if detail else ""))
+        found.add(kind, name + (f" ({detail.rpartition(': ')[2]})" if detail else ""))
     return found
 
 
@@ -228,14 +226,18 @@ def _write_all(
         bar.update(number)
 
     def write(number: int) -> dict[str, Any]:
-        shard, record = options.out / shard_name(options.split, number), work / f"{number}.json"
-        found: dict[str, Any] | None = _record(record)
-        if found is not None and found["key"] == _key(plan[number]) and shard.is_file():
+        shard, record, images = options.out / shard_name(options.split, number), work / f"{number}.json", plan[number]
+        found, key = _record(record), hashlib.sha256()
+        for image in images:  # the time of change stands for the pixels
+            key.update(b"%d %d %b" % (image.size, image.stamp, image.label()))
+        if found is not None and found["key"] == key.hexdigest() and shard.is_file():
             with shard.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == found["sha256"]:
-                    count(len(plan[number]))
-                    return found
-        return _write(shard, record, plan[number], options, count)
+                    count(len(images))
+                    return dict(found)
+        made = _write(shard, record.with_suffix(".tmp"), images, options, count) | {"key": key.hexdigest()}
+        store(record, orjson.dumps(made))
+        return made
 
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")  # of damaged metadata; set here, as threads share it
@@ -245,20 +247,11 @@ def _write_all(
             stopped.set()
 
 
-def _key(images: Sequence[SourceImage]) -> str:
-    """Identity of what goes into a shard; the time of change stands for the pixels."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(b"%d %d %b" % (image.size, image.stamp, image.label()))
-    return digest.hexdigest()
-
-
 def _write(
-    shard: Path, record: Path, images: Sequence[SourceImage], options: Options, count: Callable[[int], None]
+    shard: Path, temporary: Path, images: Sequence[SourceImage], options: Options, count: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Write a shard under a temporary name, then its record."""
+    """Write a shard, first under a temporary name; returns its record."""
     rows, left_out, odd = list[list[int]](), list[tuple[str, str]](), list[tuple[str, str]]()
-    temporary = record.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
             tar = TarWriter(file)
@@ -271,7 +264,7 @@ def _write(
                     left_out.append((image.file_name, str(error)))
                 else:
                     rows.append(_add(tar, image, suffix, data))
-                    odd += [(kind, shown_name(image.file_name))] if kind else []
+                    odd += [(kind, image.file_name)] if kind else []
             tar.close()
             file.flush()
             os.fsync(file.fileno())
@@ -279,10 +272,8 @@ def _write(
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(shard.parent)
-    made = {"name": shard.name, "key": _key(images), "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
-    made |= {"rows": rows, "left_out": left_out, "odd": odd}
-    store(record, orjson.dumps(made))
-    return made
+    facts = {"name": shard.name, "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
+    return facts | {"rows": rows, "left_out": left_out, "odd": odd}
 
 
 def _picture(data: bytes, image: SourceImage, options: Options) -> tuple[str, bytes, str | None]:
@@ -333,19 +324,11 @@ class TarWriter:
 
 
 def _add(tar: TarWriter, image: SourceImage, suffix: str, data: bytes) -> list[int]:
-    """Append both members; returns the index row without its shard."""
+    """Append both members; returns the columns of INDEX_DTYPE behind the shard."""
     key, label = f"{image.image_id:012d}", image.label()
-    row = {
-        "image_offset": tar.add(f"{key}.{suffix}", data),
-        "image_size": len(data),
-        "image_crc32": crc32(data),
-        "label_offset": tar.add(f"{key}.json", label),
-        "label_size": len(label),
-        "label_crc32": crc32(label),
-        "width": image.width,
-        "height": image.height,
-        "image_id": image.image_id,
-        "num_annotations": image.trainable,
-        "num_captions": len(image.captions),
-    }
-    return [row[column] for column in _COLUMNS]
+    places = [
+        number
+        for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", label))
+        for number in (tar.add(name, part), len(part), crc32(part))
+    ]
+    return [*places, image.width, image.height, image.image_id, image.trainable, len(image.captions)]

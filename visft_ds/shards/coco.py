@@ -15,6 +15,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.labels import has_area
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.names import shown_name
 
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]
@@ -27,7 +28,7 @@ class Findings(dict[str, tuple[int, list[str]]]):
 
     def add(self, kind: str, example: object) -> None:
         count, examples = self.get(kind, (0, []))
-        self[kind] = count + 1, [*examples, f"{example!s:.120}"][:_EXAMPLES]
+        self[kind] = count + 1, [*examples, shown_name(f"{example!s:.120}")][:_EXAMPLES]
 
     @property
     def total(self) -> int:

@@ -116,15 +116,14 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
 
 
 def _few(names: Sequence[str]) -> str:
-    return (", ".join(names[:_SHOWN]) or "nothing") + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "nothing") + more
 
 
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """(kind, files by which it was recognised) of each data set that a folder holds."""
     json_files = sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json")))
-    if coco := [path for path in json_files if _of_coco(folder, path)]:
+    if coco := [path for path in json_files if _of_coco(folder, path) is not None]:
         yield "COCO", coco
     for kind, names in _BESIDE_IMAGES.items():
         tried = [part / name for name in names for part in (folder, *(folder / split for split in SPLITS))]
@@ -136,7 +135,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
         try:
             values = read_mapping(path)
-        except ValueError:  # of something else: it stands among what was found
+        except (ValueError, OSError):  # of something else: it stands among what was found
             continue
         if "names" in values and any(key in values for key in SPLITS):
             yield "YOLO", [path]
@@ -149,36 +148,29 @@ def _split_of(name: str) -> str:
     return SPLITS.get(name, name if all(sign.isalnum() or sign in "-_" for sign in name) else "")
 
 
-def _of_coco(folder: Path, path: Path) -> bool:
+def _of_coco(folder: Path, path: Path) -> tuple[str, str, Path | None] | None:
+    """(role, split, folder of the images) of an annotation file of COCO; None for any other file."""
     found = _COCO_FILE.fullmatch(path.name)
-    plain = found is not None and found[1] is None  # any other JSON file might be called so
-    return found is not None and (not plain or (found[2] in SPLITS and _images(folder, found[2]) is not None))
-
-
-def _images(folder: Path, name: str) -> Path | None:
-    """The folder of the images of a split, None where there is none."""
-    short = _split_of(name)
+    if found is None or (found[1] is None and found[2] not in SPLITS):
+        return None
+    name, short = found[2], _split_of(found[2])
     tried = (name, f"images/{name}", f"{name}/images", short, f"images/{short}", f"{short}/images", "images")
-    return next((folder / one for one in tried if one and (folder / one).is_dir()), None)
+    images = next((folder / one for one in tried if one and (folder / one).is_dir()), None)
+    return None if found[1] is None and images is None else (found[1] or "instances", short, images)
 
 
 def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
     found: dict[str, dict[str, Path]] = {}
     for path in files:
-        match = _COCO_FILE.fullmatch(path.name)
-        assert match is not None  # as it was recognised
-        role, split, images = match[1] or "instances", _split_of(match[2]), _images(folder, match[2])
+        what = _of_coco(folder, path)
+        assert what is not None  # as it was recognised
+        role, split, images = what
         if wanted not in (None, split):
             continue
         if not split or images is None:
-            raise ValueError(
-                f"{path}: its images are in none of {match[2]}/, images/{match[2]}/, images/; --split NAME makes "
-                "another split alone"
-            )
+            raise ValueError(f"{path}: there is no folder of its images; --split NAME makes another split alone")
         parts = found.setdefault(split, {"images": images})
         if role in parts or parts["images"] != images:
-            raise ValueError(
-                f"{folder} has more than one {split!r}: {path.name} and {_few(list(map(str, parts.values())))}"
-            )
+            raise ValueError(f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}")
         parts[role] = path
     return [FolderSplit(name, p["images"], p.get("instances"), p.get("captions")) for name, p in found.items()]

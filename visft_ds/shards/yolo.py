@@ -73,21 +73,51 @@ def read_yolo(
         here = Path(os.path.abspath(path.parent))
         root = Path(os.path.normpath(here / values.get("path", "")))
         roots = (root, here) if root.is_dir() and root != here else (here,)
-        images: dict[str, list[Path]] = {}
+        found: dict[str, list[Path]] = {}
         for key, split in SPLITS.items():
             if values.get(key) and wanted in (None, split):
-                if split in images:
+                if split in found:
                     raise ValueError(f"it names images of {split!r} twice, the second time as {key!r}")
                 entries = values[key] if isinstance(values[key], list) else [values[key]]
-                images[split] = [_find(entry, roots, key) for entry in entries]
+                found[split] = [_find(entry, roots, key) for entry in entries]
         if not any(map(values.get, SPLITS)):
             raise ValueError("it names no images: state `train: FOLDER` and `val: FOLDER`")
         names, (count, size) = _names(values), values.get("kpt_shape") or (0, 0)
         keypoints = int(count) * int(size)
-    return [
-        (split, *_read_split(f"{path}: {split}", places, roots, names, keypoints, exif))
-        for split, places in images.items()
-    ]
+    ids = {number: number for number in names}
+    if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
+        ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
+    categories = [{"id": ids[number], "name": name} for number, name in names.items()]
+    made = []
+    for split, places in found.items():
+        where, odd = f"{path}: {split}", Findings()
+        paths = sorted({file for place in places for file in _image_files(place, roots)})
+        labels = {file: _label_of(file) for file in paths}
+        used = {label for label in labels.values() if label.is_file()}
+        if not used:
+            looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
+            raise ValueError(
+                f"{where}: none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
+            )
+        folder = Path(os.path.commonpath([file.parent for file in paths]))
+        images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+        for number, file in enumerate(paths, 1):
+            name = str(file.relative_to(folder))
+            if reason := wrong_name(name, folders=True):
+                raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
+            height, width = labelled_size(file, exif)
+            images.append({"id": number, "file_name": name, "height": height, "width": width})
+            for category, points, outline in _lines(labels[file], names, keypoints) if labels[file] in used else ():
+                if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
+                    entry = {**_placed(points, outline, height, width), "category_id": ids[category]}
+                    annotations.append({"id": len(annotations) + 1, "image_id": number, **entry, "iscrowd": 0})
+        beside = {file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts} - used
+        for label in sorted(beside) if all(place.is_dir() for place in places) else ():
+            if label.name not in _NO_LABELS:
+                odd.add("label without image", label)
+        odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
+        made.append((split, folder, {"images": images, "annotations": annotations, "categories": categories}, odd))
+    return made
 
 
 def _names(values: Mapping[str, Any]) -> dict[int, str]:
@@ -110,45 +140,6 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
         return found[0]
     shown = ", ".join(dict.fromkeys(map(str, tried)))
     raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes one split alone)")
-
-
-def _read_split(
-    where: str, places: Sequence[Path], roots: Sequence[Path], names: Mapping[int, str], keypoints: int, exif: Exif
-) -> tuple[Path, dict[str, Any], Findings]:
-    paths = sorted({path for place in places for path in _image_files(place, roots)})
-    labels = {path: _label_of(path) for path in paths}
-    used = {label for label in labels.values() if label.is_file()}
-    if not used:
-        looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
-        raise ValueError(
-            f"{where}: none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
-        )
-    ids = {number: number for number in names}
-    if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
-        ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
-    folder = Path(os.path.commonpath([path.parent for path in paths]))
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, path in enumerate(paths, 1):
-        name = str(path.relative_to(folder))
-        if reason := wrong_name(name, folders=True):
-            raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
-        height, width = labelled_size(path, exif)
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for category, points, outline in _lines(labels[path], names, keypoints) if labels[path] in used else ():
-            if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
-                entry = {**_placed(points, outline, height, width), "category_id": ids[category], "image_id": number}
-                annotations.append({"id": len(annotations) + 1, **entry, "iscrowd": 0})
-    odd, all_labels = (
-        Findings(),
-        {path for label in used for path in label.parent.glob("*.txt") if "labels" in label.parts},
-    )
-    for label in sorted(all_labels - used) if all(place.is_dir() for place in places) else ():
-        if label.name not in _NO_LABELS:
-            odd.add("label without image", shown_name(str(label)))
-    odd.refuse_above_a_tenth(len(all_labels), where, "labels")
-    categories = [{"id": ids[number], "name": name} for number, name in names.items()]
-    return folder, {"images": images, "annotations": annotations, "categories": categories}, odd
 
 
 def labelled_size(path: Path, exif: Exif) -> tuple[int, int]:
@@ -191,29 +182,27 @@ def _text_of(path: Path) -> str:
 
 def _lines(path: Path, names: Mapping[int, str], keypoints: int) -> Iterator[tuple[int, Sequence[float], bool]]:
     """(class, x y x y ... of a polygon or of two corners, whether it is a polygon) of each line of a label."""
-    for place, text in enumerate(_text_of(path).splitlines(), 1):
+    for place, words in enumerate(map(str.split, _text_of(path).splitlines()), 1):
+        if not words:
+            continue
         try:
-            if text.strip():
-                yield _line(text.split(), names, keypoints)
+            number, *values = map(float, words)
+            if number not in names:
+                raise ValueError(f"class {words[0]:.40}, but the names are of {min(names)} to {max(names)}")
+            if keypoints and len(words) == _BOX + keypoints:
+                values = values[:4]
+            elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):
+                other = f"one with keypoints {_BOX + keypoints}" if keypoints else "a polygon 7, 9, 11 or more"
+                raise ValueError(f"{len(words)} values; a box has {_BOX}, {other}")
+            if wrong := [value for value in values if not -_ROUNDING <= value <= 1 + _ROUNDING]:
+                raise ValueError(f"{wrong[0]:g} is outside of [0, 1]: coordinates are fractions of width and height")
         except ValueError as error:
             raise ValueError(f"{path} line {place}: {error}") from error
-
-
-def _line(words: Sequence[str], names: Mapping[int, str], keypoints: int) -> tuple[int, Sequence[float], bool]:
-    number, *values = map(float, words)
-    if number not in names:
-        raise ValueError(f"class {words[0]:.40}, but the names are of {min(names)} to {max(names)}")
-    if keypoints and len(words) == _BOX + keypoints:
-        values = values[:4]
-    elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):
-        other = f"one with keypoints {_BOX + keypoints}" if keypoints else "a polygon 7, 9, 11 or more"
-        raise ValueError(f"{len(words)} values; a box has {_BOX}, {other}")
-    if wrong := [value for value in values if not -_ROUNDING <= value <= 1 + _ROUNDING]:
-        raise ValueError(f"{wrong[0]:g} is outside of [0, 1]: coordinates are fractions of width and height")
-    if len(values) > 4:
-        return int(number), values, True
-    x, y, width, height = values
-    return int(number), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), False
+        if len(values) > 4:
+            yield int(number), values, True
+        else:
+            x, y, width, height = values
+            yield int(number), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), False
 
 
 def _placed(given: Sequence[float], outline: bool, height: int, width: int) -> dict[str, Any]:

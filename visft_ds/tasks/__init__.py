@@ -1,26 +1,90 @@
-"""The tasks a backbone learns from: a folder and a `TaskSpec` each. The loop names no task.
+"""The tasks a backbone learns from: a folder and a `Task` each. The loop names no task.
 
-`TASKS` loads a task when it is asked for it, so that a configuration is read without the tensor library.
+Nothing of a task is imported before it is asked for: a configuration is read without the tensor library. Other packages
+add theirs by an entry point in the group `visft_ds.tasks`, scripts of one process by `register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.tasks.registry import Table, register
-
 if TYPE_CHECKING:
-    from visft_ds.tasks.spec import TaskSpec
-
-__all__ = ["TASKS", "Results", "get_task", "register"]
+    from visft_ds.tasks.spec import Task
 
 Results = list[dict[str, Any]]  #: COCO results format
-TASKS: Mapping[str, TaskSpec] = Table()
+#: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
+BUILT_IN = ("detection", "segmentation", "captioning")
 
 
-def get_task(name: str) -> TaskSpec:
+@cache
+def entries() -> dict[str, str]:
+    """Name of every task -> "module:NAME" of its `Task`; those of this package first."""
+    table = {name: f"visft_ds.tasks.{name}.spec:SPEC" for name in BUILT_IN}
+    for point in sorted(entry_points(group="visft_ds.tasks"), key=lambda point: point.name):
+        _add(table, point.name, point.value)
+    return table
+
+
+def register(name: str, place: str) -> None:
+    """Add a task to this process: `register("classification", "my_package.my_task:SPEC")`, where SPEC is a `Task`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _add(entries(), name, place)
+
+
+def _add(table: dict[str, str], name: str, place: str) -> None:
+    if name in table:
+        raise ValueError(f"task {name!r} of {place}: the name is taken by {table[name]}")
+    table[name] = place
+
+
+@cache
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        if place.startswith("visft_ds."):
+            raise
+        raise ValueError(f"no task at {place!r}, which must be module:NAME of a Task: {error}") from error
+
+
+class _Table(Mapping[str, "Task"]):
+    """Name -> `Task`, each loaded when it is first asked for."""
+
+    def __getitem__(self, name: str) -> Task:
+        task: Task = _load(entries()[name])
+        return task
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(entries())
+
+    def __len__(self) -> int:
+        return len(entries())
+
+
+TASKS: Mapping[str, Task] = _Table()
+
+
+def get_task(name: str) -> Task:
     """The task of that name; raises ValueError with the known ones."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: known tasks are {', '.join(sorted(TASKS))}")
     return TASKS[name]
+
+
+def config_class(name: str) -> Any:
+    """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
+    return _load(f"visft_ds.tasks.{name}.config:CONFIG") if name in BUILT_IN else get_task(name).config
+
+
+def shown_metrics() -> tuple[str, ...]:
+    """Metrics of all tasks that a short line has."""
+    kinds = [config_class(name) for name in entries()]
+    return tuple(name for kind in kinds for name in kind.shown or (kind.main,))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,14 @@ from PIL import Image
 from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
+from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.data.transforms import Geometry, Op
+from visft_ds.data.transforms import Geometry, Op, Size
 from visft_ds.tasks import Results
-from visft_ds.tasks.pictures import Picture, scaled, side_by_side
+from visft_ds.tasks.pictures import SIDE, Picture, draw_objects, palette, scaled, side_by_side, with_text
 from visft_ds.tasks.vocabulary import Vocabulary
 
-_SIDE = 448  # of the longer side of a picture, pixels
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
 ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
 
@@ -52,24 +53,11 @@ class HeadSizes:
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Functions to gather a task's results and to compute its metrics."""
-
-    truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
-    measure: Callable[..., dict[str, float]]  #: (ground truth, results, each category too) -> named numbers
-    pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
-    unpack: Callable[[Any], Results] = list
-    facts: Mapping[str, Any] = field(default_factory=dict)  #: what numbers depend on, for the record of an evaluation
-
-
-@dataclass(frozen=True)
 class Example:
     """Image and a head's predictions for it."""
 
     raw: RawSample
     results: Results  #: of this image, in COCO's results format
-    output: Any  #: of the head, for the batch the image was in
-    place: int  #: of the image in that batch
     names: Mapping[int, str]  #: category names by raw id
     threshold: float  #: least score that is drawn
 
@@ -78,15 +66,27 @@ class Example:
         return [annotation for annotation in self.raw.annotations if not annotation.get("iscrowd", 0)]
 
     def known(self) -> Results:
-        """Predicted objects of categories the data set has, with enough score."""
-        return [r for r in self.results if r["category_id"] in self.names and r["score"] >= self.threshold]
+        """Predicted objects of categories the data set has, with enough score, the best first."""
+        kept = [r for r in self.results if r["category_id"] in self.names and r["score"] >= self.threshold]
+        return sorted(kept, key=lambda result: -float(result["score"]))
+
+    def draw(self, true: Sequence[Mapping[str, Any]], **shapes: Callable[[Mapping[str, Any]], Any]) -> Picture:
+        """True and predicted objects beside each other; `shapes` is boxes= or masks=, the shape of an object."""
+        colours, panels = palette(list(self.names.values())), []
+        for title, objects in (("ground truth", true), ("predicted", self.known())):
+            names = [self.names[one["category_id"]] for one in objects]
+            tags = [
+                f"{name} {one['score']:.2f}" if "score" in one else name
+                for name, one in zip(names, objects, strict=True)
+            ]
+            drawn: dict[str, Any] = {kind: [shape(one) for one in objects] for kind, shape in shapes.items()}
+            panels.append((draw_objects(self.pixels(), names, tags, colours, **drawn), f"{title}: {len(names)}"))
+        return side_by_side(*panels)
 
     def pixels(self) -> Picture:
         """The image in the size of the original, in whose pixels labels and predictions are."""
         image, (height, width) = self.raw.image, self.raw.size
         assert image is not None
-        if image.shape[:2] == (height, width):
-            return image
         return np.asarray(Image.fromarray(image).resize((width, height)))
 
 
@@ -99,71 +99,43 @@ class Content:
     size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """Description of a task for the training loop, the evaluation and the planner.
+class Task(ABC):
+    """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass.
 
-    A task whose settings are a `WordsConfig` takes a `Vocabulary` where it makes samples and results, and its size for
-    its head; the methods pass it on to those tasks only. `classes` are the raw ids of the head's classes.
+    `vocabulary` is None for all but a task whose settings are a `WordsConfig`. `classes` are the raw ids of the head's
+    classes; None: those of the published head.
     """
 
-    name: str
-    config: type[TaskConfig]
-    head: type[nn.Module]  #: (in_channels, **head options); called with (features, valid)
-    build_criterion: Callable[..., Criterion]  #: (**loss options)
-    geometry: Callable[[Mapping[str, Any]], Geometry]  #: (image options) -> that of images for this task alone
-    #: (train, image options of the task, or of all that share an image, **vocabulary or classes)
-    targets: Callable[..., ImageTargets]
-    pack: Callable[[Sequence[Sample], tuple[int, int]], Targets]  #: (samples, size of the padded batch)
-    postprocess: Callable[..., Results]  #: (output, batch), real images only
-    evaluator: Evaluator
-    sizes: HeadSizes
-    #: (images, size in pixels, contents, image options, device) -> targets without content, as large as stated; what
-    #: criteria read on the host is on the CPU, large tensors on the device
-    blank: Callable[[int, tuple[int, int], Content, Mapping[str, Any], device], Targets]
-    #: (in_channels, **head options), where they choose among several heads; None: `head`
-    choose_head: Callable[..., nn.Module] | None = None
-    shared_options: tuple[str, ...] = ()  #: head options that the criterion must be given too
-    #: Problem of a split whose labels would teach something wrong, or None.
-    data_problem: Callable[[Manifest], str | None] = lambda manifest: None
-    #: (results of an image, category names by id) -> a line for a reader
-    describe: Callable[[Results, Mapping[int, str]], str] | None = None
-    draw: Callable[[Example], Picture] | None = None  #: ground truth beside prediction; None: the image and that line
+    name: ClassVar[str]
+    config: ClassVar[type[TaskConfig]]
+    head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
+    losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
+    sizes: ClassVar[HeadSizes]
+    facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
-    @property
-    def uses_vocabulary(self) -> bool:
-        """Return True if it works with words."""
-        return issubclass(self.config, WordsConfig)
+    @abstractmethod
+    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+        """Geometry of images for this task alone, from their options."""
 
-    def picture(self, example: Example) -> Picture:
-        """A drawing of the predictions for an image."""
-        if self.draw is not None:
-            return self.draw(example)
-        line = self.describe(example.results, example.names) if self.describe is not None else str(example.results)
-        return side_by_side((np.asarray(scaled(example.pixels(), _SIDE)), line))
+    @abstractmethod
+    def targets(
+        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
+    ) -> ImageTargets:
+        """Function that makes the targets of an image; `options` are those of its images, or of all tasks' together."""
 
-    def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a part: those given, and the schema's defaults of the others."""
-        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
+    @abstractmethod
+    def pack(self, samples: Sequence[Sample], frame: Size) -> Targets:
+        """Targets of a batch, whose images are padded to `frame`."""
 
-    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
-        """A new head for features of that width; options that are left out are the schema's defaults."""
-        assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
-        own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        build = self.choose_head or self.head
-        return build(in_channels=in_channels, **self.options("head", options), **own)
+    @abstractmethod
+    def blank(self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: device) -> Targets:
+        """Targets without content, as large as stated; on the device, but on the CPU what criteria read on the host."""
 
-    def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
-        """The criterion that fits a head: options they share are stated once, with the head."""
-        head_options = self.options("head", head_options)
-        shared = {name: head_options[name] for name in self.shared_options}
-        doubled = sorted(shared.keys() & loss_options.keys())
-        if doubled:
-            raise ValueError(
-                f"task {self.name!r}: {doubled} stand with the head already: remove them from the loss options"
-            )
-        return self.build_criterion(**shared, **self.options("loss", loss_options))
+    def data_problem(self, manifest: Manifest) -> str | None:
+        """Problem of a split whose labels would teach something wrong, or None."""
+        return None
 
+    @abstractmethod
     def results(
         self,
         output: Any,
@@ -172,15 +144,45 @@ class TaskSpec:
         classes: Sequence[int] | None = None,
         threshold: float = 0.0,
     ) -> Results:
-        """Predictions for the real images of a batch, in COCO's results format; objects with at least `threshold`."""
-        objects = {} if self.uses_vocabulary else {"threshold": threshold}
-        return self.postprocess(output, batch, **objects, **self.of_data(vocabulary, classes))
+        """Predictions for the real images of a batch; objects with at least `threshold`."""
 
-    def of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
-        """Arguments of `targets` and `postprocess` that come with the data."""
-        if vocabulary is None and self.uses_vocabulary:
-            raise ValueError(
-                f"{self.name} needs a vocabulary: give that of the shards, or leave {self.name} out of tasks"
-            )
-        own: dict[str, Any] = {"vocabulary": vocabulary} if self.uses_vocabulary else {}
-        return own if classes is None else {**own, "classes": classes}
+    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
+        """Ground truth of positions in a split, as COCO writes it."""
+        return (caption_dataset if self.config.labels == "captions" else coco_dataset)(reader, indices)
+
+    @abstractmethod
+    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+        """Named numbers of the results, of each category too where that is wanted."""
+
+    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+        """A line for a reader about the results of an image."""
+        return str(results)
+
+    def picture(self, example: Example) -> Picture:
+        """Predictions for an image beside the truth, or the image itself."""
+        image, line = example.pixels(), self.describe(example.results, example.names)
+        return side_by_side((np.asarray(scaled(image, SIDE)), "image"), (with_text(image, [line]), "predicted"))
+
+    @property
+    def uses_vocabulary(self) -> bool:
+        """Return True if it works with words."""
+        return issubclass(self.config, WordsConfig)
+
+    def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a part: those given, and the schema's defaults of the others."""
+        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
+
+    def settings(self, part: Literal["head", "loss"], given: Mapping[str, Any]) -> Any:
+        """The same as an object of the schema."""
+        known = type(self.config.model_fields[part].get_default(call_default_factory=True))
+        return known(**{name: value for name, value in given.items() if name in known.model_fields})
+
+    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        """A new head for features of that width; options that are left out are the schema's defaults."""
+        assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
+        own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
+        return self.head(in_channels, self.settings("head", options), **own)
+
+    def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
+        """The criterion that fits a head with these options."""
+        return self.losses(self.settings("head", head_options), self.settings("loss", loss_options))

@@ -15,17 +15,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from visft_ds.ops import placed
-
-#: Shares of a head (queries times entries) from which attention with dropout is worked on head by head on a CPU.
-_LARGE = 1 << 16
 
 
 def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
@@ -71,60 +64,9 @@ class MultiHeadAttention(nn.Module):
         inputs = zip((query, key, value), weights, biases, strict=True)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
         mask = None if allowed is None else allowed[:, None]  # the same for all heads
-        dropout = self.dropout if self.training else 0.0
-        if dropout and placed(q.device).type == "cpu" and q.shape[2] * k.shape[2] >= _LARGE:
-            mixed = _DroppedAttention.apply(q, k, v, mask, dropout)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
-
-
-class _DroppedAttention(torch.autograd.Function):
-    """`F.scaled_dot_product_attention` with dropout on a CPU: the same draws, and the same sums in another order.
-
-    There torch has no fused kernel for it: its plain products pass over all heads at once, far beyond the caches, and
-    keep three tensors of the size of the shares. Here one head is worked on at a time, and what is kept is the shares
-    and a byte for each that says whether it was dropped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
-        """q (B, H, Q, d), k and v (B, H, S, d), allowed (B, 1, Q or 1, S) bool or None -> (B, H, Q, d)."""
-        batch, heads, queries, width = q.shape
-        root = width**-0.25  # on both sides, as there
-        q, k, v = (q * root).flatten(0, 1), (k * root).flatten(0, 1), v.flatten(0, 1)
-        shares = q.new_empty(batch * heads, queries, k.shape[1])
-        kept = torch.empty_like(shares, dtype=torch.bool).bernoulli_(1 - dropout)
-        factor = torch.ones((), dtype=q.dtype).div_(1 - dropout).item()
-        added = None if allowed is None else q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
-        out = torch.empty_like(q)
-        for place in range(batch * heads):
-            scores = q[place] @ k[place].t()
-            if added is not None:
-                scores += added[place // heads, 0]
-            torch.softmax(scores, dim=-1, out=shares[place])
-            torch.mm((kept[place].to(q.dtype) * factor).mul_(shares[place]), v[place], out=out[place])
-        ctx.save_for_backward(q, k, v, shares, kept)
-        ctx.numbers = batch, root, factor
-        return out.unflatten(0, (batch, heads))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, shares, kept = ctx.saved_tensors
-        batch, root, factor = ctx.numbers
-        grad = grad.flatten(0, 1)
-        of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for place in range(len(q)):
-            noise = kept[place].to(q.dtype) * factor
-            torch.mm((noise * shares[place]).t(), grad[place], out=of_v[place])
-            of_shares = (grad[place] @ v[place].t()).mul_(noise)
-            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares[place], -1, q.dtype)
-            torch.mm(of_scores, k[place], out=of_q[place])
-            torch.mm(of_scores.t(), q[place], out=of_k[place])
-        found = (of_q.mul_(root), of_k.mul_(root), of_v)
-        return *(one.unflatten(0, (batch, -1)) for one in found), None, None
 
 
 class EncoderLayer(nn.Module):

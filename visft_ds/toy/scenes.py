@@ -8,7 +8,7 @@ Shape letters: H W pixels, P polygon corners.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,19 +28,10 @@ EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side 
 COLOURS = {"usual": 0.85, "even": 0.0}
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
-CATEGORIES: tuple[tuple[int, str, str], ...] = (
-    (1, "circle", "round"),
-    (3, "ring", "round"),
-    (4, "crescent", "round"),
-    (8, "heart", "round"),
-    (13, "square", "angular"),
-    (17, "triangle", "angular"),
-    (27, "bar", "angular"),
-    (34, "hourglass", "angular"),
-    (52, "star", "pointed"),
-    (61, "cross", "pointed"),
-    (78, "arrow", "pointed"),
-    (90, "bolt", "pointed"),
+CATEGORIES = (
+    *((1, "circle", "round"), (3, "ring", "round"), (4, "crescent", "round"), (8, "heart", "round")),
+    *((13, "square", "angular"), (17, "triangle", "angular"), (27, "bar", "angular"), (34, "hourglass", "angular")),
+    *((52, "star", "pointed"), (61, "cross", "pointed"), (78, "arrow", "pointed"), (90, "bolt", "pointed")),
 )
 NAMES = tuple(name for _, name, _ in CATEGORIES)
 
@@ -57,76 +48,51 @@ class Style:
     shapes: tuple[int, ...] = tuple(range(len(CATEGORIES)))  #: positions in CATEGORIES of those that scenes show
 
 
+def _colours(text: str) -> dict[str, tuple[int, int, int]]:
+    """Name -> RGB of `NAME=RRGGBB ...`; `_` stands for a space."""
+    pairs = (pair.split("=") for pair in text.split())
+    return {name.replace("_", " "): tuple(bytes.fromhex(value)) for name, value in pairs}  # type: ignore[misc]
+
+
 STYLES = {
     "a": Style(
-        colours={
-            "red": (212, 38, 34),
-            "green": (38, 148, 52),
-            "blue": (36, 72, 206),
-            "yellow": (242, 206, 38),
-            "purple": (134, 44, 168),
-            "orange": (244, 126, 22),
-            "black": (24, 24, 26),
-            "white": (248, 248, 248),
-            "brown": (120, 70, 30),
-            "pink": (250, 130, 190),
-            "cyan": (30, 200, 220),
-            "lime": (150, 225, 50),
-        },
-        textures=("plain", "striped", "dotted", "shaded"),
-        backgrounds=("cloudy", "grainy", "lined"),
-        background_colours={"gray": (150, 150, 152), "beige": (205, 190, 160), "pale blue": (168, 192, 208)},
+        _colours(
+            "red=d42622 green=269434 blue=2448ce yellow=f2ce26 purple=862ca8 orange=f47e16 black=18181a "
+            "white=f8f8f8 brown=78461e pink=fa82be cyan=1ec8dc lime=96e132"
+        ),
+        ("plain", "striped", "dotted", "shaded"),
+        ("cloudy", "grainy", "lined"),
+        _colours("gray=969698 beige=cdbea0 pale_blue=a8c0d0"),
     ),
     "b": Style(
-        colours={
-            "rose": (255, 110, 150),
-            "teal": (30, 160, 150),
-            "olive": (150, 150, 40),
-            "ivory": (250, 246, 220),
-            "gold": (224, 178, 76),
-            "lavender": (186, 166, 250),
-            "mint": (150, 240, 190),
-            "coral": (255, 120, 90),
-            "silver": (190, 195, 200),
-            "azure": (90, 170, 255),
-            "magenta": (225, 40, 200),
-            "crimson": (190, 20, 60),
-        },
-        textures=("plain", "checked", "wavy", "speckled"),
-        backgrounds=("tiled", "marbled", "spotted"),
-        background_colours={"brown": (92, 62, 44), "dark green": (32, 70, 54), "navy": (28, 36, 84)},
+        _colours(
+            "rose=ff6e96 teal=1ea096 olive=969628 ivory=faf6dc gold=e0b24c lavender=baa6fa mint=96f0be "
+            "coral=ff785a silver=bec3c8 azure=5aaaff magenta=e128c8 crimson=be143c"
+        ),
+        ("plain", "checked", "wavy", "speckled"),
+        ("tiled", "marbled", "spotted"),
+        _colours("brown=5c3e2c dark_green=204636 navy=1c2454"),
     ),
     "c": Style(
-        colours={
-            "maroon": (110, 20, 40),
-            "indigo": (70, 40, 150),
-            "forest": (20, 90, 40),
-            "rust": (165, 70, 20),
-            "cobalt": (0, 80, 180),
-            "plum": (110, 40, 100),
-            "mustard": (180, 130, 0),
-            "charcoal": (60, 60, 66),
-            "emerald": (0, 135, 95),
-            "scarlet": (220, 40, 20),
-            "turquoise": (0, 150, 170),
-            "fuchsia": (205, 0, 130),
-        },
-        textures=("ringed", "hatched", "zigzag", "mottled"),
-        backgrounds=("quilted", "misty", "scratched"),
-        background_colours={"peach": (250, 208, 176), "lilac": (214, 198, 234), "pistachio": (208, 228, 174)},
+        _colours(
+            "maroon=6e1428 indigo=462896 forest=145a28 rust=a54614 cobalt=0050b4 plum=6e2864 "
+            "mustard=b48200 charcoal=3c3c42 emerald=00875f scarlet=dc2814 turquoise=0096aa fuchsia=cd0082"
+        ),
+        ("ringed", "hatched", "zigzag", "mottled"),
+        ("quilted", "misty", "scratched"),
+        _colours("peach=fad0b0 lilac=d6c6ea pistachio=d0e4ae"),
     ),
 }
 
 
 def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
-    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for what is unknown."""
-    for kind, given, known in (("style", name, STYLES), ("colours", colours, COLOURS)):
-        if given not in known:
-            raise ValueError(f"{kind} {given!r} is unknown; choose one of {', '.join(sorted(known))}")
+    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for unknown ones, or none left."""
     shapes = tuple(place for place, shape in enumerate(NAMES) if shape not in without)
-    if not shapes or (unknown := [shape for shape in without if shape not in NAMES]):
-        wrong = f"shape {unknown[0]!r} is unknown" if shapes else "no shape is left"
-        raise ValueError(f"{wrong}; shapes to leave out are some of {', '.join(NAMES)}")
+    if name not in STYLES or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
+        raise ValueError(
+            f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: choose of {', '.join(STYLES)}, of "
+            f"{', '.join(COLOURS)}, and some of {', '.join(NAMES)}"
+        )
     return replace(STYLES[name], usual_share=COLOURS[colours], shapes=shapes)
 
 
@@ -159,9 +125,6 @@ class Scene:
     crowd: Shape | None
 
 
-# ---------------------------------------------------------------------------------------------------- outlines
-
-
 def _arc(
     start: float, stop: float, radius: float = 1.0, corners: int = 24, centre: tuple[float, float] = (0, 0)
 ) -> Polygon:
@@ -171,7 +134,10 @@ def _arc(
 
 def _outline(name: str) -> list[Polygon]:
     """A category's outline in the square [-1, 1]^2, y down; a ring has two parts: COCO polygons have no holes."""
+    a, b = 0.33, 0.98
+    half = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a]]
     corners: dict[str, list[list[float]]] = {
+        "cross": [*half, *([-x, -y] for x, y in half)],
         "square": [[-0.85, -0.85], [0.85, -0.85], [0.85, 0.85], [-0.85, 0.85]],
         "triangle": [[0, -0.95], [1, 0.8], [-1, 0.8]],
         "bar": [[-1, -0.32], [1, -0.32], [1, 0.32], [-1, 0.32]],
@@ -195,14 +161,10 @@ def _outline(name: str) -> list[Polygon]:
         t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return [np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16]
-    if name == "star":
-        turns = np.arange(10) * math.pi / 5 - math.pi / 2
-        radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
-        return [np.stack([np.cos(turns), np.sin(turns)], axis=1) * radius[:, None]]
-    assert name == "cross", name
-    a, b = 0.33, 0.98
-    ends = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
-    return [np.asarray(ends, dtype=np.float64)]
+    assert name == "star", name
+    turns = np.arange(10) * math.pi / 5 - math.pi / 2
+    radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
+    return [np.stack([np.cos(turns), np.sin(turns)], axis=1) * radius[:, None]]
 
 
 OUTLINES = {name: _outline(name) for name in NAMES}
@@ -261,44 +223,72 @@ def trace(mask: Array) -> list[Polygon]:
     return polygons
 
 
-# ---------------------------------------------------------------------------------------------------- painting
-
-
-def _blobs(rng: np.random.Generator, height: int, width: int, cells: int) -> Array:
+def _blobs(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array:
     """(height, width) smooth noise in about [-1, 1] with roughly `cells` bumps a side."""
+    height, width = shape
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int, width: int) -> Array:
-    """(height, width, 3) float32 RGB: a surface of one colour; the pattern lightens or darkens it."""
+#: Texture -> pattern (height, width) of a surface, 0 to 1: (generator, u, v, period) with coordinates in periods.
+_Pattern = Callable[[np.random.Generator, Array, Array, float], Array]
+_TEXTURES: dict[str, _Pattern] = {
+    "plain": lambda rng, u, v, period: np.zeros_like(u),
+    "striped": lambda rng, u, v, period: u / period % 1 < 0.4,
+    "dotted": lambda rng, u, v, period: ((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.07,
+    "shaded": lambda rng, u, v, period: np.clip(0.5 + u / (2.2 * max(u.shape)), 0, 1) * 0.9,
+    "checked": lambda rng, u, v, period: (u / period % 1 < 0.5) != (v / period % 1 < 0.5),
+    "wavy": lambda rng, u, v, period: (
+        0.5 + 0.5 * np.sin(2 * math.pi * (u + 0.25 * period * np.sin(4 * v / period)) / period)
+    ),
+    "speckled": lambda rng, u, v, period: rng.random(u.shape, dtype=np.float32) < 0.18,
+    "ringed": lambda rng, u, v, period: _rings(u.shape, 0.7 * period),
+    "hatched": lambda rng, u, v, period: (u / (0.6 * period) % 1 < 0.25) | (v / (0.6 * period) % 1 < 0.25),
+    "zigzag": lambda rng, u, v, period: (u / period + np.abs(2 * (v / period % 1) - 1)) % 1 < 0.4,
+    "mottled": lambda rng, u, v, period: _blobs(rng, u.shape, 5) > 0,
+}
+#: Kind of background -> change of its light.
+_GROUNDS: dict[str, _Pattern] = {
+    "cloudy": lambda rng, u, v, period: 22 * _blobs(rng, u.shape, 6),
+    "grainy": lambda rng, u, v, period: rng.integers(-24, 25, u.shape, dtype=np.int16),
+    "lined": lambda rng, u, v, period: 14 * np.sin(2 * math.pi * u / period),
+    "tiled": lambda rng, u, v, period: -26 * _bricks(u.shape, period),
+    "marbled": lambda rng, u, v, period: 20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, u.shape, 5)),
+    "spotted": lambda rng, u, v, period: 22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06),
+    "quilted": lambda rng, u, v, period: -26 * ((u / (2 * period) % 1 < 0.08) | (v / (2 * period) % 1 < 0.08)),
+    "misty": lambda rng, u, v, period: 45 * (u - u.min()) / (u.max() - u.min()) - 30,
+    "scratched": lambda rng, u, v, period: (
+        -24 * (np.sin(2 * math.pi * u / period + 9 * _blobs(rng, u.shape, 3)) > 0.93)
+    ),
+}
+
+
+def _rings(shape: tuple[int, ...], period: float) -> Array:
+    height, width = shape
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    rings: Array = np.hypot(x - width / 2, y - height / 2) / period % 1 < 0.4
+    return rings
+
+
+def _bricks(shape: tuple[int, ...], period: float) -> Array:
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
+    shifted = x + np.where(y // (2 * period) % 2 < 1, 0, 2 * period)
+    joints: Array = (y % (2 * period) < 2) | (shifted % (4 * period) < 2)
+    return joints
+
+
+def _turned(rng: np.random.Generator, height: int, width: int) -> tuple[Array, Array]:
+    """Coordinates (height, width) along and across a random direction."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle = rng.uniform(0, math.pi)
-    u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
-    period = max(4.0, 0.3 * max(height, width))
-    if texture == "plain":
-        pattern = np.zeros((height, width), np.float32)
-    elif texture == "striped":
-        pattern = (u / period % 1 < 0.4).astype(np.float32)
-    elif texture == "dotted":
-        pattern = (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.07).astype(np.float32)
-    elif texture == "shaded":
-        pattern = np.clip(0.5 + u / (2.2 * max(height, width)), 0, 1) * 0.9
-    elif texture == "checked":
-        pattern = ((u / period % 1 < 0.5) != (v / period % 1 < 0.5)).astype(np.float32)
-    elif texture == "wavy":
-        pattern = 0.5 + 0.5 * np.sin(2 * math.pi * (u + 0.25 * period * np.sin(4 * v / period)) / period)
-    elif texture == "speckled":
-        pattern = (rng.random((height, width), dtype=np.float32) < 0.18).astype(np.float32)
-    elif texture == "ringed":
-        pattern = (np.hypot(x - width / 2, y - height / 2) / (0.7 * period) % 1 < 0.4).astype(np.float32)
-    elif texture == "hatched":
-        pattern = ((u / (0.6 * period) % 1 < 0.25) | (v / (0.6 * period) % 1 < 0.25)).astype(np.float32)
-    elif texture == "zigzag":
-        pattern = ((u / period + np.abs(2 * (v / period % 1) - 1)) % 1 < 0.4).astype(np.float32)
-    else:
-        assert texture == "mottled", texture
-        pattern = (_blobs(rng, height, width, 5) > 0).astype(np.float32)
+    return math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+
+
+def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int, width: int) -> Array:
+    """(height, width, 3) float32 RGB: a surface of one colour; the pattern lightens or darkens it."""
+    u, v = _turned(rng, height, width)
+    pattern = _TEXTURES[texture](rng, u, v, max(4.0, 0.3 * max(height, width)))
+    pattern = pattern if pattern.dtype.kind == "f" else pattern.astype(np.float32)
     bright = float(colour @ np.asarray([0.3, 0.59, 0.11])) > 115
     other = colour * 0.55 if bright else colour * 0.45 + 255 * 0.55
     return colour + (other - colour) * (0.8 * pattern[..., None])
@@ -306,31 +296,10 @@ def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int,
 
 def _background(rng: np.random.Generator, kind: str, colour: Array, height: int, width: int) -> Array:
     """(height, width, 3) float32 RGB: a textured ground with weak contrast."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    angle, period = rng.uniform(0, math.pi), rng.uniform(0.05, 0.12) * min(height, width)
-    u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
-    light = 14 * _blobs(rng, height, width, 2)
-    if kind == "cloudy":
-        light += 22 * _blobs(rng, height, width, 6)
-    elif kind == "grainy":
-        light += rng.integers(-24, 25, (height, width), dtype=np.int16)
-    elif kind == "lined":
-        light += 14 * np.sin(2 * math.pi * u / period)
-    elif kind == "tiled":
-        shifted = x + np.where(y // (2 * period) % 2 < 1, 0, 2 * period)
-        light -= 26 * ((y % (2 * period) < 2) | (shifted % (4 * period) < 2))
-    elif kind == "marbled":
-        light += 20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, height, width, 5))
-    elif kind == "spotted":
-        light += 22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06)
-    elif kind == "quilted":
-        light -= 26 * ((u / (2 * period) % 1 < 0.08) | (v / (2 * period) % 1 < 0.08))
-    elif kind == "misty":
-        light += 45 * (u - u.min()) / (u.max() - u.min()) - 30
-    else:
-        assert kind == "scratched", kind
-        cuts = np.sin(2 * math.pi * u / period + 9 * _blobs(rng, height, width, 3))
-        light -= 24 * (cuts > 0.93)
+    u, v = _turned(rng, height, width)
+    period = rng.uniform(0.05, 0.12) * min(height, width)
+    light = 14 * _blobs(rng, u.shape, 2)
+    light += _GROUNDS[kind](rng, u, v, period)
     return colour + light[..., None] + rng.normal(0, 6, 3)
 
 
@@ -373,22 +342,14 @@ def _area(polygon: Polygon) -> float:
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-def _add(
-    rng: np.random.Generator,
-    style: Style,
-    canvas: Array,
-    category: int,
-    polygons: list[Polygon],
-    colour: str | None = None,
-) -> Shape:
-    """Paint a shape of its usual or a random colour (or the given one) and of a random texture, and describe it.
+def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]) -> Shape:
+    """Paint a shape of its usual or a random colour and of a random texture, and describe it.
 
     A usual colour makes the task learnable in minutes, as yellow helps with bananas; it differs between the styles.
     """
-    if colour is None:
-        colours = list(style.colours)
-        usual = rng.random() < style.usual_share
-        colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
+    colours = list(style.colours)
+    usual = rng.random() < style.usual_share
+    colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
     texture = str(rng.choice(style.textures))
     _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
     visible = rasterise(polygons, canvas.shape[0], canvas.shape[1])
@@ -407,7 +368,8 @@ def draw_scene(
         max_shapes: from one to so many, one as likely as the other. Where there may be more than MAX_SHAPES, they are
             smaller, so that together they fill as much.
     """
-    ground, canvas = _ground(rng, style, height, width)
+    ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
+    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
     count = math.ceil(max_shapes * rng.random()) if rng.random() >= EMPTY_SHARE else 0
     crowd: Shape | None = None
     shapes: list[Shape] = []
@@ -428,42 +390,15 @@ def draw_scene(
                 break
     if crowd is not None and not crowd.visible.any():  # wholly painted over: nobody could see or name it
         crowd = None
-    return Scene(_pixels(canvas), ground, shapes, crowd)
-
-
-def draw_single(
-    rng: np.random.Generator, style: Style, height: int, width: int, *, category: int, colour: str | None = None
-) -> Scene:
-    """Draw an image with one shape of a known category that lies inside to at least 85 % of its area.
-
-    Args:
-        category: position in CATEGORIES.
-        colour: of `style.colours`; None: its usual one or any, as in `draw_scene`.
-    """
-    ground, canvas = _ground(rng, style, height, width)
-    while True:
-        polygons, full = _somewhere(rng, category, height, width)
-        if full.sum() >= 0.85 * sum(_area(polygon) for polygon in polygons):
-            shape = _add(rng, style, canvas, category, polygons, colour)
-            return Scene(_pixels(canvas), ground, [shape], None)
-
-
-def _ground(rng: np.random.Generator, style: Style, height: int, width: int) -> tuple[str, Array]:
-    """A background in words and as (height, width, 3) float32."""
-    ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
-    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
-    return f"{kind} {ground} background", canvas
+    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    return Scene(image, f"{kind} {ground} background", shapes, crowd)
 
 
 def _somewhere(
-    rng: np.random.Generator, category: int, height: int, width: int, size: float = 1.0
+    rng: np.random.Generator, category: int, height: int, width: int, size: float
 ) -> tuple[list[Polygon], Array]:
     """Outlines of a shape of random size (times `size`) and place, and its pixels (height, width) bool."""
     extent = min(height, width) * size * rng.uniform(*EXTENT)
     centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
     polygons = _place(rng, NAMES[category], extent, centre, TILT)
     return polygons, rasterise(polygons, height, width)
-
-
-def _pixels(canvas: Array) -> Array:
-    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)

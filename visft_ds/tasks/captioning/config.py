@@ -10,7 +10,7 @@ class CaptioningImage(StrictModel):
     """Geometry and targets of captioning; sizes in pixels."""
 
     size: Positive = 256  #: side of the square
-    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
+    caption_choice: CaptionChoice = "random"  #: caption to learn from: "random", drawn for each use, or the "first"
     max_words: Positive = 50
 
 
@@ -34,10 +34,7 @@ class CaptioningLoss(StrictModel):
 class CaptioningTask(WordsConfig):
     """`visft.tasks.captioning`."""
 
-    metrics = (
-        *("caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
-        "caption/ROUGE-L",
-    )
+    metrics = ("caption/CIDEr", *(f"caption/BLEU-{order}" for order in (1, 2, 3, 4)), "caption/ROUGE-L")
     shown = ("caption/CIDEr", "caption/BLEU-4")
     main = "caption/CIDEr"
     hub_task = "image-to-text"

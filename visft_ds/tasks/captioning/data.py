@@ -5,10 +5,8 @@ Letters: B images, T caption length in ids, `<start>` and `<end>` included.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Op
 from visft_ds.ops.copies import to_device
@@ -46,7 +43,7 @@ class CaptionTargets:
 
 def caption_targets(
     vocabulary: Vocabulary,
-    choice: CaptionChoice,
+    random: bool,
     max_words: int,
     raw: RawSample,
     ops: Sequence[Op],
@@ -54,36 +51,16 @@ def caption_targets(
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
 
-    The caption is one of those with 1 to `max_words` words: with `choice` "random" one that is drawn from `generator`,
-    else the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`),
-    never an empty or a cut one.
+    The caption is one of those with 1 to `max_words` words: one that is drawn from `generator` if `random`, else the
+    first. If an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
     """
     cut = [caption_words(caption) for caption in raw.captions]
     usable = [words for words in cut if 1 <= len(words) <= max_words]
-    tokens = [vocabulary.start]
+    tokens = vocabulary.encode([])[:1]
     if usable:
-        place = 0
-        if choice == "random":
-            place = int(generator.integers(0, len(usable)))
-        elif choice == "consensus":
-            place = consensus(usable)
-        tokens = vocabulary.encode_words(usable[place])
+        tokens = vocabulary.encode(usable[int(generator.integers(0, len(usable))) if random else 0])
     references = np.array(list(raw.captions), dtype=object)
     return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
-
-
-def consensus(captions: Sequence[Sequence[str]]) -> int:
-    """Position of the caption that agrees most with the others, the first among equals; `captions` are words.
-
-    Agreement of two captions is the F-score of their words as multisets: twice the number of words they share, divided
-    by the number of words they have. A caption's agreements with all others are averaged. Scoring a caption by what it
-    shares with several people's is the idea of CIDEr (arXiv 1411.5726); the word order and the other images, on which
-    CIDEr depends as well, are left out, so that the choice follows from the image's own captions.
-    """
-    counts = [Counter(words) for words in captions]
-    # Each caption also meets itself, which adds 1 to all. The sum is exact, lest the order of its terms decide a tie.
-    sums = [fsum(2 * (own & other).total() / (own.total() + other.total()) for other in counts) for own in counts]
-    return max(range(len(sums)), key=sums.__getitem__)
 
 
 def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -41,11 +42,17 @@ PUBLISHED_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class CaptioningOutput:
-    """Output of the head at each step, in the order of the batch; zero after the end of a caption."""
+    """Answer to given captions at each step, in the order of the batch; zero after the end of a caption."""
 
     scores: Tensor  #: (B, S, V) logits of the next word: those of step t follow the first t + 1 ids
     attention: Tensor  #: (B, S, P) weights over the pooled cells in row-major order, sum 1
-    tokens: Tensor | None = None  #: (B, T) int64 ids that the head generated; None where captions were given
+
+
+@dataclass(frozen=True)
+class GeneratedCaptions:
+    """Captions that the head made."""
+
+    tokens: Tensor  #: (B, T) int64 ids, `<start> word ... <end>`, filled up with 0
 
 
 class CaptioningHead(nn.Module):
@@ -57,33 +64,18 @@ class CaptioningHead(nn.Module):
     layer, whose bias is 0; PyTorch's defaults elsewhere.
 
     With captions it predicts each next word from the true previous ones (teacher forcing); without, it generates them.
-
-    Defaults and bounds of the options stand in `CaptioningHeadConfig`. Raises ValueError for fewer than 5 ids (four are
-    special).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        vocabulary_size: int,
-        attention_dim: int,
-        embed_dim: int,
-        decoder_dim: int,
-        grid: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, in_channels: int, options: CaptioningHeadConfig, vocabulary_size: int) -> None:
         super().__init__()
-        if vocabulary_size < 5:
-            raise ValueError(f"vocabulary_size {vocabulary_size} must be at least 5: four ids are special tokens")
-        self.vocabulary_size = vocabulary_size
-        self.grid = grid
+        self.vocabulary_size, self.grid = vocabulary_size, options.grid
+        attention_dim, embed_dim, decoder_dim = options.attention_dim, options.embed_dim, options.decoder_dim
         self.encoder_att = nn.Linear(in_channels, attention_dim)
         self.embedding = nn.Embedding(vocabulary_size, embed_dim)
         self.init_h = nn.Linear(in_channels, decoder_dim)
         self.init_c = nn.Linear(in_channels, decoder_dim)
         self.recurrence = Recurrence(in_channels, attention_dim, embed_dim, decoder_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.fc = nn.Linear(decoder_dim, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.fc.weight, -0.1, 0.1)
@@ -98,48 +90,26 @@ class CaptioningHead(nn.Module):
         *,
         beam_size: int = DECODING.beam_size,
         max_length: int = DECODING.max_length,
-    ) -> CaptioningOutput:
+    ) -> CaptioningOutput | GeneratedCaptions:
         """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
         With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
-        Without: the best caption of each image by greedy decoding (`beam_size` 1) or beam search. `max_length` is the
-        largest number of words, after which `<end>` is forced. A beam's score is the plain sum of log-probabilities,
-        without length normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>`
-        are never chosen. Dropout is off in training mode too. Among equal scores the choice is PyTorch's.
+        Without: the best caption of each image by beam search. `max_length` is the largest number of words, after which
+        `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length normalisation, and
+        finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
+        dropout, in training mode either. Among equal scores the choice is PyTorch's.
 
         There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
-
-        Raises ValueError for captions without lengths or too short for a step, and for a `beam_size` or `max_length`
-        below 1.
         """
         if captions is None:
-            if lengths is not None:
-                raise ValueError("lengths without captions: give both to learn from captions, neither to generate")
-            _check_search(beam_size, max_length)
-            if beam_size == 1:
-                return self._greedy(features, valid, max_length)
-            words = self._beam_search(features, valid, beam_size, max_length)
-            tokens = F.pad(words, (1, 0), value=self.vocabulary_size + _START)
-            # The search keeps no scores of its steps: they are computed for the captions that it has found.
-            with torch.no_grad():
-                scored = self._score(features, valid, tokens, (tokens != _PAD).sum(dim=1), dropout=False)
-            return replace(scored, tokens=tokens)
-        if lengths is None or captions.shape[1] < 2:
-            raise ValueError(
-                f"captions {tuple(captions.shape)} need lengths (B,) and at least two ids (<start> and one to "
-                "predict); collate_joint gives both"
-            )
-        return self._score(features, valid, captions, lengths, dropout=True)
-
-    def _score(
-        self, features: Tensor, valid: Tensor, captions: Tensor, lengths: Tensor, *, dropout: bool
-    ) -> CaptioningOutput:
-        """Scores of each next word of given captions."""
+            words = self._search(features, valid, beam_size, max_length)
+            return GeneratedCaptions(F.pad(words, (1, 0), value=self.vocabulary_size + _START))
+        assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
         pixels, keys, hidden, cell = self._initial(features, valid)
         embedded = self.embedding(captions[:, :-1])
         hidden, attention, _ = self.recurrence(embedded, pixels, keys, hidden, cell)
-        scores = at_least_float32(self.fc(self.dropout(hidden) if dropout else hidden))
+        scores = at_least_float32(self.fc(self.dropout(hidden)))
         past_end = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
         return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
@@ -149,35 +119,8 @@ class CaptioningHead(nn.Module):
         mean = pixels.mean(dim=1)
         return pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
 
-    def _allowed(self, scores: Tensor) -> Tensor:
-        """Scores (..., V) with minus infinity for `<pad>`, `<unk>` and `<start>`, which cannot follow."""
-        banned = torch.zeros(self.vocabulary_size, dtype=torch.bool, device=scores.device)
-        # Slices, because a list of indices would be copied to the device.
-        banned[: _PAD + 1] = True
-        banned[_UNKNOWN:_END] = True
-        return scores.masked_fill(banned, -math.inf)
-
     @torch.no_grad()
-    def _greedy(self, features: Tensor, valid: Tensor, max_length: int) -> CaptioningOutput:
-        pixels, keys, hidden, cell = self._initial(features, valid)
-        end = self.vocabulary_size + _END
-        word = torch.full((features.shape[0],), self.vocabulary_size + _START, device=features.device)
-        running = torch.ones_like(word, dtype=torch.bool)
-        tokens, scores, attention = [word], [], []
-        for step in range(max_length + 1):
-            states, weights, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
-            hidden = states[:, 0]
-            score = at_least_float32(self.fc(hidden))
-            best = self._allowed(score).argmax(dim=-1) if step < max_length else torch.full_like(word, end)
-            word = torch.where(running, best, _PAD)
-            tokens.append(word)
-            scores.append(score * running.unsqueeze(-1))
-            attention.append(weights[:, 0] * running.unsqueeze(-1))
-            running = running & (word != end)
-        return CaptioningOutput(torch.stack(scores, 1), torch.stack(attention, 1), torch.stack(tokens, 1))
-
-    @torch.no_grad()
-    def _beam_search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
+    def _search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
         """Best captions (B, max_length + 1), without `<start>`."""
         images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
@@ -189,6 +132,10 @@ class CaptioningHead(nn.Module):
         # All beams begin alike, so in the first step only one of them may be continued.
         totals = at_least_float32(hidden).new_full((images, beams), -math.inf)
         totals[:, 0] = 0
+        banned = totals.new_zeros(size)  # `<pad>`, `<unk>` and `<start>` cannot follow
+        # Slices, because a list of indices would be copied to the device.
+        banned[: _PAD + 1] = -math.inf
+        banned[_UNKNOWN:_END] = -math.inf
         stays = totals.new_full((size,), -math.inf)  # an ended beam goes on with <pad>, at no cost
         stays[_PAD] = 0
         ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
@@ -196,18 +143,18 @@ class CaptioningHead(nn.Module):
         words, parents = [], []
         for step in range(max_length + 1):
             states, _, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
-            gains = self._allowed(at_least_float32(self.fc(states[:, 0]))).log_softmax(dim=-1)
+            gains = (at_least_float32(self.fc(states[:, 0])) + banned).log_softmax(dim=-1)
             gains = gains if step < max_length else gains + ends
             gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
             totals, chosen = (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)  # (B, K), of K * V
+            totals = totals - totals[:, :1]  # relative to the best: small numbers keep their digits
             rows = (first + chosen // size).flatten()  # the beams that are continued
             word = (chosen % size).flatten()
             ended = ended[rows] | (word == end)
             hidden, cell = states[rows, 0], cell[rows]
             words.append(word)
             parents.append(rows)
-        best = totals.argmax(dim=1)
-        row = first.squeeze(1) + best
+        row = first.squeeze(1)  # the best beam comes first
         best_words = []  # from the last step to the first
         for word, parent in zip(reversed(words), reversed(parents), strict=True):
             best_words.append(word[row])
@@ -271,11 +218,6 @@ class Recurrence(nn.Module):
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
 
 
-def _check_search(beam_size: int, max_length: int) -> None:
-    if beam_size < 1 or max_length < 1:
-        raise ValueError(f"beam_size={beam_size} and max_length={max_length} must be at least 1")
-
-
 def _uniform(bound: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -323,8 +265,8 @@ class CaptioningCriterion:
     a caption take no part.
     """
 
-    def __init__(self, *, ce: float, attention: float) -> None:
-        self.weights: dict[str, float] = {"ce": ce, "attention": attention}
+    def __init__(self, head: CaptioningHeadConfig, loss: CaptioningLoss) -> None:
+        self.weights: dict[str, float] = {"ce": loss.ce, "attention": loss.attention}
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Loss denominators from the labels alone: ids to be predicted, and images with a caption."""
@@ -338,16 +280,9 @@ class CaptioningCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, scalars. `loss_denominators` has `tokens` and `images`.
-
-        Raises ValueError where the output does not belong to these captions.
-        """
+        """Losses by name, scalars. `loss_denominators` has `tokens` and `images`."""
         wanted = targets.tokens[:, 1:]
-        if output.scores.shape[:2] != wanted.shape:
-            raise ValueError(
-                f"scores {tuple(output.scores.shape)} do not answer to captions {tuple(targets.tokens.shape)}: the "
-                "head must be called with these captions and lengths"
-            )
+        assert output.scores.shape[:2] == wanted.shape, (output.scores.shape, wanted.shape)
         scores, attention = at_least_float32(output.scores), at_least_float32(output.attention)
         inside = predicted_steps(targets.lengths, targets.tokens.shape[1])
         terms = F.cross_entropy(scores.flatten(end_dim=1), wanted.flatten(), reduction="none").view_as(wanted)
@@ -361,12 +296,7 @@ class CaptioningCriterion:
         return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / loss_denominators["tokens"]}
 
 
-def postprocess(output: CaptioningOutput, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Captions in COCO's results format: image_id, caption. Only images with `batch.real` appear.
-
-    Raises ValueError where the head has another number of ids than the vocabulary.
-    """
-    assert output.tokens is not None, "this output answers to given captions; call the head without captions"
-    vocabulary.check_size(output.scores.shape[-1])
+def postprocess(output: GeneratedCaptions, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Captions in COCO's results format: image_id, caption. Only images with `batch.real` appear."""
     rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
     return [{"image_id": image_id, "caption": vocabulary.decode(tokens)} for image_id, real, tokens in rows if real]

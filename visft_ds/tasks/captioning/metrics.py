@@ -2,16 +2,9 @@
 
 The numbers are those of https://github.com/tylin/coco-caption (and of its package, pycocoevalcap) on the same words;
 captions are cut into words by `tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers. CIDEr
-is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr.
-
-All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr from 0 to 10 (papers print 100 times as much).
-Special cases:
-
-- One image: every n-gram occurs in all images, its weight is log(1) = 0, so CIDEr is 0. It depends on the set of images
-  and says little for a few of them.
-- A candidate without words scores 0 everywhere (BLEU counts its missing length over the whole corpus).
-- A reference without words is kept: it counts among the references of its image.
-- References equally close in length: BLEU takes the shorter one.
+is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr: it
+depends on the set of images, and is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print
+100 times as much.
 """
 
 from __future__ import annotations
@@ -19,7 +12,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER, ptb_words
@@ -33,7 +27,6 @@ _SIGMA = 6.0
 _BETA = 1.2
 #: coco-caption's guard against zeros; it shows where no 4-gram of a small corpus is right.
 _TINY, _SMALL = 1e-15, 1e-9
-_EXAMPLES = 3
 
 Words = Sequence[str]
 Counts = Counter[tuple[str, ...]]
@@ -44,9 +37,12 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
 
     Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
 
-    Raises ValueError for an image without a candidate, and where there is no image.
+    Raises ValueError for an image without a candidate, and if there is no image.
     """
-    _check(references, candidates)
+    if not references or (lacking := len(references.keys() - candidates.keys())):
+        raise ValueError(
+            f"{lacking} images have no candidate caption" if references else "no image has captions to compare with"
+        )
     images = sorted(references)
     wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
     generated = [ptb_words(candidates[image]) for image in images]
@@ -59,40 +55,17 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
 def results_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """`caption_metrics` for COCO's formats: `truth["annotations"]` and `results` are entries with image_id and caption.
 
-    Images without any caption in `truth` cannot be judged and are left out. Raises ValueError for two results of one
-    image, and as `caption_metrics` does.
+    Images without any caption in `truth` cannot be judged and are left out.
     """
     references: dict[int, list[str]] = {}
     for entry in truth["annotations"]:
         references.setdefault(entry["image_id"], []).append(entry["caption"])
-    candidates: dict[int, str] = {}
-    for result in results:
-        if result["image_id"] in candidates:
-            raise ValueError(f"image {result['image_id']} has two captions among the results: give one for each image")
-        candidates[result["image_id"]] = result["caption"]
-    return caption_metrics(references, {image: text for image, text in candidates.items() if image in references})
-
-
-def _check(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> None:
-    if not references:
-        raise ValueError("there is no image with reference captions: nothing to compare with")
-    if lacking := sorted(references.keys() - candidates.keys()):
-        examples = f"{len(lacking)} images without a candidate (e.g. {', '.join(map(str, lacking[:_EXAMPLES]))})"
-        raise ValueError(f"caption metrics need one candidate for each image: {examples}")
+    return caption_metrics(references, {result["image_id"]: result["caption"] for result in results})
 
 
 def _ngrams(words: Words) -> list[Counts]:
     """Counts of each n-gram, for n = 1 to 4."""
     return [Counter(zip(*(words[start:] for start in range(order)), strict=False)) for order in _ORDERS]
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """A caption as tf-idf vectors, one for each order, with their lengths; `size` is the number of its bigrams."""
-
-    vectors: Sequence[Mapping[tuple[str, ...], float]]
-    norms: Sequence[float]
-    size: int
 
 
 def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> float:
@@ -103,36 +76,31 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> flo
         frequency.update({gram for reference in references for counts in reference for gram in counts})
     log_images = math.log(len(wanted))
 
-    def weighted(counts: Sequence[Counts]) -> _Weighted:
-        # An n-gram that no reference has weighs like one that a single image has.
-        vectors = [
+    def weighted(counts: Sequence[Counts]) -> list[Mapping[tuple[str, ...], float]]:
+        # tf-idf. An n-gram that no reference has weighs like one that a single image has.
+        return [
             {gram: count * (log_images - math.log(frequency.get(gram, 1))) for gram, count in part.items()}
             for part in counts
         ]
-        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
-        return _Weighted(vectors, norms, sum(counts[1].values()))
 
     total = 0.0
     for references, words in zip(counted, generated, strict=True):
-        candidate = weighted(_ngrams(words))
-        scores = [_similarity(candidate, weighted(reference)) for reference in references]
+        counts = _ngrams(words)
+        candidate, scores = weighted(counts), []
+        for reference in references:
+            # coco-caption takes the number of bigrams for the length, one less than the number of words.
+            penalty = math.exp(-((counts[1].total() - reference[1].total()) ** 2) / (2 * _SIGMA**2))
+            scores.append(penalty * sum(map(_clipped_cosine, candidate, weighted(reference))))
         total += 10 * sum(scores) / (len(references) * len(_ORDERS))
     return total / len(generated)
 
 
-def _similarity(candidate: _Weighted, reference: _Weighted) -> float:
-    """Sum of the four cosines, with repeated n-grams clipped and a penalty for another length."""
-    clipped = 0.0
-    # coco-caption takes the number of bigrams for the length, one less than the number of words.
-    penalty = math.exp(-((candidate.size - reference.size) ** 2) / (2 * _SIGMA**2))
-    for gained, other, own_norm, other_norm in zip(
-        candidate.vectors, reference.vectors, candidate.norms, reference.norms, strict=True
-    ):
-        if not own_norm or not other_norm:
-            continue
-        shared = [(value, other[gram]) for gram, value in gained.items() if gram in other]
-        clipped += sum(min(one, two) * two for one, two in shared) / (own_norm * other_norm)
-    return clipped * penalty
+def _clipped_cosine(one: Mapping[tuple[str, ...], float], two: Mapping[tuple[str, ...], float]) -> float:
+    """Cosine of a candidate and a reference, to which a word counts no more often than the reference has it."""
+    norms = math.sqrt(sum(value * value for value in one.values()) * sum(value * value for value in two.values()))
+    return (
+        sum(min(value, two[gram]) * two[gram] for gram, value in one.items() if gram in two) / norms if norms else 0.0
+    )
 
 
 def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
@@ -142,7 +110,7 @@ def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list
     for references, words in zip(wanted, generated, strict=True):
         length += len(words)
         closest += min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
-        most = [_union(parts) for parts in zip(*map(_ngrams, references), strict=True)]
+        most = [reduce(or_, parts) for parts in zip(*map(_ngrams, references), strict=True)]
         for place, counts in enumerate(_ngrams(words)):
             right[place] += (counts & most[place]).total()
             guessed[place] += counts.total()
@@ -153,14 +121,6 @@ def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list
         product *= (correct + _TINY) / (total + _SMALL)
         scores.append(product ** (1 / order) * penalty)
     return scores
-
-
-def _union(parts: Sequence[Counts]) -> Counts:
-    """The highest count of each n-gram in any reference."""
-    most: Counts = Counter()
-    for counts in parts:
-        most |= counts
-    return most
 
 
 def _rouge(references: Sequence[Words], words: Words) -> float:

@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from visft_ds.config.task_schema import CaptionChoice
-from visft_ds.data.dataset import caption_dataset
-from visft_ds.data.transforms import Square
+from visft_ds.data.samples import Batch, Sample
+from visft_ds.data.transforms import Geometry, Size, Square
+from visft_ds.tasks import Results
 from visft_ds.tasks.captioning.config import CaptioningTask
-from visft_ds.tasks.captioning.data import (
-    CaptionTargets,
-    caption_targets,
-    pack_captions,
-)
-from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
+from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets, pack_captions
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, GeneratedCaptions, postprocess
 from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
-from visft_ds.tasks.captioning.pictures import draw_caption
-from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
+from visft_ds.tasks.pictures import Picture, side_by_side, with_text
+from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
-def _targets(train: bool, options: Mapping[str, Any], vocabulary: Vocabulary) -> ImageTargets:
-    choice: CaptionChoice = options["caption_choice"]
-    if choice == "random" and not train:
-        choice = "first"  # evaluation draws nothing
-    return partial(caption_targets, vocabulary, choice, options["max_words"])
+class Captioning(Task):
+    """An LSTM with attention."""
 
-
-def _blank(
-    images: int, size: tuple[int, int], content: Content, options: Mapping[str, Any], device: torch.device
-) -> CaptionTargets:
-    tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
-    return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
-
-
-def _draw(example: Example) -> Picture:
-    caption = example.results[0]["caption"] if example.results else ""
-    words = caption.split()
-    maps = example.output.attention[example.place, : len(words)].float().cpu().numpy()
-    grid = math.isqrt(maps.shape[1])
-    return draw_caption(example.pixels(), example.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
-
-
-SPEC = TaskSpec(
-    name="captioning",
-    config=CaptioningTask,
-    head=CaptioningHead,
-    build_criterion=CaptioningCriterion,
-    geometry=lambda options: Square(options["size"]),
-    targets=_targets,
-    pack=lambda samples, frame: pack_captions(samples),
-    postprocess=postprocess,
-    evaluator=Evaluator(
-        truth=caption_dataset,
-        measure=lambda truth, results, _: results_metrics(truth, results),
-        facts={"caption_tokenizer": TOKENIZER},
-    ),
-    draw=_draw,
-    sizes=HeadSizes(
+    name = "captioning"
+    config = CaptioningTask
+    head = CaptioningHead
+    losses = CaptioningCriterion
+    facts: ClassVar[Mapping[str, Any]] = {"caption_tokenizer": TOKENIZER}
+    sizes = HeadSizes(
         in_channels=("encoder_att.weight", 1, 0),
         options={
             "vocabulary_size": ("embedding.weight", 0, 0),
@@ -72,6 +37,52 @@ SPEC = TaskSpec(
             "decoder_dim": ("init_h.weight", 0, 0),
         },
         attributes=("grid",),
-    ),
-    blank=_blank,
-)
+    )
+
+    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+        return Square(options["size"])
+
+    def targets(
+        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
+    ) -> ImageTargets:
+        random = train and options["caption_choice"] == "random"  # evaluation draws nothing
+        return partial(caption_targets, _needed(vocabulary), random, options["max_words"])
+
+    def pack(self, samples: Sequence[Sample], frame: Size) -> CaptionTargets:
+        return pack_captions(samples)
+
+    def blank(
+        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: torch.device
+    ) -> CaptionTargets:
+        tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
+        return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
+
+    def results(
+        self,
+        output: GeneratedCaptions,
+        batch: Batch,
+        vocabulary: Vocabulary | None,
+        classes: Sequence[int] | None = None,
+        threshold: float = 0.0,
+    ) -> Results:
+        return postprocess(output, batch, _needed(vocabulary))
+
+    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+        return results_metrics(truth, results)
+
+    def picture(self, example: Example) -> Picture:
+        image, references = example.pixels(), example.raw.captions
+        said = [result["caption"] or "(no words)" for result in example.results]
+        return side_by_side(
+            (with_text(image, references[:5]), f"ground truth: {len(references)} captions"),
+            (with_text(image, said), "predicted caption"),
+        )
+
+
+def _needed(vocabulary: Vocabulary | None) -> Vocabulary:
+    if vocabulary is None:
+        raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
+    return vocabulary
+
+
+SPEC = Captioning()

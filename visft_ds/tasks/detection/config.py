@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
-from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 
 class DetectionImage(StrictModel):
@@ -57,7 +57,6 @@ class DetectionLoss(StrictModel):
     l1: Rate = 5.0
     giou: Rate = 2.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
-    average: ClassAverage = "image"  #: of the cross-entropy
 
 
 class DetectionTask(TaskConfig):

@@ -1,13 +1,10 @@
 """Detection data: geometry of the DETR recipe, boxes as targets, and their packing into a batch.
 
-As in `visft_ds.data.transforms`, the geometry comes from the sample's random numbers and the stored size alone.
-
 Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -81,20 +78,13 @@ class CropRecipe:
         return [*ops, self.sides.scale(size, train, generator)]
 
     def extremes(self, size: Size) -> set[Size]:
-        """Sizes that training can give an image of `size`, among them the highest, the widest and the largest."""
-        found = {self.sides.largest(size)}
+        """Sizes that no training image of `size` exceeds in height, width or pixels."""
+        found = self.sides.extremes(size)
         if self.sides.fixed_size is not None:
             return found
-        # The narrowest crops become the longest images, those of this shape the images of most pixels.
-        shape = self.sides.max_long / max(self.sides.short_sides)
-        for first in {short_side_size(size, short_side, None) for short_side in self.crop_short_sides}:
-            heights, widths = ([min(end, side) for end in self.crop_range] for side in first)
-            crops = set(itertools.product(heights, widths))
-            for wanted in (shape, 1 / shape):
-                crops |= {(h, min(max(round(h * wanted), widths[0]), widths[1])) for h in heights}
-                crops |= {(min(max(round(w / wanted), heights[0]), heights[1]), w) for w in widths}
-            found |= {self.sides.largest(crop) for crop in crops}
-        return found
+        long = self.sides.max_long  # that of the narrowest crops
+        short = min(long, max(self.sides.short_sides))
+        return found | {(short, long), (long, short)}
 
 
 def detection_targets(

@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
-#: Pixels that sides of content alone are multiples of: a patch of the published towers.
-CONTENT_MULTIPLE = 14
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
 #: category (toothbrush) coincides with "no object" and class 0 is never used.
 Labelling = Literal["contiguous", "published"]
@@ -29,7 +27,6 @@ class SegmentationImage(StrictModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    content_only: bool = False  #: in training, drop the patches that show no image but only its extension
 
 
 class SegmentationHeadConfig(HeadConfig):
@@ -63,7 +60,6 @@ class SegmentationLoss(StrictModel):
     bce: Rate = 5.0
     dice: Rate = 5.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
-    average: ClassAverage = "image"  #: of the cross-entropy
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75
@@ -94,30 +90,14 @@ class SegmentationTask(TaskConfig):
         return super().lacks(counts, findings) or ("mask for most of its objects" if few else None)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Those of the head, numbers out of range, and sizes that exclude each other."""
+        """Those of the head, and numbers out of range."""
         yield from super().contradictions()
-        head, image = self.head, self.image
-        if head.labelling == "published" and head.num_classes < 80:
+        if self.head.labelling == "published" and self.head.num_classes < 80:
             yield "head.num_classes", "must be at least 80: published labels are COCO's 80"
-        if image.scale[0] > image.scale[1]:
+        if self.image.scale[0] > self.image.scale[1]:
             yield "image.scale", "must be [smallest, largest]"
-        if image.content_only and image.fixed_size is not None:
-            yield (
-                "image.content_only",
-                "fixed_size scales every image to the whole square, nothing is left away: set one of the two to its "
-                "default",
-            )
-        if image.pad_value > 255:
+        if self.image.pad_value > 255:
             yield "image.pad_value", "must be a pixel value from 0 to 255"
-
-    def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
-        """`content_only` images have to end at a patch border; the transform does not know the patch size."""
-        if self.image.content_only and CONTENT_MULTIPLE % patch_size:
-            yield (
-                "image.content_only",
-                f"content ends at multiples of {CONTENT_MULTIPLE} pixels, and the patches of this backbone have "
-                f"{patch_size}: set it to false, or take a backbone with patches of {CONTENT_MULTIPLE}",
-            )
 
 
 CONFIG = SegmentationTask

@@ -1,7 +1,5 @@
 """Segmentation data: large-scale jitter, soft masks as targets, and their packing into a batch.
 
-As in `transforms`, the geometry comes from the sample's random numbers and the stored size alone.
-
 Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image, hm wm cells of the masks.
 """
 
@@ -18,14 +16,9 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.shards import Manifest
-from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
+from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of
 from visft_ds.ops.copies import to_device
-from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE, mostly_without_masks
-from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
-
-_LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
+from visft_ds.tasks.segmentation.masks import draw_masks, placement
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,9 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in `scale`; extend
     right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of that size. The extension
-    belongs to the image, as in the reference: patches there are ordinary patches. With `content_only` the square is cut
-    down to the rectangle that shows image, extended to multiples of CONTENT_MULTIPLE pixels as far as the square
-    reaches: the same patches as before, without those of the extension alone. Evaluation: short side `eval_short`, long
-    side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost where
-    the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a square
-    of that many pixels, and training also mirrors.
+    belongs to the image, as in the reference. Evaluation: short side `eval_short`, long side at most `eval_max_long`,
+    then extended to multiples of `eval_multiple` pixels, so that patches lose no strip; that extension is padding. With
+    `fixed_size`, both only scale to a square of that many pixels, and training also mirrors.
     """
 
     size: int
@@ -71,7 +61,6 @@ class LargeScaleJitter:
     eval_max_long: int
     eval_multiple: int
     fixed_size: int | None
-    content_only: bool
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         """Operations for an image of `size`, in order."""
@@ -86,26 +75,12 @@ class LargeScaleJitter:
         height, width = (max(1, round(side * factor)) for side in size)
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
-        if not self.content_only:
-            cut = Crop(top, left, self.size, self.size)
-            return [*ops, Resize(height, width), Pad(*padded, self.pad_value), cut]
-        # What is extended begins at the top left corner: the image fills the square from there.
-        shown = (min(height, self.size), min(width, self.size))
-        extended = Pad(*self._extended(shown), self.pad_value)
-        return [*ops, Resize(height, width), Crop(top, left, *shown), extended]
-
-    def _extended(self, shown: Size) -> Size:
-        height, width = (min(self.size, -(-side // CONTENT_MULTIPLE) * CONTENT_MULTIPLE) for side in shown)
-        return height, width
+        return [*ops, Resize(height, width), Pad(*padded, self.pad_value), Crop(top, left, self.size, self.size)]
 
     def extremes(self, size: Size) -> set[Size]:
-        """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
-        if self.fixed_size is not None or not self.content_only:
-            side = self.fixed_size or self.size
-            return {(side, side)}
-        factor = self.scale[1] * self.size / max(size)
-        height, width = (min(self.size, max(1, round(side * factor))) for side in size)
-        return {self._extended((height, width))}
+        """The one size of training images."""
+        side = self.fixed_size or self.size
+        return {(side, side)}
 
 
 def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
@@ -120,39 +95,10 @@ def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
-def placement(size: Size, ops: Sequence[Op]) -> MaskPlacement:
-    """Map from the pixels of an image of `size` to those after `ops`."""
-    scale, offset = np.ones(2), np.zeros(2)  # x, y
-    for op in ops:
-        if isinstance(op, Flip):
-            scale[0], offset[0] = -scale[0], size[1] - offset[0]
-        elif isinstance(op, Resize):
-            factor = np.array([op.width / size[1], op.height / size[0]])
-            scale, offset = scale * factor, offset * factor
-        elif isinstance(op, Crop):
-            offset = offset - [op.left, op.top]
-        size = final_size(size, [op])
-    return MaskPlacement(float(scale[0]), float(offset[0]), float(scale[1]), float(offset[1]))
-
-
-def image_targets(
-    labels: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> Mapping[str, npt.NDArray[Any]]:
-    """Targets of an image; see `segmentation_targets`."""
-    try:
-        return segmentation_targets(raw.annotations, raw.size, ops, mask_stride, labels)
-    except ValueError as error:
-        raise ValueError(f"image {raw.image_id}: {error}") from error
-
-
 def segmentation_targets(
-    annotations: Sequence[Mapping[str, Any]],
-    size: Size,
-    ops: Sequence[Op],
-    mask_stride: int,
-    labels: Mapping[int, int] = _LABELS_OF_COCO,
+    labels: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
 ) -> dict[str, npt.NDArray[Any]]:
-    """Masks (n, hm, wm) uint8 and labels (n,) int64 of the image after `ops`; `size` is that of the stored image.
+    """Masks (n, hm, wm) uint8 and labels (n,) int64 of an image after `ops`.
 
     A mask has the covered part of cells of at most `mask_stride` pixels. `labels` maps category ids. Crowd regions,
     objects without a mask, and objects whose box or mask has no area (before or after a crop) give no target.
@@ -160,42 +106,23 @@ def segmentation_targets(
     Why cells of 4 pixels: against masks of full size, rasterised four times finer, the dice loss of a good prediction
     is then 0.5 % higher and its BCE 2 % (8 pixels: 1.8 % and 10 %; 2 pixels: under 0.1 %), with 64 KiB a mask at 1,024
     pixels instead of 1 MiB, and 40 times less work.
-
-    Raises ValueError for an unknown category or an unreadable segmentation, naming the annotation.
     """
-    after, place = final_size(size, ops), placement(size, ops)
-    grid = grid_size(after, mask_stride)
-    used = [annotation for annotation in annotations if not annotation["iscrowd"] and annotation.get("segmentation")]
-    used = list(compress(used, _seen([annotation["bbox"] for annotation in used], size, place, after)))
-    classes = labels_of(used, labels)
-    try:
-        masks = rasterise_all([annotation["segmentation"] for annotation in used], size, place, after, grid)
-    except ValueError:
-        _name_unreadable(used, size, place, after, grid)
-        raise
+    used = [
+        annotation for annotation in raw.annotations if not annotation["iscrowd"] and annotation.get("segmentation")
+    ]
+    used = list(compress(used, _seen([annotation["bbox"] for annotation in used], raw.size, ops)))
+    masks = draw_masks([annotation["segmentation"] for annotation in used], raw.size, ops, mask_stride)
     covered = masks.any(axis=(1, 2))
-    return {"masks": masks[covered], "labels": classes[covered]}
+    return {"masks": masks[covered], "labels": labels_of(used, labels)[covered]}
 
 
-def _name_unreadable(
-    annotations: Sequence[Mapping[str, Any]], size: Size, place: MaskPlacement, after: Size, grid: Size
-) -> None:
-    """Raise the first annotation's ValueError with its id."""
-    for annotation in annotations:
-        try:
-            rasterise(annotation["segmentation"], size, place, after, grid)
-        except ValueError as error:
-            raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
-
-
-def _seen(bboxes: Sequence[Sequence[float]], size: Size, place: MaskPlacement, after: Size) -> npt.NDArray[np.bool_]:
-    """(n,) whether boxes (x, y, w, h) have area inside the stored image and inside the transformed one."""
-    boxes = np.array(bboxes, dtype=np.float64).reshape(-1, 4)
-    low = boxes[:, :2].clip(0, [size[1], size[0]])
-    high = (boxes[:, :2] + boxes[:, 2:]).clip(0, [size[1], size[0]])
-    limit = [after[1], after[0]]
+def _seen(bboxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> npt.NDArray[np.bool_]:
+    """(n,) whether boxes (x, y, w, h) have area inside the stored image of `size` and inside that after `ops`."""
+    boxes, stored, after = np.array(bboxes, dtype=np.float64).reshape(-1, 4), size[::-1], final_size(size, ops)[::-1]
+    low, high = boxes[:, :2].clip(0, stored), (boxes[:, :2] + boxes[:, 2:]).clip(0, stored)
+    scale, offset = placement(size, ops)
     # a mirrored box has its corners exchanged
-    moved = place.points(low).clip(0, limit) != place.points(high).clip(0, limit)
+    moved = (low * scale + offset).clip(0, after) != (high * scale + offset).clip(0, after)
     seen: npt.NDArray[np.bool_] = ((high > low) & moved).all(axis=1)
     return seen
 
@@ -216,15 +143,4 @@ def pack_segmentation(samples: Sequence[Sample], frame: Size) -> SegmentationTar
         mask_extents=torch.from_numpy((grids / grids.max(axis=0)).astype(np.float32)),
         counts=torch.tensor(counts),
         keys=torch.tensor([sample.random_key for sample in samples]),
-    )
-
-
-def problem_of(manifest: Manifest) -> str | None:
-    """Problem of a split most of whose objects have no mask, None for any other."""
-    findings = {kind: count for kind, (count, _) in manifest.findings.items()}
-    if not mostly_without_masks(manifest.counts, findings):
-        return None
-    return (
-        f"{manifest.root}/{manifest.split}: {findings['instance without mask']} of its "
-        f"{manifest.counts['annotations']} objects have no mask. Segmentation would take them for background"
     )

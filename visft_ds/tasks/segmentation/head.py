@@ -1,6 +1,7 @@
-"""Transformer decoder of the segmentation head: queries that attend only to the cells their own mask covers.
+"""Segmentation head, single-scale Mask2Former, and its decoder: queries attend to the cells their own mask covers.
 
-Letters: B images, h w patch grid, S = h*w cells, Q queries, E width, C classes, L prediction sets = decoder layers + 1.
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, Q queries, E width, C classes, L prediction sets =
+decoder layers + 1.
 
 Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
 then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted before the layer
@@ -11,11 +12,53 @@ A parameter is used only in the forward of the module that owns it (see `pixel_d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
+from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
+
+
+@dataclass(frozen=True)
+class SegmentationOutput:
+    """Predictions of the last decoder layer; `aux` holds those before the first layer and of the earlier layers."""
+
+    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
+    masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
+    aux: tuple[SegmentationOutput, ...] = ()
+    labelling: Labelling = "contiguous"  #: of the head
+    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
+    #: batch in pixels is meant.
+    extents: Tensor | None = None
+
+
+class SegmentationHead(nn.Module):
+    """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
+
+    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
+    image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
+    weights; the loss and the results follow it.
+    """
+
+    def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
+        super().__init__()
+        self.labelling: Labelling = options.labelling
+        self.pixel_decoder = PixelDecoder(in_channels, options)
+        self.decoder = MaskedDecoder(options)
+
+    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
+        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
+        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+        memory, mask_features = self.pixel_decoder(features, valid)
+        logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
+        earlier = zip(logits[:-1], masks[:-1], strict=True)
+        aux = tuple(SegmentationOutput(*predicted, labelling=self.labelling) for predicted in earlier)
+        return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
 
 
 class MaskedDecoderLayer(nn.Module):
@@ -48,26 +91,16 @@ class MaskedDecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """Queries -> classes and masks, before the first layer and after each."""
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_classes: int,
-        num_queries: int,
-        num_layers: int,
-        num_heads: int,
-        ffn_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        self.width, self.num_queries = width, num_queries
-        self.query_feat = nn.Embedding(num_queries, width)  # initial state of the queries
-        self.query_pos = nn.Embedding(num_queries, width)  # added to queries and keys of every attention
+        width, sizes = options.hidden_dim, (options.num_heads, options.decoder_ffn_dim, options.dropout)
+        self.width, self.num_queries = width, options.num_queries
+        self.query_feat = nn.Embedding(self.num_queries, width)  # initial state of the queries
+        self.query_pos = nn.Embedding(self.num_queries, width)  # added to queries and keys of every attention
         self.level_embed = nn.Embedding(1, width)  # of the single scale; a row for each in Mask2Former
-        layers = [MaskedDecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(MaskedDecoderLayer(width, *sizes) for _ in range(options.decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.class_embed = nn.Linear(width, num_classes + 1)
+        self.class_embed = nn.Linear(width, options.num_classes + 1)
         self.mask_embed = FeedForward(width, width, width, num_layers=3)
 
     def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

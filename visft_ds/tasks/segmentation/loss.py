@@ -1,4 +1,4 @@
-"""Segmentation: head, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
+"""Segmentation: criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
 
 Letters: B images, h w patch grid, D backbone width, Q queries, C classes, L prediction sets = decoder layers + 1,
 N objects of all images concatenated, n objects and m matched pairs of an image, P points.
@@ -7,7 +7,7 @@ N objects of all images concatenated, n objects and m matched pairs of an image,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from scipy import ndimage
 from scipy.special import expit
-from torch import Tensor, nn
+from torch import Tensor
 
-from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.matching import ClassLoss, Matches, at_least_float32
-from visft_ds.tasks.segmentation.config import Labelling
+from visft_ds.tasks.matching import Matches, at_least_float32, class_loss
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.head import MaskedDecoder
-from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.head import SegmentationOutput
+from visft_ds.tasks.segmentation.mask_matching import match_masks
 from visft_ds.tasks.segmentation.mask_points import (
     PointCounts,
     Points,
@@ -35,91 +34,17 @@ from visft_ds.tasks.segmentation.mask_points import (
     sample_targets,
     uncertain_points,
 )
-from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
 
 
-@dataclass(frozen=True)
-class SegmentationOutput:
-    """Predictions of the last decoder layer; `aux` holds those before the first layer and of the earlier layers."""
-
-    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
-    masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
-    aux: tuple[SegmentationOutput, ...] = ()
-    labelling: Labelling = "contiguous"  #: of the head
-    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
-    #: batch in pixels is meant.
-    extents: Tensor | None = None
-
-
-class SegmentationHead(nn.Module):
-    """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
-
-    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
-    image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
-    weights; the loss and the results follow it. Defaults and bounds of the options stand in `SegmentationHeadConfig`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        num_classes: int,
-        num_queries: int,
-        hidden_dim: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        num_heads: int,
-        num_points: int,
-        encoder_ffn_dim: int,
-        decoder_ffn_dim: int,
-        dropout: float,
-        labelling: Labelling,
-    ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.labelling: Labelling = labelling
-        self.pixel_decoder = PixelDecoder(
-            in_channels,
-            hidden_dim,
-            num_layers=encoder_layers,
-            num_heads=num_heads,
-            num_points=num_points,
-            ffn_dim=encoder_ffn_dim,
-            dropout=dropout,
-        )
-        self.decoder = MaskedDecoder(
-            hidden_dim,
-            num_classes=num_classes,
-            num_queries=num_queries,
-            num_layers=decoder_layers,
-            num_heads=num_heads,
-            ffn_dim=decoder_ffn_dim,
-            dropout=dropout,
-        )
-
-    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
-        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
-        memory, mask_features = self.pixel_decoder(features, valid)
-        logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
-        earlier = zip(logits[:-1], masks[:-1], strict=True)
-        aux = tuple(SegmentationOutput(*predicted, labelling=self.labelling) for predicted in earlier)
-        return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
-
-
 class SegmentationCriterion:
     """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
 
-    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
-    within the cross-entropy and `average` the kind of its mean (`matching.ClassLoss`). The masks of a matched pair are
-    compared at `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample` random
-    ones where the prediction is least certain, the others uniform (see `mask_points`). `num_classes`, `num_queries`,
-    `decoder_layers` and `labelling` are the head's.
+    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike. The masks of a pair are compared at
+    `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample` random ones where the
+    prediction is least certain, the others uniform (see `mask_points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
@@ -130,49 +55,18 @@ class SegmentationCriterion:
     on the layer alone, so this holds exactly: how the batch is split changes nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        num_queries: int,
-        decoder_layers: int,
-        labelling: Labelling,
-        ce: float,
-        bce: float,
-        dice: float,
-        no_object: float,
-        average: ClassAverage,
-        num_points: int,
-        oversample: float,
-        importance: float,
-    ) -> None:
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.labelling: Labelling = labelling
-        self.class_loss = ClassLoss(no_object, average)
-        self.points = PointCounts.of(num_points, oversample, importance)
-        self.costs = MaskCosts(ce, bce, dice)
-        self._suffixes = [*(f"_{layer}" for layer in range(decoder_layers)), ""]
-        by_name = {"ce": ce, "bce": bce, "dice": dice}
+    def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
+        self.head, self.no_object = head, loss.no_object
+        self.points = PointCounts.of(loss.num_points, loss.oversample, loss.importance)
+        self.costs = (loss.ce, loss.bce, loss.dice)
+        self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
+        by_name = {"ce": loss.ce, "bce": loss.bce, "dice": loss.dice}
         self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
-
-        `masks` is the number of objects; `ClassLoss.count` has the denominator of the cross-entropy, for which an image
-        with n objects has min(n, Q) matched queries. In the published labelling, the last category has the index and
-        therefore the weight of "no object".
-        """
-        targets: SegmentationTargets = batch.targets["segmentation"]
-        counts = targets.counts
-        matched = int(counts.clamp(max=self.num_queries).sum())
-        if self.labelling == "published":
-            last = (targets.labels == self.num_classes - 1).cpu()
-            image_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
-            per_image = torch.bincount(image_of[last], minlength=len(counts)).clamp(max=self.num_queries)
-            matched -= int(per_image.sum())
-        return {"masks": float(counts.sum()), **self.class_loss.count(len(counts), self.num_queries, matched)}
+        """Loss denominators from the labels alone, to be summed over ranks and micro-batches."""
+        counts = batch.targets["segmentation"].counts
+        return {"masks": float(counts.sum()), "images": float(len(counts))}
 
     def __call__(
         self,
@@ -181,28 +75,24 @@ class SegmentationCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
-
-        Raises what `mask_matching.match_masks` raises.
-        """
-        sets = (*output.aux, output)
+        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
+        sets, head = (*output.aux, output), self.head
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         logits = at_least_float32(torch.stack([predicted.logits for predicted in sets]))  # (L, B, Q, C + 1)
         given = (logits.shape[2], logits.shape[3] - 1, len(sets) - 1, output.labelling)
-        assert given == (self.num_queries, self.num_classes, self.decoder_layers, self.labelling), given
+        assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
         masks = at_least_float32(torch.stack([predicted.masks for predicted in sets]))  # (L, B, Q, h, w)
         with_objects = targets.counts.nonzero().flatten().tolist()
         points = draw_points(targets.keys[with_objects].tolist(), len(sets), self.points, masks.device)
-        first = 0 if self.labelling == "contiguous" else 1
-        labels, classes = targets.labels + first, range(first, self.num_classes + first)
-        matches = match_masks(logits, masks, targets, labels, classes, points.matching, self.costs, image_ids)
+        labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
+        matches = match_masks(logits, masks, targets, labels, points.matching, self.costs, image_ids)
         # (L, B, Q): the class of the matched object, "no object" where there is none
-        wanted = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
+        wanted = torch.full(logits.shape[:3], head.num_classes, dtype=torch.int64, device=logits.device)
         wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
         bce, dice = self._mask_sums(masks, targets, matches, points)
         by_name = {
-            "ce": self.class_loss(logits, wanted, loss_denominators),
+            "ce": class_loss(logits, wanted, self.no_object, loss_denominators),
             "bce": bce / loss_denominators["masks"],
             "dice": dice / loss_denominators["masks"],
         }
@@ -210,7 +100,7 @@ class SegmentationCriterion:
             name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
         }
         predicted = logits[-1].detach().argmax(dim=-1)
-        correct = ((predicted == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
+        correct = ((predicted == wanted[-1]) & (wanted[-1] != head.num_classes)).sum()
         total = int(targets.counts.sum())
         return losses | {"class_error": 100 * (total - correct) / loss_denominators["masks"]}
 
@@ -228,7 +118,7 @@ class SegmentationCriterion:
         for image, count in enumerate(targets.counts.tolist()):
             if count == 0:
                 continue
-            pairs = slice(pair, pair + min(count, self.num_queries))
+            pairs = slice(pair, pair + min(count, self.head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
             chosen = uncertain_points(
@@ -254,19 +144,20 @@ def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -
 
 @torch.no_grad()
 def postprocess(
-    output: SegmentationOutput, batch: Batch, classes: Sequence[int] = COCO_CATEGORY_IDS, threshold: float = 0.0
+    output: SegmentationOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
 ) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
-    around it in pixels, category_id the entry of `classes` for the class. As in ViSFT's code, a query gives its best
-    class apart from "no object", the softmax probability of that, and the pixels where its bilinearly interpolated mask
-    has a probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
-    confident mistake. Of heads in our labelling, only the largest connected region of these pixels counts, and the
-    score is multiplied by the mean probability inside it (as in Mask2Former's code). Images without `batch.real` are
-    left out. The batch must have been resized without cropping, as evaluation transforms do. Masks are made in groups
-    of a bounded size, and of scores from `threshold` on only.
+    around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. As in ViSFT's code, a
+    query gives its best class apart from "no object", the softmax probability of that, and the pixels where its
+    bilinearly interpolated mask has a probability above one half. Unlike there, a query without a single pixel gives
+    nothing: it would count as a confident mistake. Of heads in our labelling, only the largest connected region of
+    these pixels counts, and the score is multiplied by the mean probability inside it (as in Mask2Former's code).
+    Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
+    transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
+    classes = COCO_CATEGORY_IDS if classes is None else classes
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
     scores_host, best_host = scores.tolist(), best.tolist()

@@ -1,7 +1,7 @@
 """Pixel decoder of the segmentation head: deformable-attention layers over a feature map, and features for masks.
 
 Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M attention heads, P sampling points
-of a head, L feature levels (scales; here one).
+of a head.
 
 Architecture after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2 and appendix A), reduced to a single scale
 as in the published ViSFT heads: one level of deformable attention and one lateral connection at the same resolution.
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
 
 #: Groups of every group norm, as in Mask2Former.
@@ -51,15 +52,15 @@ class MaskedGroupNorm(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Deformable self-attention over feature levels (Deformable DETR, arXiv 2010.04159, section 4.1).
+    """Deformable self-attention over a feature map (Deformable DETR, arXiv 2010.04159, section 4.1).
 
-    A query attends to P points around its cell in each head and level; their offsets and weights are linear in it.
+    A query attends to P points around its cell in each head; their offsets and weights are linear in it.
     """
 
-    def __init__(self, width: int, num_heads: int, num_points: int, num_levels: int = 1) -> None:
+    def __init__(self, width: int, num_heads: int, num_points: int) -> None:
         super().__init__()
-        self.num_heads, self.num_points, self.num_levels = num_heads, num_points, num_levels
-        total = num_heads * num_levels * num_points
+        self.num_heads, self.num_points = num_heads, num_points
+        total = num_heads * num_points
         self.sampling_offsets = nn.Linear(width, 2 * total)
         self.attention_weights = nn.Linear(width, total)
         self.value_proj = nn.Linear(width, width)
@@ -72,9 +73,8 @@ class DeformableAttention(nn.Module):
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the border of the square [-1, 1]^2
         steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
-        offsets = direction[:, None, None] * steps[:, None]  # (M, 1, P, 2)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+            self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())  # (M, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
@@ -82,17 +82,19 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """query (with positions) and entries (B, S, E), valid (B, S) bool, shapes (h, w) of each level -> (B, S, E)."""
+    def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
+        """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
         value = self.value_proj(entries).masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
-        sizes = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))  # (B, S, M, L, P, 2), in cells
+        # `deform_attn` takes points of several feature maps (levels); this is one.
+        sizes = (self.num_heads, 1, self.num_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
-        centres = cell_centres(shapes, query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
-        # (L, 2): width and height of each level. Made from Python numbers on the device, without a copy that waits.
-        extent = torch.stack([torch.stack([offsets.new_full((), w), offsets.new_full((), h)]) for h, w in shapes])
-        locations = centres + offsets / extent[:, None]
-        out: Tensor = self.output_proj(deform_attn(value, shapes, locations, weights.unflatten(-1, sizes[1:])))
+        centres = cell_centres([shape], query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
+        # Width and height, made from Python numbers on the device, without a copy that waits.
+        extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
+        out: Tensor = self.output_proj(
+            deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
+        )
         return out
 
 
@@ -110,9 +112,9 @@ class PixelLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
         """entries, positions (B, S, E), valid (B, S) bool -> (B, S, E)."""
-        seen = self.self_attn(entries + positions, entries, valid, shapes)
+        seen = self.self_attn(entries + positions, entries, valid, shape)
         entries = self.norm1(entries + self.dropout(seen))
         inner = self.dropout(F.relu(self.linear1(entries)))
         out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
@@ -122,24 +124,14 @@ class PixelLayer(nn.Module):
 class PixelDecoder(nn.Module):
     """Feature map -> memory that queries attend to, and embeddings of cells whose products with queries are masks."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        num_layers: int,
-        num_heads: int,
-        num_points: int,
-        ffn_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
+        width, sizes = options.hidden_dim, (options.num_heads, options.num_points, options.encoder_ffn_dim)
         self.width = width
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.level_embed = nn.Embedding(1, width)
-        layers = [PixelLayer(width, num_heads, num_points, ffn_dim, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(PixelLayer(width, *sizes, options.dropout) for _ in range(options.encoder_layers))
         self.lateral_proj = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.lateral_norm = MaskedGroupNorm(GROUPS, width)
         self.output_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
@@ -163,7 +155,7 @@ class PixelDecoder(nn.Module):
         positions = sine_positions(valid, self.width).to(entries.dtype).flatten(1, 2) + level
         inside = valid.flatten(1)
         for layer in self.layers:
-            entries = layer(entries, positions, inside, [shape])
+            entries = layer(entries, positions, inside, shape)
         lateral = self.lateral_norm(self.lateral_proj(features), valid)
         merged = lateral + entries.transpose(1, 2).unflatten(2, shape)
         merged = self.output_conv(merged.masked_fill(~valid[:, None], 0.0))

@@ -2,72 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.transforms import of_options, places
+from visft_ds.data.samples import Batch, Sample
+from visft_ds.data.shards import Manifest
+from visft_ds.data.transforms import Geometry, Size, of_options, places
+from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.pictures import Picture, palette
-from visft_ds.tasks.segmentation.config import SegmentationTask
+from visft_ds.tasks.pictures import Picture
+from visft_ds.tasks.segmentation.config import SegmentationTask, mostly_without_masks
 from visft_ds.tasks.segmentation.data import (
     LargeScaleJitter,
     SegmentationTargets,
-    image_targets,
     pack_segmentation,
-    problem_of,
+    segmentation_targets,
 )
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, postprocess
-from visft_ds.tasks.segmentation.masks import grid_size
-from visft_ds.tasks.segmentation.pictures import decode_mask, draw_masks
-from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, TaskSpec
+from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
+from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
+from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
-def _blank(
-    images: int, size: tuple[int, int], content: Content, options: Mapping[str, Any], device: torch.device
-) -> SegmentationTargets:
-    objects, whole = images * content.objects, torch.ones(images, 2)
-    masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8, device=device)
-    counts, keys = torch.full((images,), content.objects), torch.arange(images)
-    return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
+class Segmentation(Task):
+    """Single-scale Mask2Former."""
 
-
-def _draw(example: Example) -> Picture:
-    true, found = [a for a in example.objects() if a.get("segmentation")], example.known()
-    return draw_masks(
-        example.pixels(),
-        [decode_mask(annotation["segmentation"], *example.raw.size) for annotation in true],
-        [example.names[annotation["category_id"]] for annotation in true],
-        [decode_mask(result["segmentation"], *example.raw.size) for result in found],
-        [example.names[result["category_id"]] for result in found],
-        [result["score"] for result in found],
-        threshold=example.threshold,
-        colours=palette(list(example.names.values())),
-    )
-
-
-SPEC = TaskSpec(
-    name="segmentation",
-    config=SegmentationTask,
-    head=SegmentationHead,
-    build_criterion=SegmentationCriterion,
-    shared_options=("num_classes", "num_queries", "decoder_layers", "labelling"),
-    geometry=partial(of_options, LargeScaleJitter),
-    targets=lambda train, options, classes=COCO_CATEGORY_IDS: partial(
-        image_targets, places(classes), options["mask_stride"]
-    ),
-    pack=pack_segmentation,
-    postprocess=postprocess,
-    evaluator=Evaluator(
-        truth=coco_dataset,
-        measure=lambda truth, results, each: coco_average_precision(truth, results, "segm", per_category=each),
-    ),
-    draw=_draw,
-    sizes=HeadSizes(
+    name = "segmentation"
+    config = SegmentationTask
+    head = SegmentationHead
+    losses = SegmentationCriterion
+    sizes = HeadSizes(
         in_channels=("pixel_decoder.input_proj.weight", 1, 0),
         options={
             "num_classes": ("decoder.class_embed.weight", 0, -1),
@@ -79,7 +48,53 @@ SPEC = TaskSpec(
         layers={"encoder_layers": "pixel_decoder.layers.", "decoder_layers": "decoder.layers."},
         attributes=("labelling",),
         points="pixel_decoder.layers.0.self_attn.attention_weights.weight",  # of the one feature level
-    ),
-    blank=_blank,
-    data_problem=problem_of,
-)
+    )
+
+    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+        return of_options(LargeScaleJitter, options)
+
+    def targets(
+        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
+    ) -> ImageTargets:
+        labels = places(COCO_CATEGORY_IDS if classes is None else classes)
+        return partial(segmentation_targets, labels, options["mask_stride"])
+
+    def pack(self, samples: Sequence[Sample], frame: Size) -> SegmentationTargets:
+        return pack_segmentation(samples, frame)
+
+    def blank(
+        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: torch.device
+    ) -> SegmentationTargets:
+        objects, whole = images * content.objects, torch.ones(images, 2)
+        masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8, device=device)
+        counts, keys = torch.full((images,), content.objects), torch.arange(images)
+        return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
+
+    def data_problem(self, manifest: Manifest) -> str | None:
+        findings = {kind: count for kind, (count, _) in manifest.findings.items()}
+        if not mostly_without_masks(manifest.counts, findings):
+            return None
+        return (
+            f"{manifest.root}/{manifest.split}: {findings['instance without mask']} of its "
+            f"{manifest.counts['annotations']} objects have no mask. Segmentation would take them for background"
+        )
+
+    def results(
+        self,
+        output: SegmentationOutput,
+        batch: Batch,
+        vocabulary: Vocabulary | None,
+        classes: Sequence[int] | None = None,
+        threshold: float = 0.0,
+    ) -> Results:
+        return postprocess(output, batch, classes, threshold)
+
+    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+        return coco_average_precision(truth, results, "segm", per_category=per_category)
+
+    def picture(self, example: Example) -> Picture:
+        true = [one for one in example.objects() if one.get("segmentation")]
+        return example.draw(true, masks=lambda one: decode_mask(one["segmentation"], example.raw.size))
+
+
+SPEC = Segmentation()

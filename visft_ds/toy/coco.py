@@ -1,4 +1,7 @@
-"""A toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five captions each.
+"""`visft toy`: a toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five captions each.
+
+    visft toy --out toy --train 2000 --val 200 --size 112
+    visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b --colours even
 
 Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the number of
 workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
@@ -6,12 +9,15 @@ workers changes nothing, and `train=100` gives the first hundred images of `trai
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
+import os
+import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,22 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.toy.scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Scene, Shape, draw_scene, style_of
+from visft_ds import program
+from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
+from visft_ds.toy.scenes import (
+    CATEGORIES,
+    COLOURS,
+    MAX_SHAPES,
+    NAMES,
+    STYLES,
+    Array,
+    Scene,
+    Shape,
+    Style,
+    draw_scene,
+    style_of,
+)
 
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
@@ -28,9 +49,6 @@ _NUMBERS = (
     *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
-
-
-# ---------------------------------------------------------------------------------------------------- captions
 
 
 def _join(parts: Sequence[str]) -> str:
@@ -126,9 +144,6 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
-# ------------------------------------------------------------------------------------------------- annotations
-
-
 def _uncompressed_rle(mask: Array) -> dict[str, Any]:
     """COCO's uncompressed run lengths: column by column, the first run counts pixels outside."""
     flat = mask.ravel(order="F")
@@ -159,59 +174,30 @@ def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
     }
 
 
-def image_id(split: str, index: int) -> int:
-    """Ids of the two splits never meet, and leave holes."""
-    return 10 * index + 3 + 4 * SPLITS.index(split)
-
-
-def make_image(
-    split: str,
-    index: int,
-    *,
-    style: str,
-    seed: int,
-    height: int,
-    width: int,
-    max_shapes: int = MAX_SHAPES,
-    colours: str = "usual",
-    without: Sequence[str] = (),
-) -> tuple[bytes, dict[str, Any]]:
-    """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
-    rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
-    scene = draw_scene(rng, style_of(style, colours, without), height, width, max_shapes=max_shapes)
-    key = image_id(split, index)
+def _make_image(
+    index: int, folder: Path, seeds: Sequence[int], style: Style, height: int, width: int, max_shapes: int
+) -> dict[str, Any]:
+    """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
+    rng = np.random.default_rng([*seeds, index])
+    scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+    key = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # ids of the two splits never meet, and leave holes
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None:
         instances.append(_annotate(scene.crowd, key, crowd=True))
     image = {
-        "license": 1,
-        "file_name": f"{key:012d}.jpg",
-        "coco_url": "",
-        "height": height,
-        "width": width,
-        "date_captured": "2017-01-01 00:00:00",
-        "flickr_url": "",
-        "id": key,
+        **{"license": 1, "file_name": f"{key:012d}.jpg", "coco_url": "", "height": height, "width": width},
+        **{"date_captured": "2017-01-01 00:00:00", "flickr_url": "", "id": key},
     }
+    Image.fromarray(scene.image).save(folder / f"{key:012d}.jpg", "JPEG", quality=JPEG_QUALITY)
     captions = [{"image_id": key, "caption": sentence} for sentence in describe(rng, scene)]
-    return jpeg(scene), {"image": image, "instances": instances, "captions": captions}
-
-
-def _save_image(index: int, *, folder: Path, split: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    picture, record = make_image(split, index, **options)
-    (folder / record["image"]["file_name"]).write_bytes(picture)
-    return record
+    return {"image": image, "instances": instances, "captions": captions}
 
 
 def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int) -> None:
     head = {
         "info": {
-            "description": f"Toy shapes, style {style}, seed {seed}",
-            "url": "",
-            "version": "1.0",
-            "year": 2017,
-            "contributor": "visft_ds",
-            "date_created": "2017/01/01",
+            **{"description": f"Toy shapes, style {style}, seed {seed}", "url": "", "version": "1.0", "year": 2017},
+            **{"contributor": "visft_ds", "date_created": "2017/01/01"},
         },
         "licenses": [{"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}],
         "images": [record["image"] for record in records],
@@ -223,22 +209,6 @@ def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any
         if kind == "instances":
             content["categories"] = [{"supercategory": s, "id": i, "name": name} for i, name, s in CATEGORIES]
         (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
-
-
-def check_drawing(out: Path, style: str, colours: str, height: int, width: int, without: Sequence[str] = ()) -> None:
-    """Raise ValueError for a folder that is not empty, sides under 28 pixels, an unknown style, shape or colours."""
-    style_of(style, colours, without)
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
-
-
-def jpeg(scene: Scene) -> bytes:
-    """The image as a JPEG file."""
-    buffer = BytesIO()
-    Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def write_toy_coco(
@@ -258,25 +228,32 @@ def write_toy_coco(
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
-    that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, negative counts or seeds,
-    `max_shapes` outside of 1 to 20, or fewer than one worker.
+    that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, or numbers out of range.
     """
-    check_drawing(out, style, colours, height, width, without)
-    if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
+    drawn = style_of(style, colours, without)
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
+    if min(train, val, seed, workers - 1, train + val - 1) < 0 or not 0 < max_shapes < len(_NUMBERS):
         raise ValueError(
-            f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
-            "at least one image is needed and at least one worker"
+            f"train={train}, val={val}, seed={seed}, workers={workers}, max_shapes={max_shapes}: counts and seed must "
+            f"not be negative, with at least one image, one worker and 1 to {len(_NUMBERS) - 1} shapes to an image"
         )
-    if not 0 < max_shapes < len(_NUMBERS):
-        raise ValueError(f"max_shapes={max_shapes}: allowed are 1 to {len(_NUMBERS) - 1} shapes to a picture")
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    size = {"height": height, "width": width, "max_shapes": max_shapes}
-    options = {"style": style, "colours": colours, "without": without, "seed": seed, **size}
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
-        save = partial(_save_image, folder=out / split, split=split, options=options)
+        seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
+        parts: dict[str, Any] = {
+            "folder": out / split,
+            "seeds": seeds,
+            "style": drawn,
+            "height": height,
+            "width": width,
+        }
+        save = partial(_make_image, **parts, max_shapes=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:
@@ -292,3 +269,41 @@ def write_toy_coco(
         "empty": sum(not record["instances"] for record in everything),
         "seconds": time.monotonic() - started,
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = Parser(prog=program("toy"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--train", type=int, default=2000, metavar="N", help="images in train2017 (default %(default)s)")
+    add("--val", type=int, default=200, metavar="N", help="images in val2017 (default %(default)s)")
+    add("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (default 112)")
+    add("--style", choices=sorted(STYLES), default="a", help="b and c have other colours and textures")
+    add("--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, which says nothing of it")
+    add("--without", metavar="A,B", help="shapes that no picture shows; they stay in the list")
+    add("--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 give COCO's mean of 7")
+    add("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+    given = vars(parser.parse_args(arguments))
+    width, height = given.pop("size")
+    without = given.pop("without")
+    shapes = tuple(name.strip() for name in without.split(",")) if without else ()
+    try:
+        counts = write_toy_coco(**given, width=width, height=height, without=shapes)
+    except (ValueError, OSError) as error:
+        print(f"toy: {redacted(error)}", file=sys.stderr)
+        return 2
+    print(
+        f"{given['out']}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
+        f"({counts['crowds']} crowds), style {given['style']}, {width}x{height}, {counts['seconds']:.1f} s"
+    )
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(width, height) of `160x112`, or of `112` for a square."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 112 or 160x112 (width x height, pixels)")
+    return int(match[1]), int(match[2] or match[1])

@@ -1,0 +1,69 @@
+"""The recipe for photographs of one's own: what their number and labels decide, and what replaces it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from visft_ds.config import ResolvedConfig, own
+from visft_ds.config.cli import resolve_arguments
+from visft_ds.run.validation import told_of_learning
+
+
+def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
+    return resolve_arguments(["--data", str(shards), *flags])[1]
+
+
+def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
+    """Twelve of them with captions and without a validation split."""
+    config = _resolved(shards)
+    visft = config.visft
+    assert (visft.stage, visft.model.name, visft.mode, config.total_steps) == (1, own.MODEL, "shared", own.STEPS)
+    assert visft.tasks.enabled()["detection"].head.model_dump()["type"] == "dense"
+    assert visft.features is not None and visft.features.views == own.VIEWS
+    assert visft.features.cache == "runs/stage1-own/features"
+    assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
+    assert visft.shared is not None and visft.shared.image.zoom == own.ZOOM_WITH_CAPTIONS
+    (line,) = own.told(config, 12)
+    assert line.startswith("12 photographs") and "550 steps of 16" in line
+
+
+def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
+    given = ("--tasks", "detection", "--steps", "90", "--batch-size", "4", "--out", "here")
+    config = _resolved(shards, *given, "--set", "visft.data.val=train")
+    visft = config.visft
+    assert (config.total_steps, visft.run.eval_every, visft.run.save_every) == (90, 30, 30)
+    assert visft.run.keep_best == "box/AP50" and visft.features is not None and visft.features.cache == "here/features"
+    assert visft.shared is not None and (visft.shared.batch_size, visft.shared.image.zoom) == (4, (0.5, 1.4))
+    assert _resolved(shards, "--epochs", "4", "--set", "visft.data.val=train").visft.run.eval_every == 2
+    assert _resolved(shards, "--set", "visft.features=null").visft.features is None
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "side"),
+    [("convnext_atto", "stages.2", 320), ("resnet18", "layer3", 320), ("vit_small_patch14_dinov2", None, 308)],
+)
+def test_other_backbones_are_read_where_a_cell_is_16_pixels(
+    shards: Path, name: str, block: str | None, side: int
+) -> None:
+    visft = _resolved(shards, "--backbone", f"timm:{name}").visft
+    assert visft.model.until == block
+    assert visft.shared is not None and visft.shared.image.fixed_size == side
+
+
+def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
+    config = _resolved(shards, "--set", "visft.tasks.detection.head.type=detr")
+    assert any(line.startswith("warning") and "DETR" in line for line in own.told(config, 100))
+    assert not any(line.startswith("warning") for line in own.told(config, 101))
+
+
+@pytest.mark.parametrize(
+    ("learnt", "judged", "words"),
+    [(0.9, 0.1, ["by heart"]), (0.3, 0.0, ["not learnt yet"]), (0.9, 0.8, []), (0.9, None, [])],
+)
+def test_what_was_learnt_is_told(learnt: float, judged: float | None, words: Sequence[str]) -> None:
+    (line,) = told_of_learning({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
+    assert f"{learnt:.2f} on training" in line
+    assert [word for word in ("by heart", "not learnt yet") if word in line] == list(words)

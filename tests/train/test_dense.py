@@ -1,0 +1,66 @@
+"""The dense detection head in whole runs: the same under every engine, and photographs learnt by heart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.coco_tree import NO_PHOTOS, PHOTOS
+from tests.ranks import run_ranks
+from tests.tiny import STEPS, command, losses
+from visft_ds import fit
+from visft_ds.interop.efficientnet import PUBLISHED, found
+from visft_ds.shards.cli import main as make_shards
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"),
+]
+DENSE = {
+    "visft.tasks.detection.head.type": "dense",
+    "visft.tasks.detection.head.width": 32,
+    "visft.tasks": "detection",
+    "visft.lora.rank": 2,
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_same_run_under_every_engine(shards: Path, tmp_path: Path, stage: int) -> None:
+    """One process, ZeRO-3 and a pipeline of two: losses of each step and the heads that come out."""
+    extra: dict[str, object] = {key: value for key, value in DENSE.items() if stage == 2 or "lora" not in key}
+    if stage == 2:
+        extra["visft.heads.start"] = "random"
+    engines = {"zero1": 1, "zero3": 2, "pipeline": 2}
+    for engine, world in engines.items():
+        given = command(shards, tmp_path / engine, stage=stage, extra=extra)
+        run_ranks(["launchers/train.py", f"--engine={engine}", *given], world)
+    expected = losses(tmp_path / "zero1")
+    heads = load_file(tmp_path / "zero1/export/detection.safetensors")
+    assert len(expected) == STEPS and {"loss/detection/ce", "loss/detection/giou"} <= expected[0].keys()
+    for engine in engines:
+        for one, other in zip(losses(tmp_path / engine), expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-6)  # eight steps of Adam on rounding
+        for name, value in load_file(tmp_path / engine / "export/detection.safetensors").items():
+            torch.testing.assert_close(value, heads[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir() or found(PUBLISHED[0]) is None, reason=f"{NO_PHOTOS}, or no weights of [demo]")
+@pytest.mark.parametrize("head", ["dense", "detr"])
+def test_photographs_are_learnt_by_heart(head: str, tmp_path: Path) -> None:
+    """COCO's, by both heads; what the DETR learns so is of no use, and the run says so."""
+    assert make_shards([str(PHOTOS), "--out", str(tmp_path / "shards")]) == 0
+    settings = {"visft.tasks": "detection", "visft.tasks.detection.head.type": head, "visft.run.eval_limit": 20}
+    if head == "detr":
+        small = {"num_queries": 40, "encoder_layers": 1, "decoder_layers": 3, "decoder_dim": 128, "dropout": 0.0}
+        settings |= {f"visft.tasks.detection.head.{name}": value for name, value in small.items()}
+        settings |= {"visft.features.views": 1, "visft.shared.image.zoom": None, "visft.shared.image.flip": 0.0}
+        settings |= {"visft.tasks.detection.loss.ce": 3.0}
+    result = fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings)
+    assert result.finished
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (learnt,) = [line["box/AP50"] for line in lines if "box/AP50" in line]
+    assert learnt > 0.8
