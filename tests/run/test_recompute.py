@@ -89,9 +89,8 @@ def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.
         (folder / "memory.stat").write_text(f"inactive_file {2**30}\n", encoding="utf-8")
     own = tmp_path / "cgroup"
     own.write_text("0::/slurm/job_7/step_0\n", encoding="utf-8")
-    monkeypatch.setattr(host_memory, "_OWN_GROUPS", own)
-    names = host_memory._CONTROL_GROUPS[0][1:]
-    monkeypatch.setattr(host_memory, "_CONTROL_GROUPS", ((str(tmp_path / "groups"), *names),))
+    monkeypatch.setattr(host_memory, "_OWN_GROUP", own)
+    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Memory())
     assert host_memory.host_memory() == 8 * 2**30 and host_memory.host_memory_available() == 6 * 2**30
     monkeypatch.setenv("LOCAL_SIZE", "2")
