@@ -30,11 +30,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import attention, lora
+from visft_ds.ops import DTYPES, attention, lora
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 

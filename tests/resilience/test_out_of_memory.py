@@ -13,7 +13,7 @@ from tests.ranks import finish, start_ranks
 from tests.tiny import command
 from visft_ds.config import resolve
 from visft_ds.data.samples import Batch
-from visft_ds.planner.step import run_of
+from visft_ds.planner.memory import run_of
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, largest_shape
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.detection.data import DetectionTargets

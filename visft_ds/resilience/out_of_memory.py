@@ -11,7 +11,7 @@ import torch
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops.numerics import without_order
-from visft_ds.planner.step import PlannedRun
+from visft_ds.planner.memory import PlannedRun
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
 
