@@ -159,7 +159,7 @@ def train(
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
         opened = open_log(
-            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+            config, start, planned=machine.planned, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
         )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it

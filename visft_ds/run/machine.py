@@ -24,8 +24,9 @@ from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.placement import placement_for
-from visft_ds.planner.fitting import MEMORY_SHARE, fitting_settings
-from visft_ds.planner.step import PlannedRun, run_of
+from visft_ds.planner.memory import PlannedRun, run_of
+from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
+from visft_ds.planner.search import choose_recompute as choose_policy
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
@@ -101,7 +102,7 @@ def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[Resolved
 def choose_recompute(
     config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
 ) -> tuple[ResolvedConfig, str]:
-    """The configuration with the fastest policy that fits every rank, and why. Collective; the main process decides.
+    """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
 
     A run that goes on keeps the policy it began with: memory changes, and so would results in their last bits.
 
@@ -121,10 +122,8 @@ def choose_recompute(
         elif config.visft.stage == 1:
             found.append(("none", "a frozen backbone keeps nothing"))
         else:
-            from visft_ds.planner import cluster, search  # a start with a stated policy needs neither
-
             assert rooms is not None  # this is the main process
-            choice = search.choose_recompute(run, min(rooms), cluster.rates_here(run.device))
+            choice = choose_policy(run, min(rooms))
             if must_fit and not choice.fits:
                 least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
                 others = fitting_settings(least, choice.capacity)
