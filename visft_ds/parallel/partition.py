@@ -19,7 +19,7 @@ from visft_ds.config.schema import LoraConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.flops import Flops, block_flops, tower_flops, tower_from
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import require_eva_vit
+from visft_ds.models import require_eva_vit
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content
 

@@ -9,7 +9,7 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.models.eva_vit import PRESETS, depth_until
+from visft_ds.models.eva_vit import PRESETS
 from visft_ds.planner.cluster import Cluster, PlannedTime, Rates, micro_batch_seconds, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting, under_engine
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
@@ -217,7 +217,7 @@ def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[s
         yield from under_engine(config, "zero3")
     model = config.visft.model
     depth = 0 if model.timm else model.overrides.depth or PRESETS[model.preset].depth
-    depth = depth_until(model.until, depth) if model.until and not model.timm else depth
+    depth = max(model.layers) + 1 if model.layers and not model.timm else depth
     for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
         if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth):
             yield from under_engine(config, "pipeline", (f"pipeline.stages={stages}",))

@@ -34,7 +34,7 @@ from visft_ds.costs.ledger import (
 )
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import require_eva_vit
+from visft_ds.models import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
