@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
-from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
-from visft_ds.tasks.spec import Content, Criterion, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.spec import Content, HeadSizes, ImageTargets, Task
 
 NAME, MOST = "classification", 91  # COCO's ids are below this
 
@@ -68,9 +66,9 @@ class ClassificationOutput:
 
 
 class ClassificationHead(nn.Module):
-    def __init__(self, in_channels: int, *, num_classes: int) -> None:
+    def __init__(self, in_channels: int, options: ClassificationHeadConfig) -> None:
         super().__init__()
-        self.classifier = nn.Linear(in_channels, num_classes)
+        self.classifier = nn.Linear(in_channels, options.num_classes)
 
     def forward(self, features: Tensor, valid: Tensor) -> ClassificationOutput:
         shares = valid / valid.sum(dim=(1, 2), keepdim=True)
@@ -78,8 +76,8 @@ class ClassificationHead(nn.Module):
 
 
 class ClassificationCriterion:
-    def __init__(self, *, bce: float) -> None:
-        self.weights = {"bce": bce}
+    def __init__(self, head: ClassificationHeadConfig, loss: ClassificationLoss) -> None:
+        self.weights = {"bce": loss.bce}
 
     def count(self, batch: Batch) -> dict[str, float]:
         return {"images": float(len(batch.images))}
@@ -93,6 +91,7 @@ class Classification(Task):
     name = NAME
     config = ClassificationTask
     head = ClassificationHead
+    losses = ClassificationCriterion
     sizes = HeadSizes(("classifier.weight", 1, 0), {"num_classes": ("classifier.weight", 0, 0)})
 
     def geometry(self, options: Mapping[str, Any]) -> Geometry:
@@ -110,9 +109,6 @@ class Classification(Task):
     ) -> ClassificationTargets:
         return ClassificationTargets(torch.zeros(images, MOST))
 
-    def make_criterion(self, **options: Any) -> Criterion:
-        return ClassificationCriterion(**options)
-
     def results(
         self, output: Any, batch: Batch, vocabulary: Any, classes: Sequence[int] | None = None, threshold: float = 0.0
     ) -> Results:
@@ -120,9 +116,6 @@ class Classification(Task):
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), scores.tolist(), best.tolist(), strict=True)
         ids = range(MOST) if classes is None else classes
         return [{"image_id": image, "category_id": ids[place], "score": s} for image, real, s, place in rows if real]
-
-    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
-        return coco_dataset(reader, indices)
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}

@@ -30,9 +30,10 @@ def head_of(task: str, in_channels: int, vocabulary_size: int | None = None, **c
 
 
 def criterion_of(task: str, **changed: Any) -> Any:
-    """A criterion of the task; `changed` are options of the loss, or those it shares with the head."""
-    shared = {name: changed.pop(name) for name in TASKS[task].shared_options if name in changed}
-    return TASKS[task].criterion(shared, changed)
+    """A criterion of the task; `changed` are options of the loss, else of the head."""
+    loss = TASKS[task].options("loss", {})
+    head = {name: changed.pop(name) for name in [*changed] if name not in loss}
+    return TASKS[task].criterion(head, changed)
 
 
 def alone(

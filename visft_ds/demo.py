@@ -81,7 +81,7 @@ def plan(given: argparse.Namespace) -> Steps:
         settings = [f"visft.model.weights={weights}"]
         settings += [f"visft.heads.path={runs[0]}/export"] if runs else [f"visft.features.cache={root}/features"]
         words += [part for setting in (*settings, *given.set) for part in ("--set", setting)]
-        runs.append(steps.add(f"stage{stage}", *words, "--out", OUT, resumes=True))
+        runs.append(steps.add(f"stage{stage}", *words, "--out", OUT, resumes=True, processes=given.processes))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), "--out", OUT, out=out)
     words = ["--model", f"before={runs[0]}", "--model", f"after={runs[1]}", "--primary", PRIMARY]

@@ -37,6 +37,7 @@ class Step:
     out: Path
     needs: tuple[str, ...]
     resumes: bool  #: continues from what it left behind; otherwise that is removed before it starts again
+    processes: int  #: that it starts; the cores are divided among them
 
 
 class Steps:
@@ -46,12 +47,12 @@ class Steps:
         self.root = root
         self.steps: dict[str, Step] = {}
 
-    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
+    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False, processes: int = 1) -> Path:
         """Add `visft WORDS` unless it is there; returns what it makes: ROOT/NAME, or `out` in ROOT."""
         place = self.root / (out or name)
         command = tuple(word.replace(OUT, str(place)) for word in words)
         needs = tuple(step.name for step in self.steps.values() if any(_names(word, step.out) for word in command))
-        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes))
+        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes, processes))
         assert step.command == command, f"two steps are called {name}"
         return place
 
@@ -75,7 +76,6 @@ class Steps:
         waiting = [step for step in self.steps.values() if not self._finished(step)]
         unfinished = {step.name for step in waiting}
         running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         try:
             while waiting or running:
                 for step in [step for step in waiting if not unfinished.intersection(step.needs)]:
@@ -85,7 +85,7 @@ class Steps:
                     elif len(running) == jobs:
                         break
                     else:
-                        running[step.name] = self._start(step), time.monotonic()
+                        running[step.name] = self._start(step, jobs), time.monotonic()
                     waiting.remove(step)
                 time.sleep(0.1)
                 for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
@@ -126,7 +126,7 @@ class Steps:
         before = [self.steps[need] for need in step.needs]
         return all(self._finished(one) and self._path(one.name).stat().st_mtime_ns <= began for one in before)
 
-    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+    def _start(self, step: Step, jobs: int) -> subprocess.Popen[bytes]:
         if step.out.exists() and not (step.resumes and self._fresh(step)):
             if not self._path(step.name, "log").is_file():
                 raise ValueError(f"{step.out} was not made by this command: choose another --out")
@@ -134,9 +134,11 @@ class Steps:
         self._record(step)
         print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
         words = [sys.executable, "-m", "visft_ds", *step.command]
+        threads = max(1, (os.cpu_count() or 1) // (jobs * step.processes))
+        environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
         with self._path(step.name, "log").open("wb") as log:
             # A group of its own: an interrupt reaches launcher and ranks together, when `_stop` says so.
-            return subprocess.Popen(words, stdout=log, stderr=log, env=same_code(), start_new_session=True)
+            return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _record(self, step: Step, **more: float) -> None:
         path = self._path(step.name)

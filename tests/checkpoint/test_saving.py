@@ -110,7 +110,7 @@ def test_training_goes_on_while_the_snapshot_is_written(tmp_path: Path, gate: Ga
         early = saver.finished()  # perhaps both: the second may be on disk already
         assert early[0].step == 2 and saver.saved >= 2
         _, second = [*early, *saver.finished(wait=True)]
-        assert second.step == 4 and second.waited_seconds > 0.01 and second.stall_seconds >= second.waited_seconds
+        assert second.step == 4 and second.stall_seconds > 0.01
     assert gate.most == 1
     assert saved_steps(tmp_path) == [2, 4]
     found, _ = newest_checkpoint(tmp_path)

@@ -368,21 +368,6 @@ def test_the_schema_and_the_table_of_tasks_name_the_same_ones() -> None:
     assert tuple(TasksConfig.model_fields) == TASKS and set(table) == set(TASKS)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_defaults_stand_in_the_schema_alone(task: str) -> None:
-    """Heads and criteria take all that the schema has, and nothing by default."""
-    from visft_ds.tasks import TASKS as table
-
-    spec = table[task]
-    given_elsewhere = ("vocabulary_size",) if spec.uses_vocabulary else ()
-    for made, names in (
-        (spec.head.__init__, {*options(task, "head"), *given_elsewhere}),
-        (spec.build_criterion, {*options(task, "loss"), *spec.shared_options}),
-    ):
-        found = keyword_defaults(made)
-        assert found.keys() == names and set(found.values()) == {inspect.Parameter.empty}
-
-
 def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:
     from visft_ds.tasks.captioning.head import CaptioningHead
 

@@ -22,7 +22,7 @@ from visft_ds.evals.charts import Series, line_chart, smooth
 from visft_ds.evals.cli import report
 from visft_ds.evals.records import FORMAT, VERSION, read_evaluation
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
-from visft_ds.tasks.pictures import draw_detections, save_png
+from visft_ds.tasks.pictures import save_png, side_by_side
 
 VOID = {"meta", "img", "path", "br", "use", "rect"}
 METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr": 1.25}
@@ -49,7 +49,7 @@ def _evaluate(run: Path, more: float = 0.0, images: tuple[int, ...] = (1, 2), to
     pictures = []
     for image in images:
         pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
-        drawn = draw_detections(pixels, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9])
+        drawn = side_by_side((pixels, "ground truth: 1"), (pixels // 2, "predicted: 1"))
         save_png(drawn, folder / f"pictures/detection-{image}.png")
         pictures.append({"image_id": image, "file": f"pictures/detection-{image}.png"})
     record = {

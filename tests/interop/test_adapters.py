@@ -99,22 +99,6 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
         adapter.install(model)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"visual.pos_embed": torch.zeros(1)}, "no LoRA tensors"),
-        ({"visual.blocks.0.attn.proj.lora_A": torch.zeros(1, 1)}, "not a ViSFT LoRA file"),
-        ({"visual.blocks.1.attn.qkv.lora_A": torch.zeros(4, 8)}, r"blocks\.0\.attn\.qkv\.lora_A or .lora_B is missing"),
-        ({**_published(), "visual.blocks.0.attn.qkv.weight": torch.zeros(1)}, "not a ViSFT LoRA file"),
-        ({f"visual.blocks.0.attn.qkv.lora_{p}": torch.zeros(4, 4) for p in "AB"}, "4 rows and lora_B 4 columns"),
-    ],
-)
-def test_other_files_are_no_published_lora(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
-    torch.save(tensors, tmp_path / "lora.pt")
-    with pytest.raises(ValueError, match=message):
-        read_visft_lora(tmp_path / "lora.pt")
-
-
 def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
     """As `dict(model.named_parameters())` is saved."""
     tensors = _published()

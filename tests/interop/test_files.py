@@ -102,20 +102,6 @@ def test_a_part_of_a_file_is_refused(tmp_path: Path, container: str, share: floa
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("w.safetensors", b"<!DOCTYPE html><p>404</p>", "safetensors"),
-        ("w.pt", b"", "torch.save"),
-        ("w.npz", b"PK", "unknown kind"),
-    ],
-)
-def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        open_weights(tmp_path / name)
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ([torch.ones(1)], "expected a mapping"),
@@ -128,13 +114,6 @@ def test_contents_that_are_no_weights(tmp_path: Path, content: object, message: 
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=message):
         open_weights(tmp_path / "w.pt")
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file"):
-        open_weights(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="a folder"):
-        open_weights(tmp_path)
 
 
 def test_only_the_asked_tensor_is_produced_and_held(tmp_path: Path) -> None:

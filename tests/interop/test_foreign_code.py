@@ -180,21 +180,6 @@ def test_tokenizers_that_are_data_stay_usable(folder: Path) -> None:
     assert whole is not None and torch.equal(whole.tokenize(["cat"]), merged.tokenize(["cat"]))
 
 
-@pytest.mark.parametrize("depth", [200, 100_000])
-def test_a_configuration_nested_without_end(folder: Path, depth: int) -> None:
-    (folder / "tokenizer_config.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
-    configure(folder, "text_cfg", hf_tokenizer_name="any")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json.* nested deeper than"):
-        load(f"local-dir:{folder}")
-
-
-def test_a_folder_without_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not found"):
-        load(f"local-dir:{tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match=CONFIG):
-        load(f"local-dir:{tmp_path}")
-
-
 class Runs:
     """Runs code where it is unpickled."""
 

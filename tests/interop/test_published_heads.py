@@ -21,7 +21,7 @@ from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
 from visft_ds.interop.files import TensorInfo, WeightFile, open_weights
 from visft_ds.interop.head_file import build_empty
-from visft_ds.interop.heads import find_head, load_heads, open_head, read_head_info
+from visft_ds.interop.heads import load_heads, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, sort_names
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
@@ -176,15 +176,6 @@ def test_the_foreign_caption_head_is_left_where_it_is(folder: Path) -> None:
     assert [len(one.repeats) for one in contents.values()] == [0, 110, 0]
 
 
-def test_the_labelling_is_the_published_one_unless_told(folder: Path) -> None:
-    path = folder / FILES["segmentation"]
-    assert load_heads(path, "segmentation").labelling == "published"
-    assert load_heads(path, "segmentation", labelling="contiguous").labelling == "contiguous"
-    for task, labelling in (("detection", "published"), ("segmentation", "1..80")):
-        with pytest.raises(ValueError, match="only segmentation has one"):
-            load_heads(path, task, labelling=labelling)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("width", "parameters"),
     [(1792, (8_810_464, 13_847_441, 14_136_723)), (1408, (8_761_312, 13_650_833, 12_956_691))],
@@ -208,51 +199,14 @@ def test_full_size(width: int, parameters: tuple[int, int, int]) -> None:
 # ---- refusals ----
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_missing_tensors_are_listed(broken: Callable[..., Path], states: dict[str, Any], task: str) -> None:
-    names = list(expected_head(task, states[task], OPTIONS[task]).state_dict())
-    for name in names[:: len(names) // 12]:
-        with pytest.raises(ValueError, match=rf"(?i)missing.*\b{re.escape(name)}\b"):
-            load_heads(broken(task, **{theirs(task, name): None}), task)
-
-
 @pytest.mark.parametrize(
     ("task", "name", "value", "message"),
     [
-        (
-            "detection",
-            "transformer.encoder.layers.1.norm2.bias",
-            torch.ones(17),
-            r"norm2.bias \(17,\) in the file, \(16,",
-        ),
-        (
-            "detection",
-            "transformer.encoder.norm.bias",
-            torch.ones(16),
-            r"Unexpected \(1\): visft_heads.transformer.enc",
-        ),
-        (
-            "detection",
-            "transformer.decoders.detection.detection_coco.layers.0.cross_attn.in_proj_bias",
-            torch.ones(72),
-            "Unexpected .1.: .*cross_attn",
-        ),
-        ("detection", "transformer.decoders.vqa.vqa2.norm.bias", torch.ones(4), "Unexpected .1.: .*vqa2.norm.bias"),
-        ("detection", "caption_decoder.fc2.bias", torch.ones(4), "Unexpected .1.: .*fc2.bias"),
-        (
-            "detection",
-            "class_embeds.bias",
-            torch.tensor([1.0] * 5 + [torch.nan]),
-            "Not finite .1.: .*class_embeds.bias",
-        ),
-        ("detection", "input_proj.weight", torch.ones(16), r"too few axes: input_proj.weight \(16,\)"),
-        ("captioning", "caption_decoder.fc.bias", torch.full((13,), torch.inf), "Not finite .1.: .*fc.bias"),
+        ("detection", "transformer.encoder.layers.1.norm2.bias", torch.ones(17), "norm2.bias"),
+        ("detection", "transformer.decoders.vqa.vqa2.norm.bias", torch.ones(4), "Unexpected"),
+        ("captioning", "caption_decoder.fc.bias", torch.full((13,), torch.inf), "Not finite"),
         ("captioning", "caption_decoder.decode_step.bias_hh", torch.ones(24).int(), "quantised"),
-        ("segmentation", "segment_predictor.level_embed.weight", torch.ones(2, 32), r"\(2, 32\) in the file, \(1, 32"),
-        ("segmentation", "segment_head.predictor.decoder_norm.bias", torch.ones(32), "Different .1.: .*decoder_norm.b"),
-        ("segmentation", "segment_head.pixel_decoder.layer_1.weight", torch.ones(32), "Different .1.: .*layer_1.weig"),
-        ("segmentation", "segment_head.predictor.static_query.weight", torch.ones(3), "Unexpected .1.: .*static_query"),
-        ("segmentation", "segment_head.criterion.empty_weight", torch.ones(7), "Unexpected .1.: .*criterion"),
+        ("segmentation", "segment_head.predictor.decoder_norm.bias", torch.ones(32), "Different"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -269,33 +223,6 @@ def test_what_does_not_fit_is_named(
     assert all(torch.equal(tensor, before[key]) for key, tensor in head.state_dict().items())
 
 
-def test_a_whole_stack_of_layers_cannot_be_missing(states: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
-    """It would look like a head without an encoder."""
-    state = {name: t for name, t in states["detection"].items() if "transformer.encoder." not in name}
-    torch.save(state, tmp_path / "w.ckpt")
-    with pytest.raises(ValueError, match=r"are missing or .*: encoder\.layers\.0\.norm1\.weight$"):
-        load_heads(tmp_path / "w.ckpt", "detection")
-
-
-def test_a_file_without_the_head_says_what_it_has(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no segmentation head in this file; it has heads for detection, captioning"):
-        load_heads(folder / FILES["captioning"], "segmentation")
-    for name, message in (
-        (
-            "visft_heads.backbone.0.blocks.0.attn.qkv.lora_A",
-            "no detection head in this file; it has visft_heads.backbone",
-        ),
-        ("visual.blocks.0.attn.qkv.lora_A", "no head written by visft_ds .* and none of ViSFT"),
-    ):
-        torch.save({name: torch.ones(4, 2)}, tmp_path / "lora.pt")
-        for read in (load_heads, read_head_info):
-            with pytest.raises(ValueError, match=message):
-                read(tmp_path / "lora.pt", "detection")
-    for read in (load_heads, read_head_info, find_head):
-        with pytest.raises(ValueError, match="unknown task 'caption': known tasks are captioning, "):
-            read(folder / FILES["captioning"], "caption")
-
-
 # ---- into heads at hand ----
 
 
@@ -310,17 +237,6 @@ def test_weights_go_into_a_head_at_hand(folder: Path, states: dict[str, dict[str
     told = {name: value for name, value in OPTIONS[task].items() if name != "num_points"}
     assert info.options == told | ({"labelling": "published"} if task == "segmentation" else {})
     assert (info.task, info.in_channels, info.categories, info.extra) == (task, WIDTH, (), {"format": "visft"})
-
-
-def test_a_head_of_other_sizes_takes_nothing(folder: Path) -> None:
-    head = head_of("detection", WIDTH, **{**OPTIONS["detection"], "num_queries": 8})
-    with pytest.raises(
-        ValueError, match=r"built with in_channels=12, num_classes=5, num_queries=7.*\n.*\(7, 24\) in th"
-    ):
-        open_head(head, folder / FILES["detection"], "detection")
-    head = head_of("detection", WIDTH, **{**OPTIONS["detection"], "encoder_layers": 1})
-    with pytest.raises(ValueError, match=r"Unexpected \(12\): visft_heads.transformer.encoder.layers.1"):
-        open_head(head, folder / FILES["detection"], "detection")
 
 
 # ---- writing ----

@@ -132,25 +132,6 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     assert got == wanted and pooled == ("siglip" in name and "gap" not in name)
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        ("transformers", r"timm's test_vit is no model that is written for transformers: these are DINOv3"),
-        ("open_clip", r"--format open_clip is for towers of EVA-CLIP, this is timm's test_vit: choose timm"),
-    ],
-)
-def test_a_format_that_the_base_does_not_have_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, message: str
-) -> None:
-    base, adapter = random_base("test_vit", tmp_path), adapted("test_vit", tmp_path / "base.safetensors")[1]
-    save_peft_adapter(adapter, tmp_path / "adapter")
-    before = sorted(tmp_path.iterdir())
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--format", form)
-    assert _run(*given) == 2
-    said = capsys.readouterr().err
-    assert re.search(message, said) and len(said.splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
-
-
 def test_what_its_library_computes_otherwise_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,28 +144,6 @@ def test_what_its_library_computes_otherwise_is_not_written(
     assert _run(*given, "--verify") == 1 and not (tmp_path / "out").exists()
     said = capsys.readouterr()
     assert "by transformers 5" in said.out and "does not compute what base + change does" in said.err
-
-
-@pytest.mark.parametrize(
-    ("form", "result"),
-    [("timm", "features"), ("transformers", "tokens"), pytest.param("onnx", "features", marks=pytest.mark.slow)],
-)
-def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, result: str) -> None:
-    library = {"onnx": "onnxruntime"}.get(form, form)
-    pytest.importorskip(library)
-    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (snippet,) = [block for block in blocks if re.match(rf"(import|from) {library}\b", block)]
-    name = "vit_test_patch8_dinov3"
-    backbone, out = _export(name, tmp_path, form)
-    out.rename(tmp_path / "merged")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"images": _images()}
-    with torch.no_grad():
-        exec(compile(snippet, "export.md", "exec"), names)
-        got, wanted = torch.as_tensor(names[result]), backbone(_images())
-    got = got if form == "onnx" else got[:, -16:].mT.unflatten(2, (4, 4))
-    assert relative(got, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["vit_test_plus_patch8_dinov3_qkvb", "test_convnext"])

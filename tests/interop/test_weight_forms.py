@@ -31,7 +31,6 @@ from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
-PRE_NORM = ["--set", "num_heads=2", "--set", "post_norm=false"]
 
 
 def _model() -> EvaViT:
@@ -132,8 +131,8 @@ def test_a_published_lora_becomes_an_adapter_folder(tmp_path: Path) -> None:
     save_published_lora(adapter, tmp_path / "lora.pt")
     out = tmp_path / "out"
     given = ("--adapter", tmp_path / "lora.pt", "--format", "peft", "--out", out)
-    assert _run(*given) == 2 and _run(*given, "--model", "eva_g") == 2 and not out.exists()
-    assert _run("--base", base, *given, *PRE_NORM) == 0
+    assert _run(*given) == 2 and not out.exists()
+    assert _run("--base", base, *given) == 0
     assert same_change(read_adapter(out), adapter)
     card = (out / "README.md").read_text()
     assert f"| base weights | base.safetensors | {adapter.base_sha256} |" in card and str(tmp_path) not in card
@@ -172,7 +171,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
         out = tmp_path / f"out{number}"
-        assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft", *PRE_NORM) == 0
+        assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft") == 0
         read = read_adapter(out)
         assert read.base_sha256 == adapter.base_sha256 and read.fingerprint() == adapter.fingerprint()
         card = (out / "README.md").read_text()
@@ -185,12 +184,12 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
     (run / "export").mkdir()
     other = adapter.scaled(3.0)
     save_peft_adapter(other, run / "export" / "adapter", tower_of(_model()))
-    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft", *PRE_NORM) == 0
+    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     monkeypatch.chdir(run / "export")
-    given = ("--base", base, "--adapter", "adapter", "--format", "peft", *PRE_NORM)
+    given = ("--base", base, "--adapter", "adapter", "--format", "peft")
     assert _run(*given, "--out", tmp_path / "beside") == 0
-    of_file = ("--base", base, "--adapter", "adapter/adapter_model.safetensors", "--format", "peft", *PRE_NORM)
+    of_file = ("--base", base, "--adapter", "adapter/adapter_model.safetensors", "--format", "peft")
     assert _run(*of_file, "--out", tmp_path / "file") == 0
     for place in ("beside", "file"):
         card = (tmp_path / place / "README.md").read_text()

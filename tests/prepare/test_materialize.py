@@ -130,15 +130,6 @@ def test_a_damaged_value_is_told_by_the_one_process_that_sees_it(files: Path, tm
         assert isinstance(caught.value, RankError) is alone
 
 
-def test_an_old_torch_file_is_said_to_be_read_whole(files: Path, tmp_path: Path) -> None:
-    torch.save(load_file(files / "base.safetensors"), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
-    notes = [
-        prepare(configured("zero1", {**DEEP, "visft.model.weights": str(path)}, stage=1), Only("backbone.pos")).notes[0]
-        for path in (files / "base.pt", tmp_path / "b.pt")
-    ]
-    assert ["READ WHOLE" in note for note in notes] == [False, True]
-
-
 def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
     """Also what trains of it, which is wider, and whoever holds it."""
     groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]

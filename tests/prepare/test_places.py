@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -90,40 +88,12 @@ def test_heads_and_words_are_copied_once(home: Path) -> None:
     assert json.loads((folder / "categories.json").read_text())[1] == {"id": 1, "coco_id": 8, "name": "rust"}
 
 
-def test_other_heads_of_a_run_that_saved_nothing_take_the_place_of_the_first(home: Path) -> None:
-    _write(home, {f"published/eva_e_{kind}_heads.ckpt": kind for kind in ("detection", "segment", "caption")})
-    keep_inputs(home / "run", _config(heads="published").visft, CATEGORIES)
-    assert {path.suffix for path in (home / "run/inputs/heads").iterdir()} == {".ckpt"}
-    _write(home, {"published/eva_e_detection_heads.ckpt": "anew"})
-    keep_inputs(home / "run", _config(heads="published").visft, CATEGORIES)
-    assert find_head(home / "run/inputs/heads", "detection").read_text() == "anew"
-
-
 def test_a_head_given_as_a_file_is_one(home: Path) -> None:
     config = _config('visft.tasks=["detection"]', heads="mine.ckpt")
     _write(home, {"mine.ckpt": "trained elsewhere"})
     keep_inputs(home / "run", config.visft, CATEGORIES)
     (home / "mine.ckpt").unlink()
     assert find(home / "run", config.visft, HEADS) == home / "run/inputs/heads/mine.ckpt"
-
-
-def test_a_copy_that_was_cut_off_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed or out of room in the middle of it: nothing stands under its name, and the next start goes on."""
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (home / "fresh").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"copies of .*fresh/inputs: No space.*make room"):
-            _record(_config(out="fresh"))
-    assert not any(path.is_file() for path in (home / "fresh").rglob("*"))
-    left = home / "fresh/inputs/heads/.detection.safetensors.tmp-1"
-    left.write_text("head of")
-    assert find(home / "fresh", _config().visft, HEADS) == Path("stage1/export")
-    _record(_config(out="fresh"))
-    assert not left.exists() and find(home / "fresh", _config().visft, HEADS) == home / "fresh/inputs/heads"
 
 
 def test_a_run_comes_before_where_its_files_came_from(home: Path) -> None:
@@ -182,21 +152,6 @@ def test_shards_of_the_same_name_are_not_those_of_the_run(
         data_of_run(home / "run", config, "train")
 
 
-def test_damaged_shards_are_passed_over(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(tmp_path / "elsewhere", {"shards/train.manifest.json": "{}"})
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert data_of_run(home / "run", _config().visft, "train") == str(home / "shards")
-
-
-def test_a_run_without_a_record_of_its_inputs_counts_as_given(home: Path) -> None:
-    record = json.loads((home / "run/run.json").read_text())
-    del record["inputs"]
-    (home / "run/run.json").write_text(json.dumps(record))
-    (home / "base.pt").unlink()
-    assert find(home / "run", _config().visft, WEIGHTS) == Path("base.pt")
-    assert located(_config(), home / "run").visft.model.weights == "base.pt"
-
-
 def test_the_record_keeps_what_was_given(home: Path) -> None:
     config = _config()
     for path in (home / "stage1/export").iterdir():
@@ -212,8 +167,3 @@ def test_a_run_in_place_of_a_folder_of_heads_is_told_the_folder(home: Path) -> N
             heads_in(run)
         with pytest.raises(ValueError, match=f"it is in {run / inside}, give that"):
             find_head(run, "detection")
-
-
-def test_what_needs_no_data_does_not_ask_where_it_is() -> None:
-    """Runs before 0.2 may have named it by file://, which is refused where data is read."""
-    assert DATA not in paths_of(resolve(stage=1, model="debug", settings=["visft.data.root=file:///x"]).visft)

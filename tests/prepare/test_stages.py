@@ -109,14 +109,6 @@ def test_heads_of_other_images_are_noted(stage1: tuple[ResolvedConfig, PreparedM
     assert sum("learnt from images of mode shared, this run is sampled" in note for note in notes) == 3
 
 
-def test_heads_over_a_base_in_few_bits_are_noted(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
-    """Earlier releases could store it so."""
-    config, first = stage1
-    heads = write_own(tmp_path, first, config, "sampled", base="int8")
-    notes = prepared(configured(2, PUBLISHED), heads).notes
-    assert "the detection head learnt over a base in int8, this run has it in full" in notes
-
-
 @pytest.mark.parametrize("active", [False, True])
 def test_frozen_heads_drop_nothing_unless_asked_to(active: bool) -> None:
     model = prepared(configured(2, {"visft.heads.active_dropout": active})).module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.models.compiled import check_compiler, compilations, compile_blocks
+from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.streams import fixed_sizes
@@ -26,33 +25,10 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
     return resolve(**{"stage": 2, "model": "eva_e", **layers}, settings=settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "layers", "message"),
-    [
-        ((PACKED, "visft.features.views=1"), {"stage": 1}, "visft.model.packed = true .*one by one, without padding"),
-        ((PACKED,), {"engine": "pipeline"}, "packed"),
-        ((BLOCKS,), {"engine": "zero3"}, "compile = .blocks.* must be none with ZeRO-3.*use --engine zero1 or zero2"),
-        ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
-        ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
-        (("visft.model.compile=block",), {}, "did you mean blocks"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(settings: tuple[str, ...], layers: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        configured(*settings, **layers)
-
-
 def test_packing_is_part_of_what_a_run_is_and_compiling_is_not() -> None:
     plain = configured()
     assert configured(PACKED).fingerprint() != plain.fingerprint()
     assert configured(BLOCKS).fingerprint() == plain.fingerprint()
-
-
-def test_a_compiler_that_is_missing_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check_compiler("none", CPU)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"C\+\+"):
-        check_compiler("blocks", CPU)
 
 
 def adapted(device: str = "cpu", dtype: torch.dtype = torch.float32) -> EvaViT:

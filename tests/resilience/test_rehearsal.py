@@ -44,7 +44,7 @@ def test_no_draw_is_larger_than_the_extremes(transform: Any, size: tuple[int, in
     extremes = transform.geometry.extremes(size)
     for measure in (lambda one: one[0], lambda one: one[1]):
         largest = max(map(measure, extremes))
-        assert max(map(measure, sizes)) <= largest + ROUNDING * (min(size) < 100)
+        assert max(map(measure, sizes)) <= largest + ROUNDING
     most = max(height * width for height, width in extremes)
     assert max(height * width for height, width in sizes) <= 1.01 * most
 

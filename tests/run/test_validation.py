@@ -159,7 +159,7 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     judged = _judged(held.out)
     assert list(judged) == [2, 4]
     for numbers in judged.values():
-        assert {name.split("/")[1] for name in numbers} == {"box", "mask", "caption"} and len(numbers) > 20
+        assert {name.split("/")[1] for name in numbers} == {"box", "mask", "caption"} and len(numbers) > 15
     lines = [line for line in held.printed.splitlines() if "validation:" in line]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for line, numbers in zip(lines, judged.values(), strict=True):
@@ -185,9 +185,12 @@ def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
     assert all(event.value > 0 for event in events.Scalars("memory/peak_gib"))
     for task in TASKS:  # which share their steps
         assert [event.step for event in events.Scalars(f"images_per_second/{task}")] == [1, 2, 3, 4]
-    texts = [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors("captioning/captions")]
+    texts = [
+        (event.step, event.tensor_proto.string_val[0].decode())
+        for event in events.Tensors("captioning/captions/text_summary")
+    ]
     assert [step for step, _ in texts] == [2, 4] and all(re.match(r"\d+: ", text) for _, text in texts)
-    assert '"seed": ' in events.Tensors("configuration")[0].tensor_proto.string_val[0].decode()
+    assert '"seed": ' in events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
 def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path: Path) -> None:
@@ -339,7 +342,13 @@ def test_damaged_results(parts: Parts, tmp_path: Path) -> None:
     results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"]]
     (tmp_path / "captioning_results.json").write_text(json.dumps(results))
     (tmp_path / "detection_results.json").write_text('[{"image_id": 1000, "cate')
-    order = {"step": 2, "tasks": ["detection", "segmentation", "captioning"], "split": "val", "limit": None}
+    order = {
+        "step": 2,
+        "tasks": ["detection", "segmentation", "captioning"],
+        "split": "val",
+        "limit": None,
+        "cache": None,
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(order))
     assert judging.main(tmp_path, parts.manifest.root) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -430,7 +439,9 @@ def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) ->
     """However that ends: the run that goes on measures the same step, and writes into the same folder."""
     place = tmp_path / "validation/step_00000002"
     place.mkdir(parents=True)
-    (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
+    (place / "evaluation.json").write_text(
+        '{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null, "cache": null}'
+    )
     os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"

@@ -54,10 +54,10 @@ def test_photographs_are_learnt_by_heart(head: str, tmp_path: Path) -> None:
     """COCO's, by both heads; what the DETR learns so is of no use, and the run says so."""
     assert make_shards([str(PHOTOS), "--out", str(tmp_path / "shards")]) == 0
     settings = {"visft.tasks": "detection", "visft.tasks.detection.head.type": head, "visft.run.eval_limit": 20}
+    settings |= {"visft.features.views": 1, "visft.shared.image.zoom": None, "visft.shared.image.flip": 0.0}
     if head == "detr":
         small = {"num_queries": 40, "encoder_layers": 1, "decoder_layers": 3, "decoder_dim": 128, "dropout": 0.0}
         settings |= {f"visft.tasks.detection.head.{name}": value for name, value in small.items()}
-        settings |= {"visft.features.views": 1, "visft.shared.image.zoom": None, "visft.shared.image.flip": 0.0}
         settings |= {"visft.tasks.detection.loss.ce": 3.0}
     result = fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings)
     assert result.finished

@@ -59,7 +59,7 @@ def best_step(scores: Mapping[int, float | None]) -> int | None:
 
 def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives None."""
-    records = read_metrics(path) if path.is_file() else ()
+    records = read_metrics(path, "val/") if path.is_file() else ()
     judged = [record for record in records if any(name.startswith("val/") for name in record)]
     return {record["step"]: _number(record.get(f"val/{metric}")) for record in judged}
 
@@ -69,8 +69,7 @@ class SaveReport:
     """Report of a finished save."""
 
     step: int
-    stall_seconds: float  #: for which training stood still: waiting, gathering and copying to the host
-    waited_seconds: float  #: of it, for the save before
+    stall_seconds: float  #: for which training stood still: waiting for the save before, gathering, copying to the host
     write_seconds: float  #: writing, beside the training
 
 
@@ -137,14 +136,13 @@ class Saver:
         """
         began = time.perf_counter()
         self._join()
-        waited = time.perf_counter() - began
         state = gather(self._buffers)
         if state is None:  # the main process has taken part, so its save before is finished
             self.saved, self._asked = self._asked, step
             return
         self._buffers.finish()
         stall = time.perf_counter() - began
-        self._writing = self._pool.submit(self._write, step, state, stall, waited, dict(self._scores))
+        self._writing = self._pool.submit(self._write, step, state, stall, dict(self._scores))
 
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
         """Saves that are on disk by now and were not returned before; with `wait`, all of them.
@@ -211,15 +209,13 @@ class Saver:
             writing, self._writing = self._writing, None  # a failure is raised once
             self._reports.append(writing.result())
 
-    def _write(
-        self, step: int, state: EngineState, stall: float, waited: float, scores: Mapping[int, float | None]
-    ) -> SaveReport:
+    def _write(self, step: int, state: EngineState, stall: float, scores: Mapping[int, float | None]) -> SaveReport:
         began = time.perf_counter()
         save_checkpoint(self.folder, step, state, self.identity, self._header(step))
         self.saved = step
         seconds = time.perf_counter() - began
         self._delete(step, scores)
-        return SaveReport(step, stall, waited, seconds)
+        return SaveReport(step, stall, seconds)
 
     def _delete(self, newest: int, scores: Mapping[int, float | None]) -> None:
         steps = saved_steps(self.folder)

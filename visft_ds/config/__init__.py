@@ -6,7 +6,7 @@ disk. cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
-from visft_ds.config.cli import build_parser, resolve_arguments, tower_setting
+from visft_ds.config.cli import build_parser, resolve_arguments
 from visft_ds.config.preflight import Missing, missing_inputs, render_missing
 from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve, resolve_values
 
@@ -24,5 +24,4 @@ __all__ = [
     "resolve",
     "resolve_arguments",
     "resolve_values",
-    "tower_setting",
 ]

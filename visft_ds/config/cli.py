@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -302,18 +301,6 @@ def check_resume(how: str) -> None:
     """Raise ValueError for a way to resume that there is not."""
     if how not in ("auto", "must", "no"):
         raise ValueError(f"--resume {how}: must be auto (if there is a checkpoint), must, or no")
-
-
-def tower_setting(text: str) -> tuple[str, int | float | bool]:
-    """`num_heads=16`, `post_norm=true`: a field of a tower and a JSON number or truth value; the type of a flag."""
-    name, _, value = text.partition("=")
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, int | float):
-        raise argparse.ArgumentTypeError(f"{text!r}: write name=number or name=true|false, such as num_heads=16")
-    return name, parsed
 
 
 def _unknown(parser: argparse.ArgumentParser, text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import Predict
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
-from visft_ds.redaction import redacted
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Example
@@ -43,9 +41,6 @@ def draw_examples(
 ) -> dict[str, dict[int, Picture]]:
     """Task -> image id -> ground truth beside prediction. Collective: every rank predicts the same, the main one draws.
 
-    What cannot be drawn (predictions that are not finite, say) is named in a warning and left out: no rank may leave
-    while others go on to predict.
-
     Args:
         count: how many images; see `example_positions`.
         threshold: least score that is drawn.
@@ -66,8 +61,5 @@ def draw_examples(
                 for raw in raws:
                     of_image = [result for result in results if result["image_id"] == raw.image_id]
                     example = Example(raw, of_image, names, threshold)
-                    try:
-                        pictures[task][raw.image_id] = TASKS[task].picture(example)
-                    except ValueError as error:
-                        print(f"warning: no {task} picture of image {raw.image_id}: {redacted(error)}", file=sys.stderr)
+                    pictures[task][raw.image_id] = TASKS[task].picture(example)
     return pictures

@@ -18,7 +18,6 @@ from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
@@ -49,6 +48,7 @@ from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.ops import DTYPES
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import trains_backbone
@@ -243,7 +243,7 @@ def files_of_run(
         raise ValueError(
             f"not found: {', '.join(missing)}. If the run in {run} was interrupted, the same training command goes on "
             f"with it and writes what it trained at its end. Files that were moved are named by --backbone FILE, "
-            f"--heads FOLDER and --adapter FOLDER; relative paths of runs before 0.2 count from where they were trained"
+            f"--heads FOLDER and --adapter FOLDER"
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
@@ -455,8 +455,7 @@ def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
 def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:
     """Reasons against these heads on this backbone, see `of_other_base`.
 
-    Heads know their base; the backbone may be that, or what training or merging made of it. Of files that do not record
-    it (by an older release, of a random base) the run's own base may.
+    Heads know their base; the backbone may be that, or what training or merging made of it.
     """
     if (files.backbone, files.heads) == files.of_run:
         return []

@@ -61,9 +61,9 @@ def collect(
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 gauge.show(min(gauge.done + world * len(batch.real), count))
         for task, results in ours.items():
-            parts = distributed.gather_objects(TASKS[task].compress(results))
+            parts = distributed.gather_objects(results)
             if parts is not None:
-                gathered[task] = [result for part in parts for result in TASKS[task].expand(part)]
+                gathered[task] = [result for part in parts for result in part]
     if not distributed.is_main():
         return None
     place = {image_id: number for number, image_id in enumerate(reader.manifest.index["image_id"].tolist())}

@@ -158,7 +158,8 @@ class Plan:
         chosen = [*self.given.set, *arm.both, *settings, f"visft.seed={seed}"]
         chosen += [f"visft.model.weights={self.base}"] if self.base else []
         words += [part for one in chosen for part in ("--set", one)]
-        return self.steps.add(f"{name}-seed{seed}", *words, "--out", OUT, resumes=True)
+        processes = self.given.processes
+        return self.steps.add(f"{name}-seed{seed}", *words, "--out", OUT, resumes=True, processes=processes)
 
     def _permuted(self, seed: int) -> str:
         words = ("shards", "permute", self.data, "--seed", str(seed), "--out", OUT)

@@ -251,7 +251,7 @@ def read_tensor(file: WeightFile, source: str, dtype: torch.dtype) -> Tensor:
     Raises ValueError for values that are not finite after the cast.
     """
     value = file.get(source)
-    result = value.to(dtype, copy=True)
+    result = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
     _check_finite(file, source, value, result)
     return result
 

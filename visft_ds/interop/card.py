@@ -64,7 +64,7 @@ def merged_card(
     ]
     if change.layers_read:
         what.append(
-            f"It was trained on what block {max(change.layers_read)} gives, normed by the last norm; behind it is the base. "
+            f"It was trained on what block {max(change.layers_read)} gives, through the last norm. "
             f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
             f"{[*change.layers_read]}, norm=True, intermediates_only=True)`."
         )

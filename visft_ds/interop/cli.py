@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config import tower_setting
 from visft_ds.config.backbones import named
 from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
@@ -60,15 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
     source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
-    source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
-    source.add_argument(
-        "--set",
-        type=tower_setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="num_heads or post_norm of the model, where neither file nor preset tells",
-    )
     out = parser.add_argument_group("to")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     out.add_argument(
@@ -85,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
     )
-    out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
     out.add_argument(
         "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the model card shows"
     )

@@ -20,7 +20,6 @@ import torch
 from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.records import MAIN, read_evaluation
 from visft_ds.flags import check_extra
 from visft_ds.interop import loaders, onnx, peft
@@ -31,7 +30,7 @@ from visft_ds.interop.card_data import Measurement, publication_of
 from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples, open_weights, sha256_file
 from visft_ds.interop.formats import FORMATS, side_files
-from visft_ds.interop.layouts import Tower, part_of, tower_in, tower_of
+from visft_ds.interop.layouts import Tower, part_of, tower_in
 from visft_ds.interop.merge import (
     MergeReport,
     Share,
@@ -46,10 +45,12 @@ from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, build_backbone
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
+from visft_ds.ops import DTYPES
+from visft_ds.prepare.places import DATA
 from visft_ds.run.adapter import base_of, place_of, read_change
-from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, read_run, recorded_config
 from visft_ds.tasks import config_class
 
 _ADAPTER_FORMATS = ("peft",)
@@ -65,7 +66,7 @@ def merge(given: argparse.Namespace) -> int:
         raise ValueError(
             f"{', '.join(absent)}: no such adapter; give a run, a checkpoint, an adapter folder or a LoRA file"
         )
-    if given.base is None and not given.model and len(given.adapter) == 1:
+    if given.base is None and len(given.adapter) == 1:
         given.base = base_of(given.adapter[0])
     _check(given)
     if not given.adapter:
@@ -180,8 +181,8 @@ def _joined(changes: Sequence[Change], scale: float) -> Change:
 
 def _check(given: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
-    if not math.isfinite(given.scale) or given.images < 1:
-        raise ValueError("--scale must be a finite number, --images at least 1")
+    if not math.isfinite(given.scale):
+        raise ValueError("--scale must be a finite number")
     alone, graph = given.format in _ADAPTER_FORMATS, given.format == "onnx"
     if (alone or graph) and given.dtype != "fp32":
         written = "a graph in fp32" if graph else "the adapter alone"
@@ -194,9 +195,8 @@ def _check(given: argparse.Namespace) -> None:
         if _is_folder(given.out):
             suffix = ".onnx" if graph else ".safetensors"
             raise ValueError(f"{given.out}: without --adapter a file is written: end its name in {suffix}")
-    if given.base is None and not (alone and given.model and not given.verify):
-        needed = "--base FILE or --model PRESET" if alone and not given.verify else "--base FILE"
-        raise ValueError(f"{needed} is needed: the model the adapter belongs to")
+    if given.base is None and (given.verify or not alone):
+        raise ValueError("--base FILE is needed: the model the adapter belongs to")
     if given.results and not _is_folder(given.out):
         raise ValueError(f"--results needs a folder as --out, without suffix; {given.out} is a file")
     if graph and given.out.suffix not in ("", ".onnx"):
@@ -267,12 +267,11 @@ def _verify(
             result,
             tower,
             dtype=DTYPES[given.dtype],
-            images=given.images,
             loader=library or f"visft_ds {__version__}",
             load_result=load_result,
         )
     print(
-        f"verify   {given.images} random images, by {verification.loader}: largest difference "
+        f"verify   random images, by {verification.loader}: largest difference "
         f"{verification.max_abs:.3g}, relative {verification.relative:.3g} (allowed {verification.tolerance:.2g}); the "
         f"effect of the change {verification.effect:.3g}"
     )
@@ -313,6 +312,9 @@ def _trained(run: Path, place: Path) -> dict[str, str]:
         "optimiser": f"{optimizer.type}, learning rate {optimizer.params.lr:g}",
         "seed": str(visft.seed),
     }
+    data = read_run(run).inputs.get(DATA)
+    if isinstance(data, SplitInput) and data.masks:
+        facts["masks"] = data.masks
     if place.name.startswith("step_"):
         facts["checkpoint"] = f"step {int(place.name.removeprefix('step_'))}"
     elif place.parent.name != "export":
@@ -395,11 +397,10 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
     form, dtype = FORMATS[_layout(given)], DTYPES[given.dtype]
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
-    settings = dict(given.set)
     preset = PRESETS.get(tower.preset() or "")
     published = preset is not None and preset.image_size == tower.image_size
-    if given.verify or given.format == "onnx" or given.model or settings or form.pre_norm_only or published:
-        tower = resolve_tower(tower, given.model, settings)
+    if given.verify or given.format == "onnx" or form.pre_norm_only or published:
+        tower = resolve_tower(tower)
     started = time.perf_counter()
     with _staged(given.out) as stage:
         report = merge_into_file(
@@ -487,11 +488,9 @@ def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Towe
         sha256, notes = check_timm_base(given.base, adapter, allow_other=given.allow_other_base)
         return None, notes, CardSource(given.base.name, sha256)
     if given.base is None:
-        if given.model not in PRESETS:
-            raise ValueError(f"unknown model {given.model!r}; allowed: {', '.join(PRESETS)}")
-        return tower_of(build_backbone(given.model, device="meta", class_token=True)), [], None
+        raise ValueError("--base FILE is needed: the tower that the adapter belongs to")
     file, layout = open_tower(given.base)
-    tower = resolve_tower(tower_in(file, layout), given.model, dict(given.set))
+    tower = resolve_tower(tower_in(file, layout))
     sha256, notes = check_base(file, adapter, given.allow_other_base)
     return tower, notes, CardSource(given.base.name, sha256)
 

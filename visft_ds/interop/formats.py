@@ -56,9 +56,7 @@ def check_format(name: str, out: Path, tower: Tower) -> None:
     if not form.pre_norm_only:
         return
     if tower.post_norm is None:
-        raise ValueError(
-            f"{form.library} knows pre-norm towers only: state post_norm (--set post_norm=false) or --model"
-        )
+        raise ValueError(f"{form.library} knows pre-norm towers only, and the file does not tell where its norms are")
     if tower.post_norm:
         raise ValueError(
             f"{form.library} has the pre-norm tower of EVA-CLIP-g only; this one ({tower.describe()}) norms the "

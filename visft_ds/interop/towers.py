@@ -57,10 +57,7 @@ def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, fl
         sizes[key] = value
     heads, post_norm = sizes["num_heads"], sizes["post_norm"]
     if heads is None or post_norm is None:
-        raise ValueError(
-            f"the file does not tell num_heads and post_norm, and no preset has {found.describe()}: give --model, or "
-            f"--set num_heads=N --set post_norm=true|false"
-        )
+        raise ValueError(f"the file does not tell num_heads and post_norm, and no preset has {found.describe()}")
     if found.width % int(heads):
         raise ValueError(f"num_heads={heads} does not divide the width {found.width}")
     return replace(found, num_heads=int(heads), post_norm=bool(post_norm))

@@ -42,7 +42,7 @@ class TunedWeights:
         return layers_in(self.file)
 
     def weights(self) -> tuple[str, ...]:
-        """Names of all base weights that trained; all of a file that does not tell, as earlier releases wrote them."""
+        """Names of all base weights that trained: those that the header tells, or all of a checkpoint's."""
         if TRAINED not in self.file.metadata:
             return tuple(self.file)
         told = set(self.file.told(TRAINED, list[str]))

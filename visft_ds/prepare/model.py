@@ -18,7 +18,6 @@ from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
@@ -39,6 +38,7 @@ from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import check_reached, inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import DTYPES
 from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
@@ -318,9 +318,6 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
-        storage = info.extra.get("base", "full")
-        if storage != "full":  # an earlier release could
-            notes.append(f"the {task} head learnt over a base in {storage}, this run has it in full")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

@@ -6,8 +6,7 @@
     RUN/run.json, "inputs"        base weights and shards: where they were, absolutely and from the run, and what proves
                                   them (sha256 of a file, fingerprint of a split)
 
-`run.record` writes all of it when a run starts. Runs of earlier releases have nothing of the kind: their paths count as
-they are recorded.
+`run.record` writes all of it when a run starts.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ WORDS = ".vocabulary.file"  #: end of the key of a word map
 #: Inside RUN/inputs.
 VOCABULARY_FILE, CATEGORIES_FILE = "vocabulary.json", "categories.json"
 _REMEDIES = {
-    WEIGHTS: f"--backbone FILE (evaluate), --base FILE (merge) or --set {WEIGHTS}=FILE (train, replay)",
-    DATA: f"--data FOLDER (train, evaluate) or --set {DATA}=FOLDER (train, replay)",
+    WEIGHTS: f"--backbone FILE (evaluate), --base FILE (merge) or --set {WEIGHTS}=FILE (train)",
+    DATA: f"--data FOLDER (train, evaluate) or --set {DATA}=FOLDER (train)",
 }
 
 

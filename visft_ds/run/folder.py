@@ -61,7 +61,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
         of_a_start = {"export", ENDED_FILE, INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
-        if set(found) <= of_a_start:
+        if set(found) <= of_a_start | {"features"}:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
     if not saved_something(out):

@@ -126,6 +126,8 @@ def _places(
         if key in names:
             manifest = sets[names[key]].manifest
             found[key] |= {"split": manifest.split, "fingerprint": manifest.fingerprint}
+            if manifest.options.get("masks_from_boxes"):
+                found[key]["masks"] = "ellipses drawn into boxes, where there were none"
         else:
             found[key]["sha256"] = base_sha256 if key == WEIGHTS else sha256_file(path)
     return found

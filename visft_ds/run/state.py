@@ -30,9 +30,6 @@ from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
 
-#: A wait for the save before this one is reported from here on, in seconds.
-_WORTH_TELLING = 0.01
-
 
 class RunState:
     """The state of one run; a context manager that waits for a save that is on its way.
@@ -113,11 +110,9 @@ class RunState:
         """
         for save in self._saver.finished(wait=wait):
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            told = f"training stood still for {save.stall_seconds:.2f} s"
-            if save.waited_seconds > _WORTH_TELLING:
-                told += f", {save.waited_seconds:.2f} s of it for the save before"
             log.message(
-                f"saved step {save.step} in {self._saver.folder} ({told}; written in {save.write_seconds:.2f} s)"
+                f"saved step {save.step} in {self._saver.folder} (training stood still for {save.stall_seconds:.2f} s; "
+                f"written in {save.write_seconds:.2f} s)"
             )
             log.writer.save(save.step, seconds, checkpoint_path(self._saver.folder, save.step))
 

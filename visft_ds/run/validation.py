@@ -83,7 +83,7 @@ class Validation:
         recorded: set[int] = set()
         if distributed.is_main():
             path = self._out / METRICS_FILE
-            records = read_metrics(path) if path.is_file() else ()
+            records = read_metrics(path, "val/") if path.is_file() else ()
             recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)

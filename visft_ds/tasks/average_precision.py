@@ -1,4 +1,4 @@
-"""COCO average precision of boxes and masks by faster-coco-eval, and a compact form of boxes for gathering from ranks.
+"""COCO average precision of boxes and masks by faster-coco-eval.
 
 The ground truth of shards is `visft_ds.data.dataset.coco_dataset(reader)`; no annotation file is needed.
 """
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
 from visft_ds.tasks import Results
@@ -80,17 +79,3 @@ def coco_average_precision(
             values = precision[:, :, place][precision[:, :, place] > -1]
             measures[f"{prefix}/AP/{names[int(category)]}"] = float(values.mean()) if values.size else -1.0
     return measures
-
-
-def pack_results(results: Results) -> npt.NDArray[np.float64]:
-    """Box results as (n, 7) float64: image_id, category_id, x, y, w, h, score. Ids are exact below 2**53."""
-    rows = [(one["image_id"], one["category_id"], *one["bbox"], one["score"]) for one in results]
-    return np.array(rows, dtype=np.float64).reshape(-1, 7)
-
-
-def unpack_results(packed: npt.NDArray[np.float64]) -> Results:
-    """The inverse of `pack_results`; arrays of several ranks may be concatenated before."""
-    return [
-        {"image_id": int(row[0]), "category_id": int(row[1]), "bbox": row[2:6], "score": row[6]}
-        for row in packed.tolist()
-    ]

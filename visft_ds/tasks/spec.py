@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
+from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
@@ -101,15 +102,15 @@ class Content:
 class Task(ABC):
     """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass.
 
-    A task whose settings are a `WordsConfig` gets the `Vocabulary` where it makes targets and results. `classes` are
-    the raw ids of the head's classes; None: those of the published head.
+    `vocabulary` is None for all but a task whose settings are a `WordsConfig`. `classes` are the raw ids of the head's
+    classes; None: those of the published head.
     """
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (in_channels, **head options); called with (features, valid)
+    head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
+    losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
     sizes: ClassVar[HeadSizes]
-    shared_options: ClassVar[tuple[str, ...]] = ()  #: head options that the criterion must be given too
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod
@@ -128,22 +129,11 @@ class Task(ABC):
 
     @abstractmethod
     def blank(self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: device) -> Targets:
-        """Targets without content, as large as stated.
-
-        What criteria read on the host is on the CPU, large tensors are on the device.
-        """
+        """Targets without content, as large as stated; on the device, but on the CPU what criteria read on the host."""
 
     def data_problem(self, manifest: Manifest) -> str | None:
         """Problem of a split whose labels would teach something wrong, or None."""
         return None
-
-    @abstractmethod
-    def make_criterion(self, **options: Any) -> Criterion:
-        """The criterion, from the options of the loss and the `shared_options`."""
-
-    def make_head(self, in_channels: int, **options: Any) -> nn.Module:
-        """A head, from all its options."""
-        return self.head(in_channels=in_channels, **options)
 
     @abstractmethod
     def results(
@@ -156,22 +146,13 @@ class Task(ABC):
     ) -> Results:
         """Predictions for the real images of a batch; objects with at least `threshold`."""
 
-    @abstractmethod
     def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
         """Ground truth of positions in a split, as COCO writes it."""
+        return (caption_dataset if self.config.labels == "captions" else coco_dataset)(reader, indices)
 
     @abstractmethod
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         """Named numbers of the results, of each category too where that is wanted."""
-
-    def compress(self, results: Results) -> Any:
-        """Compact form of results, which travels between ranks."""
-        return results
-
-    def expand(self, compressed: Any) -> Results:
-        """The inverse of `compress`."""
-        results: Results = compressed
-        return results
 
     def describe(self, results: Results, names: Mapping[int, str]) -> str:
         """A line for a reader about the results of an image."""
@@ -191,14 +172,17 @@ class Task(ABC):
         """Options of a part: those given, and the schema's defaults of the others."""
         return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
 
+    def settings(self, part: Literal["head", "loss"], given: Mapping[str, Any]) -> Any:
+        """The same as an object of the schema."""
+        known = type(self.config.model_fields[part].get_default(call_default_factory=True))
+        return known(**{name: value for name, value in given.items() if name in known.model_fields})
+
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.make_head(in_channels, **self.options("head", options), **own)
+        return self.head(in_channels, self.settings("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
-        """The criterion that fits a head: options they share are stated once, with the head."""
-        head_options = self.options("head", head_options)
-        shared = {name: head_options[name] for name in self.shared_options}
-        return self.make_criterion(**shared, **self.options("loss", loss_options))
+        """The criterion that fits a head with these options."""
+        return self.losses(self.settings("head", head_options), self.settings("loss", loss_options))

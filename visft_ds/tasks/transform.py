@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
-from visft_ds.tasks import TASKS, entries
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -47,42 +46,27 @@ class ImageTransform:
 
     def targets(
         self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-    ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
-        """Labels of each task for the image after `ops`."""
+    ) -> dict[str, Mapping[str, Any]]:
+        """Labels of each task for the image after `ops`: arrays by name."""
         return {task: targets(raw, ops, generator) for task, targets in self.tasks.items()}
-
-    def modules(self) -> set[str]:
-        """Modules that it works with: this one, and those that describe its tasks."""
-        return {__name__, *(entries()[task].partition(":")[0] for task in self.tasks)}
 
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
     """The transform of a stream."""
-    targets = {
-        task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task))
-        for task in TASKS
-        if task in stream.tasks
-    }
-    return ImageTransform(train, geometry_of(stream), targets)
+    tasks = [task for task in TASKS if task in stream.tasks]
+    made = {task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task)) for task in tasks}
+    return ImageTransform(train, geometry_of(stream), made)
 
 
 def geometry_of(stream: Stream) -> Geometry:
-    """The geometry of a stream.
-
-    Several tasks share one that cuts nothing out, unlike those of detection and segmentation alone: a caption
-    describes the whole image. (A mirrored image keeps its caption; where "left" and "right" matter, give `flip` 0.)
-    """
+    """The geometry of a stream: what several tasks share cuts nothing out, as a caption describes the whole image."""
     if stream.name == SHARED:
         return of_options(ShortSides, stream.image)
     return TASKS[stream.name].geometry(stream.image)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:
-    """A batch with the targets of every task of the samples; without any where no labels were read.
-
-    Images are padded right and bottom with 0 to the largest height and width of the batch. Targets stand in the order
-    of `TASKS`, so that losses are summed in one order however the tasks were listed.
-    """
+    """A batch with the targets of every task of the samples, in the order of `TASKS`; none if no labels were read."""
     batch = stack_samples(samples)
     assert batch.frames is not None
     height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell

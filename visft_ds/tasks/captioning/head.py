@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -63,29 +64,18 @@ class CaptioningHead(nn.Module):
     layer, whose bias is 0; PyTorch's defaults elsewhere.
 
     With captions it predicts each next word from the true previous ones (teacher forcing); without, it generates them.
-    Defaults and bounds of the options stand in `CaptioningHeadConfig`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        vocabulary_size: int,
-        attention_dim: int,
-        embed_dim: int,
-        decoder_dim: int,
-        grid: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, in_channels: int, options: CaptioningHeadConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.vocabulary_size = vocabulary_size
-        self.grid = grid
+        self.vocabulary_size, self.grid = vocabulary_size, options.grid
+        attention_dim, embed_dim, decoder_dim = options.attention_dim, options.embed_dim, options.decoder_dim
         self.encoder_att = nn.Linear(in_channels, attention_dim)
         self.embedding = nn.Embedding(vocabulary_size, embed_dim)
         self.init_h = nn.Linear(in_channels, decoder_dim)
         self.init_c = nn.Linear(in_channels, decoder_dim)
         self.recurrence = Recurrence(in_channels, attention_dim, embed_dim, decoder_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.fc = nn.Linear(decoder_dim, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.fc.weight, -0.1, 0.1)
@@ -275,8 +265,8 @@ class CaptioningCriterion:
     a caption take no part.
     """
 
-    def __init__(self, *, ce: float, attention: float) -> None:
-        self.weights: dict[str, float] = {"ce": ce, "attention": attention}
+    def __init__(self, head: CaptioningHeadConfig, loss: CaptioningLoss) -> None:
+        self.weights: dict[str, float] = {"ce": loss.ce, "attention": loss.attention}
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Loss denominators from the labels alone: ids to be predicted, and images with a caption."""

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from visft_ds.data.dataset import caption_dataset
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.captioning.config import CaptioningTask
@@ -18,7 +16,7 @@ from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets, pack
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, GeneratedCaptions, postprocess
 from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.spec import Content, Criterion, Example, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
@@ -28,6 +26,7 @@ class Captioning(Task):
     name = "captioning"
     config = CaptioningTask
     head = CaptioningHead
+    losses = CaptioningCriterion
     facts: ClassVar[Mapping[str, Any]] = {"caption_tokenizer": TOKENIZER}
     sizes = HeadSizes(
         in_channels=("encoder_att.weight", 1, 0),
@@ -58,9 +57,6 @@ class Captioning(Task):
         tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
         return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
-    def make_criterion(self, **options: Any) -> Criterion:
-        return CaptioningCriterion(**options)
-
     def results(
         self,
         output: GeneratedCaptions,
@@ -70,9 +66,6 @@ class Captioning(Task):
         threshold: float = 0.0,
     ) -> Results:
         return postprocess(output, batch, _needed(vocabulary))
-
-    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
-        return caption_dataset(reader, indices)
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return results_metrics(truth, results)

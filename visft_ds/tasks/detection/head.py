@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
+from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.matching import (
     Matches,
@@ -45,40 +46,24 @@ class DetectionHead(nn.Module):
     The asymmetric DETR of the published ViSFT heads: 1x1 projection to `encoder_dim`, a learnt task token in front of
     the patches, encoder with a residual around it, linear projections of memory and positions to the wider
     `decoder_dim`, decoder, a class layer and a box MLP that all decoder layers share. Initialisation: Xavier for the
-    encoder and the two projections, PyTorch's defaults elsewhere. Defaults and bounds of the options stand in
-    `DetectionHeadConfig`.
+    encoder and the two projections, PyTorch's defaults elsewhere.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        num_classes: int,
-        num_queries: int,
-        encoder_dim: int,
-        decoder_dim: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        num_heads: int,
-        ffn_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.encoder_dim = encoder_dim
-        self.input_proj = nn.Conv2d(in_channels, encoder_dim, kernel_size=1)
-        self.task_embed = nn.Embedding(_TASK_ROWS, encoder_dim)
-        self.encoder = TransformerEncoder(encoder_layers, encoder_dim, num_heads, ffn_dim, dropout)
-        self.memory_proj = nn.Linear(encoder_dim, decoder_dim)
-        self.position_proj = nn.Linear(encoder_dim, decoder_dim)
+        narrow, wide, sizes = options.encoder_dim, options.decoder_dim, (options.num_heads, options.ffn_dim)
+        self.num_queries, self.encoder_dim = options.num_queries, narrow
+        self.input_proj = nn.Conv2d(in_channels, narrow, kernel_size=1)
+        self.task_embed = nn.Embedding(_TASK_ROWS, narrow)
+        self.encoder = TransformerEncoder(options.encoder_layers, narrow, *sizes, options.dropout)
+        self.memory_proj = nn.Linear(narrow, wide)
+        self.position_proj = nn.Linear(narrow, wide)
         for projection in (self.memory_proj, self.position_proj):
             nn.init.xavier_uniform_(projection.weight)
-        self.decoder = Decoder(decoder_layers, decoder_dim, num_heads, ffn_dim, dropout)
-        self.query_embed = nn.Embedding(num_queries, decoder_dim)
-        self.class_embed = nn.Linear(decoder_dim, num_classes + 1)
-        self.box_embed = FeedForward(decoder_dim, decoder_dim, 4, num_layers=3)
+        self.decoder = Decoder(options.decoder_layers, wide, *sizes, options.dropout)
+        self.query_embed = nn.Embedding(options.num_queries, wide)
+        self.class_embed = nn.Linear(wide, options.num_classes + 1)
+        self.box_embed = FeedForward(wide, wide, 4, num_layers=3)
 
     def forward(self, features: Tensor, valid: Tensor) -> DetectionOutput:
         """Boxes and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
@@ -109,8 +94,7 @@ class DetectionHead(nn.Module):
 class DetectionCriterion:
     """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched boxes.
 
-    `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4), `no_object` is
-    the weight of that class within the cross-entropy. `num_queries` and `decoder_layers` are the head's.
+    `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4).
 
     Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}` of the
     earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
@@ -121,16 +105,12 @@ class DetectionCriterion:
     divided by ranks times micro-batches. So its mean over these is the loss of the global batch in one process.
     """
 
-    def __init__(
-        self, *, num_queries: int, decoder_layers: int, ce: float, l1: float, giou: float, no_object: float
-    ) -> None:
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.no_object = no_object
-        self.costs = (ce, l1, giou)
-        suffixes = ["", *(f"_{layer}" for layer in range(decoder_layers - 1))]
-        by_name = {"ce": ce, "l1": l1, "giou": giou}
-        self.weights: dict[str, float] = {name + s: weight for s in suffixes for name, weight in by_name.items()}
+    def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
+        self.num_queries, self.no_object = head.num_queries, loss.no_object
+        self.costs = (loss.ce, loss.l1, loss.giou)
+        self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers - 1)), ""]
+        by_name, order = {"ce": loss.ce, "l1": loss.l1, "giou": loss.giou}, ["", *self._suffixes[:-1]]
+        self.weights: dict[str, float] = {name + s: weight for s in order for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Loss denominators from the labels alone, to be summed over ranks and micro-batches."""
@@ -147,7 +127,7 @@ class DetectionCriterion:
         """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
         layers = (*output.aux, output)
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
-        assert (logits.shape[2], len(layers)) == (self.num_queries, self.decoder_layers), logits.shape
+        assert (logits.shape[2], len(layers)) == (self.num_queries, len(self._suffixes)), logits.shape
         boxes = at_least_float32(torch.stack([layer.boxes for layer in layers]))
         matches = match(logits, boxes, targets, self.costs, image_ids)
         # (L, B, Q) int64: the class of the matched object, "no object" where there is none
@@ -157,9 +137,8 @@ class DetectionCriterion:
             "ce": class_loss(logits, classes, self.no_object, loss_denominators),
             **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
         }
-        suffixes = [*(f"_{layer}" for layer in range(self.decoder_layers - 1)), ""]
         losses = {
-            name + s: value for name, values in by_name.items() for s, value in zip(suffixes, values, strict=True)
+            name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
         }
         return losses | _for_the_log(logits[-1].detach(), classes[-1], targets.counts, loss_denominators["boxes"])
 

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options, places
 from visft_ds.tasks import Results
-from visft_ds.tasks.average_precision import coco_average_precision, pack_results, unpack_results
-from visft_ds.tasks.detection.config import DetectionTask
+from visft_ds.tasks.average_precision import coco_average_precision
+from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets, pack_detection
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
@@ -30,7 +28,6 @@ class Detection(Task):
     name = "detection"
     config = DetectionTask
     head = DetectionHead
-    shared_options = ("type", "num_queries", "decoder_layers")
     sizes = HeadSizes(
         in_channels=("input_proj.weight", 1, 0),
         options={
@@ -61,16 +58,14 @@ class Detection(Task):
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
-    def make_head(self, in_channels: int, **options: Any) -> nn.Module:
-        kind, width = options.pop("type"), options.pop("width")
-        if kind == "dense":
-            return DenseHead(in_channels, num_classes=options["num_classes"], width=width)
-        return DetectionHead(in_channels, **options)
+    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        head: DetectionHeadConfig = self.settings("head", options)
+        if head.type == "dense":
+            return DenseHead(in_channels, num_classes=head.num_classes, width=head.width)
+        return DetectionHead(in_channels, head)
 
-    def make_criterion(self, **options: Any) -> Criterion:
-        if options.pop("type") == "dense":
-            return DenseCriterion(ce=options["ce"], giou=options["giou"])
-        return DetectionCriterion(**options)
+    def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:
+        return DenseCriterion(ce=loss.ce, giou=loss.giou) if head.type == "dense" else DetectionCriterion(head, loss)
 
     def results(
         self,
@@ -84,17 +79,8 @@ class Detection(Task):
             return dense_results(output, batch, classes, threshold)
         return postprocess(output, batch, classes, threshold)
 
-    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
-        return coco_dataset(reader, indices)
-
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return coco_average_precision(truth, results, per_category=per_category)
-
-    def compress(self, results: Results) -> Any:
-        return pack_results(results)
-
-    def expand(self, compressed: Any) -> Results:
-        return unpack_results(compressed)
 
     def picture(self, example: Example) -> Picture:
         return example.draw(example.objects(), boxes=lambda one: one["bbox"])

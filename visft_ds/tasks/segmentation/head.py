@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.segmentation.config import Labelling
+from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
 
@@ -42,48 +42,14 @@ class SegmentationHead(nn.Module):
 
     The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
     image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
-    weights; the loss and the results follow it. Defaults and bounds of the options stand in `SegmentationHeadConfig`.
+    weights; the loss and the results follow it.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        num_classes: int,
-        num_queries: int,
-        hidden_dim: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        num_heads: int,
-        num_points: int,
-        encoder_ffn_dim: int,
-        decoder_ffn_dim: int,
-        dropout: float,
-        labelling: Labelling,
-    ) -> None:
+    def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.labelling: Labelling = labelling
-        self.pixel_decoder = PixelDecoder(
-            in_channels,
-            hidden_dim,
-            num_layers=encoder_layers,
-            num_heads=num_heads,
-            num_points=num_points,
-            ffn_dim=encoder_ffn_dim,
-            dropout=dropout,
-        )
-        self.decoder = MaskedDecoder(
-            hidden_dim,
-            num_classes=num_classes,
-            num_queries=num_queries,
-            num_layers=decoder_layers,
-            num_heads=num_heads,
-            ffn_dim=decoder_ffn_dim,
-            dropout=dropout,
-        )
+        self.labelling: Labelling = options.labelling
+        self.pixel_decoder = PixelDecoder(in_channels, options)
+        self.decoder = MaskedDecoder(options)
 
     def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
         """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
@@ -125,26 +91,16 @@ class MaskedDecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """Queries -> classes and masks, before the first layer and after each."""
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_classes: int,
-        num_queries: int,
-        num_layers: int,
-        num_heads: int,
-        ffn_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, options: SegmentationHeadConfig) -> None:
         super().__init__()
-        self.width, self.num_queries = width, num_queries
-        self.query_feat = nn.Embedding(num_queries, width)  # initial state of the queries
-        self.query_pos = nn.Embedding(num_queries, width)  # added to queries and keys of every attention
+        width, sizes = options.hidden_dim, (options.num_heads, options.decoder_ffn_dim, options.dropout)
+        self.width, self.num_queries = width, options.num_queries
+        self.query_feat = nn.Embedding(self.num_queries, width)  # initial state of the queries
+        self.query_pos = nn.Embedding(self.num_queries, width)  # added to queries and keys of every attention
         self.level_embed = nn.Embedding(1, width)  # of the single scale; a row for each in Mask2Former
-        layers = [MaskedDecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(MaskedDecoderLayer(width, *sizes) for _ in range(options.decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.class_embed = nn.Linear(width, num_classes + 1)
+        self.class_embed = nn.Linear(width, options.num_classes + 1)
         self.mask_embed = FeedForward(width, width, width, num_layers=3)
 
     def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

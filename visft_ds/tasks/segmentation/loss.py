@@ -22,7 +22,7 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import Matches, at_least_float32, class_loss
-from visft_ds.tasks.segmentation.config import Labelling
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.mask_matching import match_masks
@@ -42,10 +42,9 @@ _MASK_BUDGET = 1 << 25
 class SegmentationCriterion:
     """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
 
-    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
-    within the cross-entropy. The masks of a matched pair are compared at `num_points` points (112 x 112): the share
-    `importance` are those of `num_points * oversample` random ones where the prediction is least certain, the others
-    uniform (see `mask_points`). `num_classes`, `num_queries`, `decoder_layers` and `labelling` are the head's.
+    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike. The masks of a pair are compared at
+    `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample` random ones where the
+    prediction is least certain, the others uniform (see `mask_points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
@@ -56,30 +55,12 @@ class SegmentationCriterion:
     on the layer alone, so this holds exactly: how the batch is split changes nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        num_queries: int,
-        decoder_layers: int,
-        labelling: Labelling,
-        ce: float,
-        bce: float,
-        dice: float,
-        no_object: float,
-        num_points: int,
-        oversample: float,
-        importance: float,
-    ) -> None:
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.decoder_layers = decoder_layers
-        self.labelling: Labelling = labelling
-        self.no_object = no_object
-        self.points = PointCounts.of(num_points, oversample, importance)
-        self.costs = (ce, bce, dice)
-        self._suffixes = [*(f"_{layer}" for layer in range(decoder_layers)), ""]
-        by_name = {"ce": ce, "bce": bce, "dice": dice}
+    def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
+        self.head, self.no_object = head, loss.no_object
+        self.points = PointCounts.of(loss.num_points, loss.oversample, loss.importance)
+        self.costs = (loss.ce, loss.bce, loss.dice)
+        self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
+        by_name = {"ce": loss.ce, "bce": loss.bce, "dice": loss.dice}
         self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
@@ -95,19 +76,19 @@ class SegmentationCriterion:
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
-        sets = (*output.aux, output)
+        sets, head = (*output.aux, output), self.head
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         logits = at_least_float32(torch.stack([predicted.logits for predicted in sets]))  # (L, B, Q, C + 1)
         given = (logits.shape[2], logits.shape[3] - 1, len(sets) - 1, output.labelling)
-        assert given == (self.num_queries, self.num_classes, self.decoder_layers, self.labelling), given
+        assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
         masks = at_least_float32(torch.stack([predicted.masks for predicted in sets]))  # (L, B, Q, h, w)
         with_objects = targets.counts.nonzero().flatten().tolist()
         points = draw_points(targets.keys[with_objects].tolist(), len(sets), self.points, masks.device)
-        labels = targets.labels if self.labelling == "contiguous" else targets.labels + 1
+        labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
         matches = match_masks(logits, masks, targets, labels, points.matching, self.costs, image_ids)
         # (L, B, Q): the class of the matched object, "no object" where there is none
-        wanted = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
+        wanted = torch.full(logits.shape[:3], head.num_classes, dtype=torch.int64, device=logits.device)
         wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
         bce, dice = self._mask_sums(masks, targets, matches, points)
         by_name = {
@@ -119,7 +100,7 @@ class SegmentationCriterion:
             name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
         }
         predicted = logits[-1].detach().argmax(dim=-1)
-        correct = ((predicted == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
+        correct = ((predicted == wanted[-1]) & (wanted[-1] != head.num_classes)).sum()
         total = int(targets.counts.sum())
         return losses | {"class_error": 100 * (total - correct) / loss_denominators["masks"]}
 
@@ -137,7 +118,7 @@ class SegmentationCriterion:
         for image, count in enumerate(targets.counts.tolist()):
             if count == 0:
                 continue
-            pairs = slice(pair, pair + min(count, self.num_queries))
+            pairs = slice(pair, pair + min(count, self.head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
             chosen = uncertain_points(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
+from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
 
 #: Groups of every group norm, as in Mask2Former.
@@ -123,24 +124,14 @@ class PixelLayer(nn.Module):
 class PixelDecoder(nn.Module):
     """Feature map -> memory that queries attend to, and embeddings of cells whose products with queries are masks."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        num_layers: int,
-        num_heads: int,
-        num_points: int,
-        ffn_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
+        width, sizes = options.hidden_dim, (options.num_heads, options.num_points, options.encoder_ffn_dim)
         self.width = width
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.level_embed = nn.Embedding(1, width)
-        layers = [PixelLayer(width, num_heads, num_points, ffn_dim, dropout) for _ in range(num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(PixelLayer(width, *sizes, options.dropout) for _ in range(options.encoder_layers))
         self.lateral_proj = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.lateral_norm = MaskedGroupNorm(GROUPS, width)
         self.output_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.data.shards import Manifest
 from visft_ds.data.transforms import Geometry, Size, of_options, places
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
@@ -26,7 +25,7 @@ from visft_ds.tasks.segmentation.data import (
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.spec import Content, Criterion, Example, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
@@ -36,7 +35,7 @@ class Segmentation(Task):
     name = "segmentation"
     config = SegmentationTask
     head = SegmentationHead
-    shared_options = ("num_classes", "num_queries", "decoder_layers", "labelling")
+    losses = SegmentationCriterion
     sizes = HeadSizes(
         in_channels=("pixel_decoder.input_proj.weight", 1, 0),
         options={
@@ -80,9 +79,6 @@ class Segmentation(Task):
             f"{manifest.counts['annotations']} objects have no mask. Segmentation would take them for background"
         )
 
-    def make_criterion(self, **options: Any) -> Criterion:
-        return SegmentationCriterion(**options)
-
     def results(
         self,
         output: SegmentationOutput,
@@ -92,9 +88,6 @@ class Segmentation(Task):
         threshold: float = 0.0,
     ) -> Results:
         return postprocess(output, batch, classes, threshold)
-
-    def truth(self, reader: ShardReader, indices: Sequence[int]) -> dict[str, Any]:
-        return coco_dataset(reader, indices)
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return coco_average_precision(truth, results, "segm", per_category=per_category)
