@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import Backbone, require_eva_vit
-from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
-from visft_ds.models.layers import stack_padded
+from visft_ds.models import Backbone, require_eva_vit
+from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids, stack_padded
 from visft_ds.ops import no_autocast
 from visft_ds.ops.copies import to_device
 from visft_ds.tasks.matching import at_least_float32

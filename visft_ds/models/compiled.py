@@ -1,24 +1,18 @@
 """Transformer blocks through torch.compile.
 
 All blocks of a tower are one piece of code with other parameters, so it is compiled once and not once a block. Numbers
-of images and tokens are symbols in it: images of any size run in the same kernels. A new compilation comes with a batch
-of one image against several (torch gives 1 a meaning of its own), with an input that wants a gradient against one that
-does not (the first block behind a frozen embedding), with a recompute policy and with evaluation; with nothing else.
-
-What is compiled rounds otherwise than eager code: products are the same, sums of pointwise chains are fused.
+of images and tokens are symbols in it: images of any size run in the same kernels. What is compiled rounds otherwise
+than eager code: products are the same, sums of pointwise chains are fused.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
-from visft_ds.models.backbone import Backbone, require_eva_vit
-from visft_ds.models.eva_vit import recomputed, run_block
-from visft_ds.ops.attention import Packing
+from visft_ds.models import Backbone, require_eva_vit
 
 COMPILE = ("none", "blocks")
-#: Variants of the code of a block; a run needs up to six for each recompute policy. One more is an error.
+#: Variants of the code of a block; a run needs up to six for each recompute policy.
 _MOST_VARIANTS = 32
 
 
@@ -30,20 +24,12 @@ def compile_blocks(backbone: Backbone, how: str, *, backend: str = "inductor") -
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     # Otherwise a block that is compiled too often would run uncompiled, in silence.
     config.fail_on_recompile_limit_hit = True
-    compiled = torch.compile(run_block, dynamic=True, backend=backend)
-
-    def run(block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor:
-        if packing is not None and policy == "block":
-            # Attention over packed images is not compiled, and what is recomputed has to be compiled whole.
-            out: Tensor = recomputed(compiled)(block, x, packing, "none")
-            return out
-        return compiled(block, x, packing, policy)
-
-    require_eva_vit(backbone).compiled = run
+    for block in require_eva_vit(backbone).blocks:
+        block.compile(dynamic=True, backend=backend)
 
 
 def check_compiler(how: str, device: torch.device) -> None:
-    """Raise ValueError where blocks cannot be compiled for a device on this machine."""
+    """Raise ValueError if blocks cannot be compiled for a device on this machine."""
     if how == "none":
         return
     if device.type == "cuda":
