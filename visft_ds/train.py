@@ -126,7 +126,7 @@ def train(
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
         distributed.assert_same_on_all_ranks(identity)
-        base_sha256 = keep_random_base(config, prepared)
+        keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
         engine = build_engine(
@@ -145,7 +145,7 @@ def train(
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
-            write_record(config, data, base_sha256, command, start_from)
+            write_record(config, data, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.
@@ -171,7 +171,7 @@ def train(
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
                     validation.poll(log, wait=True)
-                state.export(state.take_best(step, log), base_sha256, prepared.base)
+                state.export(state.take_best(step, log), prepared.base)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
             stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))

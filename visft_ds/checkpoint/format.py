@@ -27,8 +27,7 @@ from torch import Tensor
 
 from visft_ds.checkpoint.disk import Written, reason, remove_folder, write_file
 from visft_ds.files import read_bytes, reading, sync_folder
-from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
-from visft_ds.interop.writing import safetensors_pieces
+from visft_ds.interop.weights import Lazy, open_weights, safetensors_pieces, sha256_file
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 FORMAT = "visft_ds.checkpoint"
@@ -197,12 +196,11 @@ def _contents(state: EngineState) -> dict[str, dict[str, Tensor]]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     file = open_weights(path)
-    return {name: file.get(name) for name in file}
+    return {name: one.read() for name, one in file.items()}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Written:
-    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    return write_file(path, safetensors_pieces(path, infos, lambda name: tensors[name], header))
+    return write_file(path, safetensors_pieces({name: Lazy.of(tensor) for name, tensor in tensors.items()}, header))
 
 
 def _state_json(step: int, state: EngineState, identity: Mapping[str, str], files: Mapping[str, Written]) -> bytes:

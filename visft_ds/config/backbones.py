@@ -23,7 +23,6 @@ from visft_ds.config.fields import StrictModel
 from visft_ds.config.layers import CONFIG_ROOT, load_json
 from visft_ds.config.records import Natural, parse_json, read_record
 from visft_ds.config.resolve import available
-from visft_ds.config.schema import PRESETS
 from visft_ds.pretrained import (
     HUB,
     TIMM,
@@ -87,17 +86,12 @@ class Named:
         return found
 
     @property
-    def preset(self) -> str | None:
-        """The tower of our own, where it is one."""
-        found = self.model.get("preset")
-        return found if found in PRESETS else None
-
-    @property
-    def timm(self) -> tuple[str, int | None] | None:
-        """Name and image size of the model of timm, where it is one."""
-        found: str = self.model.get("preset", "")
-        size = self.model.get("overrides", {}).get("image_size")
-        return (found.removeprefix(TIMM), size) if found.startswith(TIMM) else None
+    def description(self) -> dict[str, Any] | None:
+        """Preset and options of the model, where the name tells them."""
+        if "preset" not in self.model:
+            return None
+        layers = {"layers": self.model["layers"]} if self.model.get("layers") else {}
+        return {"preset": self.model["preset"], **self.model.get("overrides", {}), **layers}
 
     def file(self, *, download: bool = False) -> Path:
         """The weights on this machine, which are fetched where they are not here.

@@ -162,7 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
     add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    add("--allow-other-base", action="store_true", help="go on although the heads learnt from another base")
     add("--tasks", metavar="A,B", help="default: every task that has a head")
     add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
     add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")

@@ -62,7 +62,6 @@ def evaluate(
     download: bool = False,
     heads: AnyPath | None = None,
     adapter: AnyPath | None = None,
-    allow_other_base: bool = False,
     tasks: str | Sequence[str] | None = None,
     vocabulary: AnyPath | None = None,
     beam_size: int | None = None,
@@ -85,7 +84,6 @@ def evaluate(
         download: fetch named weights that are not here from the Hugging Face hub.
         heads: folder of heads: RUN/export, or ViSFT's published files.
         adapter: folder of an adapter, or "none": leave the run's out.
-        allow_other_base: go on although the heads learnt from another base.
         tasks: names, in a list or with commas; by default every task that has a head.
         vocabulary: word map of a published captioning head.
         beam_size: of captions; by default the run's, or 1 (greedy).
@@ -142,7 +140,7 @@ def evaluate(
         distributed.keep_open()
     precision, why = choose_precision(source.precision, distributed.local_device())
     manifest = Manifest.load(os.fspath(data), split, cache=cache)
-    model, streams = source.build(precision, distributed.local_device(), allow_other_base=allow_other_base)
+    model, streams = source.build(precision, distributed.local_device())
     with met_by_one_rank():
         if distributed.world_size() > 1:
             from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds

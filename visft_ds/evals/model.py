@@ -20,34 +20,30 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
-from visft_ds.interop.files import (
-    BASE_SHA256,
-    LAYERS,
-    TRAINED_ON,
-    WeightFile,
-    base_identity,
-    open_weights,
-    recorded_bases,
-)
-from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import (
+    HeadInfo,
+    check_vocabulary,
     classes_of_heads,
     find_head,
     head_file,
-    load_heads,
-    of_other_base,
+    open_head,
     read_elsewhere,
-    read_head_info,
+    vocabulary_in,
 )
-from visft_ds.interop.layouts import Tower, layers_in, tower_in
-from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
-from visft_ds.interop.tuned import Change
-from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
+from visft_ds.interop.layouts import (
+    MODEL,
+    bases_of,
+    described,
+    is_merged,
+    load_backbone,
+    model_in,
+    model_of,
+    open_model,
+    other_base,
+)
+from visft_ds.interop.published import read_adapter
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
@@ -68,11 +64,7 @@ class ModelFiles:
     backbone: Path
     heads: Path  #: folder of `<task>.safetensors`, or of published files
     adapter: Path | None
-    hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
-    timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run records them
-    #: Backbone and heads of the run, which its training has compared; None without a run.
-    of_run: tuple[Path, Path] | None = None
-    layers: tuple[int, ...] = ()  #: blocks of the backbone that are read, if a run or a name tells them
+    model: Mapping[str, Any] | None = None  #: preset and options of the backbone, where a run or a name tells them
 
 
 @dataclass(frozen=True)
@@ -115,33 +107,22 @@ class ModelSource:
         self,
         precision: Precision,
         device: torch.device,
-        *,
-        preset: str | None = None,
-        allow_other_base: bool = False,
     ) -> tuple[EvaluationModel, dict[str, Stream]]:
         """Build the model, strictly of what its files hold, and its streams with the classes of its heads.
 
         Args:
             precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
-            preset: name in PRESETS, needed only where neither the file nor `files.hints` give the number of heads.
-            allow_other_base: go on with heads that learnt from another base, and say so among the facts.
 
         Raises:
-            ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged
-                weights, heads for another width.
+            ValueError: a missing or damaged file, an adapter on top of merged weights, heads for another width.
         """
         files, vocabulary = self.files, read_vocabulary(self.vocabulary) if self.vocabulary else None
         use_numerics(device)
-        infos = {task: read_head_info(find_head(files.heads, task), task) for task in self.tasks}
-        backbone, described = _load_backbone(files, infos, DTYPES[precision], preset)
-        for task, info in infos.items():
-            _check_head(find_head(files.heads, task), info, backbone)
-        problems = _of_other_base(infos, files)
-        if problems and not allow_other_base:
-            raise ValueError(
-                f"{problems[0]}, and {files.backbone} neither is these nor says that it was made of them: use the base "
-                "weights of stage 1, or go on with --allow-other-base"
-            )
+        heads_of = {task: open_head(find_head(files.heads, task), task) for task in self.tasks}
+        infos = {task: head.info for task, head in heads_of.items()}
+        backbone, facts = _load_backbone(files, infos, DTYPES[precision])
+        for head in heads_of.values():
+            _check_head(head.tensors.path, head.info, backbone)
         own_words = vocabulary_in(infos)
         if needs_vocabulary(infos) and own_words is None and vocabulary is None:
             raise ValueError(
@@ -150,13 +131,11 @@ class ModelSource:
             )
         words = own_words or vocabulary
         check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-        facts, modules = dict(described), {}
-        facts |= {"allowed": "; ".join(problems)} if problems else {}
-        for task, info in infos.items():
-            path = find_head(files.heads, task)
-            head = load_heads(path, task)
-            modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), self.decoding.get(task, {}))
-            facts[f"{task} head"] = str(path)
+        modules = {}
+        for task, head in heads_of.items():
+            criterion = TASKS[task].criterion(head.info.options, {})
+            modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
+            facts[f"{task} head"] = str(head.tensors.path)
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
         module.packed = self.packed
         if self.packed:
@@ -224,7 +203,7 @@ def files_of_run(
     place, run = run, folder_of_run(run)
     export, own_adapter, of_checkpoint = run / "export", _adapter_folder(adapter), place != run
     if adapter is None and (config.lora is not None or (of_checkpoint and trains_backbone(config))):
-        merged = backbone is not None and is_merged(open_weights(backbone))
+        merged = backbone is not None and is_merged(open_model(backbone))
         own_adapter = None if merged else place if of_checkpoint else export / ADAPTER_FOLDER
     if trains_backbone(config) and not of_checkpoint:
         own_backbone = export / TRAINED_BACKBONE_FILE
@@ -234,8 +213,8 @@ def files_of_run(
         own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
     own = place if of_checkpoint else export
     complete = all(head_files(own, task) for task in tasks)
-    of_run = own_backbone, own if complete or config.heads.path is None else find(run, config, HEADS)
-    backbone, heads = backbone or of_run[0], heads or of_run[1]
+    backbone = backbone or own_backbone
+    heads = heads or (own if complete or config.heads.path is None else find(run, config, HEADS))
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([own_adapter] if own_adapter else [])]
     missing = [str(path) for path in wanted if not path.exists()]
@@ -245,25 +224,13 @@ def files_of_run(
             f"with it and writes what it trained at its end. Files that were moved are named by --backbone FILE, "
             f"--heads FOLDER and --adapter FOLDER"
         )
-    if config.model.timm is not None:
-        timm = (config.model.timm, config.model.overrides.image_size)
-        return ModelFiles(backbone, heads, own_adapter, {}, timm, of_run, config.model.layers)
-    preset = replace(PRESETS[config.model.preset], **config.model.overrides.model_dump(exclude_none=True))
-    hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
-    return ModelFiles(backbone, heads, own_adapter, hints, of_run=of_run, layers=config.model.layers)
+    model = {"preset": config.model.preset, **config.model.backbone_options()}
+    return ModelFiles(backbone, heads, own_adapter, model)
 
 
 def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
     """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
-    if chosen is None:
-        return ModelFiles(backbone, heads, _adapter_folder(adapter), {})
-    tower = None if chosen.preset is None else PRESETS[chosen.preset]
-    hints: dict[str, float | bool] = {}
-    if tower is not None:
-        hints = {"num_heads": tower.num_heads, "post_norm": tower.post_norm}
-    return ModelFiles(
-        backbone, heads, _adapter_folder(adapter), hints, chosen.timm, layers=tuple(chosen.model.get("layers", ()))
-    )
+    return ModelFiles(backbone, heads, _adapter_folder(adapter), chosen.description if chosen else None)
 
 
 def _adapter_folder(adapter: AnyPath | None) -> Path | None:
@@ -291,30 +258,37 @@ def heads_in(folder: Path) -> tuple[str, ...]:
 
 
 def _load_backbone(
-    files: ModelFiles, infos: Mapping[str, HeadInfo], storage: torch.dtype, preset: str | None
+    files: ModelFiles, infos: Mapping[str, HeadInfo], storage: torch.dtype
 ) -> tuple[Backbone, dict[str, str]]:
     """The backbone with its adapter in it, and what was loaded, by name."""
-    weights = open_weights(files.backbone)
-    timm = files.timm or timm_settings(weights)
-    facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
-    backbone: Backbone
-    adapter = None if files.adapter is None else _change_at(files.backbone, files.adapter)
-    layers = files.layers or end_of(weights, adapter)
-    if not layers and adapter is None and files.of_run is None:
-        layers = _end_of_heads(infos, weights)
-    if timm is not None:
-        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage, layers)
-    else:
-        file, layout = open_tower(files.backbone)
-        # Training builds towers without class token; a file that has one is read the same way.
-        tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
-        backbone = empty_backbone(tower, storage, layers)
-        facts["backbone"] = load_backbone(backbone, files.backbone)
-    facts |= {"ends": f"after block {max(layers)}"} if layers else {}
+    file = open_model(files.backbone)
+    of_checkpoint = files.adapter is not None and (files.adapter / "state.json").is_file()
+    adapter = None if files.adapter is None or of_checkpoint else adapter_for(files.backbone, files.adapter)
+    model = dict(model_in(file) if MODEL in file.metadata else files.model or _of_heads(model_in(file), infos))
+    if adapter is not None and "layers" in adapter.model:
+        model["layers"] = adapter.model["layers"]
+    backbone: Backbone = load_backbone(files.backbone, model, storage)
+    facts = {"backbone": f"{files.backbone}: {described(model_of(backbone))}"}
+    facts["adapter"] = "merged into the weights" if is_merged(file) else "none"
+    trained_on = {f"the {task} head": info.extra.get("base_weights") for task, info in infos.items()}
     if adapter is not None:
+        facts["adapter"], trained_on["the adapter"] = f"{files.adapter}: {adapter.describe()}", adapter.base
         adapter.install(backbone)
-        facts["adapter"] = f"{files.adapter}: {adapter.describe()}"
+    elif of_checkpoint and files.adapter is not None:
+        from visft_ds.checkpoint.adapter import install_checkpoint  # imports deepspeed: costs seconds
+
+        facts["adapter"] = f"{files.adapter}: {install_checkpoint(backbone, files.adapter)}"
+    bases = bases_of(backbone, files.backbone)
+    if problems := [line for what, base in trained_on.items() if (line := other_base(what, base, bases))]:
+        facts["warning"] = "; ".join(problems)
     return backbone, facts
+
+
+def _of_heads(model: Mapping[str, Any], infos: Mapping[str, HeadInfo]) -> dict[str, Any]:
+    """A model read after the block that all heads learnt to read, where its file does not tell."""
+    ends = {tuple(info.extra.get("layers", ())) for info in infos.values()}
+    layers = ends.pop() if len(ends) == 1 else ()
+    return {**model, **({"layers": layers} if layers else {})}
 
 
 def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | None) -> dict[str, Stream]:
@@ -392,54 +366,20 @@ def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dic
     return found
 
 
-def _change_at(backbone: Path, path: Path) -> Change:
-    """The change of a backbone in an adapter folder or a checkpoint. Raises ValueError as `adapter_for`."""
-    if not (path / "state.json").is_file():
-        return adapter_for(backbone, path)
-    from visft_ds.checkpoint.adapter import change_of_checkpoint  # imports deepspeed: costs seconds
-
-    change = change_of_checkpoint(path)
-    _check_base(backbone, path, change.base_sha256)
-    return change
-
-
 def adapter_for(backbone: Path, path: Path) -> Adapter:
-    """Read an adapter that was trained on these base weights.
+    """Read an adapter for these weights.
 
     Raises:
-        ValueError: it is not there, records another base, or the weights have one merged in.
+        ValueError: it is not there, or the weights have one merged in.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
-    adapter = read_adapter(path)
-    _check_base(backbone, path, adapter.base_sha256)
-    return adapter
-
-
-def _check_base(backbone: Path, path: Path, wanted: str | None) -> None:
-    weights = open_weights(backbone)
-    if is_merged(weights):
+    if is_merged(open_model(backbone)):
         raise ValueError(
-            f"{backbone} has an adapter merged in already; with {path} on top it would count twice: leave the "
-            f"adapter out, or give the base weights"
+            f"{backbone} has an adapter merged in already, and {path} would count twice: leave the adapter out, or "
+            "give the base weights"
         )
-    if wanted is not None and (found := base_identity(weights)) != wanted:
-        raise ValueError(
-            f"{path} was trained on base weights with sha256 {wanted}, but {backbone} has {found}: name the base "
-            f"it was trained on with --backbone, or --adapter none"
-        )
-
-
-def end_of(weights: WeightFile, adapter: Change | None) -> tuple[int, ...]:
-    """The blocks of a model that are read, by what its files record; none: the last."""
-    return layers_in(weights) or (adapter.layers_read if adapter is not None else ())
-
-
-def _end_of_heads(infos: Mapping[str, HeadInfo], weights: WeightFile) -> tuple[int, ...]:
-    """The blocks that all heads learnt to read, if the weights are a base, whose file does not tell."""
-    ends = {tuple(info.extra.get(LAYERS, ())) for info in infos.values()}
-    is_base = {BASE_SHA256, TRAINED_ON}.isdisjoint(weights.metadata)
-    return ends.pop() if is_base and len(ends) == 1 else ()
+    return read_adapter(path)
 
 
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
@@ -450,33 +390,3 @@ def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
         )
     if problem := read_elsewhere(info, backbone.layers_read):
         raise ValueError(f"{path}: {problem}")
-
-
-def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:
-    """Reasons against these heads on this backbone, see `of_other_base`.
-
-    Heads know their base; the backbone may be that, or what training or merging made of it.
-    """
-    if (files.backbone, files.heads) == files.of_run:
-        return []
-    weights = open_weights(files.backbone)
-    known = recorded_bases(weights)
-    if not of_other_base(infos, known):
-        return []  # without reading the whole file
-    known.add(base_identity(weights))
-    if files.of_run is not None and files.of_run[0].is_file():
-        file = open_weights(files.of_run[0])
-        of_run = {base_identity(file), *recorded_bases(file)}
-        if known & of_run:
-            heads = [read_head_info(path, task) for task in infos for path in head_files(files.of_run[1], task)]
-            known |= of_run | {info.extra["base_weights"] for info in heads if "base_weights" in info.extra}
-    return of_other_base(infos, known)
-
-
-def empty_backbone(tower: Tower, storage: torch.dtype, layers: Sequence[int] = ()) -> EvaViT:
-    """A tower, up to a block, with unset weights: matrices in `storage`, all else in fp32, as in training."""
-    backbone = build_tower(tower, storage, layers)
-    for name, parameter in backbone.named_parameters():
-        if parameter.ndim < 2 or name == "pos_embed":
-            parameter.data = parameter.data.float()
-    return backbone

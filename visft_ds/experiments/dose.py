@@ -22,10 +22,8 @@ from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, parse_mode
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.model import adapter_for
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import tower_in
-from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.towers import open_tower
-from visft_ds.interop.writing import write_text
+from visft_ds.interop.peft_folder import save_peft
+from visft_ds.interop.weights import write_text
 from visft_ds.models.lora import lora_parameters
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
@@ -60,8 +58,7 @@ def run_dose(given: argparse.Namespace) -> None:
         adapter = as_noise(reference, given.noise)
     dose = measure(spec, adapter, images, settings)
     scale = scale_for(dose, wanted)
-    tower = None if adapter.model else tower_in(*open_tower(spec.name))
-    save_peft_adapter(adapter.scaled(scale), given.out, tower)
+    save_peft(adapter.scaled(scale), given.out)
     record = {"scale": scale, "dose": dose(scale), "wanted": wanted, "images": min(SAMPLE, len(images))}
     write_text(given.out / RECORD, json.dumps(record, indent=1) + "\n")
     print_plan("visft_ds dose", [Section(str(given.out), [(name, f"{value:.4g}") for name, value in record.items()])])

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.backbones import named
 from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
@@ -19,26 +18,23 @@ visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-
     --out merged.safetensors --format timm --verify
 
 Base: .safetensors, .pt; any known layout; that of a run may be left out.
-Adapter: a run (also one that trained its backbone itself), a checkpoint folder, an adapter folder, or a LoRA file as
-ViSFT published them; several are averaged; without any the base is written as it is, in another form. An --out without
-suffix is a folder: weights, the configuration of the library that reads them, and a model card.
+Adapter: a run, a checkpoint, an adapter folder, or a LoRA file as ViSFT published them; several are averaged; without
+any the base is written as it is, in another form. An --out without suffix is a folder: weights, the configuration of
+the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
 
-WEIGHT_FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "timm", "transformers")
-ADAPTER_FORMATS = ("peft",)
+FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "peft", "timm", "transformers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     given = _parser().parse_args(arguments)
-    from visft_ds.interop.command import merge
+    from visft_ds.interop.command import merge_files
 
     try:
-        if given.base is not None:
-            given.base = named(given.base, download=given.download).file(download=given.download)
-        return merge(given)
+        return merge_files(given)
     except (ValueError, OSError) as error:
         print(f"merge: {redacted(error)}", file=sys.stderr)
         return 2
@@ -58,12 +54,11 @@ def _parser() -> argparse.ArgumentParser:
         help="run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form",
     )
     source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
-    source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
     out = parser.add_argument_group("to")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
     out.add_argument(
         "--format",
-        choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
+        choices=FORMATS,
         default="timm",
         help="full weights as a library names them, a graph (onnx), or the adapter alone (peft) (%(default)s)",
     )
@@ -73,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--verify",
         action="store_true",
-        help="the library that the result is for loads it; exit 1 if its outputs are not those of base + adapter",
-    )
-    out.add_argument(
-        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the model card shows"
+        help="the library that the result is for (timm, transformers, open_clip, onnx) loads it; exit 1 if its outputs are "
+        "not those of base + adapter",
     )
     return parser

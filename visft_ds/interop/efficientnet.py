@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from visft_ds.interop.files import Entry, WeightFile, open_weights, sha256_file, view
-from visft_ds.interop.layouts import TIMM_KEY
+from visft_ds.interop.weights import Weights, sha256_file
+from visft_ds.pretrained import TIMM
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,25 @@ def installed(timm: str = PUBLISHED[0].timm) -> Path:
     return path
 
 
-def holds_efficientnet(file: WeightFile) -> bool:
+def holds_efficientnet(file: Weights) -> bool:
     """Return True if names of a file are those of EfficientNet-PyTorch."""
     return _MARK in file
 
 
-def read_efficientnet(path: str | Path) -> WeightFile:
-    """A published file under timm's names, classifier included, with the entry that tells our readers its model.
+def read_efficientnet(file: Weights) -> Weights:
+    """A published file under timm's names, classifier included, with the model in its header.
 
     Raises ValueError for every other file, by its sha256.
     """
-    found = sha256_file(path)
+    found = sha256_file(file.path)
     of = next((one for one in PUBLISHED if one.sha256 == found), None)
     if of is None:
-        known = "; ".join(f"{one.file} of {one.package} ({one.sha256[:12]}...)" for one in PUBLISHED)
-        raise ValueError(f"{path} has sha256 {found[:12]}..., which is none of the known EfficientNet files: {known}")
-    file = open_weights(path)
-    entries = {_timm_name(name, of.depths): Entry.same(file, name) for name in file}
-    return view(file, entries, {TIMM_KEY: json.dumps({"name": of.timm, "image_size": None})})
+        known = ", ".join(one.file for one in PUBLISHED)
+        raise ValueError(
+            f"{file.path} (sha256 {found[:12]}...) is none of the EfficientNet files that are read: {known}"
+        )
+    tensors = {_timm_name(name, of.depths): one for name, one in file.items()}
+    return Weights(tensors, file.path, {"model": json.dumps({"preset": TIMM + of.timm})})
 
 
 def _timm_name(name: str, depths: Sequence[int]) -> str:

@@ -1,270 +1,242 @@
-"""Names of a vision tower's parameters in each kind of file.
+"""Backbones in weight files: which model a file is of, under which prefix, and whether two files hold the same.
 
-Inside the tower the names are the same everywhere (`patch_embed.proj.weight`, `blocks.N.attn.qkv.weight`, ...); only
-the prefix differs, and what else a file may hold besides the tower. D width, h hidden width of the MLP.
+Inside a tower of EVA the names are the same in every kind of file; models of timm have timm's names and no prefix.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Natural
-from visft_ds.interop.files import LAYERS, WeightFile, examples
+from visft_ds.files import reading
+from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
+from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
-from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.pretrained import TIMM
 
-#: In the metadata of weights of a model of timm: its settings (JSON).
-TIMM_KEY = "timm"
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_ANCHOR = "patch_embed.proj.weight"
-# Of every published tower: the CLIP projection is no part of an image -> feature map backbone.
-PROJECTION = {"CLIP projection": ("head.weight", "head.bias")}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A naming scheme. `others` lists what a file may hold besides the tower: reason -> beginnings of names."""
-
-    name: str
-    prefix: str
-    others: Mapping[str, tuple[str, ...]]
-
-    def reason_to_ignore(self, name: str) -> str | None:
-        """Why a name outside the tower is expected in such a file; None where it is not."""
-        for reason, beginnings in self.others.items():
-            if name.startswith(beginnings):
-                return reason
-        return None
-
-
-# Names of text towers: reference key dumps of EVA-CLIP, open_clip (EVA02-E-14-plus) and LAVIS (blip2, blip2_t5,
-# blip2_opt). Files of the first EVA-CLIP have the text tower outside `text.`, which both libraries convert in loading.
-_CLIP = {
-    "text tower": (
-        *("text.", "transformer.resblocks.", "token_embedding.", "positional_embedding", "text_projection"),
-        "ln_final.",
-    ),
-    "logit scale": ("logit_scale", "logit_bias"),
-}
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout("open_clip", "visual.trunk.", _CLIP),
-        Layout("eva_clip", "visual.", _CLIP),
-        Layout(
-            "visft",
-            "visft_heads.backbone.0.",
-            {"heads of ViSFT": ("visft_heads.",), "loss constants of ViSFT": ("det_losses.",)},
-        ),
-        Layout(
-            "lavis",
-            "visual_encoder.",
-            {
-                "rest of BLIP-2": (
-                    "ln_vision.",
-                    "query_tokens",
-                    *("Qformer.", "vision_proj.", "text_proj.", "itm_head.", "temp"),
-                    *("t5_proj.", "t5_model.", "opt_proj.", "opt_model.", "llm_proj.", "llm_model."),
-                )
-            },
-        ),
-        Layout("visft_ds", "backbone.", {"heads": ("heads.",)}),
-        # Last: every name begins with the empty prefix. Also ViSFT's extracted `_Visual.pt` and LAVIS' `eva_vit_g.pth`.
-        Layout("timm", "", {}),
-    )
-}
-
-
-class TowerEntry(StrictModel):
-    """Entry of a header about the tower in a file; sizes are taken from the tensors."""
-
-    width: int | None = None
-    depth: int | None = None
-    hidden: int | None = None
-    patch_size: int | None = None
-    positions: int | None = None
-    class_token: bool | None = None
-    num_heads: Natural | None = None
-    post_norm: bool | None = None
-
-
-@dataclass(frozen=True)
-class Tower:
-    """Sizes of a vision tower. `num_heads` and `post_norm` are None where unknown: no tensor's shape shows them."""
-
-    width: int
-    depth: int
-    hidden: int
-    patch_size: int
-    positions: int
-    class_token: bool
-    num_heads: int | None = None
-    post_norm: bool | None = None
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the square image whose patches `pos_embed` (less its class entry) covers."""
-        return round((self.positions - 1) ** 0.5) * self.patch_size
-
-    @property
-    def mlp_ratio(self) -> float:
-        """A ratio with int(width * ratio) == hidden, which hidden / width itself can miss by rounding."""
-        ratio = self.hidden / self.width
-        return ratio if int(self.width * ratio) == self.hidden else (self.hidden + 0.5) / self.width
-
-    def preset(self) -> str | None:
-        """Name of the preset with these sizes, or None."""
-        for name, config in PRESETS.items():
-            same = (config.width, config.depth, int(config.width * config.mlp_ratio), config.patch_size)
-            if same == (self.width, self.depth, self.hidden, self.patch_size):
-                return name
-        return None
-
-    def describe(self) -> str:
-        """`width 1408, depth 40 = eva_g`."""
-        text = f"width {self.width}, depth {self.depth}, MLP {self.hidden}"
-        if preset := self.preset():
-            return f"{text} = {preset}"
-        return text
-
-    def to_json(self) -> str:
-        """For the metadata of our own files."""
-        return json.dumps(asdict(self))
-
-
-def tower_of(backbone: EvaViT) -> Tower:
-    """The sizes of a model at hand; from its attributes, since ZeRO-3 leaves parameters without their shapes."""
-    first: Block = backbone.blocks[0]  # type: ignore[assignment]
-    return Tower(
-        width=backbone.width,
-        depth=backbone.depth,
-        hidden=first.mlp.fc1.out_features,
-        patch_size=backbone.patch_size,
-        positions=1 + (backbone.image_size // backbone.patch_size) ** 2,
-        class_token=backbone.cls_token is not None,
-        num_heads=backbone.num_heads,
-        post_norm=backbone.post_norm,
-    )
-
-
-def tower_metadata(backbone: Backbone) -> dict[str, str]:
-    """Metadata that describe a backbone in the file of its weights."""
-    layers = {LAYERS: json.dumps(backbone.layers_read)} if backbone.layers_read else {}
-    if isinstance(backbone, TimmBackbone):
-        return {TIMM_KEY: backbone.settings(), **layers}
-    return {"tower": tower_of(backbone).to_json(), **layers}
-
-
-def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of the tower itself, without what LoRA added."""
-    return {name: parameter for name, parameter in backbone.named_parameters() if not is_lora(name)}
+#: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
+PREFIXES = ("visual.trunk.", "visual.", "visft_heads.backbone.0.", "visual_encoder.", "backbone.", "")
+#: Entries of the header of our files: the model (JSON: preset and options), the fingerprint of the base weights that
+#: training or merging made these of, and the adapter that was merged in (JSON).
+MODEL, BASE, MERGED = "model", "base", "merged"
+#: In a tower's file, and no part of an image -> feature map backbone: class token, pooling, the CLIP projection.
+_BESIDE = ("cls_token", "head.", "fc_norm.")
+_SAMPLE = 256  #: values of a tensor that a fingerprint looks at
 
 
 def is_lora(name: str) -> bool:
     """Return True if a parameter belongs to an adapter."""
-    return name.endswith((".lora_A", ".lora_B", ".lora_A.weight", ".lora_B.weight"))
+    return name.endswith((".lora_A", ".lora_B"))
 
 
-def find_layout(file: WeightFile) -> Layout:
-    """The naming scheme of a file that holds a vision tower.
+def is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Return True if a tensor is one of the few small ones that stay in fp32: norms, biases, positions."""
+    return len(shape) < 2 or name in ("pos_embed", "cls_token", "reg_token")
 
-    Raises ValueError where there is no tower, or more than one.
+
+def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of the backbone itself, without what LoRA added."""
+    return {name: parameter for name, parameter in backbone.named_parameters() if not is_lora(name)}
+
+
+def model_of(backbone: Backbone) -> dict[str, Any]:
+    """Preset and options by which `built` makes a backbone again."""
+    layers = {"layers": list(backbone.layers_read)} if backbone.layers_read else {}
+    if isinstance(backbone, TimmBackbone):
+        size = backbone.options.get("img_size")
+        return {"preset": TIMM + backbone.name, **({"image_size": size} if size else {}), **layers}
+    config = asdict(backbone.config)
+    changed = {name: {k: v for k, v in config.items() if asdict(one)[k] != v} for name, one in PRESETS.items()}
+    preset = min(changed, key=lambda name: len(changed[name].keys() - {"class_token"}))
+    return {"preset": preset, **changed[preset], **layers}
+
+
+def described(model: Mapping[str, Any]) -> str:
+    """A model in a few words."""
+    return ", ".join([model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")])
+
+
+def built(model: Mapping[str, Any]) -> Backbone:
+    """A backbone of a description, for weights that are loaded next."""
+    options = {name: value for name, value in model.items() if name != "preset"}
+    if model["preset"].startswith(TIMM):
+        return build_timm(model["preset"].removeprefix(TIMM), **options)
+    return build_backbone(model["preset"], seed=None, **options)
+
+
+def open_model(path: str | Path) -> Weights:
+    """Open a file with a backbone; a published EfficientNet, which has other names, under timm's."""
+    file = open_weights(path)
+    return read_efficientnet(file) if holds_efficientnet(file) else file
+
+
+def model_in(file: Weights) -> dict[str, Any]:
+    """The model in a file: as the header of ours says, or a published tower of EVA, by its sizes; without class token.
+
+    Raises ValueError where neither says it.
     """
-    found = [layout for layout in LAYOUTS.values() if layout.prefix + _ANCHOR in file]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(repr(layout.prefix) for layout in found)
-        raise ValueError(f"{file.path}: more than one vision tower, under the prefixes {names}; keep one")
-    lora = [name for name in file if is_lora(name)]
-    if lora:
-        raise ValueError(
-            f"{file.path}: this is a LoRA adapter ({examples(lora, 1)}), not the weights of a tower; give the base "
-            f"file here and this one as the adapter"
-        )
-    prefixes = ", ".join(repr(layout.prefix) for layout in LAYOUTS.values())
-    raise ValueError(
-        f"{file.path}: no EVA vision tower found: looked for {_ANCHOR} under the prefixes {prefixes}; the file has "
-        f"{examples(file.infos)}"
-    )
+    if MODEL in file.metadata:
+        with reading(file.path, "weights of visft_ds"):
+            told = json.loads(file.metadata[MODEL])
+            return {"preset": str(told.pop("preset")), **{k: v for k, v in told.items() if k != "class_token"}}
+    tower = file.under(prefix_of(file))
+    width, _, patch, _ = tower["patch_embed.proj.weight"].shape
+    presets = [name for name, one in PRESETS.items() if (one.width, one.patch_size) == (width, patch)]
+    if not presets or "pos_embed" not in tower:
+        raise ValueError(f"{file.path}: does not say which model it is of; towers of EVA are {', '.join(PRESETS)}")
+    side = math.isqrt(tower["pos_embed"].shape[1] - 1) * patch
+    return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
 
 
-def tower_in(file: WeightFile, layout: Layout) -> Tower:
-    """The sizes of the tower in a file, from shapes and (in our own files) metadata."""
-    prefix = layout.prefix
-    missing = [name for name in ("blocks.0.mlp.fc1.weight", "pos_embed") if prefix + name not in file]
-    if missing:
-        raise ValueError(f"{file.path}: the tower under {prefix!r} lacks {', '.join(missing)}: not an EVA ViT")
-    axes = {_ANCHOR: 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}
-    shapes = {name: file.shape(prefix + name) for name in axes}
-    depth = depth_of(name[len(prefix) :] for name in file if name.startswith(prefix))
-    if depth > len(file) or any(len(shape) != axes[name] or 0 in shape for name, shape in shapes.items()):
-        raise ValueError(f"{file.path}: the tower under {prefix!r} has {depth} blocks and {shapes}: not an EVA ViT")
-    width, _, patch_size, _ = shapes[_ANCHOR]
-    told = file.told("tower", TowerEntry) if "tower" in file.metadata else TowerEntry()
-    return Tower(
-        width=width,
-        depth=depth,
-        hidden=file.shape(prefix + "blocks.0.mlp.fc1.weight")[0],
-        patch_size=patch_size,
-        positions=file.shape(prefix + "pos_embed")[1],
-        class_token=prefix + "cls_token" in file,
-        num_heads=told.num_heads,
-        post_norm=told.post_norm,
-    )
-
-
-def depth_of(names: Iterable[str]) -> int:
-    """Number of blocks by the highest index among names that begin with `blocks.N.`."""
-    return 1 + max((int(match[1]) for name in names if (match := _BLOCK.match(name))), default=-1)
-
-
-def part_of(tower: Tower, layers: Sequence[int]) -> Tower:
-    """The tower up to the last of the blocks that are read, or all of it. Raises ValueError for one that it lacks."""
-    if layers and max(layers) >= tower.depth:
-        raise ValueError(f"layers {list(layers)}: the tower has blocks 0 to {tower.depth - 1}")
-    return replace(tower, depth=max(layers) + 1) if layers else tower
-
-
-def layers_in(file: WeightFile) -> tuple[int, ...]:
+def layers_in(file: Weights) -> tuple[int, ...]:
     """The blocks whose maps are read of the backbone in a file, as its header says."""
-    return tuple(json.loads(file.metadata.get(LAYERS, "[]")))
+    return tuple(model_in(file).get("layers", ())) if MODEL in file.metadata else ()
 
 
-def tower_names(tower: Tower) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of everything an EvaViT of these sizes has, by the published key tables."""
-    width, hidden, patch = tower.width, tower.hidden, tower.patch_size
-    names: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "pos_embed": (1, tower.positions, width),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
+def is_merged(file: Weights) -> bool:
+    """Return True if the header records that an adapter was merged in."""
+    return MERGED in file.metadata
+
+
+def prefix_of(file: Weights) -> str:
+    """The prefix of a tower of EVA. Raises ValueError where there is none."""
+    for prefix in PREFIXES:
+        if prefix + "patch_embed.proj.weight" in file:
+            return prefix
+    raise ValueError(f"{file.path}: no vision tower in it; it has {examples(file)}")
+
+
+def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
+    """All that a file has of a model, with what belongs to it beside the backbone, under our names."""
+    return file if model["preset"].startswith(TIMM) else file.under(prefix_of(file))
+
+
+def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
+    """The weights of a backbone (on any device) in a file, with statistics of batch norms, and nothing else.
+
+    Names and shapes are checked, values are not read.
+
+    Raises:
+        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    """
+    file = open_model(path)
+    tower = tower_in(file, model_of(backbone))
+    stored = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
+    wanted: dict[str, Tensor] = {**base_parameters(backbone), **stored}
+    if isinstance(backbone, EvaViT):
+        _restore_class_position(tower, wanted["pos_embed"].shape)
+        behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
+    else:
+        classifiers = {name.partition(".")[0] for name in classifier_names(backbone.classifier_names)}
+        behind = (*backbone.left_out, *(f"{name}." for name in (*classifiers, *backbone.unused)))
+    return fitted(tower, wanted, behind=(*_BESIDE, *behind), what=backbone.describe())
+
+
+def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
+    """The tensors of a file that a module has; names that begin as in `behind` are passed over.
+
+    Raises:
+        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in file]
+    problems += [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
+    for name in (name for name in wanted if name in file):
+        shape, one = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape)), file[name]
+        if one.shape != shape:
+            problems.append(f"{name} is {one.shape}, not {shape}")
+        if one.dtype.is_floating_point != wanted[name].is_floating_point():
+            problems.append(f"{name} is {one.dtype}, quantised or not of this model")
+    if problems:
+        raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
+    return Weights({name: file[name] for name in wanted}, file.path, file.metadata)
+
+
+def _restore_class_position(tower: Weights, shape: torch.Size) -> None:
+    """Positions as timm keeps them in a tower without class token lack its entry, which then nothing reads."""
+    one = tower.get("pos_embed")
+    if one is not None and len(one.shape) == 3 and one.shape[1] == shape[1] - 1:
+        read = one.read
+        tower["pos_embed"] = Lazy(tuple(shape), one.dtype, lambda: torch.cat([(rest := read())[:, :1] * 0, rest], 1))
+
+
+def classifier_names(classifier: str | tuple[str, ...] | None) -> list[str]:
+    """Names of the classifiers that timm's configuration of a model tells."""
+    return [classifier] if isinstance(classifier, str) else list(classifier or ())
+
+
+def load_backbone(
+    path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
+) -> Any:
+    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32.
+
+    Args:
+        model: what the file is of, if it is known; else the file says it.
+
+    Raises:
+        ValueError: as `open_backbone`; values that are not finite.
+    """
+    backbone = built(model or model_in(open_model(path)))
+    fill(backbone, open_backbone(backbone, path), storage)
+    return backbone
+
+
+def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.float32) -> None:
+    """Give a backbone the weights that `open_backbone` found, tensor by tensor."""
+    parameters = base_parameters(backbone)
+    for name, parameter in parameters.items():
+        parameter.data = weights.tensor(name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage)
+    if isinstance(backbone, TimmBackbone):
+        backbone.set_buffers(buffers_in(weights, parameters))
+
+
+def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Statistics of batch norms, in fp32 as the small weights beside them."""
+    names = [name for name in weights if name not in parameters]
+    return {
+        name: weights.tensor(name, torch.float32 if weights[name].dtype.is_floating_point else None) for name in names
     }
-    if tower.class_token:
-        names["cls_token"] = (1, 1, width)
-    for index in range(tower.depth):
-        block: dict[str, tuple[int, ...]] = {
-            "norm1.weight": (width,),
-            "norm1.bias": (width,),
-            "norm2.weight": (width,),
-            "norm2.bias": (width,),
-            "attn.qkv.weight": (3 * width, width),
-            "attn.q_bias": (width,),
-            "attn.v_bias": (width,),
-            "attn.proj.weight": (width, width),
-            "attn.proj.bias": (width,),
-            "mlp.fc1.weight": (hidden, width),
-            "mlp.fc1.bias": (hidden,),
-            "mlp.fc2.weight": (width, hidden),
-            "mlp.fc2.bias": (width,),
-        }
-        names.update({f"blocks.{index}.{name}": shape for name, shape in block.items()})
-    return names
+
+
+def fingerprint(tensors: Mapping[str, Lazy]) -> str:
+    """What two files have in common that hold the same weights of a backbone, in whatever layout, in fp32 or bf16.
+
+    A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep differently,
+    are left out.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name in tensors if name not in ("cls_token", "pos_embed")):
+        values = tensors[name].read().flatten()
+        sample = values[:: max(1, values.numel() // _SAMPLE)].to(torch.bfloat16).contiguous()
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of(backbone: Backbone, path: str | Path) -> str:
+    """The fingerprint of the weights of a backbone (on any device) in a file. Raises ValueError as `open_backbone`."""
+    weights = open_backbone(backbone, path)
+    return fingerprint({name: weights[name] for name in base_parameters(backbone)})
+
+
+def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
+    """Fingerprints of the base weights that a file holds, or that training or merging made it of."""
+    metadata = open_weights(path).metadata
+    return {fingerprint_of(backbone, path), *([metadata[BASE]] if BASE in metadata else [])}
+
+
+def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
+    """A line about something that was trained on other base weights than these; None where it was not, or is unknown."""
+    if trained_on is None or trained_on in bases:
+        return None
+    return (
+        f"{what} was trained on other base weights ({trained_on[:12]}) than these ({', '.join(b[:12] for b in bases)})"
+    )

@@ -57,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
     )
     model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    model.add_argument(
-        "--allow-other-base", action="store_true", help="go on although the heads learnt from another base"
-    )
     model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
     model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
     model.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")

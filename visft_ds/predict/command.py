@@ -16,7 +16,7 @@ import orjson
 import torch
 from tqdm import tqdm
 
-from visft_ds.interop.writing import write_atomically
+from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_file, printable
 from visft_ds.predict.model import Model, check_options, load
@@ -47,7 +47,6 @@ def predict(given: argparse.Namespace) -> int:
             adapter=given.adapter,
             vocabulary=given.vocabulary,
             image_size=given.image_size,
-            allow_other_base=given.allow_other_base,
         )
         return _predict(given, found, model)
     except (ValueError, OSError) as error:

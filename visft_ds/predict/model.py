@@ -34,9 +34,8 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.interop.backbones import is_merged
-from visft_ds.interop.files import PICKLE_SUFFIXES, open_weights
-from visft_ds.interop.heads import categories_of
+from visft_ds.interop.layouts import is_merged
+from visft_ds.interop.weights import PICKLE_SUFFIXES, open_weights
 from visft_ds.model import PixelScale, normalise_pixels
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -63,7 +62,6 @@ def load(
     adapter: str | Path | None = None,
     vocabulary: str | Path | None = None,
     image_size: int | None = None,
-    allow_other_base: bool = False,
 ) -> Model:
     """Load a trained model for predictions.
 
@@ -79,7 +77,6 @@ def load(
         vocabulary: word map of a published captioning head.
         image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in the
             paper where there is no run.
-        allow_other_base: go on although the heads learnt from another base.
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
@@ -113,7 +110,7 @@ def load(
         streams = chosen_streams(streams, tasks, heads, heads)
         files = _files_at(source, chosen, weights, heads, adapter)
         parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
-    loaded, streams = _build(parts, device, allow_other_base=allow_other_base)
+    loaded, streams = _build(parts, device)
     return Model(source, loaded, streams, parts.files)
 
 
@@ -199,7 +196,7 @@ class Model:
         #: Names of the categories by id.
         self.categories: dict[int, str] = {}
         for info in loaded.heads.values():
-            self.categories |= categories_of(info)
+            self.categories |= info.names()
         self.facts = loaded.facts  #: what was loaded, by name
         self.precision = loaded.precision
         self.device = loaded.device
@@ -319,11 +316,9 @@ def check_options(threshold: float, batch_size: int | None) -> None:
         raise ValueError(f"batch size {batch_size} is not allowed: give at least 1")
 
 
-def _build(
-    parts: ModelSource, device: str | torch.device | None, *, allow_other_base: bool = False
-) -> tuple[EvaluationModel, dict[str, Stream]]:
+def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
     place = _device(device)
-    return parts.build(choose_precision(parts.precision, place)[0], place, allow_other_base=allow_other_base)
+    return parts.build(choose_precision(parts.precision, place)[0], place)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

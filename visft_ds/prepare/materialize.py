@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
-from visft_ds.interop.backbones import open_backbone
-from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
-from visft_ds.interop.head_file import HeadFile
-from visft_ds.interop.layouts import base_parameters, is_lora
+from visft_ds.interop.heads import HeadFile
+from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, is_lora, is_small, open_backbone
+from visft_ds.interop.weights import Lazy
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.start import Start
-from visft_ds.pretrained import check_digest, local
+from visft_ds.pretrained import local
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
@@ -70,34 +69,28 @@ HOST = InHostMemory()
 class BaseWeights:
     """The frozen tower under adapters and heads."""
 
-    identity: str  #: sha256 of the file, or the recipe of the random weights
+    identity: str  #: fingerprint of the values
     note: str
-    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype
-    load: Callable[[str], Tensor]
+    parameters: Mapping[str, Tensor]  #: name in the tower -> its shape and its dtype in the run
+    load: Callable[[str], Tensor]  #: name -> value in the precision of the run, in memory of its own
+    exact: Callable[[str], Tensor]  #: name -> value as the file has it; of random weights as the run has it
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
-    beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
-    drawn_as: str | None = None  #: recipe of random weights, also of those that were written to a file
-    exact: Callable[[str], Tensor] | None = None  #: a value as its file has it, not rounded to the run's precision
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """By what heads may know these weights: those of a run without a file know the recipe."""
-        return tuple(dict.fromkeys(name for name in (self.identity, self.drawn_as) if name is not None))
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor's initial value into memory of its own on the host.
-
-        Raises ValueError for values that are not finite.
-        """
-        return self.load(name).to(self.infos[name].dtype)
+        """A tensor's first value on the host. Raises ValueError for values that are not finite."""
+        return self.load(name).to(self.parameters[name].dtype)
 
     def whole(self, name: str) -> Tensor:
-        """Read a tensor in fp32 as its file has it; of random weights as the run has it, and the file it writes."""
-        return (self.exact or self.load)(name).float()
+        """The same in fp32, not rounded to the precision of the run."""
+        return self.exact(name).float()
+
+    def tensors(self) -> dict[str, Lazy]:
+        """All of them as the run begins with them, unread."""
+        return {n: Lazy(tuple(p.shape), p.dtype, partial(self.read, n)) for n, p in self.parameters.items()}
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
-    """The base weights of a configuration; nothing but names and shapes is read of a file.
+    """The base weights of a configuration; of a file names and shapes are checked, and a sample of its values is read.
 
     Args:
         backbone: on any device, with every dtype as it will be.
@@ -106,66 +99,46 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     Raises:
         ValueError: a file of another model, see `open_backbone`.
     """
-    infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
-    timm = _drawn_by_timm(model, backbone, infos, storage) if isinstance(backbone, TimmBackbone) else None
-    if model.weights is not None:
-        path = local(model.weights)
-        opened, sha256 = open_backbone(backbone, path), sha256_file(path)
-        check_digest(path, sha256)
-        return BaseWeights(
-            sha256,
-            f"base weights: {opened.summary}",
-            infos,
-            lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
-            lambda: {**(timm.buffers() if timm is not None else {}), **opened.buffers()},
-            drawn_as=opened.file.metadata.get(DRAWN_AS),
-            exact=lambda name: opened.read(name, torch.float32),
-        )
-    if timm is not None:
-        return timm
-    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}"
-    return BaseWeights(
-        recipe,
-        f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}",
-        infos,
-        lambda name: random_weight(name, infos[name].shape, model.weights_seed).to(storage),
-        drawn_as=recipe,
-    )
-
-
-def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
-    """Raise what `open_base` raises of a file; unlike it, do not read the whole file for its hash."""
-    path = None if model.weights is None else local(model.weights)
-    if path is not None and path.is_file():
-        open_backbone(backbone, path)
-
-
-def _drawn_by_timm(
-    model: ModelConfig, backbone: TimmBackbone, infos: Mapping[str, TensorInfo], storage: torch.dtype
-) -> BaseWeights:
-    """Random weights of a model of timm; of one that is read from a file only buffers are taken, if it has any."""
+    parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
 
     @cache
     def drawn() -> TimmBackbone:
         """timm draws a model as a whole."""
+        assert isinstance(backbone, TimmBackbone)
         size = model.overrides.image_size
         return build_timm(backbone.name, image_size=size, layers=model.layers, seed=model.weights_seed)
 
-    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
-    return BaseWeights(
-        recipe,
-        f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
-        infos,
-        lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
-        lambda: dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {},
-        lambda: drawn().left_out,
-        recipe,
-    )
+    def buffers() -> dict[str, Tensor]:
+        return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
+
+    if model.weights is not None:
+        weights = open_backbone(backbone, local(model.weights))
+        count = sum(value.numel() for value in parameters.values())
+        return BaseWeights(
+            fingerprint({name: weights[name] for name in parameters}),
+            f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters",
+            parameters,
+            lambda name: weights.tensor(name, torch.float32 if is_small(name, shapes[name]) else storage),
+            lambda name: weights.tensor(name, torch.float32),
+            lambda: {**buffers(), **buffers_in(weights, parameters)},
+        )
+
+    def draw(name: str) -> Tensor:
+        if isinstance(backbone, TimmBackbone):
+            return drawn().get_parameter(name).detach().to(storage, copy=True)
+        return random_weight(name, shapes[name], model.weights_seed).to(storage)
+
+    values = {name: Lazy(shape, storage, partial(draw, name)) for name, shape in shapes.items()}
+    note = f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"
+    return BaseWeights(fingerprint(values), note, parameters, draw, draw, buffers)
 
 
-def is_small(name: str, shape: tuple[int, ...]) -> bool:
-    """Return True if a tensor of a tower is one of the few small ones that stay in fp32: norms, biases, positions."""
-    return len(shape) < 2 or name in ("pos_embed", "cls_token", "reg_token")
+def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
+    """Raise what `open_base` raises of the names in a file, without looking at its values."""
+    path = None if model.weights is None else local(model.weights)
+    if path is not None and path.is_file():
+        open_backbone(backbone, path)
 
 
 def fill_model(

@@ -19,20 +19,18 @@ from torch import nn
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.files import sha256_file
-from visft_ds.interop.head_file import HeadFile, HeadInfo
 from visft_ds.interop.heads import (
+    HeadFile,
+    HeadInfo,
     check_categories,
     check_classes,
+    check_vocabulary,
     find_head,
-    of_other_base,
     open_head,
     read_elsewhere,
-    read_head_info,
 )
-from visft_ds.interop.layouts import is_lora
-from visft_ds.interop.published_heads import GRID
-from visft_ds.interop.vocabularies import check_vocabulary
+from visft_ds.interop.layouts import is_lora, is_small, other_base
+from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
@@ -41,7 +39,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import DTYPES
 from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
-from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
+from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, open_base
 from visft_ds.prepare.start import Start
 from visft_ds.prepare.streams import fixed_sizes
 from visft_ds.tasks import TASKS
@@ -103,7 +101,7 @@ class PreparedModel:
 
     @property
     def base_weights(self) -> str:
-        """sha256 of the file, or the recipe of the random weights."""
+        """Fingerprint of the base weights."""
         return self.base.identity
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
@@ -151,18 +149,18 @@ def prepare_model(
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
     if heads_from is not None:
-        files = {task: find_head(heads_from, task) for task in module.heads}
-        infos = {task: read_head_info(path, task) for task, path in files.items()}
+        heads = {task: open_head(find_head(heads_from, task), task) for task in module.heads}
+        infos = {task: head.info for task, head in heads.items()}
         remedy = "Start new heads with stage 1 on this data, or train on data of the heads' categories"
         check_categories(infos, categories, "the training data", remedy)
         if categories:
             check_classes(infos, classes_of_run(config, categories), categories, "the training data")
         check_vocabulary(infos, vocabulary, "the training data")
         notes += _check_heads(infos, config, base)
-        heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
+        heads = {task: head.check(module.heads[task]) for task, head in heads.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     if start is not None:
-        start.check(module, [name for group in planned for name in group.names], base.names)
+        start.check(module, [name for group in planned for name in group.names], base.identity)
         notes += start.notes
     fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
@@ -303,21 +301,20 @@ def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
     """Shapes alone do not show how a head was built (number of attention heads) or on which features it was trained.
 
-    Returns what is worth a note: heads that have learnt from images prepared in another way.
+    Returns what is worth a note: heads that have learnt from other base weights, or images prepared in another way.
     """
     notes = []
     for task, info in infos.items():
         options = config.tasks.enabled()[task].head.model_dump(mode="json")
-        assumed = {"grid": GRID} if info.extra.get("format") == "visft" else {}
-        built = {**assumed, **info.options}
+        built = info.options
         names = sorted(n for n in options if n != "dropout" and n in built and options[n] != built[n])
         if names:
             told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
-        for problem in of_other_base({task: info}, base.names):
-            raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
+        if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
+            notes.append(f"warning: {problem}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

@@ -176,7 +176,7 @@ def _problem(place: Path, record: Mapping[str, str], split: str | None) -> str |
 @cache
 def _digest(path: Path, size: int, written: int) -> str:
     """sha256 of a file that may have gigabytes and is asked for again while a command starts."""
-    from visft_ds.interop.files import sha256_file  # imports torch, which costs seconds
+    from visft_ds.interop.weights import sha256_file  # imports torch, which costs seconds
 
     return sha256_file(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from visft_ds.interop.files import examples
+from visft_ds.interop.weights import examples
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Start:
     sha256: str  #: of what is read
     shapes: Mapping[str, tuple[int, ...]]  #: qualified name of a parameter -> its shape there
     read: Callable[[str], Tensor]
-    base: str | None  #: the base weights that they were trained on, as `BaseWeights.names`; None: nobody recorded it
+    base: str | None  #: the base weights that they were trained on, as `BaseWeights.identity`; None: nobody recorded it
     step: int | None = None  #: of a run
     #: Parameter -> for each of its rows the row there, or None for one that is drawn; of all others the shapes agree.
     rows: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
@@ -37,20 +37,18 @@ class Start:
                 values[row] = found[there]
         return values
 
-    def check(self, module: nn.Module, trained: Iterable[str], bases: Sequence[str]) -> None:
+    def check(self, module: nn.Module, trained: Iterable[str], base: str) -> None:
         """Refuse values that do not fit what a run trains.
 
         Args:
             trained: qualified names.
-            bases: names of the run's base weights.
+            base: fingerprint of the run's base weights.
 
         Raises:
             ValueError: parameters that are missing, frozen here or of another shape; other base weights.
         """
-        if self.base is not None and self.base not in bases:
-            raise ValueError(
-                f"{self.place} was trained on other base weights ({self.base}); these are {' = '.join(bases)}"
-            )
+        if self.base not in (None, base):
+            raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
         wanted = set(trained)
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
         rooms = {_room(name) for name in self.shapes}

@@ -1,54 +1,50 @@
-"""Change of a run's backbone, finished or not, for tools that merge it: an adapter, or weights that trained
-themselves. A path may also name an adapter of any other kind.
-"""
+"""The adapter of a run, finished or not, and the weights that it comes on top of, for tools that merge."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.interop import peft
-from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.tuned import Change, read_tuned
+from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.interop.published import read_adapter
 from visft_ds.prepare.places import WEIGHTS, find
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
 
 
-def place_of(path: Path) -> Path:
-    """Resolve a path to the change it names: of a run its export, where it has one, or else its newest whole
-    checkpoint. Raises ValueError for a run without either.
+def adapter_at(path: Path) -> Adapter | None:
+    """The adapter that a path names: of a run its export, else its newest whole checkpoint; or of any other kind.
+
+    None for a run that trained its backbone itself, whose export is a base. Raises ValueError where there is none.
     """
-    if not (path / "run.json").is_file():
-        return path
-    export = path / "export"
-    if (export / ADAPTER_FOLDER / peft.FILE).is_file():
-        return export / ADAPTER_FOLDER
-    if recorded_config(path).visft.lora is None and (export / TRAINED_BACKBONE_FILE).is_file():
-        return export / TRAINED_BACKBONE_FILE
-    from visft_ds.checkpoint.adapter import newest_checkpoint_folder  # imports deepspeed: costs seconds
+    if (path / RECORD_FILE).is_file():
+        if recorded_config(path).visft.lora is None and (path / "export" / TRAINED_BACKBONE_FILE).is_file():
+            return None
+        if (path / "export" / ADAPTER_FOLDER / FILE).is_file():
+            return Adapter.load(path / "export" / ADAPTER_FOLDER)
+        from visft_ds.checkpoint.adapter import newest_checkpoint_folder  # imports deepspeed: costs seconds
 
-    return newest_checkpoint_folder(path)
+        path = newest_checkpoint_folder(path)
+    if (path / "state.json").is_file():
+        from visft_ds.checkpoint.adapter import adapter_of_checkpoint
 
-
-def read_change(place: Path) -> Change:
-    """The change at a place. Raises ValueError where there is none, or a damaged one."""
-    if place.name == TRAINED_BACKBONE_FILE:
-        return read_tuned(place)
-    if (place / "state.json").is_file():
-        from visft_ds.checkpoint.adapter import change_of_checkpoint
-
-        return change_of_checkpoint(place)
-    return read_adapter(place)
+        return adapter_of_checkpoint(path)
+    return read_adapter(path)
 
 
-def base_of(path: Path) -> Path | None:
-    """The weights that the change of a run, or of something inside its folder, comes on top of; None for all that
-    belongs to no run. Raises ValueError where they are not found any more.
-    """
+def run_around(path: Path) -> Path | None:
+    """The run that a path is, or lies inside of."""
     path = path.resolve()
-    run = next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
+    return next((folder for folder in (path, *path.parents) if (folder / RECORD_FILE).is_file()), None)
+
+
+def base_of(path: Path) -> Path:
+    """The weights under the adapter of a run, or of something inside its folder; those that trained are a base, too.
+
+    Raises ValueError for what belongs to no run, and where the weights are not found any more.
+    """
+    run = run_around(path)
     if run is None:
-        return None
+        raise ValueError(f"--base FILE is needed: {path} is not inside a run, which knows its base weights")
     visft, export = recorded_config(run).visft, run / "export"
-    if visft.lora is not None and (export / TRAINED_BACKBONE_FILE).is_file():  # trained beside its adapter
+    if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
     return export / BACKBONE_FILE if visft.model.weights is None else find(run, visft, WEIGHTS)

@@ -26,7 +26,7 @@ from visft_ds.config.records import Finite, Whole, read_record
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.runner import as_metrics, measure
-from visft_ds.interop.writing import write_text
+from visft_ds.interop.weights import write_text
 from visft_ds.tasks import Results
 
 _ORDER, _METRICS, _LOG = "evaluation.json", "metrics.json", "judge.log"
@@ -80,7 +80,7 @@ class AsyncEvaluation:
                 (place / f"{task}_results.json").write_bytes(orjson.dumps(results))
             # Last and in one move: without it there is nothing to measure.
             order = orjson.dumps({"step": step, "tasks": list(collected), **self._data})
-            write_text(place / _ORDER, order.decode(), overwrite=True)
+            write_text(place / _ORDER, order.decode())
         except OSError as error:
             self._failed.append(EvalResult(step, {}, (f"results cannot be written: {error}",)))
             return
@@ -201,7 +201,7 @@ def main(folder: Path, shards: Path | str) -> int:
     with ShardReader(Manifest.load(shards, order["split"], cache)) as reader:
         outcome, problems = measure(collected, reader, limit=order["limit"])
     whole = {"step": order["step"], "metrics": as_metrics(outcome), "problems": [*unread, *problems]}
-    write_text(folder / _METRICS, orjson.dumps(whole).decode(), overwrite=True)
+    write_text(folder / _METRICS, orjson.dumps(whole).decode())
     return 0
 
 

@@ -17,9 +17,8 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, heads_inside
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
-from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text
+from visft_ds.interop.weights import remove_unfinished, sha256_file, write_atomically, write_text
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
@@ -41,14 +40,11 @@ from visft_ds.run.folder import BACKBONE_FILE, read_run, saved_something
 from visft_ds.run.start import record_of
 
 
-def write_record(
-    config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str], start: Start | None
-) -> None:
+def write_record(config: ResolvedConfig, data: RunData, command: Sequence[str], start: Start | None) -> None:
     """Write RUN/inputs, then RUN/run.json, with paths as they were given. Main process only.
 
     Args:
         config: with paths at which its inputs lie now.
-        base_sha256: hash of the base file.
         start: what the run begins with; None: drawn values, or it goes on.
 
     Raises:
@@ -57,7 +53,7 @@ def write_record(
     run = Path(config.visft.run.out or "")
     with explained("copies of the heads and words", run / INPUTS_FOLDER, "The same command goes on"):
         keep_inputs(run, config.visft, data.categories)
-    inputs = _places(run, config.visft, data.sets, base_sha256)
+    inputs = _places(run, config.visft, data.sets)
     with explained("the record of the run", run, "Nothing else was changed"):
         recorded, parent = with_paths(config, data.given).to_dict(), record_of(start, run)
         if start is None and saved_something(run):  # it goes on, and has begun with what its record says
@@ -66,23 +62,19 @@ def write_record(
         RunRecord(recorded, distributed.world_size(), list(command), inputs, parent).write(run)
 
 
-def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:
+def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> None:
     """Write random base weights once (an adapter is of no use without its base). Collective.
-
-    Returns:
-        sha256 of the base file; "" on other ranks than the main one where it was written now.
 
     Raises:
         OSError: a full disk.
     """
     if config.visft.model.weights is not None:
-        return prepared.base_weights
+        return
     path = Path(config.visft.run.out or "") / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         with explained("the base weights", path.parent, "The same command goes on"):
             save_base(prepared.base, prepared.module.backbone, path)
     distributed.barrier()
-    return sha256_file(path) if distributed.is_main() else ""
 
 
 def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) -> None:
@@ -101,19 +93,17 @@ def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) 
     for path, source in sources.items():
         if not path.is_file() or sha256_file(path) != sha256_file(source):
             with source.open("rb") as file:
-                write_atomically(path, partial(shutil.copyfileobj, file), overwrite=True)
+                write_atomically(path, partial(shutil.copyfileobj, file))
     named = folder / CATEGORIES_FILE
     for path in folder.rglob("*"):
         if path.is_file() and path not in (*sources, named):
             path.unlink()  # of a start with other heads, before anything was saved
     text = orjson.dumps([asdict(category) for category in categories], option=orjson.OPT_INDENT_2).decode()
     if not named.is_file() or named.read_text(encoding="utf-8") != text:
-        write_text(named, text, overwrite=True)
+        write_text(named, text)
 
 
-def _places(
-    run: Path, config: VisftConfig, sets: Mapping[str, TrainingSet], base_sha256: str
-) -> dict[str, dict[str, str]]:
+def _places(run: Path, config: VisftConfig, sets: Mapping[str, TrainingSet]) -> dict[str, dict[str, str]]:
     """Dotted key -> where an input is that has no copy, and what proves it, as `prepare.places.find` reads it."""
     names = {DATA: config.data.train}
     names |= {f"visft.data.sets.{number}.root": one.name for number, one in enumerate(config.data.sets)}
@@ -129,5 +119,5 @@ def _places(
             if manifest.options.get("masks_from_boxes"):
                 found[key]["masks"] = "ellipses drawn into boxes, where there were none"
         else:
-            found[key]["sha256"] = base_sha256 if key == WEIGHTS else sha256_file(path)
+            found[key]["sha256"] = sha256_file(path)
     return found

@@ -16,11 +16,10 @@ from visft_ds.config.preflight import INPUTS_FOLDER, run_of
 from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.files import examples, open_weights
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.layouts import described, model_of
+from visft_ds.interop.published import read_adapter
+from visft_ds.interop.weights import examples, open_weights
 from visft_ds.models import build_empty
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.places import CATEGORIES_FILE
@@ -74,10 +73,8 @@ def _of_adapter(config: VisftConfig, place: Path) -> Start:
         read_adapter(place),
         build_empty(config.model.preset, torch.float32, config.model.backbone_options()),
     )
-    if isinstance(backbone, EvaViT):
-        adapter = adapter.fit(tower_of(backbone))
-    elif adapter.model != backbone.name:
-        raise ValueError(f"visft.start: the adapter in {place} is not one of timm's {backbone.name}")
+    if adapter.model != model_of(backbone):
+        raise ValueError(f"visft.start: the adapter in {place} is of {described(adapter.model)}, not of this model")
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(place, there, config.lora)
     tensors = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
@@ -86,7 +83,7 @@ def _of_adapter(config: VisftConfig, place: Path) -> Start:
         sha256=adapter.fingerprint(),
         shapes={name: tuple(value.shape) for name, value in tensors.items()},
         read=lambda name: tensors[name].float(),
-        base=adapter.base_sha256,
+        base=adapter.base,
         notes=(f"started from the adapter in {place} ({adapter.describe()})",),
     )
 
@@ -95,7 +92,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     assert config.start is not None
     there, how = recorded_config(run).visft, config.start.heads
     file = open_weights(checkpoint.path / "parameters.safetensors")
-    shapes = {name: file.shape(name) for name in file}
+    shapes = {name: one.shape for name, one in file.items()}
     heads = {name.split(".")[1] for name in shapes if name.startswith("heads.")}
     if how != "keep" and not heads:
         raise ValueError(
@@ -112,7 +109,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
         place=checkpoint.path,
         sha256=checkpoint.record["files"]["parameters.safetensors"]["sha256"],
         shapes=shapes,
-        read=lambda name: file.get(name).float(),
+        read=lambda name: file.tensor(name, torch.float32),
         base=checkpoint.identity("base weights"),
         step=checkpoint.step,
     )

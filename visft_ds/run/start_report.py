@@ -204,7 +204,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
         if TASKS[task].uses_vocabulary and vocabulary is None:
             continue  # nobody knows yet how many words it has to have
         try:
-            open_head(head, find_head(config.heads.path, task), task)
+            open_head(find_head(config.heads.path, task), task).check(head)
         except (ValueError, OSError) as error:
             yield f"this run cannot start: {error}"
 

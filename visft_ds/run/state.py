@@ -13,18 +13,15 @@ from visft_ds.checkpoint.export import describe_heads, export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
-from visft_ds.interop.card_data import Publication, publication_of
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import described
-from visft_ds.interop.writing import remove_unfinished
-from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.interop.card import repository_of
+from visft_ds.interop.heads import HeadInfo, described
+from visft_ds.interop.weights import remove_unfinished
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
-from visft_ds.pretrained import local
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
@@ -175,11 +172,10 @@ class RunState:
         tasks, data = {name: task for name, task in visft.tasks.enabled().items() if name in heads}, self._data
         return describe_heads(self._engine.module.backbone, tasks, facts, data.categories, data.vocabulary)
 
-    def export(self, step: int, base_sha256: str, base: BaseWeights) -> None:
+    def export(self, step: int, base: BaseWeights) -> None:
         """Export what has trained. Collective.
 
         Args:
-            base_sha256: hash of the base file.
             base: weights that the run started from.
 
         Raises:
@@ -194,19 +190,11 @@ class RunState:
                 folder,
                 lora=lora,
                 infos=self._heads(step),
-                base_weights=self.identity["base weights"],
-                base_sha256=base_sha256,
                 base=base,
-                base_model=self._publication(),
+                repository=repository_of(self._config.visft.model.weights),
             )
             for path in paths:
                 print(f"wrote {path}", flush=True)
-
-    def _publication(self) -> Publication | None:
-        """Publication of the base weights, as far as their name or their place in the hub's cache tells it."""
-        weights, backbone = self._config.visft.model.weights, self._engine.module.backbone
-        name = backbone.name if isinstance(backbone, TimmBackbone) else None
-        return publication_of(None if weights is None else local(weights), name)
 
     def __enter__(self) -> RunState:
         self._saver.__enter__()

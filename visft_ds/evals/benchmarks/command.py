@@ -24,7 +24,7 @@ from visft_ds.evals.benchmarks.table import Row, rows_of, section, verdict
 from visft_ds.evals.charts import Bar, block_chart, interval_chart
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
-from visft_ds.interop.writing import write_atomically
+from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
@@ -180,9 +180,9 @@ def _write(
         "command": [redacted(word) for word in sys.argv],
     }
     content = orjson.dumps({**record, **about}, option=orjson.OPT_INDENT_2)
-    write_atomically(given.out / name, lambda file: file.write(content), overwrite=True)
+    write_atomically(given.out / name, lambda file: file.write(content))
     if chart:
-        write_atomically(given.out / chart_name, lambda file: file.write(chart.encode()), overwrite=True)
+        write_atomically(given.out / chart_name, lambda file: file.write(chart.encode()))
 
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:

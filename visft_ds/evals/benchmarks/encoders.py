@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +25,7 @@ from torchvision.transforms import v2 as transforms
 from visft_ds.evals.benchmarks.dense_sets import CELLS
 from visft_ds.evals.benchmarks.text import TextOf, TextTower
 from visft_ds.files import reading
-from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder
-from visft_ds.interop.timm_names import classifier_names
+from visft_ds.interop.layouts import classifier_names
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 
@@ -254,17 +252,13 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    brings = name.startswith((_HUB, LOCAL))
+    brings = name.startswith(("hf-hub:", "local-dir:"))
     if not brings and (weights is None or name not in open_clip.list_models()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of that name"
         raise ValueError(f"open_clip:{name}: give open_clip:NAME:TAG or open_clip:NAME:FILE; tags: {tags}")
-    if name.startswith(LOCAL):
-        check_folder(Path(name.removeprefix(LOCAL)))
     with reading(f"open_clip:{name}", "a model of open_clip"):
-        if name.startswith(_HUB):
-            check_config(open_clip.get_model_config(name), name)
         model = open_clip.create_model(name, pretrained=weights, load_weights=True).requires_grad_(False).eval()
-        # What the search may not have seen, such as files of a repository, is not run either, and nobody is asked.
+        # Code of a repository is not run, and nobody is asked.
         foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
         tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
     config, visual = model.visual.preprocess_cfg, _OpenClipEncoder(model.visual)

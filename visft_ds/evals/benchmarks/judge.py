@@ -28,7 +28,7 @@ from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.benchmarks.retention import AnswersKept, load_classifier
-from visft_ds.interop.writing import write_atomically
+from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -232,7 +232,7 @@ def _save(path: Path, scores: Sequence[Score], sample: Tensor) -> None:
         assert np.isfinite(score.values).all() and len(score.values), score.name
         parts = {"values": score.values, "groups": score.groups, "maps": score.maps}
         arrays |= {f"{number}.{name}": value for name, value in parts.items() if value is not None}
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays), overwrite=True)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _load(path: Path) -> tuple[list[Score], Tensor]:

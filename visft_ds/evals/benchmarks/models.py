@@ -13,6 +13,7 @@ An #BLOCK or @SCALE behind the last model of a list counts for those without one
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,14 +32,19 @@ from visft_ds.evals.benchmarks.encoders import (
 )
 from visft_ds.evals.benchmarks.images import stamp
 from visft_ds.evals.benchmarks.text import projection_of, text_tower_in
-from visft_ds.evals.model import adapter_for, empty_backbone, end_of, files_of_run
-from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import tower_in
-from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.evals.model import adapter_for, files_of_run
+from visft_ds.interop.layouts import (
+    MODEL,
+    bases_of,
+    load_backbone,
+    model_in,
+    open_model,
+    other_base,
+    tower_in,
+)
 from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
+from visft_ds.pretrained import TIMM
 from visft_ds.run.folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
@@ -55,9 +61,7 @@ class ModelSpec:
     weights: str | None = None  #: of another library
     adapter: Path | None = None
     scale: float = 1.0  #: factor on the effect of the adapter
-    hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, if a run records them
-    timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
-    layers: tuple[int, ...] = ()  #: blocks that are read, if a run records them
+    model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run records them
     block: int | None = None  #: that it is read after
 
     @property
@@ -137,7 +141,7 @@ def parse_model(text: str) -> ModelSpec:
     if (base / "run.json").is_file():
         files = files_of_run(base, recorded_config(base).visft, (), adapter=adapter)
         name = str(files.backbone)
-        spec = replace(spec, name=name, adapter=files.adapter, hints=files.hints, timm=files.timm, layers=files.layers)
+        spec = replace(spec, name=name, adapter=files.adapter, model=files.model)
     elif base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
     if factor and spec.adapter is None:
@@ -197,34 +201,28 @@ def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
 
 
 def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
-    timm, path = spec.timm or timm_settings(open_weights(spec.name)), Path(spec.name)
+    path = Path(spec.name)
+    file = open_model(path)
     # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
     adapter = adapter_for(path, spec.adapter).scaled(spec.scale) if spec.adapter else None
-    layers = _end_of(spec, adapter)
-    if timm is not None:
-        backbone: Any = load_timm(path, *timm, DTYPES[precision], layers)[0]
-        module: Any = FeatureMapEncoder(backbone)
-        normalisation, side = (backbone.pixel_mean, backbone.pixel_std), backbone.image_size
-        kinds: Sequence[str] = KINDS_WITHOUT_TEXT
-    else:
-        found = tower_in(*open_tower(path))
-        if not (spec.hints or found.preset() or found.num_heads):
-            raise ValueError(f"{path} does not tell its number of heads, and no preset has {found.describe()}")
-        tower = resolve_tower(found, None, spec.hints)
-        backbone = empty_backbone(tower, DTYPES[precision], layers)
-        load_backbone(backbone, spec.name)
-        # The projection into the space of texts reads the last block.
+    model = dict(spec.model or (adapter.model if adapter and MODEL not in file.metadata else model_in(file)))
+    layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
+    if spec.model is None and spec.block is not None and adapter is None:
+        layers = None  # merged weights that are read elsewhere are whole
+    timm = model["preset"].startswith(TIMM)
+    if not timm:
+        model["class_token"] = "cls_token" in tower_in(file, model)
+    backbone: Any = load_backbone(path, {**model, **({"layers": layers} if layers else {})}, DTYPES[precision])
+    side, kinds = backbone.image_size, KINDS_WITHOUT_TEXT
+    module: Any = FeatureMapEncoder(backbone) if timm else None
+    normalisation = (backbone.pixel_mean, backbone.pixel_std) if timm else CLIP
+    if module is None:  # the projection into the space of texts reads the last block
         module = EvaEncoder(backbone, None if layers else projection_of(path))
-        normalisation, side, kinds = CLIP, tower.image_size, module.kinds
+        kinds = module.kinds
     if adapter is not None:
+        if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
+            print(f"warning: {problem}", file=sys.stderr)
         adapter.install(backbone)
     text = text_tower_in(path) if "clip" in kinds else None
     preprocess = square_preprocess(side, *normalisation)
     return Encoder(module.requires_grad_(False).eval(), tuple(kinds), preprocess, normalisation, side, text)
-
-
-def _end_of(spec: ModelSpec, adapter: Adapter | None) -> tuple[int, ...]:
-    """The blocks of a model that are read; none: it is whole, as merged weights are if they are read elsewhere."""
-    if spec.block is not None and adapter is None:
-        return spec.layers
-    return spec.layers or end_of(open_weights(spec.name), adapter)

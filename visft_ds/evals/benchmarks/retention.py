@@ -20,11 +20,11 @@ from visft_ds.evals.benchmarks.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
 from visft_ds.evals.model import adapter_for
-from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.files import examples, open_weights
-from visft_ds.interop.timm_names import classes_in, classifier_names
+from visft_ds.interop.layouts import classifier_names, model_in, open_model
+from visft_ds.interop.weights import examples, open_weights
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_model
+from visft_ds.pretrained import TIMM
 
 KIND = "answers"  #: (images,), the number of the class that a classifier says
 KEPT = "answers kept"  #: name of the number
@@ -94,9 +94,10 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
         options: Mapping[str, int] = {}
     else:
         file = open_weights(weights)
-        values = {key: file.get(key) for key in file}
+        values = {key: one.read() for key, one in file.items()}
         config = timm.get_pretrained_cfg(name)
-        classes = classes_in(config.classifier if config else None, {key: value.shape for key, value in values.items()})
+        names = (f"{one}.weight" for one in classifier_names(config.classifier if config else None))
+        classes = next((len(values[key]) for key in names if key in values), 0)
         if not classes:
             raise ValueError(f"{_ASKS} {first.label} brings none: {weights} has no classifier of timm's {name}")
         _, _, options = build_model(name, side, device="meta")
@@ -133,10 +134,12 @@ def _source(spec: ModelSpec, lacks: str) -> tuple[str, int | None, str | None]:
     """(name in timm, image size where it is not the model's own, file or None for timm's own weights) of a model."""
     if spec.library == "timm":
         return spec.name, None, spec.weights
-    timm = (spec.timm or timm_settings(open_weights(spec.name))) if spec.library == "visft_ds" else None
-    if timm is None:
+    found: Mapping[str, Any] = {"preset": ""}
+    if spec.library == "visft_ds":
+        found = spec.model or model_in(open_model(spec.name))
+    if not found["preset"].startswith(TIMM):
         raise ValueError(f"{_ASKS} {spec.label} {lacks}: it is no model of timm with weights")
-    return *timm, spec.name
+    return found["preset"].removeprefix(TIMM), found.get("image_size"), spec.name
 
 
 def _lend(model: nn.Module, spec: ModelSpec, name: str) -> None:
@@ -154,7 +157,7 @@ def _lend(model: nn.Module, spec: ModelSpec, name: str) -> None:
     lent = [key for key in file if not key.startswith(classifiers)]
     if foreign := [key for key in lent if key not in values]:
         raise ValueError(f"{weights} has tensors that {name} of {model.__class__.__name__} lacks: {examples(foreign)}")
-    _load(model, values | {key: file.get(key) for key in lent}, weights)
+    _load(model, values | {key: file[key].read() for key in lent}, weights)
 
 
 def _load(model: nn.Module, values: Mapping[str, Tensor], path: str) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.files import reading
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import PROJECTION
-from visft_ds.interop.towers import open_tower
+from visft_ds.interop.layouts import prefix_of
+from visft_ds.interop.weights import open_weights
 
 PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
@@ -59,16 +58,16 @@ def text_tower_in(path: str | Path) -> TextTower | None:
     needed = [f"{PREFIX}{name}" for name in ("positional_embedding", "token_embedding.weight", "text_projection")]
     if lacking := [name for name in needed if name not in file]:
         raise ValueError(f"{file.path}: its text tower lacks {', '.join(lacking)}; take the whole file")
-    length, width = file.shape(needed[0])
+    length, width = file[needed[0]].shape
     if width % HEAD_WIDTH and width > HEAD_WIDTH:
         raise ValueError(f"{file.path}: a text tower of width {width} has no heads of {HEAD_WIDTH}: not a CLIP")
     settings = {
         "context_length": length,
-        "vocab_size": file.shape(needed[1])[0],
+        "vocab_size": file[needed[1]].shape[0],
         "width": width,
         "heads": max(1, width // HEAD_WIDTH),
         "layers": 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1),
-        "output_dim": file.shape(needed[2])[1],
+        "output_dim": file[needed[2]].shape[1],
     }
     tokenizer = SimpleTokenizer(context_length=length)
     if settings["vocab_size"] != tokenizer.vocab_size:
@@ -78,7 +77,7 @@ def text_tower_in(path: str | Path) -> TextTower | None:
         )
     module: nn.Module = TextTransformer(**settings)
     # A causal mask, which some files carry along, is a function of the length.
-    tensors = {name.removeprefix(PREFIX): file.get(name) for name in names if not name.endswith("attn_mask")}
+    tensors = {name.removeprefix(PREFIX): file[name].read() for name in names if not name.endswith("attn_mask")}
     with reading(path, "a file with CLIP's text tower"):
         missing, unexpected = module.load_state_dict(tensors, strict=False)
         if wrong := [*(name for name in missing if not name.endswith("attn_mask")), *unexpected]:
@@ -92,14 +91,14 @@ def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
     Raises:
         ValueError: one of the two is missing.
     """
-    file, layout = open_tower(path)
-    names = [layout.prefix + name for name in next(iter(PROJECTION.values()))]
+    file = open_weights(path)
+    names = [f"{prefix_of(file)}head.{name}" for name in ("weight", "bias")]
     found = [name for name in names if name in file]
     if not found:
         return None
     if len(found) < len(names):
         raise ValueError(f"{file.path}: the CLIP projection is half there: {found[0]} without the other of {names}")
-    return file.get(names[0]).float().clone(), file.get(names[1]).float().clone()
+    return file.tensor(names[0], torch.float32), file.tensor(names[1], torch.float32)
 
 
 class TextOf(nn.Module):

@@ -25,7 +25,7 @@ _LARGEST = 1_900_000_000
 def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
     """Write a backbone (fp32, on the CPU) for images of its `image_size`; returns the files, the graph last.
 
-    Raises ValueError where torch cannot write it, or only for a fixed number of images.
+    Raises ValueError where torch cannot write it.
     """
     side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
@@ -44,9 +44,6 @@ def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
     except torch.onnx.OnnxExporterError as error:
         first = str(error.__cause__ or error).split("\n")[0]
         raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
-    shape = program.model.graph.inputs[0].shape if program else None
-    assert program and shape
-    if isinstance(shape[0], int):
-        raise ValueError(f"torch {torch.__version__} writes {backbone.describe()} as ONNX for two images at once only")
+    assert program is not None
     program.save(path, external_data=size > _LARGEST)
     return [*path.parent.glob(f"{path.name}.data"), path]

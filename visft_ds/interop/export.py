@@ -1,0 +1,221 @@
+"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor.
+
+A change by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight, and then the file hardly
+differs from the base. So sums are fp32, and `Share` says how much of the change is in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.layouts import BASE, MERGED, MODEL, classifier_names, prefix_of
+from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_atomically, write_safetensors, write_text
+from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import PRESETS, EvaViT
+
+# Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
+_LEAST_SHARE, _MOST_ERROR = 0.9, 0.5
+#: Of what timm knows of pretrained weights, what holds for trained ones too; the last while positions keep their size.
+_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
+_SETTINGS = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("first_conv", "classifier", *_SIZES),
+)
+_TEXT_HEAD = 64  #: width of a head in the text tower of every CLIP, which no tensor shows
+
+
+@dataclass
+class Share:
+    """How much of a wanted change D is in the written one E: <E, D> / |D|^2, and |E - D| / |D|.
+
+    Both are needed: where the base is finer than the output, its own rounding acts as dither, the first stays near 1,
+    and only the second shows that the change drowned.
+    """
+
+    along: float = 0.0
+    wanted: float = 0.0
+    missed: float = 0.0
+
+    def add(self, effective: Tensor, delta: Tensor) -> None:
+        """Count a weight in."""
+        self.along += (effective * delta).sum().item()
+        self.wanted += delta.square().sum().item()
+        self.missed += (effective - delta).square().sum().item()
+
+    @property
+    def retained(self) -> float:
+        """Along D; 1: all of it."""
+        return self.along / self.wanted if self.wanted else math.nan
+
+    @property
+    def error(self) -> float:
+        """Norm of what is missing over that of the change; 0: exact."""
+        return math.sqrt(self.missed / self.wanted) if self.wanted else math.nan
+
+    @property
+    def lost(self) -> bool:
+        """Return True if too little of the change is left to speak of the same model."""
+        return self.wanted > 0 and (self.retained < _LEAST_SHARE or self.error > _MOST_ERROR)
+
+
+def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share) -> Weights:
+    """The tensors of a tower with the adapter in them, made when they are read.
+
+    Args:
+        names: what becomes `dtype`: the backbone; all else stays as it is.
+        share: counts what is read.
+    """
+    changed = set() if adapter is None else set(adapter.weights())
+    assert changed <= tower.keys(), changed - tower.keys()
+
+    def make(name: str) -> Tensor:
+        what, value = f"{tower.path}: {name}", tower[name].read()
+        if name not in changed:
+            return finite(value.to(dtype) if name in names else value, what)
+        assert adapter is not None
+        weight, delta = value.float(), adapter.delta(name).view_as(value)
+        result = finite((weight + delta).to(dtype), what)
+        share.add(result.float() - weight, delta)
+        return result
+
+    made = {
+        name: Lazy(one.shape, dtype if name in names else one.dtype, partial(make, name)) for name, one in tower.items()
+    }
+    return Weights(made, tower.path, tower.metadata)
+
+
+def header(model: Mapping[str, Any], file: Weights, adapter: Adapter | None, base: str) -> dict[str, str]:
+    """What written weights say of themselves. `base`: fingerprint of the base weights."""
+    found = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
+    if adapter is not None:
+        merged = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
+        found = {BASE: base, MERGED: json.dumps(merged)}
+    return {MODEL: json.dumps(dict(model)), **found}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format consists of: weights under their library's names, and files of JSON beside them."""
+
+    name: str  #: of the file of weights
+    tensors: Weights
+    files: Mapping[str, Mapping[str, Any]]
+    note: str | None = None
+
+
+def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) by which `timm.create_model` makes the model that has all tensors of a tower."""
+    if not isinstance(backbone, EvaViT):
+        shapes = [
+            tower[f"{n}.weight"].shape[0] for n in classifier_names(backbone.classifier_names) if f"{n}.weight" in tower
+        ]
+        return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
+    config = backbone.config
+    arguments: dict[str, Any] = {"num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0}
+    if not any(config.width == PRESETS[name].width for name in ("eva_e", "eva_g")) or config.image_size != 224:
+        arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
+        arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
+    if "cls_token" not in tower:  # ours norms every patch; timm would pool by the class token, or norm what it pooled
+        arguments |= {"class_token": False, "global_pool": "avg", "use_fc_norm": False}
+        arguments |= {"use_post_transformer_norm": True}
+    return "eva02_enormous_patch14_clip_224" if config.post_norm else "eva_giant_patch14_clip_224", arguments
+
+
+def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    transformers' AutoModel loads the same folder (TimmWrapperModel).
+    """
+    from timm import create_model
+
+    name, arguments = timm_model(backbone, tower)
+    with torch.device("meta"):
+        model: Any = create_model(name, **arguments)
+    if "cls_token" not in tower and isinstance(backbone, EvaViT):  # timm keeps no position for it then
+        one = tower["pos_embed"]
+        shape = (1, one.shape[1] - 1, one.shape[2])
+        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, 1:])}, tower.path)
+    if differing := sorted(model.state_dict().keys() ^ tower.keys()):
+        note = f"timm does not load this by itself: its {name} and the base differ by {examples(differing)}"
+        return Written("model.safetensors", tower, {}, note)
+    known, side = model.pretrained_cfg, arguments.get("img_size")
+    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
+    if side:
+        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
+    config = {
+        "architecture": known["architecture"],
+        "num_classes": arguments["num_classes"],
+        "num_features": model.num_features,
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": kept | {"num_classes": arguments["num_classes"]},
+    }
+    return Written("model.safetensors", tower, {"config.json": config})
+
+
+def _whole_clip(prefix: str, name: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is."""
+    mine = prefix_of(file) if isinstance(backbone, EvaViT) else ""
+    beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
+    if "logit_scale" not in beside or not {"cls_token", "head.weight"} <= tower.keys():
+        raise ValueError(
+            f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: give "
+            "EVA-CLIP's or open_clip's file as the base"
+        )
+    return Written(name, Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
+
+
+def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """The same with the configuration that open_clip has of EVA's towers, in the sizes of the text tower."""
+    from open_clip import get_model_config
+
+    written = _whole_clip("visual.trunk.", "open_clip_model.safetensors", tower, file, backbone)
+    if "text.positional_embedding" not in file:
+        raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
+    assert isinstance(backbone, EvaViT)
+    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
+    context, width = file["text.positional_embedding"].shape
+    blocks = {match[1] for name in file if (match := re.match(r"text\.transformer\.resblocks\.(\d+)\.", name))}
+    config["embed_dim"], config["vision_cfg"]["image_size"] = tower["head.weight"].shape[0], backbone.image_size
+    config["text_cfg"] |= {"context_length": context, "width": width, "heads": max(1, width // _TEXT_HEAD)}
+    config["text_cfg"] |= {"vocab_size": file["text.token_embedding.weight"].shape[0], "layers": len(blocks)}
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": mean, "std": std}}
+    return Written(written.name, written.tensors, {"open_clip_config.json": whole})
+
+
+def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
+    if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
+        raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
+    return Written("eva_vit_g.pth", tower, {})
+
+
+#: Format -> what it consists of, by the tower, the whole base file and the backbone.
+FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
+    "timm": timm,
+    "eva_clip": partial(_whole_clip, "visual.", "eva_clip.pt"),  # its own code reads by torch.load
+    "open_clip": _open_clip,
+    "lavis": _lavis,
+}
+
+
+def write(written: Written, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write weights to a path, and the files of JSON beside it."""
+    if path.suffix == ".safetensors":
+        write_safetensors(path, written.tensors, metadata)
+    else:  # of programs that read by torch.load alone
+        tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
+        write_atomically(path, lambda file: torch.save(tensors, file))
+    for name, content in written.files.items():
+        write_text(path.with_name(name), json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,141 @@
+"""What ViSFT published (https://huggingface.co/TencentARC/ViSFT), read: heads `eva_{e,g}_{caption,segment,detection}_heads.ckpt`
+and LoRA `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
+
+Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds
+all three, of which only the one that it is named after is trained, and the modules of segmentation a second time.
+LoRA: `blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r), rows of q first, then v; loralib's alpha 1, so scale 1/r.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.interop.weights import Weights, examples, open_weights
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.tasks import BUILT_IN, config_class, get_task
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
+
+PREFIX = "visft_heads."
+#: Task -> its word in the names of the published files.
+KINDS: Mapping[str, str] = {name: config_class(name).published for name in BUILT_IN}
+#: Parameter whose second axis is the width of the features.
+_ANCHORS = {
+    "detection": "input_proj.weight",
+    "segmentation": "pixel_decoder.input_proj.weight",
+    "captioning": "encoder_att.weight",
+}
+_DETR = "transformer.decoders.detection.detection_coco."
+_PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
+_CROSS = f"{_PREDICTOR}transformer_cross_attention_layers.{{n}}."
+_SELF = f"{_PREDICTOR}transformer_self_attention_layers.{{n}}."
+_FFN = f"{_PREDICTOR}transformer_ffn_layers.{{n}}."
+# Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts.
+_RULES: Mapping[str, Mapping[str, str]] = {
+    "detection": {
+        "input_proj.": "input_proj.",
+        "task_embed.": "transformer.task_embeddings_enc.",
+        "encoder.": "transformer.encoder.",
+        "memory_proj.": "transformer.enc2dec_proj.",
+        "position_proj.": "transformer.pos_embed_proj.",
+        "decoder.layers.{n}.cross_attn.": f"{_DETR}layers.{{n}}.multihead_attn.",
+        "decoder.": _DETR,
+        "query_embed.": "query_embeds.detection.detection_coco.",
+        "class_embed.": "class_embeds.",
+        "box_embed.": "bbox_embeds.",
+    },
+    "segmentation": {
+        "pixel_decoder.input_proj.": f"{_PIXEL}input_proj.0.0.",
+        "pixel_decoder.input_norm.": f"{_PIXEL}input_proj.0.1.",
+        "pixel_decoder.level_embed.weight": f"{_PIXEL}transformer.level_embed",
+        "pixel_decoder.layers.": f"{_PIXEL}transformer.encoder.layers.",
+        "pixel_decoder.lateral_norm.": f"{_PIXEL}adapter_1.norm.",
+        "pixel_decoder.lateral_proj.": f"{_PIXEL}adapter_1.",
+        "pixel_decoder.output_norm.": f"{_PIXEL}layer_1.norm.",
+        "pixel_decoder.output_conv.": f"{_PIXEL}layer_1.",
+        "pixel_decoder.mask_proj.": f"{_PIXEL}mask_features.",
+        "decoder.query_feat.": f"{_PREDICTOR}query_feat.",
+        "decoder.query_pos.": f"{_PREDICTOR}query_embed.",
+        "decoder.level_embed.": f"{_PREDICTOR}level_embed.",
+        "decoder.layers.{n}.cross_attn.": f"{_CROSS}multihead_attn.",
+        "decoder.layers.{n}.norm1.": f"{_CROSS}norm.",
+        "decoder.layers.{n}.self_attn.": f"{_SELF}self_attn.",
+        "decoder.layers.{n}.norm2.": f"{_SELF}norm.",
+        "decoder.layers.{n}.linear1.": f"{_FFN}linear1.",
+        "decoder.layers.{n}.linear2.": f"{_FFN}linear2.",
+        "decoder.layers.{n}.norm3.": f"{_FFN}norm.",
+        "decoder.norm.": f"{_PREDICTOR}decoder_norm.",
+        "decoder.class_embed.": f"{_PREDICTOR}class_embed.",
+        "decoder.mask_embed.": f"{_PREDICTOR}mask_embed.",
+    },
+    "captioning": {ours: f"caption_decoder.{theirs}" for ours, theirs in PUBLISHED_NAMES.items()},
+}
+
+
+def published_name(task: str, name: str) -> str:
+    """Parameter of one of our heads -> its name in a published file."""
+    for ours, theirs in _RULES[task].items():
+        pattern = re.escape(ours).replace(r"\{n\}", r"(\d+)")
+        if match := re.match(pattern if ours.endswith(".") else f"{pattern}$", name):
+            return PREFIX + theirs.replace("{n}", match[1] if match.groups() else "") + name[match.end() :]
+    raise AssertionError(f"{task} parameter {name} has no published name")
+
+
+def published_head(task: str, file: Weights) -> tuple[int, dict[str, Any], Weights]:
+    """(width of its features, options, tensors under our names) of a task's head in a published file.
+
+    Raises ValueError for a file without one.
+    """
+    anchor = published_name(task, _ANCHORS[task]) if task in _ANCHORS else ""
+    if anchor not in file or len(file[anchor].shape) < 2:
+        raise ValueError(f"{file.path}: no {task} head of visft_ds or ViSFT in this file; it has {examples(file)}")
+    options = get_task(task).options("head", {})
+    if task == "segmentation":
+        options["labelling"] = "published"
+    words = file.get(published_name(task, "embedding.weight")) if task == "captioning" else None
+    if words is not None:
+        options["vocabulary_size"] = words.shape[0]
+    width = file[anchor].shape[1]
+    with torch.device("meta"):
+        head = get_task(task).build_head(width, options, options.get("vocabulary_size", 1))
+    names = {name: published_name(task, name) for name in head.state_dict()}
+    tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
+    return width, options, Weights(tensors, file.path)
+
+
+def published_task(path: Path) -> str | None:
+    """The task by a file's published name (`eva_e_caption_heads.ckpt`), None for other names."""
+    match = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", path.name)
+    return next((task for task, kind in KINDS.items() if match and match[1] == kind), None)
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """An adapter in a folder or file of ours, or a LoRA of ViSFT. Raises ValueError for anything else."""
+    path = Path(path)
+    if path.is_dir() or path.name == FILE:
+        return Adapter.load(path)
+    if path.parent.joinpath(FILE).is_file() and path.name.startswith("adapter_"):  # PEFT's files beside ours
+        return Adapter.load(path.parent)
+    return read_visft_lora(path)
+
+
+def read_visft_lora(path: Path) -> Adapter:
+    """A published LoRA, or that of a checkpoint of ViSFT's training. Raises ValueError for a file without one."""
+    file = open_weights(path)
+    found = {
+        match[1]: file.tensor(name, torch.float32)
+        for name in file
+        if (match := re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name))
+    }
+    a, b = (found.get(f"blocks.0.attn.qkv.lora_{kind}") for kind in "AB")
+    if a is None or b is None or a.ndim != 2 or b.shape[:1] != (2 * a.shape[1],) or len(a) != 2 * b.shape[1]:
+        raise ValueError(f"{path}: no LoRA of ViSFT, which is on q and v; it has {examples(file)}")
+    width, layers = a.shape[1], sorted({name.rpartition(".")[0] for name in found}, key=lambda n: int(n.split(".")[1]))
+    preset = next((name for name, one in PRESETS.items() if one.width == width), "debug")
+    slices = ((0, width), (2 * width, 3 * width))
+    return Adapter({"preset": preset}, b.shape[1], 1.0, ("q", "v"), {n: (3 * width, slices) for n in layers}, found)

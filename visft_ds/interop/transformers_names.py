@@ -1,0 +1,145 @@
+"""timm's DINOv3, CLIP and SigLIP as transformers' own classes: names of published files, and configuration.
+
+Other models need nothing: transformers loads timm's folder itself (TimmWrapperModel).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.export import Written
+from visft_ds.interop.weights import Lazy, Weights
+from visft_ds.models import Backbone
+from visft_ds.models.timm_backbone import TimmBackbone
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+_CLIP = {
+    r"blocks\.(\d+)\.attn\.proj": r"vision_model.encoder.layers.\1.self_attn.out_proj",
+    r"blocks\.(\d+)\.attn\.(\w_proj)": r"vision_model.encoder.layers.\1.self_attn.\2",
+    r"blocks\.(\d+)\.norm(\d)": r"vision_model.encoder.layers.\1.layer_norm\2",
+    r"blocks\.(\d+)\.": r"vision_model.encoder.layers.\1.",
+    r"cls_token$": "vision_model.embeddings.class_embedding",
+    r"pos_embed$": "vision_model.embeddings.position_embedding.weight",
+    r"patch_embed\.proj": "vision_model.embeddings.patch_embedding",
+    r"norm_pre": "vision_model.pre_layrnorm",
+    r"norm\b": "vision_model.post_layernorm",
+    r"attn_pool\.latent": "vision_model.head.probe",
+    r"attn_pool\.norm": "vision_model.head.layernorm",
+    r"attn_pool\.proj": "vision_model.head.attention.out_proj",
+    r"attn_pool\.mlp": "vision_model.head.mlp",
+}
+_DINO = {
+    r"blocks\.(\d+)\.attn\.proj": r"layer.\1.attention.o_proj",
+    r"blocks\.(\d+)\.attn\.([qv])_bias": r"layer.\1.attention.\2_proj.bias",
+    r"blocks\.(\d+)\.attn\.": r"layer.\1.attention.",
+    r"blocks\.(\d+)\.gamma_(\d)": r"layer.\1.layer_scale\2.lambda1",
+    r"blocks\.(\d+)\.mlp\.fc1_g": r"layer.\1.mlp.gate_proj",
+    r"blocks\.(\d+)\.mlp\.fc1(_x)?": r"layer.\1.mlp.up_proj",
+    r"blocks\.(\d+)\.mlp\.fc2": r"layer.\1.mlp.down_proj",
+    r"blocks\.(\d+)\.": r"layer.\1.",
+    r"cls_token$": "embeddings.cls_token",
+    r"reg_token$": "embeddings.register_tokens",
+    r"patch_embed\.proj": "embeddings.patch_embeddings",
+}
+#: Pattern of timm's names -> class, model type, image processor, names.
+_FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
+    r"vit_\w+_dinov3(_qkvb)?": ("DINOv3ViTModel", "dinov3_vit", "DINOv3ViTImageProcessor", _DINO),
+    r"vit_\w+_clip(_quickgelu)?_\d+": ("CLIPVisionModel", "clip_vision_model", "CLIPImageProcessor", _CLIP),
+    r"vit_\w+_siglip(_gap)?_\d+": ("SiglipVisionModel", "siglip_vision_model", "SiglipImageProcessor", _CLIP),
+}
+
+
+def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """What `export.FORMATS` have for other formats. Raises ValueError for a model of no such class."""
+    known = _family(backbone)
+    if known is None or not isinstance(backbone, TimmBackbone):
+        raise ValueError(
+            f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
+            "--format timm, whose folder AutoModel loads"
+        )
+    kind, model_type, processor, rules = known
+    model: Any = backbone
+    pooled = "attn_pool.latent" in tower and not backbone.layers_read
+    kept = dict(backbone.named_parameters()).keys() | {n for n in tower if pooled and n.startswith("attn_pool.")}
+    tensors: dict[str, Lazy] = {}
+    for name in (name for name in tower if name in kept):
+        for theirs, one in _parts(name, tower, flat=model_type != "dinov3_vit"):
+            tensors[_renamed(theirs, rules)] = one
+    dtype = tower["patch_embed.proj.weight"].dtype
+    side, block = backbone.image_size, model.blocks[0]
+    config = {
+        "architectures": [kind],
+        "model_type": model_type,
+        "hidden_size": backbone.width,
+        "intermediate_size": block.mlp.fc2.in_features,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": side,
+        "patch_size": backbone.patch_size,
+        "hidden_act": _ACTIVATIONS[type(block.mlp.act).__name__],
+        "layer_norm_eps": block.norm1.eps,
+        "attention_dropout": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if model_type == "dinov3_vit":
+        mask = (1, 1, backbone.width)  # of pretraining alone; published files have it
+        tensors["embeddings.mask_token"] = Lazy(mask, dtype, partial(torch.zeros, mask, dtype=dtype))
+        config |= {"num_register_tokens": model.reg_token.shape[1], "use_gated_mlp": hasattr(block.mlp, "fc1_g")}
+        config |= {"query_bias": block.attn.q_bias is not None, "value_bias": block.attn.v_bias is not None}
+        config |= {"key_bias": False, "rope_theta": 100.0}
+    if model_type == "siglip_vision_model":
+        config["vision_use_head"] = pooled
+    square = {"height": side, "width": side}
+    images = {
+        "image_processor_type": processor,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(backbone.pixel_mean),
+        "image_std": list(backbone.pixel_std),
+        "size": square,
+    }
+    if kind == "CLIPVisionModel":
+        images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
+    files = {"config.json": config, "preprocessor_config.json": images}
+    return Written("model.safetensors", Weights(tensors, tower.path), files)
+
+
+def _family(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | None:
+    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
+    return next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
+
+
+def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
+    """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or it."""
+    one = tower[name]
+    if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
+        shape = (one.shape[0] // 3, *one.shape[1:])
+        for index, part in enumerate("qkv"):
+            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, _third(one, index))
+    elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
+        both, shape = (one, tower[f"attn_pool.kv.{match[1]}"]), (3 * one.shape[0], *one.shape[1:])
+        joined = Lazy(shape, one.dtype, lambda: torch.cat([part.read() for part in both]))
+        yield f"vision_model.head.attention.in_proj_{match[1]}", joined
+    elif flat and name in ("pos_embed", "cls_token"):  # without the axes of the batch
+        shape = one.shape[-2:] if name == "pos_embed" else one.shape[-1:]
+        yield name, Lazy(shape, one.dtype, lambda: one.read().reshape(shape))
+    elif not name.startswith("attn_pool.kv."):
+        yield name, one
+
+
+def _third(one: Lazy, index: int) -> Callable[[], Tensor]:
+    return lambda: one.read().chunk(3)[index]
+
+
+def _renamed(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, theirs in rules.items():
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", theirs, name)
+    return name

@@ -1,0 +1,92 @@
+"""An export as its library loads it: a function of normalised images, to compare with base + adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.interop import onnx_file
+from visft_ds.models import Backbone
+from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
+
+Features = Callable[[Tensor], Tensor]
+#: Format -> module that loads it, and its package.
+LIBRARIES = {
+    "timm": ("timm", "timm"),
+    "open_clip": ("open_clip", "open_clip_torch"),
+    "transformers": ("transformers", "transformers"),
+    "onnx": ("onnxruntime", "onnxruntime"),
+}
+
+
+def check_library(form: str) -> None:
+    """Raise ValueError where no library loads a format, or it is not installed."""
+    module, package = LIBRARIES.get(form, ("", ""))
+    if not module or find_spec(module) is None:
+        raise ValueError(
+            f"--verify: --format {form} needs pip install {package}"
+            if module
+            else f"--verify: no library on PyPI loads --format {form}; those of {', '.join(LIBRARIES)} are verified"
+        )
+
+
+def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
+    """(B, 3, H, W) -> (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours."""
+    if form == "onnx":
+        import onnxruntime
+
+        session: Any = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
+        names = [onnx_file.FEATURES], onnx_file.IMAGES
+        return lambda images: torch.cat(
+            [torch.from_numpy(session.run(names[0], {names[1]: image.numpy()})[0]) for image in images.split(1)]
+        )
+    if form == "transformers":
+        from transformers import AutoModel
+
+        model, found = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        if wrong := [f"{name} ({why})" for why, names in found.items() for name in names]:
+            raise ValueError(f"transformers does not load these weights as they are: {', '.join(wrong[:4])}")
+        # CLIP's last hidden state is in front of its last norm, which others have behind them.
+        norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
+        return lambda images: _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
+    if form == "open_clip":
+        import open_clip
+
+        trunk = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).visual.trunk.eval()
+    else:
+        import timm
+
+        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if isinstance(backbone, TimmBackbone):
+            return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+    if not backbone.layers_read:
+        return lambda images: _map(trunk.forward_features(images), images, backbone)
+    ends: dict[str, Any] = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
+    return lambda images: trunk.forward_intermediates(images, **ends)[0]
+
+
+@torch.no_grad()
+def difference(got: Features, wanted: nn.Module, side: int) -> float:
+    """|got - wanted| / |wanted| on two images of seeded noise."""
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    want: Tensor = wanted.eval()(images)
+    return float((got(images).float() - want).norm() / want.norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What rounding of the weights explains: 8 half-steps (0.4 to 3 were measured on towers of 2 to 64 blocks).
+
+    In fp32 the order of sums, B(Ax) against (BA)x, costs 1e-5.
+    """
+    return max(1e-5, 4 * torch.finfo(dtype).eps)
+
+
+def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
+    """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
+    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)

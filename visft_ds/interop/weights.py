@@ -1,0 +1,203 @@
+"""Weight files, read lazily and written one tensor at a time: any file needs the memory of its largest tensor.
+
+Nothing here knows what the tensors mean. Pickled files are read as tensors and plain containers alone, never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from visft_ds import __version__
+from visft_ds.files import reading, sync_folder
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+#: Names under which training scripts keep the weights beside an optimizer's state and counters.
+_NESTS = ("model", "state_dict", "module")
+_PIECE = 2**20  #: values that are looked at at once
+# https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that has not been read; what `read` gives may share memory with the mapped file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Lazy:
+        """A tensor at hand."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights(dict[str, Lazy]):
+    """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
+
+    def __init__(self, tensors: Mapping[str, Lazy], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(tensors)
+        self.path, self.metadata = path, dict(metadata or {})
+
+    def under(self, prefix: str) -> Weights:
+        """The tensors whose names begin so, without that beginning."""
+        found = {name[len(prefix) :]: one for name, one in self.items() if name.startswith(prefix)}
+        return Weights(found, self.path, self.metadata)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor in memory of its own, cast. Raises ValueError for values that are not finite then."""
+        value = self[name].read()
+        result = value.to(dtype or value.dtype, copy=True, memory_format=torch.contiguous_format)
+        return finite(result, f"{self.path}: {name}")
+
+
+def finite(value: Tensor, what: str) -> Tensor:
+    """The tensor itself. Raises ValueError for NaN and infinity in it."""
+    if value.is_floating_point() and not all_finite(value):
+        raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
+    return value
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return True if nothing is NaN or infinite; both survive a sum, for which torch makes an fp32 copy: in pieces."""
+    pieces = values.detach().flatten().split(_PIECE)
+    return all(bool(piece.sum(dtype=torch.float32).isfinite() or piece.isfinite().all()) for piece in pieces)
+
+
+def examples(names: Iterable[str], limit: int = 4) -> str:
+    """`a, b, c, ... (840 in all)`: a sample of many names for messages."""
+    listed = list(names)
+    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more if listed else "nothing"
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open a weight file; names are the file's own, without a nest and without a `module.` that all of them have.
+
+    Raises ValueError for a missing or damaged file, another suffix, and a pickle of anything but tensors.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", *PICKLE_SUFFIXES) or not path.is_file():
+        raise ValueError(f"{path}: no such weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    with reading(path, "a weight file"):
+        tensors, metadata = _safetensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
+        if tensors and all(name.startswith("module.") for name in tensors):  # of DistributedDataParallel
+            tensors = {name.removeprefix("module."): one for name, one in tensors.items()}
+    return Weights(tensors, path, metadata)
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
+    file = safe_open(path, framework="pt", device="cpu")
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return {
+        name: Lazy(tuple(one.get_shape()), _DTYPES[one.get_dtype()], partial(file.get_tensor, name))
+        for name, one in slices.items()
+    }, file.metadata() or {}
+
+
+def _pickled(path: Path) -> dict[str, Lazy]:
+    content = load_pickled(path)
+    while nest := next((name for name in _NESTS if isinstance(content.get(name), Mapping)), None):
+        content = content[nest]
+    if foreign := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"it holds more than tensors: {examples(foreign)}")
+    return {name: Lazy.of(value.detach()) for name, value in content.items()}
+
+
+def load_pickled(path: Path) -> Any:
+    """The only `torch.load` of this package: code in the pickle is not run; files since torch 1.6 are mapped."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 of a file's bytes, lower-case hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+    """Write a file whole or not at all; each tensor is read once, in the order of `file_order`, and dropped.
+
+    The header gains `format`, which transformers and PEFT ask for, and our version.
+    """
+    pieces = safetensors_pieces(tensors, {"visft_ds": __version__, **metadata})
+    write_atomically(path, lambda file: file.writelines(pieces))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_safetensors` for tensors at hand."""
+    write_safetensors(path, {name: Lazy.of(value) for name, value in tensors.items()}, metadata)
+
+
+def file_order(tensors: Mapping[str, Lazy]) -> list[str]:
+    """Names as they follow each other in a file: the largest elements first, so that all are aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def safetensors_pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    order, end = file_order(tensors), 0
+    for name in order:
+        one, start, end = tensors[name], end, end + tensors[name].nbytes
+        header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        value = tensors[name].read().detach().cpu().contiguous()
+        assert (tuple(value.shape), value.dtype) == (tensors[name].shape, tensors[name].dtype), name
+        # One element that was expanded counts as contiguous with any stride; a view as bytes needs 1.
+        yield value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Call `write(binary file)` on a neighbour, sync, rename; a write that fails leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` left below a folder in a process that was killed meanwhile."""
+    for path in folder.rglob(".*.tmp-*"):
+        path.unlink()
