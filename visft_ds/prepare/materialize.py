@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -24,7 +25,7 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.start import Start
 from visft_ds.pretrained import check_digest, local
 from visft_ds.resilience.errors import RankError
@@ -151,7 +152,7 @@ def _drawn_by_timm(
         size = model.overrides.image_size
         return build_timm(backbone.name, image_size=size, layers=model.layers, seed=model.weights_seed)
 
-    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
+    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {version('timm')}"
     return BaseWeights(
         recipe,
         f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
