@@ -175,10 +175,10 @@ def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
 
 
 def _make_image(
-    index: int, folder: Path, seeds: Sequence[int], style: Style, height: int, width: int, max_shapes: int
+    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], max_shapes: int
 ) -> dict[str, Any]:
     """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
-    rng = np.random.default_rng([*seeds, index])
+    rng, (height, width) = np.random.default_rng([*seeds, index]), size
     scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
     key = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # ids of the two splits never meet, and leave holes
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
@@ -246,14 +246,8 @@ def write_toy_coco(
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
         seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
-        parts: dict[str, Any] = {
-            "folder": out / split,
-            "seeds": seeds,
-            "style": drawn,
-            "height": height,
-            "width": width,
-        }
-        save = partial(_make_image, **parts, max_shapes=max_shapes)
+        size = (height, width)
+        save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=size, max_shapes=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:
