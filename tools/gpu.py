@@ -24,17 +24,34 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
+PART_NAMES = ("attention", "lora", "steps", "checkpoint", "blocks", "ranks")
+
+
+def build_flags() -> argparse.ArgumentParser:
+    """The parser."""
+    parser = argparse.ArgumentParser(prog="tools/gpu.py", description="Compare what a GPU computes with a CPU.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what is examined (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there as JSON")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also: are N of them equal (1)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PART_NAMES, default=PART_NAMES, metavar="PART", help=", ".join(PART_NAMES)
+    )
+    return parser
+
+
+if __name__ == "__main__" and "--child" not in sys.argv[1:2]:
+    build_flags().parse_args()  # help and wrong usage end before torch is imported
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import attention, lora
+from visft_ds.ops import DTYPES, attention, lora
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 
@@ -71,12 +88,7 @@ SETTINGS = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and print their table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="tools/gpu.py", description="Compare what a GPU computes with a CPU.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what is examined (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there as JSON")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also: are N of them equal (1)")
-    names = list(PARTS)
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
+    parser = build_flags()
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu, or run visft doctor")

@@ -166,7 +166,7 @@ def check_memory(model: str | None) -> Iterator[Finding]:
     import torch
 
     from visft_ds.config import resolve
-    from visft_ds.planner.step import plan_largest, run_of
+    from visft_ds.planner.memory import plan_largest, run_of
     from visft_ds.prepare.model import choose_precision
     from visft_ds.resilience.host_memory import host_memory_available
     from visft_ds.run.machine import memory_of

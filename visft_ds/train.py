@@ -29,9 +29,7 @@ from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
-    by_main_process,
     check_machine,
-    check_space,
     clear_run_folder,
     locked_for_all_ranks,
     rank_facts,
@@ -128,7 +126,6 @@ def train(
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
         distributed.assert_same_on_all_ranks(identity)
-        by_main_process(lambda: check_space(out, sum(group.count for group in prepared.groups), config.visft.run))
         base_sha256 = keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
@@ -159,7 +156,7 @@ def train(
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         kept = features is not None
         opened = open_log(
-            config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
+            config, start, planned=machine.planned, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
         )
         with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it

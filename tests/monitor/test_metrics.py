@@ -34,19 +34,6 @@ def test_records_are_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None
     assert first["time"] <= second["time"]
 
 
-def test_settings_stand_in_tensorboard(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
-        writer.settings(0, {"visft": {"seed": 7}}, {"visft.seed": 7, "visft.lora.targets": ["q", "v"]})
-    read = tensorboard(tmp_path)
-    (text,) = (event.tensor_proto.string_val[0].decode() for event in read.Tensors("configuration"))
-    assert json.loads(text) == {"visft": {"seed": 7}} and text.startswith("    {")
-    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
-
-    content = read.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
-    found = parse_session_start_info_plugin_data(content).hparams
-    assert found["visft.seed"].number_value == 7 and found["visft.lora.targets"].string_value == "['q', 'v']"
-
-
 def test_a_diverged_loss_stays_valid_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss": math.nan, "norm": math.inf})
@@ -115,10 +102,11 @@ def test_tensorboard_may_fail_without_the_run(
 ) -> None:
     with MetricsWriter(tmp_path) as writer:
 
-        def fail(*_: Any) -> None:
+        def fail(*_: Any, **__: Any) -> None:
             raise OSError("gone")
 
-        monkeypatch.setattr(writer._events, "add_event", fail)
+        for name in ("add_scalar", "add_image"):
+            monkeypatch.setattr(writer._events, name, fail)
         writer.step(1, {"loss": 1.0})
         writer.image(1, "x", np.zeros((2, 2, 3), dtype=np.uint8))
     assert [record["step"] for record in records(tmp_path)] == [1]
@@ -160,11 +148,23 @@ def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         RunRecord({}, 1, []).write(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    path, text = tmp_path / METRICS_FILE, '{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
-    path.write_text(text)
-    with pytest.raises(OSError, match="No space left"):
-        truncate_metrics(path, 1)
-    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("block", [16, 64, 1 << 20])
+def test_a_resume_reads_back_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Numbers of an evaluation and of a save come later than those of the steps after it."""
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    path = tmp_path / METRICS_FILE
+    lines = [{"kind": "step", "step": step, "loss": float(step)} for step in range(1, 9)]
+    lines.insert(6, {"kind": "step", "step": 4, "val/AP": 0.5})
+    lines.insert(7, {"kind": "save", "step": 4, "seconds": 1.0})
+    for step in range(9):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
+        last = truncate_metrics(path, step)
+        assert list(read_metrics(path)) == [line for line in lines if int(str(line["step"])) <= step]
+        assert path.read_bytes()[-1:] in (b"\n", b"")
+        assert last.get("loss", 0.0) == step
+    assert [record["step"] for record in read_metrics(path, "val/")] == [4]
 
 
 def test_git_revision_of_a_checkout_and_of_none(tmp_path: Path) -> None:

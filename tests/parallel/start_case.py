@@ -87,7 +87,7 @@ def started(engine: str) -> dict[str, Any]:
     """Both stages in two precisions: {"stage:precision": what differs here}, and what this rank holds. Collective."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.step import run_of
+    from visft_ds.planner.memory import run_of
 
     results: dict[str, Any] = {}
     for stage in (1, 2):
@@ -182,7 +182,7 @@ def main(out: str, engine: str, settings: str) -> None:
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
     from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.step import run_of
+    from visft_ds.planner.memory import run_of
 
     torch.set_num_threads(1)
     start_process_group()

@@ -14,7 +14,7 @@ from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.loader import Place
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.parallel.pipeline import stage_groups
-from visft_ds.planner.step import run_of
+from visft_ds.planner.memory import run_of
 
 COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
 

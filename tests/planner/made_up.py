@@ -16,8 +16,9 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.prepare.model import prepare_model
 from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.masks import grid_size
 from visft_ds.tasks.vocabulary import Vocabulary
 

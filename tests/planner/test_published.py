@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from visft_ds.models.eva_vit import build_backbone
-from visft_ds.planner.cluster import _UPDATE_BYTES, parse_cluster, rates_of
-from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, bus_factor
-from visft_ds.planner.meta_step import traced_as
+from visft_ds.planner.hardware import parse_cluster
+from visft_ds.planner.time import BANDWIDTH_SHARE, UPDATE_BYTES, work_seconds
+from visft_ds.planner.trace import Tracer, fused_attention
 
 _ISSUES = "https://github.com/NVIDIA/nccl-tests/issues"
 
@@ -27,16 +27,20 @@ class Bus(NamedTuple):
 
 #: Within 1.1 of the plan: what a ring reaches. NVLink SHARP adds in the switch, so that more seems to cross each link.
 BUSES = [
-    Bus("8xH100", None, ALL_GATHER, 370, f"{_ISSUES}/212, NVIDIA: NVLink without SHARP, also NCCL_ALGO=RING"),
-    Bus("8xA100-80GB", None, ALL_REDUCE, 240, "https://github.com/NVIDIA/nccl/issues/1712, NVIDIA: expected"),
-    Bus("64xH100", None, ALL_REDUCE, 8 * 47, f"{_ISSUES}/290, NVIDIA: 46 to 48 of each NDR adapter, eight of them"),
-    Bus("24xA100-40GB", 100, ALL_REDUCE, 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"),
-    Bus("16xA100-80GB", 100, ALL_REDUCE, 95.3, f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB"),
+    Bus("8xH100", None, "all_gather", 370, f"{_ISSUES}/212, NVIDIA: NVLink without SHARP, also NCCL_ALGO=RING"),
+    Bus("8xA100-80GB", None, "all_reduce", 240, "https://github.com/NVIDIA/nccl/issues/1712, NVIDIA: expected"),
+    Bus("64xH100", None, "all_reduce", 8 * 47, f"{_ISSUES}/290, NVIDIA: 46 to 48 of each NDR adapter, eight of them"),
+    Bus("24xA100-40GB", 100, "all_reduce", 96, f"{_ISSUES}/119: three machines, four HDR adapters each, peak"),
+    Bus("16xA100-80GB", 100, "all_reduce", 95.3, f"{_ISSUES}/252: ring, four HDR adapters, mean of 0.5 to 8 GiB"),
     Bus(
-        "4x4090", None, ALL_REDUCE, 25.9, "https://github.com/tinygrad/open-gpu-kernel-modules/issues/36: peer to peer"
+        "4x4090",
+        None,
+        "all_reduce",
+        25.9,
+        "https://github.com/tinygrad/open-gpu-kernel-modules/issues/36: peer to peer",
     ),
 ]
-SHARP = Bus("8xH100", None, ALL_REDUCE, 480, f"{_ISSUES}/212, NVIDIA: with NVLink SHARP")
+SHARP = Bus("8xH100", None, "all_reduce", 480, f"{_ISSUES}/212, NVIDIA: with NVLink SHARP")
 
 
 class Training(NamedTuple):
@@ -67,9 +71,8 @@ TRAININGS = [
 
 def planned_bus(bus: Bus) -> float:
     """GB/s."""
-    cluster, size = parse_cluster(bus.cluster, bus.network), 2**30
-    seconds = cluster.ring_seconds(bus.collective, size, cluster.count)
-    return bus_factor(bus.collective, cluster.count) * size / seconds / 1e9
+    cluster = parse_cluster(bus.cluster, bus.network)
+    return cluster.rate(cluster.count) / 1e9
 
 
 @pytest.mark.parametrize("bus", BUSES, ids=lambda bus: f"{bus.cluster}, {bus.collective}")
@@ -87,12 +90,11 @@ def planned_images(training: Training) -> float:
     width, depth, ratio, patch, side = training.shape
     shape: dict[str, Any] = {"width": width, "depth": depth, "mlp_ratio": ratio, "patch_size": patch}
     tower = build_backbone("eva_g", device="meta", seed=None, num_heads=16, image_size=side, class_token=True, **shape)
-    with traced_as(torch.device("cuda"), "bf16") as tracer:
+    with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, fused_attention(tracer.stands_for):
         out = tower(torch.empty(training.images, 3, side, side, device="meta"))
         torch.autograd.backward(out, torch.empty_like(out))
-    rates = rates_of(gpu)
-    update = _UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / rates.bandwidth["plain"]
-    return training.images / (rates.seconds(tracer.work) + update)
+    update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * gpu.bandwidth)
+    return training.images / (work_seconds(tracer.work, gpu) + update)
 
 
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda one: f"{one.cluster}, {one.shape}")
@@ -111,5 +113,5 @@ def test_what_sixteen_machines_lose_is_as_published(gpu: str, published: float) 
     values, each = 2 * 1.011e9, 4096 / 128
     one_machine = {"A100-80GB": 693, "H100": 1428}[gpu] / 8
     compute = each / one_machine
-    sent = sum(cluster.ring_seconds(call, int(values), 128) for call in (REDUCE_SCATTER, ALL_GATHER))
+    sent = 2 * 127 / 128 * values / cluster.rate(128)
     assert compute / (compute + sent) == pytest.approx(published, abs=0.04)

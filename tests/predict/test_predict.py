@@ -19,7 +19,7 @@ from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.predict.images import find_images, open_file, opened
-from visft_ds.predict.model import Model, _run_at, load, load_backbone
+from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
 from visft_ds.run.folder import recorded_config
@@ -100,15 +100,6 @@ def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> N
         assert len(predictions) == count
         for found in predictions:
             _same(found, wanted)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_of_pillow_is_read(model: Model, mode: str) -> None:
-    image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
-    found = model.predict(image.convert(mode)).image
-    assert found.shape == (30, 40, 3) and found.dtype == np.uint8 and found.max() > found.min()
-    gray = np.asarray(image.convert("L"))
-    np.testing.assert_array_equal(model.predict(gray).image, np.stack([gray] * 3, axis=-1))
 
 
 def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
@@ -200,25 +191,6 @@ def test_an_export_keeps_its_adapter_on_base_weights_from_elsewhere(place: Path)
     pixels = torch.rand(1, 3, 56, 56)
     wanted = load_backbone(place / "runs/stage2")(pixels)
     assert torch.equal(load_backbone(carried, backbone=base)(pixels), wanted)
-
-
-def test_an_export_is_known_by_any_name_of_its_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place / "linked").symlink_to("runs/stage2/export")
-    assert load("linked").tasks == load("runs/stage2").tasks
-    monkeypatch.chdir(place / "runs/stage2/export")
-    assert _run_at(Path(".")) == Path.cwd().parent
-
-
-def test_the_five_lines_of_the_pages_run(place: Path) -> None:
-    """README and page show the same ones, each of a run of its own."""
-    root = Path(__file__).parents[2]
-    texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/getting-started.md", "README.md")]
-    blocks = [found[1] for text in texts if (found := re.search(r"```python\n(.*?)```", text, re.S))]
-    here = [re.sub(r"runs/stage2-\w+", "runs/stage2", block) for block in blocks]
-    assert len(here) == 2 and here[0] == here[1]
-    names: dict[str, Any] = {}
-    exec(here[0], names)
-    assert names["r"].caption and (place / "out.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])

@@ -165,9 +165,6 @@ def test_words_that_were_cut_in_another_way_are_refused(whole: Manifest) -> None
     other = replace(whole, options={**whole.options, "tokenizer": "spaces-1"})
     with pytest.raises(ValueError, match="spaces-1"):
         vocabulary_of(config_of(), other)
-    nameless = replace(whole, options={key: value for key, value in whole.options.items() if key != "tokenizer"})
-    with pytest.raises(ValueError, match="made with the tokenizer"):
-        vocabulary_of(config_of(), nameless)
 
 
 def test_a_file_of_words_counts_instead_of_the_captions(whole: Manifest, mute: Manifest, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.planner.step import PlannedRun, plan_largest, run_of
+from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
 
 
 def configured(model: str = "debug") -> ResolvedConfig:

@@ -10,7 +10,7 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.run import machine
-from visft_ds.run.machine import check_shared_memory, check_space, rank_facts
+from visft_ds.run.machine import check_shared_memory, rank_facts
 
 
 class Usage(NamedTuple):
@@ -21,10 +21,9 @@ def config(*settings: str) -> ResolvedConfig:
     return resolve(stage=1, model="debug", settings=settings)
 
 
-def test_every_setting_counts_and_so_does_the_code() -> None:
+def test_every_setting_counts() -> None:
     ours, theirs = rank_facts(config()), rank_facts(config("visft.run.save_every=7", "visft.seed=4"))
     assert {key for key in ours if ours[key] != theirs[key]} == {"visft.run.save_every", "visft.seed"}
-    assert len(ours["code of visft_ds"]) == 16
     assert {"version of torch", "version of deepspeed"} <= ours.keys()
     other = rank_facts(resolve(stage=1, model="debug", engine="zero3"))
     assert "zero_optimization.stage" in {key for key in ours if ours[key] != other.get(key)}
@@ -49,14 +48,3 @@ def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest
         check_shared_memory(wide, derive_batches(wide, 1), tmp_path)
     for fine in (config(many[0]), config("visft.data.num_workers=0", many[1])):
         check_shared_memory(fine, derive_batches(fine, 1), tmp_path)
-
-
-def test_room_for_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """29 million values of LoRA take 0.35 GB, four times while the oldest of three is replaced."""
-    run = config().visft.run
-    assert run.keep_last == 3
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1_300_000_000))
-    with pytest.raises(ValueError, match=r"1\.30 GB are free, checkpoints need 1\.41 GB more"):
-        check_space(tmp_path, 29_360_128, run)
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    check_space(tmp_path, 29_360_128, run)

@@ -119,16 +119,6 @@ def test_shards_and_file_give_the_same(split: Manifest) -> None:
     assert 0 < from_shards["box/AP"] < 1
 
 
-def test_annotation_ids_do_not_matter() -> None:
-    """Evaluators take id 0 for "unmatched"; files made by hand count from 0 or repeat ids."""
-    truth = _truth()
-    results = _results(truth)
-    wanted = coco_average_precision(truth, results)
-    for annotation in truth["annotations"]:
-        annotation["id"] = 0
-    assert coco_average_precision(truth, results) == wanted
-
-
 def test_no_results_are_zeros() -> None:
     truth = _truth()
     assert set(coco_average_precision(truth, []).values()) == {0.0}

@@ -37,19 +37,6 @@ def test_a_batch_without_any_object_keeps_its_types() -> None:
     assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64
 
 
-def test_without_pixels_everything_else_is_the_same() -> None:
-    full = collate_joint([_sample(1, (4, 7), 2), _sample(2, (6, 5), 1)])
-    blind = collate_joint([_sample(1, (4, 7), 2, pixels=False), _sample(2, (6, 5), 1, pixels=False)])
-    assert blind.images.shape == (2, 3, 0, 0)
-    assert torch.equal(blind.sizes, full.sizes)
-    assert torch.equal(blind.targets["detection"].boxes, full.targets["detection"].boxes)
-
-
-def test_without_labels_there_are_no_targets() -> None:
-    """Empty targets would teach that there is nothing in the pictures."""
-    assert collate_joint([_sample(1, (4, 7), 2, labels=False)]).tasks == ()
-
-
 def test_keys_need_all_63_bits() -> None:
     sample = _sample(1, (1, 1), 0)
     big = Sample(**{**vars(sample), "random_key": 2**63 - 1})

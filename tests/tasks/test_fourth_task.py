@@ -37,7 +37,7 @@ sys.path.insert(0, sys.argv[4])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 import visft_ds, visft_ds.tasks
 from visft_ds.config import resolve
-from visft_ds.planner.step import plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, run_of
 from visft_ds.evals.report import report_runs
 out, mode = Path(sys.argv[1]), sys.argv[2]
 settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.options import alone, drawn, together
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import Op, Resize, final_size
+from visft_ds.data.transforms import Op, final_size
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -100,15 +100,6 @@ def test_the_transform_of_one_task_gives_the_same_for_the_same_operations(train:
     assert len(seen) == (6 if train else 1)
 
 
-def test_evaluation_and_fixed_size_are_those_of_detection() -> None:
-    for size in [(70, 90), (90, 70), (10, 90), (1, 1), (7, 700)]:
-        for train, options in ((False, {}), (False, {"fixed_size": 28}), (True, {"fixed_size": 28})):
-            detection = alone("detection", train, eval_short=48, eval_max_long=90, **options)
-            for key in range(4):
-                wanted = drawn(detection, size, generator(key))
-                assert drawn(_joint(train, **options), size, generator(key)) == wanted
-
-
 def test_evaluation_draws_nothing() -> None:
     for transform in (_joint(False), _joint(False, fixed_size=28)):
         random = generator(3)
@@ -148,30 +139,6 @@ def test_masks_of_rectangles_lie_on_their_boxes(
         assert abs(middle - centre[axis]) <= 0.15 + 0.125 / 2.5 + 1e-2
 
 
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_box_and_mask_lie_on_the_pixels(flip: float) -> None:
-    """A white rectangle off the middle, mirrored or not, scaled up."""
-    image = np.zeros((30, 50, 3), dtype=np.uint8)
-    image[6:18, 4:20] = 255
-    raw = replace(_raw((30, 50), (_annotation(4, 6, 20, 18),)), image=image)
-    sample = _joint(flip=flip)(raw, generator(2))
-    assert sample.image is not None
-    white = (sample.image[0] > 127).numpy()
-    height, width = sample.size
-    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
-    ((x, y, w, h),) = sample.targets["detection"]["boxes"] * [width, height, width, height]
-    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    # a pixel is white or black: edges are known to one pixel
-    np.testing.assert_allclose(found, [x - w / 2, y - h / 2, x + w / 2, y + h / 2], atol=1)
-    (mask,) = sample.targets["segmentation"]["masks"]
-    cell_rows = np.arange(height) * mask.shape[0] // height
-    cell_columns = np.arange(width) * mask.shape[1] // width
-    blown_up = mask[np.ix_(cell_rows, cell_columns)] > 127
-    # cells of 4 pixels, cut at half coverage: an edge is off by half a cell at most, plus a pixel of rounding
-    assert (blown_up != white).sum() <= 3 * 2 * (w + h)
-    assert (columns.mean() > width / 2) == (flip == 1.0)
-
-
 # ---- tasks do not move one another ----
 
 
@@ -204,16 +171,6 @@ def test_pixels_and_labels_can_be_read_apart(key: int, size: tuple[int, int], ca
     assert torch.equal(full.image, pixels.image) and full.size == pixels.size
 
 
-def test_the_caption_belongs_to_the_key() -> None:
-    drawn = [_joint()(_raw(), generator(key)).targets["captioning"]["tokens"].tolist() for key in range(60)]
-    assert {tuple(tokens) for tokens in drawn} == {tuple(VOCABULARY.encode(caption.split())) for caption in CAPTIONS}
-    assert drawn == [_joint()(_raw(), generator(key)).targets["captioning"]["tokens"].tolist() for key in range(60)]
-    first = _joint(caption_choice="first")
-    assert {first(_raw(), generator(key)).targets["captioning"]["tokens"][1] for key in range(20)} == {1}
-    short = _joint(max_words=1)
-    assert {len(short(_raw(), generator(key)).targets["captioning"]["tokens"]) for key in range(20)} == {3}
-
-
 # ---- poor and extreme images ----
 
 
@@ -236,35 +193,6 @@ def test_missing_labels_of_one_task_leave_the_others(objects: Any, captions: Any
     poor = collate_joint([sample]).targets
     assert poor["segmentation"].masks.dtype == torch.uint8 and poor["detection"].boxes.dtype == torch.float32
     assert poor["captioning"].tokens.shape[1] >= 2
-
-
-@pytest.mark.parametrize(
-    ("size", "scaled", "evaluated"),
-    [
-        ((1, 1), {(480, 480), (672, 672)}, (672, 672)),
-        ((4000, 6000), {(448, 672)}, (448, 672)),
-        ((6000, 4000), {(672, 448)}, (672, 448)),
-        ((300, 2400), {(84, 672)}, (84, 672)),
-        ((2400, 20), {(720, 6)}, (720, 6)),  # the cap rounds the short side to a whole pixel
-    ],
-    ids=str,
-)
-def test_extreme_images(size: tuple[int, int], scaled: set[tuple[int, int]], evaluated: tuple[int, int]) -> None:
-    """With the sizes that are used by default; pixels only where they are few."""
-    height, width = size
-    raw = _raw(size, (_annotation(0, 0, width, height),), pixels=height * width < 1_000_000)
-    found = set()
-    for train in (True, False):
-        transform = together(train, tuple(TASKS), vocabulary=VOCABULARY)
-        sizes = {drawn(transform, size, generator(key))[-1] for key in range(60)}
-        found |= {(op.height, op.width) for op in sizes if isinstance(op, Resize)} if train else set()
-        sample = transform(raw, generator(3))
-        assert sample.image is None or tuple(sample.image.shape) == (3, *sample.size)
-        np.testing.assert_allclose(sample.targets["detection"]["boxes"], [[0.5, 0.5, 1, 1]], rtol=1e-6)
-        (mask,) = sample.targets["segmentation"]["masks"]
-        assert (mask == 255).all() and mask.shape == tuple(-(-side // 4) for side in sample.size)
-    assert scaled <= found and (size == (1, 1) or scaled == found)
-    assert sample.size == evaluated
 
 
 # ---- batches ----
@@ -315,14 +243,6 @@ def test_ragged_images_and_the_frames_of_their_targets() -> None:
         assert mask.sum() == mask[top:bottom, left:right].sum() > 0
     assert batch.targets["captioning"].tokens.tolist() == [[8, 1, 2, 9], [8, 0, 0, 0], [8, 3, 4, 9]]
     assert batch.targets["captioning"].references == (CAPTIONS, (), ("c d",))
-
-
-@pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
-def test_tasks_of_a_batch(tasks: tuple[str, ...]) -> None:
-    """Exactly those asked for, in one order, so that a sum of losses does not depend on how they were listed."""
-    batch, whole = collate_joint(_samples(tasks=tasks[::-1])), collate_joint(_samples())
-    assert batch.tasks == tasks
-    _assert_equal_batches(batch, replace(whole, targets={task: whole.targets[task] for task in tasks}))
 
 
 def test_without_labels_there_are_no_targets() -> None:

@@ -1,4 +1,4 @@
-"""Matching: optimal, one to one, each image on its own; empty, overfull and broken inputs."""
+"""Matching: optimal, one to one, each image on its own; the overlap of boxes is torchvision's, and finite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torchvision.ops
 from torch import Tensor
 
 from visft_ds.tasks.detection.data import DetectionTargets
@@ -88,13 +89,6 @@ def test_more_objects_than_queries() -> None:
     assert len({row for _, row in pairs}) == 100
 
 
-def test_degenerate_boxes_are_matched() -> None:
-    logits, boxes = _predictions(layers=1, images=1, queries=3)
-    boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    targets = DetectionTargets(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([1]))
-    assert len(match(logits, boxes, targets, COSTS).layers) == 1
-
-
 @pytest.mark.parametrize("where", [0, 1], ids=["logits", "boxes"])
 def test_broken_predictions_name_their_image(where: int) -> None:
     predictions = _predictions(layers=2, images=2, queries=4)
@@ -110,3 +104,30 @@ def test_16_bit_predictions_are_compared_in_float32() -> None:
     targets = DetectionTargets(torch.full((1, 4), 0.9), torch.tensor([0]), torch.tensor([1]))
     matches = match(torch.zeros(1, 1, 2, 6).bfloat16(), boxes.bfloat16(), targets, COSTS)
     assert matches.queries.tolist() == [1]
+
+
+def _boxes(count: int) -> torch.Tensor:
+    return centers_to_corners(torch.rand(count, 4, dtype=torch.float64))
+
+
+def test_overlap_of_all_pairs_equals_torchvision() -> None:
+    first, second = _boxes(7), _boxes(5)
+    # float64: both orders of the same few operations
+    wanted = torchvision.ops.generalized_box_iou(first, second)
+    torch.testing.assert_close(generalized_box_iou(first[:, None], second), wanted, rtol=0, atol=1e-12)
+
+
+def test_row_by_row_is_the_diagonal_of_all_pairs() -> None:
+    first, second = _boxes(6), _boxes(6)
+    assert torch.equal(generalized_box_iou(first, second), generalized_box_iou(first[:, None], second).diagonal())
+
+
+def test_boxes_without_area_are_finite() -> None:
+    point, line = [0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.8, 0.5]
+    degenerate = torch.tensor([point, line, line], requires_grad=True)
+    other = torch.tensor([point, line, [0.1, 0.1, 0.9, 0.9]])
+    values = generalized_box_iou(degenerate, other)
+    values.sum().backward()
+    # equal boxes without area: nothing overlaps and the hull is empty too; the line in a box of 0.64 leaves all of it
+    assert values.tolist() == [0.0, 0.0, 0.0]
+    assert degenerate.grad is not None and torch.isfinite(degenerate.grad).all()

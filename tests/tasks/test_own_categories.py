@@ -12,7 +12,6 @@ import torch
 
 from tests.coco_tree import write_tree
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.config.resolve import resolve_values
 from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.samples import Batch
@@ -137,13 +136,6 @@ def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(shards: dict[st
     assert [streams[task].classes for task in BOTH] == [{task: TREE} for task in BOTH]
 
 
-def test_what_was_settled_once_is_settled(shards: dict[str, Path]) -> None:
-    """A run that is evaluated or goes on reads it from its record, where everything is stated."""
-    settled = settle_classes(config_of(shards["own"]), first_of(shards["own"]))
-    again = resolve_values(settled.to_dict(), "record")
-    assert settle_classes(again, first_of(shards["own"])).fingerprint() == settled.fingerprint()
-
-
 def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[str, Path]) -> None:
     """Those of the first set, whatever the ids of the others are."""
     mapped = {name: 12 for name in MANY.values()}
@@ -171,14 +163,6 @@ def test_numbers_of_classes_that_do_not_agree_are_refused(shards: dict[str, Path
     config = config_of(shards[name], f"visft.tasks.{setting}")
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
         settle_classes(config, first_of(shards[name]))
-
-
-def test_boxes_may_still_be_told_by_raw_ids(shards: dict[str, Path]) -> None:
-    config = settle_classes(
-        config_of(shards["own"], "visft.tasks.detection.head.num_classes=91"), first_of(shards["own"])
-    )
-    streams = streams_of(config.visft, first_of(shards["own"]))
-    assert not streams["detection"].classes and streams["segmentation"].classes["segmentation"] == (0, 1, 2, 12)
 
 
 def test_every_class_of_coco_is_its_place_among_the_80() -> None:

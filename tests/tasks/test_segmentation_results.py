@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,16 +94,6 @@ def test_only_real_images() -> None:
     output = SegmentationOutput(scene.logits.repeat(2, 1, 1), scene.masks.repeat(2, 1, 1, 1))
     results = postprocess(output, _batch(2, real=torch.tensor([False, True])))
     assert {result["image_id"] for result in results} == {2} and len(results) == 3
-
-
-def test_extreme_sizes() -> None:
-    """1 x 1 and 24 megapixels."""
-    output = _scene((4, 6), queries=1)
-    output.masks[:] = 1
-    for stored in ((1, 1), (6000, 4000)):
-        (everything,) = postprocess(output, _show((56, 84), (56, 84), stored))
-        assert coco_mask.area(everything["segmentation"]) == np.prod(stored)
-        assert everything["bbox"] == [0, 0, stored[1], stored[0]]
 
 
 def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:

@@ -210,7 +210,7 @@ def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
         fit(stage=1, model="debug", settings={"visft.sed": 1})
     with pytest.raises(ValueError, match=r"settings: optimizer\.params\.lr is .*give a plain number"):
         fit(stage=1, model="debug", settings={"optimizer.params.lr": np.float32(1e-3)})
-    with pytest.raises(ValueError, match=r"without --run these are needed: --backbone, --heads, --data or --coco"):
+    with pytest.raises(ValueError, match="without --run these are needed"):
         evaluate()
     assert not (tmp_path / "run").exists()
 

@@ -59,7 +59,7 @@ def best_step(scores: Mapping[int, float | None]) -> int | None:
 
 def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives None."""
-    records = read_metrics(path) if path.is_file() else ()
+    records = read_metrics(path, "val/") if path.is_file() else ()
     judged = [record for record in records if any(name.startswith("val/") for name in record)]
     return {record["step"]: _number(record.get(f"val/{metric}")) for record in judged}
 

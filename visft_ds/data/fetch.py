@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from visft_ds.files import read_bytes
 from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import StoreFailed
 
 #: Protocol of a URL -> the package that implements it.
 PROTOCOLS = {
@@ -75,7 +76,7 @@ class RemoteFolder:
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
-            RuntimeError: the server failed, again and again.
+            StoreFailed: the server failed, again and again.
         """
         folder = self.cache.folder.expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
@@ -134,7 +135,7 @@ class RemoteFolder:
                 if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403):
                     raise ValueError(f"{where} cannot be read: {said}") from None
                 if attempt + 1 == _ATTEMPTS:
-                    raise RuntimeError(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
+                    raise StoreFailed(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
             else:
                 if whole():
                     return

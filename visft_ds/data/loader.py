@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -207,9 +208,8 @@ def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int
     if workers:
         # A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time.
         context = multiprocessing.get_context("forkserver")
-        pipelines = itertools.chain.from_iterable(of_task.values() for of_task in maker.pipelines.values())
-        used = {type(pipeline.transform).__module__ for pipeline in pipelines} - {"__main__"}
-        context.set_forkserver_preload([__name__, *sorted(used)])
+        # What the pipelines work with is loaded once for all of them.
+        context.set_forkserver_preload([__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))])
         _start_fork_server()
         options = {"prefetch_factor": -(-(ahead + 1) // workers), "worker_init_fn": _start_worker}
         options |= {"num_workers": workers, "multiprocessing_context": context}

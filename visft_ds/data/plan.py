@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,12 +18,16 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
 from visft_ds.config.task_schema import SHARED
-from visft_ds.data.permutation import GOLDEN, WORD, Int64Array, UInt64Array, hash_ints, hash_words, shuffled
 
+Int64Array = npt.NDArray[np.int64]
+
+_WORD = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 #: Changes whenever the same arguments would give another order: a run never resumes in another one.
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 #: Shards whose samples are mixed in a windowed order.
 WINDOW = 4
 
@@ -89,9 +92,9 @@ class Plan:
                     )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
         self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
-        self._turns = Turns({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
+        self._turns = Turns({name: task.ratio for name, task in self.tasks.items()}, _hash(seed))
         self._sets = {
-            name: Turns({key: part.weight for key, part in sorted(task.sets.items())}, hash_ints(seed, _hash_of(name)))
+            name: Turns({key: part.weight for key, part in sorted(task.sets.items())}, _hash(seed, name))
             for name, task in self.tasks.items()
         }
 
@@ -124,16 +127,15 @@ class Plan:
         dataset = self._sets[task].at(position)
         part, earlier = plan.sets[dataset], self._sets[task].before(position, dataset)
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
-        key = hash_ints(self.seed, _hash_of(task), _hash_of(dataset), epoch)
+        key = _hash(self.seed, task, dataset, epoch)
         first = batch * plan.batch_size
-        if part.shards is None:
-            indices = part.samples[shuffled(np.arange(first, first + plan.batch_size), len(part.samples), key)]
-        else:
-            # Sorted, so that each machine needs few of the window's shards: who computes changes no result.
-            indices = np.sort(part.samples[_windowed(part, key)[first : first + plan.batch_size]])
+        indices = part.samples[_order(part, key)[first : first + plan.batch_size]]
+        if part.shards is not None:
+            indices = np.sort(indices)  # each machine needs few of the window's shards; who computes changes no result
         if self.views is not None:
-            key = hash_ints(_hash_of(task), _hash_of(dataset), epoch % self.views)
-        return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, hash_ints(key, 1)))
+            key = _hash(task, dataset, epoch % self.views)
+        keys = np.array([_hash(key, index) >> 1 for index in indices.tolist()], dtype=np.int64)
+        return StepPlan(step, task, dataset, position, epoch, indices, keys)
 
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
         """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the step."""
@@ -160,11 +162,11 @@ class Turns:
     def __init__(self, shares: Mapping[str, float], offset: int) -> None:
         parts = [Fraction(share) for share in shares.values()]
         self._names, self._offset = list(shares), offset
-        self._bounds = [0, *(round(part * WORD / sum(parts)) for part in accumulate(parts))]
+        self._bounds = [0, *(round(part * _WORD / sum(parts)) for part in accumulate(parts))]
 
     def at(self, turn: int) -> str:
         """The name that has this turn."""
-        place = (turn * GOLDEN + self._offset) % WORD
+        place = (turn * _GOLDEN + self._offset) % _WORD
         return next(name for name, bound in zip(self._names, self._bounds[1:], strict=True) if place < bound)
 
     def before(self, turn: int, name: str) -> int:
@@ -175,8 +177,8 @@ class Turns:
 
 
 def _floor_sum(n: int, b: int) -> int:
-    """Sum of floor((GOLDEN * i + b) / 2**64) for i in [0, n) (Euclid-like reduction)."""
-    m, a, total = WORD, GOLDEN, 0
+    """Sum of floor((_GOLDEN * i + b) / 2**64) for i in [0, n) (Euclid-like reduction)."""
+    m, a, total = _WORD, _GOLDEN, 0
     while True:
         total += (n - 1) * n // 2 * (a // m) + n * (b // m)
         a, b = a % m, b % m
@@ -187,23 +189,19 @@ def _floor_sum(n: int, b: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _windowed(part: SetPlan, key: int) -> Int64Array:
-    """(N,) an order that needs each shard in one stretch: shards shuffled, then samples within `WINDOW` of them."""
-    assert part.shards is not None
+def _order(part: SetPlan, key: int) -> Int64Array:
+    """(N,) a random permutation. A windowed one needs each shard in one stretch: shards are shuffled, then samples
+    within `WINDOW` of them."""
+    words = np.random.Philox(key=np.array([key, 0], dtype=np.uint64)).random_raw(len(part.samples))
+    if part.shards is None:
+        return np.argsort(words, kind="stable")
     numbers, places = np.unique(part.shards, return_inverse=True)
-    turns = np.argsort(np.argsort(_words(len(numbers), key, 1), kind="stable"), kind="stable")
-    return np.lexsort((_words(len(places), key, 0), turns[places] // WINDOW))
+    of_shards = np.random.Philox(key=np.array([key, 1], dtype=np.uint64)).random_raw(len(numbers))
+    turns = np.argsort(np.argsort(of_shards, kind="stable"), kind="stable")
+    return np.lexsort((words, turns[places] // WINDOW))
 
 
-def _words(size: int, key: int, stream: int) -> UInt64Array:
-    return np.random.Philox(key=np.array([key, stream], dtype=np.uint64)).random_raw(size)
-
-
-def _hash_of(name: str) -> int:
-    """Hash of a name that is the same in every process, unlike Python's own."""
-    return zlib.crc32(name.encode())
-
-
-def _keys(indices: Int64Array, base: int) -> Int64Array:
-    hashed = hash_words(hash_words(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
-    return (hashed & np.uint64((1 << 63) - 1)).astype(np.int64)
+def _hash(*values: int | str) -> int:
+    """64 bits of some integers and names; the same in every process, unlike Python's own."""
+    digest = hashlib.blake2b("\0".join(map(str, values)).encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")

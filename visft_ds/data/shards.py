@@ -98,7 +98,7 @@ class Manifest:
 
         Raises:
             ValueError: there is none of this name, it is of another version, or a file was cut or changed.
-            RuntimeError: a server failed, again and again.
+            StoreFailed: a server failed, again and again.
         """
         remote = RemoteFolder(root.rstrip("/"), cache or Cache()) if isinstance(root, str) and "://" in root else None
         name = manifest_path(Path(), split).name
@@ -174,7 +174,7 @@ class Manifest:
             self.remote.copy(file.name, file.bytes, file.sha256)
 
     def open(self, shard: int) -> int:
-        """Descriptor of a shard, fetched first if it is remote. Raises ValueError or RuntimeError if it cannot be."""
+        """Descriptor of a shard, fetched first if it is remote. Raises as `RemoteFolder.copy`."""
         file = self.shards[shard]
         if self.remote is not None:
             return self.remote.open(file.name, file.bytes, file.sha256)
@@ -213,7 +213,7 @@ class ShardReader:
 
         Raises:
             DamagedSample: naming the shard, the key and the offset.
-            ValueError, RuntimeError: a remote shard cannot be fetched.
+            ValueError, StoreFailed: a remote shard cannot be fetched.
         """
         row = self.row(index)
         image = self._part(index, row, "image") if role != "labels" else None

@@ -10,17 +10,15 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
-from visft_ds.config.schema import PRESETS
 from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
     visft evaluate --run runs/stage2-debug
     visft evaluate --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
-        --coco COCO --out evaluation/base
-    deepspeed --num_gpus 8 --module visft_ds evaluate --run runs/stage2-eva_e
+        --data SHARDS --out evaluation/base
+    visft evaluate --num_gpus 8 --run runs/stage2-eva_e
     visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
     visft evaluate layers --help            # every block of a model on the same probes
     visft evaluate dose --help              # an adapter at the scale at which it moves features as far as another
@@ -86,22 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(_parser().parse_args(words))
     del given["local_rank"]
     from visft_ds.resilience.errors import tell
-    from visft_ds.run.folder import recorded_config, refuse_filled
 
     try:
-        given["recorded"] = recorded_config(given["run"]).visft if given["run"] is not None else None
-        if given["out"] is None and given["recorded"] is not None:
-            given["out"] = given["run"] / f"evaluation-{given['split'] or given['recorded'].data.val}"
-        if given["out"] is not None:
-            refuse_filled(given["out"])
-        from visft_ds.evals.evaluate import Request, answer
+        from visft_ds.evals.evaluate import evaluate
 
-        problems = answer(Request(**given, command=True)).problems
+        evaluate(**given, command=True)
     except (ValueError, OSError, RuntimeError) as error:
         return tell(error, "evaluate")
-    for problem in problems:
-        print(f"evaluate: {redacted(problem)}", file=sys.stderr, flush=True)
-    return 2 if problems else 0
+    return 0
 
 
 #: Word behind visft evaluate -> its help, module and function.
@@ -166,33 +156,22 @@ def report(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model: a run, and files that replace the run's")
-    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
-    model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
-    model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
-    model.add_argument(
-        "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
-    )
-    model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    model.add_argument(
-        "--allow-other-base", action="store_true", help="go on although the heads learnt from another base"
-    )
-    model.add_argument("--model", choices=sorted(PRESETS), help="preset, where the backbone file does not tell")
-    model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
-    model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
-    model.add_argument("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
-    model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
-    data = parser.add_argument_group("data: by default the run's")
-    data.add_argument("--data", metavar="DIR|URL", help="shards made by visft shards")
-    data.add_argument("--coco", type=Path, metavar="DIR", help="a COCO tree, packed on the fly, or shards")
-    data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
-    data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
-    data.add_argument("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
-    data.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the machine)")
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
-    out.add_argument("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
-    out.add_argument("--threshold", type=float, default=0.5, help="least score in pictures (default %(default)s)")
+    add = parser.add_argument_group("model: a run, and files that replace the run's").add_argument
+    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+    add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
+    add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
+    add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    add("--allow-other-base", action="store_true", help="go on although the heads learnt from another base")
+    add("--tasks", metavar="A,B", help="default: every task that has a head")
+    add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
+    add = parser.add_argument_group("data: by default the run's, and results").add_argument
+    add("--data", metavar="DIR|URL", help="shards made by visft shards")
+    add("--split", metavar="NAME", help="default: the run's validation split, or val")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
+    add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
+    add("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     return parser

@@ -18,7 +18,6 @@ from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
@@ -49,6 +48,7 @@ from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.ops import DTYPES
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.model import trains_backbone

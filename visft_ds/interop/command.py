@@ -20,7 +20,6 @@ import torch
 from visft_ds import __version__
 from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.records import MAIN, read_evaluation
 from visft_ds.flags import check_extra
 from visft_ds.interop import loaders, onnx, peft
@@ -48,6 +47,7 @@ from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, w
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
+from visft_ds.ops import DTYPES
 from visft_ds.prepare.places import DATA
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, RECORD_FILE, read_run, recorded_config

@@ -13,6 +13,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from visft_ds.files import read_bytes
+
 #: Settings that name Python files to import, or allow it.
 _CODE = frozenset({"auto_map", "custom_code", "custom_generate", "custom_pipelines", "trust_remote_code"})
 #: End of settings that choose an implementation; a name with a slash is a repository of compiled code.
@@ -51,7 +53,7 @@ def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the folder or file of a configuration")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path, 2**24))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     except RecursionError as error:

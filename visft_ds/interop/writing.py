@@ -1,22 +1,20 @@
 """Writing weight files: safetensors, and torch's own zip for programs that read no other.
 
-Both ask for one tensor at a time, so that a file of any size needs the memory of its largest tensor, and stand whole
-under their name or not at all.
+safetensors files are written tensor by tensor, so that one of any size needs the memory of its largest. All stand
+whole under their name or not at all.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,6 @@ from visft_ds.interop.files import SAFETENSORS_DTYPES, TensorInfo
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 #: Numbers of the errors of a disk, or of a user's share of it, that is full.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_ALIGNMENT = 64  # bytes, as torch.save aligns storages itself
 
 
 def refuse_existing(path: Path) -> None:
@@ -159,41 +156,21 @@ def save_tensors(
 
 
 def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor]) -> None:
-    """Write name -> tensor as `torch.save` does, flat. Such a file holds no metadata.
+    """Write name -> tensor as `torch.save` does, flat: without metadata, and with all tensors in memory at once.
 
-    torch.save wants all tensors at once: they are written one by one to a nameless file beside `path` and handed over
-    as its mapped pages, which costs disk instead of memory. Raises ValueError where `path` exists.
+    Atomic. Raises ValueError where `path` exists.
     """
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = path.with_name(f".{path.name}.raw-{os.getpid()}")
-    offsets: dict[str, int] = {}
-    size = sum(info.nbytes for info in infos.values())
-    try:
-        with full_disk_explained(2 * size), raw.open("w+b") as file:
-            for name in infos:
-                tensor = produce(name).detach().cpu().contiguous()
-                assert TensorInfo.of(tensor) == infos[name], name
-                file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
-                offsets[name] = file.tell()
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            # Private and writable, because torch warns about buffers that are not; nothing is written to it.
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        tensors = {
-            name: torch.frombuffer(pages, dtype=info.dtype, count=info.numel, offset=offsets[name]).reshape(info.shape)
-            for name, info in infos.items()
-        }
-        with full_disk_explained(size):
-            write_atomically(path, partial(_save, tensors))
-    finally:
-        raw.unlink(missing_ok=True)
+    # Copies: a view would take the whole storage that it is a part of into the file.
+    tensors = {name: produce(name).detach().cpu().clone().contiguous() for name in infos}
 
+    def write(file: Any) -> None:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # why the file could not be written; torch went on and ended it
+                raise error.__context__ from error
+            raise
 
-def _save(tensors: Mapping[str, Tensor], out: BinaryIO) -> None:
-    try:
-        torch.save(tensors, out)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # why the file could not be written; torch went on and ended it
-            raise error.__context__ from error
-        raise
+    with full_disk_explained(sum(info.nbytes for info in infos.values())):
+        write_atomically(path, write)

@@ -6,7 +6,6 @@ Losing a record must not lose a run: a writer that fails prints one warning and 
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -18,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Finite, Natural, Whole, as_record, read_record
+from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.redaction import redacted, redacted_values
 
@@ -33,6 +32,7 @@ from visft_ds.redaction import redacted, redacted_values
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
 METRICS_FILE = "metrics.jsonl"
+_BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 RUN_SCHEMA = 2  #: version of run.json
 #: What a full disk, a missing package or TensorBoard's writer thread raise; anything else is a mistake of ours.
 _WRITER_ERRORS = (OSError, ImportError, ValueError, RuntimeError)
@@ -87,30 +87,18 @@ class MetricsWriter:
             callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened in `step`: "bad step", "loss scale", "loss leaps"; details are JSON values."""
+        """Something that happened in `step`: "bad step", "loss scale"; details are JSON values."""
         self._write({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """An image (H, W, 3) RGB for TensorBoard."""
         if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, "image": _encode(image)}]))
+            self._attempt("TensorBoard", lambda: self._events.add_image(tag, image, step, dataformats="HWC"))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard, which reads it as Markdown."""
         if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, **_text_fields(text)}]))
-
-    def settings(self, step: int, config: Mapping[str, Any], hyper_parameters: Mapping[str, Any]) -> None:
-        """For TensorBoard the configuration of a start after `step` as a text, and flat values for its table of runs.
-
-        Args:
-            config: without secrets.
-            hyper_parameters: dotted key -> JSON value.
-        """
-        indented = "".join(f"    {line}\n" for line in json.dumps(config, indent=2).splitlines())  # Markdown's own code
-        self.text(step, "configuration", indented)
-        if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._add_hyper_parameters(hyper_parameters))
+            self._attempt("TensorBoard", lambda: self._events.add_text(tag, text, step))
 
     def close(self) -> None:
         """Flush and close; calling it again does nothing."""
@@ -126,13 +114,22 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
+    def _open_tensorboard(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module need not wait
+
+        # TensorBoard hides what earlier files hold from this step on.
+        self._events = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10)
+
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._write({"kind": kind, "step": step, **values})
         if self.enabled and kind == "step":
             self.last.update(values)
         if self._events is not None:
-            numbers = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
-            self._attempt("TensorBoard", lambda: self._add_summary(step, numbers))
+            self._attempt("TensorBoard", lambda: self._add_scalars(step, values))
+
+    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.enabled:
@@ -157,110 +154,72 @@ class MetricsWriter:
                 print(f"warning: {what} is not being written: {error}; training goes on", file=sys.stderr, flush=True)
             self._warned.add(what)
 
-    def _open_tensorboard(self, folder: Path, resume_step: int) -> None:
-        # TensorBoard's own writer: torch.utils.tensorboard would import torch for the same bytes.
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._events = EventFileWriter(str(folder), flush_secs=10)
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        # TensorBoard hides what earlier files hold from this step on.
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
-
-    def _add_summary(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
-        summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value) for value in values])
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _add_hyper_parameters(self, values: Mapping[str, Any]) -> None:
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-
-        flat = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in values.items()}
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=hparams_pb(flat)))
-
 
 def _json_value(value: Any) -> Any:
     """NaN and infinity as texts, since JSON has no such numbers and a diverged loss must stay visible."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _encode(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """Fields of TensorBoard's Summary.Image."""
-    from PIL import Image
+def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
+    """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out.
 
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return {
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "colorspace": image.shape[2],
-        "encoded_image_string": buffer.getvalue(),
-    }
-
-
-def _text_fields(text: str) -> dict[str, Any]:
-    """Fields of TensorBoard's Summary.Value for its text plugin."""
-    from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
-
-    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
-    one = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
-    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text.encode()], tensor_shape=one)
-    return {"metadata": summary_pb2.SummaryMetadata(plugin_data=plugin), "tensor": tensor}
-
-
-class NumbersLine(StrictModel):
-    """Line of metrics.jsonl with numbers by their names; JSON has none that are not finite."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Finite | Literal["nan", "inf", "-inf"]]
-
-    kind: Literal["step", "save"]
-    step: Whole
-
-
-class EventLine(StrictModel):
-    """Line of metrics.jsonl about something that happened; `details` are for people."""
-
-    model_config = ConfigDict(extra="allow")
-
-    kind: Literal["event"]
-    step: Whole
-    event: str
-
-
-_LINE: Any = NumbersLine | EventLine
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out."""
+    Args:
+        having: only those with this in their text, such as "val/"; the others need not be parsed.
+    """
+    wanted = having.encode()
     with path.open("rb") as file:
         for line in file:
-            try:
-                as_record(line, _LINE, str(path))
-            except ValueError:
-                continue
-            yield json.loads(line)
+            if wanted in line and (record := _record(line)) is not None:
+                yield record
 
 
 def truncate_metrics(path: Path, step: int) -> dict[str, float]:
-    """Keep the records up to and including `step`; makes the folder.
+    """Keep the records up to and including `step`, reading back from the end no further than that; makes the folder.
 
-    Returns the newest number of each name among those that stay.
+    Returns the newest number of each name among those that it has seen.
     """
-    last: dict[str, float] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return last
-    kept = []
-    for record in read_metrics(path):
-        if record["step"] <= step:
-            kept.append(json.dumps(record))
-            if record["kind"] == "step":
-                last |= {name: float(value) for name, value in record.items() if name not in ("kind", "step", "time")}
-    _replace(path, "".join(line + "\n" for line in kept))
-    return last
+    if not path.is_file():
+        return {}
+    kept: list[tuple[bytes, dict[str, Any]]] = []  # the newest first
+    with path.open("r+b") as file:
+        position, rest, keep = file.seek(0, 2), b"", 0
+        while position and not keep:
+            size = min(_BLOCK, position)
+            position -= size
+            file.seek(position)
+            lines = (file.read(size) + rest).split(b"\n")
+            rest = lines.pop(0) if position else b""
+            before = position + (len(rest) + 1 if position else 0) + sum(len(line) + 1 for line in lines)
+            for line in reversed(lines):
+                before -= len(line) + 1
+                record = _record(line)
+                if record is None or record["step"] > step:
+                    continue
+                kept.append((line, record))
+                if record["kind"] == "step" and not any(name.startswith("val/") for name in record):
+                    keep = before  # numbers of evaluations and saves come late; what is before this line is older
+                    break
+        file.seek(keep)
+        file.truncate()
+        file.write(b"".join(line + b"\n" for line, _ in reversed(kept)))
+    numbers = [record for _, record in reversed(kept) if record["kind"] == "step"]
+    return {
+        name: float(value)
+        for record in numbers
+        for name, value in record.items()
+        if name not in ("kind", "step", "time")
+    }
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line as a record; None for one that is torn."""
+    try:
+        record = json.loads(line)
+        whole = isinstance(record, dict) and isinstance(record["kind"], str) and type(record["step"]) is int
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return record if whole else None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ The plain PyTorch version of an op is its specification; a faster one is tested 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from visft_ds.config.schema import Precision
 from visft_ds.ops.triton import why_not
+
+#: Precision of a run -> dtype.
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StandIn(Protocol):

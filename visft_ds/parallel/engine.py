@@ -9,25 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
-import ipaddress
 import logging
 import math
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import deepspeed
-import psutil
 import torch
-from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]  # public, not marked so
+from torch.distributed import DistNetworkError, DistStoreError
 
 from visft_ds import DEEPSPEED
 from visft_ds.config.schema import SchedulerConfig
@@ -41,8 +37,6 @@ from visft_ds.resilience.errors import LostRank
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 #: Most losses of a task that are for the log only.
 _LOGGED = 8
-#: By which network interface gloo and NCCL talk.
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,8 @@ def start_process_group() -> None:
 
     Raises:
         ValueError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1; the port on which the
-            processes meet is in use, some never came, or they cannot reach each other.
-        LostRank: another rank has found such a thing and ended.
+            processes meet is in use.
+        LostRank: another rank has ended meanwhile.
     """
     known = SpecifierSet(DEEPSPEED).contains(deepspeed.__version__, prereleases=True)
     if not known and not os.environ.get("VISFT_ALLOW_UNTESTED_DEEPSPEED"):
@@ -133,71 +127,16 @@ def start_process_group() -> None:
     if distributed.local_device().type == "cuda":
         torch.cuda.set_device(distributed.local_device())
     try:
-        store = _store_at_home()  # kept until torch has taken it over
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
-        del store
     except (DistNetworkError, DistStoreError, OSError) as error:
         if "Connection was likely closed" in str(error):
             raise LostRank(f"another rank ended while the processes met at {os.environ['MASTER_ADDR']}") from error
-        if absent := _who_never_came(str(error)):
-            raise ValueError(absent) from error
         if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
-        port = os.environ["MASTER_PORT"]
         raise ValueError(
-            f"port {port}, on which the processes meet, is in use{_holder(int(port))}: give another one, "
-            "deepspeed --master_port N (or MASTER_PORT)"
+            f"port {os.environ['MASTER_PORT']}, on which the processes meet, is in use: give another one, deepspeed "
+            "--master_port N (or MASTER_PORT)"
         ) from error
-    except RuntimeError as error:
-        if "connectFullMesh" not in str(error):
-            raise
-        raise ValueError(
-            f"the processes have met at {os.environ['MASTER_ADDR']} and then could not reach each other ({error}): "
-            "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
-            "the network interface between them (docs/training.md#several-machines)"
-        ) from error
-
-
-def _who_never_came(told: str) -> str:
-    """Meaning of a time-out while the processes meet; "" for another error.
-
-    Args:
-        told: what torch says.
-    """
-    came = re.search(r"(\d+)/(\d+) clients joined", told)
-    if came is None and "trying to connect" not in told:
-        return ""
-    who = f"{came[1]} of {came[2]} processes" if came else "not even rank 0, which listens there,"
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    minutes = int(default_pg_timeout.total_seconds()) // 60
-    return (
-        f"{who} came to {where} within {minutes} min: look in the log of every machine for one that was not reached or "
-        "ended, another MASTER_ADDR, MASTER_PORT or number of processes; else a firewall is between them. "
-        "DEEPSPEED_TIMEOUT is the time in minutes (docs/training.md#several-machines)"
-    )
-
-
-def _store_at_home() -> TCPStore | None:
-    """Keep a run whose processes meet at a loopback address to it: torch and gloo would listen on all of the machine's.
-
-    Returns the store at which they meet; `init_process_group` of this process finds it by its port. None where it is
-    for another process to make.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        if address != "localhost" and not ipaddress.ip_address(address).is_loopback:
-            return None
-    except ValueError:  # a name
-        return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == "127.0.0.1" for one in addresses):
-            for variable in _INTERFACES:
-                os.environ.setdefault(variable, name)
-    if distributed.joined() or os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, port), family=family).detach()
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener)
 
 
 @contextlib.contextmanager
@@ -208,7 +147,7 @@ def environment_as_found() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in {*_ALONE, *_INTERFACES, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
+        for name in {*_ALONE, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
             os.environ.pop(name, None)
 
 
@@ -230,15 +169,6 @@ def released(engine: Engine) -> Iterator[Engine]:
             cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
             inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
             deepspeed.utils.groups.mpu = None  # of a pipeline: ZeRO would ask it for ranks
-
-
-def _holder(port: int) -> str:
-    """Name the process that listens on a port of this machine, as far as the system shows it."""
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            name = " ".join(psutil.Process(connection.pid).cmdline())
-            return f" by process {connection.pid} ({name[:80]})"
-    return ""
 
 
 def _free_port() -> str:

@@ -1,6 +1,6 @@
 """Partition of a model into pipeline stages: places of ranks, cost of each layer, bounds between layers.
 
-Costs are operations (`costs.flops`), not trained parameters: frozen blocks have none and are most of the work.
+Costs are operations, not trained parameters: frozen blocks have none and are most of the work.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from visft_ds.config.schema import LoraConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.costs.flops import Flops, block_flops, tower_flops, tower_from
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import require_eva_vit
+from visft_ds.planner.trace import META, Tracer, fused_attention
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content
 
@@ -71,7 +68,6 @@ def plan_partition(
     streams: Mapping[str, Stream],
     micro: Mapping[str, int],
     *,
-    lora: LoraConfig | None,
     name: str,
 ) -> Partition:
     """Divide the layers of a model such that the slowest stage has as little work as possible.
@@ -79,7 +75,6 @@ def plan_partition(
     Args:
         module: from `plan_model`, on the meta device; what trains in it is known.
         micro: images of a micro-batch, by stream.
-        lora: of its adapters, where they train.
         name: of the model, for messages.
 
     Raises:
@@ -95,82 +90,72 @@ def plan_partition(
     shares = sum(stream.share for stream in streams.values())
     costs = [0.0] * len(names)
     for stream in streams.values():
-        for index, cost in enumerate(_stream_costs(module, lora, stream, micro[stream.name])):
+        for index, cost in enumerate(_stream_costs(module, stream, micro[stream.name])):
             costs[index] += cost * stream.share / shares
     return Partition(names, tuple(costs), divide(costs, stages))
 
 
 def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible.
-
-    Among divisions that are equal in this the most even one (least sum of squares) is taken.
-    """
+    """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible."""
     count, sums = len(costs), [0.0, *accumulate(costs)]
 
     @cache
-    def cheapest(start: int, parts: int) -> float:
-        if parts == 1:
-            return sums[count] - sums[start]
-        stops = range(start + 1, count - parts + 2)
-        return min(max(sums[stop] - sums[start], cheapest(stop, parts - 1)) for stop in stops)
-
-    limit = cheapest(0, stages) * (1 + 1e-9)
-
-    @cache
-    def evenest(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
+    def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
+        """(cost of the most expensive run, sum of squares, bounds): of equal divisions the most even one."""
         if parts == 1:
             last = sums[count] - sums[start]
-            return (last**2 if last <= limit else float("inf")), (start, count)
+            return last, last**2, (start, count)
         options = []
         for stop in range(start + 1, count - parts + 2):
-            stage_cost = sums[stop] - sums[start]
-            if stage_cost <= limit:
-                rest, bounds = evenest(stop, parts - 1)
-                options.append((stage_cost**2 + rest, (start, *bounds)))
-        return min(options, default=(float("inf"), ()))
+            first, (most, squares, bounds) = sums[stop] - sums[start], best(stop, parts - 1)
+            options.append((max(first, most), first**2 + squares, (start, *bounds)))
+        return min(options)
 
-    return evenest(0, stages)[1]
+    return best(0, stages)[2]
 
 
-def _stream_costs(module: MultiTaskModel, lora: LoraConfig | None, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for a micro-batch of a stream, with images of the largest size."""
+def _stream_costs(module: MultiTaskModel, stream: Stream, images: int) -> list[float]:
+    """Operations of each layer for a micro-batch of a stream, with images of the largest size, on shapes alone.
+
+    Blocks are alike, so two are counted: one in front of all that trains, and one that gradients go through.
+    """
     backbone = require_eva_vit(module.backbone)
     side = stream.largest_side() // backbone.patch_size or 1
-    patches = side * side
-    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-    tower = tower_from(backbone, lora, trained)
-    embedding = tower_flops(tower, images, 0, patches)
-    blocks = block_flops(tower, images, patches + (backbone.cls_token is not None))
-    heads = sum(
-        (_head_flops(module, task, stream.image, images, side, flows=bool(trained)) for task in stream.tasks), Flops()
-    )
-    return [float(cost.all) for cost in (embedding, *blocks, heads)]
+    pixels = torch.empty(images, 3, side * backbone.patch_size, side * backbone.patch_size, device=META)
+    with Tracer(META) as embedding, torch.no_grad():
+        tokens = backbone.embed(pixels)
+    trains = [any(p.requires_grad for p in block.parameters()) for block in backbone.blocks]
+    first = trains.index(True) if any(trains) else len(trains)
+    cost: dict[bool, float] = {}
+    for flows, block in ((False, backbone.blocks[0]), (True, backbone.blocks[-1])):
+        with Tracer(META) as counted, fused_attention(META), torch.set_grad_enabled(flows and first < len(trains)):
+            out = backbone.run_block(block, tokens.detach().requires_grad_(torch.is_grad_enabled()))
+            if out.requires_grad:
+                out.sum().backward()
+        cost[flows] = float(counted.operations)
+    blocks = [cost[index >= first] for index in range(len(trains))]
+    heads = sum(_head_operations(module, task, stream, images, side, flows=any(trains)) for task in stream.tasks)
+    return [float(embedding.operations), *blocks, float(heads)]
 
 
-def _head_flops(
-    module: MultiTaskModel, task: str, options: Mapping[str, Any], images: int, side: int, *, flows: bool
-) -> Flops:
-    """Operations that torch counts in a head's forward and backward, on shapes alone, without criteria.
+def _head_operations(module: MultiTaskModel, task: str, stream: Stream, images: int, side: int, *, flows: bool) -> int:
+    """Operations of a head's forward and backward, without criteria.
 
     Args:
-        module: on the meta device.
-        options: of the task's images.
         side: of the feature map, in patches.
         flows: the features need a gradient.
     """
-    features = torch.empty(images, module.backbone.width, side, side, device="meta", requires_grad=flows)
-    valid = torch.empty(images, side, side, dtype=torch.bool, device="meta")
+    features = torch.empty(images, module.backbone.width, side, side, device=META, requires_grad=flows)
+    valid = torch.empty(images, side, side, dtype=torch.bool, device=META)
     pixels = side * module.backbone.patch_size
-    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), options, features.device)
-    inputs = {name: value.to("meta") for name, value in blank.head_inputs().items()}
-    head: nn.Module = module.heads[task]
-    with FlopCounterMode(display=False) as forward:
-        output = head(features, valid, **inputs)
-    ends = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
-    with FlopCounterMode(display=False) as backward:
+    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), stream.image, META)
+    inputs = {name: value.to(META) for name, value in blank.head_inputs().items()}
+    with Tracer(META) as counted, fused_attention(META):
+        output = module.heads[task](features, valid, **inputs)
+        ends = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
         if ends:
             torch.stack(ends).sum().backward()
-    return Flops(forward.get_total_flops(), backward.get_total_flops())
+    return counted.operations
 
 
 def _tensors(output: object) -> list[Tensor]:

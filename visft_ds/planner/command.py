@@ -72,7 +72,7 @@ def make_plans(options: argparse.Namespace) -> dict[str, Any]:
     """Plans of all models and stages on a cluster, as JSON values. Raises ValueError: what a user can mend."""
     from visft_ds.config import resolve
     from visft_ds.config.backbones import model_of, named
-    from visft_ds.planner.cluster import parse_cluster
+    from visft_ds.planner.hardware import parse_cluster
     from visft_ds.planner.search import forecast, search
 
     cluster = parse_cluster(options.cluster, options.network)

@@ -70,7 +70,7 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
         whole[task] = []
     ids = set(model.categories)
     size = given.batch_size or model.batch_size
-    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found.files), unit=" images", delay=2) as bar:
+    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found.files), unit=" images", disable=None) as bar:
         decoded = _decoded(found.files, pool, ahead=2 * size)
         while batch := list(islice(decoded, size)):
             images = [image for _, image in batch if isinstance(image, OpenedImage)]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from visft_ds.config.backbones import Named, named
 from visft_ds.config.preflight import head_files, run_of
 from visft_ds.config.task_schema import Stream
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.evals.model import (
@@ -39,6 +38,7 @@ from visft_ds.interop.backbones import is_merged
 from visft_ds.interop.files import PICKLE_SUFFIXES, open_weights
 from visft_ds.interop.heads import categories_of
 from visft_ds.model import PixelScale, normalise_pixels
+from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction

@@ -17,6 +17,7 @@ from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Category, Manifest, manifest_path
+from visft_ds.files import read_bytes, reading
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import classes_of, have_ids_of_coco
@@ -221,10 +222,8 @@ def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict
 
 
 def _read_map(path: Path) -> dict[str, Any]:
-    try:
-        content = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no readable map of categories: {error}") from error
+    with reading(path, "a map of categories"):
+        content = orjson.loads(read_bytes(path, 2**24))
     good = isinstance(content, dict) and all(
         target is None or (isinstance(target, int) and not isinstance(target, bool)) for target in content.values()
     )

@@ -18,7 +18,6 @@ from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.shards import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
@@ -39,6 +38,7 @@ from visft_ds.models.backbone import Backbone, build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import DTYPES
 from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base

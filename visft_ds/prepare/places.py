@@ -31,8 +31,8 @@ WORDS = ".vocabulary.file"  #: end of the key of a word map
 #: Inside RUN/inputs.
 VOCABULARY_FILE, CATEGORIES_FILE = "vocabulary.json", "categories.json"
 _REMEDIES = {
-    WEIGHTS: f"--backbone FILE (evaluate), --base FILE (merge) or --set {WEIGHTS}=FILE (train, replay)",
-    DATA: f"--data FOLDER (train, evaluate) or --set {DATA}=FOLDER (train, replay)",
+    WEIGHTS: f"--backbone FILE (evaluate), --base FILE (merge) or --set {WEIGHTS}=FILE (train)",
+    DATA: f"--data FOLDER (train, evaluate) or --set {DATA}=FOLDER (train)",
 }
 
 

@@ -19,11 +19,14 @@ from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.data.transforms import Size
+from visft_ds.files import read_bytes, reading
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, windowed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import collate_joint, geometry_of, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
+#: Bytes of a word map.
+_LARGEST_WORDS = 2**28
 #: Sizes of pictures that have nothing in common: what all of them become, all others become too.
 _SHAPES: tuple[Size, ...] = ((480, 640), (640, 480), (97, 1009))
 
@@ -168,20 +171,12 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises:
         ValueError: no such file, or neither of the two.
     """
-    try:
-        fields = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no readable vocabulary: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a vocabulary is a JSON object, this is {type(fields).__name__}")
-    ours = fields.get("format") == FORMAT
-    wrong = [word for word, number in fields.items() if type(number) is not int]
-    if wrong and not ours:
-        raise ValueError(
-            f"{path}: neither a {FORMAT} nor the word map of a captioning head, word -> id: {wrong[0]!r} is "
-            f"{fields[wrong[0]]!r:.60}, which is no whole number"
-        )
-    try:
-        return Vocabulary.from_dict(fields) if ours else Vocabulary.from_word_map(fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the word map of a captioning head, a JSON object word -> id")
+    with reading(path, "the word map of a captioning head, a JSON object word -> id"):
+        fields = orjson.loads(read_bytes(path, _LARGEST_WORDS))
+        if fields.get("format") == FORMAT:
+            return Vocabulary.from_dict(fields)
+        if any(type(number) is not int for number in fields.values()):
+            raise ValueError("an id is no whole number")
+        return Vocabulary.from_word_map(fields)

@@ -30,8 +30,8 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
-from visft_ds.planner.cluster import peak_rate
-from visft_ds.planner.step import model_operations, plan_stream
+from visft_ds.planner.hardware import peak_rate
+from visft_ds.planner.memory import model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
 from visft_ds.pretrained import local

@@ -33,7 +33,7 @@ from visft_ds.parallel.unchanged import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import needs_categories
 from visft_ds.prepare.streams import parts_of
-from visft_ds.resilience.host_memory import memory_bounded, peak_memory
+from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
@@ -136,7 +136,7 @@ def probe_memory(
     device, rows, compiling = engine.device, [], 0.0
     found = largest_batches(data, batches.micro, packed=model.packed)
     gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
-    with unchanged(engine), memory_bounded(device, distributed.processes_here()), gauge:
+    with unchanged(engine), gauge:
         for largest, pipeline in found:
             name, shape = largest.stream.name, largest.describe()
             times = []
@@ -158,7 +158,7 @@ def probe_memory(
         torch.cuda.reset_peak_memory_stats(device)
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
-        sections = [Section("steps", rows, columns), memory.planned()]
+        sections = [Section("steps", rows, columns)]
         sections += [_compiled_section(compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import StepPlan
@@ -20,11 +20,12 @@ from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.monitor.trace import traced
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine, StepReport
+from visft_ds.parallel.engine import StepReport
+from visft_ds.planner.hardware import peak_rate
+from visft_ds.planner.memory import PlannedRun, model_operations
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.run.operations import SecondsAtPeak, seconds_at_peak
 
 
 @dataclass
@@ -34,7 +35,7 @@ class RunLog:
     writer: MetricsWriter
     progress: Progress
     trace: Callable[[], None] = lambda: None  #: called at the end of each step
-    at_peak: SecondsAtPeak | None = None  #: for the MFU, where it can be told
+    at_peak: Mapping[str, float] = field(default_factory=dict)  #: stream -> seconds of its step at the GPU's peak
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -59,7 +60,6 @@ class RunLog:
             seconds: since the step before.
         """
         step, images, memory = step_plan.step + 1, len(step_plan.indices), peak_memory(device)
-        at_peak = self.at_peak(batches) if self.at_peak else None
         self.progress.update(
             StepLine(
                 step=step,
@@ -87,8 +87,8 @@ class RunLog:
             "refused": float(bool(report.refused)),
             "not_finite": float(not is_finite(report)),
         }
-        if at_peak is not None:
-            values["mfu"] = at_peak / seconds
+        if step_plan.task in self.at_peak:
+            values["mfu"] = self.at_peak[step_plan.task] / seconds
         self.writer.step(step, values)
         self.trace()
 
@@ -96,10 +96,9 @@ class RunLog:
 @contextmanager
 def open_log(
     config: ResolvedConfig,
-    engine: Engine,
     start: int,
     *,
-    precision: Precision,
+    planned: PlannedRun,
     keeps_features: bool,
     callbacks: Sequence[Callback],
     gone: Callable[[], None],
@@ -107,7 +106,7 @@ def open_log(
     """The log of a run that goes on after `start` of its steps.
 
     Args:
-        precision: of the run; `keeps_features`: the backbone is not run, so its operations are none of a step's.
+        planned: of the run, for the MFU; `keeps_features`: the backbone is not run, so that there is none.
         callbacks: listeners to what is recorded.
         gone: called when nobody reads the console any more.
     """
@@ -126,5 +125,12 @@ def open_log(
         )
         trace = stack.enter_context(traced(out, run.trace, start, progress.message))
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
-        writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)
-        yield RunLog(writer, progress, trace, None if keeps_features else seconds_at_peak(engine, config, precision))
+        settings = json.dumps(redacted_values(config.to_dict()), indent=2).splitlines()
+        writer.text(start, "configuration", "".join(f"    {line}\n" for line in settings))  # code, in Markdown
+        yield RunLog(writer, progress, trace, {} if keeps_features or not main else seconds_at_peak(planned))
+
+
+def seconds_at_peak(run: PlannedRun) -> dict[str, float]:
+    """Stream -> seconds of a step at the peak of this GPU; empty where its peak is not known."""
+    rate, streams = peak_rate(run.device, run.precision), run.config.visft.streams()
+    return {name: model_operations(run, stream) / rate for name, stream in streams.items()} if rate else {}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
-from visft_ds.config.schema import RunConfig
 from visft_ds.flags import check_extra
 from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
@@ -24,8 +21,9 @@ from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.placement import placement_for
-from visft_ds.planner.fitting import MEMORY_SHARE, fitting_settings
-from visft_ds.planner.step import PlannedRun, run_of
+from visft_ds.planner.memory import PlannedRun, run_of
+from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
+from visft_ds.planner.search import choose_recompute as choose_policy
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
@@ -35,8 +33,6 @@ from visft_ds.run.folder import open_run_folder, recorded_config, saved_somethin
 from visft_ds.run.lock import locked
 
 _SHARED_MEMORY = Path("/dev/shm")
-#: Bytes of a checkpoint for each value that trains: the value and two moments, in fp32.
-_CHECKPOINT_BYTES = 12
 _PIXEL = 3  #: bytes; images travel as uint8
 
 
@@ -101,7 +97,7 @@ def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[Resolved
 def choose_recompute(
     config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
 ) -> tuple[ResolvedConfig, str]:
-    """The configuration with the fastest policy that fits every rank, and why. Collective; the main process decides.
+    """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
 
     A run that goes on keeps the policy it began with: memory changes, and so would results in their last bits.
 
@@ -121,10 +117,8 @@ def choose_recompute(
         elif config.visft.stage == 1:
             found.append(("none", "a frozen backbone keeps nothing"))
         else:
-            from visft_ds.planner import cluster, search  # a start with a stated policy needs neither
-
             assert rooms is not None  # this is the main process
-            choice = search.choose_recompute(run, min(rooms), cluster.rates_here(run.device))
+            choice = choose_policy(run, min(rooms))
             if must_fit and not choice.fits:
                 least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
                 others = fitting_settings(least, choice.capacity)
@@ -143,19 +137,10 @@ def choose_recompute(
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
-    """Facts that must be equal on all ranks, by name: every setting, the code, the versions of its dependencies."""
+    """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides results."""
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
     installed = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
-    return {**facts, "code of visft_ds": code_digest(), **installed}
-
-
-@cache
-def code_digest() -> str:
-    """Digest of this package's source files, edited ones included, where there is no git as well."""
-    folder, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return {**facts, **installed}
 
 
 def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path = _SHARED_MEMORY) -> None:
@@ -226,24 +211,3 @@ def by_main_process(action: Callable[[], object]) -> None:
     problem = distributed.broadcast_object(problem)
     if problem:
         raise ValueError(problem)
-
-
-def check_space(out: Path, values: int, run: RunConfig) -> None:
-    """Refuse a run whose checkpoints do not fit on the disk, before it has trained for hours.
-
-    Args:
-        values: number of values that train.
-        run: says which checkpoints are kept; one more is there while it replaces the oldest.
-
-    Raises:
-        ValueError: naming what is free and what is needed.
-    """
-    there = sum(1 for path in (out / "checkpoints").glob("step_*") if path.is_dir())
-    size = values * _CHECKPOINT_BYTES
-    needed = size * max(1, run.keep_last + 1 + (run.keep_best is not None) - there)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise ValueError(
-            f"{out}: {free / 1e9:.2f} GB are free, checkpoints need {needed / 1e9:.2f} GB more: make room, choose "
-            "another --out, or keep fewer (--set visft.run.keep_last=1)"
-        )

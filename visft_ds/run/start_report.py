@@ -14,7 +14,6 @@ from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import head_files
 from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
@@ -22,10 +21,11 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
+from visft_ds.ops import DTYPES
 from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
 from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
-from visft_ds.planner.step import PlannedRun, plan_largest, run_of
+from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file

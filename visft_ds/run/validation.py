@@ -83,7 +83,7 @@ class Validation:
         recorded: set[int] = set()
         if distributed.is_main():
             path = self._out / METRICS_FILE
-            records = read_metrics(path) if path.is_file() else ()
+            records = read_metrics(path, "val/") if path.is_file() else ()
             recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
@@ -166,8 +166,8 @@ def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> 
             told += ": not learnt yet, more steps help (--steps)"
         elif other < value / 2:
             told += (
-                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and for "
-                "boxes visft.tasks.detection.head.type=dense"
+                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and "
+                "instead of a DETR visft.tasks.detection.head.type=dense"
             )
         lines.append(told)
     return lines

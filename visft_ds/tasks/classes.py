@@ -34,12 +34,8 @@ def have_ids_of_coco(names: Mapping[int, str]) -> bool:
 
 
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
-    """The raw id of each class of a head; None: as in the published heads.
-
-    Args:
-        task: one that learns from annotated objects; any but segmentation may have raw ids as classes.
-        options: of the head.
-        names: id -> name of all categories of its training data.
+    """The raw id of each class of a head with these options, for data of these categories (id -> name); None: as in
+    the published heads. Any task but segmentation may have raw ids as classes.
 
     Raises:
         ValueError: no such head has classes for these categories.
@@ -74,11 +70,7 @@ def ids_of_classes(task: str, options: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
-    """Refuse a head whose categories are not known and whose classes are not those of the published heads either.
-
-    Raises:
-        ValueError: it has too few of them.
-    """
+    """Refuse a head whose categories are not known and whose classes are too few to be those of the published heads."""
     enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
     if task == "segmentation" and not enough:
         raise ValueError(

@@ -4,11 +4,8 @@ Letters: L decoder layers, B images, Q queries, C classes without "no object", N
 M matched pairs of all layers.
 
 Objects are assigned to queries one to one at the least total cost (Carion et al., arXiv 2005.12872, eq. 1, 2). The host
-waits for the device once: the costs of all layers and images are copied to it together, scipy solves the small problems
-there, and the indices of all pairs go back in one copy.
-
-Boxes are `centers` (cx, cy, w, h) or `corners` (x0, y0, x1, y1) on the last axis, in any unit. `torchvision.ops` has no
-row-by-row overlap that spares the host waiting for the device, and divides 0 by 0 for two boxes without area.
+waits for the device once: all costs are copied to it together, and the indices of all pairs go back in one copy. Boxes
+are `centers` (cx, cy, w, h) or `corners` (x0, y0, x1, y1) on the last axis, in any unit.
 """
 
 from __future__ import annotations
@@ -91,16 +88,10 @@ def match(
 
 
 def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) -> Matches:
-    """Assign objects of each layer and image at the least cost.
+    """Assign objects of each layer and image at the least `cost` (L, N, Q).
 
-    Args:
-        cost: (L, N, Q).
-        counts: (B,) objects of each image, there or on the host.
-        pairs: number of matched pairs of a layer, for costs on the meta device (planner), where there are no values.
-        image_ids: (B,), for errors.
-
-    Raises:
-        FloatingPointError: a cost is not finite.
+    `counts` (B,) are the objects of each image, there or on the host; `pairs` is the number of pairs of a layer, for
+    costs on the meta device (planner), where there are no values; `image_ids` (B,) are for errors only.
     """
     if cost.is_meta:
         return Matches(*torch.empty(4, len(cost) * pairs, dtype=torch.int64, device=cost.device))
@@ -141,8 +132,8 @@ def centers_to_corners(boxes: Tensor) -> Tensor:
 def generalized_box_iou(first: Tensor, second: Tensor) -> Tensor:
     """Generalized IoU of corner boxes paired by broadcasting, in (-1, 1].
 
-    Rezatofighi et al., arXiv 1902.09630, algorithm 1: IoU minus the share of the smallest enclosing box that neither
-    box covers. Finite for boxes without area.
+    Rezatofighi et al., arXiv 1902.09630, algorithm 1. Unlike torchvision's, finite for two boxes without area, and the
+    host does not wait for the device.
     """
     overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
     intersection = overlap.clamp(min=0).prod(dim=-1)

@@ -102,8 +102,8 @@ class Content:
 class Task(ABC):
     """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass.
 
-    A task whose settings are a `WordsConfig` gets the `Vocabulary` where it makes targets and results. `classes` are
-    the raw ids of the head's classes; None: those of the published head.
+    `vocabulary` is None for all but a task whose settings are a `WordsConfig`. `classes` are the raw ids of the head's
+    classes; None: those of the published head.
     """
 
     name: ClassVar[str]

@@ -53,31 +53,20 @@ class ImageTransform:
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
     """The transform of a stream."""
-    targets = {
-        task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task))
-        for task in TASKS
-        if task in stream.tasks
-    }
-    return ImageTransform(train, geometry_of(stream), targets)
+    tasks = [task for task in TASKS if task in stream.tasks]
+    made = {task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task)) for task in tasks}
+    return ImageTransform(train, geometry_of(stream), made)
 
 
 def geometry_of(stream: Stream) -> Geometry:
-    """The geometry of a stream.
-
-    Several tasks share one that cuts nothing out, unlike those of detection and segmentation alone: a caption
-    describes the whole image. (A mirrored image keeps its caption; where "left" and "right" matter, give `flip` 0.)
-    """
+    """The geometry of a stream: what several tasks share cuts nothing out, as a caption describes the whole image."""
     if stream.name == SHARED:
         return of_options(ShortSides, stream.image)
     return TASKS[stream.name].geometry(stream.image)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:
-    """A batch with the targets of every task of the samples; without any where no labels were read.
-
-    Images are padded right and bottom with 0 to the largest height and width of the batch. Targets stand in the order
-    of `TASKS`, so that losses are summed in one order however the tasks were listed.
-    """
+    """A batch with the targets of every task of the samples, in the order of `TASKS`; none if no labels were read."""
     batch = stack_samples(samples)
     assert batch.frames is not None
     height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell

@@ -1,14 +1,8 @@
 """Words of captions and their ids.
 
-`caption_words` is the one way in which this project cuts a caption into words: shards count words with it and heads are
-trained on its output. Its name, `TOKENIZER`, is part of a vocabulary's fingerprint, so that a change of the rules can
-not go unnoticed.
-
-The published captioning heads (https://huggingface.co/TencentARC/ViSFT) were trained on another cut: the ready-made
-tokens of the Karpathy split (`dataset_coco.json`), counted over training, validation *and* test captions, with ids in
-the order of first appearance. Their 9,490 ids can therefore not be rebuilt from COCO's own caption files. Those heads
-need their word map (a JSON object word -> id), see `Vocabulary.from_word_map`; the special ids and the minimum count
-are the same here.
+Shards count words by `caption_words` and heads are trained on its output. The published captioning heads were trained
+on the ready-made tokens of the Karpathy split, counted over training, validation *and* test captions, with ids in the
+order of first appearance: their 9,490 ids cannot be rebuilt from COCO's caption files. They need their word map.
 """
 
 from __future__ import annotations
@@ -33,21 +27,14 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def caption_words(caption: str) -> list[str]:
-    """Lower-case words of a caption: runs of letters and digits of any script, with apostrophes inside a word.
-
-    The text is brought to Unicode's NFKC form first, typographic apostrophes become straight ones. Everything else
-    separates words and is dropped: a caption of punctuation or emoji alone has no words.
-    """
+    """Lower-case words of a caption: runs of letters and digits of any script, with apostrophes inside a word."""
     text = unicodedata.normalize("NFKC", caption).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     return _WORD.findall(text)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words a head knows; ids: `<pad>` 0, `words` from 1, then `<unk>`, `<start>`, `<end>`.
-
-    Raises ValueError for no words at all, for a word twice, and for special tokens among them.
-    """
+    """The words a head knows; ids: `<pad>` 0, `words` from 1, then `<unk>`, `<start>`, `<end>`."""
 
     words: tuple[str, ...]  #: the word with id 1, 2, ...
 
@@ -57,10 +44,7 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], *, min_count: int) -> Vocabulary:
-        """Words that occur at least `min_count` times, the most frequent first and equal ones in alphabetical order.
-
-        Raises ValueError when no word is frequent enough.
-        """
+        """Words that occur at least `min_count` times, the most frequent first and equal ones in alphabetical order."""
         kept = sorted((-count, word) for word, count in counts.items() if count >= min_count)
         if not kept:
             raise ValueError(
@@ -70,11 +54,7 @@ class Vocabulary:
 
     @classmethod
     def from_word_map(cls, word_map: Mapping[str, int]) -> Vocabulary:
-        """The vocabulary of a published head: word -> id, special tokens included.
-
-        Raises ValueError unless the ids are 0 for `<pad>`, 1, 2, ... for words and the last three for `<unk>`,
-        `<start>` and `<end>`.
-        """
+        """The vocabulary of a published head: word -> id, special tokens included."""
         first, *words = sorted(word_map, key=word_map.__getitem__)
         ids = sorted(word_map.values())
         if ids != list(range(len(ids))) or first != PAD or words[-3:] != [UNKNOWN, START, END]:
@@ -134,11 +114,10 @@ class Vocabulary:
     def check_same(self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards") -> None:
         """Raise ValueError unless every id means the same word in both."""
         if self.fingerprint != other.fingerprint:
-            different = sorted(set(self.words) ^ set(other.words))[:5]
+            different = ", ".join(map(repr, sorted(set(self.words) ^ set(other.words))[:5])) or "none"
             raise ValueError(
-                f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids"
-                + (f"; words of one of them only: {', '.join(map(repr, different))}" if different else "")
-                + ". Use the shards or the vocabulary that the head was trained with, or train a new head"
+                f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids; words of one of "
+                f"them only: {different}. Use the vocabulary that the head was trained with, or train a new head"
             )
 
     def check_size(self, vocabulary_size: int) -> None:

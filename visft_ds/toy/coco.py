@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from visft_ds.toy.scenes import (
     Array,
     Scene,
     Shape,
+    Style,
     draw_scene,
     style_of,
 )
@@ -49,9 +49,6 @@ _NUMBERS = (
     *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
-
-
-# ---------------------------------------------------------------------------------------------------- captions
 
 
 def _join(parts: Sequence[str]) -> str:
@@ -147,9 +144,6 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
-# ------------------------------------------------------------------------------------------------- annotations
-
-
 def _uncompressed_rle(mask: Array) -> dict[str, Any]:
     """COCO's uncompressed run lengths: column by column, the first run counts pixels outside."""
     flat = mask.ravel(order="F")
@@ -180,61 +174,30 @@ def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
     }
 
 
-def image_id(split: str, index: int) -> int:
-    """Ids of the two splits never meet, and leave holes."""
-    return 10 * index + 3 + 4 * SPLITS.index(split)
-
-
-def make_image(
-    split: str,
-    index: int,
-    *,
-    style: str,
-    seed: int,
-    height: int,
-    width: int,
-    max_shapes: int = MAX_SHAPES,
-    colours: str = "usual",
-    without: Sequence[str] = (),
-) -> tuple[bytes, dict[str, Any]]:
-    """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
-    rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
-    scene = draw_scene(rng, style_of(style, colours, without), height, width, max_shapes=max_shapes)
-    key = image_id(split, index)
+def _make_image(
+    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], max_shapes: int
+) -> dict[str, Any]:
+    """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
+    rng, (height, width) = np.random.default_rng([*seeds, index]), size
+    scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+    key = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # ids of the two splits never meet, and leave holes
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None:
         instances.append(_annotate(scene.crowd, key, crowd=True))
     image = {
-        "license": 1,
-        "file_name": f"{key:012d}.jpg",
-        "coco_url": "",
-        "height": height,
-        "width": width,
-        "date_captured": "2017-01-01 00:00:00",
-        "flickr_url": "",
-        "id": key,
+        **{"license": 1, "file_name": f"{key:012d}.jpg", "coco_url": "", "height": height, "width": width},
+        **{"date_captured": "2017-01-01 00:00:00", "flickr_url": "", "id": key},
     }
-    buffer = BytesIO()
-    Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(scene.image).save(folder / f"{key:012d}.jpg", "JPEG", quality=JPEG_QUALITY)
     captions = [{"image_id": key, "caption": sentence} for sentence in describe(rng, scene)]
-    return buffer.getvalue(), {"image": image, "instances": instances, "captions": captions}
-
-
-def _save_image(index: int, *, folder: Path, split: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    picture, record = make_image(split, index, **options)
-    (folder / record["image"]["file_name"]).write_bytes(picture)
-    return record
+    return {"image": image, "instances": instances, "captions": captions}
 
 
 def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int) -> None:
     head = {
         "info": {
-            "description": f"Toy shapes, style {style}, seed {seed}",
-            "url": "",
-            "version": "1.0",
-            "year": 2017,
-            "contributor": "visft_ds",
-            "date_created": "2017/01/01",
+            **{"description": f"Toy shapes, style {style}, seed {seed}", "url": "", "version": "1.0", "year": 2017},
+            **{"contributor": "visft_ds", "date_created": "2017/01/01"},
         },
         "licenses": [{"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}],
         "images": [record["image"] for record in records],
@@ -267,7 +230,7 @@ def write_toy_coco(
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
     that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, or numbers out of range.
     """
-    style_of(style, colours, without)
+    drawn = style_of(style, colours, without)
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -279,12 +242,12 @@ def write_toy_coco(
         )
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    size = {"height": height, "width": width, "max_shapes": max_shapes}
-    options = {"style": style, "colours": colours, "without": without, "seed": seed, **size}
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
-        save = partial(_save_image, folder=out / split, split=split, options=options)
+        seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
+        size = (height, width)
+        save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=size, max_shapes=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:

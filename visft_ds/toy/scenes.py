@@ -28,19 +28,10 @@ EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side 
 COLOURS = {"usual": 0.85, "even": 0.0}
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
-CATEGORIES: tuple[tuple[int, str, str], ...] = (
-    (1, "circle", "round"),
-    (3, "ring", "round"),
-    (4, "crescent", "round"),
-    (8, "heart", "round"),
-    (13, "square", "angular"),
-    (17, "triangle", "angular"),
-    (27, "bar", "angular"),
-    (34, "hourglass", "angular"),
-    (52, "star", "pointed"),
-    (61, "cross", "pointed"),
-    (78, "arrow", "pointed"),
-    (90, "bolt", "pointed"),
+CATEGORIES = (
+    *((1, "circle", "round"), (3, "ring", "round"), (4, "crescent", "round"), (8, "heart", "round")),
+    *((13, "square", "angular"), (17, "triangle", "angular"), (27, "bar", "angular"), (34, "hourglass", "angular")),
+    *((52, "star", "pointed"), (61, "cross", "pointed"), (78, "arrow", "pointed"), (90, "bolt", "pointed")),
 )
 NAMES = tuple(name for _, name, _ in CATEGORIES)
 
@@ -95,14 +86,13 @@ STYLES = {
 
 
 def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
-    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for what is unknown."""
-    for kind, given, known in (("style", name, STYLES), ("colours", colours, COLOURS)):
-        if given not in known:
-            raise ValueError(f"{kind} {given!r} is unknown; choose one of {', '.join(sorted(known))}")
+    """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for unknown ones, or none left."""
     shapes = tuple(place for place, shape in enumerate(NAMES) if shape not in without)
-    if not shapes or (unknown := [shape for shape in without if shape not in NAMES]):
-        wrong = f"shape {unknown[0]!r} is unknown" if shapes else "no shape is left"
-        raise ValueError(f"{wrong}; shapes to leave out are some of {', '.join(NAMES)}")
+    if name not in STYLES or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
+        raise ValueError(
+            f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: choose of {', '.join(STYLES)}, of "
+            f"{', '.join(COLOURS)}, and some of {', '.join(NAMES)}"
+        )
     return replace(STYLES[name], usual_share=COLOURS[colours], shapes=shapes)
 
 
@@ -135,9 +125,6 @@ class Scene:
     crowd: Shape | None
 
 
-# ---------------------------------------------------------------------------------------------------- outlines
-
-
 def _arc(
     start: float, stop: float, radius: float = 1.0, corners: int = 24, centre: tuple[float, float] = (0, 0)
 ) -> Polygon:
@@ -147,7 +134,10 @@ def _arc(
 
 def _outline(name: str) -> list[Polygon]:
     """A category's outline in the square [-1, 1]^2, y down; a ring has two parts: COCO polygons have no holes."""
+    a, b = 0.33, 0.98
+    half = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a]]
     corners: dict[str, list[list[float]]] = {
+        "cross": [*half, *([-x, -y] for x, y in half)],
         "square": [[-0.85, -0.85], [0.85, -0.85], [0.85, 0.85], [-0.85, 0.85]],
         "triangle": [[0, -0.95], [1, 0.8], [-1, 0.8]],
         "bar": [[-1, -0.32], [1, -0.32], [1, 0.32], [-1, 0.32]],
@@ -171,14 +161,10 @@ def _outline(name: str) -> list[Polygon]:
         t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return [np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16]
-    if name == "star":
-        turns = np.arange(10) * math.pi / 5 - math.pi / 2
-        radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
-        return [np.stack([np.cos(turns), np.sin(turns)], axis=1) * radius[:, None]]
-    assert name == "cross", name
-    a, b = 0.33, 0.98
-    ends = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
-    return [np.asarray(ends, dtype=np.float64)]
+    assert name == "star", name
+    turns = np.arange(10) * math.pi / 5 - math.pi / 2
+    radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
+    return [np.stack([np.cos(turns), np.sin(turns)], axis=1) * radius[:, None]]
 
 
 OUTLINES = {name: _outline(name) for name in NAMES}
@@ -235,9 +221,6 @@ def trace(mask: Array) -> list[Polygon]:
             return trace(mask & (columns < cut)) + trace(mask & (columns >= cut))
         polygons.append(np.stack([x, y], axis=1))
     return polygons
-
-
-# ---------------------------------------------------------------------------------------------------- painting
 
 
 def _blobs(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array:

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.config.schema import Precision
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.benchmarks.retention import AnswersKept, load_classifier
 from visft_ds.interop.writing import write_atomically
 from visft_ds.monitor.console import Gauge
+from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 
 VERSION = 1  #: changes when the same model and data would give other scores

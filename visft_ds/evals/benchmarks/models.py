@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config.schema import Precision
-from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.encoders import (
     CLIP,
     KINDS_WITHOUT_TEXT,
@@ -39,6 +38,7 @@ from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops import DTYPES
 from visft_ds.run.folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")

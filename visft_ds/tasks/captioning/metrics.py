@@ -2,16 +2,9 @@
 
 The numbers are those of https://github.com/tylin/coco-caption (and of its package, pycocoevalcap) on the same words;
 captions are cut into words by `tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers. CIDEr
-is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr.
-
-All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr from 0 to 10 (papers print 100 times as much).
-Special cases:
-
-- One image: every n-gram occurs in all images, its weight is log(1) = 0, so CIDEr is 0. It depends on the set of images
-  and says little for a few of them.
-- A candidate without words scores 0 everywhere (BLEU counts its missing length over the whole corpus).
-- A reference without words is kept: it counts among the references of its image.
-- References equally close in length: BLEU takes the shorter one.
+is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr: it
+depends on the set of images, and is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print
+100 times as much.
 """
 
 from __future__ import annotations

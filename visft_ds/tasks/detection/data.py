@@ -1,7 +1,5 @@
 """Detection data: geometry of the DETR recipe, boxes as targets, and their packing into a batch.
 
-As in `visft_ds.data.transforms`, the geometry comes from the sample's random numbers and the stored size alone.
-
 Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image.
 """
 

@@ -1,7 +1,5 @@
 """Segmentation data: large-scale jitter, soft masks as targets, and their packing into a batch.
 
-As in `transforms`, the geometry comes from the sample's random numbers and the stored size alone.
-
 Shape letters: B images, H W pixels, N objects packed over the batch, n objects of one image, hm wm cells of the masks.
 """
 
@@ -50,10 +48,9 @@ class LargeScaleJitter:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in `scale`; extend
     right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of that size. The extension
-    belongs to the image, as in the reference: patches there are ordinary patches. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost
-    where the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a
-    square of that many pixels, and training also mirrors.
+    belongs to the image, as in the reference. Evaluation: short side `eval_short`, long side at most `eval_max_long`,
+    then extended to multiples of `eval_multiple` pixels, so that patches lose no strip; that extension is padding. With
+    `fixed_size`, both only scale to a square of that many pixels, and training also mirrors.
     """
 
     size: int

@@ -1,1 +1,0 @@
-"""Arithmetic, bytes and rates of a step, for partition, planner and profiler."""

@@ -1,0 +1,246 @@
+"""Memory of a rank's optimiser step before anything is allocated: the model's own step on the meta device.
+
+Activations and temporaries are those of a traced micro-batch; what the engine holds follows from numbers of values.
+Libraries' workspaces, the CUDA context and fragmentation are not in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.samples import Batch
+from visft_ds.ops import DTYPES
+from visft_ds.parallel import distributed
+from visft_ds.parallel.partition import Partition, plan_partition
+from visft_ds.planner.trace import META, Tracer, Work, fused_attention
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.spec import Content
+
+FP32 = 4  #: bytes
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A configuration on processes of one kind."""
+
+    config: ResolvedConfig
+    batches: Batches
+    precision: Precision
+    vocabulary_size: int
+    device: torch.device  #: which need not exist here
+    content: Content = field(default_factory=Content)
+
+    def changed(self, config: ResolvedConfig) -> PlannedRun:
+        """Another configuration on the same processes. Raises ValueError: its batches cannot be divided over them."""
+        return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
+
+    def with_policy(self, policy: str) -> PlannedRun:
+        """The same with this `visft.model.recompute`."""
+        return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
+
+    @property
+    def keeping_linear(self) -> bool:
+        """Return True where DeepSpeed's own linear layer takes the place of torch's."""
+        zero = self.config.deepspeed["zero_optimization"]
+        return int(zero["stage"]) == 3 and bool(zero.get("memory_efficient_linear", True))
+
+    def model_key(self, stream: Stream) -> str:
+        """Text that two runs share if a stream is the same work of the same model in both."""
+        visft = self.config.visft
+        decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
+        tasks = [task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()]
+        return "".join([decides, *tasks, repr(stream.image), repr(stream.tasks), str(self.vocabulary_size)])
+
+    @cached_property
+    def partition(self) -> Partition | None:
+        """Who holds which layers of a pipeline; None without one."""
+        visft, batches = self.config.visft, self.batches
+        if batches.stages == 1:
+            return None
+        streams = visft.streams()
+        parts = [(self.model_key(stream), stream.share, batches.micro[name]) for name, stream in streams.items()]
+        key = repr((batches.stages, parts))
+        if key not in _PARTITIONS:
+            module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
+            _PARTITIONS[key] = plan_partition(module, batches.stages, streams, batches.micro, name=visft.model.name)
+        return _PARTITIONS[key]
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A micro-batch of a stream on the whole model."""
+
+    fullest: int  #: bytes at the fullest moment, beside parameters and the batch
+    activations: int  #: the same without gradients that have arrived at their parameters
+    batch: int  #: bytes
+    work: Counter[Work]
+    frozen: int  #: bytes of parameters that do not train
+    trained: int  #: values, of all that trains in any step
+    taught: int  #: values, of what this stream trains
+    backbone_trains: bool
+    blocks: int  #: of the backbone that are recomputed one by one, where any are
+    tokens: int  #: values of the activations between two blocks
+
+
+_PARTITIONS: dict[str, Partition] = {}
+_TRACED: dict[tuple[Any, ...], TracedStep] = {}
+
+
+def run_of(
+    config: ResolvedConfig,
+    world_size: int,
+    precision: Precision,
+    vocabulary_size: int | None,
+    device: torch.device | None,
+    content: Content | None = None,
+) -> PlannedRun:
+    """Run to be planned.
+
+    Args:
+        world_size: number of processes.
+        precision: what visft.model.precision means on the device; never "auto".
+        vocabulary_size: of the captions; None: that of the published heads.
+        device: where ranks compute, which need not exist here; None: this process's own.
+        content: of the micro-batches; None: more than most have.
+
+    Raises:
+        ValueError: batches that cannot be divided.
+    """
+    batches, device = derive_batches(config, world_size), device or distributed.local_device()
+    return PlannedRun(config, batches, precision, vocabulary_size or PUBLISHED_VOCABULARY, device, content or Content())
+
+
+def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
+    """A micro-batch of a stream on the meta device; what criteria read on the host is there, as zeros."""
+    side = stream.largest_side()
+    height, width = content.size or (side, side)
+    targets = {task: TASKS[task].blank(images, (height, width), content, stream.image, META) for task in stream.tasks}
+    ids, sizes = torch.arange(images), torch.tensor([[height, width]] * images)
+    pixels = torch.empty(images, 3, height, width, dtype=torch.uint8, device=META)
+    return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)
+
+
+def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
+    """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
+    images = run.batches.micro[stream.name]
+    key = (run.model_key(stream), images, run.precision, run.device.type, run.content, run.keeping_linear)
+    if key not in _TRACED:
+        _TRACED[key] = _trace_step(run, stream, images)
+    return _TRACED[key]
+
+
+def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
+    visft, storage = run.config.visft, DTYPES[run.precision]
+    module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
+    module.train()
+    on_host = blank_batch(stream, images, run.content)
+    denominators: dict[str, dict[str, Tensor]] = {}
+    for name in module.count(on_host):
+        task, _, count = name.partition("/")
+        denominators.setdefault(task, {})[count] = torch.empty((), device=META)
+    batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
+    tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
+
+    def arrived(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        tracer.set_apart(parameter.grad)
+
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(arrived)
+    with tracer, fused_attention(run.device, keeping_linear=run.keeping_linear):
+        torch.autograd.backward(module(batch, denominators)["loss"])
+    backbone = module.backbone
+    values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    patch, (height, width) = getattr(backbone, "patch_size", 1), batch.images.shape[-2:]
+    return TracedStep(
+        fullest=tracer.peak,
+        activations=tracer.peak_apart,
+        batch=sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.is_meta),
+        work=tracer.work,
+        frozen=sum(p.numel() * p.element_size() for p in frozen),
+        trained=sum(p.numel() for p in trained),
+        taught=sum(p.numel() for p in trained if p.grad is not None),
+        backbone_trains=module.train_backbone,
+        # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
+        blocks=len(list(getattr(backbone, "blocks", getattr(backbone, "stages", ())))),
+        tokens=images * (height // patch) * (width // patch) * backbone.width,
+    )
+
+
+def model_operations(run: PlannedRun, stream: Stream) -> int:
+    """Arithmetic of a rank's part of an optimiser step, nothing computed twice."""
+    found = trace_step(run.with_policy("none"), stream)
+    micro = sum(count * work.operations for work, count in found.work.items())
+    return micro * run.batches.accumulation // run.batches.stages
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part at the fullest moment of a step on the fullest rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    gathered: int  #: ZeRO-3: whole weights, for as long as they are needed
+    activations: int  #: kept for the backward pass, temporary results, the batch
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(asdict(self).values())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Rows for the parts, and the sum."""
+        parts = [(name, size) for name, size in asdict(self).items() if size]
+        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("whole", self.total)]]
+
+
+def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
+    """Of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch for each stage behind."""
+    found, batches = trace_step(run, stream), run.batches
+    zero = run.config.deepspeed["zero_optimization"]
+    stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
+    whole = found.frozen + FP32 * found.trained
+    weights = whole // (batches.dp if stage == 3 else 1)
+    gradients = FP32 * (found.trained // batches.dp if stage >= 2 else found.taught)
+    optimizer = FP32 * found.trained * (2 + (stage > 0)) // (batches.dp if stage else 1)
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none" and not cpu:
+        optimizer = 0
+    if (zero.get("offload_param") or {}).get("device", "none") != "none" and not cpu:
+        weights = 0
+    live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
+    # Batches on the device; on a CPU that is where the loader puts them, so the prefetched ones count too.
+    held = found.batch * ((1 + run.config.visft.data.prefetch_steps) * batches.accumulation if cpu else 1)
+    activations = found.activations
+    if stage < 2 and batches.accumulation == 1:  # else gradients are there from earlier micro-batches, or go at once
+        activations = max(0, found.fullest - gradients)
+    activations = activations * min(stages, batches.accumulation) // stages + held
+    buckets = (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
+    return MemoryPlan(
+        weights=weights // stages,
+        gradients=gradients // stages,
+        optimizer=optimizer // stages,
+        buckets=buckets if stage else 0,
+        gathered=min(live, whole) if stage == 3 else 0,
+        # On a GPU the update makes a temporary tensor of all that a rank steps.
+        activations=max(activations, 0 if cpu else FP32 * found.trained // (batches.dp if stage else 1) // stages),
+    )
+
+
+def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
+    """Peak memory of a rank, by part: of a stream, or of the largest one of the run."""
+    streams = run.config.visft.streams()
+    chosen = streams.values() if task is None else [streams[task]]
+    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
