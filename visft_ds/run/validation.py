@@ -166,8 +166,8 @@ def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> 
             told += ": not learnt yet, more steps help (--steps)"
         elif other < value / 2:
             told += (
-                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and for "
-                "boxes visft.tasks.detection.head.type=dense"
+                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and "
+                "instead of a DETR visft.tasks.detection.head.type=dense"
             )
         lines.append(told)
     return lines
