@@ -92,7 +92,7 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
         for part in parts:
             batch = collate_joint(part)
             with torch.no_grad():
-                found += TASKS[task].postprocess(module(batch)[task], batch, *words)
+                found += TASKS[task].results(module(batch)[task], batch, *words)
         return found
 
     words = [_Words()] if task == "captioning" else []
