@@ -99,7 +99,8 @@ class TimmBackbone(nn.Module):
             parent, _, leaf = info["module"].rpartition(".")
             siblings = list(known[parent]._modules) if leaf.isdigit() and parent in known else [leaf]
             found |= dict.fromkeys(f"{parent}.{name}" if parent else name for name in siblings)
-        return [name for name in found if name in known and known[name]._modules.keys() | known[name]._parameters]
+        pruned = (nn.Sequential, nn.ModuleList)  # timm leaves them empty
+        return [name for name in found if name in known and not (type(known[name]) in pruned and not len(known[name]))]
 
     def read_after(self, layers: Sequence[int]) -> None:
         """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not have."""
