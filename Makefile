@@ -2,17 +2,17 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-MODEL  ?=
+
 MINUTES ?= 25
 DEVICE ?= cuda
 GPUS   ?= 1
-OUT    ?= demo$(if $(MODEL),-$(MODEL))
+OUT    ?= demo
 
 .PHONY: help install demo test test-slow gpu docs lint clean
 
 help:
 	@echo "make install    the environment in .venv; activate it with: . .venv/bin/activate"
-	@echo "make demo       ImageNet weights and drawings, both stages, an out-of-domain evaluation, a report; MODEL=debug: tiny"
+	@echo "make demo       ImageNet weights and drawings, both stages, an out-of-domain evaluation, a report"
 	@echo "make test       style, types and the fast test suite"
 	@echo "make test-slow  slow tests, at most MINUTES=25 minutes of them"
 	@echo "make gpu        correctness on a GPU; GPUS=N: on N; DEVICE=cpu tries it out, OUT=FILE stores the rows"
@@ -29,7 +29,7 @@ $(VENV)/installed: setup.py visft_ds/__init__.py
 install: $(VENV)/installed
 
 demo: install
-	$(BIN)/visft demo --out $(OUT) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/visft demo --out $(OUT)
 
 lint: install
 	$(BIN)/ruff check .
@@ -50,4 +50,4 @@ docs: install
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/html
 
 clean:
-	rm -rf .venv demo demo-debug build
+	rm -rf .venv demo build

@@ -141,7 +141,8 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     else:
         base, ours = _timm_file(name, tmp_path), build_timm(name, layers=(NUMBERS[name],)).eval()
     targets = {"test_vit": ("q", "v"), "eva": ("q", "v"), "test_resnet": ("layer3.*.conv2",)}
-    folder = _adapted(ours, base, targets.get(name, (f"{ENDS.get(name)}.*",)), tmp_path)
+    targets |= {"test_efficientnet": ("blocks.3.*.conv_pw*",), "test_convnext": ("stages.2.*.fc1",)}
+    folder = _adapted(ours, base, targets[name], tmp_path)
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
         wanted = ours(images)

@@ -302,7 +302,7 @@ def test_a_convolution_pads_as_before(mode: Any) -> None:
     layer: Any = model[0]
     layer.lora_B.data.normal_()
     merged = nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode=mode, dtype=torch.float64)
-    update = dense_update(4, layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+    update = dense_update(4, layer.lora_A.detach(), layer.lora_B.detach(), layer.slices, layer.scale)
     merged.load_state_dict({"weight": layer.weight + update.view_as(layer.weight), "bias": layer.bias})
     torch.testing.assert_close(model(images), merged(images))
 

@@ -35,7 +35,7 @@ from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run import async_eval as judging
-from visft_ds.run.async_eval import AsyncEvaluation
+from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
@@ -160,7 +160,7 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     assert list(judged) == [2, 4]
     for numbers in judged.values():
         assert {name.split("/")[1] for name in numbers} == {"box", "mask", "caption"} and len(numbers) > 15
-    lines = [line for line in held.printed.splitlines() if "validation:" in line]
+    lines = [line for line in held.printed.splitlines() if re.match(r"step \d+ validation: ", line)]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for line, numbers in zip(lines, judged.values(), strict=True):
         told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()]
@@ -262,6 +262,19 @@ class Ended:
         return self.status
 
     poll = wait
+
+
+def test_numbers_of_a_part_of_the_images_say_so(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(stage=1, model="debug", settings=[*_settings(), "visft.run.eval_limit=2"]).visft
+    validation, printed = (
+        Validation(config, config.streams(), parts.manifest, parts.vocabulary, tmp_path),
+        io.StringIO(),
+    )
+    verdict = EvalResult(2, dict.fromkeys(shown_metrics(), 0.5))
+    monkeypatch.setattr(validation._judge, "verdicts", lambda *, wait: [verdict])
+    with MetricsWriter(tmp_path) as writer:
+        validation.poll(RunLog(writer, Progress(4, stream=printed)))
+    assert "step 2 validation on 2 of 6 images: " in printed.getvalue()
 
 
 def test_predictions_that_are_not_finite(

@@ -84,8 +84,9 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
     So they need not be gathered from whoever holds them.
     """
     stored = backbone.stored_buffers().keys() if isinstance(backbone, TimmBackbone) else ()
-    buffers = {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
-    write_safetensors(path, {**base.tensors(), **buffers}, {MODEL: json.dumps(model_of(backbone))})
+    more = {**{name: value for name, value in base.buffers().items() if name in stored}, **base.beside()}
+    tensors = {**base.tensors(), **{name: Lazy.of(value) for name, value in more.items()}}
+    write_safetensors(path, tensors, {MODEL: json.dumps(model_of(backbone))})
 
 
 def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWeights) -> Path:

@@ -71,19 +71,17 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm in the dtype of its input, also under autocast, which would keep an fp32 copy of a 16-bit input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
         with no_autocast(x.device):
             return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Patches(nn.Conv2d):
-    """The convolution of `PatchEmbed`."""
+    """The convolution of `PatchEmbed`, in the dtype of matrix products."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D, H // p, W // p)."""
         dtype = matmul_dtype(self.weight)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.conv2d(images.to(dtype), self.weight.to(dtype), bias, stride=self.stride)
+        assert self.bias is not None
+        return F.conv2d(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), stride=self.stride)
 
 
 class PatchEmbed(nn.Module):
@@ -133,7 +131,6 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
         out: Tensor = self.fc2(gelu(self.fc1(x)))
         return out
 
@@ -212,13 +209,9 @@ def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
 class EvaViT(nn.Module):
     """An EVA-CLIP vision tower without its projection head.
 
-    The residual stream is fp32 under autocast and never narrower than `pos_embed`, on every device. `embed`, `blocks`,
-    `norm` and `feature_map` are the forward cut in pieces, for a pipeline; under ZeRO-3 call the module itself.
-
-    Attributes:
-        recompute: what of each block is recomputed in the backward pass: "none", or one of RECOMPUTE.
-        pixel_mean, pixel_std: of the RGB channels in [0, 1], with which images are normalised.
-        layers_read: numbers of the blocks whose maps are read, one at most; none: the last.
+    The residual stream is fp32 under autocast and never narrower than `pos_embed`. `embed`, `blocks`, `norm` and
+    `feature_map` are the forward in pieces, for a pipeline; under ZeRO-3 call the module itself.
+    `recompute` is "none" or one of RECOMPUTE, `layers_read` the numbers of the blocks that are read (none: the last).
     """
 
     pixel_mean, pixel_std = PIXEL_MEAN, PIXEL_STD
@@ -239,23 +232,16 @@ class EvaViT(nn.Module):
         self.norm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
-        """Features of the patches.
+        """(B, 3, H, W), already normalised, at least one patch -> (B, D, h, w) after the last norm, channels last.
 
-        With `frames` they are those of each image alone, and padding is not computed: the patches of all images are
-        packed into one row. Position embeddings are then resized to each image's own grid, and no patch attends to
-        padding. Without, positions span the padding and patches attend to it, as in ViSFT's code; features differ.
-
-        Args:
-            images: (B, 3, H, W), already normalised, H and W at least one patch.
-            frames: (height, width) of each image within the padded batch, at least one patch.
-
-        Returns:
-            (B, D, h, w) after the last norm, a channels-last view in the dtype of the residual stream: (h, w) is the
-            grid of the padded batch, or with `frames` the largest of the images' own grids, with 0 beyond each.
+        With `frames`, the (height, width) of each image within the padded batch, features are those of each image
+        alone: the patches of all images are packed into one row, positions are resized to each image's own grid, and
+        (h, w) is the largest of these grids, with 0 beyond each. Without, positions span the padding and patches attend
+        to it, as in ViSFT's code.
         """
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
-        grids = self.grids(frames)
+        grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
         x = self.embed(images, grids)
         first = int(self.cls_token is not None)
         packing = Packing.of([first + height * width for height, width in grids], x.device)
@@ -293,6 +279,11 @@ class EvaViT(nn.Module):
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on the blocks run through torch.compile; numbers of images and tokens are symbols in it."""
+        for block in self.blocks:
+            block.compile(dynamic=True, backend=backend)
+
     def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Run a block, recomputed in the backward pass as `recompute` says."""
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
@@ -327,10 +318,6 @@ class EvaViT(nn.Module):
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w) for images (B, 3, H, W)."""
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-
-    def grids(self, frames: Grids) -> Grids:
-        """The patch grid (h, w) of each image of these heights and widths."""
-        return [(height // self.patch_size, width // self.patch_size) for height, width in frames]
 
     def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, [1 +] h*w, D) -> (B, D, h, w); the class token is left out."""
@@ -381,15 +368,9 @@ def build_backbone(
 
     Args:
         name: key of PRESETS.
-        device: "meta" gives shapes without memory.
-        dtype: of every parameter.
-        seed: decides every weight, whatever the device, dtype and state of the global generators. None leaves memory
-            uninitialised, for weights loaded next.
+        seed: decides every weight, whatever the device and dtype. None leaves memory unset, for weights loaded next.
         layers: see `EvaViT.read_after`.
         overrides: fields of EvaViTConfig that replace the preset's.
-
-    Raises:
-        ValueError: unknown name or block, or a shape that does not work out.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}")
@@ -411,12 +392,7 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
     Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
     half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
-
-    Args:
-        name: of the parameter in an `EvaViT`.
-
-    Returns:
-        fp32 on the CPU, a function of the seed, the name and the shape alone.
+    The values are fp32 on the CPU, a function of the seed, the parameter's name and its shape alone.
     """
     if name.endswith("bias"):
         return torch.zeros(tuple(shape))
@@ -431,10 +407,7 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def sine_positions(side: int, width: int) -> Tensor:
-    """Sine-cosine positions of a square grid, (side * side, D) float32 (MAE, arXiv 2111.06377, A.1).
-
-    Channels beyond a multiple of four are 0.
-    """
+    """Sine-cosine positions of a square grid, (side * side, D) (MAE, arXiv 2111.06377, A.1); odd channels are 0."""
     count = width // 4
     frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
     angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)

@@ -128,15 +128,12 @@ def inject_lora(
 ) -> None:
     """Replace the targeted layers by adapted ones, in place.
 
-    The output does not change by this, nor do names and objects of the existing parameters. The new parameters require
-    gradients; `requires_grad` of the others stays.
+    The output does not change by this, nor do names and objects of the existing parameters.
 
     Args:
-        rank: of each slice's update.
         alpha: the update is scaled by alpha / rank.
-        targets: roles in every block (keys of TARGETS); or globs over the names of linear layers and convolutions, such
-            as "stages.*.mlp.fc1".
-        seed: decides A of every layer, whatever the device and the state of the global generators.
+        targets: roles in every block (keys of TARGETS), or globs over names of linear layers and convolutions.
+        seed: decides A of every layer, whatever the device.
 
     Raises:
         ValueError: a target without a layer or with a grouped convolution, or a layer that two of them adapt.
@@ -190,13 +187,7 @@ def _of_glob(layers: dict[str, Any], glob: str) -> dict[str, tuple[int, int]]:
 
 
 def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
-    """Initial value that `inject_lora` with this seed gives an adapter's parameter: fp32, on the CPU.
-
-    For a backbone on the meta device, where `inject_lora` makes shapes only; values are drawn as they are needed.
-
-    Args:
-        name: "...lora_A" or "...lora_B".
-    """
+    """Initial value, fp32 on the CPU, of "...lora_A" or "...lora_B" in a backbone that was adapted without values."""
     path, _, kind = name.rpartition(".")
     return lora_layers(backbone)[path].first_value(kind, generator_for(seed, path))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -28,34 +27,22 @@ _SMALLEST_GAIN = 1e-2  #: gains of a random model below this are taken for a sta
 
 
 class TimmBackbone(nn.Module):
-    """What a model of timm becomes by `as_backbone`: the same module with another forward.
+    """What a model of timm becomes by `as_backbone`: the same module with another forward."""
 
-    Attributes:
-        name: as timm knows it, with or without tag.
-        width: D. patch_size: pixels of the image to one cell of the feature map, and the least side of an image.
-        image_size: the side that stored positions belong to; any size can be fed.
-        options: with which timm's model was made, beyond what all are made with.
-        pixel_mean, pixel_std: of the channels of RGB in [0, 1], with which it was pretrained.
-        unused: children that the map does not need, beginnings of names.
-        left_out: names (and values, where they exist) of all that was left out.
-        layers_read: numbers of the blocks whose maps are read, one at most; none: the last.
-        pruning: the call that makes timm's model end there, as a line of Python; empty if it is whole.
-    """
-
-    name: str
-    width: int
-    patch_size: int
-    image_size: int
-    options: dict[str, int]
+    name: str  #: as timm knows it, with or without tag
+    width: int  #: D
+    patch_size: int  #: pixels of the image to one cell of the map, and the least side of an image
+    patch: int | None  #: side of a patch of a plain ViT; None for networks that take any number of pixels
+    image_size: int  #: the side that stored positions belong to; any size can be fed
+    options: dict[str, int]  #: with which timm's model was made, beyond what all are made with
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     classifier_names: str | tuple[str, ...]
-    unused: tuple[str, ...]
-    left_out: dict[str, Tensor]
-    layers_read: tuple[int, ...]
-    pruning: str
+    unused: tuple[str, ...]  #: children that the map does not need
+    left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
+    layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
+    pruning: str  #: the call that makes timm's model end there, as a line of Python; empty if it is whole
     _recompute = "none"
-    patch: int | None  #: side of a patch of a plain ViT; None for networks that take any number of pixels
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -112,7 +99,8 @@ class TimmBackbone(nn.Module):
             parent, _, leaf = info["module"].rpartition(".")
             siblings = list(known[parent]._modules) if leaf.isdigit() and parent in known else [leaf]
             found |= dict.fromkeys(f"{parent}.{name}" if parent else name for name in siblings)
-        return [name for name in found if name in known and known[name]._modules.keys() | known[name]._parameters]
+        pruned = (nn.Sequential, nn.ModuleList)  # timm leaves them empty
+        return [name for name in found if name in known and not (type(known[name]) in pruned and not len(known[name]))]
 
     def read_after(self, layers: Sequence[int]) -> None:
         """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not have."""
@@ -222,12 +210,7 @@ def build_timm(
         image_size: side that the position embeddings belong to; None: the model's own.
         layers: see `TimmBackbone.read_after`.
         device: "cpu", or "meta" for shapes without memory.
-        dtype: of the parameters.
         seed: decides every weight, on one version of timm.
-
-    Raises:
-        ValueError: timm is not installed, an unknown name (with the nearest ones) or block, or a model that is no
-            backbone.
     """
     backbone = as_backbone(*build_model(name, image_size, device=device, seed=seed), layers=layers)
     for key, parameter in backbone.named_parameters():
@@ -262,7 +245,7 @@ def build_model(
             except RuntimeError as error:  # its word for an unknown tag
                 raise ValueError(f"timm's {name}: {error}") from error
             return model, name, {key: value for key, value in more.items() if key == "img_size"}
-    raise AssertionError("unreachable: the last try returns or raises")
+    raise AssertionError
 
 
 def fine_map(name: str) -> tuple[int | None, int]:
@@ -274,8 +257,3 @@ def fine_map(name: str) -> tuple[int | None, int]:
     if fine[-1:] == known[-1:] or not block:
         return None, 320 // stride * stride
     return backbone.ends().index(block), 320
-
-
-def timm_version() -> str:
-    """Random weights are a function of the seed on one version of timm."""
-    return version("timm")

@@ -47,7 +47,7 @@ def is_main() -> bool:
 
 def local_device() -> torch.device:
     """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU."""
-    if os.environ["DS_ACCELERATOR"] == "cpu" or not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

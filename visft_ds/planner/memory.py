@@ -48,6 +48,12 @@ class PlannedRun:
         """The same with this `visft.model.recompute`."""
         return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
 
+    @property
+    def keeping_linear(self) -> bool:
+        """Return True where DeepSpeed's own linear layer takes the place of torch's."""
+        zero = self.config.deepspeed["zero_optimization"]
+        return int(zero["stage"]) == 3 and bool(zero.get("memory_efficient_linear", True))
+
     def model_key(self, stream: Stream) -> str:
         """Text that two runs share if a stream is the same work of the same model in both."""
         visft = self.config.visft
@@ -127,7 +133,7 @@ def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
     images = run.batches.micro[stream.name]
-    key = (run.model_key(stream), images, run.precision, run.device.type, run.content)
+    key = (run.model_key(stream), images, run.precision, run.device.type, run.content, run.keeping_linear)
     if key not in _TRACED:
         _TRACED[key] = _trace_step(run, stream, images)
     return _TRACED[key]
@@ -151,7 +157,7 @@ def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
 
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(arrived)
-    with tracer, fused_attention(run.device):
+    with tracer, fused_attention(run.device, keeping_linear=run.keeping_linear):
         torch.autograd.backward(module(batch, denominators)["loss"])
     backbone = module.backbone
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]

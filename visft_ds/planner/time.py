@@ -22,8 +22,6 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.80, 0.42
 BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
 #: Seconds of a kernel, however small; of the host for an operator; and of the host for a block that is recomputed.
 CALL_SECONDS, HOST_SECONDS, CHECKPOINT_SECONDS = 5e-6, 19e-6, {"block": 0.4e-3, "mlp": 0.75e-3}
-#: DeepSpeed's linear layer under ZeRO-3 adds its bias in a pass of its own, over the time of a step without.
-ZERO3_SHARE = 1.1
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 UPDATE_BYTES = 32
 _PRECISION: Mapping[torch.dtype, Precision] = {dtype: precision for precision, dtype in DTYPES.items()}
@@ -75,7 +73,7 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
     found, batches, gpu = trace_step(run, stream), run.batches, cluster.gpu
     stage, stages = int(run.config.deepspeed["zero_optimization"]["stage"]), batches.stages
     again = CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0) * found.backbone_trains * found.blocks
-    micro = work_seconds(found.work, gpu, again) * (ZERO3_SHARE if stage == 3 else 1.0)
+    micro = work_seconds(found.work, gpu, again)
     compute, waiting = batches.accumulation * micro / stages, 0.0
     if run.partition is not None:  # the slowest stage decides, once the pipeline is full
         costs = run.partition.stage_costs()

@@ -137,21 +137,47 @@ def work_of(func: Any, kind: str, args: Any, kwargs: dict[str, Any], result: Any
 
 
 @contextmanager
-def fused_attention(device: torch.device) -> Iterator[None]:
+def fused_attention(device: torch.device, *, keeping_linear: bool = False) -> Iterator[None]:
     """Let attention on the meta device cost and keep what the kernel that torch takes on a device does.
 
-    The function is replaced, since torch's function modes are off while a backward pass computes a forward again.
+    Functions are replaced, since torch's function modes are off while a backward pass computes a forward again.
+
+    Args:
+        keeping_linear: take DeepSpeed's linear layer of ZeRO-3, too.
     """
-    attend = F.scaled_dot_product_attention
+    attend, multiply = F.scaled_dot_product_attention, F.linear
+
+    def linear(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        out: Tensor = _KeepingLinear.apply(x, *rest, **named) if x.is_meta else multiply(x, *rest, **named)
+        return out
 
     def attention(query: Tensor, *rest: Any, **named: Any) -> Tensor:
         return _attend(device, query, *rest, **named) if query.is_meta else attend(query, *rest, **named)
 
     F.scaled_dot_product_attention = attention
+    F.linear = linear if keeping_linear else multiply  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = attend
+        F.scaled_dot_product_attention, F.linear = attend, multiply
+
+
+class _KeepingLinear(torch.autograd.Function):
+    """A linear layer that keeps its input whether or not its weight trains (deepspeed/runtime/zero/linear.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        out = x.matmul(weight.t())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        to_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+        to_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return to_input, to_weight, rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
 
 
 def _attend(

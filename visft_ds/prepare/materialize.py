@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -75,6 +76,7 @@ class BaseWeights:
     load: Callable[[str], Tensor]  #: name -> value in the precision of the run, in memory of its own
     exact: Callable[[str], Tensor]  #: name -> value as the file has it; of random weights as the run has it
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
+    beside: Callable[[], Mapping[str, Tensor]] = dict  #: what a random model of timm has behind the backbone
 
     def read(self, name: str) -> Tensor:
         """A tensor's first value on the host. Raises ValueError for values that are not finite."""
@@ -131,7 +133,8 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
 
     values = {name: Lazy(shape, storage, partial(draw, name)) for name, shape in shapes.items()}
     note = f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"
-    return BaseWeights(fingerprint(values), note, parameters, draw, draw, buffers)
+    beside = (lambda: drawn().left_out) if isinstance(backbone, TimmBackbone) else dict
+    return BaseWeights(fingerprint(values), note, parameters, draw, draw, buffers, beside)
 
 
 def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
