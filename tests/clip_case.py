@@ -12,9 +12,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
-from visft_ds.interop.open_clip import FILE, LAYOUT, settings
+from tests.random_tower import header_of
+from visft_ds.interop.export import timm as timm_form
+from visft_ds.interop.layouts import base_parameters
+from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.eva_vit import build_backbone
 
 SIDE, WIDTH, DEPTH, HEADS, EMBEDDING = 28, 48, 2, 4, 24
@@ -30,7 +31,11 @@ CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2},
 }
-TOWER = json.dumps({"num_heads": HEADS, "post_norm": True})
+MODEL: dict[str, Any] = {
+    **{"preset": "eva_e", "width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2.0, "image_size": SIDE},
+    "class_token": True,
+}
+FILE = "open_clip_model.safetensors"
 
 
 def make_clip(seed: int = 0) -> Any:
@@ -59,16 +64,23 @@ def write_folder(folder: Path, *, context: int = 40, embedding: int = 24, text_w
     )
     vision = {**base_parameters(backbone), "head.weight": rows, "head.bias": torch.zeros(embedding)}
     tensors = {
-        **{LAYOUT.prefix + name: value for name, value in vision.items()},
+        **{f"visual.trunk.{name}": value for name, value in vision.items()},
         **{f"text.{name}": value for name, value in texts.named_parameters()},
         "logit_scale": torch.tensor(2.0),
     }
     folder.mkdir(exist_ok=True)
     found = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(found, folder / FILE, metadata={"format": "pt", "tower": tower_of(backbone).to_json()})
-    weights = open_weights(folder / FILE)
-    for name, content in settings(weights, tower_in(weights, LAYOUT), folder).items():
-        (folder / name).write_text(json.dumps(content))
+    save_file(found, folder / FILE, metadata={"format": "pt", **header_of(backbone)})
+    tower = Weights({name: Lazy.of(value) for name, value in vision.items()}, folder)
+    (folder / "config.json").write_text(json.dumps(timm_form(tower, tower, backbone).files["config.json"]))
+    vision_cfg = {**CONFIG["vision_cfg"], "image_size": backbone.image_size}
+    vision_cfg["timm_model_name"] = f"local-dir:{folder.resolve()}"
+    text_cfg = {"context_length": context, "vocab_size": 49408, "width": text_width, "layers": 1}
+    text_cfg["heads"] = max(1, text_width // 64)
+    model = {"embed_dim": embedding, "vision_cfg": vision_cfg, "text_cfg": text_cfg, "custom_text": True}
+    normalised = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+    config = {"model_cfg": model, "preprocess_cfg": normalised}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -77,5 +89,5 @@ def save_clip(model: Any, path: Path, *, layout: str = "open_clip") -> Path:
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     if layout == "eva_clip":
         tensors = {name.replace("visual.trunk.", "visual."): value for name, value in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt", "tower": TOWER})
+    save_file(tensors, path, metadata={"format": "pt", "model": json.dumps(MODEL)})
     return path

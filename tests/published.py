@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.published_heads import published_name
+from visft_ds.interop.published import published_name
 
 
 def save_published_lora(adapter: Adapter, path: Path) -> None:

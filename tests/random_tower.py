@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.interop.layouts import LAYOUTS, base_parameters, tower_metadata
-from visft_ds.interop.writing import save_tensors
+from visft_ds.config.schema import LoraConfig
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.cli import main
+from visft_ds.interop.layouts import MODEL, base_parameters, model_of
+from visft_ds.interop.peft_folder import save_peft
+from visft_ds.interop.weights import save_tensors
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import AdaptedLayer, dense_update, lora_layers, lora_parameters
+from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
 
@@ -41,15 +47,48 @@ def move_adapters(model: nn.Module, *, spread: float = 0.3) -> None:
 def save_backbone(
     model: EvaViT,
     path: Path,
-    layout: str = "timm",
+    prefix: str = "",
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a tower without its adapters in one of `LAYOUTS`, cast to `dtype`, with its sizes in the header."""
+    """Write a tower without its adapters under a prefix, cast to `dtype`, with its sizes in the header."""
     tensors = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
-    tensors = {LAYOUTS[layout].prefix + name: value.to(dtype or value.dtype) for name, value in tensors.items()}
-    save_tensors(path, tensors, {**tower_metadata(model), "lora_merged": "false", **(metadata or {})})
+    tensors = {prefix + name: value.to(dtype or value.dtype) for name, value in tensors.items()}
+    save_tensors(path, tensors, {**header_of(model), **(metadata or {})})
+
+
+def header_of(model: Backbone) -> dict[str, str]:
+    """What a weight file says of its model."""
+    return {MODEL: json.dumps(model_of(model))}
+
+
+def adapter_of(model: Backbone, base: str | None = None, targets: tuple[str, ...] = ()) -> Adapter:
+    """A copy of the adapter in a model; `targets` have to be given where they are globs."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    roles = tuple(
+        role
+        for role, (path, part, parts) in TARGETS.items()
+        if (layer := layers.get(f"blocks.0.{path}")) is not None
+        and len(layer.weight) // parts * part in [lo for lo, _ in layer.slices]
+    )
+    lora = LoraConfig(rank=first.rank, alpha=first.alpha, targets=targets or roles)
+    values = {name: value.detach().clone() for name, value in lora_parameters(model).items()}
+    return Adapter.of(model, lora, values, base)
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> Path:
+    """Write it as a run exports it; returns the folder."""
+    save_peft(adapter, folder)
+    return folder
+
+
+def merge(base: Path, adapter: Adapter | None, out: Path, *words: str) -> Path:
+    """Run `visft merge`, which has to succeed; returns `out`."""
+    given = [] if adapter is None else ["--adapter", str(save_adapter(adapter, out.with_name(f"{out.name}-adapter")))]
+    assert main(["--base", str(base), *given, "--out", str(out), *words]) == 0
+    return out
 
 
 @torch.no_grad()

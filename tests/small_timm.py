@@ -14,12 +14,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tests.random_tower import move_adapters
-from visft_ds.config.schema import LoraConfig
-from visft_ds.interop.adapter import Adapter, adapter_of_run
-from visft_ds.interop.backbones import load_timm
-from visft_ds.interop.files import sha256_file
-from visft_ds.models.lora import inject_lora, lora_parameters
+from tests.random_tower import adapter_of, move_adapters
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.layouts import fingerprint_of, load_backbone
+from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone
 
 SIZES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -78,10 +76,9 @@ def random_base(name: str, folder: Path) -> Path:
 
 def adapted(name: str, base: Path, layers: tuple[int, ...] = ()) -> tuple[TimmBackbone, Adapter]:
     """The backbone over a base with an adapter that matters, and that adapter."""
-    backbone = load_timm(base, name, None, torch.float32, layers)[0].eval()
+    model = {"preset": f"timm:{name}", **({"layers": layers} if layers else {})}
+    backbone: TimmBackbone = load_backbone(base, model).eval()
     targets = ("stages.*.mlp.fc2",) if name == "test_convnext" else ("q", "v", "blocks.*.mlp.fc2")
-    lora = LoraConfig(rank=3, alpha=1.5, targets=targets)
-    inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    inject_lora(backbone, rank=3, alpha=1.5, targets=targets)
     move_adapters(backbone)
-    tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
-    return backbone, adapter_of_run(lora, tensors, backbone, sha256_file(base))
+    return backbone, adapter_of(backbone, fingerprint_of(backbone, base), targets)

@@ -51,7 +51,7 @@ def readers() -> list[Reader]:
     from visft_ds.checkpoint.format import open_checkpoint
     from visft_ds.data.shards import Manifest, ShardReader
     from visft_ds.files import open_image
-    from visft_ds.interop.files import open_weights
+    from visft_ds.interop.weights import open_weights
     from visft_ds.monitor.metrics import read_metrics
     from visft_ds.predict.model import load
     from visft_ds.run.folder import recorded_config
@@ -215,7 +215,7 @@ def test_damaged_files_are_read_correctly_or_refused() -> None:
 
 
 def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
-    from visft_ds.interop.files import open_weights
+    from visft_ds.interop.weights import open_weights
 
     (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match=r"a\.pt"):

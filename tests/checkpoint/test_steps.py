@@ -17,7 +17,7 @@ from tests.tiny import TINY, command
 from tools.merge_lora import main as merge
 from visft_ds import evaluate, fit, load
 from visft_ds.checkpoint.saver import best_step, recorded_scores
-from visft_ds.interop.heads import find_head, head_file, load_heads, read_head_info
+from visft_ds.interop.heads import find_head, head_file, open_head
 from visft_ds.run.folder import BACKBONE_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
@@ -32,12 +32,12 @@ def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
     run = finished.runs() / "stage1"
     for task in ("detection", "segmentation", "captioning"):
         there, exported = (
-            load_heads(find_head(run / LAST, task), task),
-            load_heads(head_file(run / "export", task), task),
+            open_head(find_head(run / LAST, task), task).build(),
+            open_head(head_file(run / "export", task), task).build(),
         )
         wanted = exported.state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in there.state_dict().items())
-        assert read_head_info(find_head(run / EARLIER, task), task).extra["step"] == 2
+        assert open_head(find_head(run / EARLIER, task), task).info.extra["step"] == 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -95,5 +95,5 @@ def test_the_export_is_that_of_the_best_checkpoint(tmp_path: Path, capfd: pytest
     values = [load_file(tmp_path / f"checkpoints/step_0000000{step}/parameters.safetensors") for step in (best, 4)]
     assert all(torch.equal(values[0][f"heads.detection.{name}"], value) for name, value in exported.items())
     assert any(not torch.equal(values[1][f"heads.detection.{name}"], value) for name, value in exported.items())
-    assert read_head_info(head_file(tmp_path / "export", "detection"), "detection").extra["step"] == best
+    assert open_head(head_file(tmp_path / "export", "detection"), "detection").info.extra["step"] == best
     assert json.loads((tmp_path / "checkpoints/step_00000004/state.json").read_text())["step"] == 4

@@ -13,19 +13,14 @@ import pytest
 import torch
 
 from tests.coco_tree import Tree, write_tree
-from tests.random_tower import save_backbone
+from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
-from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.files import DRAWN_AS, sha256_file
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import save_head_files
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
@@ -98,7 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
     world.tree.edit(lambda content: _caption(content, collected["captioning"]), "captions")
     pack(world.tree, world.shards)
-    merge_into_file(world.run(2) / "export" / BACKBONE_FILE, read_adapter(world.adapter), world.merged)
+    merge(world.run(2) / "export" / BACKBONE_FILE, Adapter.load(world.adapter), world.merged)
     return world
 
 
@@ -125,16 +120,15 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
         RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
-        path, drawn = world.run(stage) / "export" / BACKBONE_FILE, {DRAWN_AS: prepared.base_weights}
-        save_backbone(prepared.module.backbone, path, layout="timm", metadata=drawn)
-    save_head_files(heads, world.run(1) / "export", infos)
+        save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)
+    for task, head in heads.items():
+        save_head(head_file(world.run(1) / "export", task), infos[task], head.state_dict())
     adapted = prepare_model(second.visft, second.optimizer.params, vocabulary=vocabulary).module.backbone
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.2)
-    adapter = adapter_of(adapted, base_sha256=sha256_file(world.run(2) / "export" / BACKBONE_FILE))
-    save_peft_adapter(adapter, world.adapter, tower_of(adapted))
+    save_adapter(adapter_of(adapted, prepared.base_weights), world.adapter)
 
 
 def load_stage2(world: World) -> EvaluationModel:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.clip_case import HEADS, SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
-from tests.random_tower import save_backbone
+from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.config.schema import Precision
@@ -27,11 +27,7 @@ from visft_ds.evals.benchmarks.classes import read_classes
 from visft_ds.evals.benchmarks.judge import Settings, encode_images
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.cli import main
-from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.files import sha256_file
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.monitor.metrics import RunRecord
@@ -52,8 +48,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, parameter in backbone.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=1.0)
-    save_peft_adapter(adapter_of(backbone, base_sha256=sha256_file(base)), root / "adapter", tower_of(backbone))
-    merge_into_file(base, read_adapter(root / "adapter"), root / "merged.safetensors", layout="open_clip")
+    adapter = adapter_of(backbone, fingerprint_of(backbone, base))
+    save_adapter(adapter, root / "adapter")
+    merge(base, adapter, root / "merged.safetensors", "--format", "open_clip")
     _draw(root)
     return root
 

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from tests.coco_tree import write_tree
 from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
 from tests.published import save_published_head
-from tests.random_tower import save_backbone
+from tests.random_tower import merge, save_backbone
 from tests.ranks import run_ranks
 from tests.tasks.test_captioning import generated, log_probability
 from visft_ds.config import resolve
@@ -29,10 +29,6 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
-from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
-from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.interop.published_heads import KINDS
-from visft_ds.interop.writing import save_tensors
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import BACKBONE_FILE
@@ -143,7 +139,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
         config.visft, config.optimizer.params, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
     ).module.eval()
     with torch.no_grad():
-        for name, value in read_adapter(world.adapter).tensors.items():
+        for name, value in Adapter.load(world.adapter).tensors.items():
             prepared.backbone.get_parameter(name).copy_(value)
     with ShardReader(Manifest.load(world.shards, "val")) as reader:
         for task, stream in config.visft.streams().items():
@@ -170,25 +166,20 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
 
 
 def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
-    """Merged weights say so themselves, in another form too; those of an older release are known by the run's base."""
+    """A fingerprint of content knows the base in another form, too, and merged weights say what they were made of."""
     common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
     apart = ["--heads", world.run(1) / "export", "--backbone"]
-    _finished(tmp_path / "merged", *apart, world.merged, *common)
-    for name, base in {"base": world.run(1) / "export" / BACKBONE_FILE, "changed": world.merged}.items():
-        merge_into_file(base, None, tmp_path / f"{name}.safetensors", layout="eva_clip")
-        _finished(tmp_path / name, *apart, tmp_path / f"{name}.safetensors", *common)
-    file = open_weights(world.merged)
-    tensors, told = {name: file.get(name) for name in file}, dict(file.metadata)
-    save_tensors(tmp_path / "old.safetensors", tensors, {k: v for k, v in told.items() if k != BASE_DRAWN_AS})
-    _finished(tmp_path / "old", "--run", world.run(2), "--backbone", tmp_path / "old.safetensors", *common)
-    status, _, errors = _evaluate(*apart, tmp_path / "old.safetensors", *common, "--out", tmp_path / "no")
-    assert status == 2 and "trained on the features of other base weights" in errors
+    base = world.run(1) / "export" / BACKBONE_FILE
+    for name, file in {"base": base, "merged": world.merged}.items():
+        again = merge(file, None, tmp_path / f"{name}.safetensors", "--dtype", "bf16" if name == "base" else "fp32")
+        found = _finished(tmp_path / name, *apart, again, *common)
+        assert "warning" not in found.record["model"]
 
 
-def test_another_base_can_be_allowed_and_is_said(world: World, tmp_path: Path) -> None:
+def test_another_base_is_said(world: World, tmp_path: Path) -> None:
     arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
-    found = _finished(tmp_path / "out", *arguments, "--allow-other-base")
-    assert "trained on the features of other base weights" in found.record["model"]["allowed"]
+    found = _finished(tmp_path / "out", *arguments)
+    assert "the detection head was trained on other base weights" in found.record["model"]["warning"]
 
 
 def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) -> None:
@@ -328,11 +319,6 @@ def _other_categories(world: World, folder: Path) -> list[Any]:
 
 MISTAKES: dict[str, tuple[Any, str]] = {
     "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no run in"),
-    "adapter of another base": (
-        lambda world, folder: [*_heads_of_another_base(world, folder)[2:], "--run", world.run(2)],
-        "base",
-    ),
-    "heads of another base": (_heads_of_another_base, "--allow-other-base"),
     "adapter on merged weights": (
         lambda world, folder: ["--run", world.run(2), "--backbone", world.merged, "--adapter", world.adapter],
         "twice",

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
-from tests.random_tower import move_adapters, relative
+from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
 from visft_ds.evals.benchmarks import layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
 from visft_ds.evals.benchmarks.judge import Settings, judge
@@ -24,11 +24,6 @@ from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.layouts import tower_in, tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.models.lora import inject_lora
 
 
@@ -62,9 +57,9 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     backbone: Any = load_encoder(parse_model(str(path)), "fp32").module.backbone
     inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
     move_adapters(backbone, spread=0.5)
-    save_peft_adapter(adapter_of(backbone), tmp_path / "adapter", tower_of(backbone))
-    adapter = read_adapter(tmp_path / "adapter").scaled(0.5)
-    merge_into_file(path, adapter, tmp_path / "merged.safetensors", tower=tower_of(backbone))
+    adapter = adapter_of(backbone)
+    save_adapter(adapter, tmp_path / "adapter")
+    merge(path, adapter.scaled(0.5), tmp_path / "merged.safetensors")
     spec = parse_model(f"{path}+{tmp_path}/adapter#0@0.5")
     assert (spec.label, spec.block, spec.scale) == ("clip+adapter#0", 0, 0.5)
     first = _read(f"{path}+{tmp_path}/adapter#0@0.5", images)["patches"]
@@ -79,9 +74,9 @@ def test_what_was_trained_up_to_a_block_is_read_there(tmp_path: Path) -> None:
     backbone: Any = load_encoder(parse_model(f"{path}#0"), "fp32").module.backbone
     inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
     move_adapters(backbone, spread=0.5)
-    save_peft_adapter(adapter_of(backbone), tmp_path / "adapter", tower_of(backbone))
-    whole = resolve_tower(tower_in(*open_tower(path)))
-    merge_into_file(path, read_adapter(tmp_path / "adapter"), tmp_path / "merged.safetensors", tower=whole)
+    adapter = adapter_of(backbone)
+    save_adapter(adapter, tmp_path / "adapter")
+    merge(path, adapter, tmp_path / "merged.safetensors")
     wanted = backbone(images)
     for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/merged.safetensors"):
         encoder = load_encoder(parse_model(model), "fp32")

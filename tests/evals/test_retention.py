@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.evals.test_benchmarks import _record, _run, world
-from visft_ds.config.schema import LoraConfig
+from tests.random_tower import adapter_of, header_of, merge, save_adapter
 from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.retention import load_classifier, read_images
-from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.layouts import tower_metadata
-from visft_ds.interop.merge import merge_timm, read_adapter
-from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.writing import save_tensors
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_timm
 
@@ -34,11 +32,11 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=7).eval()
     values = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_tensors(root / "base.safetensors", values, tower_metadata(build_timm(NAME)))
+    save_tensors(root / "base.safetensors", values, header_of(build_timm(NAME)))
     _adapter(NAME, LATE, root / "adapter")
-    merge_timm(root / "base.safetensors", read_adapter(root / "adapter"), root / "merged.safetensors")
+    merge(root / "base.safetensors", Adapter.load(root / "adapter"), root / "merged.safetensors")
     bare = {key: value for key, value in load_file(root / "merged.safetensors").items() if "classifier" not in key}
-    save_tensors(root / "bare.safetensors", bare, tower_metadata(build_timm(NAME)))
+    save_tensors(root / "bare.safetensors", bare, header_of(build_timm(NAME)))
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
     for number in range(24):
@@ -49,11 +47,10 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _adapter(name: str, targets: tuple[str, ...], folder: Path, spread: float = 0.5) -> None:
     backbone = build_timm(name).eval()
-    lora = LoraConfig(rank=2, alpha=2, targets=targets)
     inject_lora(backbone, rank=2, alpha=2, targets=targets)
     generator = torch.Generator().manual_seed(0)
     tensors = {key: spread * torch.randn(p.shape, generator=generator) for key, p in lora_parameters(backbone).items()}
-    save_peft_adapter(adapter_of_run(lora, tensors, backbone), folder)
+    save_adapter(replace(adapter_of(backbone, None, targets), tensors=tensors), folder)
 
 
 def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> None:
@@ -84,7 +81,7 @@ def test_a_tower_that_ended_early_lends_what_it_has(net: Path, tmp_path: Path) -
     """Tensors of the other file replace those of the same name, all others stay the first model's."""
     base = load_file(net / "base.safetensors")
     part = {key: value + 1 for key, value in base.items() if key.startswith("blocks.0.") and value.is_floating_point()}
-    save_tensors(tmp_path / "part.safetensors", part, tower_metadata(build_timm(NAME)))
+    save_tensors(tmp_path / "part.safetensors", part, header_of(build_timm(NAME)))
     first = ModelSpec("base", "timm", NAME, str(net / "base.safetensors"))
     found = load_classifier(ModelSpec("part", "visft_ds", str(tmp_path / "part.safetensors")), first)
     values = {key.removeprefix("model."): value for key, value in found.module.state_dict().items()}

@@ -13,13 +13,12 @@ import torch
 from scipy import stats
 
 from tests.evals.test_benchmarks import _record, _run, world
+from tests.random_tower import save_adapter
 from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, resampled, two_sided
-from visft_ds.evals.benchmarks.models import load_encoder, parse_arms, parse_model
+from visft_ds.evals.benchmarks.models import parse_arms
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.benchmarks.table import decide, rows_of, section, verdict
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture
 ARMS = {"base": ["base"], "new": ["new 1", "new 2", "new 3"]}
@@ -172,12 +171,11 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An arm of three adapters; the record says which number was to decide, and no other is taken later."""
-    base, adapter = world / "clip.safetensors", read_adapter(world / "adapter")
-    tower = tower_of(load_encoder(parse_model(str(base)), "fp32").module.backbone)
+    base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         tensors = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in adapter.tensors.items()}
-        save_peft_adapter(replace(adapter, tensors=tensors), tmp_path / f"adapter{seed}", tower)
+        save_adapter(replace(adapter, tensors=tensors), tmp_path / f"adapter{seed}")
     seeds = ",".join(f"{base}+{tmp_path}/adapter{seed}" for seed in range(3))
     command = ["--model", f"base={base}", "--model", f"seeds={seeds}", "--benchmark", f"retrieval={world}/coco"]
     command += ["--out", str(tmp_path / "out")]

@@ -31,7 +31,7 @@ def test_a_dose_that_no_scale_reaches_is_told() -> None:
 
 def test_noise_is_as_large_as_what_was_learnt() -> None:
     tensors = {"a.lora_A": torch.full((8, 400), 3.0), "a.lora_B": torch.linspace(-1, 1, 3200).reshape(400, 8)}
-    found = as_noise(Adapter(8, 8.0, ("a",), tensors, model="x"), 1).tensors
+    found = as_noise(Adapter({"preset": "timm:x"}, 8, 8.0, ("a",), {"a": (400, ((0, 400),))}, tensors), 1).tensors
     for name, value in tensors.items():
         assert float(found[name].square().mean()) == pytest.approx(float(value.square().mean()), rel=0.1)
     assert abs(float((found["a.lora_B"] * tensors["a.lora_B"]).mean())) < 0.05

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from visft_ds.interop.visft import read_visft_lora
 
 from tests.adapter_bounds import same_change
 from tests.published import save_published_lora
 from tests.random_tower import change_of
 from visft_ds.interop.adapter import Adapter, adapter_of
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.visft import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
 

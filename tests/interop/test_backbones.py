@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from visft_ds.interop.backbones import load_backbone, read_tensor
+from visft_ds.interop.files import all_finite, open_weights
 
 from tests.parallel.start_case import peak
 from tests.random_tower import save_backbone
-from visft_ds.interop.backbones import load_backbone, read_tensor
-from visft_ds.interop.files import all_finite, open_weights
 from visft_ds.interop.layouts import LAYOUTS, base_parameters, find_layout, tower_in, tower_names, tower_of
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora

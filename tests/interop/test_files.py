@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
 from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.writing import remove_unfinished, save_tensors, write_atomically, write_safetensors
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.head_file import HeadInfo
+
 from visft_ds.interop.heads import find_head, head_file, load_heads, open_head, read_head_info, save_head_files
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import CaptioningHead

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.parallel.start_case import peak
 from tests.published import save_published_lora
-from tests.random_tower import SIZES, fold_adapters, move_adapters, random_tower, save_backbone
+from tests.random_tower import (
+    SIZES,
+    adapter_of,
+    fold_adapters,
+    header_of,
+    merge,
+    move_adapters,
+    random_tower,
+    relative,
+    save_adapter,
+    save_backbone,
+)
 from tools.merge_lora import main
-from visft_ds.interop.adapter import Adapter, adapter_of
-from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.files import open_weights, sha256_file
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, verify_merge
-from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.config import resolve
+from visft_ds.interop import export
+from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.layouts import bases_of, fingerprint_of, load_backbone, other_base
+from visft_ds.interop.published import read_adapter
+from visft_ds.interop.weights import Lazy, Weights, open_weights
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.parallel.state import EngineState
 
 
-def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")) -> tuple[Path, Adapter, EvaViT]:
-    """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
-    model = random_tower(class_token=False)
-    save_backbone(model, folder / "plain.safetensors", "eva_clip")
+def _case(
+    folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v"), **kind: bool
+) -> tuple[Path, Adapter, EvaViT]:
+    """(base file in EVA-CLIP form with parts of a text tower, adapter, model with the adapter)."""
+    model = random_tower(class_token=False, **kind)
+    save_backbone(model, folder / "plain.safetensors", "visual.")
     extra = {
         "text.ln_final.weight": torch.randn(5).bfloat16(),
         "logit_scale": torch.tensor(4.6),
@@ -39,190 +55,272 @@ def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "
         "visual.head.bias": torch.randn(7).half(),
     }
     base = folder / "base.safetensors"
-    tower = open_weights(folder / "plain.safetensors").metadata["tower"]
-    save_file(load_file(folder / "plain.safetensors") | extra, base, {"tower": tower})
+    save_file(load_file(folder / "plain.safetensors") | extra, base, header_of(model))
     inject_lora(model, rank=4, alpha=2.0, targets=targets)
     move_adapters(model, spread=size)
-    return base, adapter_of(model, base_sha256=sha256_file(base)), model
+    return base, adapter_of(model, fingerprint_of(model, base)), model
+
+
+def _run(*words: object) -> int:
+    return main([str(word) for word in words])
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "proj", "fc1", "fc2")])
 def test_merged_file_equals_a_merged_model(tmp_path: Path, targets: tuple[str, ...]) -> None:
     base, adapter, model = _case(tmp_path, targets=targets)
-    report = merge_into_file(base, adapter, tmp_path / "out.safetensors", layout="timm")
+    written = load_file(merge(base, adapter, tmp_path / "out.safetensors"))
     fold_adapters(model)
-    written = load_file(tmp_path / "out.safetensors")
     lora = lora_parameters(model)
     for name, parameter in model.named_parameters():
         # One fp32 addition either way; the two products may add in another order.
         if name not in lora:
             assert torch.allclose(written[name], parameter, rtol=0, atol=1e-6), name
-    assert set(written) == {name for name in dict(model.named_parameters()) if name not in lora} | {
-        "cls_token",
-        "head.weight",
-        "head.bias",
+    assert set(written) == dict(model.named_parameters()).keys() - lora.keys() | {
+        *("cls_token", "head.weight", "head.bias")
     }
-    assert sorted(report.left_out) == ["logit_scale", "text.ln_final.weight"]
-    assert report.total.retained == pytest.approx(1.0, abs=1e-4) and report.total.error < 1e-4
 
 
 def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None:
-    base, adapter, _ = _case(tmp_path)
-    out = tmp_path / "out.safetensors"
-    report = merge_into_file(base, adapter, out, layout="eva_clip", dtype=torch.float16)
+    base, adapter, model = _case(tmp_path)
+    out = merge(base, adapter, tmp_path / "out.safetensors", "--format", "eva_clip", "--dtype", "fp16")
     before, after = load_file(base), load_file(out)
-    assert set(before) == set(after) and not report.left_out
-    # The text side of this base is one tensor: EVA-CLIP would read it, and leave the rest random.
-    assert any("leave at random text tower" in note for note in report.notes)
+    assert set(before) == set(after)
     changed = {f"visual.{name}" for name in adapter.weights()}
     for name, value in before.items():
-        carried = not name.startswith("visual.") or name.removeprefix("visual.") in (
-            "cls_token",
-            "head.weight",
-            "head.bias",
-        )
+        carried = not name.startswith("visual.") or name.startswith(("visual.cls_token", "visual.head"))
         assert after[name].dtype == (value.dtype if carried else torch.float16), name
-        if name not in changed:
-            assert torch.equal(after[name], value if carried else value.half()), name
-        else:
-            assert not torch.equal(after[name], value.half()), name
-    assert open_weights(out).metadata["lora_merged"] == "true"
-    assert open_weights(out).metadata["base_sha256"] == sha256_file(base)
+        assert torch.equal(after[name], value if carried else value.half()) != (name in changed), name
+    torch_form = merge(base, adapter, tmp_path / "out", "--format", "eva_clip") / "eva_clip.pt"
+    read = torch.load(torch_form, weights_only=True)
+    assert set(read) == set(before) and torch.equal(read["logit_scale"], before["logit_scale"])
+    assert other_base("", adapter.base, bases_of(model, out)) is None, "it says what it was made of"
 
 
-def test_scale(tmp_path: Path) -> None:
+def test_scale_and_mean(tmp_path: Path) -> None:
+    base, adapter, model = _case(tmp_path)
+    move_adapters(model)
+    second = replace(adapter_of(model, adapter.base), alpha=0.5)
+    folders = [save_adapter(one, tmp_path / f"a{place}") for place, one in enumerate((adapter, second))]
+    words = [word for folder in folders for word in ("--adapter", folder)]
+    assert _run("--base", base, *words, "--scale", -0.5, "--out", tmp_path / "out.safetensors") == 0
+    after, before = load_file(tmp_path / "out.safetensors"), load_file(base)
+    for name in adapter.weights():
+        wanted = -0.25 * (adapter.delta(name) + second.delta(name))
+        assert torch.allclose(after[name] - before[f"visual.{name}"], wanted, atol=1e-5), name
+    with pytest.raises(ValueError, match="averaged"):
+        average([adapter, replace(second, model={**second.model, "layers": [0]})])
+
+
+def test_one_fingerprint_whatever_the_layout_and_precision(tmp_path: Path) -> None:
+    model = random_tower(1, class_token=False)
+    found = set()
+    for prefix in ("", "visual.", "visual.trunk.", "visual_encoder."):
+        for dtype in (torch.float32, torch.bfloat16):
+            save_backbone(model, tmp_path / "w.safetensors", prefix, dtype=dtype)
+            found.add(fingerprint_of(model, tmp_path / "w.safetensors"))
+    assert len(found) == 1
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm1.weight"):
+            parameter.data[-1] += 0.5
+    save_backbone(model, tmp_path / "w.safetensors")
+    assert fingerprint_of(model, tmp_path / "w.safetensors") not in found
+
+
+def test_another_base_is_one_line_of_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, _ = _case(tmp_path)
-    merge_into_file(base, adapter.scaled(-0.5), tmp_path / "out.safetensors", layout="eva_clip")
-    name = "blocks.1.attn.qkv.weight"
-    difference = load_file(tmp_path / "out.safetensors")[f"visual.{name}"] - load_file(base)[f"visual.{name}"]
-    assert torch.allclose(difference, -0.5 * adapter.delta(name), atol=1e-6)
+    merge(base, replace(adapter, base="f" * 64), tmp_path / "out.safetensors")
+    assert capsys.readouterr().err.startswith("warning: the adapter was trained on other base weights (ffffffffffff)")
+    merge(merge(base, None, tmp_path / "half", "--dtype", "bf16") / "model.safetensors", adapter, tmp_path / "x")
+    assert not capsys.readouterr().err
 
 
-def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
-    base, adapter, _ = _case(tmp_path)
-    out = tmp_path / "out.safetensors"
-    merge_into_file(base, adapter, out)
-    kept = sha256_file(out)
-    other = tmp_path / "other.safetensors"
-    save_backbone(build_backbone("debug", depth=3, width=32, num_heads=2, image_size=28), tmp_path / "deep.safetensors")
-    elsewhere = replace(adapter, base_sha256="f" * 64)
-    cases: list[tuple[Path, Adapter, Path, str]] = [
-        (base, adapter, out, "not overwritten"),
-        (out, adapter, other, "count it twice"),
-        (base, elsewhere, other, r"trained on the base with sha256 ffff.*--allow-other-base"),
-        (tmp_path / "deep.safetensors", adapter, other, r"depth 2; this tower has width 32, depth 3"),
-        (base, adapter, tmp_path / "other.pt", "written as .safetensors only"),
-    ]
-    for given_base, given_adapter, target, message in cases:
-        with pytest.raises(ValueError, match=message):
-            merge_into_file(given_base, given_adapter, target)
-    report = merge_into_file(base, elsewhere, other, allow_other_base=True)
-    assert any("ffff" in note for note in report.notes)
-    assert sha256_file(out) == kept and not [name for name in os.listdir(tmp_path) if "tmp-" in name]
-
-
-def _share(base_dtype: torch.dtype, out_dtype: torch.dtype, size: float, folder: Path) -> tuple[float, float, bool]:
-    base, adapter, _ = _case(folder, size=size)
-    rounded: dict[str, Tensor] = {name: value.to(base_dtype) for name, value in load_file(base).items()}
-    save_file(rounded, folder / "rounded.safetensors")
-    given = replace(adapter, base_sha256=None)
-    report = merge_into_file(folder / "rounded.safetensors", given, folder / "out.safetensors", dtype=out_dtype)
-    return report.total.retained, report.total.error, report.total.lost
+def _share(base_dtype: torch.dtype, dtype: torch.dtype, folder: Path) -> export.Share:
+    base, adapter, _ = _case(folder, size=2e-4)
+    tower = Weights({n: Lazy.of(v.to(base_dtype)) for n, v in load_file(base).items()}, base).under("visual.")
+    share = export.Share()
+    merged = export.merge(tower, adapter, dtype, tower.keys(), share)
+    for one in merged.values():
+        one.read()
+    return share
 
 
 def test_a_small_change_drowns_in_bfloat16_and_is_reported(tmp_path: Path) -> None:
     """Numbers near 0.2 are 2^-10 apart in bf16, 2^-13 in fp16; this change is about 2e-4 large."""
-    folders = [tmp_path / name for name in ("a", "b", "c")]
-    for folder in folders:
-        folder.mkdir()
-    retained, _, lost = _share(torch.bfloat16, torch.bfloat16, 2e-4, folders[0])
-    assert retained < 0.9 and lost
+    share = _share(torch.bfloat16, torch.bfloat16, tmp_path)
+    assert share.retained < 0.9 and share.lost
     # Rounding a finer base is dither: the projection looks fine, and the error alone shows the loss.
-    retained, error, lost = _share(torch.float32, torch.bfloat16, 2e-4, folders[1])
-    assert abs(retained - 1) < 0.3 and error > 0.5 and lost
-    retained, error, lost = _share(torch.bfloat16, torch.float32, 2e-4, folders[2])
-    assert retained == pytest.approx(1, abs=1e-3) and error < 1e-2 and not lost
+    share = _share(torch.float32, torch.bfloat16, tmp_path)
+    assert abs(share.retained - 1) < 0.3 and share.error > 0.5 and share.lost
+    share = _share(torch.bfloat16, torch.float32, tmp_path)
+    assert share.retained == pytest.approx(1, abs=1e-3) and share.error < 1e-2 and not share.lost
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_verification_passes_a_right_file_and_fails_a_wrong_one(tmp_path: Path, dtype: torch.dtype) -> None:
-    base, adapter, model = _case(tmp_path)
-    out, tower = tmp_path / "out.safetensors", replace(tower_of(model), class_token=True)
-    merge_into_file(base, adapter, out, dtype=dtype)
-    result = verify_merge(base, adapter, out, tower, dtype=dtype)
-    assert result.passed and result.effect > 3 * result.tolerance
-    wrong = tmp_path / "wrong.safetensors"
-    merge_into_file(base, adapter.scaled(0.0), wrong, dtype=dtype)
-    assert not verify_merge(base, adapter, wrong, tower, dtype=dtype).passed
+def test_the_peak_is_one_tensor_over_the_mapped_base(tmp_path: Path) -> None:
+    """Eight matrices of 16 MiB, one of them adapted."""
+    values = {f"layer{number}.weight": torch.ones(2048, 2048) for number in range(8)}
+    save_file(values, tmp_path / "base.safetensors")
+    factors = {"layer0.lora_A": torch.ones(2, 2048), "layer0.lora_B": torch.ones(2048, 2)}
+    adapter = Adapter({"preset": "debug"}, 2, 2.0, ("q",), {"layer0": (2048, ((0, 2048),))}, factors)
+    file, sizes = open_weights(tmp_path / "base.safetensors"), dict[str, int]()
+    merged = export.merge(file, adapter, torch.float32, file.keys(), export.Share())
+    with peak(sizes, "merge"):
+        export.write(export.Written("model.safetensors", merged, {}), tmp_path / "out.safetensors", {})
+    assert sizes["merge peak"] < 8 * 2**24, "delta, sum and what the share counts; not the file"
 
 
-def test_verification_tolerance_holds_for_a_deep_tower(tmp_path: Path) -> None:
-    """Rounding errors add up over the blocks, slowly: the allowance covers them and stays narrow."""
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_verification_passes_a_right_file_and_fails_a_wrong_one(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, _ = _case(tmp_path)
+    words = ["--base", base, "--adapter", save_adapter(adapter, tmp_path / "adapter"), "--verify", "--dtype", dtype]
+    assert _run(*words, "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    monkeypatch.setattr(Adapter, "delta", lambda self, weight: torch.zeros(96, 32))
+    assert _run(*words, "--out", tmp_path / "wrong") == 1 and not (tmp_path / "wrong").exists()
+    assert "does not compute what base + adapter does" in capsys.readouterr().err
+    assert not [name for name in os.listdir(tmp_path) if "tmp-" in name]
+
+
+def test_a_deep_tower_stays_within_the_tolerance_of_verification(tmp_path: Path) -> None:
+    """Rounding errors add up over the blocks, slowly."""
     model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)
     save_backbone(model, tmp_path / "base.safetensors")
     inject_lora(model, rank=2)
-    for dtype in (torch.float16, torch.bfloat16):
-        out = tmp_path / f"{dtype}.safetensors"
-        merge_into_file(tmp_path / "base.safetensors", adapter_of(model), out, dtype=dtype)
-        result = verify_merge(tmp_path / "base.safetensors", adapter_of(model), out, tower_of(model), dtype=dtype)
-        assert merge_tolerance(dtype) / 20 < result.relative < merge_tolerance(dtype) / 2
+    for dtype in ("fp16", "bf16"):
+        merge(tmp_path / "base.safetensors", adapter_of(model), tmp_path / dtype, "--dtype", dtype, "--verify")
 
 
 def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -> None:
-    _, adapter, model = _case(tmp_path)
-    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
+    base, adapter, _ = _case(tmp_path)
+    folder = save_adapter(adapter, tmp_path / "adapter")
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
     for path in (folder, folder / "adapter_model.safetensors", tmp_path / "eva_e_lora_5000.pt"):
         assert same_change(read_adapter(path), adapter)
+    words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
+    assert _run(*words, "--format", "peft") == 0
+    assert same_change(read_adapter(tmp_path / "out"), adapter)
 
 
-def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, adapter, model = _case(tmp_path)
-    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
-    out = tmp_path / "out.safetensors"
-    words = ("--base", base, "--adapter", folder, "--out", out, "--verify")
-    assert main([*map(str, words)]) == 0
-    printed = capsys.readouterr().out
-    lines = printed.splitlines()
-    assert [line.split()[:2] for line in lines if line.split()[0] in ("0", "1", "all")] == [
-        ["0", "100.0%"],
-        ["1", "100.0%"],
-        ["all", "100.0%"],
-    ]
-    assert any(line.startswith("verify   random images") for line in lines) and "warning" not in printed
-    load_backbone(random_tower(), out)
-    twice = tmp_path / "twice.safetensors"
-    assert main(["--base", str(out), "--adapter", str(folder), "--out", str(twice)]) == 2
-    assert "count it twice" in capsys.readouterr().err
-    assert not twice.exists()
-
-
-def test_without_adapter_the_base_is_written_in_another_form(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, adapter, _ = _case(tmp_path)
-    out = tmp_path / "out.safetensors"
-    assert main(["--base", str(base), "--out", str(out), "--verify"]) == 0
-    before, after = load_file(base), load_file(out)
+def test_without_adapter_the_base_is_written_in_another_form(tmp_path: Path) -> None:
+    base, _, _ = _case(tmp_path)
+    before, after = load_file(base), load_file(merge(base, None, tmp_path / "out", "--verify") / "model.safetensors")
     inner = {name: name.removeprefix("visual.") for name in before if name.startswith("visual.")}
     assert set(after) == set(inner.values())
     assert all(torch.equal(before[name].float(), after[new].float()) for name, new in inner.items())
-    assert "no change" not in capsys.readouterr().out
-    # What was trained on the base belongs to the same values in another form, not to rounded ones.
-    assert not merge_into_file(out, adapter, tmp_path / "merged.safetensors").notes
-    half = tmp_path / "half.safetensors"
-    assert main(["--base", str(base), "--out", str(half), "--dtype", "bf16"]) == 0
-    with pytest.raises(ValueError, match="was trained on the base with sha256"):
-        merge_into_file(half, adapter, tmp_path / "other.safetensors")
-    # A merged file stays one.
-    assert main(["--base", str(tmp_path / "merged.safetensors"), "--out", str(tmp_path / "again.safetensors")]) == 0
-    with pytest.raises(ValueError, match="count it twice"):
-        merge_into_file(tmp_path / "again.safetensors", adapter, tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
-def test_a_full_disk_is_told_with_path_and_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> Path:
+    """A run folder as training leaves it after a checkpoint, before its export."""
+    sizes = {name: SIZES[name] for name in ("width", "depth", "num_heads", "mlp_ratio", "image_size")}
+    settings = (
+        f"visft.model.weights={base}",
+        f"visft.model.overrides={json.dumps(sizes | {'post_norm': True})}",
+        f"visft.lora.rank={adapter.rank}",
+        f"visft.lora.alpha={adapter.alpha}",
+    )
+    config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}), encoding="utf-8")
+    parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
+    parameters |= {name: torch.zeros(2) for name in more}
+    moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}
+    identity = {"base weights": adapter.base or ""}
+    save_checkpoint(run / "checkpoints", 40, EngineState(parameters, moments, updates=40), identity)
+    return run
+
+
+def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path: Path) -> None:
+    base, adapter, _ = _case(tmp_path)
+    run = _unfinished_run(tmp_path, base, adapter)
+    numbers = {20: {"val/box/AP50": 0.125}, 40: {"val/box/AP50": 0.5, "val/box/AP": -1.0, "val/mask/AP50": "nan"}}
+    lines = [json.dumps({"kind": "step", "step": step, **values}) for step, values in numbers.items()]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    for number, given in enumerate((run, run / "checkpoints" / "step_00000040")):
+        out = tmp_path / f"out{number}"
+        assert _run("--base", base, "--adapter", given, "--out", out, "--format", "peft") == 0
+        read = read_adapter(out)
+        assert read.base == adapter.base and read.fingerprint() == adapter.fingerprint()
+    card = (tmp_path / "out0/README.md").read_text()
+    assert "| box/AP50 (val, evaluation of the run, step 40) | 0.5000 |" in card and str(tmp_path) not in card
+    assert "-1.0" not in card and "0.125" not in card and "mask" not in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert "datasets" not in front and front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    other = adapter.scaled(3.0)
+    save_adapter(other, run / "export" / "adapter")
+    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
+    assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
+    record = (run / "run.json").read_text()
+    (run / "run.json").write_text(record.replace('"eval_limit": null', '"eval_limit": 16'))
+    assert _run("--base", base, "--adapter", run, "--out", tmp_path / "part", "--format", "peft") == 0
+    assert "AP50" not in (tmp_path / "part/README.md").read_text(), "numbers of a part are none of the split"
+
+
+def test_a_checkpoint_whose_adapter_is_not_all_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter, _ = _case(tmp_path)
+    run = _unfinished_run(tmp_path, base, adapter, "backbone.norm.weight")
+    given = ("--base", base, "--adapter", run, "--out", tmp_path / "out.safetensors")
+    assert _run(*given) == 2 and "trains its backbone itself" in capsys.readouterr().err
+    damaged = run / "checkpoints" / "step_00000040" / "parameters.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert _run(*given) == 2 and "no whole checkpoint" in capsys.readouterr().err
+
+
+def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
+    """Files that are none, by name."""
+    tensors, header = load_file(base), open_weights(base).metadata
+    name = "visual.blocks.1.mlp.fc2.bias"
+    save_file(tensors | {name: torch.full((32,), float("nan"))}, folder / "poisoned.safetensors", header)
+    (folder / "half.safetensors").write_bytes(base.read_bytes()[: base.stat().st_size // 2])
+    save_file({n: v for n, v in tensors.items() if n != name}, folder / "fewer.safetensors", header)
+    save_backbone(build_backbone("debug", **{**SIZES, "depth": 3}), folder / "other.safetensors")
+    merge(base, adapter, folder / "merged.safetensors")
+    return {path.stem: path for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"--base": "poisoned"}, "fc2.bias holds NaN"),
+        ({"--base": "half"}, "half"),
+        ({"--base": "fewer"}, "missing"),
+        ({"--base": "other"}, "does not fit"),
+        ({"--base": "merged"}, "merged in already"),
+        ({"--adapter": "base"}, "LoRA"),
+        ({"--format": "lavis"}, "suffix"),
+        ({"--format": "open_clip"}, "text tower"),
+        ({"--format": "transformers"}, "transformers has no class"),
+        ({"--format": "peft", "--dtype": "bf16"}, "peft"),
+        ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),
+        ({"--scale": "nan"}, "finite"),
+        ({"--out": "base"}, "not overwritten"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], word: str
+) -> None:
+    base, adapter, _ = _case(tmp_path)
+    save_adapter(adapter, tmp_path / "adapter")
+    spoiled = _spoiled(tmp_path, base, adapter)
+    before = sorted(os.listdir(tmp_path))
+    flags = {"--base": "base", "--adapter": "adapter", "--out": "out.safetensors"}
+    arguments: list[str] = []
+    for name, value in (flags | change).items():
+        arguments += [name, str(spoiled.get(value, tmp_path / value) if name in flags else value)]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert word in said.err and said.err.startswith("merge: ")
+    assert sorted(os.listdir(tmp_path)) == before, "no result and no temporary file"
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, _, _ = _case(tmp_path)
     before = sorted(os.listdir(tmp_path))
@@ -231,10 +329,13 @@ def test_a_full_disk_is_told_with_path_and_size(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    given = ["--base", str(base), "--out", str(tmp_path / name), "--format", "eva_clip"]
-    assert main(given) == 2
-    size = base.stat().st_size / 1e6
-    told = (
-        rf"{tmp_path / name} cannot be written: No space left on device, {size:.1f} MB are to be written \(.* MB free\)"
-    )
-    assert re.search(told, capsys.readouterr().err) and sorted(os.listdir(tmp_path)) == before
+    assert _run("--base", base, "--out", tmp_path / "out.safetensors") == 2
+    assert "No space left" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_merged_tower_is_read_as_it_was_written(tmp_path: Path) -> None:
+    base, adapter, model = _case(tmp_path)
+    images = torch.randn(2, 3, 28, 28)
+    loaded = load_backbone(merge(base, adapter, tmp_path / "out.safetensors"))
+    with torch.no_grad():
+        assert relative(loaded(images), model(images)) < 1e-5

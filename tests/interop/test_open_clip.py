@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from visft_ds.interop.backbones import load_backbone
+from visft_ds.interop.files import TensorInfo, WeightFile, sha256_file
+from visft_ds.interop.merge import merge_into_file
+from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT, settings
+from visft_ds.interop.peft import save_peft_adapter
 
 from tests.clip_case import write_folder
 from tests.random_tower import move_adapters, relative
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.cli import main
-from visft_ds.interop.files import TensorInfo, WeightFile, sha256_file
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file
-from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT, settings
-from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.peft import FILE, README, read_adapter_folder, save_peft_adapter
+from visft_ds.interop.timm_names import model_arguments
 
 from tests.random_tower import move_adapters, random_tower, relative, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import LAYOUTS, tower_of
-from visft_ds.interop.peft import FILE, README, read_adapter_folder, save_peft_adapter
-from visft_ds.interop.timm_names import model_arguments
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 

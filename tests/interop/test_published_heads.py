@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from visft_ds.interop.files import TensorInfo, WeightFile, open_weights
+from visft_ds.interop.head_file import build_empty
+from visft_ds.interop.published_heads import find_published, sort_names
+from visft_ds.interop.visft import read_visft_lora
 
 from tests.interop.published_reference import FOREIGN, FULL, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
 from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
-from visft_ds.interop.files import TensorInfo, WeightFile, open_weights
-from visft_ds.interop.head_file import build_empty
 from visft_ds.interop.heads import load_heads, open_head, read_head_info
-from visft_ds.interop.published_heads import find_published, sort_names
-from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead

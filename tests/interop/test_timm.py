@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from visft_ds.interop.backbones import load_backbone
+from visft_ds.interop.merge import merge_into_file
+from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.timm_names import create_model_call, model_arguments
 
 from tests.random_tower import move_adapters, random_tower, relative, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file
-from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.timm_names import create_model_call, model_arguments
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 

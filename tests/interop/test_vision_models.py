@@ -12,21 +12,21 @@ import pytest
 import timm
 import torch
 import yaml
+from visft_ds.interop.backbones import load_backbone
+from visft_ds.interop.card_data import Publication, front_matter, publication_of
+from visft_ds.interop.files import TensorInfo, WeightFile
+from visft_ds.interop.loaders import load_onnx
+from visft_ds.interop.peft import CONFIG, README, save_peft_adapter
+from visft_ds.interop.towers import build_tower
+from visft_ds.interop.vision_models import export_entries, has_pooling, settings
+from visft_ds.interop.writing import save_tensors
 
 from tests.random_tower import move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
 from visft_ds.interop import onnx, vision_models
 from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.card_data import Publication, front_matter, publication_of
-from visft_ds.interop.files import TensorInfo, WeightFile
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.loaders import load_onnx
-from visft_ds.interop.peft import CONFIG, README, save_peft_adapter
-from visft_ds.interop.towers import build_tower
-from visft_ds.interop.vision_models import export_entries, has_pooling, settings
-from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 

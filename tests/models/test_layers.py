@@ -9,26 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import finished
-from tests.random_tower import move_adapters, relative, save_backbone
+from tests.random_tower import adapter_of, header_of, move_adapters, relative, save_adapter, save_backbone
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
-from visft_ds.config.schema import LoraConfig, OptimizerParams
+from visft_ds.config.schema import OptimizerParams
 from visft_ds.evals.model import ModelFiles, ModelSource, files_without_run
-from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.backbones import load_backbone, open_backbone
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import load_heads, read_elsewhere, read_head_info, save_head_files
-from visft_ds.interop.layouts import tower_metadata, tower_of
-from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.peft import README, save_peft_adapter
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.card import README
+from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
+from visft_ds.interop.layouts import fill, load_backbone, open_backbone
+from visft_ds.interop.weights import save_tensors
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.predict.model import load
 from visft_ds.prepare.model import plan_model
@@ -93,7 +91,7 @@ def _clip_file(folder: Path) -> Path:
     tensors = {f"visual.{key}": value.detach() for key, value in tower.named_parameters()}
     tensors |= {"visual.head.weight": torch.randn(8, 32), "visual.head.bias": torch.randn(8)}
     tensors |= {"text.ln_final.weight": torch.randn(8), "logit_scale": torch.ones(())}
-    save_file(tensors, folder / "base.safetensors", tower_metadata(tower))
+    save_file(tensors, folder / "base.safetensors", header_of(tower))
     return folder / "base.safetensors"
 
 
@@ -106,19 +104,10 @@ def _timm_file(name: str, folder: Path) -> Path:
 
 def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: Path) -> Path:
     """A backbone with the weights of a base and a moved adapter, which is written. Returns its folder."""
-    if isinstance(backbone, EvaViT):
-        load_backbone(backbone, base)
-    else:
-        opened = open_backbone(backbone, base)
-        assert "left out" in opened.summary
-        values = {key: opened.read(key, torch.float32) for key, _ in backbone.named_parameters()}
-        backbone.load_state_dict({**values, **opened.buffers()})
+    fill(backbone, open_backbone(backbone, base))
     inject_lora(backbone, rank=2, alpha=2.0, targets=targets)
     move_adapters(backbone, spread=0.2)
-    tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
-    adapter = adapter_of_run(LoraConfig(rank=2, alpha=2.0, targets=targets), tensors, backbone)
-    tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
-    return save_peft_adapter(adapter, folder / "adapter", tower)
+    return save_adapter(adapter_of(backbone, targets=targets), folder / "adapter")
 
 
 def _features(files: ModelFiles, images: Tensor) -> Tensor:
@@ -146,10 +135,10 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
         wanted = ours(images)
-    known = None if name == "eva" else (name, None)
-    assert torch.equal(_features(ModelFiles(base, tmp_path, folder, {}, known), images), wanted)
+    known = None if name == "eva" else {"preset": f"timm:{name}"}
+    assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), wanted)
     assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
-    merged = ModelFiles(out / "model.safetensors", out, None, {})
+    merged = ModelFiles(out / "model.safetensors", out, None)
     assert relative(_features(merged, images), wanted) < TOLERANCE
     card = (out / README).read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
@@ -161,46 +150,22 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
         if name == "eva":
             assert "indices=[1], norm=True" in card and len(model.blocks) == 3
             square = torch.randn(1, 3, 56, 56)
-            plain = build_backbone("debug", **SMALL, class_token=True, layers=(1,)).eval()
-            load_backbone(plain, out / "model.safetensors")
+            model_of = {"preset": "debug", **SMALL, "class_token": True, "layers": (1,)}
+            plain = load_backbone(out / "model.safetensors", model_of).eval()
             (got,) = model.forward_intermediates(square, indices=[1], norm=True, intermediates_only=True)
             assert relative(got, plain(square)) < TOLERANCE
         else:
+            for call in re.findall(r"`(model\.prune_\S+)`", card):
+                exec(call, names)
             got = _map_of(model, model.forward_features(images), wanted)
             assert relative(got, wanted) < TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "eva"])
-def test_the_readme_of_an_adapter_ends_timms_model_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    pytest.importorskip("peft")
-    ours: Backbone
-    if name == "eva":
-        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, class_token=True, layers=(1,)).eval()
-    else:
-        base, ours = _timm_file(name, tmp_path), build_timm(name, layers=(NUMBERS[name],)).eval()
-    folder = _adapted(ours, base, ("q", "v") if name != "test_efficientnet" else ("blocks.[23].*.conv_pw*",), tmp_path)
-    assert merge(["--base", str(base), "--out", str(folder / "base.safetensors")]) == 0 if name == "eva" else True
-    if name != "eva":
-        (folder / "base.safetensors").write_bytes(base.read_bytes())
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(folder)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
-    images = torch.randn(1, 3, ours.image_size, ours.image_size)
-    model = names["model"].base_model.model
-    with torch.no_grad():
-        wanted, got = ours(images), model.forward_features(images)
-    assert relative(_map_of(model, got, wanted), wanted) < TOLERANCE
-
-
 def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
     cut = build_backbone("debug", **SMALL, layers=(1,))
-    adapter = read_adapter(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
-    assert adapter.layers_read == (1,) and adapter.depth == 2
-    with pytest.raises(ValueError, match="ends after block 1, this one is whole"):
+    adapter = Adapter.load(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
+    assert adapter.model["layers"] == [1] and len(adapter.layers) == 2
+    with pytest.raises(ValueError, match=r"layers=\[1\]"):
         adapter.install(build_backbone("debug", **SMALL))
 
 
@@ -214,13 +179,14 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
     """Without a run nothing else tells."""
-    assert files_without_run(named("lite0"), tmp_path, tmp_path, None).layers == (5,)
+    assert (files_without_run(named("lite0"), tmp_path, tmp_path, None).model or {})["layers"] == [5]
     save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
     stored = finished.runs() / "stage1/export/detection.safetensors"
-    info = replace(read_head_info(stored, "detection"), extra={"layers": [1]})
-    save_head_files({"detection": load_heads(stored, "detection")}, tmp_path / "moved", {"detection": info})
-    model = load(tmp_path / "moved", backbone=tmp_path / "base.safetensors")
-    assert model.facts["ends"] == "after block 1"
+    head, base = open_head(stored, "detection"), tmp_path / "base.safetensors"
+    info = replace(head.info, extra={"layers": [1]})
+    save_head(tmp_path / "moved/detection.safetensors", info, head.build().state_dict())
+    save_tensors(base, load_file(base), {})
+    assert "layers" in load(tmp_path / "moved", backbone=base).facts["backbone"]
 
 
 def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:

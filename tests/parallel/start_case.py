@@ -125,8 +125,6 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
             folder,
             lora=None,
             infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
-            base_weights="",
-            base_sha256="",
             base=prepared.base,
         )
     finally:

@@ -13,11 +13,12 @@ import torch
 from PIL import Image, ImageOps
 
 from tests import finished
+from tests.random_tower import merge
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import ModelSource, files_of_run
 from visft_ds.evals.runner import collect
-from visft_ds.interop.merge import merge_into_file, read_adapter
+from visft_ds.interop.adapter import Adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
@@ -171,13 +172,14 @@ def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, pla
     _same(load(run / "export").predict("dog.jpg", threshold=0), wanted)
     (place / "merged").mkdir()
     merged = place / "merged/model.safetensors"
-    merge_into_file(run / "export/backbone.safetensors", read_adapter(run / "export/adapter"), merged)
+    merge(run / "export/backbone.safetensors", Adapter.load(run / "export/adapter"), merged)
+    shutil.rmtree(place / "merged/model.safetensors-adapter")
     shutil.copytree(run / "export", place / "copied")
     heads = place / "stage1/export"
     for source in (merged, merged.parent, place / "copied"):
         with pytest.raises(ValueError, match="heads=FOLDER"):
             load(source)
-        loaded = load(source, heads=heads, image_size=56, allow_other_base=True)
+        loaded = load(source, heads=heads, image_size=56)
         found = loaded.predict("dog.jpg", threshold=0)
         np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)
         assert found.caption is not None

@@ -17,9 +17,8 @@ from tests.parallel.start_case import WORDS, configured
 from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
-from visft_ds.interop.backbones import open_backbone
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import save_head_files
+from visft_ds.interop.heads import HeadInfo, head_file, save_head
+from visft_ds.interop.layouts import open_backbone
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement, open_base
 from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model
@@ -89,7 +88,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         extra = {"vocabulary": WORDS.to_dict()} if task == "captioning" else {}
         options = settings.head.model_dump(mode="json") | ({"vocabulary_size": WORDS.size} if extra else {})
         infos[task] = HeadInfo(task, made.module.backbone.width, options, [], extra)
-    save_head_files(made.module.heads, folder, infos)
+    for task, head in made.module.heads.items():
+        save_head(head_file(folder, task), infos[task], head.state_dict())
     return folder
 
 

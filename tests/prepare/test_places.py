@@ -13,8 +13,8 @@ from visft_ds.config import ResolvedConfig, missing_inputs, resolve
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Category, Manifest
 from visft_ds.evals.model import heads_in
-from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.interop.weights import sha256_file
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, data_of_run, find, located, paths_of
@@ -64,7 +64,7 @@ def home(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _record(config: ResolvedConfig) -> None:
-    write_record(config, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"], None)
+    write_record(config, _data(config, paths_of(config.visft)), ["train.py"], None)
 
 
 def _data(config: ResolvedConfig, given: Mapping[str, str]) -> RunData:
@@ -157,7 +157,7 @@ def test_the_record_keeps_what_was_given(home: Path) -> None:
     for path in (home / "stage1/export").iterdir():
         path.unlink()
     here = located(config, home / "run")
-    write_record(here, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"], None)
+    write_record(here, _data(config, paths_of(config.visft)), ["train.py"], None)
     assert recorded_config(home / "run").visft.heads.path == "stage1/export"
 
 

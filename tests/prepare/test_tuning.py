@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.random_tower import save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve, resolve_values
-from visft_ds.interop.files import TRAINED, sha256_file
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, verify_merge
-from visft_ds.interop.tuned import TunedWeights, tuned_of
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -85,45 +76,3 @@ def test_globs_of_one_group_of_which_a_head_is_off() -> None:
     group = 'visft.param_groups=[{"name": "all", "params": "heads.detection.*,heads.captioning.*"}]'
     config = configured("visft.tasks=detection", group, stage=1)
     assert [group.params for group in config.visft.param_groups] == ["heads.detection.*"]
-
-
-def _tuned(folder: Path) -> tuple[Path, TunedWeights, dict[str, torch.Tensor]]:
-    """Base file, what a run trained of it, and these values."""
-    model: Any = build_backbone("debug", **SMALL)
-    save_backbone(model, folder / "base.safetensors")
-    values = {name: value + 0.1 * torch.randn(value.shape) for name, value in model.state_dict().items()}
-    values = {name: value for name, value in values.items() if "norm" in name or name == "pos_embed"}
-    return folder / "base.safetensors", tuned_of(values, folder, sha256_file(folder / "base.safetensors")), values
-
-
-def test_what_did_not_train_is_left_as_another_form_of_the_base_has_it(tmp_path: Path) -> None:
-    model: Any = build_backbone("debug", **SMALL)
-    save_backbone(model, tmp_path / "base.safetensors")
-    save_backbone(model, tmp_path / "half.safetensors", dtype=torch.float16)
-    trained = [name for name in model.state_dict() if "norm" in name]
-    values = {name: value + 0.1 * (name in trained) for name, value in model.state_dict().items()}
-    sha256 = sha256_file(tmp_path / "base.safetensors")
-    tuned = tuned_of(values, tmp_path, sha256, {TRAINED: json.dumps(trained)})
-    report = merge_into_file(
-        tmp_path / "half.safetensors", tuned, tmp_path / "merged.safetensors", allow_other_base=True
-    )
-    merged = tmp_path / "merged.safetensors"
-    assert verify_merge(tmp_path / "half.safetensors", tuned, merged, report.tower, dtype=torch.float32).passed
-
-
-def test_weights_that_trained_themselves_are_written_as_they_are(tmp_path: Path) -> None:
-    base, tuned, values = _tuned(tmp_path)
-    report = merge_into_file(base, tuned, tmp_path / "merged.safetensors")
-    written = report.weights
-    assert all(torch.equal(written.get(name), value) for name, value in values.items())
-    assert report.total.retained == pytest.approx(1) and report.total.error < 1e-6
-    proof = verify_merge(base, tuned, tmp_path / "merged.safetensors", report.tower, dtype=torch.float32)
-    assert proof.passed and proof.effect > 1e-3
-    half = merge_into_file(base, tuned.scaled(0.5), tmp_path / "half.safetensors").weights
-    before = build_backbone("debug", **SMALL).get_parameter("norm.weight")  # type: ignore[arg-type]
-    torch.testing.assert_close(half.get("norm.weight"), (before + values["norm.weight"]) / 2)
-    with pytest.raises(ValueError, match="trained on the base with sha256"):
-        merge_into_file(tmp_path / "merged.safetensors", tuned, tmp_path / "twice.safetensors")
-    other = tower_of(build_backbone("debug", **{**SMALL, "width": 64}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="trained another tower"):
-        tuned.fit(other)

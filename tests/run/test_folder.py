@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.interop.card_data import Publication
 from visft_ds.monitor.metrics import RUN_SCHEMA, RunRecord
 from visft_ds.parallel.engine import Engine
 from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, recorded_config, set_aside
@@ -83,19 +81,6 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
     (out / "export/detection.safetensors").write_text("")
     with pytest.raises(ValueError, match=r"has an export and no checkpoint to go on from: choose another --out, or"):
         state.resume(how)
-
-
-def test_an_export_names_a_base_that_lies_in_the_hubs_cache_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shipped recipes name a file, which `--download` brings there."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = resolve(stage=1, model="eva_e")
-    cached = tmp_path / "models--QuanSun--EVA-CLIP/snapshots/main" / Path(config.visft.model.weights or "").name
-    cached.parent.mkdir(parents=True)
-    cached.touch()
-    engine = cast(Engine, SimpleNamespace(module=SimpleNamespace(backbone=None)))
-    assert RunState(config, engine, {}, cast(Any, None))._publication() == Publication("QuanSun/EVA-CLIP", "mit")
 
 
 def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import load_heads, save_head_files
+from visft_ds.interop.heads import HeadInfo, open_head, save_head
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
@@ -151,8 +150,8 @@ def test_results_are_suppressed_cut_and_in_pixels() -> None:
 def test_it_is_written_and_read_as_it_was(tmp_path: Path) -> None:
     head = _head().float()
     options = TASKS["detection"].options("head", {"type": "dense", "num_classes": CLASSES, "width": 32})
-    (path,) = save_head_files({"detection": head}, tmp_path, {"detection": HeadInfo("detection", 12, options)})
-    read = load_heads(path, "detection")
+    path = save_head(tmp_path / "detection.safetensors", HeadInfo("detection", 12, options), head.state_dict())
+    read = open_head(path, "detection").build()
     assert isinstance(read, DenseHead)
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in read.state_dict().items())
 

@@ -16,8 +16,7 @@ from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Category, Manifest, ShardReader
-from visft_ds.interop.head_file import HeadInfo
-from visft_ds.interop.heads import check_categories, check_classes, classes_of_heads
+from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
 from visft_ds.prepare.data import open_data
 from visft_ds.prepare.datasets import open_training_data, settle_classes
 from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of

@@ -13,7 +13,7 @@ from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
-from visft_ds.interop.heads import load_heads
+from visft_ds.interop.heads import open_head
 from visft_ds.shards.build import Options, build
 
 OWN = {0: "paint", 1: "scratch", 12: "rust", 500: "hole"}  # no object is of the first
@@ -68,7 +68,7 @@ def _train(stage: int, shards: Path, out: Path, *more: str) -> str:
 def test_both_stages_and_evaluation(shards: Path, tmp_path: Path) -> None:
     printed = _train(1, shards, tmp_path / "one")
     assert "classes, segmentation  4, the categories of the data" in printed
-    head: Any = load_heads(tmp_path / "one/export/segmentation.safetensors", "segmentation")
+    head: Any = open_head(tmp_path / "one/export/segmentation.safetensors", "segmentation").build()
     assert head.num_classes == 4
     _train(2, shards, tmp_path / "two", f"visft.heads.path={tmp_path / 'one/export'}")
     records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]

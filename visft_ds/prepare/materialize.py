@@ -10,7 +10,6 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
 from typing import Protocol
 
 import torch
