@@ -29,6 +29,8 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.published import KINDS
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import BACKBONE_FILE

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
-from visft_ds.interop.writing import remove_unfinished, save_tensors, write_atomically, write_safetensors
+
+from tests.parallel.start_case import peak
+from visft_ds.interop.weights import (
+    Lazy,
+    Weights,
+    all_finite,
+    open_weights,
+    remove_unfinished,
+    save_tensors,
+    sha256_file,
+    write_atomically,
+    write_safetensors,
+)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -28,11 +40,11 @@ def _tensors() -> dict[str, Tensor]:
     }
 
 
-def _same(file: object, expected: dict[str, Tensor]) -> None:
-    assert sorted(file) == sorted(expected)  # type: ignore[call-overload]
+def _same(file: Weights, expected: dict[str, Tensor]) -> None:
+    assert sorted(file) == sorted(expected)
     for name, value in expected.items():
-        assert file.shape(name) == tuple(value.shape) and file.dtype(name) == value.dtype  # type: ignore[attr-defined]
-        assert torch.equal(file.get(name), value)  # type: ignore[attr-defined]
+        assert file[name].shape == tuple(value.shape) and file[name].dtype == value.dtype
+        assert torch.equal(file[name].read(), value)
 
 
 @pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
@@ -80,7 +92,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
         Path("w.pt").write_bytes(pickle.dumps({"a": _Code()}))
     else:
         torch.save({"a": _Code()}, "w.pt", _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(ValueError, match=r"torch\.save"):
+    with pytest.raises(ValueError, match="weight file"):
         open_weights("w.pt")
     assert not Path("code-was-run").exists()
 
@@ -100,18 +112,10 @@ def test_a_part_of_a_file_is_refused(tmp_path: Path, container: str, share: floa
         open_weights(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.ones(1)], "expected a mapping"),
-        ({"a": torch.ones(1), "epoch": 3}, r"epoch \(int\)"),
-        ({"model": {"a": torch.ones(1)}, "module": {"a": torch.zeros(1)}}, "several nested"),
-        ({3: torch.ones(1)}, "must be text"),
-    ],
-)
-def test_contents_that_are_no_weights(tmp_path: Path, content: object, message: str) -> None:
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": torch.ones(1), "epoch": 3}])
+def test_contents_that_are_no_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="cannot be read"):
         open_weights(tmp_path / "w.pt")
 
 
@@ -122,8 +126,8 @@ def test_only_the_asked_tensor_is_produced_and_held(tmp_path: Path) -> None:
         order.append(name)
         return torch.full((4,), float(len(order)))
 
-    infos = {name: TensorInfo((4,), torch.float32) for name in ("c", "a", "b")}
-    write_safetensors(tmp_path / "w.safetensors", infos, produce, {})
+    tensors = {name: Lazy((4,), torch.float32, partial(produce, name)) for name in ("c", "a", "b")}
+    write_safetensors(tmp_path / "w.safetensors", tensors, {})
     assert order == ["a", "b", "c"]
     assert load_file(tmp_path / "w.safetensors")["b"].tolist() == [2.0] * 4
 
@@ -132,17 +136,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "w.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, {})
     before = sha256_file(path)
-    with pytest.raises(ValueError, match="not overwritten"):
-        save_tensors(path, {"a": torch.zeros(3)}, {})
 
     def produce(name: str) -> Tensor:
         if name == "b":
             raise OSError(28, "No space left on device")
         return torch.zeros(3)
 
-    infos = {name: TensorInfo((3,), torch.float32) for name in "ab"}
+    tensors = {name: Lazy((3,), torch.float32, partial(produce, name)) for name in "ab"}
     with pytest.raises(OSError, match="No space"):
-        write_safetensors(path, infos, produce, {}, overwrite=True)
+        write_safetensors(path, tensors, {})
     assert sha256_file(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
 
 
@@ -164,3 +166,24 @@ def test_tensors_of_any_stride_are_written(tmp_path: Path) -> None:
     save_tensors(tmp_path / "w.safetensors", tensors, {})
     loaded = load_file(tmp_path / "w.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:
+    """Of 64 MiB in 16 bit. On a CPU torch makes an fp32 copy of all that it sums in fp32: twice as much again."""
+    count = 2**25
+    save_file({"one": torch.full((count,), 0.5, dtype=torch.float16)}, tmp_path / "one.safetensors")
+    file, sizes = open_weights(tmp_path / "one.safetensors"), dict[str, int]()
+    with peak(sizes, "read"):
+        value = file.tensor("one", torch.bfloat16)
+    assert value.nbytes == 2 * count <= sizes["read peak"] + 2**20
+    assert sizes["read peak"] < 2 * count + 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("place", [0, 5_000_000, -1])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, place: int, bad: float) -> None:
+    values = torch.ones(2500, 2600, dtype=dtype)
+    assert all_finite(values) and all_finite(values[0, 0]) and all_finite(values[:0])
+    values.view(-1)[place] = bad
+    assert not all_finite(values) and not all_finite(values.t())

@@ -315,7 +315,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert word in said.err and said.err.startswith("merge: ")
+    assert word in said.err and said.err.splitlines()[-1].startswith("merge: ")
     assert sorted(os.listdir(tmp_path)) == before, "no result and no temporary file"
 
 

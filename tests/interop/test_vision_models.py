@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import yaml
-from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.card_data import Publication, front_matter, publication_of
-from visft_ds.interop.files import TensorInfo, WeightFile
-from visft_ds.interop.loaders import load_onnx
-from visft_ds.interop.peft import CONFIG, README, save_peft_adapter
-from visft_ds.interop.towers import build_tower
-from visft_ds.interop.vision_models import export_entries, has_pooling, settings
-from visft_ds.interop.writing import save_tensors
 
-from tests.random_tower import move_adapters, random_tower, relative, save_backbone
+from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
-from visft_ds.interop import onnx, vision_models
-from visft_ds.interop.adapter import adapter_of
-from visft_ds.interop.layouts import tower_of
+from visft_ds.interop import onnx_file, transformers_names
+from visft_ds.interop.card import README, repository_of
+from visft_ds.interop.layouts import load_backbone, model_of
+from visft_ds.interop.peft_folder import CONFIG, save_peft
+from visft_ds.interop.verify import by_library
+from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 
@@ -43,7 +36,7 @@ def _export(name: str, folder: Path, form: str, *more: object) -> tuple[Any, Pat
     """(backbone with its adapter, the export)."""
     base = random_base(name, folder)
     backbone, adapter = adapted(name, base)
-    save_peft_adapter(adapter, folder / "adapter")
+    save_adapter(adapter, folder / "adapter")
     out = folder / "out"
     assert _run("--base", base, "--adapter", folder / "adapter", "--out", out, "--format", form, "--verify", *more) == 0
     return backbone, out
@@ -88,14 +81,14 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
     name = "vit_test_patch8_clip_quickgelu_32"
     base = random_base(name, tmp_path)
     short, adapter = adapted(name, base, layers=(0,))
-    save_peft_adapter(adapter, tmp_path / "adapter")
+    save_adapter(adapter, tmp_path / "adapter")
     given = ("--base", base, "--adapter", tmp_path / "adapter", "--format", "transformers", "--verify")
     assert _run(*given, "--out", tmp_path / "out") == 0
     model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         tokens = model.post_layernorm(model(pixel_values=_images()).last_hidden_state)
         assert relative(tokens[:, 1:].mT.unflatten(2, (4, 4)), short(_images())) < TOLERANCE
-    assert model.config.num_hidden_layers == 1 and "ends after blocks.0" in (tmp_path / "out" / README).read_text()
+    assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (tmp_path / "out" / README).read_text()
 
 
 @pytest.mark.parametrize(
@@ -118,32 +111,34 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     backbone = build_timm(name, device="meta")
     with torch.device("meta"):
         whole = timm.create_model(name, num_classes=0).state_dict()
-    file = WeightFile(Path("x"), {key: TensorInfo.of(value) for key, value in whole.items()}, whole.__getitem__, {})
-    pooled = has_pooling(file, backbone)
-    files = settings(backbone, pooled=pooled, dtype=torch.float32)
+    tower = Weights({key: Lazy.of(value) for key, value in whole.items()}, Path("x"))
+    written = transformers_names.written(tower, tower, backbone)
+    config = written.files["config.json"]
     with torch.device("meta"):
-        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**files["config.json"]))
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    entries = export_entries(file, backbone)
     got = {
-        re.sub(r"^vision_model\.", "", re.sub(r"^layer\.", "model.layer.", key)): entry.info.shape
-        for key, entry in entries.items()
+        re.sub(r"^vision_model\.", "", re.sub(r"^layer\.", "model.layer.", key)): one.shape
+        for key, one in written.tensors.items()
     }
-    assert got == wanted and pooled == ("siglip" in name and "gap" not in name)
+    assert got == wanted and config.get("vision_use_head", False) == ("siglip" in name and "gap" not in name)
 
 
 def test_what_its_library_computes_otherwise_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = random_base("vit_test_patch8_dinov3", tmp_path)
-    save_peft_adapter(adapted("vit_test_patch8_dinov3", base)[1], tmp_path / "adapter")
-    entry = vision_models.VISION_MODELS[0]
-    swapped = {**entry.inside, "gamma_1": entry.inside["gamma_2"], "gamma_2": entry.inside["gamma_1"]}
-    monkeypatch.setattr(vision_models, "VISION_MODELS", (replace(entry, inside=swapped),))
+    save_adapter(adapted("vit_test_patch8_dinov3", base)[1], tmp_path / "adapter")
+    rules = transformers_names._DINO
+    swapped = r"blocks\.(\d+)\.gamma_1", r"blocks\.(\d+)\.gamma_2"
+    monkeypatch.setitem(rules, swapped[0], r"layer.\1.layer_scale2.lambda1")  # type: ignore[arg-type]
+    monkeypatch.setitem(rules, swapped[1], r"layer.\1.layer_scale1.lambda1")  # type: ignore[arg-type]
+    monkeypatch.delitem(rules, r"blocks\.(\d+)\.gamma_(\d)")  # type: ignore[arg-type]
+    monkeypatch.setitem(rules, r"blocks\.(\d+)\.", rules.pop(r"blocks\.(\d+)\."))  # type: ignore[attr-defined, arg-type]
     given = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--format", "transformers")
     assert _run(*given, "--verify") == 1 and not (tmp_path / "out").exists()
     said = capsys.readouterr()
-    assert "by transformers 5" in said.out and "does not compute what base + change does" in said.err
+    assert "by transformers" in said.out and "does not compute what base + adapter does" in said.err
 
 
 @pytest.mark.parametrize("name", ["vit_test_plus_patch8_dinov3_qkvb", "test_convnext"])
@@ -156,58 +151,39 @@ def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None
         got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))
     got = got if got.ndim == 4 else got[:, -16:].mT.unflatten(2, (4, 4))
     assert type(model).__name__ == "TimmWrapperModel" and relative(got, wanted) < TOLERANCE
-    assert "AutoModel.from_pretrained(FOLDER)" in (out / README).read_text()
 
 
-def test_peft_has_an_effect_on_timms_dinov3(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attention reads the fused weight past its layer: without a line of the README PEFT does nothing."""
-    backbone, out = _export("vit_test_plus_patch8_dinov3_qkvb", tmp_path, "peft")
-    assert "by peft" in capsys.readouterr().out
+    name = "vit_test_plus_patch8_dinov3_qkvb"
+    base = random_base(name, tmp_path)
+    backbone, adapter = adapted(name, base)
+    out = merge(base, adapter, tmp_path / "out", "--format", "peft")
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
-    exec(compile(snippet.replace("model.safetensors", str(tmp_path / "base.safetensors")), README, "exec"), names)
+    exec(compile(snippet.replace("BASE", str(base)), README, "exec"), names)
     with torch.no_grad():
         got = names["model"].base_model.model.forward_features(_images())[:, -16:].mT.unflatten(2, (4, 4))
         assert relative(got, backbone(_images())) < TOLERANCE
 
 
-def test_a_base_has_a_name_where_its_tag_tells_it(tmp_path: Path) -> None:
-    plain, drawn = tmp_path / "plain.safetensors", tmp_path / "drawn.safetensors"
-    save_tensors(plain, {"x": torch.zeros(1)}, {})
-    save_tensors(drawn, {"x": torch.zeros(1)}, {"drawn_as": "recipe"})
-    name = "vit_base_patch16_dinov3.lvd1689m"
-    dinov3 = Publication(f"timm/{name}", "dinov3-license")
-    assert publication_of(plain, name) == dinov3
-    for base, model in ((drawn, name), (plain, name.partition(".")[0]), (plain, None), (None, name)):
-        assert publication_of(base, model) is None
-    cached = tmp_path / "models--org--some--name" / "model.safetensors"
-    cached.parent.mkdir()
-    save_tensors(cached, {"x": torch.zeros(1)}, {})
-    assert publication_of(cached, name) == publication_of(cached, None) == Publication("org/some--name")
-    eva = tmp_path / "EVA02_CLIP_E_psz14_plus_s9B.pt"
-    eva.touch()
-    assert publication_of(eva, None) == Publication("QuanSun/EVA-CLIP", "mit")
-    lines = front_matter("out", "peft", dinov3, merged=False)
-    front = yaml.safe_load("\n".join(lines[1:-2]))
-    assert front["base_model"] == f"timm/{name}" and front["base_model_relation"] == "adapter"
-    assert front["license"] == "other" and front["license_name"] == "dinov3-license"
+def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
+    assert repository_of("hf-hub:timm/vit_base_patch16_dinov3.lvd1689m/model.safetensors") == (
+        "timm/vit_base_patch16_dinov3.lvd1689m"
+    )
+    assert repository_of("weights/EVA02_CLIP_E_psz14_plus_s9B.pt") == "QuanSun/EVA-CLIP"
+    assert repository_of("own.safetensors") is None and repository_of(None) is None
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_folder_for_peft_names_its_base(tmp_path: Path, known: bool) -> None:
-    base = random_base("test_vit", tmp_path)
-    _, adapter = adapted("test_vit", base)
-    published = Publication("timm/test_vit.r160_in1k", "apache-2.0") if known else None
-    folder = save_peft_adapter(adapter, tmp_path / "adapter", base_model=published)
-    config, card = json.loads((folder / CONFIG).read_text()), (folder / README).read_text()
-    assert config["base_model_name_or_path"] == ("timm/test_vit.r160_in1k" if known else None)
-    assert ("license: apache-2.0" in card) == known and ("names no base model" in card) != known
+def test_a_folder_for_peft_names_its_base(tmp_path: Path) -> None:
     from peft import PeftConfig
 
-    assert PeftConfig.from_pretrained(folder).base_model_name_or_path == config["base_model_name_or_path"]
+    _, adapter = adapted("test_vit", random_base("test_vit", tmp_path))
+    for repository in (None, "timm/test_vit.r160_in1k"):
+        save_peft(adapter, tmp_path / "adapter", repository)
+        assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"] == repository
+        assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == repository
 
 
 @pytest.mark.slow
@@ -238,16 +214,16 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
     """It is that of `visft_ds.load_backbone`: without the class token that its base has."""
     pytest.importorskip("onnxruntime")
     save_backbone(random_tower(1), tmp_path / "base.safetensors")
-    ours = build_tower(replace(tower_of(random_tower(1)), class_token=False), layers=layers).eval()
-    load_backbone(ours, tmp_path / "base.safetensors")
+    more = {"layers": list(layers)} if layers else {}
+    ours = load_backbone(tmp_path / "base.safetensors", {**model_of(random_tower(1, class_token=False)), **more}).eval()
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
-    save_peft_adapter(adapter_of(ours), tmp_path / "adapter", tower_of(random_tower(1)))
+    save_adapter(adapter_of(ours), tmp_path / "adapter")
     out = tmp_path / "tower.onnx"
     given = ("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
     assert _run(*given, "--out", out) == 0
     with torch.no_grad():
-        assert relative(load_onnx(out)(_images(28)), ours(_images(28))) < TOLERANCE
+        assert relative(by_library("onnx", out.parent, ours)(_images(28)), ours(_images(28))) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -255,9 +231,9 @@ def test_weights_beyond_the_bound_of_protobuf_lie_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(onnx, "_LARGEST", 1000)
+    monkeypatch.setattr(onnx_file, "_LARGEST", 1000)
     ours = random_tower(1)
-    files = onnx.write_onnx(ours, tmp_path / "tower.onnx")
+    files = onnx_file.write_onnx(ours, tmp_path / "tower.onnx")
     assert [path.name for path in files] == ["tower.onnx.data", "tower.onnx"]
     with torch.no_grad():
-        assert relative(load_onnx(files[-1])(_images(28)), ours(_images(28))) < TOLERANCE
+        assert relative(by_library("onnx", tmp_path, ours)(_images(28)), ours(_images(28))) < TOLERANCE

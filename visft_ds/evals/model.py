@@ -31,6 +31,8 @@ from visft_ds.interop.heads import (
     vocabulary_in,
 )
 from visft_ds.interop.layouts import (
+    BASE,
+    MERGED,
     MODEL,
     bases_of,
     described,
@@ -264,7 +266,9 @@ def _load_backbone(
     file = open_model(files.backbone)
     of_checkpoint = files.adapter is not None and (files.adapter / "state.json").is_file()
     adapter = None if files.adapter is None or of_checkpoint else adapter_for(files.backbone, files.adapter)
-    model = dict(model_in(file) if MODEL in file.metadata else files.model or _of_heads(model_in(file), infos))
+    model = dict(model_in(file) if MODEL in file.metadata or files.model is None else files.model)
+    if files.model is None and {BASE, MERGED}.isdisjoint(file.metadata):  # a base does not tell where it is read
+        model = _of_heads(model, infos)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
     backbone: Backbone = load_backbone(files.backbone, model, storage)

@@ -130,6 +130,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     Raises ValueError for adapters of other models or layers.
     """
     first, *others = adapters
+    if not others:
+        return first
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged")

@@ -129,7 +129,10 @@ def _pickled(path: Path) -> dict[str, Lazy]:
 
 def load_pickled(path: Path) -> Any:
     """The only `torch.load` of this package: code in the pickle is not run; files since torch 1.6 are mapped."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:  # of a zip that is cut, too: it names no file
+        raise ValueError(str(error)) from error
 
 
 def sha256_file(path: str | Path) -> str:
