@@ -21,7 +21,8 @@ from visft_ds.evals import curves
 from visft_ds.evals.charts import Series, line_chart, smooth
 from visft_ds.evals.cli import report
 from visft_ds.evals.records import FORMAT, VERSION, read_evaluation
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.monitor.metrics import MetricsWriter
+from visft_ds.run.record import RunRecord
 from visft_ds.tasks.pictures import save_png, side_by_side
 
 VOID = {"meta", "img", "path", "br", "use", "rect"}
