@@ -12,7 +12,7 @@ import torch
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
 from visft_ds.launch import main
-from visft_ds.models.backbone import build_empty
+from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.ops import attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY

@@ -18,7 +18,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import Backbone, require_eva_vit
+from visft_ds.models import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops import DTYPES
