@@ -103,7 +103,6 @@ class Validation:
                 self._vocabulary,
                 limit=config.run.eval_limit,
                 num_workers=workers_of(config.data),
-                tell=log.message,
             )
         except _AskedError:
             return False
@@ -138,7 +137,7 @@ class Validation:
         """AP50 of the first training photographs, by name. Collective; empty but on the main process."""
         reader = ShardReader(training)
         given = (predict, reader, self._streams, self._vocabulary)
-        collected = collect(*given, limit=PHOTOGRAPHS, tell=log.message)
+        collected = collect(*given, limit=PHOTOGRAPHS)
         outcome, _ = measure(collected or {}, reader, limit=PHOTOGRAPHS)
         return {name: value for name, value in as_metrics(outcome).items() if name.endswith("/AP50")}
 
@@ -165,10 +164,7 @@ def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> 
         if value < 0.5:
             told += ": not learnt yet, more steps help (--steps)"
         elif other < value / 2:
-            told += (
-                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and "
-                "instead of a DETR visft.tasks.detection.head.type=dense"
-            )
+            told += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
         lines.append(told)
     return lines
 
