@@ -90,7 +90,6 @@ setup(
         "matplotlib>=3.10.8",
         "jinja2>=3.1",
         "PyYAML>=6.0",  # data.yaml of YOLO data sets
-        "rich>=13.7",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -100,7 +99,6 @@ setup(
         "remote": [HTTP, S3, "gcsfs>=2024.12", "huggingface_hub>=0.25"],
         "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow-skinny>=2.20"],
         "docs": DOCS,
         "dev": [
             *DOCS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visft_ds.interop.layouts import LAYOUTS, base_parameters, tower_metadata
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import AdaptedLayer, lora_layers, lora_parameters
+from visft_ds.models.lora import AdaptedLayer, dense_update, lora_layers, lora_parameters
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
 
@@ -55,7 +55,8 @@ def save_backbone(
 @torch.no_grad()
 def change_of(layer: AdaptedLayer) -> Tensor:
     """The dense change of its weight."""
-    return layer.adapted.update(layer.lora_A, layer.lora_B, layer.scale).view_as(layer.weight)
+    rows = len(layer.weight)
+    return dense_update(rows, layer.lora_A, layer.lora_B, layer.slices, layer.scale).view_as(layer.weight)
 
 
 @torch.no_grad()

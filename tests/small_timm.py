@@ -76,9 +76,9 @@ def random_base(name: str, folder: Path) -> Path:
     return path
 
 
-def adapted(name: str, base: Path, until: str | None = None) -> tuple[TimmBackbone, Adapter]:
+def adapted(name: str, base: Path, layers: tuple[int, ...] = ()) -> tuple[TimmBackbone, Adapter]:
     """The backbone over a base with an adapter that matters, and that adapter."""
-    backbone = load_timm(base, name, None, torch.float32, until)[0].eval()
+    backbone = load_timm(base, name, None, torch.float32, layers)[0].eval()
     targets = ("stages.*.mlp.fc2",) if name == "test_convnext" else ("q", "v", "blocks.*.mlp.fc2")
     lora = LoraConfig(rank=3, alpha=1.5, targets=targets)
     inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)

@@ -154,7 +154,7 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert image.short_sides == (480, 512, 544, 576, 608, 640, 672) and image.max_long == 672 and image.flip == 0.5
     assert image.crop_short_sides == (400, 500, 600) and image.crop_range == (384, 600)
     assert (image.eval_short, image.eval_max_long) == (800, 672)
-    assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "no_object": 0.1, "average": "image"}
+    assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "no_object": 0.1}
     head = detection.head
     assert (head.encoder_dim, head.decoder_dim, head.ffn_dim, head.num_heads) == (128, 256, 1024, 8)
     assert (head.encoder_layers, head.decoder_layers, head.num_queries, head.num_classes) == (6, 6, 100, 91)
@@ -164,7 +164,7 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert (jitter.size, jitter.scale, jitter.flip, jitter.pad_value) == (1024, (0.1, 2.0), 0.5, 128)
     assert (jitter.eval_short, jitter.eval_max_long, jitter.eval_multiple) == (800, 1333, 32)
     loss = segmentation.loss
-    assert (loss.ce, loss.bce, loss.dice, loss.no_object, loss.average) == (2.0, 5.0, 5.0, 0.1, "image")
+    assert (loss.ce, loss.bce, loss.dice, loss.no_object) == (2.0, 5.0, 5.0, 0.1)
     assert (loss.num_points, loss.oversample, loss.importance) == (12_544, 3.0, 0.75)
     masks = segmentation.head
     assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (256, 512, 1024, 8)

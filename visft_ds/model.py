@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import Backbone, require_eva_vit
-from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
-from visft_ds.models.layers import stack_padded
+from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids, stack_padded
 from visft_ds.ops import no_autocast
 from visft_ds.ops.copies import to_device
 from visft_ds.tasks.matching import at_least_float32
@@ -101,7 +100,7 @@ class Frames:
             return None
         smallest = backbone.patch_size
         pixels = [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
-        return cls(pixels, require_eva_vit(backbone).grids(pixels))
+        return cls(pixels, [(height // smallest, width // smallest) for height, width in pixels])
 
     def valid(self, sizes: Tensor) -> Tensor:
         """`valid_region` of each image alone, (B, h, w) bool, as large as the largest grid and False beyond each."""

@@ -42,14 +42,14 @@ def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "side"),
-    [("convnext_atto", "stages.2", 320), ("resnet18", "layer3", 320), ("vit_small_patch14_dinov2", None, 308)],
+    ("name", "layers", "side"),
+    [("convnext_atto", (2,), 320), ("resnet18", (3,), 320), ("vit_small_patch14_dinov2", (), 308)],
 )
 def test_other_backbones_are_read_where_a_cell_is_16_pixels(
-    shards: Path, name: str, block: str | None, side: int
+    shards: Path, name: str, layers: tuple[int, ...], side: int
 ) -> None:
     visft = _resolved(shards, "--backbone", f"timm:{name}").visft
-    assert visft.model.until == block
+    assert visft.model.layers == layers
     assert visft.shared is not None and visft.shared.image.fixed_size == side
 
 

@@ -62,7 +62,7 @@ def test_every_sample_has_its_turn() -> None:
 @settings(max_examples=60, deadline=None)
 def test_counting_steps_is_exact(ratios: list[int], seed: int, steps: int) -> None:
     plan = Plan({f"t{n}": one(2, 1, ratio) for n, ratio in enumerate(ratios)}, seed)
-    tasks = [plan.task_of(step) for step in range(steps)]
+    tasks = [plan.step(step).task for step in range(steps)]
     turns = plan._turns
     assert {name: turns.before(steps, name) for name in plan.tasks} == {n: tasks.count(n) for n in plan.tasks}
 
@@ -85,7 +85,7 @@ def test_a_far_step_needs_no_walk(plan: Plan) -> None:
 
 def test_the_order_of_tasks_in_a_file_does_not_matter(plan: Plan) -> None:
     turned = Plan(dict(reversed(MIXTURE.items())), seed=7)
-    assert [turned.task_of(step) for step in range(50)] == [plan.task_of(step) for step in range(50)]
+    assert [turned.step(step).task for step in range(50)] == [plan.step(step).task for step in range(50)]
 
 
 def test_only_eligible_samples_are_planned() -> None:
@@ -116,7 +116,7 @@ def test_streams_of_a_key_are_unrelated() -> None:
 def test_values_never_change() -> None:
     """A run must resume in the same order after an update of anything: these numbers may not be edited."""
     plan = Plan({"a": one(9, 3, 2), "b": one(9, 3, 1)}, seed=42)
-    assert "".join(plan.task_of(step) for step in range(12)) == TASKS
+    assert "".join(plan.step(step).task for step in range(12)) == TASKS
     assert _numbers(plan.step(0)) == FIRST
     assert _numbers(plan.step(1000)) == LATER
 

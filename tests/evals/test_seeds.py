@@ -155,11 +155,11 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     for name in ("a.pt", "b.pt", "c.pt", "l,m.pt", "x"):
         Path(name).write_text("")
-    found = parse_arms(["base=a.pt", "s=a.pt+x,b.pt+x@0.7,c.pt+x#blocks.5@0.5"])["s"]
+    found = parse_arms(["base=a.pt", "s=a.pt+x,b.pt+x@0.7,c.pt+x#5@0.5"])["s"]
     assert [(one.name, one.block, one.scale) for one in found] == [
-        ("a.pt", "blocks.5", 0.5),
-        ("b.pt", "blocks.5", 0.7),
-        ("c.pt", "blocks.5", 0.5),
+        ("a.pt", 5, 0.5),
+        ("b.pt", 5, 0.7),
+        ("c.pt", 5, 0.5),
     ]
     assert [one.label for one in found] == ["s 1", "s 2", "s 3"]
     assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut

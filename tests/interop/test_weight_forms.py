@@ -86,7 +86,7 @@ def test_adapters_that_do_not_belong_together_are_not_averaged() -> None:
         (first, _adapter(2, targets=("q",))),
         (first, replace(_adapter(2), base_sha256="b" * 64)),
         (of_timm, _adapter(2)),
-        (of_timm, replace(of_timm, until="blocks.0")),
+        (of_timm, replace(of_timm, layers_read=(0,))),
         (of_timm, replace(of_timm, options={"img_size": 96})),
     ):
         with pytest.raises(ValueError, match=r"averaged|bases"):

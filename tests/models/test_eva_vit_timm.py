@@ -9,8 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.layers import resize_position_embeddings
+from visft_ds.models.eva_vit import EvaViT, build_backbone, resized_positions
 
 TIMM = {"eva_e": "eva02_enormous_patch14_clip_224", "eva_g": "eva_giant_patch14_clip_224"}
 # 1e-5: fp32 sums in another order through a few blocks; seen below 1e-6.
@@ -62,7 +61,7 @@ def test_equal_to_timm_at_another_size_with_the_same_position_embeddings(preset:
     ).eval()  # fmt: skip
     weights = ours.state_dict()
     # timm would resize with antialiasing; it gets the embeddings already resized.
-    grid = resize_position_embeddings(weights["pos_embed"][0, 1:], (12, 21))
+    grid = resized_positions(weights["pos_embed"][0, 1:], (12, 21))
     first = weights["pos_embed"][0, : int(class_token)]
     theirs.load_state_dict({**weights, "pos_embed": torch.cat([first, grid])[None]}, strict=True)
     images = torch.randn(1, 3, 168, 294)
@@ -97,7 +96,7 @@ def test_one_block_of_full_width_equals_timm(preset: str) -> None:
 
 def test_resizing_is_bicubic_without_antialiasing() -> None:
     grid = torch.randn(16 * 16, 5)
-    assert resize_position_embeddings(grid, (16, 16)) is grid
+    assert resized_positions(grid, (16, 16)) is grid
 
     # By hand from the Keys kernel with a = -0.75: row 3 of a doubled grid sits at input row 1.25, so the weights of
     # rows 0..3 are those at distances 1.25, 0.25, 0.75, 1.75.
@@ -106,11 +105,11 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
         return (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
 
     weights = torch.tensor([keys(1.25), keys(0.25), keys(0.75), keys(1.75)])
-    doubled = resize_position_embeddings(grid, (32, 32)).view(32, 32, 5)
+    doubled = resized_positions(grid, (32, 32)).view(32, 32, 5)
     wanted = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[:4, :4])
     torch.testing.assert_close(doubled[3, 3], wanted, rtol=0, atol=1e-5)  # fp32, 16 terms of order 1
     # Shrinking: an antialiased result would average over more than four rows, this one must not.
-    halved = resize_position_embeddings(grid, (8, 8)).view(8, 8, 5)
+    halved = resized_positions(grid, (8, 8)).view(8, 8, 5)
     weights = torch.tensor([keys(1.5), keys(0.5), keys(0.5), keys(1.5)])
     wanted = torch.einsum("r,s,rsd->d", weights, weights, grid.view(16, 16, 5)[1:5, 1:5])
     torch.testing.assert_close(halved[1, 1], wanted, rtol=0, atol=1e-5)

@@ -92,10 +92,10 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
         for part in parts:
             batch = collate_joint(part)
             with torch.no_grad():
-                found += TASKS[task].postprocess(module(batch)[task], batch, *words)
+                found += TASKS[task].results(module(batch)[task], batch, *words)
         return found
 
-    words = [_Words()] if task == "captioning" else []
+    words: list[Any] = [_Words() if task == "captioning" else None]
     together, alone = results([samples]), results([[sample] for sample in samples])
     assert len(together) == len(alone) > 0
     for ours, theirs in zip(together, alone, strict=True):

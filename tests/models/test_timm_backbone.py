@@ -22,16 +22,16 @@ from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, read_adapter, verify_merge
 from visft_ds.interop.peft import FILE, README, WEIGHTS, read_adapter_folder, save_peft_adapter
 from visft_ds.interop.writing import save_tensors
-from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters
+from visft_ds.models.lora import check_reached, inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.materialize import open_base
 
 timm = pytest.importorskip("timm")
 # fp32, a few layers: both sides differ by the order of additions only (measured below 1e-6).
 TOLERANCE = 1e-5
-#: Model -> targets: linear layers, whole and depthwise convolutions, slices of a fused qkv.
+#: Model -> targets: linear layers, convolutions, slices of a fused qkv.
 ADAPTED = {
-    "test_convnext": ("stages.*.mlp.fc1", "stages.*.conv_dw", "stem.0"),
+    "test_convnext": ("stages.*.mlp.fc1", "stem.0"),
     "test_resnet": ("layer*.conv*",),
     "test_vit": ("q", "v", "blocks.*.mlp.fc2"),
 }
@@ -109,9 +109,8 @@ def test_published_models_by_shape() -> None:
     [
         ("convnxt_atto", "did you mean timm:convnext_atto"),
         ("vit_base_patch16_clip_224.opena", "Invalid pretrained tag"),
-        ("vit_relpos_small_patch16_224", "takes images of one size only"),
-        ("hiera_tiny_224", r"no map of rows and columns, which heads need \(features of shape \(1, 49, 768\)\)"),
-        ("vitamin_small_224", "no map of rows and columns, which heads need .shape"),
+        ("vit_relpos_small_patch16_224", "follows the size of its image"),
+        ("hiera_tiny_224", "follows the size of its image"),
     ],
 )
 def test_models_that_are_no_backbones(name: str, message: str) -> None:
@@ -131,12 +130,12 @@ def test_models_that_are_no_backbones(name: str, message: str) -> None:
     ],
 )
 def test_queries_and_values_of_eva_towers_are_adapted(name: str, layers: list[str]) -> None:
-    backbone, images = build_timm(name, until="blocks.0"), torch.randn(1, 3, 56, 56)
+    backbone, images = build_timm(name, layers=(0,)), torch.randn(1, 3, 56, 56)
     before = backbone(images).detach()
     inject_lora(backbone, rank=2)
     assert list(lora_layers(backbone)) == [f"blocks.0.{layer}" for layer in layers]
     torch.testing.assert_close(backbone(images).detach(), before)
-    assert has_effect(backbone, images) > 0.01
+    check_reached(backbone, images)
 
 
 @pytest.mark.slow
@@ -172,7 +171,7 @@ def test_statistics_of_batch_norms_do_not_move_before_anyone_calls_train() -> No
     backbone = build_timm("test_resnet")
     inject_lora(backbone, rank=2, alpha=1.0, targets=("layer*.conv2",))
     before = {name: value.clone() for name, value in backbone.state_dict().items() if "running" in name}
-    has_effect(backbone, torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    check_reached(backbone, torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert before and all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
 
 
@@ -184,7 +183,7 @@ def test_adapters_begin_as_nothing_and_merge_exactly(name: str) -> None:
         plain = backbone(images)
         inject_lora(backbone, rank=3, targets=ADAPTED[name])
         assert torch.equal(backbone(images), plain)
-    assert has_effect(backbone, images) > 1e-3
+    check_reached(backbone, images)
     backbone = _adapted(name)
     with torch.no_grad():
         adapted = backbone(images)
@@ -379,10 +378,10 @@ def test_statistics_of_a_file_in_half_precision_are_fp32(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "targets", "message"),
     [
-        ("test_convnext", ("q",), "has no list of blocks"),
-        ("test_convnext", ("stages.*.mlp.fc9",), r"did you mean stages.\d.blocks.\d.mlp.fc\d"),
+        ("test_convnext", ("q",), "no layer for 'q'"),
+        ("test_convnext", ("stages.*.conv_dw",), "grouped convolution"),
         ("test_vit", ("q", "blocks.*.attn.qkv"), "blocks.0.attn.qkv is adapted by two"),
-        ("test_vit", ("norm",), "matches no linear layer"),
+        ("test_vit", ("norm",), "no layer for"),
     ],
 )
 def test_targets_that_are_none(name: str, targets: tuple[str, ...], message: str) -> None:

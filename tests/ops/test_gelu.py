@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.planner.made_up import LiveBytes
-from visft_ds.models.layers import Mlp
+from visft_ds.models.eva_vit import Mlp
 from visft_ds.models.lora import LoRALinear
 
 

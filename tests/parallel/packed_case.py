@@ -78,16 +78,14 @@ def start(engine_name: str, stage: int, option: str) -> Any:
         engine = case.start_engine(stage, engine_name, "fp32", accumulation=1)
     engine.module.packed = option == "packed"
     if option == "compiled":
-        from visft_ds.models.compiled import compile_blocks
-
-        compile_blocks(engine.module.backbone, "blocks", backend="aot_eager")
+        engine.module.backbone.compile_blocks(backend="aot_eager")
     return engine
 
 
 def one_run(engine_name: str, name: str) -> dict[str, Any]:
     """What STAGE:OPTION asks for, and in a packed run what is predicted for images that lie in one batch."""
-    from visft_ds.models.compiled import compilations
     from visft_ds.parallel import distributed
+    from visft_ds.resilience.memory import compilations
 
     stage, option = name.split(":")
     with mixed_sizes():

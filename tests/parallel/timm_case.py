@@ -34,7 +34,7 @@ class Run:
 
 
 #: Linear layers, depthwise convolutions (grouped ones) and dense ones.
-_CONVNEXT = ("test_convnext", None, ("stages.*.mlp.fc?", "stages.*.conv_dw", "stages.*.downsample.1"))
+_CONVNEXT = ("test_convnext", None, ("stages.*.mlp.fc?", "stages.*.downsample.1"))
 _VIT = ("test_vit", 64, ("q", "v"))
 RUNS = {
     "convnext-lora": Run(*_CONVNEXT, ("backbone.*.lora_*",)),

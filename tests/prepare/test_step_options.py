@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
+from visft_ds.resilience.memory import compilations
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.
@@ -59,11 +59,11 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
-def check_alike(how: str, backend: str, recompute: str, bound: float, *, autocast: bool, packed: bool) -> None:
+def check_alike(backend: str, recompute: str, bound: float, *, autocast: bool, packed: bool) -> None:
     """Images of many shapes: what is compiled gives what eager code gives, and no shape is compiled for itself."""
     torch._dynamo.reset()
     eager, compiled = adapted(), adapted()
-    compile_blocks(compiled, how, backend=backend)
+    compiled.compile_blocks(backend=backend)
     for backbone in (eager, compiled):
         backbone.recompute = recompute
     made = [compilations()]
@@ -86,7 +86,7 @@ def check_alike(how: str, backend: str, recompute: str, bound: float, *, autocas
 @TORCH_WARNS
 def test_compiled_blocks_learn_what_eager_ones_do_at_any_size() -> None:
     """With torch's tracing and its graph of the backward pass, the kernels are eager's: the same to the last bit."""
-    check_alike("blocks", "aot_eager", "block", 0.0, autocast=False, packed=False)
+    check_alike("aot_eager", "block", 0.0, autocast=False, packed=False)
 
 
 @pytest.mark.slow
@@ -101,8 +101,8 @@ def test_every_policy_is_compiled(backend: str, recompute: str, packed: bool) ->
     much further from fp32 than the other.
     """
     exact = backend == "aot_eager"
-    check_alike("blocks", backend, recompute, 0.0 if exact else 1e-5, autocast=False, packed=packed)
-    check_alike("blocks", backend, recompute, 0.0 if exact else 3.0, autocast=True, packed=packed)
+    check_alike(backend, recompute, 0.0 if exact else 1e-5, autocast=False, packed=packed)
+    check_alike(backend, recompute, 0.0 if exact else 3.0, autocast=True, packed=packed)
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_every_policy_is_compiled(backend: str, recompute: str, packed: bool) ->
 def test_on_a_gpu(recompute: str) -> None:
     torch._dynamo.reset()
     eager, compiled = adapted("cuda"), adapted("cuda")
-    compile_blocks(compiled, "blocks")
+    compiled.compile_blocks()
     for backbone in (eager, compiled):
         backbone.recompute = recompute
     for _ in range(2):

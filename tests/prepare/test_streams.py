@@ -100,10 +100,10 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest)
 def test_steps_are_shared_out_by_updates(whole: Manifest) -> None:
     config = config_of()
     plan = plan_of(config, only(whole, config))
-    counts = Counter(plan.task_of(step) for step in range(1000))
+    counts = Counter(plan.step(step).task for step in range(1000))
     assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
     stage1 = plan_of(config_of("visft.mode=sampled", stage=1), only(whole, config))
-    stage1_counts = Counter(stage1.task_of(step) for step in range(1000))
+    stage1_counts = Counter(stage1.step(step).task for step in range(1000))
     assert stage1_counts["captioning"] == pytest.approx(250, abs=3)  # 100,000 of 400,000 updates
 
 

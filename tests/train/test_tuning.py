@@ -72,7 +72,7 @@ def test_both_stages_evaluation_and_merge(shards: Path, tmp_path: Path) -> None:
 
 def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     """Both stages with kept features, predictions of the run, merged weights, and heads that want the same block."""
-    model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.until": "blocks.3"}
+    model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.layers": [3]}
     features = {"views": 1, "cache": str(tmp_path / "features")}
     first = _train(shards, tmp_path / "one", 1, **model, **{"visft.features": features})
     heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
@@ -80,17 +80,17 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     second = _train(shards, tmp_path / "two", 2, **model, **heads)
     images = torch.rand(1, 3, 96, 64)
     run = load_features(second)
-    assert run.width == 48 and run.backbone.until == "blocks.3"
+    assert run.width == 48 and run.backbone.layers_read == (3,)
     out = tmp_path / "merged"
     assert merge(["--adapter", str(second), "--out", str(out), "--verify"]) == 0
     merged = load_features(out)
-    assert merged.backbone.until == "blocks.3" and torch.allclose(merged(images), run(images), atol=1e-5)
+    assert merged.backbone.layers_read == (3,) and torch.allclose(merged(images), run(images), atol=1e-5)
     assert torch.equal(load(second, tasks="detection").backbone(images), run(images))
     assert torch.allclose(load(out, tasks="detection", heads=first / "export").backbone(images), run(images), atol=1e-5)
     with pytest.raises(
         AssertionError, match=r"learnt to read blocks.3, and here the backbone ends after the last block"
     ):
-        _train(shards, tmp_path / "other", 2, **{**model, "visft.model.until": None}, **heads)
+        _train(shards, tmp_path / "other", 2, **{**model, "visft.model.layers": []}, **heads)
 
 
 def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
 from visft_ds.interop.layouts import is_lora, tower_metadata
 from visft_ds.interop.tuned import Change, tuned_of
-from visft_ds.models.backbone import build_empty
+from visft_ds.models import build_empty
 from visft_ds.run.folder import BACKBONE_FILE, recorded_config
 
 

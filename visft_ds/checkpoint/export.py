@@ -21,13 +21,13 @@ from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.shards import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.card_data import Publication
-from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED, TRAINED_ON, UNTIL, TensorInfo, sha256_file
+from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, LAYERS, TRAINED, TRAINED_ON, TensorInfo, sha256_file
 from visft_ds.interop.head_file import HeadInfo
 from visft_ds.interop.heads import save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.writing import file_order, write_safetensors
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
@@ -160,7 +160,7 @@ def describe_heads(
         facts: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
         vocabulary: goes along with heads that work with words.
     """
-    extra = {**facts, **({} if backbone.until is None else {UNTIL: backbone.until})}
+    extra = {**facts, **({LAYERS: list(backbone.layers_read)} if backbone.layers_read else {})}
     infos = {}
     for name, task in tasks.items():
         options = task.head.model_dump(mode="json")

@@ -179,7 +179,7 @@ def _of_repository(text: str, *, download: bool) -> Named:
 
 def _keys(preset: str, weights: str | None, image_size: int | None = None) -> dict[str, Any]:
     size = {} if image_size is None else {"image_size": image_size}
-    return {"preset": preset, "overrides": size, "until": None, "weights": weights}
+    return {"preset": preset, "overrides": size, "layers": [], "weights": weights}
 
 
 def _model_file(name: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def of_backbone(model: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]
     from visft_ds.models.timm_backbone import fine_map
 
     block, side = fine_map(preset.removeprefix(TIMM))
-    where = {"visft.model.until": block, "visft.tasks.captioning.image.size": side} | {
+    where = {"visft.model.layers": [] if block is None else [block], "visft.tasks.captioning.image.size": side} | {
         f"visft.{of}.image.fixed_size": side for of in ("shared", "tasks.detection", "tasks.segmentation")
     }
     return {f"the map of {preset} ({key})": (key, value) for key, value in where.items()}
@@ -82,7 +82,8 @@ def told(config: ResolvedConfig, images: int) -> list[str]:
     tasks, run = visft.tasks.enabled(), visft.run
     if config.sources.get("visft.run.save_every", "").startswith("the recipe for"):
         (stream,) = visft.streams().values() if visft.mode == "shared" else [next(iter(visft.streams().values()))]
-        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {visft.model.until or 'its end'}"]
+        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end}"]
         parts[0] += f" at {stream.largest_side()} px"
         if "detection" in tasks and tasks["detection"].head.model_dump()["type"] == "dense":
             parts.append("boxes around the cells of its map (few photographs teach no DETR)")

@@ -104,7 +104,8 @@ class ModelConfig(StrictModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    until: Text | None = None  #: block that it ends after, such as blocks.5 (docs/training.md); null: it is whole
+    #: numbers of the blocks whose maps are read, such as [5]; [] reads the last one (docs/training.md)
+    layers: Annotated[tuple[Count, ...], Field(max_length=1)] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, a function of weights_seed
     weights: Text | None
     weights_seed: Count = 0
@@ -123,8 +124,8 @@ class ModelConfig(StrictModel):
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
-        until = {} if self.until is None else {"until": self.until}
-        return {**self.overrides.model_dump(exclude_none=True), **until}
+        layers = {"layers": self.layers} if self.layers else {}
+        return {**self.overrides.model_dump(exclude_none=True), **layers}
 
 
 class LoraConfig(StrictModel):

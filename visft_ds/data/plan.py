@@ -111,10 +111,6 @@ class Plan:
         digest = hashlib.sha256(json.dumps([tasks, self.views]).encode()).hexdigest()
         return f"version {ORDER_VERSION}, seed {self.seed}, {digest}"
 
-    def task_of(self, step: int) -> str:
-        """The task of a step, on all ranks."""
-        return self._turns.at(step)
-
     def steps_per_epoch(self, task: str, dataset: str) -> int:
         """Steps in which `task` sees each sample of the set at most once; an incomplete last batch is dropped."""
         plan = self.tasks[task]

@@ -62,7 +62,7 @@ LAYERS = """Every block of a model on the same probes, and the best one to read.
     visft evaluate layers --model RUN --benchmark dense=coco --benchmark digits --primary "probe/digits knn" --out OUT
 
 The best block of a number is chosen on one half of the test images and judged on the other, against the end of the
-model. `--model M#BLOCK` of visft evaluate benchmarks reads there, `visft.model.until` trains there.
+model. `--model M#BLOCK` of visft evaluate benchmarks reads there, `visft.model.layers=[BLOCK]` trains there.
 """
 DOSE = """An adapter at the scale at which it moves features as far as another one: arms are compared at equal dose.
 

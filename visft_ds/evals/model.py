@@ -23,8 +23,8 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import (
     BASE_SHA256,
+    LAYERS,
     TRAINED_ON,
-    UNTIL,
     WeightFile,
     base_identity,
     open_weights,
@@ -40,13 +40,13 @@ from visft_ds.interop.heads import (
     read_elsewhere,
     read_head_info,
 )
-from visft_ds.interop.layouts import Tower, tower_in
+from visft_ds.interop.layouts import Tower, layers_in, tower_in
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.ops.numerics import use_numerics
@@ -72,7 +72,7 @@ class ModelFiles:
     timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run records them
     #: Backbone and heads of the run, which its training has compared; None without a run.
     of_run: tuple[Path, Path] | None = None
-    until: str | None = None  #: block that the backbone ends after, where a run or a name tells one
+    layers: tuple[int, ...] = ()  #: blocks of the backbone that are read, if a run or a name tells them
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,10 @@ def files_of_run(
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
-        return ModelFiles(backbone, heads, own_adapter, {}, timm, of_run, config.model.until)
+        return ModelFiles(backbone, heads, own_adapter, {}, timm, of_run, config.model.layers)
     preset = replace(PRESETS[config.model.preset], **config.model.overrides.model_dump(exclude_none=True))
     hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
-    return ModelFiles(backbone, heads, own_adapter, hints, of_run=of_run, until=config.model.until)
+    return ModelFiles(backbone, heads, own_adapter, hints, of_run=of_run, layers=config.model.layers)
 
 
 def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
@@ -261,7 +261,9 @@ def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter
     hints: dict[str, float | bool] = {}
     if tower is not None:
         hints = {"num_heads": tower.num_heads, "post_norm": tower.post_norm}
-    return ModelFiles(backbone, heads, _adapter_folder(adapter), hints, chosen.timm, until=chosen.model.get("until"))
+    return ModelFiles(
+        backbone, heads, _adapter_folder(adapter), hints, chosen.timm, layers=tuple(chosen.model.get("layers", ()))
+    )
 
 
 def _adapter_folder(adapter: AnyPath | None) -> Path | None:
@@ -297,18 +299,18 @@ def _load_backbone(
     facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
     backbone: Backbone
     adapter = None if files.adapter is None else _change_at(files.backbone, files.adapter)
-    until = files.until or end_of(weights, adapter)
-    if until is None and adapter is None and files.of_run is None:
-        until = _end_of_heads(infos, weights)
+    layers = files.layers or end_of(weights, adapter)
+    if not layers and adapter is None and files.of_run is None:
+        layers = _end_of_heads(infos, weights)
     if timm is not None:
-        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage, until)
+        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage, layers)
     else:
         file, layout = open_tower(files.backbone)
         # Training builds towers without class token; a file that has one is read the same way.
         tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
-        backbone = empty_backbone(tower, storage, until)
+        backbone = empty_backbone(tower, storage, layers)
         facts["backbone"] = load_backbone(backbone, files.backbone)
-    facts |= {} if until is None else {"ends": f"after {until}"}
+    facts |= {"ends": f"after block {max(layers)}"} if layers else {}
     if adapter is not None:
         adapter.install(backbone)
         facts["adapter"] = f"{files.adapter}: {adapter.describe()}"
@@ -428,16 +430,16 @@ def _check_base(backbone: Path, path: Path, wanted: str | None) -> None:
         )
 
 
-def end_of(weights: WeightFile, adapter: Change | None) -> str | None:
-    """The block that a model is read after, by what its files record; None: it is whole."""
-    return weights.metadata.get(UNTIL) or (adapter.until if adapter is not None else None)
+def end_of(weights: WeightFile, adapter: Change | None) -> tuple[int, ...]:
+    """The blocks of a model that are read, by what its files record; none: the last."""
+    return layers_in(weights) or (adapter.layers_read if adapter is not None else ())
 
 
-def _end_of_heads(infos: Mapping[str, HeadInfo], weights: WeightFile) -> str | None:
-    """The block that all heads learnt to read, where the weights are a base, whose file does not tell."""
-    ends: set[str | None] = {info.extra.get(UNTIL) for info in infos.values()}
+def _end_of_heads(infos: Mapping[str, HeadInfo], weights: WeightFile) -> tuple[int, ...]:
+    """The blocks that all heads learnt to read, if the weights are a base, whose file does not tell."""
+    ends = {tuple(info.extra.get(LAYERS, ())) for info in infos.values()}
     is_base = {BASE_SHA256, TRAINED_ON}.isdisjoint(weights.metadata)
-    return ends.pop() if is_base and len(ends) == 1 else None
+    return ends.pop() if is_base and len(ends) == 1 else ()
 
 
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
@@ -446,7 +448,7 @@ def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
             f"{path} reads features of width {info.in_channels}, but the backbone has {backbone.describe()}: "
             f"take the head and the backbone of the same model"
         )
-    if problem := read_elsewhere(info, backbone.until):
+    if problem := read_elsewhere(info, backbone.layers_read):
         raise ValueError(f"{path}: {problem}")
 
 
@@ -471,9 +473,9 @@ def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str
     return of_other_base(infos, known)
 
 
-def empty_backbone(tower: Tower, storage: torch.dtype, until: str | None = None) -> EvaViT:
+def empty_backbone(tower: Tower, storage: torch.dtype, layers: Sequence[int] = ()) -> EvaViT:
     """A tower, up to a block, with unset weights: matrices in `storage`, all else in fp32, as in training."""
-    backbone = build_tower(tower, storage, until)
+    backbone = build_tower(tower, storage, layers)
     for name, parameter in backbone.named_parameters():
         if parameter.ndim < 2 or name == "pos_embed":
             parameter.data = parameter.data.float()

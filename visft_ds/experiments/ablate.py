@@ -55,7 +55,7 @@ ARMS = {
     PERMUTED: Arm(permuted=True),
     "heads along": Arm((_heads("$heads"),)),
     "one stage": Arm((*_RANDOM, _heads("$heads")), joint=True),
-    "last layer": Arm((f"visft.lora.targets={_LATE}",), both=("visft.model.until=null",)),
+    "last layer": Arm((f"visft.lora.targets={_LATE}",), both=("visft.model.layers=[]",)),
     "boxes": Arm(("visft.tasks=detection",)),
     "masks": Arm(("visft.tasks=segmentation",)),
     "captions": Arm(("visft.tasks=captioning",)),
@@ -115,7 +115,7 @@ class Plan:
 
         self.given, self.steps = given, Steps(given.out)
         self.recipe = {stage: resolve(stage=stage, model=given.model, settings=given.set) for stage in (1, 2)}
-        self.arms = _chosen_arms(given.arms, given.arm, whole=self.recipe[2].visft.model.until is None)
+        self.arms = _chosen_arms(given.arms, given.arm, whole=not self.recipe[2].visft.model.layers)
         for arm in self.arms.values():  # a mistake in an arm is told now, not after hours
             resolve(stage=2, model=given.model, settings=[*given.set, *arm.both, *self._filled(arm.settings)])
         self.judges: list[str] = list(given.benchmark)

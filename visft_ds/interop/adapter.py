@@ -14,24 +14,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.files import examples
 from visft_ds.interop.layouts import Tower, depth_of, part_of, tower_names, tower_of
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
     KINDS,
     TARGETS,
-    AdaptedRows,
-    LoRAConv2d,
-    LoraSettings,
+    dense_update,
     inject_lora,
+    lora_layers,
     lora_parameters,
-    lora_settings,
 )
 from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.ops.lora import Slices
 
 SLICES = ("q", "k", "v")
 # Target -> module inside a block.
@@ -40,10 +39,10 @@ MODULES = {target: place[0] for target, place in TARGETS.items()}
 _FUSED = re.compile(r"blocks\.\d+\.attn\.qkv")
 
 
-def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
+def rows_of_qkv(slices: Sequence[str], width: int) -> Slices:
     """The rows of a fused qkv that belong to slices of it."""
     starts = (SLICES.index(name) * width for name in slices)
-    return AdaptedRows(tuple((start, start + width) for start in starts), 3 * width)
+    return tuple((start, start + width) for start in starts)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ class Adapter:
     base_sha256: str | None = None
     model: str | None = None  #: name of the model of timm
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
-    groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
-    until: str | None = None  #: block that the tower ended after when it was trained
+    layers_read: tuple[int, ...] = ()  #: blocks of the tower that were read when it was trained; none: the last
 
     @property
     def scaling(self) -> float:
@@ -104,12 +102,13 @@ class Adapter:
         """Names of all base weights it changes: `blocks.0.attn.qkv.weight`, ..."""
         return tuple(f"{layer}.weight" for layer in self.layers())
 
-    def adapted(self, layer: str) -> AdaptedRows:
-        """The rows of a layer that it changes."""
+    def adapted(self, layer: str) -> tuple[Slices, int]:
+        """The rows of a layer that it changes, and how many it has in all."""
         rows, slices = len(self.tensors[f"{layer}.lora_B"]), self.slices()
         if slices and _FUSED.fullmatch(layer):
-            return rows_of_qkv(slices, rows // len(slices))
-        return AdaptedRows(((0, rows),), rows, self.groups.get(layer, 1))
+            width = rows // len(slices)
+            return rows_of_qkv(slices, width), 3 * width
+        return ((0, rows),), rows
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """A and B of a layer, fp32."""
@@ -118,7 +117,8 @@ class Adapter:
     def delta(self, weight: str) -> Tensor:
         """scaling * B @ A of one base weight, dense, fp32, (out, fan in); zero in rows that are not adapted."""
         layer = weight.removesuffix(".weight")
-        return self.adapted(layer).update(*self.factors(layer), self.scaling)
+        slices, rows = self.adapted(layer)
+        return dense_update(rows, *self.factors(layer), slices, self.scaling)
 
     def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(result, change) of one base weight, fp32 all."""
@@ -164,7 +164,7 @@ class Adapter:
         return shapes
 
     def fit(self, tower: Tower) -> Adapter:
-        """The adapter, checked to have exactly the tensors that its settings mean on this tower, up to `until`.
+        """The adapter, checked to have exactly the tensors that its settings mean on this tower, as far as it was read.
 
         Raises ValueError for every difference, and for values that are not finite.
         """
@@ -173,7 +173,7 @@ class Adapter:
                 f"the adapter is for timm's {self.model}, and this is a tower of EVA ({tower.describe()}): take the "
                 f"adapter and the base of the same model"
             )
-        tensors, tower = self.tensors, part_of(tower, self.until)
+        tensors, tower = self.tensors, part_of(tower, self.layers_read)
         if (depth_of(tensors), self.width) != (tower.depth, tower.width):
             raise ValueError(
                 f"the adapter is for a tower of width {self.width}, depth {self.depth}; this tower has "
@@ -200,8 +200,9 @@ class Adapter:
         Raises ValueError where it does not fit the model, and where the model has adapters already.
         """
         adapter = self
-        if self.until != backbone.until:
-            theirs, ours = ("is whole" if end is None else f"ends after {end}" for end in (self.until, backbone.until))
+        if self.layers_read != backbone.layers_read:
+            read = (self.layers_read, backbone.layers_read)
+            theirs, ours = (f"ends after block {max(each)}" if each else "is whole" for each in read)
             raise ValueError(f"the tower that the adapter was trained in {theirs}, this one {ours}: take the same end")
         if isinstance(backbone, EvaViT):
             adapter = self.fit(tower_of(backbone))
@@ -262,7 +263,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for layer in first.layers():
         a, b = f"{layer}.lora_A", f"{layer}.lora_B"
-        slices = len(first.adapted(layer).slices)
+        slices = len(first.adapted(layer)[0])
         parts = [adapter.tensors[a].float().chunk(slices) for adapter in adapters]
         tensors[a] = torch.cat([part[index] for index in range(slices) for part in parts])
         columns = [adapter.scaling / len(adapters) * adapter.tensors[b].float() for adapter in adapters]
@@ -282,7 +283,7 @@ def _model_of(adapter: Adapter) -> str:
     if adapter.model is None:
         return "a tower of EVA"
     size = "".join(f", {name}={value}" for name, value in adapter.options.items())
-    return f"{adapter.model}{size}{'' if adapter.until is None else f', up to {adapter.until}'}"
+    return f"{adapter.model}{size}{f', up to block {max(adapter.layers_read)}' if adapter.layers_read else ''}"
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:
@@ -297,11 +298,20 @@ def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> Adapter:
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in lora_parameters(backbone).items()
     }
-    return adapter_of_run(lora_settings(backbone), tensors, backbone, base_sha256)
+    layers = lora_layers(backbone)
+    first = next(iter(layers.values()))
+    targets = [
+        role
+        for role, (path, part, parts) in TARGETS.items()
+        if (layer := layers.get(f"blocks.0.{path}")) is not None
+        and len(layer.weight) // parts * part in [lo for lo, _ in layer.slices]
+    ]
+    lora = LoraConfig(rank=first.rank, alpha=first.alpha, targets=tuple(targets))
+    return adapter_of_run(lora, tensors, backbone, base_sha256)
 
 
 def adapter_of_run(
-    lora: LoraConfig | LoraSettings,
+    lora: LoraConfig,
     tensors: Mapping[str, Tensor],
     backbone: Backbone,
     base_sha256: str | None = None,
@@ -313,7 +323,7 @@ def adapter_of_run(
         tuple(lora.targets),
         dict(tensors),
         base_sha256,
-        until=backbone.until,
+        layers_read=backbone.layers_read,
     )
     if isinstance(backbone, EvaViT):
         return replace(adapter, targets=canonical_targets(adapter.targets))
@@ -321,10 +331,5 @@ def adapter_of_run(
     # In the order of the model's layers, which is that of the file's header.
     names = [f"{layer}.{kind}" for layer in layers for kind in KINDS if f"{layer}.{kind}" in tensors]
     assert len(names) == len(tensors)
-    groups = {
-        name: module.groups
-        for name, module in layers.items()
-        if isinstance(module, nn.Conv2d | LoRAConv2d) and module.groups > 1
-    }
     tensors = {name: tensors[name] for name in names}
-    return replace(adapter, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
+    return replace(adapter, tensors=tensors, model=backbone.name, options=backbone.options)

@@ -7,7 +7,7 @@ and shapes are all checked before the first copy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from visft_ds.interop.layouts import (
 )
 from visft_ds.interop.timm_names import classifier_names
 from visft_ds.interop.towers import open_tower
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 
@@ -82,7 +82,7 @@ def _open_own(backbone: EvaViT, path: str | Path) -> BackboneFile:
     file, layout = open_tower(path)
     targets = base_parameters(backbone)
     wanted = {name: tuple(value.shape) for name, value in targets.items()}
-    ignored = check_names(file, layout, wanted, tower_of(backbone), backbone.until)
+    ignored = check_names(file, layout, wanted, tower_of(backbone), backbone.layers_read)
     sources = {name: layout.prefix + name for name in targets}
     _check_kinds(file, sources, targets)
     dtypes = Counter(str(file.dtype(source)).removeprefix("torch.") for source in sources.values())
@@ -124,11 +124,11 @@ def is_merged(file: WeightFile) -> bool:
 
 
 def check_names(
-    file: WeightFile, layout: Layout, wanted: Mapping[str, tuple[int, ...]], tower: Tower, until: str | None = None
+    file: WeightFile, layout: Layout, wanted: Mapping[str, tuple[int, ...]], tower: Tower, layers: Sequence[int] = ()
 ) -> dict[str, tuple[str, ...]]:
     """Account for every name of a file against the tower `wanted` (name without prefix -> shape).
 
-    Of a tower that ends after the block `until`, the file may have the blocks behind it.
+    Of a tower that is read after `layers`, the file may have the blocks behind them.
     Returns what is ignored: reason -> names in the file. Raises ValueError listing all that is missing, unexpected or
     of another shape.
     """
@@ -136,13 +136,13 @@ def check_names(
 
     def reason(name: str) -> str | None:
         inner = name.removeprefix(prefix) if name.startswith(prefix) else None
-        if until is not None and depth_of([inner or ""]) > tower.depth:
-            return f"behind {until}"
+        if layers and depth_of([inner or ""]) > tower.depth:
+            return f"behind block {max(layers)}"
         return _reason(inner) or layout.reason_to_ignore(name)
 
     ignored, problems = _account(file, {prefix + name: shape for name, shape in wanted.items()}, reason)
     if any(problems.values()):
-        raise ValueError(_complaint(file, layout, tower, problems, until))
+        raise ValueError(_complaint(file, layout, tower, problems, layers))
     return {reason: tuple(names) for reason, names in ignored.items()}
 
 
@@ -181,10 +181,10 @@ def _reason(inner: str | None) -> str | None:
 
 
 def _complaint(
-    file: WeightFile, layout: Layout, tower: Tower, problems: Mapping[str, list[str]], until: str | None
+    file: WeightFile, layout: Layout, tower: Tower, problems: Mapping[str, list[str]], layers: Sequence[int]
 ) -> str:
     found = tower_in(file, layout)
-    found = found if until is None else replace(found, depth=min(found.depth, tower.depth))
+    found = replace(found, depth=min(found.depth, tower.depth)) if layers else found
     lines = [f"{file.path} does not fit the model (layout {layout.name}, prefix {layout.prefix!r})."]
     if (found.width, found.depth, found.hidden) != (tower.width, tower.depth, tower.hidden):
         lines.append(
@@ -206,10 +206,8 @@ def _complaint(
 
 def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
     """Beginnings of names of what a file may hold beyond the feature map."""
-    cut = tuple(f"{name}." for name in backbone.behind)
-    others = (name for name in backbone.left_out if not name.startswith(cut))
-    tops = {name.partition(".")[0] for name in (*classifier_names(backbone.classifier_names), *others)}
-    return (*cut, *(f"{name}." for name in sorted(tops | {"fc_norm"})))
+    tops = {name.partition(".")[0] for name in classifier_names(backbone.classifier_names)}
+    return (*backbone.left_out, *(f"{name}." for name in sorted({*tops, *backbone.unused, "fc_norm"})))
 
 
 def _timm_complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, list[str]]) -> str:
@@ -290,12 +288,12 @@ def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
 
 
 def load_timm(
-    path: str | Path, name: str, image_size: int | None, storage: torch.dtype, until: str | None = None
+    path: str | Path, name: str, image_size: int | None, storage: torch.dtype, layers: Sequence[int] = ()
 ) -> tuple[TimmBackbone, str]:
     """A model of timm, up to a block, with the weights of a file, and what to say of it; matrices in `storage`, the
     rest in fp32.
     """
-    backbone = build_timm(name, image_size=image_size, until=until)
+    backbone = build_timm(name, image_size=image_size, layers=layers)
     opened = _open_timm(backbone, path)
     for key, parameter in backbone.named_parameters():
         small = parameter.ndim < 2 or key in ("pos_embed", "cls_token", "reg_token")

@@ -17,7 +17,7 @@ from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.merge import MergeReport, Share, TimmMerge, Verification
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 
 _HEADING = ["## How to load it", ""]
 _METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
@@ -62,11 +62,11 @@ def merged_card(
         f"Names of the tensors: {FORMATS[form].library}. The tower is stored in {dtype}, whatever else the base file "
         f"had is as it was. {len(report.weights)} tensors.",
     ]
-    if change.until is not None:
+    if change.layers_read:
         what.append(
-            f"It was trained on what {change.until} gives, normed by the last norm; behind that block it is the base. "
+            f"It was trained on what block {max(change.layers_read)} gives, through the last norm. "
             f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
-            f"[{change.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
+            f"{[*change.layers_read]}, norm=True, intermediates_only=True)`."
         )
     loading = [*_HEADING, *_snippet(form, report, side_files)]
     measured = _of_merge(report.total, report.blocks, verification)
@@ -109,14 +109,14 @@ def timm_card(
         loading += ["model = AutoModel.from_pretrained(FOLDER)"]
         if report.side_files["config.json"]["model_type"] == "clip_vision_model":
             loading += ["# features = model.post_layernorm(model(pixel_values=images).last_hidden_state)"]
-        if report.backbone.until is not None:
-            what.append(f"It ends after {report.backbone.until}, whose normed tokens it was trained on.")
+        if report.backbone.layers_read:
+            what.append(f"It ends after {report.backbone.ends()[-1]}, whose normed tokens it was trained on.")
     else:
         loading = ['FOLDER = "."  # this folder', "import timm", ""]
         loading += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)']
-        if report.backbone.until is not None:
-            loading += ["", f"# It was trained on what {report.backbone.until} gives.", "import torch", ""]
-            loading += [*report.backbone.ending(), "# features = model.forward_features(images)"]
+        if report.backbone.layers_read:
+            loading += ["", f"# It was trained on what {report.backbone.ends()[-1]} gives."]
+            loading += [report.backbone.pruning, "# features = model.forward_features(images)"]
         else:
             notes.append("transformers loads the folder as `AutoModel.from_pretrained(FOLDER)` (TimmWrapperModel).")
     lines = [*_HEADING, *(_code(loading) if loading else []), *notes, ""]

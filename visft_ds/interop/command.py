@@ -44,7 +44,7 @@ from visft_ds.interop.merge import (
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
 from visft_ds.ops import DTYPES
@@ -144,7 +144,7 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
         origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
         files, load = [file], partial(loaders.load_model, layout, backbone=report.backbone)
         if given.format == "onnx":
-            files = _write_onnx(given, file, load_timm(file, *change.timm, torch.float32, change.until)[0])
+            files = _write_onnx(given, file, load_timm(file, *change.timm, torch.float32, change.layers_read)[0])
         verification = None
         if given.verify:
             readable = report.side_files or given.format == "onnx"  # by others than us; a note has said so
@@ -164,8 +164,8 @@ def _write_timm(given: argparse.Namespace, change: Change, origin: Origin) -> in
     if given.format == layout and (call := report.create_call(given.out)):
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
-        if report.backbone.until is not None:
-            print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
+        if report.backbone.layers_read:
+            print(f"read it  after {report.backbone.ends()[-1]}: {report.backbone.pruning}; forward_features")
     return 0
 
 
@@ -412,12 +412,12 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             allow_other_base=given.allow_other_base,
             tower=tower,
         )
-        until, files = None if adapter is None else adapter.until, [report.file]
+        layers, files = () if adapter is None else adapter.layers_read, [report.file]
         computed = report.tower
         if given.format == "onnx":
             # Others' models need the class token. This graph is the tower as it trained and as heads read it, without.
             computed = replace(report.tower, class_token=False)
-            backbone = build_tower(computed, until=until)
+            backbone = build_tower(computed, layers=layers)
             load_backbone(backbone, report.file)
             files = _write_onnx(given, report.file, backbone)
         _print_report(given, report, files, time.perf_counter() - started)
@@ -429,7 +429,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
         if given.verify:
             load = None
             if given.format not in ("eva_clip", "lavis"):
-                load = partial(loaders.load_tower, given.format, tower=report.tower, until=until)
+                load = partial(loaders.load_tower, given.format, tower=report.tower, layers=layers)
             verification = _verify(given, adapter, computed, files, beside, load)
             if not verification.passed:
                 return 1
@@ -454,11 +454,9 @@ def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) 
     whole, notes, base = _tower_of_adapter(given, adapter)
     tower = None
     if whole is not None:
-        adapter, tower = adapter.fit(whole), part_of(whole, adapter.until)
+        adapter, tower = adapter.fit(whole), part_of(whole, adapter.layers_read)
     elif given.format != "peft":
         raise ValueError(f"--format {given.format} is for towers of EVA-CLIP, this is timm's {adapter.model}: peft")
-    elif reason := peft.why_no_peft(adapter):
-        raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:

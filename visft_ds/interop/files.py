@@ -34,7 +34,7 @@ BASE_SHA256, TRAINED_ON = "base_sha256", "trained_on"
 #: Entry of the header of a tower that trained itself: JSON, our names of what trained; the rest is as in its base.
 TRAINED = "trained"
 #: Entry of the header of weights that trained up to a block, whose result is what they are read for: its name.
-UNTIL = "until"
+LAYERS = "layers"
 _ZIP_MAGIC = b"PK\x03\x04"
 #: Values that are looked at at once.
 _PIECE = 2**20

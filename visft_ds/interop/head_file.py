@@ -40,7 +40,7 @@ class TrainerNotes(StrictModel):
     format: str | None = None
     base: str | None = None
     mode: str | None = None
-    until: str | None = None
+    layers: list[int] = Field(default_factory=list)
     vocabulary: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.shards import Category
-from visft_ds.interop.files import UNTIL, WeightFile, examples, open_weights
+from visft_ds.interop.files import LAYERS, WeightFile, examples, open_weights
 from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options
 from visft_ds.interop.published_heads import (
     KINDS,
@@ -209,13 +209,13 @@ def of_other_base(heads: Mapping[str, HeadInfo], known: Collection[str]) -> list
     ]
 
 
-def read_elsewhere(info: HeadInfo, until: str | None) -> str | None:
-    """Why a head cannot read what a backbone gives that ends after a block (None: is whole); None where it can."""
-    wanted = info.extra.get(UNTIL)
-    if wanted == until:
+def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
+    """Why a head cannot read what these blocks of a backbone give (none: the last); None if it can."""
+    wanted = info.extra.get(LAYERS, [])
+    if wanted == list(layers):
         return None
-    theirs, ours = ("the last block" if end is None else end for end in (wanted, until))
-    return f"the {info.task} head learnt to read {theirs}, and here the backbone ends after {ours}"
+    theirs, ours = (f"block {max(read)}" if read else "the last block" for read in (wanted, layers))
+    return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
 
 
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural
-from visft_ds.interop.files import UNTIL, WeightFile, examples
-from visft_ds.models.backbone import Backbone
-from visft_ds.models.eva_vit import PRESETS, Block, EvaViT, depth_until
+from visft_ds.interop.files import LAYERS, WeightFile, examples
+from visft_ds.models import Backbone
+from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 
 #: In the metadata of weights of a model of timm: its settings (JSON).
@@ -156,10 +156,10 @@ def tower_of(backbone: EvaViT) -> Tower:
 
 def tower_metadata(backbone: Backbone) -> dict[str, str]:
     """Metadata that describe a backbone in the file of its weights."""
-    until = {} if backbone.until is None else {UNTIL: backbone.until}
+    layers = {LAYERS: json.dumps(backbone.layers_read)} if backbone.layers_read else {}
     if isinstance(backbone, TimmBackbone):
-        return {TIMM_KEY: backbone.settings(), **until}
-    return {"tower": tower_of(backbone).to_json(), **until}
+        return {TIMM_KEY: backbone.settings(), **layers}
+    return {"tower": tower_of(backbone).to_json(), **layers}
 
 
 def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -226,9 +226,16 @@ def depth_of(names: Iterable[str]) -> int:
     return 1 + max((int(match[1]) for name in names if (match := _BLOCK.match(name))), default=-1)
 
 
-def part_of(tower: Tower, until: str | None) -> Tower:
-    """The tower up to a block, None: all of it. Raises ValueError where it has no such block."""
-    return tower if until is None else replace(tower, depth=depth_until(until, tower.depth))
+def part_of(tower: Tower, layers: Sequence[int]) -> Tower:
+    """The tower up to the last of the blocks that are read, or all of it. Raises ValueError for one that it lacks."""
+    if layers and max(layers) >= tower.depth:
+        raise ValueError(f"layers {list(layers)}: the tower has blocks 0 to {tower.depth - 1}")
+    return replace(tower, depth=max(layers) + 1) if layers else tower
+
+
+def layers_in(file: WeightFile) -> tuple[int, ...]:
+    """The blocks whose maps are read of the backbone in a file, as its header says."""
+    return tuple(json.loads(file.metadata.get(LAYERS, "[]")))
 
 
 def tower_names(tower: Tower) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from visft_ds.interop.peft import reads_past_layers
 from visft_ds.interop.timm_names import export_entries, model_arguments
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_text
-from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
 Features = Callable[[Tensor], Tensor]
 #: Format -> module and package of the library that loads it. The other formats are read by no library on PyPI.
@@ -71,9 +71,9 @@ def as_folder(file: Path, name: str, side_files: Callable[[Path], Mapping[str, M
         yield folder
 
 
-def load_tower(form: str, folder: Path, tower: Tower, until: str | None) -> Features:
+def load_tower(form: str, folder: Path, tower: Tower, layers: Sequence[int]) -> Features:
     """A tower of our own out of a folder for timm or open_clip; see `as_folder`."""
-    block = None if until is None else int(until.rpartition(".")[2])
+    block = max(layers) if layers else None
     if form == "open_clip":
         import open_clip
 
@@ -94,7 +94,7 @@ def load_model(form: str, folder: Path, backbone: TimmBackbone) -> Features:
         import timm
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        return TimmBackbone(model, backbone.name, backbone.options, backbone.until).eval()
+        return as_backbone(model, backbone.name, backbone.options, backbone.layers_read).eval()
     from transformers import AutoModel
 
     model = _from_pretrained(AutoModel, folder)
@@ -116,9 +116,9 @@ def load_peft(folder: Path, base: Path, adapter: Adapter, tower: Tower | None) -
         for block in model.blocks if reads_past_layers(adapter) else ():
             block.attn.qkv_bias_separate = True
         model = PeftModel.from_pretrained(model, folder).base_model.model
-        return TimmBackbone(model, adapter.model, adapter.options, adapter.until).eval()
+        return as_backbone(model, adapter.model, adapter.options, adapter.layers_read).eval()
     file, layout = open_tower(base)
-    tower = part_of(tower, adapter.until)
+    tower = part_of(tower, adapter.layers_read)
     model = _filled(view(file, export_entries(file, layout)), tower, None)
     for block in model.blocks:
         block.attn.qkv_bias_separate = True

@@ -23,8 +23,8 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone, load_timm, open_backbone
 from visft_ds.interop.files import (
     BASE_SHA256,
+    LAYERS,
     TRAINED_ON,
-    UNTIL,
     VISION_OF,
     Entry,
     TensorInfo,
@@ -41,7 +41,7 @@ from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, t
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import refuse_existing, write_safetensors, write_torch
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.monitor.console import Gauge
 
@@ -187,7 +187,7 @@ def merge_into_file(
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
     """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
-    names = ("lora_merged", BASE_SHA256, TRAINED_ON, "lora", "tuned", UNTIL)
+    names = ("lora_merged", BASE_SHA256, TRAINED_ON, "lora", "tuned", LAYERS)
     metadata = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
     tower_tensors = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
     exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in tower_tensors)
@@ -202,7 +202,7 @@ def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str
         "lora_merged": "true" if kind == "lora" else "false",
         BASE_SHA256: base_sha256,
         **recipe_of_base(file),
-        **({} if change.until is None else {UNTIL: change.until}),
+        **({LAYERS: json.dumps(change.layers_read)} if change.layers_read else {}),
         kind: json.dumps({**change.record(), "sha256": change.fingerprint()}),
     }
 
@@ -284,7 +284,7 @@ def merge_timm(
     refuse_existing(out)
     assert change.timm is not None
     name, image_size = change.timm
-    backbone = build_timm(name, image_size=image_size, until=change.until, device="meta")
+    backbone = build_timm(name, image_size=image_size, layers=change.layers_read, device="meta")
     opened = open_backbone(backbone, base)
     file, parameters = opened.file, base_parameters(backbone)
     if is_merged(file):
@@ -383,8 +383,8 @@ def verify_merge(
     def load(path: str | Path) -> Backbone:
         if tower is None:
             assert change is not None and change.timm is not None
-            return load_timm(path, *change.timm, torch.float32, change.until)[0].eval()
-        built = build_tower(tower, until=None if change is None else change.until).eval()
+            return load_timm(path, *change.timm, torch.float32, change.layers_read)[0].eval()
+        built = build_tower(tower, layers=() if change is None else change.layers_read).eval()
         load_backbone(built, path)
         return built
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 
 FILE = "model.onnx"
 #: Packages of the extra `onnx`, as they are imported.

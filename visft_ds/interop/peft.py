@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from visft_ds.config.fields import StrictModel
@@ -31,18 +31,11 @@ from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
 from visft_ds.models.lora import KINDS
 from visft_ds.models.timm_backbone import build_timm
+from visft_ds.ops.lora import parts_of
 
 FILE = "lora.safetensors"  #: our own file
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _KEY = "visft_module_adapter"
-
-
-class _Place(StrictModel):
-    """Layer that an adapter changes."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    groups: Natural
 
 
 class _Entry(StrictModel):
@@ -54,10 +47,10 @@ class _Entry(StrictModel):
     rank: Natural
     alpha: float
     targets: list[str]
-    places: dict[str, _Place]
+    places: list[str]  #: layers that the adapter changes
     base_sha256: str | None
     options: dict[str, Natural]
-    until: str | None = None
+    layers: list[int] = Field(default_factory=list)
 
 
 #: Where PEFT's `base_model_name_or_path` is null.
@@ -132,7 +125,7 @@ def save_peft_adapter(
     folder = Path(folder)
     if adapter.model is None:
         assert tower is not None
-        adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
+        adapter, tower = adapter.fit(tower), part_of(tower, adapter.layers_read)
     if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, FILE, README)):
         raise ValueError(f"{folder} holds an adapter already and is not overwritten: choose another folder")
     (folder / CONFIG).unlink(missing_ok=True)
@@ -145,10 +138,9 @@ def save_peft_adapter(
         lines += [*([] if base_model else [NAMELESS]), "", loading(adapter, tower, base_model)]
         card = "\n".join([*front_matter("adapter", "peft", base_model, merged=False), *lines])
     write_text(folder / README, card, overwrite=overwrite)
-    if why_no_peft(adapter) is None:
-        save_tensors(folder / WEIGHTS, peft_tensors(adapter), {}, overwrite=overwrite)
-        content = adapter_config(adapter) | {"base_model_name_or_path": base_model and base_model.repository}
-        write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    save_tensors(folder / WEIGHTS, peft_tensors(adapter), {}, overwrite=overwrite)
+    content = adapter_config(adapter) | {"base_model_name_or_path": base_model and base_model.repository}
+    write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n", overwrite=overwrite)
     return folder
 
 
@@ -171,12 +163,11 @@ def read_adapter_folder(folder: Path) -> Adapter:
         told.base_sha256,
         model=told.name,
         options=told.options,
-        groups={layer: place.groups for layer, place in told.places.items() if place.groups > 1},
-        until=told.until,
+        layers_read=tuple(told.layers),
     )
     for layer in told.places:
         a, b = file.shape(f"{layer}.lora_A"), file.shape(f"{layer}.lora_B")
-        parts = len(adapter.adapted(layer).slices)  # each has rows of lora_A of its own
+        parts = len(adapter.adapted(layer)[0])  # each has rows of lora_A of its own
         if len(a) not in (2, 4) or len(b) != 2 or 0 in (*a, *b) or (a[0], b[1]) != (parts * told.rank, told.rank):
             raise ValueError(f"{file.path}: {layer} has lora_A {a} and lora_B {b}, its header says rank {told.rank}")
     return adapter
@@ -192,18 +183,11 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.model,
         **adapter.record(),
-        "places": {layer: {"groups": adapter.groups.get(layer, 1)} for layer in adapter.layers()},
+        "places": list(adapter.layers()),
         "base_sha256": adapter.base_sha256,
         "options": dict(adapter.options),
-        "until": adapter.until,
+        "layers": list(adapter.layers_read),
     }
-
-
-def why_no_peft(adapter: Adapter) -> str | None:
-    """Why PEFT cannot compute with an adapter; None where it can."""
-    if adapter.groups:
-        return f"it has no update that groups of a convolution share ({next(iter(adapter.groups))})"
-    return None
 
 
 def reads_past_layers(adapter: Adapter) -> bool:
@@ -219,21 +203,20 @@ def facts(adapter: Adapter, tower: Tower | None) -> str:
     text = f"R{adapter.describe()[1:]}"
     if tower is not None:
         text += f" of each of the {adapter.depth} blocks ({tower.describe()})"
-    if adapter.until is not None:
-        text += f". The tower ended after {adapter.until}: that is where features are to be read"
+    if adapter.layers_read:
+        text += f". The tower ended after block {max(adapter.layers_read)}: that is where features are to be read"
     return f"{text}."
 
 
 def loading(adapter: Adapter, tower: Tower | None, published: Publication | None) -> str:
-    """The part of a README.md that says how PEFT + timm load an adapter folder, or why they do not."""
-    if reason := why_no_peft(adapter):
-        return f"It is not in PEFT's form: {reason}. `visft merge` of visft_ds reads `{FILE}`.\n"
+    """The part of a README.md that says how PEFT + timm load an adapter folder."""
     if tower is None:
         return _timm_loading(adapter, published)
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
-    if adapter.until is not None:
-        adjust += f"weights = {{name: weights[name] for name in model.state_dict()}}  # up to {adapter.until}\n"
+    if adapter.layers_read:
+        block = max(adapter.layers_read)
+        adjust += f"weights = {{name: weights[name] for name in model.state_dict()}}  # up to block {block}\n"
     beside = ("head.weight", "head.bias") if tower.class_token else ("head.weight", "head.bias", "cls_token")
     model = _OWN_MODEL.format(create=create_model_call(tower), beside=beside, adjust=adjust, separate=_SEPARATE)
     fused = _FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if adapter.slices() else ""
@@ -252,10 +235,10 @@ def _timm_loading(adapter: Adapter, published: Publication | None) -> str:
         ]
     past = reads_past_layers(adapter)
     lines += [_SEPARATE.rstrip()] if past else []
-    if adapter.timm is not None and adapter.until is not None:
+    if adapter.timm is not None and adapter.layers_read:
         name, image_size = adapter.timm
-        ending = build_timm(name, image_size=image_size, until=adapter.until, device="meta").ending()
-        lines += [f"# It was trained on what {adapter.until} gives.", "import torch", *ending]
+        backbone = build_timm(name, image_size=image_size, layers=adapter.layers_read, device="meta")
+        lines += [f"# It was trained on what {backbone.ends()[-1]} gives.", backbone.pruning]
     return _LOADING.format(before="", model="\n".join(lines), after=_NECESSARY if past else "")
 
 
@@ -273,7 +256,7 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
     else:
         # Whole names: "conv1" alone would be the conv1 of every block.
         targets = "|".join(re.escape(layer) for layer in adapter.layers())
-        factors = {re.escape(layer): len(adapter.adapted(layer).slices) for layer in adapter.layers()}
+        factors = {re.escape(layer): len(adapter.adapted(layer)[0]) for layer in adapter.layers()}
     factors = {name: count for name, count in factors.items() if count > 1}
     return {
         "peft_type": "LORA",
@@ -298,12 +281,12 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Its tensors, fp32, under the names of PEFT's file."""
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers():
-        rows = adapter.adapted(layer)
+        slices, rows = adapter.adapted(layer)
         a, b = adapter.factors(layer)
-        if not rows.unsliced:  # zero outside one block of columns a slice
-            dense = b.new_zeros(rows.rows, len(rows.slices) * adapter.rank)
-            for changed, columns, rows_of_b in rows.parts(adapter.rank):
-                dense[changed, columns] = b[rows_of_b]
+        if slices != ((0, rows),):  # zero outside one block of columns a slice
+            dense = b.new_zeros(rows, len(slices) * adapter.rank)
+            for lo, hi, columns, rows_of_b in parts_of(slices, adapter.rank):
+                dense[lo:hi, columns] = b[rows_of_b]
             b = dense
         if a.ndim == 4:
             b = b[:, :, None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, fl
     return replace(found, num_heads=int(heads), post_norm=bool(post_norm))
 
 
-def build_tower(tower: Tower, dtype: torch.dtype = torch.float32, until: str | None = None) -> EvaViT:
+def build_tower(tower: Tower, dtype: torch.dtype = torch.float32, layers: Sequence[int] = ()) -> EvaViT:
     """A model of these sizes, up to a block, with unset weights, to be loaded next."""
     assert tower.num_heads is not None and tower.post_norm is not None
     return build_backbone(
@@ -77,6 +77,6 @@ def build_tower(tower: Tower, dtype: torch.dtype = torch.float32, until: str | N
         image_size=tower.image_size,
         post_norm=tower.post_norm,
         class_token=tower.class_token,
-        until=until,
+        layers=layers,
         seed=None,
     )

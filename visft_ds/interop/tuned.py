@@ -15,9 +15,9 @@ from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter, fingerprint_of
 from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.files import TRAINED, TRAINED_ON, UNTIL, TensorInfo, WeightFile, examples, open_weights
-from visft_ds.interop.layouts import Tower, base_parameters, tower_names
-from visft_ds.models.backbone import Backbone
+from visft_ds.interop.files import TRAINED, TRAINED_ON, TensorInfo, WeightFile, examples, open_weights
+from visft_ds.interop.layouts import Tower, base_parameters, layers_in, tower_names
+from visft_ds.models import Backbone
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class TunedWeights:
         return timm_settings(self.file)
 
     @property
-    def until(self) -> str | None:
+    def layers_read(self) -> tuple[int, ...]:
         """Block that the tower ended after when it was trained; None: it was whole."""
-        return self.file.metadata.get(UNTIL)
+        return layers_in(self.file)
 
     def weights(self) -> tuple[str, ...]:
         """Names of all base weights that trained: those that the header tells, or all of a checkpoint's."""

@@ -155,7 +155,7 @@ def export_entries(file: WeightFile, backbone: TimmBackbone) -> dict[str, Entry]
 
 def has_pooling(file: WeightFile, backbone: TimmBackbone) -> bool:
     """Return True if a file has the attention by which a whole SigLIP pools its tokens."""
-    return backbone.until is None and f"{_POOLING}latent" in file
+    return not backbone.layers_read and f"{_POOLING}latent" in file
 
 
 def _made_of(known: VisionModel, file: WeightFile, name: str) -> Iterator[tuple[str, Entry]]:

@@ -1,1 +1,38 @@
 """Backbones (image -> feature map) and the adapters that go into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.pretrained import TIMM
+
+#: Both give (B, 3, H, W) -> (B, width, h, w), with a cell for `patch_size` pixels, normalise images by `pixel_mean` and
+#: `pixel_std`, recompute as `recompute` says, and read the blocks `layers_read`.
+Backbone = EvaViT | TimmBackbone
+
+
+def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Backbone:
+    """A backbone on the meta device.
+
+    Args:
+        preset: of `PRESETS`, or TIMM and the name of a model of timm.
+        dtype: of its parameters.
+        options: fields that replace the preset's, with timm image_size alone; and `layers`, the blocks that are read.
+
+    Raises:
+        ValueError: a preset, a shape or a block that does not exist.
+    """
+    if preset.startswith(TIMM):
+        return build_timm(preset.removeprefix(TIMM), device="meta", dtype=dtype, **options)
+    return build_backbone(preset, device="meta", dtype=dtype, seed=None, **options)
+
+
+def require_eva_vit(backbone: Backbone) -> EvaViT:
+    """A backbone that is a tower of EVA-CLIP, where the configuration allows no other (pipelines)."""
+    assert isinstance(backbone, EvaViT), type(backbone)
+    return backbone

@@ -1,38 +1,32 @@
 """The vision towers of EVA-CLIP (https://github.com/baaivision/EVA, EVA-CLIP): image -> feature map.
 
-EVA-ViT-E normalises the results of the branches (x + norm(attn(x)), "post-norm"), EVA-ViT-G their inputs (x +
-attn(norm(x)), "pre-norm"); otherwise they are alike: no dropout, layer scale, rotary embedding or gated MLP. As in
-ViSFT (https://arxiv.org/abs/2401.10222) there is no class token unless asked for, but `pos_embed` always keeps its
-entry first, as in every published file.
+EVA-ViT-E norms the results of the branches (x + norm(attn(x)), "post-norm"), EVA-ViT-G their inputs; otherwise they are
+alike: no dropout, layer scale, rotary embedding or gated MLP. As in ViSFT (https://arxiv.org/abs/2401.10222) there is
+no class token unless asked for, but `pos_embed` always keeps its entry first, as in every published file.
 
-Letters: B images, H W pixels, h w patch grid, N tokens, D width.
+Every parameter is used in the forward of the module that owns it and nowhere else: ZeRO-3 gathers them per module, and
+an adapter that replaces a module is bypassed if its parent reads the weight.
+Letters: B images, H W pixels, h w patch grid, N tokens, T tokens of several images, D width.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.models.layers import (
-    Attention,
-    LayerNorm,
-    Mlp,
-    PatchEmbed,
-    resize_position_embeddings,
-    stack_padded,
-)
-from visft_ds.ops import autocast_as, autocast_dtype, movable
-from visft_ds.ops.attention import Packing
+from visft_ds.ops import autocast_as, autocast_dtype, matmul_dtype, movable, no_autocast
+from visft_ds.ops.attention import Packing, attention, attention_packed
+from visft_ds.ops.gelu import gelu
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -47,35 +41,137 @@ class EvaViTConfig:
     mlp_ratio: float  #: hidden width of the MLP = int(width * mlp_ratio)
     patch_size: int = 14
     image_size: int = 224
-    post_norm: bool = False  #: True: x + norm(attn(x)); False: x + attn(norm(x))
+    post_norm: bool = False
+    class_token: bool = False
 
-
-#: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 
 PRESETS = {
     "eva_e": EvaViTConfig(width=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, post_norm=True),
     "eva_g": EvaViTConfig(width=1408, depth=40, num_heads=16, mlp_ratio=4.3637),
     "debug": EvaViTConfig(width=192, depth=4, num_heads=4, mlp_ratio=4.0, image_size=112),
 }
-
-
+#: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: What of a block is recomputed in the backward pass: all of it; or the MLP, whose hidden activations are the widest,
 #: and the attention's projection in front of it.
 RECOMPUTE = ("block", "mlp")
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with activation checkpointing. Blocks have no dropout, so no random state is restored."""
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+class Linear(nn.Linear):
+    """A linear layer that computes in autocast's dtype, else in the weight's; its bias may come with the call."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out). A bias given here replaces the module's own."""
+        weight, bias = self.weight, self.bias if bias is None else bias
+        dtype = matmul_dtype(weight)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the dtype of its input, also under autocast, which would keep an fp32 copy of a 16-bit input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with no_autocast(x.device):
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Patches(nn.Conv2d):
+    """The convolution of `PatchEmbed`, in the dtype of matrix products."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        dtype = matmul_dtype(self.weight)
+        assert self.bias is not None
+        return F.conv2d(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), stride=self.stride)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens. Pixels right and below the last complete patch are dropped."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = Patches(3, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h*w, D), row by row."""
+        patches: Tensor = self.proj(images)
+        # Contiguous, since every sum of the residual stream would inherit the order of the convolution.
+        return patches.flatten(2).transpose(1, 2).contiguous()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv, biases on q and v and none on k (BEiT, arXiv 2106.08254)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
+
+        The block applies `proj`, which it may recompute in the backward pass.
+        """
+        batch, length, width = x.shape
+        qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
+        if packing is None:
+            mixed = attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        else:
+            mixed = attention_packed(q[0], k[0], v[0], packing)
+        return mixed.reshape(batch, length, width)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
+
+    def __init__(self, config: EvaViTConfig) -> None:
+        super().__init__()
+        self.post_norm = config.post_norm
+        self.norm1 = LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config.width, config.num_heads)
+        self.norm2 = LayerNorm(config.width, eps=1e-6)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+
+    def forward(self, x: Tensor, packing: Packing | None = None, recompute_mlp: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D), in the dtype of the residual stream; with a packing (1, T, D)."""
+        rest = partial(_checkpoint, self._projected_and_mlp) if recompute_mlp else self._projected_and_mlp
+        # The result of the first branch gets no name here, which would keep it in memory until the block ends.
+        x, branch = rest(x, self.attn(x if self.post_norm else self.norm1(x), packing))
+        return x + (self.norm2(branch) if self.post_norm else branch)
+
+    def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after the first branch, and the result of the second branch."""
+        if self.post_norm:
+            x = x + self.norm1(self.attn.proj(attended))
+            return x, self.mlp(x)
+        x = x + self.attn.proj(attended)
+        return x, self.mlp(self.norm2(x))
+
+
+def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
+    """torch's activation checkpointing. Blocks have no dropout, so no random state is restored."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Recomputed(torch.autograd.Function):
     """Activation checkpointing of a function of one tensor, without a hook for each tensor that it would have kept.
 
-    In host time `torch.utils.checkpoint` costs more than the second forward itself. What trains comes as an argument,
-    so that its gradients leave the graph where they would without recomputation, and engines see them there.
+    In host time torch's own costs more than the second forward itself. What trains comes as an argument, so that its
+    gradients leave the graph where they would without recomputation, and engines see them there.
     """
 
     @staticmethod
@@ -92,177 +188,67 @@ class _Recomputed(torch.autograd.Function):
         x = kept.detach().requires_grad_(need_x)
         with torch.enable_grad(), autocast_as(x.device, ctx.autocast):
             out = ctx.run(x)
-        wanted = [*([x] if need_x else []), *ctx.trained]
-        found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+        found = torch.autograd.grad(out, [*([x] if need_x else []), *ctx.trained], grad, allow_unused=True)
         return None, *(found if need_x else (None, *found))
 
 
-class Block(nn.Module):
-    """Transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
+def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
+    """A block whose activations are computed again in the backward pass.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        hidden: int,
-        *,
-        post_norm: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = LayerNorm(width, device=device, dtype=dtype)
-        self.attn = Attention(width, num_heads, device=device, dtype=dtype)
-        self.norm2 = LayerNorm(width, device=device, dtype=dtype)
-        self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False) -> Tensor:
-        """(B, N, D) -> (B, N, D) in the dtype of the residual stream.
-
-        Args:
-            packing: x is (1, T, D), the tokens of several images.
-            recompute_mlp: recompute everything from the attention kernel to the GELU in the backward pass, instead of
-                keeping the hidden activations of the MLP.
-        """
-        # The result of the first branch gets no name here, which would keep it in memory until the block ends.
-        if recompute_mlp:
-            # Activations between the attention kernel and the GELU are as wide as the residual stream, and the product
-            # between them costs a ninth of the MLP's first one: they are recomputed with it.
-            x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing))
-        else:
-            x, branch = self._projected_and_mlp(x, self._attended(x, packing))
-        return x + (self.norm2(branch) if self.post_norm else branch)
-
-    def recomputes_all(self) -> bool:
-        """Return True if the second forward of this block has nothing to leave out, and no storage moves under it.
-
-        `torch.utils.checkpoint` stops behind the last tensor that the backward pass needs: without a norm or an adapter
-        behind it the last product, a third of the block, is not computed again.
-        """
-        last = self.mlp.fc2._parameters.values()  # by its name, ZeRO-3 would gather the weight
-        fixed = not (torch.compiler.is_compiling() or any(one is not None and movable(one) for one in last))
-        return fixed and (self.post_norm or len(_trained(self.mlp.fc2)) > 0)
-
-    def _attended(self, x: Tensor, packing: Packing | None) -> Tensor:
-        out: Tensor = self.attn(x if self.post_norm else self.norm1(x), packing)
-        return out
-
-    def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after the first branch, and the result of the second branch."""
-        if self.post_norm:
-            x = x + self.norm1(self.attn.proj(attended))
-            return x, self.mlp(x)
-        x = x + self.attn.proj(attended)
-        return x, self.mlp(self.norm2(x))
-
-
-def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor:
-    """Run a block, (B, N, D) -> (B, N, D); `policy`: what of it is recomputed, "none" or one of RECOMPUTE."""
-    run: Callable[..., Tensor] = block
-    if policy == "mlp":
-        run = partial(block, recompute_mlp=True)
-    elif policy == "block":
-        if isinstance(block, Block) and block.recomputes_all():
-            whole = block if packing is None else partial(block, packing=packing)
-            out: Tensor = _Recomputed.apply(whole, x, *_trained(block))
-            return out
-        run = recomputed(block)
-    return run(x) if packing is None else run(x, packing=packing)
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return `module.parameters()` that require a gradient, at a fraction of its time."""
-    found = [
-        parameter for parameter in module._parameters.values() if parameter is not None and parameter.requires_grad
-    ]
-    for child in module._modules.values():
-        if child is not None:
-            found += _trained(child)
-    return found
-
-
-#: As `run_block`.
-BlockRunner = Callable[[nn.Module, Tensor, Packing | None, str], Tensor]
+    torch's checkpoint stops behind the last tensor that the backward pass needs: without a norm or an adapter behind
+    it, the last product of a block, a third of it, is not computed again. ZeRO-3 needs torch's, too.
+    """
+    last = list(block.mlp.fc2.parameters())
+    if any(map(movable, last)) or not (block.post_norm or any(each.requires_grad for each in last)):
+        return _checkpoint(block, x, packing)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)
+    return out
 
 
 class EvaViT(nn.Module):
-    """An EVA-CLIP vision tower without its projection head. Parameters are left uninitialised; see `build_backbone`.
+    """An EVA-CLIP vision tower without its projection head.
 
-    The residual stream is fp32 under autocast and never narrower than `pos_embed`, on every device. `embed`, `blocks`,
-    `norm` and `feature_map` are the forward cut in pieces, for a pipeline; under ZeRO-3 call the module itself, since
-    parameters are gathered for a module's own forward only.
-
-    Attributes:
-        recompute: what of each block is recomputed in the backward pass: "none", or one of RECOMPUTE.
-        pixel_mean, pixel_std: of the RGB channels in [0, 1], with which images are normalised.
-        compiled: runs the blocks in the place of `run_block`, if given.
-        until: the block that it was made to end after; None: it is whole.
+    The residual stream is fp32 under autocast and never narrower than `pos_embed`. `embed`, `blocks`, `norm` and
+    `feature_map` are the forward in pieces, for a pipeline; under ZeRO-3 call the module itself.
+    `recompute` is "none" or one of RECOMPUTE, `layers_read` the numbers of the blocks that are read (none: the last).
     """
 
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN
-    pixel_std: tuple[float, ...] = PIXEL_STD
+    pixel_mean, pixel_std = PIXEL_MEAN, PIXEL_STD
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        patch_size: int = 14,
-        image_size: int = 224,
-        post_norm: bool = False,
-        class_token: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: EvaViTConfig) -> None:
         super().__init__()
-        _check_shape(width, depth, num_heads, mlp_ratio, patch_size, image_size)
-        self.width = width
-        self.depth = depth
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.image_size = image_size
-        self.post_norm = post_norm
+        if config.width % config.num_heads or config.image_size % config.patch_size:
+            raise ValueError(f"{config}: num_heads must divide the width, and patch_size the image_size")
+        self.config, self.width, self.patch_size = config, config.width, config.patch_size
+        self.image_size, self.num_heads, self.post_norm = config.image_size, config.num_heads, config.post_norm
         self.recompute = "none"
-        self.compiled: BlockRunner | None = None
-        self.until: str | None = None
-        side = image_size // patch_size
-        self.cls_token: nn.Parameter | None = None
-        if class_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, width, device=device, dtype=dtype))
-        self.patch_embed = PatchEmbed(patch_size, width, device=device, dtype=dtype)
-        hidden = int(width * mlp_ratio)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, hidden, post_norm=post_norm, device=device, dtype=dtype) for _ in range(depth)
-        )
-        self.norm = LayerNorm(width, device=device, dtype=dtype)
+        self.layers_read: tuple[int, ...] = ()
+        positions = 1 + (config.image_size // config.patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
-        """Features of the patches.
+        """(B, 3, H, W), already normalised, at least one patch -> (B, D, h, w) after the last norm, channels last.
 
-        With `frames` they are those of each image alone, and padding is not computed: the patches of all images are
-        packed into one row. Position embeddings are then resized to each image's own grid, and no patch attends to
-        padding. Without, positions span the padding and patches attend to it, as in ViSFT's code; features differ.
-
-        Args:
-            images: (B, 3, H, W), already normalised, H and W at least one patch.
-            frames: (height, width) of each image within the padded batch, at least one patch.
-
-        Returns:
-            (B, D, h, w) after the last norm, a channels-last view in the dtype of the residual stream: (h, w) is the
-            grid of the padded batch, or with `frames` the largest of the images' own grids, with 0 beyond each.
+        With `frames`, the (height, width) of each image within the padded batch, features are those of each image
+        alone: the patches of all images are packed into one row, positions are resized to each image's own grid, and
+        (h, w) is the largest of these grids, with 0 beyond each. Without, positions span the padding and patches attend
+        to it, as in ViSFT's code.
         """
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
-        grids = self.grids(frames)
+        grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
         x = self.embed(images, grids)
-        packing = self.packing(grids, x.device)
+        first = int(self.cls_token is not None)
+        packing = Packing.of([first + height * width for height, width in grids], x.device)
         for block in self.blocks:
             x = self.run_block(block, x, packing)
-        return self.feature_maps(self.norm(x), grids)
+        parts = zip(self.norm(x)[0].split(packing.lengths), grids, strict=True)
+        return stack_padded([part[first:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2)
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
@@ -287,64 +273,86 @@ class EvaViT(nn.Module):
 
     def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, h*w, D) with positions added, after the class token if there is one."""
-        x = x + resize_position_embeddings(self.pos_embed[0, 1:], grid)
+        x = x + resized_positions(self.pos_embed[0, 1:], grid)
         if self.cls_token is None:
             return x
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on the blocks run through torch.compile; numbers of images and tokens are symbols in it."""
+        for block in self.blocks:
+            block.compile(dynamic=True, backend=backend)
+
     def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Run a block, recomputed in the backward pass as `recompute` says."""
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
-        run = self.compiled or run_block
-        return run(block, x, packing, policy)
+        if policy == "block":
+            assert isinstance(block, Block)
+            return recomputed(block, x, packing)
+        out: Tensor = block(x, packing, policy == "mlp")
+        return out
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
 
     def describe(self) -> str:
         """A few words for the console."""
-        return f"width {self.width}, {self.depth} blocks" + (f", ends after {self.until}" if self.until else "")
+        return f"width {self.width}, {self.depth} blocks" + (f", read after {self.ends()[-1]}" * bool(self.layers_read))
 
     def ends(self) -> list[str]:
-        """Blocks that it can end after, in their order."""
-        return block_names(self.depth)
+        """Names of the blocks that can be read, by number."""
+        return [f"blocks.{index}" for index in range(self.depth)]
 
-    def end_after(self, block: str) -> None:
-        """Leave out the blocks behind this one, whose result the last norm then norms.
+    def read_after(self, layers: Sequence[int]) -> None:
+        """Leave out all that lies behind the last of these blocks, whose result the last norm then norms.
 
-        Raises ValueError, see `depth_until`.
+        Raises ValueError for a block that it does not have.
         """
-        self.depth = depth_until(block, self.depth)
-        del self.blocks[self.depth :]
-        self.until = block
+        self.layers_read = tuple(layers)
+        if layers:
+            del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w) for images (B, 3, H, W). Raises ValueError for another shape and for images below one patch."""
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.patch_size:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}; needed: (B, 3, H, W) with H and W at least {self.patch_size}"
-            )
+        """(h, w) for images (B, 3, H, W)."""
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-
-    def grids(self, frames: Grids) -> Grids:
-        """The patch grid (h, w) of each image of these heights and widths; raises ValueError below one patch."""
-        if min(side for frame in frames for side in frame) < self.patch_size:
-            raise ValueError(f"images of {list(frames)} pixels; needed: at least {self.patch_size} on each side")
-        return [(height // self.patch_size, width // self.patch_size) for height, width in frames]
-
-    def packing(self, grids: Grids, device: torch.device) -> Packing:
-        """Offsets of the tokens of images with these grids in one row."""
-        return Packing.of([(self.cls_token is not None) + height * width for height, width in grids], device)
 
     def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, [1 +] h*w, D) -> (B, D, h, w); the class token is left out."""
         patches = tokens if self.cls_token is None else tokens[:, 1:]
         return patches.transpose(1, 2).reshape(patches.shape[0], self.width, *grid)
 
-    def feature_maps(self, tokens: Tensor, grids: Grids) -> Tensor:
-        """(1, T, D) packed -> (B, D, h, w), as large as the largest grid and 0 beyond each; without class tokens."""
-        first = int(self.cls_token is not None)
-        parts = tokens[0].split([first + height * width for height, width in grids])
-        maps = [part[first:].unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
-        return stack_padded(maps).permute(0, 3, 1, 2)
+
+def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
+    """The last of the blocks that are read. Raises ValueError where there is none of that number."""
+    number = max(layers)
+    if number >= len(ends):
+        raise ValueError(
+            f"visft.model.layers: {model} has no block {number}; it has 0 to {len(ends) - 1} ({', '.join(ends)})"
+        )
+    return number
+
+
+def resized_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions (n*n, D) of a square grid for another one, (h*w, D), in the dtype of `grid`.
+
+    Bicubic without antialiasing, as EVA-CLIP, LAVIS and ViSFT do; timm's antialias=True gives other features.
+    """
+    side = math.isqrt(len(grid))
+    if size == (side, side):
+        return grid
+    # Interpolated in at least fp32: the weights of the bicubic kernel are not exact in 16 bit.
+    planes = grid.to(torch.promote_types(grid.dtype, torch.float32)).t().reshape(1, -1, side, side)
+    return F.interpolate(planes, size=size, mode="bicubic").flatten(2)[0].t().to(grid.dtype)
+
+
+def stack_padded(maps: Sequence[Tensor]) -> Tensor:
+    """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
+    height, width = (max(map_.shape[side] for map_ in maps) for side in (0, 1))
+    inner = (0, 0) * (maps[0].ndim - 2)
+    return torch.stack([F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps])
 
 
 def build_backbone(
@@ -353,84 +361,45 @@ def build_backbone(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int | None = 0,
-    class_token: bool = False,
-    until: str | None = None,
+    layers: Sequence[int] = (),
     **overrides: Any,
 ) -> EvaViT:
     """A tower by name, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
 
     Args:
         name: key of PRESETS.
-        device: "meta" gives shapes without memory.
-        dtype: of every parameter.
-        seed: decides every weight, whatever the device, dtype and state of the global generators; each tensor is a
-            function of the seed, its own name and shape. None leaves memory uninitialised, for weights loaded next.
-        class_token: adds `cls_token`.
-        until: ends the tower after this block, see `EvaViT.end_after`.
+        seed: decides every weight, whatever the device and dtype. None leaves memory unset, for weights loaded next.
+        layers: see `EvaViT.read_after`.
         overrides: fields of EvaViTConfig that replace the preset's.
-
-    Raises:
-        ValueError: unknown name, field (with the nearest one) or block, or a shape that does not work out.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
-    known = [field.name for field in fields(EvaViTConfig)]
-    for key in overrides:
-        if key not in known:
-            raise ValueError(
-                f"backbone {name!r} has no field {key!r}; fields: {', '.join(known)}{_nearest(key, known)}"
-            )
-    config = replace(PRESETS[name], **overrides)
-    shape = {field: getattr(config, field) for field in known}
-    backbone = EvaViT(**shape, class_token=class_token, device="meta", dtype=dtype)
-    if until is not None:
-        backbone.end_after(until)
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        backbone = EvaViT(replace(PRESETS[name], **overrides)).to(dtype)
+    backbone.read_after(layers)
     if torch.device(device).type == "meta":
         return backbone
     backbone.to_empty(device=device)
     if seed is not None:
-        _fill(backbone, seed)
+        with torch.no_grad():
+            for key, parameter in backbone.named_parameters():
+                parameter.copy_(random_weight(key, parameter.shape, seed))
     return backbone
-
-
-def block_names(depth: int) -> list[str]:
-    """Names of the blocks of a tower."""
-    return [f"blocks.{index}" for index in range(depth)]
-
-
-def depth_until(block: str, depth: int) -> int:
-    """Number of blocks of a tower that ends after this one. Raises ValueError where it has no such block."""
-    names = block_names(depth)
-    if block not in names:
-        raise ValueError(f"the tower cannot end after {block!r}: it has {names[0]} to {names[-1]}")
-    return names.index(block) + 1
-
-
-@torch.no_grad()
-def _fill(backbone: EvaViT, seed: int) -> None:
-    for name, parameter in backbone.named_parameters():
-        parameter.copy_(random_weight(name, parameter.shape, seed))
 
 
 def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
-    Positions are fixed sines instead, see `sine_positions`. EVA's truncation lies 100 standard deviations out and is
-    left out here: it costs twenty times the drawing.
-
-    Args:
-        name: of the parameter in an `EvaViT`.
-
-    Returns:
-        fp32 on the CPU, so that every device and dtype gets the same numbers.
+    Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
+    half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
+    The values are fp32 on the CPU, a function of the seed, the parameter's name and its shape alone.
     """
     if name.endswith("bias"):
         return torch.zeros(tuple(shape))
     if "norm" in name:
         return torch.ones(tuple(shape))
     if name == "pos_embed":
-        sines = sine_positions(math.isqrt(shape[1] - 1), shape[2])
-        return torch.nn.functional.pad(sines, (0, 0, 1, 0)).unsqueeze(0)
+        return F.pad(sine_positions(math.isqrt(shape[1] - 1), shape[2]), (0, 0, 1, 0))[None]
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
@@ -438,39 +407,16 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def sine_positions(side: int, width: int) -> Tensor:
-    """Fixed sine-cosine position embeddings of a square grid, (side * side, D) float32 (MAE, arXiv 2111.06377, A.1).
-
-    A frozen random tower must encode positions: random positions of std .02 drown in its features, and heads on
-    top of it learn boxes half as well. Trained weights bring their own. Channels beyond a multiple of four are 0.
-    """
+    """Sine-cosine positions of a square grid, (side * side, D) (MAE, arXiv 2111.06377, A.1); odd channels are 0."""
     count = width // 4
     frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
     angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-    rows = axis[:, None].expand(side, side, -1)
-    columns = axis[None].expand(side, side, -1)
-    table = torch.cat((columns, rows), dim=2).reshape(side * side, -1)
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on a seed and the name of what it fills, and on nothing else."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def _check_shape(width: int, depth: int, num_heads: int, mlp_ratio: float, patch_size: int, image_size: int) -> None:
-    if min(width, depth, num_heads, patch_size, int(width * mlp_ratio)) < 1:
-        raise ValueError(
-            f"width {width}, depth {depth}, num_heads {num_heads}, patch_size {patch_size} and "
-            f"int(width * mlp_ratio) = {int(width * mlp_ratio)} must all be at least 1"
-        )
-    if width % num_heads:
-        raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}; change one of them")
-    if image_size < patch_size or image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; change one of them")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.models.compiled import compile_blocks
+from visft_ds.models import require_eva_vit
 from visft_ds.parallel.engine import Engine, Schedule, ZeroEngine
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline import PipelineEngine
@@ -30,7 +30,7 @@ def build_engine(
         deepspeed_config: from `deepspeed_dict`.
         optimizer: of AdamW; groups of the model may have rates of their own.
         seed: of dropout and of sampled points.
-        compile: what becomes of the backbone's blocks, see `compile_blocks`.
+        compile: "blocks": those of the backbone run through torch.compile, which is done once for all of them.
     """
 
     def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -45,5 +45,6 @@ def build_engine(
         engine = ZeroEngine(module, groups, deepspeed_config, **common)
     else:
         engine = PipelineEngine(module, groups, deepspeed_config, bounds=partition.bounds, **common)
-    compile_blocks(module.backbone, compile)
+    if compile == "blocks":
+        require_eva_vit(module.backbone).compile_blocks()
     return engine

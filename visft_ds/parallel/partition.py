@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import require_eva_vit
+from visft_ds.models import require_eva_vit
 from visft_ds.planner.trace import META, Tracer, fused_attention
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
-from visft_ds.models.backbone import require_eva_vit
+from visft_ds.models import require_eva_vit
 from visft_ds.tasks.matching import at_least_float32
 
 Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), checksum (1,)

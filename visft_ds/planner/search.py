@@ -9,7 +9,7 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.models.eva_vit import PRESETS, depth_until
+from visft_ds.models.eva_vit import PRESETS
 from visft_ds.planner.hardware import Cluster
 from visft_ds.planner.memory import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
 from visft_ds.planner.time import PlannedTime, peak_seconds, step_time
@@ -146,7 +146,7 @@ def _engines_of(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tupl
         yield from _under_engine(config, "zero3")
     model = config.visft.model
     depth = 0 if model.timm else model.overrides.depth or PRESETS[model.preset].depth
-    depth = depth_until(model.until, depth) if model.until and not model.timm else depth
+    depth = max(model.layers) + 1 if model.layers and not model.timm else depth
     for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
         if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth):
             yield from _under_engine(config, "pipeline", (f"pipeline.stages={stages}",))

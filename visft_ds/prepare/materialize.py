@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -21,10 +22,10 @@ from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
 from visft_ds.interop.head_file import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.start import Start
 from visft_ds.pretrained import check_digest, local
 from visft_ds.resilience.errors import RankError
@@ -149,9 +150,9 @@ def _drawn_by_timm(
     def drawn() -> TimmBackbone:
         """timm draws a model as a whole."""
         size = model.overrides.image_size
-        return build_timm(backbone.name, image_size=size, until=model.until, seed=model.weights_seed)
+        return build_timm(backbone.name, image_size=size, layers=model.layers, seed=model.weights_seed)
 
-    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
+    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {version('timm')}"
     return BaseWeights(
         recipe,
         f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",

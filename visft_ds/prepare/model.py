@@ -34,8 +34,8 @@ from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.backbone import Backbone, build_empty
-from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.models import Backbone, build_empty
+from visft_ds.models.lora import check_reached, inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
@@ -46,8 +46,6 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
-#: Relative change of the features when every LoRA B is perturbed; below it the adapters are not in the forward.
-SMALLEST_EFFECT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def prepare_model(
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:
-        notes += _check_effect(module.backbone, placement)
+        _check_reached(module.backbone, placement)
     return PreparedModel(module, groups, base, tuple(notes))
 
 
@@ -303,8 +301,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
         if names:
             told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
-        if problem := read_elsewhere(info, config.model.until):
-            raise ValueError(f"{problem}: give visft.model.until the value of stage 1")
+        if problem := read_elsewhere(info, config.model.layers):
+            raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
         mode = info.extra.get("mode", config.mode)
@@ -336,11 +334,11 @@ def _without_adapters(idle: str) -> str:
     return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
 
 
-def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:
-    """Adapters that the forward bypasses would train nothing, silently; refuse them at start.
+def _check_reached(backbone: Backbone, placement: Placement) -> None:
+    """Refuse adapters that the forward bypasses, which would train nothing, silently.
 
     Looks at the blocks that this process holds, one after the other as in the tower, or at the whole of a model of
-    timm; returns a note if there are any.
+    timm.
     """
     generator = torch.Generator().manual_seed(0)
     if isinstance(backbone, TimmBackbone):
@@ -351,14 +349,9 @@ def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:
         run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
         inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
         if not run:
-            return []
+            return
     with placement.whole(run):
-        effect = has_effect(run, inputs.to(next(run.parameters()).device))
-    if not effect > SMALLEST_EFFECT:
-        raise ValueError(
-            f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"
-        )
-    return [f"LoRA changes the features (relative change {effect:.1e} when B is perturbed)"]
+        check_reached(run, inputs.to(next(run.parameters()).device))
 
 
 def _prefixes(named: Iterable[str]) -> list[str]:

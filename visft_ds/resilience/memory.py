@@ -25,7 +25,6 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Manifest, Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
-from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
@@ -161,6 +160,12 @@ def probe_memory(
         sections = [Section("steps", rows, columns)]
         sections += [_compiled_section(compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
+
+
+def compilations() -> tuple[int, int]:
+    """Graphs that this process has compiled so far, and places where a graph had to be broken up."""
+    counters = torch._dynamo.utils.counters
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
 def _compiled_section(seconds: float) -> Section:

@@ -15,7 +15,6 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
-from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
@@ -63,7 +62,6 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
     use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
-    check_compiler(model.compile, device)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
     run = run_of(config, world_size, precision, vocabulary_size, device)

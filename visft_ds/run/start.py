@@ -19,7 +19,7 @@ from visft_ds.data.shards import Category
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import read_adapter
-from visft_ds.models.backbone import build_empty
+from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run

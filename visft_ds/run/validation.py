@@ -165,10 +165,7 @@ def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> 
         if value < 0.5:
             told += ": not learnt yet, more steps help (--steps)"
         elif other < value / 2:
-            told += (
-                ": learnt by heart; more images help, more views of them (visft.features.views, image.zoom), and "
-                "instead of a DETR visft.tasks.detection.head.type=dense"
-            )
+            told += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
         lines.append(told)
     return lines
 

@@ -173,9 +173,9 @@ class Task(ABC):
         return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
 
     def settings(self, part: Literal["head", "loss"], given: Mapping[str, Any]) -> Any:
-        """The same as an object of the schema."""
-        known = type(self.config.model_fields[part].get_default(call_default_factory=True))
-        return known(**{name: value for name, value in given.items() if name in known.model_fields})
+        """The same as an object of the schema, which knows nothing of the number of words."""
+        kind = type(self.config.model_fields[part].get_default(call_default_factory=True))
+        return kind(**{name: value for name, value in given.items() if name != "vocabulary_size"})
 
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width; options that are left out are the schema's defaults."""

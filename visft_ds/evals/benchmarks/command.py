@@ -118,7 +118,8 @@ def run_layers(given: argparse.Namespace) -> None:
     lines = [[block, *(f"{100 * of[name].value:.2f}" for name in numbers)] for block, of in levels.items()]
     title = f"best block: chosen on one half of the test images, judged on the other, with {LEVEL:.0%} intervals"
     judged = [[one.number, one.block, _level(one.value), _level(one.end), _difference(one)] for one in choices.values()]
-    reading_it = f"--model {redacted(given.model)}#{best}; train it there: --set visft.model.until={best}"
+    number = list(results).index(best)
+    reading_it = f"--model {redacted(given.model)}#{number}; train it there: --set visft.model.layers=[{number}]"
     parts = [
         Section("percent, all test images", lines, ["", *numbers]),
         Section(title, judged, ["", "block", "there", "end of the model", "difference"]),

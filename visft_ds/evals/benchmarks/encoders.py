@@ -58,7 +58,7 @@ class Blocks(Protocol):
     def ends(self) -> list[str]:
         """Names of the blocks, in their order."""
 
-    def end_after(self, block: str) -> None:
+    def end_after(self, block: int) -> None:
         """Leave out all that lies behind a block; from then on it gives what that block does."""
 
     def block(self, name: str) -> nn.Module:
@@ -95,9 +95,9 @@ class EvaEncoder(nn.Module):
         """See `Blocks`."""
         return self.backbone.ends()
 
-    def end_after(self, block: str) -> None:
+    def end_after(self, block: int) -> None:
         """See `Blocks`."""
-        self.backbone.end_after(block)
+        self.backbone.read_after((block,))
         self.head = None  # it reads the last block
 
     def block(self, name: str) -> nn.Module:
@@ -140,15 +140,15 @@ class FeatureMapEncoder(nn.Module):
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
         patches: Tensor = self.backbone(images)
-        return self._of_map(patches if self.backbone.until is None else _coarse(patches), kinds)
+        return self._of_map(_coarse(patches) if self.backbone.layers_read else patches, kinds)
 
     def ends(self) -> list[str]:
         """See `Blocks`."""
         return self.backbone.ends()
 
-    def end_after(self, block: str) -> None:
+    def end_after(self, block: int) -> None:
         """See `Blocks`."""
-        self.backbone.end_after(block)
+        self.backbone.read_after((block,))
 
     def block(self, name: str) -> nn.Module:
         """See `Blocks`."""

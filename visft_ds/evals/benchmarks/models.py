@@ -37,12 +37,12 @@ from visft_ds.interop.backbones import load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
-from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
 from visft_ds.run.folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
-_END = re.compile(r"(.+?)(#[A-Za-z]\w*(?:\.\w+)*)?(@[-+]?[0-9.]+(?:e[-+]?[0-9]+)?)?")
+_END = re.compile(r"(.+?)(#\d+)?(@[-+]?[0-9.]+(?:e[-+]?[0-9]+)?)?")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ModelSpec:
     scale: float = 1.0  #: factor on the effect of the adapter
     hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, if a run records them
     timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
-    until: str | None = None  #: block that it ends after, if a run records one
-    block: str | None = None  #: that it is read after
+    layers: tuple[int, ...] = ()  #: blocks that are read, if a run records them
+    block: int | None = None  #: that it is read after
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class ModelSpec:
     def __str__(self) -> str:
         parts = [self.name if self.library == "visft_ds" else f"{self.library} {self.name}", self.weights]
         parts += [f"+ {self.adapter} x {self.scale:g}" if self.adapter else None]
-        return " ".join([*filter(None, parts), *([f"after {self.block}"] if self.block else [])])
+        return " ".join([*filter(None, parts), *([] if self.block is None else [f"after block {self.block}"])])
 
 
 def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
@@ -124,12 +124,12 @@ def parse_model(text: str) -> ModelSpec:
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
     rest, end, factor = _parts(given)
-    block, scale = end[1:] or None, float(factor[1:]) if factor else 1.0
+    block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):
         is_address = inner.startswith(("hf-hub:", "local-dir:"))
         name, _, weights = (inner, "", "") if is_address else inner.partition(":")
-        if factor or (block and library == "open_clip"):
+        if factor or (end and library == "open_clip"):
             raise ValueError(f"--model {text}: {factor or end} is for models of ours, and blocks for those of timm")
         return ModelSpec(label or Path(name).name + end, library, name, weights or None, block=block)
     base, adapter = _files(rest)
@@ -137,7 +137,7 @@ def parse_model(text: str) -> ModelSpec:
     if (base / "run.json").is_file():
         files = files_of_run(base, recorded_config(base).visft, (), adapter=adapter)
         name = str(files.backbone)
-        spec = replace(spec, name=name, adapter=files.adapter, hints=files.hints, timm=files.timm, until=files.until)
+        spec = replace(spec, name=name, adapter=files.adapter, hints=files.hints, timm=files.timm, layers=files.layers)
     elif base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
     if factor and spec.adapter is None:
@@ -190,7 +190,7 @@ def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
         model = module.model
         side = getattr(getattr(model, "patch_embed", None), "img_size", None)
         other = side is not None and side[0] != model.pretrained_cfg["input_size"][-1]
-        module = FeatureMapEncoder(TimmBackbone(model, spec.name, {"img_size": side[0]} if other and side else {}))
+        module = FeatureMapEncoder(as_backbone(model, spec.name, {"img_size": side[0]} if other and side else {}))
     if not hasattr(module, "ends") or not module.ends():
         raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
     return replace(encoder, module=module.requires_grad_(False).eval(), kinds=KINDS_WITHOUT_TEXT, text=None)
@@ -200,9 +200,9 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
     timm, path = spec.timm or timm_settings(open_weights(spec.name)), Path(spec.name)
     # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
     adapter = adapter_for(path, spec.adapter).scaled(spec.scale) if spec.adapter else None
-    until = _end_of(spec, adapter)
+    layers = _end_of(spec, adapter)
     if timm is not None:
-        backbone: Any = load_timm(path, *timm, DTYPES[precision], until)[0]
+        backbone: Any = load_timm(path, *timm, DTYPES[precision], layers)[0]
         module: Any = FeatureMapEncoder(backbone)
         normalisation, side = (backbone.pixel_mean, backbone.pixel_std), backbone.image_size
         kinds: Sequence[str] = KINDS_WITHOUT_TEXT
@@ -211,10 +211,10 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
         if not (spec.hints or found.preset() or found.num_heads):
             raise ValueError(f"{path} does not tell its number of heads, and no preset has {found.describe()}")
         tower = resolve_tower(found, None, spec.hints)
-        backbone = empty_backbone(tower, DTYPES[precision], until)
+        backbone = empty_backbone(tower, DTYPES[precision], layers)
         load_backbone(backbone, spec.name)
         # The projection into the space of texts reads the last block.
-        module = EvaEncoder(backbone, projection_of(path) if until is None else None)
+        module = EvaEncoder(backbone, None if layers else projection_of(path))
         normalisation, side, kinds = CLIP, tower.image_size, module.kinds
     if adapter is not None:
         adapter.install(backbone)
@@ -223,8 +223,8 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
     return Encoder(module.requires_grad_(False).eval(), tuple(kinds), preprocess, normalisation, side, text)
 
 
-def _end_of(spec: ModelSpec, adapter: Adapter | None) -> str | None:
-    """The block that a model ends after; None: it is whole, as merged weights are if they are read elsewhere."""
+def _end_of(spec: ModelSpec, adapter: Adapter | None) -> tuple[int, ...]:
+    """The blocks of a model that are read; none: it is whole, as merged weights are if they are read elsewhere."""
     if spec.block is not None and adapter is None:
-        return spec.until
-    return spec.until or end_of(open_weights(spec.name), adapter)
+        return spec.layers
+    return spec.layers or end_of(open_weights(spec.name), adapter)

@@ -99,7 +99,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
         classes = classes_in(config.classifier if config else None, {key: value.shape for key, value in values.items()})
         if not classes:
             raise ValueError(f"{_ASKS} {first.label} brings none: {weights} has no classifier of timm's {name}")
-        _, options = build_model(name, side, device="meta")
+        _, _, options = build_model(name, side, device="meta")
         model = timm.create_model(name, num_classes=classes, **options)
         _load(model, values, weights)
     if spec.name != first.name or spec.weights != first.weights:

@@ -6,6 +6,7 @@ N objects of all images concatenated, n objects and m matched pairs of an image,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -225,8 +226,10 @@ def keep_largest(inside: npt.NDArray[np.uint8], logits: npt.NDArray[Any]) -> flo
 def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
     """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of the cells.
 
-    As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only.
+    As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only. Cells beyond
+    the image have no part in it.
     """
-    place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (share * cells / pixels) - 0.5
-    place = place.clamp(0, cells - 1)[:, None]
+    inside = share * cells
+    place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (inside / pixels) - 0.5
+    place = place.clamp(0, math.ceil(inside - 1e-4) - 1)[:, None]
     return (1 - (place - torch.arange(cells, device=like.device)).abs()).clamp(min=0).to(like.dtype)

@@ -1,4 +1,4 @@
-"""Towers that end after a block: what they compute, what they leave out, and who says where they end."""
+"""Towers that are read after a block: what they compute, what they leave out, and who says where they end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from visft_ds.interop.heads import load_heads, read_elsewhere, read_head_info, s
 from visft_ds.interop.layouts import tower_metadata, tower_of
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.peft import README, save_peft_adapter
-from visft_ds.models.backbone import Backbone
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -37,6 +37,8 @@ timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 56}
 #: Model of timm -> block: tokens, a list of stages, stages that are children by name, and layers behind the last stage.
 ENDS = {"test_vit": "blocks.3", "test_convnext": "stages.2", "test_resnet": "layer3", "test_efficientnet": "blocks.3"}
+#: The same by number; a ResNet's stem is number 0.
+NUMBERS = {"test_vit": 3, "test_convnext": 2, "test_resnet": 3, "test_efficientnet": 3}
 # fp32, a few layers, the same operations on merged weights.
 TOLERANCE = 1e-5
 
@@ -51,7 +53,7 @@ def _map_of(model: Any, features: Tensor, like: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ENDS)
 def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     """Against the whole model, stopped by a hook; and the lines that make timm's own end there."""
-    cut, whole = build_timm(name, until=ENDS[name]).eval(), build_timm(name)
+    cut, whole = build_timm(name, layers=(NUMBERS[name],)).eval(), build_timm(name)
     twin = timm.create_model(name, num_classes=0).eval()
     twin.load_state_dict({**cut.state_dict(), **cut.left_out})
     images, given = torch.randn(1, 3, 96, 128), list[Tensor]()
@@ -62,21 +64,18 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
         features, wanted = cut(images), given[0]
         wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
         assert torch.equal(features, _map_of(twin, wanted, features))
-        exec("\n".join(cut.ending()), {"model": twin, "torch": torch})
+        exec(cut.pruning, {"model": twin})
         again = twin.forward_features(images)
     assert torch.equal(_map_of(twin, again, features), features)
     assert features.shape[1] == cut.width and abs(features.shape[3] - 128 / cut.patch_size) <= 1
     kept = {key: value for key, value in whole.state_dict().items() if key in cut.state_dict()}
     assert len(kept) < len(whole.state_dict()) and all(torch.equal(v, cut.state_dict()[k]) for k, v in kept.items())
-    cut.end_after(cut.ends()[1])  # and once more, in front of that
-    with torch.no_grad():
-        assert cut(images).shape[1] == cut.width
-    with pytest.raises(ValueError, match=r"cannot end after 'blocks.77': it has \w+"):
-        build_timm(name, until="blocks.77", device="meta")
+    with pytest.raises(ValueError, match="no block 77"):
+        build_timm(name, layers=(77,), device="meta")
 
 
 def test_a_tower_of_ours_ends_after_a_block() -> None:
-    cut, whole = (build_backbone("debug", **SMALL, **more).eval() for more in ({"until": "blocks.1"}, {}))
+    cut, whole = (build_backbone("debug", **SMALL, **more).eval() for more in ({"layers": (1,)}, {}))
     images = torch.randn(2, 3, 56, 70)
     with torch.no_grad():
         x = whole.embed(images)
@@ -84,8 +83,8 @@ def test_a_tower_of_ours_ends_after_a_block() -> None:
             x = block(x)
         assert torch.equal(cut.tokens(images), whole.norm(x))
     assert cut.depth == 2 and sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
-    with pytest.raises(ValueError, match=r"cannot end after 'blocks.3': it has blocks.0 to blocks.2"):
-        build_backbone("debug", **SMALL, until="blocks.3")
+    with pytest.raises(ValueError, match="no block 3"):
+        build_backbone("debug", **SMALL, layers=(3,))
 
 
 def _clip_file(folder: Path) -> Path:
@@ -138,11 +137,12 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     """The base is whole, the adapter of a cut tower; base + adapter, the merged folder and timm give the same."""
     ours: Backbone
     if name == "eva":
-        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, until="blocks.1").eval()
+        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, layers=(1,)).eval()
     else:
-        base, ours = _timm_file(name, tmp_path), build_timm(name, until=ENDS[name]).eval()
+        base, ours = _timm_file(name, tmp_path), build_timm(name, layers=(NUMBERS[name],)).eval()
     targets = {"test_vit": ("q", "v"), "eva": ("q", "v"), "test_resnet": ("layer3.*.conv2",)}
-    folder = _adapted(ours, base, targets.get(name, (f"{ENDS.get(name)}.*",)), tmp_path)
+    targets |= {"test_efficientnet": ("blocks.3.*.conv_pw*",), "test_convnext": ("stages.2.*.fc1",)}
+    folder = _adapted(ours, base, targets[name], tmp_path)
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
         wanted = ours(images)
@@ -161,7 +161,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
         if name == "eva":
             assert "indices=[1], norm=True" in card and len(model.blocks) == 3
             square = torch.randn(1, 3, 56, 56)
-            plain = build_backbone("debug", **SMALL, class_token=True, until="blocks.1").eval()
+            plain = build_backbone("debug", **SMALL, class_token=True, layers=(1,)).eval()
             load_backbone(plain, out / "model.safetensors")
             (got,) = model.forward_intermediates(square, indices=[1], norm=True, intermediates_only=True)
             assert relative(got, plain(square)) < TOLERANCE
@@ -178,9 +178,9 @@ def test_the_readme_of_an_adapter_ends_timms_model_too(
     pytest.importorskip("peft")
     ours: Backbone
     if name == "eva":
-        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, class_token=True, until="blocks.1").eval()
+        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, class_token=True, layers=(1,)).eval()
     else:
-        base, ours = _timm_file(name, tmp_path), build_timm(name, until=ENDS[name]).eval()
+        base, ours = _timm_file(name, tmp_path), build_timm(name, layers=(NUMBERS[name],)).eval()
     folder = _adapted(ours, base, ("q", "v") if name != "test_efficientnet" else ("blocks.[23].*.conv_pw*",), tmp_path)
     assert merge(["--base", str(base), "--out", str(folder / "base.safetensors")]) == 0 if name == "eva" else True
     if name != "eva":
@@ -197,34 +197,34 @@ def test_the_readme_of_an_adapter_ends_timms_model_too(
 
 
 def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
-    cut = build_backbone("debug", **SMALL, until="blocks.1")
+    cut = build_backbone("debug", **SMALL, layers=(1,))
     adapter = read_adapter(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
-    assert adapter.until == "blocks.1" and adapter.depth == 2
-    with pytest.raises(ValueError, match=r"ends after blocks.1, this one is whole"):
+    assert adapter.layers_read == (1,) and adapter.depth == 2
+    with pytest.raises(ValueError, match="ends after block 1, this one is whole"):
         adapter.install(build_backbone("debug", **SMALL))
 
 
 def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     """Width and base weights are the same, so that nothing else would show it."""
-    told = HeadInfo("detection", 32, {}, [], {"until": "blocks.1"})
-    assert read_elsewhere(told, "blocks.1") is None
-    assert "learnt to read blocks.1" in (read_elsewhere(told, None) or "")
-    assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), "blocks.1") or "")
+    told = HeadInfo("detection", 32, {}, [], {"layers": [1]})
+    assert read_elsewhere(told, (1,)) is None
+    assert "learnt to read block 1" in (read_elsewhere(told, ()) or "")
+    assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), (1,)) or "")
 
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
     """Without a run nothing else tells."""
-    assert files_without_run(named("lite0"), tmp_path, tmp_path, None).until == "blocks.5"
+    assert files_without_run(named("lite0"), tmp_path, tmp_path, None).layers == (5,)
     save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
     stored = finished.runs() / "stage1/export/detection.safetensors"
-    info = replace(read_head_info(stored, "detection"), extra={"until": "blocks.1"})
+    info = replace(read_head_info(stored, "detection"), extra={"layers": [1]})
     save_head_files({"detection": load_heads(stored, "detection")}, tmp_path / "moved", {"detection": info})
     model = load(tmp_path / "moved", backbone=tmp_path / "base.safetensors")
-    assert model.facts["ends"] == "after blocks.1"
+    assert model.facts["ends"] == "after block 1"
 
 
 def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
-    settings = ("visft.model.preset=timm:tf_efficientnet_lite0", "visft.model.until=blocks.5")
+    settings = ("visft.model.preset=timm:tf_efficientnet_lite0", "visft.model.layers=[5]")
     targets = 'visft.lora.targets=["blocks.[45].*.conv_pw", "blocks.[45].*.conv_pwl"]'
     for stage, more in ((1, ()), (2, (targets,))):
         config = resolve(stage=stage, model="debug_convnext", settings=(*settings, *more))
