@@ -22,7 +22,7 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
-from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule

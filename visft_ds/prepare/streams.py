@@ -10,9 +10,8 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.layers import Replaced
 from visft_ds.config.preflight import is_url
-from visft_ds.config.resolve import FEW_IMAGES
+from visft_ds.config.resolve import Adapted
 from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
@@ -77,9 +76,9 @@ def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_s
         smaller = images // dp_size * dp_size
         if images < stream.batch_size and smaller:
             key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
-            entry = Replaced(key, stream.batch_size, smaller, FEW_IMAGES)
+            entry = Adapted(key, stream.batch_size, smaller, "the number of images")
             visft = changed(config, [f"{key}={smaller}"]).visft
-            config = replace(config, visft=visft, replaced=(*config.replaced, entry))
+            config = replace(config, visft=visft, adapted=(*config.adapted, entry))
     return config
 
 

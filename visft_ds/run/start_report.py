@@ -8,9 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from visft_ds.config import Batches, ResolvedConfig, own
-from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import head_files
-from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
@@ -138,10 +136,6 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return 2 if reasons else 0
     sections = [
-        Section(
-            "replaced on purpose",
-            [(r.key, f"{shorten(r.old)} -> {shorten(r.new)} by {r.source}") for r in config.replaced],
-        ),
         _planned_groups(config, groups, vocabulary),
         _batch_section(config, run.batches),
         *pipeline,
@@ -246,11 +240,7 @@ def _run_section(config: ResolvedConfig, start: int) -> Section:
     return Section(
         "run",
         [
-            *(
-                ("adapted", f"{r.key}: {r.old} -> {r.new}, because of {r.source}")
-                for r in config.replaced
-                if r.source in (SHORT_RUN, FEW_IMAGES)
-            ),
+            *(("adapted", f"{one.key}: {one.old} -> {one.new}, because of {one.why}") for one in config.adapted),
             ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
             ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
             ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
