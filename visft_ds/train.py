@@ -30,8 +30,7 @@ from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
     check_machine,
-    clear_run_folder,
-    locked_for_all_ranks,
+    folder_of_run,
     rank_facts,
     settle_recompute,
 )
@@ -103,9 +102,7 @@ def train(
     # 4: from here on all ranks act together.
     start_process_group()
     watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
-    with ExitStack() as at_the_end, locked_for_all_ranks(out), watchdog.watching():
-        clear_run_folder(out, config, resume)
-
+    with ExitStack() as at_the_end, folder_of_run(out, config, resume), watchdog.watching():
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         began = {} if start_from is None else {"start": start_from.sha256}
         distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **began})

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
-from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.preflight import launcher
+from visft_ds.config.resolve import CONFIG_ROOT
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -118,10 +118,8 @@ def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
     boxes = _shards(tmp_path, without=4, annotations=7, trainable=7, captions=0)
     config = resolve_arguments(boxes)[1]
     assert list(config.visft.tasks.enabled()) == ["detection"]
-    assert {entry.key: entry.source for entry in config.replaced if entry.new is None} == {
-        "visft.tasks.segmentation": "the data, which has no mask for most of its objects",
-        "visft.tasks.captioning": "the data, which has no captions",
-    }
+    assert config.sources["visft.tasks.segmentation"] == "the data, which has no mask for most of its objects"
+    assert config.sources["visft.tasks.captioning"] == "the data, which has no captions"
     assert [group.name for group in config.visft.param_groups] == ["detection"]
     # What somebody has asked for is not taken away in silence.
     assert _tasks(*boxes, "--set", "visft.tasks.captioning.batch_size=2") == ["detection", "captioning"]
@@ -165,14 +163,14 @@ def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert missing_inputs(config)[-1].command.startswith("visft train --stage 1 --model my.json")
     with pytest.raises(ValueError, match=r"gone\.json: no such file"):
         resolve_arguments(["--stage", "2", "--model", "gone.json"])
-    with pytest.raises(ValueError, match=r"did you mean debug\? There are: .*, or the path of a \.json file"):
+    with pytest.raises(ValueError, match="did you mean debug"):
         resolve_arguments(["--stage", "2", "--model", "debgu"])
 
 
 def test_tasks_by_name() -> None:
     base = ["--stage", "2", "--model", "debug"]
     assert _tasks(*base, "--tasks", "captioning,detection") == ["detection", "captioning"]
-    with pytest.raises(ValueError, match=r"--tasks dets: give names of tasks, for example --tasks detection or "):
+    with pytest.raises(ValueError, match="--tasks dets: there is no task dets"):
         resolve_arguments([*base, "--tasks", "dets"])
 
 

@@ -26,10 +26,10 @@ from visft_ds.interop.heads import save_head_files
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.monitor.metrics import RunRecord
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
+from visft_ds.run.record import RunRecord
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS

@@ -34,8 +34,8 @@ from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.monitor.metrics import RunRecord
 from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.run.record import RunRecord
 
 CLASSES = ("circle", "square")
 

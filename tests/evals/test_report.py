@@ -21,7 +21,8 @@ from visft_ds.evals import curves
 from visft_ds.evals.charts import Series, line_chart, smooth
 from visft_ds.evals.cli import report
 from visft_ds.evals.records import FORMAT, VERSION, read_evaluation
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.monitor.metrics import MetricsWriter
+from visft_ds.run.record import RunRecord
 from visft_ds.tasks.pictures import save_png, side_by_side
 
 VOID = {"meta", "img", "path", "br", "use", "rect"}
@@ -125,7 +126,7 @@ def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> N
     text = _page(*runs, "--out", tmp_path / "new/all.html")
     assert _cells(text, "box/AP50") == [("0.5000", ""), ("0.6250", "+0.1250"), ("1.0000", "+0.5000")]
     assert _cells(text, "box/APl") == [("–", ""), ("–", "–"), ("–", "–")]
-    assert "2 of 200 images" in text and "2 of 200 images of shards/&lt;val&gt;" in text
+    assert "2 of 200 images" in text and "Evaluated on shards/&lt;val&gt;." in text
     assert "<svg>detection loss: 6</svg>" in text and "1 settings differ" in text and "visft.lora.rank" in text
     assert re.findall("<div class=label>(.*?)</div>", text) == ["ground truth", "a", "b", "&lt;c&gt;"]
     assert text.count("data:image/jpeg") == 2 * 4

@@ -20,9 +20,8 @@ from typing import Any
 from pydantic import ConfigDict
 
 from visft_ds.config.fields import StrictModel
-from visft_ds.config.layers import CONFIG_ROOT, load_json
 from visft_ds.config.records import Natural, parse_json, read_record
-from visft_ds.config.resolve import available
+from visft_ds.config.resolve import CONFIG_ROOT, available, load_json
 from visft_ds.config.schema import PRESETS
 from visft_ds.pretrained import (
     HUB,

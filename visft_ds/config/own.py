@@ -10,9 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.preflight import is_url, number_of_images
-from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.records import parse_json
-from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.files import read_bytes
 from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import BUILT_IN, config_class, entries

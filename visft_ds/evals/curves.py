@@ -51,7 +51,6 @@ def read_history(run: Path) -> History:
 
 def charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
     """Charts by kind, {"title", "charts"}; each has a line of every run that recorded its number."""
-    speeds = {"": "images per second", **{f"/{task}": f"{task}: images per second" for task in MAIN}}
     kinds = {
         "Loss by task": [_chart(histories, f"loss/{task}", f"{task} loss", "weighted loss") for task in MAIN],
         "Evaluation during training": [
@@ -62,10 +61,7 @@ def charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
             _chart(histories, "gradient_norm", "gradient norm", "L2 norm, before clipping"),
         ],
         "Speed and memory": [
-            *(
-                _chart(histories, f"images_per_second{end}", title, "images/s", linear=True)
-                for end, title in speeds.items()
-            ),
+            _chart(histories, "images_per_second", "images per second", "images/s", linear=True),
             _chart(histories, "mfu", "model FLOP utilisation", "share of the peak", linear=True),
             _chart(histories, "memory/peak_gib", "peak memory of the fullest device", "GiB", plain=True),
         ],

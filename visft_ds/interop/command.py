@@ -46,7 +46,7 @@ from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import FULL, refuse_existing, write_safetensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.monitor.metrics import METRICS_FILE, SplitInput, read_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.places import DATA
 from visft_ds.run.adapter import base_of, place_of, read_change
@@ -313,7 +313,7 @@ def _trained(run: Path, place: Path) -> dict[str, str]:
         "seed": str(visft.seed),
     }
     data = read_run(run).inputs.get(DATA)
-    if isinstance(data, SplitInput) and data.masks:
+    if data is not None and data.masks:
         facts["masks"] = data.masks
     if place.name.startswith("step_"):
         facts["checkpoint"] = f"step {int(place.name.removeprefix('step_'))}"

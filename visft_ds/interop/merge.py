@@ -43,7 +43,7 @@ from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import refuse_existing, write_safetensors, write_torch
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
-from visft_ds.monitor.console import Gauge
+from visft_ds.monitor.console import gauge
 
 # Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
 MIN_RETAINED, MAX_ERROR = 0.9, 0.5
@@ -250,10 +250,10 @@ def _merged(
 
 def _write(result: WeightFile, out: Path) -> None:
     infos = result.infos
-    with Gauge(f"writing {out.name}", sum(info.nbytes for info in infos.values()) / 1e6, "MB") as gauge:
+    with gauge(f"writing {out.name}", sum(info.nbytes for info in infos.values()) / 1e6, "MB") as bar:
 
         def produce(name: str) -> Tensor:
-            gauge.add(infos[name].nbytes / 1e6)
+            bar.update(infos[name].nbytes / 1e6)
             return result.get(name)
 
         if out.suffix != ".safetensors":

@@ -24,7 +24,7 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Manifest, Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
-from visft_ds.monitor.console import Gauge, Section, print_plan
+from visft_ds.monitor.console import Section, gauge, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.unchanged import unchanged
@@ -136,8 +136,8 @@ def probe_memory(
     compiles = model.compile != "none"
     device, rows, compiling = engine.device, [], 0.0
     found = largest_batches(data, batches.micro, packed=model.packed)
-    gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
-    with unchanged(engine), gauge:
+    bar = gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
+    with unchanged(engine), bar:
         for largest, pipeline in found:
             name, shape = largest.stream.name, largest.describe()
             times = []
@@ -151,7 +151,7 @@ def probe_memory(
                     denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
                     engine.train_step(0, micro, denominators)
                 times.append(time.perf_counter() - began)
-            gauge.add()
+            bar.update()
             compiling += times[0] - times[-1]
             rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))
     memory.rehearsed = True

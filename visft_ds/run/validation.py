@@ -103,7 +103,6 @@ class Validation:
                 self._vocabulary,
                 limit=config.run.eval_limit,
                 num_workers=workers_of(config.data),
-                tell=log.message,
             )
         except _AskedError:
             return False
@@ -138,7 +137,7 @@ class Validation:
         """AP50 of the first training photographs, by name. Collective; empty but on the main process."""
         reader = ShardReader(training)
         given = (predict, reader, self._streams, self._vocabulary)
-        collected = collect(*given, limit=PHOTOGRAPHS, tell=log.message)
+        collected = collect(*given, limit=PHOTOGRAPHS)
         outcome, _ = measure(collected or {}, reader, limit=PHOTOGRAPHS)
         return {name: value for name, value in as_metrics(outcome).items() if name.endswith("/AP50")}
 

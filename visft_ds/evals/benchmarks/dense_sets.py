@@ -40,7 +40,7 @@ from visft_ds.evals.benchmarks.images import (
 )
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.monitor.console import gauged
+from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import stored_segmentation
 
 CELLS, VOID = 56, -1
@@ -146,7 +146,7 @@ def _of_folders(root: Path, folders: Callable[[str], tuple[str, str]], void: int
         raise ValueError(f"{place} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
     kept = [files[number] for number in _places(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
-    cells = np.stack([_cells_of_map(path, void) for path in gauged(maps, "label maps", len(maps), "images")])
+    cells = np.stack([_cells_of_map(path, void) for path in gauge("label maps", len(maps), "images", maps)])
     images, none = replace(from_files(kept, root), stretched=True), np.zeros(0, dtype=np.int64)
     return DenseSet(images, cells, np.zeros((0, CELLS, CELLS), np.uint8), none, none, ())
 
@@ -216,7 +216,7 @@ def _of_outlines(
     """Images with the annotations of each, in COCO's terms."""
     numbers = {category: number for number, category in enumerate(sorted(categories))}
     cells, masks, objects = [], [], []
-    for number, (size, found) in enumerate(gauged(labels, "outlines", len(labels), "images")):
+    for number, (size, found) in enumerate(gauge("outlines", len(labels), "images", labels)):
         drawn = np.zeros((_SIDE, _SIDE), dtype=np.int64)
         outlined = [(annotation, _outline(annotation, size, where)) for annotation in found]
         for annotation, area in sorted(outlined, key=lambda one: -int(one[1].sum())):

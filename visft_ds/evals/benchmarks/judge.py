@@ -29,7 +29,7 @@ from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.benchmarks.retention import AnswersKept, load_classifier
 from visft_ds.interop.writing import write_atomically
-from visft_ds.monitor.console import Gauge
+from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 
@@ -135,7 +135,7 @@ def encode_images(
     batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     encoder.module.to(settings.device)
     found: dict[str, Tensor] = {}
-    with Gauge(what, len(images), "images", enabled=distributed.is_main()) as gauge:
+    with gauge(what, len(images), "images", enabled=distributed.is_main()) as bar:
         own = batches[rank::world]
         for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
@@ -145,7 +145,7 @@ def encode_images(
                         f"number in {settings.precision}: the weights are damaged, or need --precision fp32"
                     )
                 found[f"{batch[0]:09d} {kind}"] = value
-            gauge.show(min(gauge.done + len(batch) * world, len(images)))
+            bar.update(min(len(batch) * world, len(images) - bar.n))
     if world > 1:  # through files: NCCL would gather on the GPU
         part = settings.cache / f"part-{rank}.safetensors"
         settings.cache.mkdir(parents=True, exist_ok=True)
