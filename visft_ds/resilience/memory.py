@@ -18,7 +18,6 @@ from visft_ds.config import Batches
 from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.labels import whole_image
 from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
@@ -82,7 +81,10 @@ class Largest:
         caption = " ".join([_WORD] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
-            raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
+            box = [0, 0, size[1], size[0]]
+            outline = [0, 0, size[1], 0, size[1], size[0], 0, size[0]]
+            whole = {"bbox": box, "category_id": self.category, "iscrowd": 0, "segmentation": [outline]}
+            raw = RawSample(number, number, size, None, [whole] * objects, [caption])
             samples.append(
                 Sample(
                     index=number,

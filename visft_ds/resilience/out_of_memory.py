@@ -10,7 +10,6 @@ from functools import partial
 import torch
 
 from visft_ds.data.samples import Batch
-from visft_ds.ops.numerics import without_order
 from visft_ds.planner.memory import PlannedRun
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
@@ -52,13 +51,10 @@ class MemoryWatch:
 
         Raises:
             OutOfMemory: with what was done, its shapes, what was allocated, and settings to try.
-            RankError: an operator that `visft.run.deterministic` does not allow.
         """
         try:
             yield
         except (RuntimeError, MemoryError, OSError) as error:
-            if (reason := without_order(error)) is not None:
-                raise RankError(f"{what}: {reason}") from error
             if not is_out_of_memory(error):
                 raise
             key = "visft.shared" if stream == "shared" else f"visft.tasks.{stream}"

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from visft_ds.config import Batches, ResolvedConfig, own
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import RunConfig, VisftConfig
@@ -16,12 +14,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
 from visft_ds.model import MultiTaskModel
-from visft_ds.models import Backbone, require_eva_vit
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import DTYPES
-from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
-from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
 from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
@@ -57,7 +50,7 @@ def print_start(
         print(line, flush=True)
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
-    dtype, model = DTYPES[run.precision], config.visft.model
+    model = config.visft.model
     sections = [
         Section(
             "model",
@@ -65,19 +58,9 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("attention", describe_attention(module.backbone, run.device, dtype)),
-                (
-                    "numerics",
-                    describe_numerics(run.device, tf32=model.tf32, deterministic=config.visft.run.deterministic),
-                ),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
-                (
-                    "padding",
-                    _padding(require_eva_vit(module.backbone), run.device, dtype)
-                    if model.packed
-                    else "up to the largest image",
-                ),
+                ("padding", "none, images are packed" if model.packed else "up to the largest image"),
                 ("recompute", f"{model.recompute}, {machine.why_recompute}"),
             ],
         ),
@@ -89,23 +72,6 @@ def print_start(
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
-
-
-def describe_attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    """Kernel and reason for an image of the size of the position embeddings, and for sizes that have another one."""
-    if not isinstance(backbone, EvaViT):
-        return "timm's own: its models choose for themselves"
-    tokens = (backbone.image_size // backbone.patch_size) ** 2
-    asked = {n: attention_backend(device, dtype, backbone.width // backbone.num_heads, n) for n in fixed_lengths()}
-    name, why = attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
-    others = [f"; at {n} tokens {other}: {reason}" for n, (other, reason) in asked.items() if other != name]
-    return f"{name}: {why}{''.join(others)}"
-
-
-def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    tower = require_eva_vit(backbone)
-    name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
-    return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
 def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | None) -> Section:
