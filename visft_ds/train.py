@@ -141,6 +141,8 @@ def train(
         state = RunState(config, engine, identity, data)
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
+        if validation:
+            at_the_end.callback(validation.close)
         if distributed.is_main():
             write_record(config, data, base_sha256, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
@@ -167,7 +169,7 @@ def train(
             if finished:
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
-                    validation.poll(log, wait=True)
+                    validation.poll(log, seconds=None)
                 state.export(state.take_best(step, log), base_sha256, prepared.base)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
@@ -176,7 +178,7 @@ def train(
             watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
-                validation.poll(log, wait=True)
+                validation.poll(log, seconds=None)
                 log.writer.event(step, "training images evaluated", **learnt)
                 for line in told_of_learning(learnt, log.writer.last):
                     log.message(line)
@@ -200,12 +202,12 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
-    missed = validation and start and validation.resume(start) and validation.is_due(start, total_steps)
+    missed = validation and start and validation.is_missing(start, total_steps)
     if validation and missed and not validation.evaluate(engine.predict, start, log, stop):
         # The run had ended between saving this step and evaluating it, and is asked to end again.
         log.message(f"stopped in the evaluation after step {start} ({stop.why()}); the same command makes it")
         return start, False
-    if validation and start and state.ends_early(start, partial(validation.poll, log, wait=True), log):
+    if validation and start and state.ends_early(start, partial(validation.poll, log, seconds=None), log):
         return start, True
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
@@ -247,7 +249,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
                 if stopping and saved < step:
                     state.save(step)
-                if not stopping and state.ends_early(step, partial(validation.poll, log, wait=True), log):
+                if not stopping and state.ends_early(step, partial(validation.poll, log, seconds=None), log):
                     return step, True
         if stopping and step < total_steps:
             log.message(f"stopped after step {step} ({stop.why()}); the same command goes on")
