@@ -22,7 +22,7 @@ from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import LossGuard, first_non_finite
-from visft_ds.resilience.memory import probe_memory
+from visft_ds.resilience.memory import largest_shape, memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.folder import ENDED_FILE
@@ -149,7 +149,7 @@ def train(
 
         # 9: what will not fit into memory fails now, not after hours.
         if config.visft.run.rehearsal and start < config.total_steps:
-            probe_memory(config.visft.model, engine, data, batches, watchdog=watchdog, memory=machine.memory)
+            probe_memory(config.visft.model, engine, data, batches, watchdog)
 
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
@@ -218,7 +218,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
         loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
-        with run.machine.memory.watched_step(f"step {step} ({task})", task, batches):
+        with memory_explained(f"step {step} ({task})", task, partial(largest_shape, batches), engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
         if message := guard.observe(step_plan, report):

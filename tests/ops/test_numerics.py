@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from visft_ds.ops.numerics import describe_numerics, use_numerics, without_order
 from visft_ds.resilience.errors import RankError, exit_code
-from visft_ds.resilience.out_of_memory import MemoryWatch
+from visft_ds.resilience.memory import memory_explained
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -59,8 +58,7 @@ def test_nothing_is_set_on_a_cpu() -> None:
 def test_an_operator_without_an_order_ends_in_a_line_that_names_it() -> None:
     use_numerics(GPU, deterministic=True)
     assert os.environ[WORKSPACE] == ":4096:8"
-    watch = MemoryWatch(SimpleNamespace(device=CPU))  # type: ignore[arg-type]  # only asked for its device
-    with pytest.raises(RankError) as caught, watch.watched("step 7 (segmentation)", "segmentation", lambda: ""):
+    with pytest.raises(RankError) as caught, memory_explained("step 7 (segmentation)", "segmentation", str, CPU):
         torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
     text = str(caught.value)
     assert text.startswith("step 7 (segmentation): put_ has no deterministic version") and "\n" not in text
