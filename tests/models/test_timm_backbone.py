@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -362,7 +361,7 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set visft\.model\.overrides\.image_size"):
         open_backbone(build_timm("test_vit", image_size=96, device="meta"), vit)
     small = build_timm("test_vit", image_size=96, device="meta")
-    assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
+    assert small.get_parameter("pos_embed").shape[1] == 37
 
 
 def test_statistics_of_a_file_in_half_precision_are_fp32(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from visft_ds import program
 from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named
-from visft_ds.config.layers import AnyPath, display
 from visft_ds.config.preflight import (
     folder_of_run,
     number_of_images,
@@ -22,7 +21,7 @@ from visft_ds.config.preflight import (
     without_classes_of_data,
 )
 from visft_ds.config.records import parse_json
-from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
+from visft_ds.config.resolve import AnyPath, ResolvedConfig, available, display, resolve, with_engine
 from visft_ds.files import read_bytes
 from visft_ds.pretrained import fetch, local, on_hub
 

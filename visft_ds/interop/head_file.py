@@ -140,9 +140,7 @@ def build_empty(info: HeadInfo) -> nn.Module:
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
     options = spec.options("head", options)
-    checked, problems = check(_head_config(spec), options)
-    if checked is not None:
-        problems = list(checked.contradictions())
+    _, problems = check(_head_config(spec), options)
     if problems:
         told = "; ".join(f"{name} = {options[name]}: {problem}" for name, problem in problems)
         raise ValueError(f"no {info.task} head has these options: {told}")

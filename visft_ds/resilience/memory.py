@@ -19,7 +19,6 @@ from visft_ds.config import Batches
 from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.labels import whole_image
 from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
@@ -27,7 +26,6 @@ from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops.numerics import without_order
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.unchanged import unchanged
@@ -58,13 +56,10 @@ def memory_explained(what: str, stream: str, shape: Callable[[], str], device: t
 
     Raises:
         OutOfMemory: an allocator failed, on a GPU or on the host.
-        RankError: an operator that `visft.run.deterministic` does not allow.
     """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if (reason := without_order(error)) is not None:
-            raise RankError(f"{what}: {reason}") from error
         known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _SAID)
         if not known and getattr(error, "errno", None) != errno.ENOMEM:
             raise
@@ -112,7 +107,10 @@ class Largest:
         caption = " ".join(["a"] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
-            raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
+            box = [0, 0, size[1], size[0]]
+            outline = [0, 0, size[1], 0, size[1], size[0], 0, size[0]]
+            whole = {"bbox": box, "category_id": self.category, "iscrowd": 0, "segmentation": [outline]}
+            raw = RawSample(number, number, size, None, [whole] * objects, [caption])
             samples.append(
                 Sample(
                     index=number,

@@ -19,6 +19,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
+from visft_ds.parallel.build import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
@@ -54,6 +55,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     Raises:
         ValueError: hardware that cannot do what is asked, batches that cannot be divided, or no shared memory.
     """
+    check_zero(config.deepspeed["zero_optimization"])
     model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)

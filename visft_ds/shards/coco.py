@@ -12,7 +12,6 @@ from typing import Any
 import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
-from visft_ds.data.labels import has_area
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.names import shown_name
@@ -200,7 +199,8 @@ def _add_annotations(
         elif image.wanted:
             seen.add(number)
             x, y, width, height = box
-            useful, area = has_area(box, image.width, image.height), entry.get("area")
+            right, bottom, area = x + width, y + height, entry.get("area")
+            useful = min(right, image.width) > max(x, 0) and min(bottom, image.height) > max(y, 0)
             area = area if type(area) in (int, float) else width * height
             stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
             segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
@@ -220,7 +220,6 @@ def _add_annotations(
             ):
                 if found:
                     findings.add(kind, where)
-            right, bottom = x + width, y + height
             if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
                 kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
                 lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
