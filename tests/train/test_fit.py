@@ -291,10 +291,3 @@ def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> Non
     told: list[str] = []
     assert state.ends_early(3, lambda: None, cast(RunLog, SimpleNamespace(message=told.append)))
     assert told[0].endswith("(visft.run.stop_after); its checkpoint was not kept")
-
-
-def test_early_stopping_needs_a_metric() -> None:
-    with pytest.raises(
-        ValueError, match=r"stop_after = 2 \(--set\): needs a metric: set visft\.run\.keep_best, such as box/AP50"
-    ):
-        resolve(stage=1, model="debug", settings=["visft.run.stop_after=2"])
