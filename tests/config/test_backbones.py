@@ -122,11 +122,6 @@ def test_words_that_name_no_backbone(words: tuple[str, ...], message: str) -> No
         of(*words)
 
 
-def test_random_weights_are_no_file() -> None:
-    with pytest.raises(ValueError, match=r"^debug has random weights: give a file"):
-        named("debug").file()
-
-
 def test_what_is_missing_says_how_to_get_it(hub: FakeHub, tmp_path: Path) -> None:
     text = render_missing(missing_inputs(of("--model", "dinov3_b", "--data", str(tmp_path))))
     assert "base weights of dinov3_b, in the hub's cache" in text

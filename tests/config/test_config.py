@@ -195,11 +195,6 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
         assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 
-def test_whole_floats_are_counts() -> None:
-    assert debug("scheduler.params.total_num_steps=1e3").scheduler.params.total_num_steps == 1000
-    assert "integer" in complaint("scheduler.params.total_num_steps=1000.5")
-
-
 # What follows from a configuration
 
 
