@@ -114,8 +114,8 @@ class Manifest:
             values["categories"] = tuple(Category(**each) for each in values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
-            if [shard.name for shard in manifest.shards] != [shard_name(split, n) for n in range(len(manifest.shards))]:
-                raise ValueError(f"its shards are not {shard_name(split, 0)} and so on")
+            if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
+                raise ValueError(f"its shards are not {tar_name(split, 0)} and so on")
             if not all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in (*manifest.shards, _index_of(manifest))):
                 raise ValueError("a digest is not a sha256")
         for shard in manifest.shards if remote is None else ():
@@ -126,8 +126,9 @@ class Manifest:
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest
 
-    def save(self) -> None:
-        """Write the manifest into `root`, when all other files are there."""
+    def save(self, index: bytes) -> None:
+        """Write the index and then the manifest into `root`, when all shards are there."""
+        store(index_path(Path(self.root), self.split), index)
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "remote")}
         values |= {"format": FORMAT, "version": VERSION}
         content = orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
@@ -267,7 +268,7 @@ def index_path(root: Path, split: str) -> Path:
     return root / f"{split}.index.npy"
 
 
-def shard_name(split: str, number: int) -> str:
+def tar_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
