@@ -67,7 +67,7 @@ setup(
     package_data={"": ["*.j2"], "visft_ds": ["py.typed"], **{package: ["*.json"] for package in INSTALLED}},
     entry_points={"console_scripts": ["visft=visft_ds.cli:main"]},
     install_requires=[
-        "torch>=2.10,<2.16",
+        "torch>=2.10,!=2.14.*,<2.16",  # 2.14 takes cuDNN for packed images, whatever it is told
         "torchvision>=0.25",
         f"deepspeed{STATED['DEEPSPEED']}",
         "timm>=1.0.26",

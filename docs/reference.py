@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import visft_ds
-from visft_ds.config.deepspeed_keys import DeepSpeedKeys
 from visft_ds.config.schema import Recipe, complete
 
 HEAD = """# Configuration keys
@@ -30,8 +29,8 @@ BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")
 def write(folder: Path) -> None:
     """Write both pages."""
     complete()
-    own, theirs = "".join(sections(Recipe)), "".join(sections(DeepSpeedKeys))
-    (folder / "configuration.md").write_text(f"{HEAD}{own}\n## DeepSpeed's own keys\n{theirs}", encoding="utf-8")
+    tables = "".join(sections(Recipe))
+    (folder / "configuration.md").write_text(f"{HEAD}{tables}", encoding="utf-8")
     parts = "".join(
         f"\n## {name}\n\n```{{eval-rst}}\n.. {_directive(name, module)}\n```\n"
         for name, module in visft_ds._PUBLIC.items()

@@ -57,3 +57,18 @@ def together(
 def drawn(transform: ImageTransform, size: Size, random: np.random.Generator) -> list[Op]:
     """Operations for an image of `size`."""
     return transform.geometry.draw(size, transform.train, random)
+
+
+def known_keys(model: Any = None, prefix: str = "") -> list[str]:
+    """Every key a configuration may set, dotted; "0" stands for a position in a list."""
+    from visft_ds.config.schema import Recipe, complete
+    from visft_ds.config.validate import models_in
+
+    complete()
+    found = []
+    for name, info in (model or Recipe).model_fields.items():
+        found.append(f"{prefix}{name}")
+        item = "0." if "tuple[" in str(info.annotation) else ""
+        for inner in models_in(info.annotation):
+            found += known_keys(inner, f"{prefix}{name}.{item}")
+    return found

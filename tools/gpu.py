@@ -43,7 +43,6 @@ if __name__ == "__main__" and "--child" not in sys.argv[1:2]:
     build_flags().parse_args()  # help and wrong usage end before torch is imported
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,7 +62,7 @@ UNAVAILABLE = "cannot run here|No (available kernel|viable backend)|from the 'CP
 #: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit: factors
 #: and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 % is far above all three.
 BOUND = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
-SCORES = 4  #: times as much for plain products in 16 bit: they round every score, and a share is off by as much
+SCORES = 4  #: times as much for 16 bit on a CPU, which rounds every score, and a share is off by as much
 #: Losses and gradients of a step against fp32 on a CPU: in fp32 only the order of sums differs (TF32 in one convolution
 #: makes 3e-4), a CPU itself makes 8e-4 and 6e-3 in bf16, 1e-5 and 5e-4 in fp16.
 STEP = {"fp32": (1e-5, 1e-4), "bf16": (4e-3, 2e-2), "fp16": (2e-4, 3e-3)}
@@ -182,18 +181,15 @@ def against(name: str, device: torch.device, kernel: Callable, exact: Callable, 
 
 
 def attend(device: torch.device, folder: Path) -> Cases:
-    """What the table takes, and each kernel by itself, padded and packed, against plain products."""
-    long = 1030 if device.type == "cuda" else 33  # ragged tiles; cuDNN is taken from 1,025 tokens on
-    padded = {"the table": attention.attention, "reference": attention.attention_reference}
-    padded |= dict.fromkeys(FUSED, F.scaled_dot_product_attention)
-    packed = {f"packed, {n}": k for n, k in (("the table", attention.attention_packed), *attention.PACKED.items())}
+    """What torch takes, and each kernel by itself, padded and packed, against plain products."""
+    long = 1030 if device.type == "cuda" else 33  # ragged tiles
+    ways = ("chosen", *FUSED, "packed")
 
     def compute(name: str, *qkv: Tensor) -> Tensor:
-        attention.use_fixed_lengths([long])  # for others the table takes no cuDNN
-        if name in packed:
-            return packed[name](*qkv, attention.Packing.of((long, len(qkv[0]) - long), device))
+        if name == "packed":
+            return attention.attention_packed(*qkv, attention.Packing.of((long, len(qkv[0]) - long), device))
         with sdpa_kernel(FUSED[name]) if name in FUSED else nullcontext():  # by this kernel and no other
-            out = padded[name](*(tensor.unflatten(0, (2, -1)).transpose(1, 2) for tensor in qkv))
+            out = attention.attention(*(tensor.unflatten(0, (2, -1)).transpose(1, 2) for tensor in qkv))
         return out.transpose(1, 2).flatten(0, 1)
 
     def exactly(*qkv: Tensor) -> Tensor:
@@ -201,11 +197,11 @@ def attend(device: torch.device, folder: Path) -> Cases:
         parts = [(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v for q, k, v in images]
         return torch.cat(parts, dim=1).transpose(0, 1)
 
-    for dim, name in product((112, 88, 64), (*padded, *packed)):
-        plain = device.type == "cpu" or name == "reference"
-        dtypes = ("bf16", "fp16") if re.search("flash|cudnn|varlen", name) else BOUND
-        bounds = {dtype: BOUND[dtype] * (SCORES if plain and dtype != "fp32" else 1) for dtype in dtypes}
-        inputs = [(1.5, 0, 2 * long - 5 * (name in packed), 4, dim)] * 3  # with even shares a wrong scale would hide
+    for dim, name in product((112, 88, 64), ways):
+        dtypes = ("bf16", "fp16") if name in ("flash", "cudnn") else BOUND
+        # Kernels of CPUs round the shares to 16 bit.
+        bounds = {d: BOUND[d] * (SCORES if device.type == "cpu" and d != "fp32" else 1) for d in dtypes}
+        inputs = [(1.5, 0, 2 * long - 5 * (name == "packed"), 4, dim)] * 3  # with even shares a wrong scale would hide
         yield from against(f"{name}, heads of {dim}", device, partial(compute, name), exactly, inputs, bounds=bounds)
 
 

@@ -20,7 +20,7 @@ from visft_ds.config.cli import (
     folder_flags,
     resolve_with_data,
 )
-from visft_ds.config.layers import AnyPath
+from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
 

@@ -66,7 +66,7 @@ class Steps:
         for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
             if signal.getsignal(sign) == signal.SIG_DFL:
                 signal.signal(sign, signal.default_int_handler)
-        from visft_ds.run.lock import locked  # takes a second, which --help would, too
+        from visft_ds.run.folder import locked  # takes a second, which --help would, too
 
         with locked(self.root, patience=1.0):
             return self._run(jobs)

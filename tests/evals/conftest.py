@@ -21,10 +21,10 @@ from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
-from visft_ds.monitor.metrics import RunRecord
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
+from visft_ds.run.record import RunRecord
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS

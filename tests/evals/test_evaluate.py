@@ -264,15 +264,8 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     (tmp_path / "heads").mkdir()
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
-    heads = {
-        "detection": {"num_queries": 5, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16},
-        "segmentation": {"num_queries": 5, "hidden_dim": 32, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
-        "captioning": {"attention_dim": 8, "embed_dim": 8, "decoder_dim": 8},
-    }
-    for task, options in heads.items():
-        if task != "captioning":
-            options |= {"num_heads": 8, "encoder_layers": 1, "decoder_layers": 1}
-        head = TASKS[task].build_head(32, options, len(words) + 4)
+    for task in TASKS:
+        head = TASKS[task].build_head(32, {}, len(words) + 4)
         save_published_head(head, task, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     tree = write_tree(tmp_path / "tree", 5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import finished
@@ -23,7 +23,6 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
-from visft_ds.interop.weights import save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard files and run.json: complete, resumable, and never the end of a run."""
+"""metrics.jsonl and TensorBoard files: complete, resumable, and never the end of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from visft_ds.monitor import metrics
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, RunRecord, read_metrics, truncate_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics, truncate_metrics
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -121,35 +121,6 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
-    RunRecord({"visft": {"seed": 1}}, world_size=2, command=["train.py", "--stage", "1"]).write(tmp_path)
-    RunRecord({"visft": {"seed": 1}}, world_size=4, command=["train.py"]).write(tmp_path)
-    path = RunRecord({"visft": {"seed": 1}}, world_size=8, command=["train.py"]).write(tmp_path)
-    record = json.loads(path.read_text())
-    assert (record["config"], record["world_size"]) == ({"visft": {"seed": 1}}, 8)
-    assert {"python", "torch", "deepspeed", "visft_ds"} <= record["versions"].keys()
-    assert [earlier["world_size"] for earlier in record["earlier"]] == [2, 4]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
-    """An earlier start that saved nothing may have had another, or this one none."""
-    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
-    RunRecord({}, 1, [], parent=parent).write(tmp_path)
-    record = json.loads(RunRecord({}, 1, []).write(tmp_path).read_text())
-    assert "parent" not in record and record["earlier"][0]["parent"] == parent
-
-
-def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        RunRecord({}, 1, []).write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("block", [16, 64, 1 << 20])
 def test_a_resume_reads_back_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Numbers of an evaluation and of a save come later than those of the steps after it."""
@@ -165,9 +136,3 @@ def test_a_resume_reads_back_from_the_end(tmp_path: Path, monkeypatch: pytest.Mo
         assert path.read_bytes()[-1:] in (b"\n", b"")
         assert last.get("loss", 0.0) == step
     assert [record["step"] for record in read_metrics(path, "val/")] == [4]
-
-
-def test_git_revision_of_a_checkout_and_of_none(tmp_path: Path) -> None:
-    assert metrics.git_revision(tmp_path) is None
-    (tmp_path / ".git").mkdir()  # not a repository git would accept: must not stop a run either
-    assert metrics.git_revision(tmp_path) is None

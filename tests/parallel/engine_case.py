@@ -22,7 +22,7 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
-from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule
@@ -163,9 +163,9 @@ def factor(step: int) -> float:
     return (step + 1) / (STEPS + 1)
 
 
-def like_a_gpu(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def like_a_gpu(device: torch.device, dtype: torch.dtype) -> str:
     """`choose_backend` that takes for bf16 what GPUs take, so that engines meet the kept [W | B] of the layers."""
-    return ("augmented", "as on a GPU") if dtype == torch.bfloat16 else choose_backend(device, dtype)
+    return "augmented" if dtype == torch.bfloat16 else choose_backend(device, dtype)
 
 
 @patch.object(visft_ds.ops.lora, "choose_backend", like_a_gpu)

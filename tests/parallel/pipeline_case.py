@@ -21,7 +21,7 @@ import torch
 import visft_ds.ops.lora
 from tests.parallel import engine_case as case
 from tests.parallel.start_case import started
-from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators
 

@@ -21,17 +21,13 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))
-#: What the published form takes for granted.
-PUBLISHED = {
-    "visft.tasks.detection.head.num_heads": 8,
-    "visft.tasks.segmentation.head.num_heads": 8,
-    "visft.tasks.segmentation.head.labelling": "published",
-    "visft.tasks.captioning.head.grid": 14,
-}
+#: What the published form takes for granted: the schema's defaults.
+PUBLISHED = {"visft.tasks.segmentation.head.labelling": "published"}
+_HEADS = tuple(f"visft.tasks.{task}.head" for task in ("detection", "segmentation", "captioning"))
 
 
 def configured(stage: int, extra: dict[str, Any] | None = None) -> ResolvedConfig:
-    values = {**TINY, **(extra or {})}
+    values = {key: value for key, value in TINY.items() if not key.startswith(_HEADS)} | (extra or {})
     return resolve(stage=stage, model="debug", settings=[f"{k}={json.dumps(v)}" for k, v in values.items()])
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.prepare.streams import fixed_sizes
 from visft_ds.resilience.memory import compilations
 
 CPU = torch.device("cpu")
@@ -119,15 +118,3 @@ def test_on_a_gpu(recompute: str) -> None:
         images = torch.randn(2, 3, 56, 84, device="cuda")
         for ours, theirs in zip(*(learnt(one, images, None, True) for one in (compiled, eager)), strict=True):
             assert float((ours - theirs).norm()) <= 3e-2 * float(theirs.norm())
-
-
-@pytest.mark.parametrize(
-    ("setting", "sizes"),
-    [
-        ("visft.seed=1", [(1024, 1024), (256, 256)]),
-        ("visft.tasks.detection.image.fixed_size=448", [(448, 448), (1024, 1024), (256, 256)]),
-        ("visft.mode=shared", []),
-    ],
-)
-def test_sizes_of_images_are_fixed_where_all_pictures_get_one(setting: str, sizes: list[tuple[int, int]]) -> None:
-    assert fixed_sizes(resolve(stage=2, model="eva_e", settings=[setting]).visft) == sizes

@@ -1,17 +1,20 @@
-"""A folder in which a run saved nothing does not keep the corrected command out; anything saved does."""
+"""The run folder: its lock, its record; a start that trained nothing is in nobody's way, anything else is."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.monitor.metrics import RUN_SCHEMA, RunRecord
 from visft_ds.parallel.engine import Engine
-from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, recorded_config, set_aside
+from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, RUN_SCHEMA, locked, open_run_folder, recorded_config
+from visft_ds.run.record import RunRecord
 from visft_ds.run.state import RunState
 
 RECORDS = ("run.json", "metrics.jsonl", f"export/{BACKBONE_FILE}")
@@ -20,6 +23,17 @@ RECORDS = ("run.json", "metrics.jsonl", f"export/{BACKBONE_FILE}")
 def _config(*settings: str) -> ResolvedConfig:
     return resolve(stage=1, model="debug", settings=settings)
 
+
+#: Keeps a folder until it is killed; its child must not keep it any longer.
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from visft_ds.run.folder import locked
+with locked(Path(sys.argv[1])):
+    subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+    print("kept", flush=True)
+    time.sleep(600)
+"""
 
 FIRST, OTHER = _config(), _config("optimizer.params.lr=1e-6")
 
@@ -33,42 +47,29 @@ def _run(out: Path) -> Path:
     return out
 
 
-def test_a_run_that_saved_nothing_is_set_aside_with_all_that_it_wrote(tmp_path: Path) -> None:
+def test_a_start_that_recorded_no_step_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Such as one that ran out of memory: the corrected command works in the same folder."""
     out = _run(tmp_path / "run")
+    for config, resume in ((FIRST, "auto"), (OTHER, "auto"), (OTHER, "no")):
+        with pytest.raises(ValueError, match=r"holds a run|optimizer.params.lr") if config is OTHER else nullcontext():
+            open_run_folder(out, config, resume)  # it recorded steps
+    (out / "metrics.jsonl").write_text("")
     (out / "checkpoints" / "step_00000004.tmp").mkdir(parents=True)  # cut off while it was written
-    before = (out / "run.json").read_text()
-    assert open_run_folder(out, OTHER, "auto") and open_run_folder(out, FIRST, "no")
-    assert not open_run_folder(out, FIRST, "auto")  # the same run, from its start
-    with pytest.raises(ValueError, match=r"--resume must: the run in .* has saved nothing"):
+    for config, resume in ((FIRST, "auto"), (OTHER, "auto"), (OTHER, "no")):
+        open_run_folder(out, config, resume)
+    (out / "run.json").write_text("{")
+    open_run_folder(out, FIRST, "auto")
+    with pytest.raises(ValueError, match="--resume must"):
         open_run_folder(out, FIRST, "must")
-    aside = set_aside(out)
-    assert aside == out / "earlier-1" and (aside / "run.json").read_text() == before
-    assert all((aside / name).read_text() == name for name in RECORDS[1:])
-    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "notes.txt", LOCK_FILE]
-    RunRecord(OTHER.to_dict(), 1, ["train.py"]).write(out)
-    assert open_run_folder(out, FIRST, "auto") and set_aside(out) == out / "earlier-2"
-    assert json.loads((aside / "run.json").read_text()) == json.loads(before)
 
 
-def test_a_start_that_failed_before_its_record_is_nothing_in_the_way(tmp_path: Path) -> None:
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     out = _run(tmp_path / "run")
+    (out / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        open_run_folder(out, FIRST, "auto")
     (out / "notes.txt").unlink()
-    set_aside(out)
-    (out / "run.tmp").write_text("{")  # killed while it wrote its record
-    assert not open_run_folder(out, OTHER, "auto")
-
-
-def test_what_belongs_to_trackers_and_traces_is_set_aside_with_the_run(tmp_path: Path) -> None:
-    """The next run would go on with its record there, and the folder without a record would be none of a run."""
-    out = _run(tmp_path / "run")
-    (out / "notes.txt").unlink()
-    (out / "wandb").mkdir()
-    names = ("tracker-wandb", "wandb/latest-run", "trace-2-3-rank0.json.gz")
-    for name in names:
-        (out / name).write_text(name)
-    aside = set_aside(out)
-    assert [(aside / name).read_text() for name in names] == list(names)
-    assert not open_run_folder(out, OTHER, "auto")
+    open_run_folder(out, FIRST, "auto")  # a start that failed before its record
 
 
 @pytest.mark.parametrize("how", ["auto", "must"])
@@ -83,10 +84,6 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
         state.resume(how)
 
 
-def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:
-    out = _run(tmp_path / "run")
-    (out / "run.json").write_text("{")
-    assert open_run_folder(out, FIRST, "auto")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) 
         open_run_folder(out, OTHER, "auto")
     with pytest.raises(ValueError, match="--resume no"):
         open_run_folder(out, OTHER, "no")
-    assert not open_run_folder(out, FIRST, "auto")
+    open_run_folder(out, FIRST, "auto")
 
 
 def test_a_record_says_its_schema(tmp_path: Path) -> None:
@@ -116,3 +113,53 @@ def test_a_record_says_its_schema(tmp_path: Path) -> None:
     path.write_text(json.dumps({**record, "schema": RUN_SCHEMA + 1}))
     with pytest.raises(ValueError, match=f"schema {RUN_SCHEMA + 1}; this release reads {RUN_SCHEMA}"):
         recorded_config(tmp_path)
+
+
+def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
+    RunRecord({"visft": {"seed": 1}}, world_size=2, command=["train.py", "--stage", "1"]).write(tmp_path)
+    RunRecord({"visft": {"seed": 1}}, world_size=4, command=["train.py"]).write(tmp_path)
+    path = RunRecord({"visft": {"seed": 1}}, world_size=8, command=["train.py"]).write(tmp_path)
+    record = json.loads(path.read_text())
+    assert (record["config"], record["world_size"]) == ({"visft": {"seed": 1}}, 8)
+    assert {"python", "torch", "deepspeed", "visft_ds"} <= record["versions"].keys()
+    assert [earlier["world_size"] for earlier in record["earlier"]] == [2, 4]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
+    """An earlier start that saved nothing may have had another, or this one none."""
+    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
+    RunRecord({}, 1, [], parent=parent).write(tmp_path)
+    record = json.loads(RunRecord({}, 1, []).write(tmp_path).read_text())
+    assert "parent" not in record and record["earlier"][0]["parent"] == parent
+
+
+def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunRecord({}, 1, []).write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "kept\n"
+        with pytest.raises(ValueError, match="in use by another run"), locked(out, patience=0.3):
+            raise AssertionError("two runs in one folder")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked(out, patience=0):
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", Path("/proc/visft-run")):  # nobody may write there, not even root
+        with pytest.raises(ValueError, match="cannot be written"), locked(out):
+            raise AssertionError

@@ -12,11 +12,11 @@ import torch
 from tests.ranks import run_ranks
 from tests.run.recompute_case import configured, needs, planned
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.monitor.metrics import RunRecord
 from visft_ds.planner.hardware import parse_cluster
 from visft_ds.planner.search import MEMORY_SHARE, choose_recompute, forecast, search
 from visft_ds.resilience import host_memory
 from visft_ds.run import machine
+from visft_ds.run.record import RunRecord
 
 CPU = torch.device("cpu")
 

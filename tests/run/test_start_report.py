@@ -7,17 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
 from visft_ds.launch import main
-from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.ops import attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.run import machine, start_report
-from visft_ds.run.start_report import describe_attention, print_dry_run
+from visft_ds.run.start_report import print_dry_run
 from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
@@ -135,13 +132,3 @@ def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp
     assert "no sample with captions, which captioning needs" in capsys.readouterr().err
     assert main(arguments) == 0  # 12 images, with labels of the other two tasks
     assert "visft.shared.batch_size: 24 -> 12, because of the number of images" in capsys.readouterr().out
-
-
-def test_both_kernels_of_attention_are_said_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "_fixed", frozenset({324, 5329}))
-    backbone = build_empty("eva_e", torch.bfloat16, {})
-    text = describe_attention(backbone, torch.device("cuda", 0), torch.bfloat16)
-    assert text.startswith("flash: for varying numbers of tokens; cuDNN would build a plan for each")
-    assert "; at 5329 tokens cudnn: Hopper, 5329 tokens" in text and "324" not in text
-    assert "; at" not in describe_attention(backbone, torch.device("cpu"), torch.float32)

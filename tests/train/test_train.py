@@ -174,20 +174,6 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path
     assert sum("val/box/AP50" in line for line in records.read_text().splitlines()) == 1
 
 
-def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, tmp_path: Path) -> None:
-    """The folder of a run that diverged before its first checkpoint; what it kept and recorded is set aside."""
-    out = tmp_path / "run"
-    large = {"optimizer.params.lr": 1e30}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1))
-    assert codes == [4] and "nothing was saved yet" in outputs[0], outputs
-    outputs = run_ranks(["launchers/train.py", *command(shards, out)])
-    assert outputs[0].count("saved nothing") == 1 and "saved nothing" not in outputs[1]
-    assert steps_recorded(out) == list(range(1, STEPS + 1)) and (out / "export" / "detection.safetensors").is_file()
-    earlier = out / "earlier-1"
-    assert (earlier / "metrics.jsonl").is_file()
-    assert json.loads((earlier / "run.json").read_text())["config"]["optimizer"]["params"]["lr"] == 1e30
-
-
 def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, tmp_path: Path) -> None:
     """No rank updates; step, task and checkpoint are named, and what is not finite first."""
     out = tmp_path / "run"

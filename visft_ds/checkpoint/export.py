@@ -1,7 +1,7 @@
 """Export of a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
-Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter, also as a PEFT folder. A backbone that was trained
-itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
+Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter, also as a PEFT folder. A backbone that
+was trained itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
 written at the start of the run.)
 """
 

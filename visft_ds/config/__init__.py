@@ -1,8 +1,8 @@
 """Configuration of a run: three layers of JSON, one resolved and validated result. Imports neither torch nor deepspeed.
 
-schema, deepspeed_keys: the allowed settings. layers: merging. validate: every error at once. resolve: from a stage, an
-engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what must be on
-disk. cli: the flags.
+schema, deepspeed_keys: the allowed settings with their contradictions. validate: every error at once. resolve: from a
+stage, an engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what
+must be on disk. cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches

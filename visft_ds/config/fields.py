@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -14,6 +16,21 @@ class StrictModel(BaseModel):
     changes."""
 
     model_config = STRICT
+
+
+class Section(StrictModel):
+    """Part of a configuration with values that may be right alone and wrong together."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Pairs (key in this section, problem)."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if found := list(self.contradictions()):
+            text = "; ".join(f"{key}: {problem}" for key, problem in found)
+            raise PydanticCustomError("contradictions", "{text}", {"text": text, "found": found})
+        return self
 
 
 def _whole(value: Any) -> Any:

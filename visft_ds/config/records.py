@@ -16,8 +16,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from visft_ds.files import read_bytes
 
-#: Levels of lists and objects in each other, far more than any record has: what walks them may call itself for each.
-DEEPEST = 64
 _SHOWN = 3  # wrong fields in a message
 
 T = TypeVar("T")
@@ -28,49 +26,17 @@ Number = Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
 #: Neither infinite nor NaN.
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
-#: Pydantic's words -> those of somebody who writes JSON.
-_WORDS = (
-    ("Input should be", "must be"),
-    (" a valid integer", " a whole number"),
-    (" a valid string", " a text"),
-    (" a valid boolean", " true or false"),
-    (" a valid ", " a "),
-    ("Tuple should", "the list should"),
-    (" a tuple", " a list"),
-    (" a array", " a list"),
-    (" after validation", ""),
-)
-
-
-def plain(message: str) -> str:
-    """A message of pydantic in words of JSON."""
-    for old, new in _WORDS:
-        message = message.replace(old, new)
-    return message
-
 
 def parse_json(data: bytes | str, where: str, hint: str = "") -> Any:
     """The value of a JSON text.
 
-    Raises ValueError, with `where` and `hint`, for anything else, NaN among it, and for one that is nested too deep.
+    Raises ValueError, with `where` and `hint`, for anything else, NaN among it.
     """
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON ({error}).{hint}") from error
-    check_depth(value, where, hint)
     return value
-
-
-def check_depth(value: Any, where: str, hint: str = "") -> None:
-    """Raise ValueError where lists and objects are nested too deep for what walks them by calling itself."""
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [one for values in inside for one in values if isinstance(one, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"{where} is nested deeper than {DEEPEST} levels.{hint}")
 
 
 def as_record(data: bytes | str, kind: type[T], where: str, hint: str = "") -> T:
@@ -109,4 +75,4 @@ def _told(location: Sequence[int | str], kind: str, message: str, value: Any) ->
         return f"{name} is missing"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{name} is not known"
-    return f"{name} is {reprlib.repr(value)}, {plain(message)}"
+    return f"{name} is {reprlib.repr(value)}, {message}"

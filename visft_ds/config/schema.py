@@ -9,16 +9,18 @@ Defaults follow the code published with the paper (https://github.com/TencentARC
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Rate, StrictModel, Text
+from visft_ds.config.deepspeed_keys import DeepSpeedKeys
+from visft_ds.config.fields import Above, Count, Positive, Rate, Section, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
+from visft_ds.config.validate import nearest
 from visft_ds.pretrained import TIMM
+from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import config_class, entries
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -30,10 +32,9 @@ PRESETS = ("eva_e", "eva_g", "debug")
 
 
 def _known_task(value: str) -> str:
-    if value in entries():
-        return value
-    allowed = " or ".join(", ".join(f"'{name}'" for name in entries()).rsplit(", ", 1))
-    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
+    if value not in entries():
+        raise ValueError(f"must be one of {', '.join(entries())}")
+    return value
 
 
 TaskName = Annotated[str, AfterValidator(_known_task)]
@@ -42,13 +43,7 @@ TaskName = Annotated[str, AfterValidator(_known_task)]
 def _known_preset(value: str) -> str:
     if value in PRESETS or (value.startswith(TIMM) and value != TIMM):
         return value
-    near = difflib.get_close_matches(value, PRESETS, n=1)
-    allowed = ", ".join(f"'{name}'" for name in PRESETS)
-    raise PydanticCustomError(
-        "preset",
-        "must be {allowed} or '{timm}NAME'{hint}",
-        {"allowed": allowed, "timm": TIMM, "hint": f"; did you mean {near[0]}?" if near else ""},
-    )
+    raise ValueError(f"must be {', '.join(PRESETS)} or {TIMM}NAME")
 
 
 Preset = Annotated[str, AfterValidator(_known_preset)]
@@ -75,8 +70,6 @@ class SchedulerParams(StrictModel):
 
     warmup_num_steps: Count
     total_num_steps: Positive | None = None  #: the length of the run; null: what the tasks' `updates` amount to
-    warmup_min_ratio: Fraction = 0.0
-    cos_min_ratio: Fraction = 0.0  #: only with WarmupCosineLR
 
 
 class SchedulerConfig(StrictModel):
@@ -98,7 +91,7 @@ class BackboneOverrides(StrictModel):
     post_norm: bool | None = None
 
 
-class ModelConfig(StrictModel):
+class ModelConfig(Section):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
@@ -122,6 +115,25 @@ class ModelConfig(StrictModel):
         """Name of the model of timm that is the backbone; None for a tower of our own."""
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """What models of timm, and compiled blocks, do not take."""
+        if self.compile != "none" and self.kernels == "triton":
+            yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
+        if self.timm is None:
+            return
+        if own := [name for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]:
+            yield (
+                "overrides",
+                f"{self.preset} has its own shape: only image_size may be set, not {', '.join(own)}; --backbone "
+                f"{self.preset} in place of --set drops them, as does --set visft.model.overrides={{}}",
+            )
+        if self.recompute == "mlp":
+            yield "recompute", f"must be auto, none or block with {self.preset}"
+        if self.packed:
+            yield "packed", f"must be false with {self.preset}, whose images are padded"
+        if self.compile != "none":
+            yield "compile", f"must be none with {self.preset}"
+
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -136,12 +148,17 @@ class LoraConfig(StrictModel):
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
 
 
-class HeadsConfig(StrictModel):
+class HeadsConfig(Section):
     """`visft.heads`: the heads that stage 2 learns from."""
 
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Heads from nowhere, and from a place."""
+        if self.start == "random" and self.path is not None:
+            yield "path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
 
 
 class StartConfig(StrictModel):
@@ -162,7 +179,7 @@ class DataSetConfig(StrictModel):
     categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
 
-class DataConfig(StrictModel):
+class DataConfig(Section):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     root: Text = "data/coco"
@@ -175,6 +192,19 @@ class DataConfig(StrictModel):
     prefetch_steps: Count = 2
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
     cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Addresses with secrets, and names that stand twice."""
+        names = [self.train, *(one.name for one in self.sets)]
+        roots = {"root": self.root, **{f"sets.{number}.root": one.root for number, one in enumerate(self.sets)}}
+        for key, root in roots.items():
+            try:
+                refuse_secrets(root)
+            except ValueError as error:
+                yield key, str(error)
+        for number, one in enumerate(self.sets):
+            if one.name in names[: number + 1]:
+                yield f"sets.{number}.name", f"another training set is called {one.name}; give each its own name"
 
 
 class FeaturesConfig(StrictModel):
@@ -197,7 +227,7 @@ class ParamGroup(StrictModel):
         return tuple(glob.strip() for glob in self.params.split(","))
 
 
-class RunConfig(StrictModel):
+class RunConfig(Section):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
@@ -217,8 +247,23 @@ class RunConfig(StrictModel):
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""
+        if self.keep_best is not None and not self.eval_every:
+            yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+        elif self.keep_best is not None and self.eval_every % self.save_every:
+            yield (
+                "keep_best",
+                f"a step that is evaluated must be saved: eval_every = {self.eval_every} has to be a multiple of "
+                f"save_every = {self.save_every}",
+            )
+        if self.stop_after and self.keep_best is None:
+            yield "stop_after", "needs a metric: set visft.run.keep_best"
+        if self.trace is not None and self.trace[0] > self.trace[1]:
+            yield "trace", f"its first step {self.trace[0]} comes after its last, {self.trace[1]}"
 
-class VisftConfig(StrictModel):
+
+class VisftConfig(Section):
     """`visft`: every setting that is not DeepSpeed's."""
 
     stage: Literal[1, 2]
@@ -234,6 +279,40 @@ class VisftConfig(StrictModel):
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
     run: RunConfig = RunConfig()
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Settings of another stage, of no task or of another mode, and names that nothing has."""
+        enabled, model = self.tasks.enabled(), self.model
+        if self.stage == 1 and self.lora is not None:
+            yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
+        if self.stage == 1 and self.heads.path is not None:
+            yield "heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
+        for number, target in enumerate(self.lora.targets if self.lora and model.timm is None else ()):
+            if target not in ROLES:
+                yield f"lora.targets.{number}", f"must be one of {', '.join(ROLES)} with preset {model.preset}"
+        if not enabled:
+            yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
+        names = [group.name for group in self.param_groups]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
+        if self.mode == "shared" and self.shared is None:
+            yield "shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
+        for name, task in enabled.items():
+            if self.mode == "sampled" and task.updates is None:
+                yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+        for number, one in enumerate(self.data.sets):
+            if idle := [task for task in one.tasks or () if task not in enabled]:
+                yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
+        if self.features is not None and self.stage != 1:
+            yield "features", "stage 2 changes the backbone, and with it all features: must be null"
+        if self.features is not None and model.packed:
+            yield "model.packed", "must be false with visft.features, whose images pass the backbone one by one"
+        if model.compile != "none" and not self.run.rehearsal:
+            yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
+        best, measured = self.run.keep_best, [name for task in enabled.values() for name in task.metrics]
+        if best is not None and best not in measured:
+            yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
 
     def streams(self) -> dict[str, Stream]:
         """Streams (kinds of optimiser steps) by name: one for each task, or the one that all share."""
@@ -257,13 +336,46 @@ class VisftConfig(StrictModel):
         return max(stated) if self.mode == "shared" else sum(stated)
 
 
-class Recipe(StrictModel):
-    """The keys of a configuration that this project reads; all others go to DeepSpeed."""
+class Recipe(DeepSpeedKeys):
+    """A whole configuration: the keys that this project reads, and DeepSpeed's."""
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
     visft: VisftConfig
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Those of the engine, of the engine with the model, and of the length of the run."""
+        yield from super().contradictions()
+        model, stage, piped = self.visft.model, self.zero_optimization.stage, self.pipeline is not None
+        if piped and model.packed:
+            yield "visft.model.packed", "must be false with a pipeline: use --engine zero0, zero1, zero2 or zero3"
+        if piped and model.timm is not None:
+            yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
+        if model.compile != "none" and stage == 3:
+            yield (
+                "visft.model.compile",
+                "must be none with ZeRO-3, which gathers weights in Python: use --engine zero1 or zero2",
+            )
+        if self.visft.features is not None and (piped or stage == 3):
+            yield (
+                "visft.features",
+                "a pipeline and ZeRO-3 would wait for processes whose features are kept: use --engine zero0, zero1 or "
+                "zero2",
+            )
+        stated, trace = self.scheduler.params.total_num_steps, self.visft.run.trace
+        total = self.visft.updates() if stated is None else stated
+        if total is None:
+            yield (
+                "scheduler.params.total_num_steps",
+                "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
+            )
+        elif trace is not None and trace[0] > total:
+            yield "visft.run.trace", f"its first step {trace[0]} comes after the last one of the run, {total}"
+
+
+#: Keys that DeepSpeed does not get as they stand.
+OURS = ("optimizer", "scheduler", "gradient_clipping", "visft")
 
 
 def complete() -> None:

@@ -5,13 +5,13 @@ The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Fraction, Positive, Section, Sides, StrictModel, Text
 
 #: Selection of an image's caption to learn from: one drawn anew each time, or always the first one, which gives a small
 #: set of images one answer each.
@@ -32,15 +32,11 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
-class HeadConfig(StrictModel):
+class HeadConfig(Section):
     """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Pairs (option, problem) of values that are right alone and wrong together."""
-        yield from ()
 
-
-class TaskConfig(StrictModel):
+class TaskConfig(Section):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
     The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
@@ -76,10 +72,6 @@ class TaskConfig(StrictModel):
     def share(self) -> float:
         """Share of the steps, relative to the other tasks; 0 where `updates` is null."""
         return float(self.updates or 0)
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Pairs (key below `visft.tasks.<task>`, problem) of values that are right alone and wrong together."""
-        yield from ((f"head.{option}", problem) for option, problem in self.head.contradictions())
 
 
 class WordsConfig(TaskConfig):

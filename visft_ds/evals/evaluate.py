@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from visft_ds.config.backbones import named
-from visft_ds.config.layers import AnyPath
 from visft_ds.config.preflight import folder_of_run
+from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples

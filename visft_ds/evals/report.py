@@ -25,10 +25,9 @@ from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
-from visft_ds.monitor.metrics import RunFile
 from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run.folder import read_run, recorded_config
+from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import Picture, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
@@ -101,11 +100,7 @@ def report_runs(folders: Sequence[Path], benchmarks: Path | None, out: Path | No
 
 def _labels(folders: Sequence[Path]) -> list[str]:
     """Names of folders, or their paths if names are the same."""
-    resolved = [folder.resolve() for folder in folders]
-    for folder, place in zip(folders, resolved, strict=True):
-        if resolved.count(place) > 1:
-            raise ValueError(f"{folder} is given twice: name each run once")
-    names = [place.name for place in resolved]
+    names = [folder.resolve().name for folder in folders]
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
@@ -248,9 +243,8 @@ def _facts(run: _Run) -> dict[str, str]:
 
 
 def _environment(record: RunFile) -> dict[str, str]:
-    commit = f"{record.git.commit[:12]}{', with changes' if record.git.modified else ''}" if record.git else _NONE
     command = " ".join([redacted(word) for word in record.command])
-    return {"started": record.started or _NONE, "command": command, "commit": commit, **record.versions}
+    return {"started": record.started or _NONE, "command": command, "commit": record.commit or _NONE, **record.versions}
 
 
 def _differing(configs: Sequence[ResolvedConfig]) -> dict[str, list[str]]:

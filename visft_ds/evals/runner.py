@@ -12,7 +12,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.monitor.console import Gauge
+from visft_ds.monitor.console import gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
@@ -29,7 +29,6 @@ def collect(
     *,
     limit: int | None = None,
     num_workers: int = 0,
-    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Results] | None:
     """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
 
@@ -38,7 +37,6 @@ def collect(
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
-        tell: prints how far it is, see `Gauge`.
     """
     gathered: dict[str, Results] = {}
     world = distributed.world_size()
@@ -46,7 +44,7 @@ def collect(
     for stream in streams.values():
         ours: dict[str, Results] = {task: [] for task in stream.tasks}
         what = f"evaluating {', '.join(stream.tasks)}"
-        with Gauge(what, count, "images", enabled=distributed.is_main(), tell=tell) as gauge:
+        with gauge(what, count, "images", enabled=distributed.is_main()) as bar:
             for batch in evaluation_batches(
                 reader,
                 pipeline_of(stream, vocabulary, train=False),
@@ -59,7 +57,7 @@ def collect(
                 outputs = predict(batch)
                 for task, results in ours.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
-                gauge.show(min(gauge.done + world * len(batch.real), count))
+                bar.update(min(world * len(batch.real), count - bar.n))
         for task, results in ours.items():
             parts = distributed.gather_objects(results)
             if parts is not None:

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--verify",
         action="store_true",
-        help="the library that the result is for (timm, transformers, open_clip, onnx) loads it; exit 1 if its outputs are "
-        "not those of base + adapter",
+        help="timm, transformers, open_clip or onnxruntime loads the result; exit 1 if its outputs are not those of "
+        "base + adapter",
     )
     return parser

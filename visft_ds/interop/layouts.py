@@ -234,7 +234,7 @@ def bases_of(backbone: Backbone, path: str | Path) -> set[str]:
 
 
 def other_base(what: str, trained_on: str | None, bases: set[str]) -> str | None:
-    """A line about something that was trained on other base weights than these; None where it was not, or is unknown."""
+    """A line about what was trained on other base weights than these; None where it was not, or nobody knows."""
     if trained_on is None or trained_on in bases:
         return None
     return (

@@ -1,9 +1,8 @@
-"""What ViSFT published (https://huggingface.co/TencentARC/ViSFT), read: heads `eva_{e,g}_{caption,segment,detection}_heads.ckpt`
-and LoRA `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
+"""What ViSFT published (https://huggingface.co/TencentARC/ViSFT), read: heads `eva_{e,g}_*_heads.ckpt` and LoRA `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
 
 Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds
 all three, of which only the one that it is named after is trained, and the modules of segmentation a second time.
-LoRA: `blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r), rows of q first, then v; loralib's alpha 1, so scale 1/r.
+LoRA: `blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r), rows of q first, then v; alpha 1 as loralib's.
 """
 
 from __future__ import annotations

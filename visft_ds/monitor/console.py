@@ -1,4 +1,4 @@
-"""Console output: tables, the line of a training step, and the progress of other work.
+"""Console output: tables, the line of a training step, and the progress of other work (tqdm's).
 
 No line is longer than WIDTH, unless a path or a command in it is: those stay whole, to be copied.
 """
@@ -8,16 +8,13 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TextIO, TypeVar
+from typing import Any, TextIO
 
 from tqdm import tqdm
-
-Item = TypeVar("Item")
 
 #: Columns that lines are made to fit in where no terminal says how wide it is.
 WIDTH = 100
@@ -25,9 +22,6 @@ WIDTH = 100
 SMOOTHING = 0.1
 #: Steps over which speed and waiting are averaged.
 WINDOW = 50
-_SHORT = 3  # letters of a task where its whole name does not fit
-#: Seconds that work may take before it is spoken of, and between two lines where no terminal shows a bar.
-_FIRST, _RARELY = 5.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -41,27 +35,21 @@ class Section:
 
 def print_plan(title: str, sections: Sequence[Section], *, enabled: bool = True, stream: TextIO | None = None) -> None:
     """Print what is about to run. `enabled` is False on every process but the main one."""
-    if not enabled:
-        return
-    stream = stream or sys.stdout
-    print(f"== {title}", file=stream)
-    for section in sections:
-        print("\n".join(_table(section)), file=stream)
-    stream.flush()
+    if enabled:
+        lines = [f"== {title}", *(line for section in sections for line in _table(section))]
+        print("\n".join(lines), file=stream or sys.stdout, flush=True)
 
 
 def _table(section: Section) -> list[str]:
-    rows = [list(section.columns), *section.rows] if section.columns else list(section.rows)
-    # The last column is not padded, so that long texts do not widen the whole table; they go on below themselves.
-    widths: dict[int, int] = {}
+    """Lines of a table; the last column is not padded, and a long text in it goes on below itself."""
+    rows = [list(row) for row in ([section.columns] if section.columns else []) + list(section.rows)]
+    depth = max(map(len, rows), default=1) - 1
+    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
+    lines = wrapped("-- ", section.title)
     for row in rows:
-        for index, cell in enumerate(row[:-1]):
-            widths[index] = max(widths.get(index, 0), len(cell))
-    lines = []
-    for row in rows:
-        before = "".join(["   ", *(f"{cell.ljust(widths[i])}  " for i, cell in enumerate(row[:-1]))])
-        lines += wrapped(before, "".join(row[-1:]))
-    return [*wrapped("-- ", section.title), *lines]
+        cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
+        lines += wrapped("   " + "".join(cells), row[-1])
+    return lines
 
 
 def wrapped(before: str, text: str) -> list[str]:
@@ -82,52 +70,7 @@ class StepLine:
     images: int  #: over all processes
     seconds: float  #: wall time of the step, waiting included
     wait_seconds: float  #: of it, waiting for data
-    peak_memory: int | None = None  #: bytes of the fullest device since the start; None where it is not known
-
-
-@dataclass
-class _Window:
-    """Recent steps and smoothed losses."""
-
-    recent: deque[StepLine] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    losses: dict[str, float] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=dict)
-
-    def add(self, line: StepLine) -> None:
-        self.recent.append(line)
-        for task, loss in line.losses.items():
-            self.seen[task] = self.seen.get(task, 0) + 1
-            share = max(SMOOTHING, 1 / self.seen[task])
-            self.losses[task] = loss if share == 1 else (1 - share) * self.losses[task] + share * loss
-
-    def text(self, total: int, width: int) -> str:
-        """The newest step in at most `width` columns. What does not fit is left out: metrics.jsonl has all of it."""
-        last = self.recent[-1]
-        seconds = max(sum(line.seconds for line in self.recent), 1e-9)
-        losses = sorted(self.losses.items())
-        short = [f"{task[:_SHORT]} {loss:.3g}" for task, loss in losses]
-        parts = {
-            "step": f"step {last.step}/{total}",
-            "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
-            "lr": f"lr {last.learning_rate:.2e}",
-            "norm": f"norm {last.gradient_norm:.3g}",
-            "speed": f"{sum(line.images for line in self.recent) / seconds:.3g} img/s",
-            "wait": f"wait {100 * sum(line.wait_seconds for line in self.recent) / seconds:.0f}%",
-            "peak": "" if last.peak_memory is None else f"peak {last.peak_memory / 2**30:.2f} GiB",
-            "left": f"left {clock((total - last.step) * seconds / len(self.recent))}",
-        }
-        for name, instead in [("losses", "  ".join(short)), *((name, "") for name in ("lr", "peak", "wait", "norm"))]:
-            if len("  ".join(filter(None, parts.values()))) > width:
-                parts[name] = instead
-        return "  ".join(filter(None, parts.values()))
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, e.g. 1:02:03; days where there are any."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
+    peak_memory: int  #: bytes of this process
 
 
 class Progress:
@@ -154,7 +97,8 @@ class Progress:
     ) -> None:
         self.total, self.start, self.log_every, self.enabled = total, start, log_every, enabled
         self._stream, self._gone = stream or sys.stdout, gone
-        self._window = _Window()
+        self._recent: deque[StepLine] = deque(maxlen=WINDOW)
+        self._losses, self._seen = dict[str, float](), dict[str, int]()
         live = enabled and self._stream.isatty()
         self._width = shutil.get_terminal_size((WIDTH, 24)).columns - 1 if live else WIDTH
         self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
@@ -172,8 +116,12 @@ class Progress:
         """Show a finished step."""
         if not self.enabled:
             return
-        self._window.add(line)
-        text = self._window.text(self.total, self._width)
+        self._recent.append(line)
+        for task, loss in line.losses.items():
+            self._seen[task] = self._seen.get(task, 0) + 1
+            share = max(SMOOTHING, 1 / self._seen[task])
+            self._losses[task] = loss if share == 1 else (1 - share) * self._losses[task] + share * loss
+        text = self._text(line)
         if line.step % self.log_every == 0 or line.step in (self.start + 1, self.total):
             self.message(text)
         if self._bar is not None:
@@ -193,94 +141,42 @@ class Progress:
                 raise
             self._gone()
 
-
-class Gauge:
-    """Progress of any work but training, with the time left, on stderr; a context manager. Silent for five seconds.
-
-    Args:
-        what: a name for the work, e.g. "encoding digits".
-        total: how much there is to do; 0 where nobody knows yet.
-        unit: of `total`.
-        enabled: False on every process but the main one, or for --quiet: prints nothing.
-        tell: prints a line instead, where another one stands already, e.g. `Progress.message`.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        total: float = 0,
-        unit: str = "",
-        *,
-        enabled: bool = True,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
-        self.what, self.total, self.unit, self._enabled, self._tell = what, total, unit, enabled, tell
-        self._lock = threading.Lock()  # work is done in threads
-        self._bar = self._begin(0)
-
-    def __enter__(self) -> Gauge:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-    def phase(self, what: str, total: float, unit: str, done: float = 0) -> None:
-        """Go on with other work, of which a part may be done already."""
-        self._bar.close()
-        self.what, self.total, self.unit = what, total, unit
-        self._bar = self._begin(done)
-
-    def add(self, amount: float = 1) -> None:
-        """So much more is done; from any thread."""
-        with self._lock:
-            self._bar.update(amount)
-
-    def show(self, done: float, note: str = "") -> None:
-        """So much is done in all; `note` says more, e.g. a second number."""
-        self._bar.set_postfix_str(note.lstrip(", "), refresh=False)
-        self.add(done - self._bar.n)
-
-    @property
-    def done(self) -> float:
-        """So much is done."""
-        return float(self._bar.n)
-
-    def _begin(self, done: float) -> tqdm:
-        live = sys.stderr is not None and sys.stderr.isatty() and self._tell is None
-        return tqdm(
-            desc=self.what,
-            total=self.total or None,
-            initial=done,
-            unit=f" {self.unit}" if self.unit else "",
-            disable=not self._enabled,
-            delay=_FIRST,
-            mininterval=0.2 if live else _RARELY,
-            bar_format=None if live else "{desc}: {n:.0f}/{total}{unit}{postfix}, left {remaining}\n",
-            file=sys.stderr if self._tell is None else _Lines(self._tell),
-            leave=False,
-            dynamic_ncols=live,
-        )
+    def _text(self, last: StepLine) -> str:
+        """The newest step; what does not fit the width is shortened or left out, since metrics.jsonl has all of it."""
+        seconds = max(sum(line.seconds for line in self._recent), 1e-9)
+        losses = sorted(self._losses.items())
+        left = (self.total - last.step) * seconds / len(self._recent)
+        parts = {
+            "step": f"step {last.step}/{self.total}",
+            "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
+            "lr": f"lr {last.learning_rate:.2e}",
+            "norm": f"norm {last.gradient_norm:.3g}",
+            "speed": f"{sum(line.images for line in self._recent) / seconds:.3g} img/s",
+            "wait": f"wait {100 * sum(line.wait_seconds for line in self._recent) / seconds:.0f}%",
+            "peak": f"peak {last.peak_memory / 2**30:.2f} GiB",
+            "left": f"left {tqdm.format_interval(left)}",
+        }
+        short = "  ".join(f"{task[:3]} {loss:.3g}" for task, loss in losses)
+        for name, instead in (("losses", short), ("lr", ""), ("peak", ""), ("wait", ""), ("norm", "")):
+            if len("  ".join(filter(None, parts.values()))) > self._width:
+                parts[name] = instead
+        return "  ".join(filter(None, parts.values()))
 
 
-class _Lines:
-    """A stream for tqdm that hands on whole lines."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-
-    def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
-            self._tell(line)
-
-    def flush(self) -> None:
-        """There is nothing to flush."""
-
-
-def gauged(items: Iterable[Item], what: str, total: float, unit: str = "", *, enabled: bool = True) -> Iterator[Item]:
-    """Yield items, with a gauge of how many were worked on."""
-    with Gauge(what, total, unit, enabled=enabled) as gauge:
-        for item in items:
-            yield item
-            gauge.add()
+def gauge(
+    what: str, total: float, unit: str = "", items: Iterable[Any] | None = None, *, enabled: bool = True
+) -> tqdm[Any]:
+    """A tqdm bar on stderr for any work but training, silent for five seconds; in a log a line every half minute."""
+    live = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        unit=f" {unit}",
+        disable=not enabled,
+        delay=5,
+        mininterval=0.2 if live else 30,
+        bar_format=None if live else "{desc}: {n:.0f}/{total:.0f}{unit}, left {remaining}\n",
+        leave=False,
+        dynamic_ncols=live,
+    )

@@ -1,48 +1,34 @@
-"""Records of a run: metrics.jsonl, TensorBoard event files and run.json, in the run folder.
-
-Losing a record must not lose a run: a writer that fails prints one warning and training goes on.
-"""
+"""metrics.jsonl and TensorBoard of a run. Losing a record must not lose a run: a failing writer warns once."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.monitor.callbacks import Callback
-from visft_ds.redaction import redacted, redacted_values
 
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
 METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
-RUN_SCHEMA = 2  #: version of run.json
-#: What a full disk, a missing package or TensorBoard's writer thread raise; anything else is a mistake of ours.
-_WRITER_ERRORS = (OSError, ImportError, ValueError, RuntimeError)
 
 
 class MetricsWriter:
-    """Appends to OUT/metrics.jsonl (one object per step or event, on disk after each call) and OUT/tensorboard/.
+    """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to OUT/tensorboard/.
 
     Args:
-        out_dir: the run folder; made if absent.
+        out: the run folder; made if absent.
         resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
             and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
         enabled: False on every process but the main one: nothing is written.
@@ -50,23 +36,23 @@ class MetricsWriter:
     """
 
     def __init__(
-        self,
-        out_dir: str | Path,
-        *,
-        resume_step: int = 0,
-        enabled: bool = True,
-        callbacks: Sequence[Callback] = (),
+        self, out: Path, *, resume_step: int = 0, enabled: bool = True, callbacks: Sequence[Callback] = ()
     ) -> None:
-        self.path = Path(out_dir) / METRICS_FILE
-        self.enabled = enabled
+        self.path, self.enabled = out / METRICS_FILE, enabled
         self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._torn = False
         self._events: Any = None
+
+        def open_events() -> None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
+
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+
         if enabled:
-            self._attempt("metrics.jsonl", lambda: self.last.update(truncate_metrics(self.path, resume_step)))
-            self._attempt("TensorBoard", lambda: self._open_tensorboard(Path(out_dir) / "tensorboard", resume_step))
+            self._attempt(METRICS_FILE, lambda: self.last.update(truncate_metrics(self.path, resume_step)))
+            self._attempt("TensorBoard", open_events)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -88,76 +74,59 @@ class MetricsWriter:
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Something that happened in `step`: "bad step", "loss scale"; details are JSON values."""
-        self._write({"kind": "event", "step": step, "event": event, **details})
+        self._append({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """An image (H, W, 3) RGB for TensorBoard."""
-        if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._events.add_image(tag, image, step, dataformats="HWC"))
+        self._attempt(
+            "TensorBoard", lambda: self._events and self._events.add_image(tag, image, step, dataformats="HWC")
+        )
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard, which reads it as Markdown."""
-        if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._events.add_text(tag, text, step))
-
-    def close(self) -> None:
-        """Flush and close; calling it again does nothing."""
-        if self._events is not None:
-            self._attempt("TensorBoard", self._events.close)
-            self._events = None
+        self._attempt("TensorBoard", lambda: self._events and self._events.add_text(tag, text, step))
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _open_tensorboard(self, folder: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module need not wait
-
-        # TensorBoard hides what earlier files hold from this step on.
-        self._events = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10)
+    def __exit__(self, *_: object) -> None:
+        self._attempt("TensorBoard", lambda: self._events and self._events.close())
+        self._events = None
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._write({"kind": kind, "step": step, **values})
+        self._append({"kind": kind, "step": step, **values})
         if self.enabled and kind == "step":
             self.last.update(values)
-        if self._events is not None:
-            self._attempt("TensorBoard", lambda: self._add_scalars(step, values))
 
-    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for tag, value in values.items():
-            self._events.add_scalar(tag, value, step)
+        def add() -> None:
+            for tag, value in values.items() if self._events else ():
+                self._events.add_scalar(tag, value, step)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.enabled:
-            line = json.dumps(
-                {key: _json_value(value) for key, value in record.items()} | {"time": round(time.time(), 3)}
-            )
-            self._attempt("metrics.jsonl", lambda: self._append(line))
+        self._attempt("TensorBoard", add)
 
-    def _append(self, line: str) -> None:
-        # A line that a full disk cut off must not swallow the next one.
-        text = ("\n" if self._torn else "") + line + "\n"
-        self._torn = True
-        with self.path.open("ab") as file:
-            file.write(text.encode())
-        self._torn = False
+    def _append(self, record: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+        def append() -> None:
+            # A line that a full disk cut off must not swallow the next one.
+            line = ("\n" if self._torn else "") + json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
+            self._torn = True
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+            self._torn = False
+
+        self._attempt(METRICS_FILE, append)
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except _WRITER_ERRORS as error:
+        except (OSError, ImportError, ValueError, RuntimeError) as error:  # anything else is a mistake of ours
             if what not in self._warned:
                 print(f"warning: {what} is not being written: {error}; training goes on", file=sys.stderr, flush=True)
             self._warned.add(what)
-
-
-def _json_value(value: Any) -> Any:
-    """NaN and infinity as texts, since JSON has no such numbers and a diverged loss must stay visible."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
@@ -222,101 +191,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one move: a power failure leaves the old one or the new one, never an empty one."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Revision(StrictModel):
-    """Commit of the checkout that a run was started from."""
-
-    commit: str
-    modified: bool
-
-
-class FileInput(StrictModel):
-    """File that a run was given."""
-
-    path: str
-    beside: str
-    sha256: str
-
-
-class SplitInput(StrictModel):
-    """Shards that a run was given."""
-
-    path: str
-    beside: str
-    split: str
-    fingerprint: str
-    masks: str | None = None  #: how they were made, where they were not given
-
-
-class Parent(StrictModel):
-    """Origin of a run: a checkpoint of another one, or an adapter."""
-
-    path: str
-    beside: str  #: the way to it from the run
-    step: Whole | None
-    sha256: str  #: of what was read
-
-
-class RunFile(StrictModel):
-    """Content of OUT/run.json; its number is that of its schema."""
-
-    number: Whole = Field(alias="schema")
-    config: dict[str, Any]
-    world_size: Natural = 1
-    started: str = ""
-    command: list[str] = Field(default_factory=list)
-    versions: dict[str, str] = Field(default_factory=dict)
-    git: Revision | None = None
-    inputs: dict[str, FileInput | SplitInput] = Field(default_factory=dict)
-    parent: Parent | None = None
-    earlier: list[dict[str, Any]] = Field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """Record of a run, its settings and its environment: OUT/run.json."""
-
-    config: Mapping[str, Any]  #: the resolved configuration
-    world_size: int
-    command: Sequence[str]
-    inputs: Mapping[str, Any] = field(default_factory=dict)  #: where its files are and what proves them
-    parent: Mapping[str, Any] | None = None  #: what it began with, as `Parent`; None: nothing
-
-    def write(self, out_dir: str | Path) -> Path:
-        """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
-        path = Path(out_dir) / "run.json"
-        record = {
-            "schema": RUN_SCHEMA,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [redacted(word) for word in self.command],
-            "world_size": self.world_size,
-            "versions": versions(),
-            "git": git_revision(Path(__file__).resolve().parents[2]),
-            "config": redacted_values(self.config),
-            "inputs": dict(self.inputs),
-            "earlier": [],
-        }
-        if path.is_file():
-            previous = read_record(path, RunFile).model_dump(mode="json", by_alias=True, exclude_unset=True)
-            record["earlier"] = [*previous.pop("earlier", []), previous]
-        record |= {} if self.parent is None else {"parent": self.parent}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(record, indent=2) + "\n")
-        return path
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that decide results; absent packages are left out."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
@@ -326,19 +200,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def git_revision(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout at `folder` and whether files differ from it; None where it is no checkout."""
-    if not (folder / ".git").exists():
-        return None
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -1,7 +1,7 @@
 """Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets.
 
-Losing the tracker must not lose a run: an error of its library is printed once, and training goes on. A start that goes
-on with a run goes on with its record there, too, whose name is kept in OUT/tracker-wandb.
+An error of wandb is printed once, and training goes on. A start that goes on with a run goes on with its record there,
+too, whose name is kept in OUT/tracker-wandb.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.redaction import redacted
 
-PROJECT = "visft_ds"  #: where WANDB_PROJECT names no other
 STEP = "optimiser_step"  #: what wandb counts by: numbers of an evaluation come after those of later steps
 
 
 class Tracker(Callback):
-    """Callback that sends the numbers of steps and evaluations to wandb.
+    """Sends the numbers of steps and evaluations, under their names in metrics.jsonl.
 
     Args:
         out: the run folder.
@@ -41,7 +40,7 @@ class Tracker(Callback):
 
         def start() -> None:
             self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                project=os.environ.get("WANDB_PROJECT", "visft_ds"),
                 name=out.name,
                 id=known.read_text(encoding="utf-8").strip() if known.is_file() else None,
                 resume="allow",
@@ -55,9 +54,8 @@ class Tracker(Callback):
         self._attempt(start)
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of a step, under their names in metrics.jsonl."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.log({STEP: step, **values}))
+        """Send the numbers of a step."""
+        self._attempt(lambda: self._run and self._run.log({STEP: step, **values}))
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the numbers of an evaluation, with "val/" before their names."""
@@ -65,11 +63,10 @@ class Tracker(Callback):
 
     def close(self) -> None:
         """Send what is left, and end the record."""
-        if self._run is not None:
-            self._attempt(self._run.finish)
+        self._attempt(lambda: self._run and self._run.finish())
         self._run = None
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
         except self._errors as error:

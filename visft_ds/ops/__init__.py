@@ -1,10 +1,9 @@
-"""Operations with more than one implementation: one signature each, chosen once, with a printable reason.
-
-The plain PyTorch version of an op is its specification; a faster one is tested against it.
-"""
+"""Operations that models share; the plain PyTorch version of each is the specification that a faster one must equal."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -14,20 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from visft_ds.config.schema import Precision
-from visft_ds.ops.triton import why_not
 
 #: Precision of a run -> dtype.
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StandIn(Protocol):
-    """Torch dispatch mode under which meta tensors behave as tensors of another device, like fake tensors.
+    """Torch dispatch mode under which meta tensors behave as tensors of another device, which need not exist here."""
 
-    Whoever computes shapes alone enters such a mode; ops find it on torch's stack of modes and choose as they would
-    choose on that device.
-    """
-
-    stands_for: torch.device  #: which need not exist on this machine
+    stands_for: torch.device
     autocast: torch.dtype | None  #: dtype that torch.autocast would compute in there; None: it is off
 
     def no_autocast(self) -> AbstractContextManager[None]: ...
@@ -56,7 +50,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
+def matmul_dtype(weight: Tensor) -> torch.dtype:
     """The dtype a matrix product with this weight is computed in: autocast's, else the one the weight is stored in.
 
     So a model with 16-bit matrices and fp32 norms, biases and adapters computes the same way with and without autocast.
@@ -84,8 +78,7 @@ def movable(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-#: "library": products of cuBLAS and the like; "triton": our own kernels of adapted layers.
-KERNELS = ("library", "triton")
+#: Kernels of adapted layers for tensors on this kind of device: "library" (cuBLAS and the like) or "triton" (our own).
 _chosen = ("library", "cpu")
 
 
@@ -95,14 +88,11 @@ def use_kernels(name: str, device: torch.device) -> None:
     The choice holds for tensors on this kind of device: a model that is checked on the CPU first takes the library.
 
     Raises:
-        ValueError: an unknown name, or Triton where it cannot run (it says why): nothing falls back in silence.
+        ValueError: Triton where it cannot run.
     """
     global _chosen
-    if name not in KERNELS:
-        raise ValueError(f"kernels {name!r} are unknown; use {' or '.join(KERNELS)}")
-    reason = why_not(device) if name == "triton" else None
-    if reason is not None:
-        raise ValueError(f"Triton kernels cannot run here: {reason}; use library")
+    if name == "triton" and (reason := why_no_triton(device)) is not None:
+        raise ValueError(f"visft.model.kernels=triton cannot run here: {reason}; use library")
     _chosen = (name, device.type)
 
 
@@ -110,3 +100,21 @@ def kernels(device: torch.device) -> str:
     """Name of the kernels that `use_kernels` chose for tensors on this device."""
     name, where = _chosen
     return name if device.type == where else "library"
+
+
+def interpreted() -> bool:
+    """Return True if Triton kernels run in Triton's interpreter, on a CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return f"Triton has no code for {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is too old; sm_80 or later is needed"
+    return None

@@ -28,7 +28,6 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if not dy.is_contiguous() or not x.is_contiguous():
-            return torch.ops.aten.gelu_backward(dy, x)
-        torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=dy)
-        return dy
+        dense = dy.is_contiguous() and x.is_contiguous()
+        into = dy if dense else torch.empty_like(x)
+        return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)

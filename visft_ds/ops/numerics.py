@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 
 import torch
-
-#: What torch says of an operator, or of cuBLAS, that it was asked not to use.
-_REFUSED = re.compile(r"(\S+) does not have a deterministic implementation|it uses (CuBLAS) and")
-#: Workspace with which the sums of cuBLAS have one order; read once, before its first product.
-_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
@@ -27,32 +21,7 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False  # it would choose anew for each size of image, by the clock
-    torch.backends.cuda.enable_cudnn_sdp(False)  # `ops.attention` turns it on where it takes it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of tokens, a second each time
     if deterministic:
-        os.environ.setdefault(*_WORKSPACE)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums of cuBLAS in one order; read once
     torch.use_deterministic_algorithms(deterministic)
-
-
-def describe_numerics(device: torch.device, *, tf32: bool, deterministic: bool) -> str:
-    """Describe for a reader the numbers that `use_numerics` leads to on a device."""
-    if device.type != "cuda":
-        return "float32 in full, the same numbers each time"
-    products = "float32 products as TF32 (visft.model.tf32)" if tf32 else "float32 in full"
-    order = "deterministic operators only" if deterministic else "the order of some sums varies, and so does rounding"
-    return f"{products}; {order} (visft.run.deterministic)"
-
-
-def without_order(error: BaseException) -> str | None:
-    """Remedy for an operator that torch refused because it is not deterministic; None for another error."""
-    found = _REFUSED.search(str(error)) if isinstance(error, RuntimeError) else None
-    if found is None:
-        return None
-    name, value = _WORKSPACE
-    if found[2]:
-        remedy = f"set {name}={value} in the environment"
-    else:
-        remedy = "train without the tasks or options that need it (segmentation samples masks)"
-    return (
-        f"{found[1] or found[2]} has no deterministic version on this device, and visft.run.deterministic allows no "
-        f"other: {remedy}, or set visft.run.deterministic=false"
-    )

@@ -81,24 +81,20 @@ class Schedule:
     kind: str  #: "WarmupCosineLR" | "WarmupDecayLR" | "WarmupLR"
     warmup_steps: int
     total_steps: int
-    warmup_min_ratio: float = 0.0
-    final_ratio: float = 0.0
 
     @classmethod
     def of(cls, config: SchedulerConfig, total_steps: int) -> Schedule:
         """The schedule that the configuration's "scheduler" describes."""
-        params = config.params
-        return cls(config.type, params.warmup_num_steps, total_steps, params.warmup_min_ratio, params.cos_min_ratio)
+        return cls(config.type, config.params.warmup_num_steps, total_steps)
 
     def __call__(self, step: int) -> float:
         """Factor of the update that follows `step` finished updates."""
         if step < self.warmup_steps:
-            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         if self.kind == "WarmupLR":
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "WarmupCosineLR" else 1 - progress
-        return self.final_ratio + (1 - self.final_ratio) * shape
+        return 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "WarmupCosineLR" else 1 - progress
 
 
 def start_process_group() -> None:

@@ -7,7 +7,7 @@ otherwise. What trains is decided by the parameter groups of the configuration; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,15 +33,12 @@ from visft_ds.interop.layouts import is_lora, is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone, build_empty
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import check_reached, inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import DTYPES
-from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, open_base
 from visft_ds.prepare.start import Start
-from visft_ds.prepare.streams import fixed_sizes
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -144,7 +141,6 @@ def prepare_model(
     storage = DTYPES[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
-    use_fixed_lengths(_fixed_lengths(config, module.backbone))
     base = open_base(config.model, module.backbone, storage)
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
@@ -168,15 +164,6 @@ def prepare_model(
     if config.lora is not None:
         _check_reached(module.backbone, placement)
     return PreparedModel(module, groups, base, tuple(notes))
-
-
-def _fixed_lengths(config: VisftConfig, backbone: Backbone) -> Iterator[int]:
-    """Numbers of tokens of streams whose images are all of one size; cuDNN's attention for them sums in any order."""
-    if not isinstance(backbone, EvaViT) or config.run.deterministic:
-        return
-    for size in fixed_sizes(config):
-        height, width = (max(1, side // backbone.patch_size) for side in size)
-        yield (backbone.cls_token is not None) + height * width
 
 
 def heads_identity(config: VisftConfig) -> str:

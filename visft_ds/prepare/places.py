@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.layers import display
 from visft_ds.config.preflight import INPUTS_FOLDER, head_files, heads_inside, run_of
+from visft_ds.config.resolve import display
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.pretrained import local

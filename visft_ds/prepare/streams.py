@@ -10,25 +10,21 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.layers import Replaced
 from visft_ds.config.preflight import is_url
-from visft_ds.config.resolve import FEW_IMAGES
+from visft_ds.config.resolve import Adapted
 from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, manifest_path
-from visft_ds.data.transforms import Size
 from visft_ds.files import read_bytes, reading
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, windowed
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import collate_joint, geometry_of, transform_of
+from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
 #: Bytes of a word map.
 _LARGEST_WORDS = 2**28
-#: Sizes of pictures that have nothing in common: what all of them become, all others become too.
-_SHAPES: tuple[Size, ...] = ((480, 640), (640, 480), (97, 1009))
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
@@ -59,16 +55,6 @@ def pipelines_of(
     }
 
 
-def fixed_sizes(config: VisftConfig) -> list[Size]:
-    """Size (height, width) of the images of each stream in which it does not vary."""
-    found = []
-    for stream in config.streams().values():
-        geometry = geometry_of(stream)
-        sizes = set().union(*(geometry.extremes(shape) for shape in _SHAPES))
-        found += list(sizes) if len(sizes) == 1 else []
-    return found
-
-
 def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     """The order of a run's samples.
 
@@ -90,9 +76,9 @@ def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_s
         smaller = images // dp_size * dp_size
         if images < stream.batch_size and smaller:
             key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
-            entry = Replaced(key, stream.batch_size, smaller, FEW_IMAGES)
+            entry = Adapted(key, stream.batch_size, smaller, "the number of images")
             visft = changed(config, [f"{key}={smaller}"]).visft
-            config = replace(config, visft=visft, replaced=(*config.replaced, entry))
+            config = replace(config, visft=visft, adapted=(*config.adapted, entry))
     return config
 
 

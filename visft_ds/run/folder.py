@@ -1,16 +1,21 @@
-"""The run folder before a run starts: nothing of another run is ever continued or overwritten by mistake."""
+"""The run folder: its lock, its record run.json, and what a new start finds in it. No run overwrites another."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
+from visft_ds.config.fields import StrictModel
 from visft_ds.config.preflight import INPUTS_FOLDER
-from visft_ds.config.records import as_record, parse_json
+from visft_ds.config.records import Natural, Whole, as_record, parse_json
 from visft_ds.files import read_bytes
-from visft_ds.monitor.metrics import RUN_SCHEMA, RunFile
+from visft_ds.monitor.metrics import METRICS_FILE
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
@@ -19,55 +24,71 @@ LOCK_FILE = "run.lock"
 #: Says why a run ended in good order; there is none while it trains.
 ENDED_FILE = "ended"
 RECORD_FILE = "run.json"
-#: Everything a run writes that is its own alone, as globs; the record comes last, so that `set_aside` can be cut off
-#: anywhere.
-_OF_A_RUN = (
-    "export",
-    ENDED_FILE,
-    "metrics.jsonl",
-    "tensorboard",
-    "tracker-*",  # under which name a tracker knows the run
-    "wandb",
-    "trace-*.json.gz",
-    "validation",
-    "bundles",  # of runs before 0.2
-    "checkpoints",
-    INPUTS_FOLDER,
-    RECORD_FILE,
-)
-_ASIDE = "earlier-"
+RUN_SCHEMA = 2  #: version of run.json
+#: What a start leaves that ended before its record was written.
+_OF_A_START = {"export", "features", ENDED_FILE, INPUTS_FOLDER, METRICS_FILE, LOCK_FILE, "tensorboard"}
 #: Largest run.json that is read, bytes.
 _MOST_BYTES = 1 << 26
 _SHOWN = 8  # names or differences in a message
 
 
-def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
-    """Check that a run may write into `out`. Reads only, so every rank can do it.
+class Input(StrictModel):
+    """File or split that a run was given: where it lay, the way to it from the run, and what proves its content."""
 
-    Returns whether another run is there that saved nothing, which has to be set aside first.
+    path: str
+    beside: str
+    sha256: str = ""  #: of a file
+    split: str = ""  #: of shards
+    fingerprint: str = ""  #: of shards
+    masks: str = ""  #: of shards: how they were made, where they were not given
+
+
+class Parent(StrictModel):
+    """Origin of a run: a checkpoint of another one, or an adapter."""
+
+    path: str
+    beside: str  #: the way to it from the run
+    step: Whole | None
+    sha256: str  #: of what was read
+
+
+class RunFile(StrictModel):
+    """Content of run.json; its number is that of its schema."""
+
+    number: Whole = Field(alias="schema")
+    config: dict[str, Any]
+    world_size: Natural = 1
+    started: str = ""
+    command: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    commit: str = ""  #: of the checkout, with "-dirty" where files differ from it; empty where it is none
+    inputs: dict[str, Input] = Field(default_factory=dict)
+    parent: Parent | None = None
+    earlier: list[dict[str, Any]] = Field(default_factory=list)
+
+
+def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
+    """Check that a run may write into `out`. Reads only, so every rank can do it.
 
     Args:
         resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
 
     Raises:
         ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
+            One that neither saved nor recorded a step is in nobody's way.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    if not out.exists() or not any(out.iterdir()):
-        if resume == "must":
-            raise ValueError(f"--resume must: there is no run in {out}; use --resume auto to start one")
-        return False
+    if resume == "must" and not saved_something(out):
+        raise ValueError(f"--resume must: no run in {out} has saved anything; use --resume auto to start one")
+    found = sorted(path.name for path in out.glob("[!.]*")) if out.exists() else []
     if not (out / RECORD_FILE).is_file():
-        found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
-        of_a_start = {"export", ENDED_FILE, INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "run.tmp", "tensorboard"}
-        if set(found) <= of_a_start | {"features"}:
-            return False  # a run that ended before its first record
+        if set(found) <= _OF_A_START:
+            return
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
-    if not saved_something(out):
-        if resume == "must":
-            raise ValueError(f"--resume must: the run in {out} has saved nothing; use --resume auto to start anew")
-        return resume == "no" or _differs(out, config)
+    metrics = out / METRICS_FILE
+    if not saved_something(out) and not (metrics.is_file() and metrics.stat().st_size):
+        return
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to go on with it")
     differences = identity_differences(recorded_config(out).identity(), config.identity())
@@ -79,7 +100,6 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
             + "\n".join([*shown, *more])
             + "\nchoose another --out, or give the settings of that run"
         )
-    return False
 
 
 def saved_something(out: Path) -> bool:
@@ -89,35 +109,41 @@ def saved_something(out: Path) -> bool:
     return (out / RECORD_FILE).is_file() and any(True for _ in (*checkpoints, *exported))
 
 
-def _differs(out: Path, config: ResolvedConfig) -> bool:
+@contextlib.contextmanager
+def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
+    """Keep `out` for this process, however it ends; one process of a run does it for all. Makes the folder.
+
+    Args:
+        patience: seconds to wait for another process, such as a run that was asked to stop.
+
+    Raises:
+        ValueError: a folder that cannot be written, or another process that does not let go in time.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / LOCK_FILE, timeout=patience)
     try:
-        return bool(identity_differences(recorded_config(out).identity(), config.identity()))
-    except ValueError:  # a torn record, or one of another release: not this run
-        return True
-
-
-def set_aside(out: Path) -> Path:
-    """Move what a run wrote into a folder of its own inside `out`; returns that. What else lies there stays."""
-    number = next(n for n in itertools.count(1) if not (out / f"{_ASIDE}{n}").exists())
-    aside = out / f"{_ASIDE}{number}"
-    aside.mkdir()
-    for pattern in _OF_A_RUN:
-        for path in list(out.glob(pattern)):
-            path.rename(aside / path.name)
-    return aside
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{out} is in use by another run: wait for it, stop it, or choose another --out") from error
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it") from error
+    except NotImplementedError:
+        print(f"warning: {out} has no locks: nothing keeps a second run out", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def recorded_config(out: Path) -> ResolvedConfig:
-    """The resolved configuration of the run in `out`.
-
-    Raises:
-        ValueError: no run there, or one written by a release with another schema.
-    """
+    """The resolved configuration of the run in `out`. Raises ValueError as `read_run`."""
     return resolve_values(read_run(out).config, str(out / RECORD_FILE))
 
 
 def read_run(out: Path) -> RunFile:
-    """The record of the run in `out`. Raises ValueError as `recorded_config`."""
+    """The record of the run in `out`. Raises ValueError: no run there, or one of another schema."""
     record = out / RECORD_FILE
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
@@ -132,23 +158,20 @@ def read_run(out: Path) -> RunFile:
     raise ValueError(f"{record}: schema {schema}; this release reads {RUN_SCHEMA}")
 
 
+def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
+    """Dotted key -> where the run in `out` had an input and what proves it; empty for an unreadable record."""
+    try:
+        return {key: given.model_dump(exclude_unset=True) for key, given in read_run(out).inputs.items()}
+    except ValueError:
+        return {}
+
+
 def refuse_filled(out: Path) -> None:
     """Raise ValueError for a folder of results that is not new or empty."""
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and nothing in it is overwritten: choose another --out, or remove it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-
-
-def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
-    """Dotted key -> where the run in `out` had an input and what proves it; empty for runs before 0.2.
-
-    An unreadable record counts as empty: `recorded_config` says what is wrong with it.
-    """
-    try:
-        return {key: one.model_dump() for key, one in read_run(out).inputs.items()}
-    except ValueError:
-        return {}
 
 
 def newest_step(out: Path) -> int:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
+from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
@@ -27,12 +28,9 @@ from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.host_memory import host_memory
-from visft_ds.resilience.out_of_memory import MemoryWatch
-from visft_ds.run.folder import open_run_folder, recorded_config, saved_something, set_aside
-from visft_ds.run.lock import locked
+from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
 
-_SHARED_MEMORY = Path("/dev/shm")
-_PIXEL = 3  #: bytes; images travel as uint8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Machine:
     why_recompute: str
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
     placement: Placement  #: who holds which parameters
-    memory: MemoryWatch  #: explains a step that does not fit
 
 
 def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machine:
@@ -58,6 +55,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     Raises:
         ValueError: hardware that cannot do what is asked, batches that cannot be divided, or no shared memory.
     """
+    check_zero(config.deepspeed["zero_optimization"])
     model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
@@ -68,7 +66,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)
     check_shared_memory(config, run.batches)
-    return Machine(run, why_precision, "as configured", for_deepspeed, placement, MemoryWatch(run))
+    return Machine(run, why_precision, "as configured", for_deepspeed, placement)
 
 
 def memory_of(device: torch.device) -> int:
@@ -89,7 +87,7 @@ def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[Resolved
     config, why = choose_recompute(config, machine.planned, Path(config.visft.run.out or ""))
     run = machine.planned.changed(config)
     placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
-    return config, replace(machine, planned=run, why_recompute=why, placement=placement, memory=MemoryWatch(run))
+    return config, replace(machine, planned=run, why_recompute=why, placement=placement)
 
 
 def choose_recompute(
@@ -106,32 +104,27 @@ def choose_recompute(
     Raises:
         ValueError: on every rank: no policy fits; says what helps.
     """
-    found = list[tuple[str, str]]()
     rooms = distributed.gather_objects(memory_of(run.device))
 
-    def choose() -> None:
+    def choose() -> tuple[str, str]:
         if out is not None and saved_something(out):
-            found.append((recorded_config(out).visft.model.recompute, "as the run began"))
-        elif config.visft.stage == 1:
-            found.append(("none", "a frozen backbone keeps nothing"))
-        else:
-            assert rooms is not None  # this is the main process
-            choice = choose_policy(run, min(rooms))
-            if must_fit and not choice.fits:
-                least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
-                others = fitting_settings(least, choice.capacity)
-                helps = "; ".join(" ".join(suggestion.settings) for suggestion in others)
-                raise ValueError(
-                    f"visft.model.recompute = auto: even with {choice.policy} a step needs {choice.needed / 2**30:.2f} "
-                    f"of {choice.capacity / 2**30:.2f} GiB, as predicted. What helps: "
-                    f"{helps or 'a smaller --model, or more memory'}. A stated policy is tried whatever is predicted"
-                )
-            found.append((choice.policy, choice.why))
+            return recorded_config(out).visft.model.recompute, "as the run began"
+        if config.visft.stage == 1:
+            return "none", "a frozen backbone keeps nothing"
+        assert rooms is not None  # this is the main process
+        choice = choose_policy(run, min(rooms))
+        if must_fit and not choice.fits:
+            least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
+            helps = "; ".join(" ".join(other.settings) for other in fitting_settings(least, choice.capacity))
+            raise ValueError(
+                f"visft.model.recompute = auto: even with {choice.policy} a step needs {choice.needed / 2**30:.2f} "
+                f"of {choice.capacity / 2**30:.2f} GiB, as predicted. What helps: "
+                f"{helps or 'a smaller --model, or more memory'}. A stated policy is tried whatever is predicted"
+            )
+        return choice.policy, choice.why
 
-    by_main_process(choose)
-    policy, why = distributed.broadcast_object(found)[0]
-    visft = changed(config, [f"visft.model.recompute={policy}"]).visft
-    return replace(config, visft=visft), why
+    policy, why = by_main_process(choose)
+    return replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft), why
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
@@ -141,7 +134,7 @@ def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     return {**facts, **installed}
 
 
-def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path = _SHARED_MEMORY) -> None:
+def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path = Path("/dev/shm")) -> None:
     """Worker processes hand batches over in shared memory; where it runs out they die with a bus error.
 
     Raises:
@@ -150,62 +143,48 @@ def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path =
     number = workers_of(config.visft.data)
     if not number or not folder.is_dir():
         return
-    largest = 0
-    for name, stream in config.visft.streams().items():
-        largest = max(largest, batches.micro[name] * _PIXEL * stream.largest_side() ** 2)
+    streams = config.visft.streams().items()
+    largest = max(batches.micro[name] * 3 * stream.largest_side() ** 2 for name, stream in streams)  # of uint8 pixels
     ready = config.visft.data.prefetch_steps * batches.accumulation + 1 + number
     needed, free = largest * ready * distributed.processes_here(), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder} has {_megabytes(free)} free; {ready} batches for each training process of this machine may "
-            f"need {_megabytes(needed)}: give the container more (docker run --shm-size=8g), or use --set "
+            f"{folder} has {free / 1e6:.0f} MB free; {ready} batches for each training process of this machine may "
+            f"need {needed / 1e6:.0f} MB: give the container more (docker run --shm-size=8g), or use --set "
             "visft.data.num_workers=0, or a smaller visft.data.prefetch_steps"
         )
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.{0 if size >= 1e7 else 2}f} MB"
-
-
 @contextlib.contextmanager
-def locked_for_all_ranks(out: Path) -> Iterator[None]:
-    """`locked` by the main process for all of them. Collective.
+def folder_of_run(out: Path, config: ResolvedConfig, resume: str) -> Iterator[None]:
+    """Keep the run folder for this run: locked by the main process, then looked at once more. Collective.
 
     Raises:
-        ValueError: on every rank, as `locked`.
+        ValueError: on every rank, as `locked` and `open_run_folder`.
     """
     with contextlib.ExitStack() as stack:
-        by_main_process(lambda: stack.enter_context(locked(out)))
+
+        def take() -> None:
+            stack.enter_context(locked(out))
+            open_run_folder(out, config, resume)  # another run may have worked in it since
+
+        by_main_process(take)
         yield
 
 
-def clear_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
-    """Set a run aside that saved nothing. Collective: the folder is ours by now, whatever another run did meanwhile.
-
-    Raises:
-        ValueError: on every rank, as `open_run_folder`.
-    """
-
-    def clear() -> None:
-        if open_run_folder(out, config, resume):
-            aside = set_aside(out)
-            print(f"the run in {out} saved nothing: it is kept in {aside}, this one starts anew", flush=True)
-
-    by_main_process(clear)
-
-
-def by_main_process(action: Callable[[], object]) -> None:
-    """Let the main process act for all. Collective.
+def by_main_process(action: Callable[[], T]) -> T:
+    """What the main process gets by acting for all. Collective.
 
     Raises:
         ValueError: on every rank, where the action raised that or an OSError.
     """
-    problem = None
+    result: tuple[T | None, str] = (None, "")
     if distributed.is_main():
         try:
-            action()
+            result = action(), ""
         except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = distributed.broadcast_object(problem)
+            result = None, str(error)
+    found, problem = distributed.broadcast_object(result)
     if problem:
         raise ValueError(problem)
+    return cast(T, found)

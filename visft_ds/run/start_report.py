@@ -7,24 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from visft_ds.config import Batches, ResolvedConfig, own
-from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import head_files
-from visft_ds.config.resolve import FEW_IMAGES, SHORT_RUN
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
 from visft_ds.model import MultiTaskModel
-from visft_ds.models import Backbone, require_eva_vit
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import DTYPES
-from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
-from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
+from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
@@ -59,7 +51,7 @@ def print_start(
         print(line, flush=True)
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
-    dtype, model = DTYPES[run.precision], config.visft.model
+    model = config.visft.model
     sections = [
         Section(
             "model",
@@ -67,19 +59,9 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("attention", describe_attention(module.backbone, run.device, dtype)),
-                (
-                    "numerics",
-                    describe_numerics(run.device, tf32=model.tf32, deterministic=config.visft.run.deterministic),
-                ),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
-                (
-                    "padding",
-                    _padding(require_eva_vit(module.backbone), run.device, dtype)
-                    if model.packed
-                    else "up to the largest image",
-                ),
+                ("padding", "none, images are packed" if model.packed else "up to the largest image"),
                 ("recompute", f"{model.recompute}, {machine.why_recompute}"),
             ],
         ),
@@ -91,23 +73,6 @@ def print_start(
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
-
-
-def describe_attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    """Kernel and reason for an image of the size of the position embeddings, and for sizes that have another one."""
-    if not isinstance(backbone, EvaViT):
-        return "timm's own: its models choose for themselves"
-    tokens = (backbone.image_size // backbone.patch_size) ** 2
-    asked = {n: attention_backend(device, dtype, backbone.width // backbone.num_heads, n) for n in fixed_lengths()}
-    name, why = attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
-    others = [f"; at {n} tokens {other}: {reason}" for n, (other, reason) in asked.items() if other != name]
-    return f"{name}: {why}{''.join(others)}"
-
-
-def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    tower = require_eva_vit(backbone)
-    name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
-    return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
 def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | None) -> Section:
@@ -151,6 +116,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
             captions give no vocabulary.
     """
+    check_zero(config.deepspeed["zero_optimization"])
     config = known_classes(config)
     vocabulary = known_vocabulary(config.visft)
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
@@ -172,10 +138,6 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return 2 if reasons else 0
     sections = [
-        Section(
-            "replaced on purpose",
-            [(r.key, f"{shorten(r.old)} -> {shorten(r.new)} by {r.source}") for r in config.replaced],
-        ),
         _planned_groups(config, groups, vocabulary),
         _batch_section(config, run.batches),
         *pipeline,
@@ -280,11 +242,7 @@ def _run_section(config: ResolvedConfig, start: int) -> Section:
     return Section(
         "run",
         [
-            *(
-                ("adapted", f"{r.key}: {r.old} -> {r.new}, because of {r.source}")
-                for r in config.replaced
-                if r.source in (SHORT_RUN, FEW_IMAGES)
-            ),
+            *(("adapted", f"{one.key}: {one.old} -> {one.new}, because of {one.why}") for one in config.adapted),
             ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
             ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
             ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),

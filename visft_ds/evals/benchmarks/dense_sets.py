@@ -40,7 +40,7 @@ from visft_ds.evals.benchmarks.images import (
 )
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.monitor.console import gauged
+from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import stored_segmentation
 
 CELLS, VOID = 56, -1
@@ -98,9 +98,7 @@ def read_train_and_test(source: str, train: str | None, test: str | None) -> tup
     found = reader(learnt, MOST["train"]), reader(held, MOST["test"])
     if found[0].names != found[1].names:
         lone = sorted(set(found[0].names) ^ set(found[1].names))
-        raise ValueError(
-            f"{source}: {learnt} and {held} have other categories, or another order: {', '.join(lone[:5])}"
-        )
+        raise ValueError(f"{source}: {learnt} and {held} have other categories or order: {', '.join(lone[:5])}")
     for part, one in zip((learnt, held), found, strict=True):
         if len(np.unique(one.cells[one.cells != VOID])) < 2:
             raise ValueError(f"{source}: {part} has labels of one class only; a probe needs two")
@@ -128,9 +126,7 @@ def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
     if (root / "labels").is_dir():
         parts = sorted(path.name for path in (root / "labels").iterdir() if path.is_dir())
         return partial(_of_folders, root, lambda split: (f"images/{split}", f"labels/{split}"), 255), parts
-    raise ValueError(
-        f"{root} is no layout of dense labels: a COCO tree, shards, ADE20k, or images/SPLIT beside labels/SPLIT"
-    )
+    raise ValueError(f"{root} has no dense labels: give a COCO tree, shards, ADE20k, or images/SPLIT and labels/SPLIT")
 
 
 def _places(count: int, most: int) -> list[int]:
@@ -146,7 +142,7 @@ def _of_folders(root: Path, folders: Callable[[str], tuple[str, str]], void: int
         raise ValueError(f"{place} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
     kept = [files[number] for number in _places(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
-    cells = np.stack([_cells_of_map(path, void) for path in gauged(maps, "label maps", len(maps), "images")])
+    cells = np.stack([_cells_of_map(path, void) for path in gauge("label maps", len(maps), "images", maps)])
     images, none = replace(from_files(kept, root), stretched=True), np.zeros(0, dtype=np.int64)
     return DenseSet(images, cells, np.zeros((0, CELLS, CELLS), np.uint8), none, none, ())
 
@@ -216,7 +212,7 @@ def _of_outlines(
     """Images with the annotations of each, in COCO's terms."""
     numbers = {category: number for number, category in enumerate(sorted(categories))}
     cells, masks, objects = [], [], []
-    for number, (size, found) in enumerate(gauged(labels, "outlines", len(labels), "images")):
+    for number, (size, found) in enumerate(gauge("outlines", len(labels), "images", labels)):
         drawn = np.zeros((_SIDE, _SIDE), dtype=np.int64)
         outlined = [(annotation, _outline(annotation, size, where)) for annotation in found]
         for annotation, area in sorted(outlined, key=lambda one: -int(one[1].sum())):
@@ -241,8 +237,6 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     height, width = size
     stretch = np.array([_SIDE / width, _SIDE / height])
     given = annotation.get("segmentation") or None
-    if isinstance(given, Mapping) and height * width > MAX_PIXELS:
-        raise ValueError(f"{where}: a mask of {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
     shape = stored_segmentation(given, height, width)
     if shape is None and given is not None:
         raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")

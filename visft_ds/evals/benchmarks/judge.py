@@ -29,7 +29,7 @@ from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.benchmarks.retention import AnswersKept, load_classifier
 from visft_ds.interop.weights import write_atomically
-from visft_ds.monitor.console import Gauge
+from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 
@@ -104,10 +104,7 @@ def check_fits(encoder: Encoder, label: str, benchmark: Benchmark) -> None:
     if not _kinds(encoder, benchmark):
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
     if benchmark.needs_text and encoder.text is None:
-        raise ValueError(
-            f"{label} has no text side, which {benchmark.label} compares with; a backbone of ours has one if its file "
-            f"brings a class token, a CLIP projection and a text tower"
-        )
+        raise ValueError(f"{label} has no text side, which {benchmark.label} compares with: give a whole CLIP file")
 
 
 def _kinds(encoder: Encoder, benchmark: Benchmark) -> list[str]:
@@ -135,17 +132,15 @@ def encode_images(
     batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     encoder.module.to(settings.device)
     found: dict[str, Tensor] = {}
-    with Gauge(what, len(images), "images", enabled=distributed.is_main()) as gauge:
+    with gauge(what, len(images), "images", enabled=distributed.is_main()) as bar:
         own = batches[rank::world]
         for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
                 if not torch.isfinite(value.sum()):
-                    raise ValueError(
-                        f"{kind} of {images.names[batch[0]]} or one of the next {len(batch) - 1} images is no finite "
-                        f"number in {settings.precision}: the weights are damaged, or need --precision fp32"
-                    )
+                    where = f"{kind} of {images.names[batch[0]]} or of the {len(batch) - 1} images after it"
+                    raise ValueError(f"{where} is NaN or infinite in {settings.precision}: try --precision fp32")
                 found[f"{batch[0]:09d} {kind}"] = value
-            gauge.show(min(gauge.done + len(batch) * world, len(images)))
+            bar.update(min(len(batch) * world, len(images) - bar.n))
     if world > 1:  # through files: NCCL would gather on the GPU
         part = settings.cache / f"part-{rank}.safetensors"
         settings.cache.mkdir(parents=True, exist_ok=True)

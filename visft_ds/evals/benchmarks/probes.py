@@ -19,7 +19,7 @@ from torch import Tensor
 
 from visft_ds.evals.benchmarks.classes import ClassSet
 from visft_ds.evals.benchmarks.protocol import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
-from visft_ds.monitor.console import gauged
+from visft_ds.monitor.console import gauge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  #: scikit-learn's C
@@ -93,7 +93,7 @@ def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -
     strength = FEW_SHOT_STRENGTH
     if held.any():
         accuracy = []
-        for candidate in gauged(STRENGTHS, "linear probe", len(STRENGTHS), "strengths"):
+        for candidate in gauge("linear probe", len(STRENGTHS), "strengths", STRENGTHS):
             predicted = _predicted(train[~held], labels[~held], train[held], candidate)
             accuracy.append(float((predicted == labels[held]).mean()))
         strength = STRENGTHS[int(np.argmax(accuracy))]

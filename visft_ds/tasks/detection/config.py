@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
+from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Section, Sides, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 
-class DetectionImage(StrictModel):
+class DetectionImage(Section):
     """Geometry of detection; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
@@ -21,6 +21,11 @@ class DetectionImage(StrictModel):
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A range that is none."""
+        if self.crop_range[0] > self.crop_range[1]:
+            yield "crop_range", "must be [smallest, largest]"
 
 
 class DetectionHeadConfig(HeadConfig):
@@ -71,12 +76,6 @@ class DetectionTask(TaskConfig):
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()
     loss: DetectionLoss = DetectionLoss()
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Those of the head, and a range that is none."""
-        yield from super().contradictions()
-        if self.image.crop_range[0] > self.image.crop_range[1]:
-            yield "image.crop_range", "must be [smallest, largest]"
 
 
 CONFIG = DetectionTask

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, Section, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
@@ -15,7 +15,7 @@ from visft_ds.config.task_schema import HeadConfig, TaskConfig
 Labelling = Literal["contiguous", "published"]
 
 
-class SegmentationImage(StrictModel):
+class SegmentationImage(Section):
     """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
@@ -27,6 +27,13 @@ class SegmentationImage(StrictModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A range that is none, and a pixel that is none."""
+        if self.scale[0] > self.scale[1]:
+            yield "scale", "must be [smallest, largest]"
+        if self.pad_value > 255:
+            yield "pad_value", "must be a pixel value from 0 to 255"
 
 
 class SegmentationHeadConfig(HeadConfig):
@@ -45,7 +52,9 @@ class SegmentationHeadConfig(HeadConfig):
     labelling: Labelling = "contiguous"
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A width that attention heads or norm groups do not divide."""
+        """A width that attention heads or norm groups do not divide, and fewer classes than COCO has."""
+        if self.labelling == "published" and self.num_classes < 80:
+            yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
             yield (
                 "hidden_dim",
@@ -88,16 +97,6 @@ class SegmentationTask(TaskConfig):
         """Objects, or masks of most of them."""
         few = mostly_without_masks(counts, findings)
         return super().lacks(counts, findings) or ("mask for most of its objects" if few else None)
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Those of the head, and numbers out of range."""
-        yield from super().contradictions()
-        if self.head.labelling == "published" and self.head.num_classes < 80:
-            yield "head.num_classes", "must be at least 80: published labels are COCO's 80"
-        if self.image.scale[0] > self.image.scale[1]:
-            yield "image.scale", "must be [smallest, largest]"
-        if self.image.pad_value > 255:
-            yield "image.pad_value", "must be a pixel value from 0 to 255"
 
 
 CONFIG = SegmentationTask
