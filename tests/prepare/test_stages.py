@@ -17,17 +17,18 @@ from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.published import KINDS
 from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.tasks import BUILT_IN, TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))
 #: What the published form takes for granted: the schema's defaults.
-PUBLISHED = {"visft.tasks.segmentation.head.labelling": "published"}
-_HEADS = tuple(f"visft.tasks.{task}.head" for task in ("detection", "segmentation", "captioning"))
+PUBLISHED: dict[str, Any] = {f"visft.tasks.{task}.head": TASKS[task].options("head", {}) for task in BUILT_IN}
+PUBLISHED["visft.tasks.segmentation.head.labelling"] = "published"
 
 
 def configured(stage: int, extra: dict[str, Any] | None = None) -> ResolvedConfig:
-    values = {key: value for key, value in TINY.items() if not key.startswith(_HEADS)} | (extra or {})
+    values = {**TINY, **(extra or {})}
     return resolve(stage=stage, model="debug", settings=[f"{k}={json.dumps(v)}" for k, v in values.items()])
 
 

@@ -1,8 +1,8 @@
 """Export of a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
-Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter, also as a PEFT folder. A backbone that
-was trained itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
-written at the start of the run.)
+Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter, also as a PEFT folder. A backbone that trained
+itself is written whole, beside its base; no process holds more than one tensor of it. (Random base weights are written
+at the start of the run.)
 """
 
 from __future__ import annotations

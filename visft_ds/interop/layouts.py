@@ -98,11 +98,6 @@ def model_in(file: Weights) -> dict[str, Any]:
     return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
 
 
-def layers_in(file: Weights) -> tuple[int, ...]:
-    """The blocks whose maps are read of the backbone in a file, as its header says."""
-    return tuple(model_in(file).get("layers", ())) if MODEL in file.metadata else ()
-
-
 def is_merged(file: Weights) -> bool:
     """Return True if the header records that an adapter was merged in."""
     return MERGED in file.metadata
