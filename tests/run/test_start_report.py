@@ -59,12 +59,6 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
         assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
 
 
-def test_groups_of_a_subset_fit_its_heads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The recipe has a group for each of three heads: those of heads that are off must not stop the start."""
-    _, _, *rows = table(capsys, f"visft.data.root={tmp_path}", "visft.tasks=segmentation,captioning")
-    assert [row.split()[0] for row in rows] == ["segmentation", "captioning"]
-
-
 def test_the_published_sizes_of_the_large_heads(capsys: pytest.CaptureFixture[str]) -> None:
     """Parameter counts of the code published with the paper, at 9,490 words."""
     assert PRESETS["eva_e"].width == 1792
