@@ -19,7 +19,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import check_zero
+from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
