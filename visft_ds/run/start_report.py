@@ -167,7 +167,7 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
 
 
 def _open_head(place: str, head: nn.Module, task: str) -> None:
-    open_head(head, find_head(place, task), task)
+    open_head(find_head(place, task), task).check(head)
 
 
 def _title(config: ResolvedConfig) -> str:
