@@ -142,7 +142,8 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     name, arguments = timm_model(backbone, tower)
     with torch.device("meta"):
         model: Any = create_model(name, **arguments)
-    if "cls_token" not in tower and isinstance(backbone, EvaViT):  # timm keeps no position for it then
+    positions = backbone.pos_embed.shape if isinstance(backbone, EvaViT) else ()
+    if positions and "cls_token" not in tower and tower["pos_embed"].shape == positions:  # timm has none for it then
         one = tower["pos_embed"]
         shape = (1, one.shape[1] - 1, one.shape[2])
         tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, 1:])}, tower.path)
