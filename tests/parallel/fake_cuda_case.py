@@ -35,7 +35,7 @@ STEP = {tasks[0]: step for step, tasks in enumerate(case.ORDER) if len(tasks) ==
 def step(watch: Watch, task: str) -> None:
     """Two steps of the engine on rank 0 of eight; the second one is watched."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.engine import ZeroEngine
+    from visft_ds.parallel.engine import Engine
 
     case.forget_autocast()
     with _disable_current_modes():
@@ -54,7 +54,7 @@ def step(watch: Watch, task: str) -> None:
     ]
     module.backbone.recompute = "block"
     config = case.engine_config("zero1", "bf16", accumulation=1)
-    engine = ZeroEngine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
+    engine = Engine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
     on_host = case.part(STEP[task], 0, 2)
     for number in range(2):
         watch.on = number == 1

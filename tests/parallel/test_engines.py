@@ -159,22 +159,6 @@ def test_goes_on_from_a_checkpoint_of_plain_pytorch(
     assert found["values"] <= WEIGHTS
 
 
-def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, dict[str, Any]]) -> None:
-    """Parameters of every group: DeepSpeed's own accessors know the moments of the first group only."""
-    access = trained[1]["access"]
-    assert {name.split(".")[1] for name in access["set"]} == {"detection", "segmentation", "captioning"}
-    check_access(access)
-
-
-def check_access(access: dict[str, Any]) -> None:
-    """What was read is what was there, and what was written is read again and computed with."""
-    for value, after, before, got, module in access["set"].values():
-        assert torch.equal(before["value"], value) and torch.equal(after, value)
-        assert all(torch.equal(got[what], tensor * 2 + 1) for what, tensor in before.items())
-        assert before["exp_avg_sq"].max() > 0
-        assert torch.equal(module, got["value"])  # what the forward computes with
-
-
 def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: tuple[str, dict[str, Any]]) -> None:
     """Base weights, adapters and heads of both stages, bit for bit, on every rank."""
     name, results = trained
