@@ -95,12 +95,10 @@ def test_a_folder_that_timm_reads(tmp_path: Path) -> None:
             b'{"model_type": "dinov3_vit"}',
             r"no model of timm \(config.json: dinov3_vit\).*--set visft.model.weights=",
         ),
-        (b"[1]", r"is no model of timm \(config.json: no architecture\)"),
-        (b"{", "is not valid JSON"),
         (described(architecture="vit_base_patch16_clop_224"), "did you mean timm:vit_base_patch16_clip_224"),
-        (described(model_args={"img_size": [224, 448]}), r"images of \(224, 448\) pixels: only squares"),
+        (described(model_args={"img_size": [224, 448]}), "only squares"),
         (described(model_args={"embed_dim": 9}), "with other embed_dim than timm's"),
-        (described(pretrained_cfg={"tag": "x"}), "pretrained_cfg.input_size is missing"),
+        (described(pretrained_cfg={"tag": "x"}), "cannot be read as timm"),
         (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "those of no weights that timm has"),
     ],
 )
@@ -115,7 +113,6 @@ def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, m
     ("words", "message"),
     [
         (("--backbone", "dinov3b"), "no such file, folder or name; did you mean dinov3_b"),
-        (("--backbone", "xyz"), r"no such file, folder or name\. Give timm:NAME"),
         (("--backbone", "timm:vit_base_patch16_dinov4"), "did you mean timm:vit_base_patch16_dinov3"),
         (("--backbone", "debug", "--deepspeed_config", "x.json"), "complete configuration: leave out --backbone"),
     ],
@@ -123,11 +120,6 @@ def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, m
 def test_words_that_name_no_backbone(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         of(*words)
-
-
-def test_random_weights_are_no_file() -> None:
-    with pytest.raises(ValueError, match=r"^debug has random weights: give a file"):
-        named("debug").file()
 
 
 def test_what_is_missing_says_how_to_get_it(hub: FakeHub, tmp_path: Path) -> None:

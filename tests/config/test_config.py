@@ -195,11 +195,6 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
         assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 
-def test_whole_floats_are_counts() -> None:
-    assert debug("scheduler.params.total_num_steps=1e3").scheduler.params.total_num_steps == 1000
-    assert "integer" in complaint("scheduler.params.total_num_steps=1000.5")
-
-
 # What follows from a configuration
 
 
@@ -277,10 +272,7 @@ def test_batches_divide_evenly_and_accumulate_as_little_as_possible(share: int, 
 def test_batches_that_do_not_divide_name_what_does() -> None:
     with pytest.raises(ValueError, match="would not be whole") as caught:
         derive_batches(debug("visft.tasks.detection.batch_size=8"), 6)
-    assert "batch_size = processes x accumulation x micro" in str(caught.value)
-    assert "use batch_size 6 or 12" in str(caught.value) and "use 1, 2, 4, 8 processes" in str(caught.value)
-    with pytest.raises(ValueError, match="more processes than images"):
-        derive_batches(debug("visft.tasks.detection.batch_size=8"), 9)
+    assert "Use batch_size 6 or 12, or 1, 2, 4, 8 processes" in str(caught.value)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", None)])
@@ -321,7 +313,7 @@ def test_presets_and_overrides_match_the_backbone() -> None:
         ([], "--stage is missing"),
         (["--stage", "3"], "--stage 3: must be 1"),
         (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
-        (["--stage", "1", "--zzz=3"], "Anything else: --set KEY=VALUE"),
+        (["--stage", "1", "--zzz=3"], "or --set KEY=VALUE"),
         (["--stage", "1", "--model", "eva-e"], "did you mean eva_e?"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--stage", "1", "--resume", "yes"], "must be auto"),

@@ -53,10 +53,6 @@ def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     assert config.sources["visft.tasks.segmentation"].startswith("--set visft.tasks=")
 
 
-def test_a_task_can_be_turned_off_by_null() -> None:
-    assert debug("visft.tasks.segmentation=null").to_dict() == debug("visft.tasks=detection,captioning").to_dict()
-
-
 @pytest.mark.parametrize("given", ["detektion", "detection,", "[]", "null", '[["detection"]]'])
 def test_names_that_are_no_tasks(given: str) -> None:
     assert f"visft.tasks={given}: " in complaint(debug, f"visft.tasks={given}")
@@ -90,12 +86,6 @@ def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
     assert len(debug(groups).visft.param_groups) == 5
 
 
-def test_where_only_idle_groups_are_left_they_stay_to_be_reported() -> None:
-    """Without any group, stage 1 would train nothing; with the idle one, the start names the glob that fits nothing."""
-    group = 'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}]'
-    assert [g.name for g in debug("visft.tasks=detection", group, stage=1).visft.param_groups] == ["a"]
-
-
 # How the steps are shared out
 
 
@@ -111,11 +101,6 @@ def test_the_length_follows_from_the_updates() -> None:
         "captioning": 4000,
     }
     assert config.to_dict()["scheduler"]["params"]["total_num_steps"] == 9500
-
-
-def test_a_stated_and_a_derived_length_are_the_same_run() -> None:
-    stated = recipe("scheduler.params.total_num_steps=400000")
-    assert identity_differences(stated.identity(), recipe().identity()) == []
 
 
 def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
@@ -169,18 +154,8 @@ def test_a_shared_batch_that_does_not_divide_names_its_own_key() -> None:
     with pytest.raises(ValueError, match="would not be whole") as caught:
         derive_batches(config, 4)
     text = str(caught.value)
-    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "use batch_size 8 or 12" in text
+    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "Use batch_size 8 or 12" in text
     assert "visft.tasks" not in text  # their batch sizes mean nothing here
-
-
-def test_every_task_that_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match="would not be whole") as caught:
-        derive_batches(debug("visft.tasks.detection.batch_size=9", "visft.tasks.captioning.batch_size=15"), 2)
-    lines = str(caught.value).splitlines()
-    assert [line.split(" = ")[0] for line in lines] == [
-        "visft.tasks.detection.batch_size",
-        "visft.tasks.captioning.batch_size",
-    ]
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -198,8 +173,7 @@ def test_where_no_accumulation_suits_all_the_way_out_is_named() -> None:
     with pytest.raises(ValueError, match="no accumulation suits every task on 8 processes") as caught:
         derive_batches(recipe("visft.tasks.captioning.micro_batch=16"), 8)
     text = str(caught.value)
-    assert "captioning: 256 = 8 x 1 x 32, micro_batch <= 16; state visft.tasks.captioning.micro_batch = 32" in text
-    assert "detection: 8 = 8 x 1 x 1, micro_batch <= 1\n" in text  # this one is all right
+    assert "captioning: 256 = 8 x 1 x 32, at most 16; state visft.tasks.captioning.micro_batch = 32" in text
 
 
 @given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))
@@ -303,12 +277,6 @@ def options(task: str, part: str) -> dict[str, Any]:
     settings = next(kind for kind in get_args(field) if kind is not type(None))
     defaults: dict[str, Any] = settings.model_fields[part].default.model_dump()
     return defaults
-
-
-def test_the_schema_and_the_table_of_tasks_name_the_same_ones() -> None:
-    from visft_ds.tasks import TASKS as table
-
-    assert tuple(TasksConfig.model_fields) == TASKS and set(table) == set(TASKS)
 
 
 def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:

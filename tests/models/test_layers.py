@@ -170,32 +170,6 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
             assert relative(got, wanted) < TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "eva"])
-def test_the_readme_of_an_adapter_ends_timms_model_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    pytest.importorskip("peft")
-    ours: Backbone
-    if name == "eva":
-        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, class_token=True, layers=(1,)).eval()
-    else:
-        base, ours = _timm_file(name, tmp_path), build_timm(name, layers=(NUMBERS[name],)).eval()
-    folder = _adapted(ours, base, ("q", "v") if name != "test_efficientnet" else ("blocks.[23].*.conv_pw*",), tmp_path)
-    assert merge(["--base", str(base), "--out", str(folder / "base.safetensors")]) == 0 if name == "eva" else True
-    if name != "eva":
-        (folder / "base.safetensors").write_bytes(base.read_bytes())
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(folder)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
-    images = torch.randn(1, 3, ours.image_size, ours.image_size)
-    model = names["model"].base_model.model
-    with torch.no_grad():
-        wanted, got = ours(images), model.forward_features(images)
-    assert relative(_map_of(model, got, wanted), wanted) < TOLERANCE
-
-
 def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
     cut = build_backbone("debug", **SMALL, layers=(1,))
     adapter = read_adapter(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +164,6 @@ def test_statistics_of_batch_norms_do_not_move() -> None:
     assert backbone.get_parameter("layer1.0.bn1.weight").grad is not None
 
 
-def test_statistics_of_batch_norms_do_not_move_before_anyone_calls_train() -> None:
-    """The check of the adapters runs a model that is still as it was made."""
-    backbone = build_timm("test_resnet")
-    inject_lora(backbone, rank=2, alpha=1.0, targets=("layer*.conv2",))
-    before = {name: value.clone() for name, value in backbone.state_dict().items() if "running" in name}
-    check_reached(backbone, torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    assert before and all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
-
-
 @pytest.mark.parametrize("name", ADAPTED)
 def test_adapters_begin_as_nothing_and_merge_exactly(name: str) -> None:
     images = torch.randn(2, 3, 64, 96)
@@ -315,34 +304,6 @@ def test_timm_loads_the_folder_by_itself(
             assert torch.equal(loaded.get_classifier().weight, whole.get_classifier().weight)
 
 
-def test_a_base_without_what_timms_model_has_is_said_to_be_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A backbone that trained itself is written without the norm that ConvNeXt has behind its feature map."""
-    base, ours = tmp_path / "base.safetensors", _adapted("test_convnext")
-    save_tensors(base, build_timm("test_convnext").state_dict(), {})
-    folder = save_peft_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
-    out = tmp_path / "out"
-    assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    for told in (printed, (out / README).read_text()):
-        assert "head.norm.weight" in told and "create_model" not in told
-    assert not (out / "config.json").exists()
-
-
-def test_an_adapter_of_another_base_is_not_written_for_peft_either(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, adapter = (
-        _base_file("test_vit", tmp_path),
-        replace(_adapter(_adapted("test_vit"), "test_vit"), base_sha256="0"),
-    )
-    folder = save_peft_adapter(adapter, tmp_path / "adapter")
-    words = ["--base", base, "--adapter", folder, "--out", tmp_path / "out", "--format", "peft"]
-    assert main([str(word) for word in words]) == 2
-    assert "trained on the base with sha256 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     """A classifier is passed over by name; all else has to fit."""
     base = _base_file("test_convnext", tmp_path, **{"head.fc.weight": torch.zeros(5, 64)})
@@ -362,7 +323,7 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set visft\.model\.overrides\.image_size"):
         open_backbone(build_timm("test_vit", image_size=96, device="meta"), vit)
     small = build_timm("test_vit", image_size=96, device="meta")
-    assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
+    assert small.get_parameter("pos_embed").shape[1] == 37
 
 
 def test_statistics_of_a_file_in_half_precision_are_fp32(tmp_path: Path) -> None:

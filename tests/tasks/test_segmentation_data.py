@@ -14,7 +14,7 @@ from faster_coco_eval import mask as coco_mask
 from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.transforms import Crop, Flip, places
+from visft_ds.data.transforms import Crop, Flip
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.data import segmentation_targets
 from visft_ds.tasks.transform import collate_joint
@@ -110,7 +110,7 @@ def test_what_gives_no_target() -> None:
         _annotation([_box(30, 30, 31, 31)], category=1),
         OBJECTS[1],
     ]
-    raw, labels = _raw((70, 90), *annotations), places(COCO_CATEGORY_IDS)
+    raw, labels = _raw((70, 90), *annotations), {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS)}
     targets = segmentation_targets(labels, 4, raw, [], generator(0))
     assert targets["labels"].tolist() == [0, 79]
     assert targets["masks"].shape == (2, 18, 23) and targets["masks"].dtype == np.uint8

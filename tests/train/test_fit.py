@@ -21,7 +21,7 @@ import torch.distributed
 
 from tests import finished
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
-from tests.run.test_validation import Ended
+from tests.run.test_validation import judge_here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
@@ -29,7 +29,7 @@ from visft_ds.monitor.metrics import read_metrics
 from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
 from visft_ds.resilience.stop import Stop
-from visft_ds.run import async_eval
+from visft_ds.run.judge import Judge
 from visft_ds.run.log import RunLog
 from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
@@ -134,7 +134,7 @@ def _as_it_was() -> Any:
 @pytest.fixture(autouse=True)
 def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are measured in this process: another one takes seconds to start."""
-    monkeypatch.setattr(async_eval, "_spawn", lambda place, shards, log: Ended(async_eval.main(place, shards)))
+    monkeypatch.setattr(Judge, "_judge", judge_here)
 
 
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
@@ -291,10 +291,3 @@ def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> Non
     told: list[str] = []
     assert state.ends_early(3, lambda: None, cast(RunLog, SimpleNamespace(message=told.append)))
     assert told[0].endswith("(visft.run.stop_after); its checkpoint was not kept")
-
-
-def test_early_stopping_needs_a_metric() -> None:
-    with pytest.raises(
-        ValueError, match=r"stop_after = 2 \(--set\): needs a metric: set visft\.run\.keep_best, such as box/AP50"
-    ):
-        resolve(stage=1, model="debug", settings=["visft.run.stop_after=2"])

@@ -17,12 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
-from visft_ds.config.fields import StrictModel
-from visft_ds.config.records import Natural, parse_json, read_record
+from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import CONFIG_ROOT, available, load_json
 from visft_ds.config.schema import PRESETS
+from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import (
     HUB,
     TIMM,
@@ -38,36 +36,7 @@ from visft_ds.pretrained import (
 )
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
-_IDLE = ("num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "class_token")
-
-
-class _Pretrained(StrictModel):
-    """Entry `pretrained_cfg` of timm's config.json."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    tag: str | None = None
-    input_size: tuple[Natural, Natural, Natural]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class _Arguments(StrictModel):
-    """Entry `model_args` of timm's config.json."""
-
-    model_config = ConfigDict(extra="allow")
-
-    img_size: Natural | tuple[Natural, Natural] | None = None
-
-
-class _TimmConfig(StrictModel):
-    """config.json as timm writes it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    architecture: str
-    pretrained_cfg: _Pretrained
-    model_args: _Arguments = _Arguments()
+_IDLE = ("num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "class_token", "img_size")
 
 
 @dataclass(frozen=True)
@@ -196,24 +165,21 @@ def _described(path: Path, text: str) -> dict[str, Any]:
     )
     if not path.is_file():
         raise ValueError(f"{text} has no config.json, which says what model it is. {remedy}")
-    values = parse_json(path.read_bytes(), str(path))
+    values = parse_json(read_bytes(path), str(path))
     if not isinstance(values, dict) or "architecture" not in values:
         kind = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"{text} is no model of timm (config.json: {kind or 'no architecture'}). {remedy}")
-    told = read_record(path, _TimmConfig)
-    other = sorted(set(told.model_args.model_extra or ()) - set(_IDLE))
-    if other:
-        raise ValueError(f"{text} is a {told.architecture} with other {', '.join(other)} than timm's. {remedy}")
-    settings = told.pretrained_cfg
-    size = told.model_args.img_size or settings.input_size[-1]
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) > 1:
-        raise ValueError(f"{text} is made for images of {size} pixels: only squares can be had")
-    try:
-        name, image_size = timm_name(told.architecture, settings.tag, settings.mean, settings.std, *sides)
-    except ValueError as error:
-        raise ValueError(f"{text}: {error}") from error
-    return _keys(f"{TIMM}{name}", None, image_size)
+    with reading(path, "timm's config.json"):
+        name, settings, arguments = values["architecture"], values["pretrained_cfg"], values.get("model_args") or {}
+        if other := sorted(arguments.keys() - set(_IDLE)):
+            raise ValueError(f"a {name} with other {', '.join(other)} than timm's. {remedy}")
+        size = arguments.get("img_size") or settings["input_size"][-1]
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) > 1:
+            raise ValueError(f"it is made for images of {size} pixels: only squares can be had")
+        mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
+        named, image_size = timm_name(name, settings.get("tag"), mean, std, *sides)
+    return _keys(f"{TIMM}{named}", None, image_size)
 
 
 def _nearest(found: Named) -> str:

@@ -38,7 +38,7 @@ class Batches:
 
     def equations(self) -> list[str]:
         """Equations of the batch sizes, a line for each stream."""
-        parts = _parts(self.stages)
+        parts = "processes" if self.stages == 1 else f"pipelines of {self.stages} processes"
         return [
             f"{task}: {total} images = {self.dp} {parts} x {self.accumulation} accumulation x {self.micro[task]}"
             for task, total in self.batch_size.items()
@@ -51,8 +51,6 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     Raises:
         ValueError: no accumulation does; names the equation and the nearest values that work.
     """
-    if world_size < 1:
-        raise ValueError(f"{world_size} processes: must be at least 1")
     stages = config.pipeline_stages
     if world_size % stages:
         near = [str(n) for n in (world_size // stages * stages, (world_size // stages + 1) * stages) if n]
@@ -60,9 +58,9 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
             f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use "
             f"{' or '.join(near)} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
         )
-    dp = world_size // stages
-    streams = config.visft.streams()
-    uneven = [_uneven(stream, dp, stages) for stream in streams.values() if stream.batch_size % dp]
+    dp, streams = world_size // stages, config.visft.streams()
+    parts = "processes" if stages == 1 else f"pipelines of {stages} processes"
+    uneven = [_uneven(stream, dp, stages, parts) for stream in streams.values() if stream.batch_size % dp]
     if uneven:
         raise ValueError("\n".join(uneven))
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
@@ -76,43 +74,29 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
                 batch_size={name: stream.batch_size for name, stream in streams.items()},
                 stages=stages,
             )
-    # Accumulation is one number for all tasks, so the largest possible one is their common divisor.
     lines = [
-        f"no accumulation suits every task on {dp} {_parts(stages)} "
-        f"(batch_size = {_parts(stages).split()[0]} x accumulation x micro):"
+        f"no accumulation suits every task on {dp} {parts} (batch_size = {parts.split()[0]} x accumulation x micro):"
     ]
     for name, stream in streams.items():
         smallest = shares[name] // common
         verdict = "" if smallest <= stream.micro_batch else f"; state {_key(stream)}.micro_batch = {smallest} or more"
         lines.append(
-            f"  {name}: {stream.batch_size} = {dp} x {common} x {smallest}, "
-            f"micro_batch <= {stream.micro_batch}{verdict}"
+            f"{name}: {stream.batch_size} = {dp} x {common} x {smallest}, at most {stream.micro_batch}{verdict}"
         )
-    hint = "  or choose batch sizes whose shares have a larger common divisor"
-    raise ValueError("\n".join([*lines, hint]))
+    raise ValueError("\n  ".join(lines))
 
 
 def _key(stream: Stream) -> str:
     return "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
 
 
-def _parts(stages: int) -> str:
-    return "processes" if stages == 1 else f"pipelines of {stages} processes"
-
-
-def _uneven(stream: Stream, dp: int, stages: int) -> str:
-    total, parts = stream.batch_size, _parts(stages)
-    below, above = total // dp * dp, (total // dp + 1) * dp
-    sizes = " or ".join(str(size) for size in (below, above) if size)
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    near = sorted(sorted(divisors, key=lambda n: abs(n - dp))[:4])
-    unit = "process" if stages == 1 else "pipeline"
-    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {unit} would not be whole"
+def _uneven(stream: Stream, dp: int, stages: int, parts: str) -> str:
+    total = stream.batch_size
+    sizes = [str(size) for size in (total // dp * dp, (total // dp + 1) * dp) if size]
+    near = sorted(sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - dp))[:4])
     return (
-        f"{_key(stream)}.batch_size = {total} on {dp} {parts}: {reason} "
-        f"(batch_size = {parts.split()[0]} x accumulation x micro, micro <= {stream.micro_batch}). "
-        f"With {dp} {parts} use batch_size {sizes}; with batch_size {total} use "
-        f"{', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
+        f"{_key(stream)}.batch_size = {total} on {dp} {parts}: its shares would not be whole. Use batch_size "
+        f"{' or '.join(sizes)}, or {', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
     )
 
 
@@ -144,9 +128,6 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
     }
     if precision in _AUTOCAST:
         # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is fp32.
-        result["torch_autocast"] = {
-            "enabled": True,
-            "dtype": _AUTOCAST[precision],
-            "lower_precision_safe_modules": [],
-        }
+        autocast = {"enabled": True, "dtype": _AUTOCAST[precision], "lower_precision_safe_modules": []}
+        result["torch_autocast"] = autocast
     return result

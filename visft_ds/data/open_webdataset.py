@@ -1,7 +1,6 @@
 """A split as a `webdataset.WebDataset`, for pipelines of your own.
 
-webdataset 1.0.2 reads WDS_SECURE once, while it is imported; unset means insecure: members are unpickled by `.decode()`
-and `pipe:` URLs run commands. So this module sets the variable before the import.
+While it is imported, webdataset reads whether `.decode()` may unpickle members and `pipe:` URLs may run commands.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ def open_split(manifest: Manifest, **options: Any) -> Any:
     """A `webdataset.WebDataset` over the shards of a local split, in order unless `options` say otherwise.
 
     Samples have `__key__`, the image under its extension, and "json". With more than one process give `nodesplitter`.
-
-    Raises:
-        RuntimeError: webdataset was imported earlier with its security off.
+    Raises RuntimeError if webdataset was imported earlier with its security off.
     """
     if not webdataset.utils.enforce_security:
         raise RuntimeError("webdataset was imported with its security off: import visft_ds.data.open_webdataset first")

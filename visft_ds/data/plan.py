@@ -100,14 +100,10 @@ class Plan:
 
     def describe(self) -> str:
         """What a run and its continuation must have in common, as a line of a checkpoint."""
-        tasks = {
-            name: [
-                task.batch_size,
-                task.ratio,
-                {key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())},
-            ]
-            for name, task in self.tasks.items()
-        }
+        tasks = {}
+        for name, task in self.tasks.items():
+            sets = {key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())}
+            tasks[name] = [task.batch_size, task.ratio, sets]
         digest = hashlib.sha256(json.dumps([tasks, self.views]).encode()).hexdigest()
         return f"version {ORDER_VERSION}, seed {self.seed}, {digest}"
 
@@ -137,11 +133,9 @@ class Plan:
         """All micro-batches of a rank, in order; those of all ranks are disjoint and together are the step."""
         size, rest = divmod(len(step_plan.indices), dp_size * accumulation)
         assert not rest and 0 <= dp_rank < dp_size, (len(step_plan.indices), dp_rank, dp_size, accumulation)
-        starts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
-        return [
-            replace(step_plan, indices=step_plan.indices[s : s + size], keys=step_plan.keys[s : s + size])
-            for s in starts
-        ]
+        firsts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
+        parts = [slice(first, first + size) for first in firsts]
+        return [replace(step_plan, indices=step_plan.indices[part], keys=step_plan.keys[part]) for part in parts]
 
 
 class Turns:

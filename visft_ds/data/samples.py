@@ -115,13 +115,6 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def has_targets(samples: Sequence[Sample], task: str) -> bool:
-    """Return True if these samples carry labels of `task`: all of them or none."""
-    found = {task in sample.targets for sample in samples}
-    assert len(found) == 1, f"some samples of a batch have {task} targets and some have not"
-    return found.pop()
-
-
 def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
     images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from visft_ds.data.fetch import Cache, RemoteFolder
+from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 
 FORMAT, VERSION = "visft_ds shards", 3
@@ -91,27 +91,22 @@ class Manifest:
 
     @classmethod
     def load(cls, root: Path | str, split: str, cache: Cache | None = None) -> Manifest:
-        """Open a split in a folder or behind a URL.
-
-        Args:
-            cache: where copies of remote shards are kept.
+        """Open a split in a folder or behind a URL; of remote shards, `cache` keeps copies.
 
         Raises:
             ValueError: there is none of this name, it is of another version, or a file was cut or changed.
             StoreFailed: a server failed, again and again.
         """
-        remote = RemoteFolder(root.rstrip("/"), cache or Cache()) if isinstance(root, str) and "://" in root else None
-        name = manifest_path(Path(), split).name
-        if remote is not None:
+        remote, path = None, str(manifest_path(Path(root), split))
+        if isinstance(root, str) and "://" in root:
+            remote, name = RemoteFolder(root.rstrip("/"), cache or Cache()), Path(path).name
             root, path = remote.url, f"{remote.url}/{name}"
             content = remote.read(name, _MOST_MANIFEST)
+        elif Path(path).is_file():
+            root, content = Path(root), read_bytes(path, _MOST_MANIFEST)
         else:
-            root = Path(root)
-            path = str(root / name)
-            if not (root / name).is_file():
-                found = ", ".join(splits_in(root)) or "none"
-                raise ValueError(f"{path} does not exist; finished splits there: {found}")
-            content = read_bytes(root / name, _MOST_MANIFEST)
+            found = ", ".join(splits_in(Path(root))) or "none"
+            raise ValueError(f"{path} does not exist; finished splits there: {found}")
         with reading(path, "a manifest of shards"):
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
@@ -119,8 +114,8 @@ class Manifest:
             values["categories"] = tuple(Category(**each) for each in values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
-            if [shard.name for shard in manifest.shards] != [shard_name(split, n) for n in range(len(manifest.shards))]:
-                raise ValueError(f"its shards are not {shard_name(split, 0)} and so on")
+            if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
+                raise ValueError(f"its shards are not {tar_name(split, 0)} and so on")
             if not all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in (*manifest.shards, _index_of(manifest))):
                 raise ValueError("a digest is not a sha256")
         for shard in manifest.shards if remote is None else ():
@@ -131,13 +126,13 @@ class Manifest:
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest
 
-    def save(self) -> None:
-        """Write the manifest into `root`, when all other files are there."""
+    def save(self, index: bytes) -> None:
+        """Write the index and then the manifest into `root`, when all shards are there."""
+        store(index_path(Path(self.root), self.split), index)
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "remote")}
-        content = orjson.dumps(
-            {"format": FORMAT, "version": VERSION, **values}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-        )
-        store(manifest_path(Path(self.root), self.split), content + b"\n")
+        values |= {"format": FORMAT, "version": VERSION}
+        content = orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+        store(manifest_path(Path(self.root), self.split), content)
 
     @cached_property
     def index(self) -> npt.NDArray[Any]:
@@ -245,9 +240,9 @@ class ShardReader:
             self._files[shard] = file
             data = os.pread(file, size, offset)
         if crc32(data) != row[f"{part}_crc32"]:
+            where = f"{self.describe(index)}: the {part} at offset {offset}"
             raise DamagedSample(
-                f"{self.describe(index)}: the {part} at offset {offset} is damaged: run the same `visft shards build` "
-                f"again, which keeps what is whole"
+                f"{where} is damaged: run the same `visft shards build` again, which keeps what is whole"
             )
         return data
 
@@ -266,17 +261,14 @@ def verify(manifest: Manifest) -> list[str]:
 
 
 def manifest_path(root: Path, split: str) -> Path:
-    """Path of a split's manifest."""
     return root / f"{split}.manifest.json"
 
 
 def index_path(root: Path, split: str) -> Path:
-    """Path of a split's index."""
     return root / f"{split}.index.npy"
 
 
-def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
+def tar_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
@@ -302,5 +294,4 @@ def _index_of(manifest: Manifest) -> ShardFile:
 
 
 def _whole(manifest: Manifest, file: ShardFile) -> bool:
-    with Path(manifest.root, file.name).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+    return sha256_of(Path(manifest.root, file.name)) == file.sha256

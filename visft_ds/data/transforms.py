@@ -52,8 +52,7 @@ class Crop:
 class Pad:
     """Extend right and bottom to this size with a value, 0 to 255.
 
-    The extension is part of the image from then on, or with `outside` padding that targets take no notice of; no other
-    operation follows then.
+    The extension is part of the image from then on, or `outside`: no targets and no other operation see it.
     """
 
     height: int
@@ -89,17 +88,16 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
     """(H, W, 3) uint8 -> (3, H', W') uint8.
 
     The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than resizing a
-    contiguous copy, and gives the same values. So does mirroring after a scaling instead of before it, which has fewer
-    pixels to copy where the scaling makes the image smaller.
+    contiguous copy, and gives the same values.
     """
     tensor = torch.from_numpy(image).permute(2, 0, 1)
-    for op in _mirrored_small(ops, (image.shape[0], image.shape[1])):
+    for op in ops:
         if isinstance(op, Flip):
             tensor = tensor.flip(2)
         elif isinstance(op, Crop):
             bottom, right = op.top + op.height, op.left + op.width
-            beyond = [-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1]]
-            beyond = [max(0, side) for side in beyond]
+            sides = (-op.left, right - tensor.shape[2], -op.top, bottom - tensor.shape[1])
+            beyond = [max(0, side) for side in sides]
             tensor = tensor[:, max(0, op.top) : bottom, max(0, op.left) : right]
             tensor = F.pad(tensor, beyond, value=128) if any(beyond) else tensor
         elif isinstance(op, Pad):
@@ -108,15 +106,6 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
         else:
             tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
     return tensor.contiguous()
-
-
-def _mirrored_small(ops: Sequence[Op], size: Size) -> Sequence[Op]:
-    """The same operations on an image of `size`, a first mirroring exchanged with the scaling to fewer pixels next."""
-    if len(ops) < 2 or not isinstance(ops[0], Flip) or not isinstance(ops[1], Resize):
-        return ops
-    if ops[1].height * ops[1].width >= size[0] * size[1]:
-        return ops
-    return [ops[1], ops[0], *ops[2:]]
 
 
 def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArray:
@@ -129,8 +118,7 @@ def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArr
             boxes -= [op.left, op.top, op.left, op.top]
             boxes = clip_boxes(boxes, (op.height, op.width))
         elif isinstance(op, Resize):
-            scale_x, scale_y = op.width / size[1], op.height / size[0]
-            boxes *= [scale_x, scale_y, scale_x, scale_y]
+            boxes *= [op.width / size[1], op.height / size[0]] * 2
         size = final_size(size, [op])
     return boxes
 
@@ -144,8 +132,7 @@ def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
     """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.
 
     The rule is the reference's: the short side is rounded to what `max_long` allows, the long side is cut off to an
-    integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe). Rounding up lets the long side exceed
-    `max_long` by at most half of long / short pixels: one pixel for a panorama of 2:1.
+    integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe).
     """
     small, large = min(size), max(size)
     if max_long is not None and large / small * short_side > max_long:
@@ -208,7 +195,8 @@ class ShortSides:
 
     def extremes(self, size: Size) -> set[Size]:
         """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
-        return {self.largest(size)}
+        side = self.fixed_size
+        return {(side, side) if side is not None else short_side_size(size, max(self.short_sides), self.max_long)}
 
     def mirror(self, train: bool, generator: np.random.Generator) -> list[Op]:
         """The first operation of an image, or none."""
@@ -222,26 +210,10 @@ class ShortSides:
             return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
         return Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))
 
-    def largest(self, size: Size) -> Size:
-        """Largest size that training can give an image of `size`."""
-        if self.fixed_size is not None:
-            return (self.fixed_size, self.fixed_size)
-        return short_side_size(size, max(self.short_sides), self.max_long)
-
 
 def of_options(kind: Callable[..., _T], options: Mapping[str, Any]) -> _T:
     """An instance of a dataclass whose fields are named as options; other options are left."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})  # type: ignore[arg-type]
-
-
-def places(classes: Sequence[int]) -> dict[int, int]:
-    """Category id -> its place in `classes`."""
-    return {category: place for place, category in enumerate(classes)}
-
-
-def labels_of(annotations: Sequence[Mapping[str, Any]], labels: Mapping[int, int]) -> npt.NDArray[np.int64]:
-    """(n,) the label of each annotation's category."""
-    return np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
 
 
 def choose(options: Sequence[int], generator: np.random.Generator) -> int:

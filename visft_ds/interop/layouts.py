@@ -158,8 +158,13 @@ def tower_metadata(backbone: Backbone) -> dict[str, str]:
     """Metadata that describe a backbone in the file of its weights."""
     layers = {LAYERS: json.dumps(backbone.layers_read)} if backbone.layers_read else {}
     if isinstance(backbone, TimmBackbone):
-        return {TIMM_KEY: backbone.settings(), **layers}
+        return {TIMM_KEY: timm_entry(backbone), **layers}
     return {"tower": tower_of(backbone).to_json(), **layers}
+
+
+def timm_entry(backbone: TimmBackbone) -> str:
+    """Entry of a header about the model of timm that weights are of."""
+    return json.dumps({"name": backbone.name, "image_size": backbone.options.get("img_size")})
 
 
 def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:

@@ -37,7 +37,7 @@ from visft_ds.interop.files import (
     view,
 )
 from visft_ds.interop.formats import FORMATS, check_format, config_of
-from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, tower_in, tower_names
+from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, timm_entry, tower_in, tower_names
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import refuse_existing, write_safetensors, write_torch
@@ -302,7 +302,7 @@ def merge_timm(
     else:
         config, unfit = config_of(backbone, {key: info.shape for key, info in merged.infos.items()})
         side_files = {} if config is None else {"config.json": config}
-    metadata = {TIMM_KEY: backbone.settings()} if layout == "timm" else {}
+    metadata = {TIMM_KEY: timm_entry(backbone)} if layout == "timm" else {}
     write_safetensors(out, merged.infos, merged.get, metadata | _header(file, change, sha256))
     return TimmMerge(backbone, sha256, total, side_files, tuple(notes), tuple(unfit))
 

@@ -17,15 +17,9 @@ Backbone = EvaViT | TimmBackbone
 
 
 def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Backbone:
-    """A backbone on the meta device.
+    """A backbone on the meta device: one of `PRESETS`, or TIMM and the name of a model of timm.
 
-    Args:
-        preset: of `PRESETS`, or TIMM and the name of a model of timm.
-        dtype: of its parameters.
-        options: fields that replace the preset's, with timm image_size alone; and `layers`, the blocks that are read.
-
-    Raises:
-        ValueError: a preset, a shape or a block that does not exist.
+    `options` are fields that replace the preset's, with timm image_size alone; and `layers`, the blocks that are read.
     """
     if preset.startswith(TIMM):
         return build_timm(preset.removeprefix(TIMM), device="meta", dtype=dtype, **options)

@@ -4,8 +4,7 @@ EVA-ViT-E norms the results of the branches (x + norm(attn(x)), "post-norm"), EV
 alike: no dropout, layer scale, rotary embedding or gated MLP. As in ViSFT (https://arxiv.org/abs/2401.10222) there is
 no class token unless asked for, but `pos_embed` always keeps its entry first, as in every published file.
 
-Every parameter is used in the forward of the module that owns it and nowhere else: ZeRO-3 gathers them per module, and
-an adapter that replaces a module is bypassed if its parent reads the weight.
+Every parameter is used in the forward of the module that owns it alone: ZeRO-3 gathers them per module.
 Letters: B images, H W pixels, h w patch grid, N tokens, T tokens of several images, D width.
 """
 
@@ -61,7 +60,6 @@ class Linear(nn.Linear):
     """A linear layer that computes in autocast's dtype, else in the weight's; its bias may come with the call."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out). A bias given here replaces the module's own."""
         weight, bias = self.weight, self.bias if bias is None else bias
         dtype = matmul_dtype(weight)
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -85,17 +83,16 @@ class Patches(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. Pixels right and below the last complete patch are dropped."""
+    """Patches to tokens, (B, 3, H, W) -> (B, h*w, D); pixels right and below the last complete patch are dropped."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = Patches(3, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h*w, D), row by row."""
-        patches: Tensor = self.proj(images)
         # Contiguous, since every sum of the residual stream would inherit the order of the convolution.
-        return patches.flatten(2).transpose(1, 2).contiguous()
+        out: Tensor = self.proj(images).flatten(2).transpose(1, 2).contiguous()
+        return out
 
 
 class Attention(nn.Module):
@@ -109,10 +106,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
-
-        The block applies `proj`, which it may recompute in the backward pass.
-        """
+        """(B, N, D) -> (B, N, D), or packed (1, T, D), without `proj`, which the block applies and may recompute."""
         batch, length, width = x.shape
         qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
@@ -168,10 +162,9 @@ def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Activation checkpointing of a function of one tensor, without a hook for each tensor that it would have kept.
+    """Activation checkpointing without a hook for each tensor, which in host time cost more than the second forward.
 
-    In host time torch's own costs more than the second forward itself. What trains comes as an argument, so that its
-    gradients leave the graph where they would without recomputation, and engines see them there.
+    What trains comes as an argument, so that its gradients leave the graph where they would without recomputation.
     """
 
     @staticmethod
@@ -193,11 +186,8 @@ class _Recomputed(torch.autograd.Function):
 
 
 def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
-    """A block whose activations are computed again in the backward pass.
-
-    torch's checkpoint stops behind the last tensor that the backward pass needs: without a norm or an adapter behind
-    it, the last product of a block, a third of it, is not computed again. ZeRO-3 needs torch's, too.
-    """
+    """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
+    product of the block, a third of it, which torch then leaves out."""
     last = list(block.mlp.fc2.parameters())
     if any(map(movable, last)) or not (block.post_norm or any(each.requires_grad for each in last)):
         return _checkpoint(block, x, packing)
@@ -223,13 +213,13 @@ class EvaViT(nn.Module):
         self.config, self.width, self.patch_size = config, config.width, config.patch_size
         self.image_size, self.num_heads, self.post_norm = config.image_size, config.num_heads, config.post_norm
         self.recompute = "none"
-        self.layers_read: tuple[int, ...] = ()
         positions = 1 + (config.image_size // config.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, eps=1e-6)
+        self.read_after(())
 
     def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
         """(B, 3, H, W), already normalised, at least one patch -> (B, D, h, w) after the last norm, channels last.
@@ -293,11 +283,6 @@ class EvaViT(nn.Module):
         out: Tensor = block(x, packing, policy == "mlp")
         return out
 
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
     def describe(self) -> str:
         """A few words for the console."""
         return f"width {self.width}, {self.depth} blocks" + (f", read after {self.ends()[-1]}" * bool(self.layers_read))
@@ -307,13 +292,11 @@ class EvaViT(nn.Module):
         return [f"blocks.{index}" for index in range(self.depth)]
 
     def read_after(self, layers: Sequence[int]) -> None:
-        """Leave out all that lies behind the last of these blocks, whose result the last norm then norms.
-
-        Raises ValueError for a block that it does not have.
-        """
-        self.layers_read = tuple(layers)
+        """Leave out the blocks behind these; the last norm stays. Raises ValueError for a block that it lacks."""
+        self.layers_read: tuple[int, ...] = tuple(layers)
         if layers:
             del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
+        self.depth = len(self.blocks)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w) for images (B, 3, H, W)."""
@@ -326,11 +309,10 @@ class EvaViT(nn.Module):
 
 
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
-    """The last of the blocks that are read. Raises ValueError where there is none of that number."""
-    number = max(layers)
-    if number >= len(ends):
+    """The last of the blocks that are read. Raises ValueError if there is none of that number."""
+    if (number := max(layers)) >= len(ends):
         raise ValueError(
-            f"visft.model.layers: {model} has no block {number}; it has 0 to {len(ends) - 1} ({', '.join(ends)})"
+            f"visft.model.layers: {model} has no block {number} but 0 to {len(ends) - 1} ({', '.join(ends)})"
         )
     return number
 
@@ -364,10 +346,9 @@ def build_backbone(
     layers: Sequence[int] = (),
     **overrides: Any,
 ) -> EvaViT:
-    """A tower by name, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
+    """A tower of PRESETS, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
 
     Args:
-        name: key of PRESETS.
         seed: decides every weight, whatever the device and dtype. None leaves memory unset, for weights loaded next.
         layers: see `EvaViT.read_after`.
         overrides: fields of EvaViTConfig that replace the preset's.

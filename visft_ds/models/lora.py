@@ -2,11 +2,8 @@
 
 An adapted layer keeps the names of the layer it replaces (`weight`, `bias`) and adds `lora_A` and `lora_B`, stacked
 over the adapted slices as loralib's MergedLinear stacks them. A slice is a range of output rows: of a fused qkv any of
-q, k and v can be adapted alone. ViSFT adapts q and v with rank 64 and alpha 1: scale 1/64. A convolution
-(out, in, k, k) is updated by one to r channels and a 1x1 one behind it.
-
-Evaluation mode changes nothing (loralib merges in `eval()`, and ViSFT's code then adds the update a second time).
-
+q, k and v can be adapted alone. A convolution is updated by one to r channels and a 1x1 one behind it. Evaluation mode
+changes nothing (loralib merges in `eval()`, and ViSFT's code then adds the update a second time).
 Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' widths.
 """
 
@@ -38,10 +35,9 @@ TARGETS = {
 
 
 class AdaptedLayer(nn.Module):
-    """Layer with the weight and bias of the one it replaces, lora_A and lora_B. Subclasses compute the forward.
+    """Layer with the weight and bias of the one it replaces, lora_A (G*r, fan in) and lora_B (R, r), at least fp32.
 
-    The adapters are fp32, or fp64 over fp64 weights: lora_A (G*r, fan in) starts uniform in +-1/sqrt(fan in), as
-    loralib initialises it, and lora_B (R, r) at zero, so that the output does not change at the start.
+    A starts uniform in +-1/sqrt(fan in), as loralib initialises it, and B at zero: the output does not change.
     """
 
     weight: nn.Parameter
@@ -68,9 +64,6 @@ class AdaptedLayer(nn.Module):
         shape = self.shapes[kind]
         bound = 0.0 if kind == "lora_B" else 1.0 / math.sqrt(math.prod(shape[1:]))
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, slices={self.slices}, rank={self.rank}, alpha={self.alpha:g}"
 
 
 class LoRALinear(AdaptedLayer):
@@ -126,9 +119,7 @@ def inject_lora(
     targets: Iterable[str] = ("q", "v"),
     seed: int = 0,
 ) -> None:
-    """Replace the targeted layers by adapted ones, in place.
-
-    The output does not change by this, nor do names and objects of the existing parameters.
+    """Replace the targeted layers by adapted ones, in place; output and existing parameters do not change by this.
 
     Args:
         alpha: the update is scaled by alpha / rank.

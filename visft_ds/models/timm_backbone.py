@@ -1,18 +1,15 @@
 """Any model of timm whose feature map follows the size of its image, as a backbone: image -> feature map.
 
-The map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, of a convolutional
-network the last stage (its stride is usually 32). What lies behind it (pooling, classifier) is left out. timm's own
-`prune_intermediate_layers` ends a model after a block; a plain ViT keeps its last norm.
-
-Parameters have timm's own names. Batch norms always compute with the statistics that came with the weights: a step of
-a few images, of one task, has others, and a frozen backbone must not change.
+The map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, else the last stage.
+What lies behind it (pooling, classifier) is left out. timm's `prune_intermediate_layers` ends a model after a block;
+a plain ViT keeps its last norm. Batch norms always compute with the statistics that came with the weights: a step of a
+few images, of one task, has others.
 Letters: B images, H W pixels, h w feature grid, D width.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +39,22 @@ class TimmBackbone(nn.Module):
     left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
     layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
     pruning: str  #: the call that makes timm's model end there, as a line of Python; empty if it is whole
+    num_prefix_tokens: int  #: of a plain ViT, in front of its patches
+    set_grad_checkpointing: Callable[[bool], None]
+    prune_intermediate_layers: Callable[..., Any]
     _recompute = "none"
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
-        model, patch = _model(self), self.patch
+        model: Any = self
+        patch = self.patch
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
         return self._map(model.forward_features(images), images)
 
     def map_of(self, given: Tensor, images: Tensor) -> Tensor:
         """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
-        return self._map(_model(self).norm(given) if self.patch is not None else given, images)
+        return self._map(self.get_submodule("norm")(given) if self.patch is not None else given, images)
 
     def _map(self, features: Tensor, images: Tensor) -> Tensor:
         """Tokens or a map of timm's as (B, D, h, w)."""
@@ -62,7 +63,7 @@ class TimmBackbone(nn.Module):
         if self.patch is None:
             raise ValueError(f"features of shape {tuple(features.shape)}")
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        tokens = features[:, _model(self).num_prefix_tokens :]
+        tokens = features[:, self.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 
     def train(self, mode: bool = True) -> TimmBackbone:
@@ -84,7 +85,7 @@ class TimmBackbone(nn.Module):
 
         set_reentrant_ckpt(False)  # a reentrant one gives no gradient to adapters behind a frozen stem
         if policy != self._recompute:
-            _model(self).set_grad_checkpointing(policy != "none")
+            self.set_grad_checkpointing(policy != "none")
         self._recompute = policy
 
     def describe(self) -> str:
@@ -111,14 +112,10 @@ class TimmBackbone(nn.Module):
         # EfficientNets count their stem as number 0, if asked for each block.
         index, more = (number + 1, {"extra_blocks": True}) if hasattr(self, "conv_stem") else (number, {})
         before = self.state_dict()
-        _model(self).prune_intermediate_layers([index], **more)
+        self.prune_intermediate_layers([index], **more)
         self.left_out |= {name: value for name, value in before.items() if name not in self.state_dict()}
         arguments = "".join(f", {key}={value}" for key, value in more.items())
         self.pruning = f"model.prune_intermediate_layers([{index}]{arguments})"
-
-    def settings(self) -> str:
-        """Facts for the metadata of a weight file: which model it is of."""
-        return json.dumps({"name": self.name, "image_size": self.options.get("img_size")})
 
     def stored_buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to its weights (statistics of batch norms)."""
@@ -132,18 +129,9 @@ class TimmBackbone(nn.Module):
             setattr(self.get_submodule(owner), leaf, value)
 
 
-def _model(backbone: TimmBackbone) -> Any:
-    """The same, for what only timm's class declares."""
-    return backbone
-
-
 def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()) -> TimmBackbone:
-    """Turn a model that `timm.create_model` made with these options into a backbone, in place.
-
-    Its class gets `TimmBackbone` in front, so parameters keep their names and owners.
-
-    Raises ValueError for one that takes images of one size only, has no feature map, or no such block.
-    """
+    """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone` comes in
+    front of its class. Raises ValueError for one without a map that follows the size of its image, or no such block."""
     found: Any = model
     found.__class__ = type("TimmBackbone", (TimmBackbone, type(model)), {})
     backbone: TimmBackbone = found
@@ -200,10 +188,10 @@ def build_timm(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TimmBackbone:
-    """A model of timm by its name, with random weights; nothing is ever downloaded.
+    """A model of timm by its name, with timm's random weights; nothing is ever downloaded.
 
-    They are timm's own but for gains that it starts at or near 0 (layer scales, the last norm of a residual branch),
-    which are 1: a frozen random tower would be little more than its stem.
+    Gains that timm starts at or near 0 (layer scales, the last norm of a branch) are 1, or a frozen random tower would
+    be little more than its stem.
 
     Args:
         name: with or without the tag of pretrained weights, which decides how images are normalised.

@@ -16,6 +16,7 @@ from visft_ds.interop.heads import find_head, open_head
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
+from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
@@ -115,6 +116,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
             captions give no vocabulary.
     """
+    check_zero(config.deepspeed["zero_optimization"])
     config = known_classes(config)
     vocabulary = known_vocabulary(config.visft)
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.

@@ -28,17 +28,8 @@ import orjson
 from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
-from visft_ds.data.shards import (
-    INDEX_DTYPE,
-    VERSION,
-    Manifest,
-    ShardFile,
-    fingerprint,
-    index_path,
-    manifest_path,
-    shard_name,
-    store,
-)
+from visft_ds.data.fetch import sha256_of
+from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
 from visft_ds.names import wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
@@ -49,6 +40,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
 _TURNED = "picture stored upright, as its EXIF data says and its annotations fit"
 _ASSUMED = "picture stored upright by its EXIF data; its size cannot tell (--exif ignore: the labels fit it as stored)"
 _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
@@ -89,10 +81,8 @@ class Options:
 def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace: bool = False) -> Manifest:
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
-    Args:
-        workers: threads; the result does not depend on it.
-        dry_run: plan from the JSON files and the sizes of the images, and write nothing; the manifest is a forecast.
-        replace: delete a split of this name that was built otherwise or of other files.
+    The result does not depend on `workers` (threads). `dry_run` plans from the JSON files and the sizes of the images,
+    and writes nothing; the manifest is a forecast. `replace` deletes a split of this name that was built otherwise.
 
     Raises:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name.
@@ -102,7 +92,15 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]
-    left_out = _look(chosen, options)
+    left_out = list[tuple[str, str]]()
+    for image in chosen:
+        path = options.images / image.file_name
+        if reason := wrong_name(image.file_name, folders=True):
+            left_out.append((image.file_name, f"name not allowed: {reason}"))
+        elif not os.path.isfile(path):
+            left_out.append((image.file_name, "no such file in the images folder"))
+        else:
+            image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
     reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
     plan = _cut([image for image in chosen if image.stamp != -1], options)
     work, records = options.out / f".{options.split}.build", list[dict[str, Any]]()
@@ -130,9 +128,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         categories=source.categories,
         counts={
             "images": len(images),
-            "annotations": sum(image.objects for image in images),
-            "crowds": sum(image.crowds for image in images),
-            "trainable": sum(image.trainable for image in images),
+            **{kind: sum(getattr(image, name) for image in images) for kind, name in _COUNTED.items()},
             "captions": sum(len(image.captions) for image in images),
             "empty": sum(not image.objects and not image.captions for image in images),
             "left_out": len(left_out),
@@ -147,23 +143,8 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
     )
     if not dry_run:
-        store(index_path(options.out, options.split), file.getvalue())
-        manifest.save()
+        manifest.save(file.getvalue())
     return manifest
-
-
-def _look(images: Sequence[SourceImage], options: Options) -> list[tuple[str, str]]:
-    """Note size and time of change of the image files; those that are not there are returned with the reason."""
-    left_out = []
-    for image in images:
-        path = options.images / image.file_name
-        if reason := wrong_name(image.file_name, folders=True):
-            left_out.append((image.file_name, f"name not allowed: {reason}"))
-        elif not os.path.isfile(path):
-            left_out.append((image.file_name, "no such file in the images folder"))
-        else:
-            image.size, image.stamp = path.stat().st_size, path.stat().st_mtime_ns
-    return left_out
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
@@ -194,12 +175,10 @@ def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, r
     shards = sorted(options.out.glob(f"{options.split}-{'[0-9]' * 6}.tar"))
     same = _record(work / "options.json") == wanted
     if shards and not same and not replace:
-        raise ValueError(
-            f"{options.out} holds a split {options.split!r} of other files or options: use another --out, or --replace "
-            "to throw it away"
-        )
+        there = f"{options.out} holds a split {options.split!r} of other files or options"
+        raise ValueError(f"{there}: use another --out, or --replace to throw it away")
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
-    left_over = [path for path in shards if path.name >= shard_name(options.split, planned)]
+    left_over = [path for path in shards if path.name >= tar_name(options.split, planned)]
     for path in (*left_over, *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
         path.unlink()
     work.mkdir(parents=True, exist_ok=True)
@@ -213,9 +192,7 @@ def _record(path: Path) -> Any:
         return None
 
 
-def _write_all(
-    options: Options, work: Path, plan: Sequence[Sequence[SourceImage]], workers: int
-) -> list[dict[str, Any]]:
+def _write_all(options: Options, work: Path, plan: list[list[SourceImage]], workers: int) -> list[dict[str, Any]]:
     """The records of all shards; those that an earlier build has finished from the same images are kept."""
     stopped = threading.Event()
     bar = tqdm(desc=options.split, total=sum(map(len, plan)), unit=" images", disable=None)
@@ -226,15 +203,14 @@ def _write_all(
         bar.update(number)
 
     def write(number: int) -> dict[str, Any]:
-        shard, record, images = options.out / shard_name(options.split, number), work / f"{number}.json", plan[number]
+        shard, record, images = options.out / tar_name(options.split, number), work / f"{number}.json", plan[number]
         found, key = _record(record), hashlib.sha256()
         for image in images:  # the time of change stands for the pixels
             key.update(b"%d %d %b" % (image.size, image.stamp, image.label()))
-        if found is not None and found["key"] == key.hexdigest() and shard.is_file():
-            with shard.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == found["sha256"]:
-                    count(len(images))
-                    return dict(found)
+        same = found is not None and found["key"] == key.hexdigest()
+        if same and shard.is_file() and sha256_of(shard) == found["sha256"]:
+            count(len(images))
+            return dict(found)
         made = _write(shard, record.with_suffix(".tmp"), images, options, count) | {"key": key.hexdigest()}
         store(record, orjson.dumps(made))
         return made
@@ -258,8 +234,7 @@ def _write(
             for image in images:
                 count(1)
                 try:
-                    data = read_bytes(options.images / image.file_name, _MOST_OF_A_PICTURE)
-                    suffix, data, kind = _picture(data, image, options)
+                    suffix, data, kind = _picture(image, options)
                 except ValueError as error:
                     left_out.append((image.file_name, str(error)))
                 else:
@@ -276,8 +251,9 @@ def _write(
     return facts | {"rows": rows, "left_out": left_out, "odd": odd}
 
 
-def _picture(data: bytes, image: SourceImage, options: Options) -> tuple[str, bytes, str | None]:
+def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, str | None]:
     """(suffix, bytes in the shard, what was odd) of an image file. Raises ValueError for one that cannot be used."""
+    data = read_bytes(options.images / image.file_name, _MOST_OF_A_PICTURE)
     frame, odd = image_frame(data, "unreadable"), None
     stored, labelled = (frame.height, frame.width), (image.height, image.width)
     turn = frame.orientation > 1 and options.exif != "ignore"

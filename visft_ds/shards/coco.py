@@ -12,14 +12,12 @@ from typing import Any
 import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
-from visft_ds.data.labels import has_area
 from visft_ds.data.shards import Category
 from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.names import shown_name
 
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]
-MOST_LOST = 0.1  # share of images, or of annotations, that may be unusable
 _EXAMPLES = 3
 
 
@@ -30,14 +28,11 @@ class Findings(dict[str, tuple[int, list[str]]]):
         count, examples = self.get(kind, (0, []))
         self[kind] = count + 1, [*examples, shown_name(f"{example!s:.120}")][:_EXAMPLES]
 
-    @property
-    def total(self) -> int:
-        return sum(count for count, _ in self.values())
-
     def refuse_above_a_tenth(self, of: int, where: object, what: str) -> None:
         """Raise ValueError if there are more than a tenth of all."""
-        if self.total > MOST_LOST * of:
-            raise ValueError("\n".join([f"{where}: {self.total} of its {of} {what} cannot be used:", *lines_of(self)]))
+        total = sum(count for count, _ in self.values())
+        if total > of / 10:
+            raise ValueError("\n".join([f"{where}: {total} of its {of} {what} cannot be used:", *lines_of(self)]))
 
 
 def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -86,9 +81,8 @@ def read_coco(
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
-    Args:
-        only: a text file of image ids or file names, one a line: only these images.
-        ellipses: an object without a mask gets the ellipse in its box.
+    `only` is a text file of image ids or file names, one a line: only these images. With `ellipses`, an object without
+    a mask gets the ellipse in its box.
 
     Raises:
         ValueError: no COCO file; two images or categories of one id; more than a tenth of the images or annotations
@@ -109,7 +103,7 @@ def read_coco(
             for image in images.values() if only is not None else ():
                 image.wanted = str(image.image_id) in names or image.file_name in names
             if role == "captions":
-                lost = _add_captions(content["annotations"], images, findings, strangers=instances is not None)
+                lost = _add_captions(content["annotations"], images, findings, instances is not None)
             else:
                 for category in content["categories"]:
                     if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
@@ -155,13 +149,10 @@ def _images(entries: list[dict[str, Any]], where: object, findings: Findings) ->
     return images
 
 
-def _add_captions(
-    entries: list[dict[str, Any]], images: Mapping[int, SourceImage], findings: Findings, *, strangers: bool
-) -> Findings:
+def _add_captions(entries: Any, images: Mapping[int, SourceImage], findings: Findings, strangers: bool) -> Findings:
     """Give the captions to their images; returns those that cannot be used.
 
-    Args:
-        strangers: they may be of more images than there are: of a part of COCO, the captions of all are often given.
+    `strangers`: they may be of more images than there are, as of a part of COCO the captions of all are often given.
     """
     lost, unknown = Findings(), Findings()
     for entry in entries:
@@ -172,19 +163,16 @@ def _add_captions(
             lost.add("caption without text", f"caption {entry.get('id')}")
         else:
             image.captions.append(text)
-    (findings if strangers and unknown.total < len(entries) else lost).update(unknown)
+    known = any(image.captions for image in images.values())
+    (findings if strangers and known else lost).update(unknown)
     return lost
 
 
 def _add_annotations(
-    entries: list[dict[str, Any]],
-    images: Mapping[int, SourceImage],
-    categories: Mapping[int, str],
-    findings: Findings,
-    ellipses: bool,
+    entries: Any, images: Mapping[int, SourceImage], categories: Mapping[int, str], findings: Findings, ellipses: bool
 ) -> Findings:
     """Give the annotations to their images; returns those that cannot be used."""
-    lost, apart, masks, seen = Findings(), Findings(), 0, set[int]()
+    lost, seen = Findings(), set[int]()
     for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
@@ -200,7 +188,8 @@ def _add_annotations(
         elif image.wanted:
             seen.add(number)
             x, y, width, height = box
-            useful, area = has_area(box, image.width, image.height), entry.get("area")
+            right, bottom, area = x + width, y + height, entry.get("area")
+            useful = min(right, image.width) > max(x, 0) and min(bottom, image.height) > max(y, 0)
             area = area if type(area) in (int, float) else width * height
             stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
             segmentation = stored_segmentation(entry.get("segmentation"), image.height, image.width)
@@ -220,16 +209,9 @@ def _add_annotations(
             ):
                 if found:
                     findings.add(kind, where)
-            right, bottom = x + width, y + height
             if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
                 kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
                 lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
-            elif segmentation and not crowd and (extent := _extent(segmentation)):
-                masks += 1
-                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
-                    apart.add("mask more than a pixel from its box", f"{where}: {box}")
-    if apart.total > MOST_LOST * masks:
-        findings.update(apart)
     return lost
 
 
@@ -273,13 +255,3 @@ def _is_polygon(given: Any) -> bool:
         return isinstance(given, list) and len(given) >= 6 and len(given) % 2 == 0 and math.isfinite(sum(given))
     except (TypeError, OverflowError):
         return False
-
-
-def _extent(segmentation: Any) -> tuple[float, float, float, float] | None:
-    """(x1, y1, x2, y2) of a mask; None for an empty one."""
-    if isinstance(segmentation, Mapping):
-        x, y, width, height = map(float, coco_mask.toBbox(dict(segmentation)))
-        return (x, y, x + width, y + height) if width and height else None
-    xs = [x for polygon in segmentation for x in polygon[::2]]
-    ys = [y for polygon in segmentation for y in polygon[1::2]]
-    return min(xs), min(ys), max(xs), max(ys)

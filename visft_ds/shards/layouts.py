@@ -17,9 +17,9 @@ import orjson
 from visft_ds.files import read_bytes, reading
 from visft_ds.names import checked_name
 from visft_ds.shards.coco import CocoFile, Findings
-from visft_ds.shards.yolo import SPLITS, Exif, labelled_size, read_mapping, read_yolo
+from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_mapping, read_yolo
 
-_YEAR = re.compile(r"(train|val|test)\d{4}")
+_YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|captions)_)?(.+)\.json")
 _BESIDE_IMAGES = {"Roboflow": ("_annotations.coco.json",), "captions": ("metadata.jsonl", "captions.jsonl")}
 _LOOKED_FOR = """looked for
@@ -44,13 +44,11 @@ class FolderSplit:
 def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tuple[str, list[FolderSplit], list[Path]]:
     """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
 
-    Args:
-        wanted: only the split of this name.
-        exif: for annotations that state no sizes: those of the pictures as stored ("ignore"), or upright.
+    `wanted` is the name of the only split to look for. `exif` is for annotations that state no sizes: those of the
+    pictures as stored ("ignore"), or upright.
 
     Raises:
-        ValueError: nothing that is known, or two things; no split of the name; what the files of the layout say is
-            wrong. Says what was looked for and what was found.
+        ValueError: nothing that is known, or two things; no split of the name; the files of the layout are wrong.
     """
     yaml = place.suffix in (".yaml", ".yml") and place.is_file()
     if not yaml and not place.is_dir():
@@ -61,10 +59,8 @@ def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tupl
         raise ValueError(f"{place} is no data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
     told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
     if len(found) > 1:
-        raise ValueError(
-            f"{place} is {len(found)} things, {'; '.join(told)}; name the data.yaml of one, or the files by --images, "
-            "--instances, --captions, --out and --split"
-        )
+        remedy = "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
+        raise ValueError(f"{place} is {len(found)} things, {'; '.join(told)}; {remedy}")
     kind, files = found[0]
     if kind == "COCO":
         splits = _coco(place, files, wanted)
@@ -88,9 +84,6 @@ def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tupl
 def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
     """JSON lines of `file_name` and `text`, as image folders of the Hugging Face Hub have them (metadata.jsonl), as a
     COCO file. `caption` or `captions` do as well, each a text or a list of texts; images lie beside the file.
-
-    Raises:
-        ValueError: no line, or one that is wrong, or whose name leads out of the folder.
     """
     numbers: dict[str, int] = {}
     captions: list[dict[str, Any]] = []
@@ -108,10 +101,7 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
                 captions += [{"id": place, "image_id": image, "caption": text} for text in texts]
         if not numbers:
             raise ValueError("it has no line")
-    images = []
-    for name, number in numbers.items():
-        height, width = labelled_size(path.parent / name, exif)
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
+    images = [listed_image(path.parent, name, number, exif) for name, number in numbers.items()]
     return {"images": images, "annotations": captions}
 
 
@@ -143,8 +133,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 def _split_of(name: str) -> str:
     """Name among the shards of a split that is called `name` in a folder; "" for one that no split may have."""
-    year = _YEAR.fullmatch(name)
-    name = year[1] if year else name
+    name = _YEAR.sub(r"\1", name)
     return SPLITS.get(name, name if all(sign.isalnum() or sign in "-_" for sign in name) else "")
 
 

@@ -23,9 +23,6 @@ _QUALITY = 95  # of images that take the size of another
 def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[str, int]]]:
     """Write a COCO tree in which the labels of each image lie beside another one, which takes the size of the image
     that they are of; yields each split of the shards with its counts.
-
-    Raises:
-        ValueError: there are no shards, or the new folder is there already.
     """
     if out.exists():
         raise ValueError(f"{out} is there already and nothing is overwritten; name a new folder")
@@ -58,6 +55,4 @@ def others(count: int, seed: int) -> npt.NDArray[np.int64]:
     if count < 2:
         raise ValueError(f"{count} image has no other one's labels to take; permuting needs at least 2")
     order = np.random.default_rng(seed).permutation(count)
-    found = np.empty(count, dtype=np.int64)
-    found[order] = np.roll(order, 1)
-    return found
+    return np.roll(order, 1)[np.argsort(order)]

@@ -30,27 +30,10 @@ _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
 
 
-class _Loader(yaml.BaseLoader):
-    """All scalars are text; no aliases, which a few lines multiply to gigabytes, and no key twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases (*name) are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set[str]()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise ValueError(f"the key {key.value!r:.40} stands there twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, all of whose scalars are text. Raises ValueError for another content."""
     with reading(path, "a data.yaml of YOLO"):
-        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)
+        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=yaml.BaseLoader)
         if not isinstance(values, dict):
             raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
         return values
@@ -59,10 +42,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def read_yolo(
     path: Path, wanted: str | None = None, exif: Exif = None
 ) -> list[tuple[str, Path, dict[str, Any], Findings]]:
-    """(name, folder of the images, their objects as a COCO file, labels without an image) of the splits in a data.yaml.
-
-    Args:
-        wanted: only the split of this name is looked for.
+    """(name, folder of the images, their objects as a COCO file, labels without an image) of the splits in a data.yaml,
+    or of the split `wanted` alone.
 
     Raises:
         ValueError: no data.yaml, or one of images that are nowhere; no label for any image of a split; a line of a
@@ -96,17 +77,16 @@ def read_yolo(
         used = {label for label in labels.values() if label.is_file()}
         if not used:
             looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
-            raise ValueError(
-                f"{where}: none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
-            )
+            told = f"none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
+            raise ValueError(f"{where}: {told}")
         folder = Path(os.path.commonpath([file.parent for file in paths]))
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, file in enumerate(paths, 1):
             name = str(file.relative_to(folder))
             if reason := wrong_name(name, folders=True):
                 raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
-            height, width = labelled_size(file, exif)
-            images.append({"id": number, "file_name": name, "height": height, "width": width})
+            images.append(listed_image(folder, name, number, exif))
+            height, width = images[-1]["height"], images[-1]["width"]
             for category, points, outline in _lines(labels[file], names, keypoints) if labels[file] in used else ():
                 if (height, width) != (1, 1):  # it will be left out with the reason, which its boxes would hide
                     entry = {**_placed(points, outline, height, width), "category_id": ids[category]}
@@ -142,14 +122,14 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
     raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes one split alone)")
 
 
-def labelled_size(path: Path, exif: Exif) -> tuple[int, int]:
-    """(H, W) of the picture that annotations without a size are of; (1, 1) for one that cannot be read, which a build
-    leaves out."""
+def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
+    """An image as COCO lists it; one that cannot be read, which a build leaves out, is of 1 x 1 pixels."""
     try:
-        frame = image_frame(path)
+        frame = image_frame(folder / name)
+        height, width = (frame.height, frame.width) if exif == "ignore" else frame.upright
     except (ValueError, OSError):
-        return 1, 1
-    return (frame.height, frame.width) if exif == "ignore" else frame.upright
+        height, width = 1, 1
+    return {"id": number, "file_name": name, "height": height, "width": width}
 
 
 def _image_files(place: Path, roots: Sequence[Path]) -> Iterator[Path]:
@@ -170,8 +150,7 @@ def _image_files(place: Path, roots: Sequence[Path]) -> Iterator[Path]:
 def _label_of(image: Path) -> Path:
     """Path of an image's label: the first of the two places that has one, or the place in `labels`."""
     beside = image.with_suffix(".txt")
-    head, images, tail = str(beside).rpartition("/images/")
-    in_labels = Path(f"{head}/labels/{tail}") if images else beside
+    in_labels = Path("/labels/".join(str(beside).rsplit("/images/", 1)))
     return beside if beside.is_file() and not in_labels.is_file() else in_labels
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from visft_ds.config.task_schema import SHARED, Stream
-from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
@@ -70,5 +70,5 @@ def collate_joint(samples: Sequence[Sample]) -> Batch:
     batch = stack_samples(samples)
     assert batch.frames is not None
     height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
-    taught = [task for task in TASKS if has_targets(samples, task)]
+    taught = [task for task in TASKS if task in samples[0].targets]
     return replace(batch, targets={task: TASKS[task].pack(samples, (height, width)) for task in taught})

@@ -26,7 +26,6 @@ from visft_ds.data.transforms import (
     choose,
     clip_boxes,
     final_size,
-    labels_of,
     short_side_size,
 )
 from visft_ds.ops.copies import to_device
@@ -99,8 +98,8 @@ def detection_targets(
     """
     used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
     xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-    classes = ids if labels is None else labels_of(used, labels)
+    ids = [annotation["category_id"] for annotation in used]
+    classes = np.array(ids if labels is None else [labels[id_] for id_ in ids], dtype=np.int64)
     boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
     kept = _has_area(boxes)
     boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options, places
+from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
@@ -46,7 +46,8 @@ class Detection(Task):
     def targets(
         self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
     ) -> ImageTargets:
-        return partial(detection_targets, None if classes is None else places(classes))
+        labels = None if classes is None else {category: place for place, category in enumerate(classes)}
+        return partial(detection_targets, labels)
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> DetectionTargets:
         return pack_detection(samples)

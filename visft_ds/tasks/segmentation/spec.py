@@ -10,7 +10,7 @@ import torch
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.shards import Manifest
-from visft_ds.data.transforms import Geometry, Size, of_options, places
+from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
@@ -56,7 +56,7 @@ class Segmentation(Task):
     def targets(
         self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
     ) -> ImageTargets:
-        labels = places(COCO_CATEGORY_IDS if classes is None else classes)
+        labels = {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS if classes is None else classes)}
         return partial(segmentation_targets, labels, options["mask_stride"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> SegmentationTargets:
