@@ -56,14 +56,14 @@ struct CUDAHooks : public CUDAHooksInterface {
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }
 using namespace c10;
-const Device cuda(DeviceType::CUDA, 0);
+const Device fake(DeviceType::CUDA, 0);
 struct Guard : public impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  Device getDevice() const override { return cuda; }
-  Device exchangeDevice(Device) const override { return cuda; }
+  Device getDevice() const override { return fake; }
+  Device exchangeDevice(Device) const override { return fake; }
   Stream getStream(Device where) const noexcept override { return Stream(Stream::DEFAULT, where); }
 };
-static impl::DeviceGuardImplRegistrar registered(DeviceType::CUDA, new Guard());
+impl::DeviceGuardImplRegistrar registered(DeviceType::CUDA, new Guard());
 """
 #: Operators whose result has a size that only the values tell, or that are a value on the host.
 DATA_DEPENDENT = {"nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_dim", "unique_consecutive"}
@@ -293,12 +293,11 @@ def step(watch: Watch, number_of_labels: int) -> None:
     module.backbone.recompute = "block"
     config = case.engine_config("zero1", "bf16", accumulation=1)
     engine = Engine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
-    on_host = case.part(number_of_labels, 0, 2)
+    on_host = case.part(number_of_labels, 0, 2)  # as the loader gives it
     for number in range(2):
         watch.on = number == 1
-        batch = on_host.to(engine.device)
-        agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [batch]), False, engine.device)
-        report = engine.train_step(number, [batch], loss_denominators_of(agreed.counts, WORLD, engine.device))
+        agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [on_host]), False, engine.device)
+        report = engine.train_step(number, [on_host], loss_denominators_of(agreed.counts, WORLD, engine.device))
         assert not report.refused and not report.skipped, report
     watch.on = False
     engine.deepspeed.destroy()
