@@ -12,7 +12,7 @@ import pytest
 from tests.options import known_keys
 from visft_ds.config import deepspeed_dict, derive_batches, resolve
 from visft_ds.config.resolve import CONFIG_ROOT, available, flatten
-from visft_ds.parallel.build import check_zero
+from visft_ds.parallel.deepspeed_fixes import check_zero
 
 FILES = sorted(CONFIG_ROOT.rglob("*.json"))
 

@@ -22,7 +22,7 @@ from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import LossGuard, first_non_finite
-from visft_ds.resilience.memory import probe_memory
+from visft_ds.resilience.memory import largest_shape, memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.folder import ENDED_FILE
@@ -141,13 +141,15 @@ def train(
         state = RunState(config, engine, identity, data)
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
+        if validation:
+            at_the_end.callback(validation.close)
         if distributed.is_main():
             write_record(config, data, base_sha256, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.
         if config.visft.run.rehearsal and start < config.total_steps:
-            probe_memory(config.visft.model, engine, data, batches, watchdog=watchdog, memory=machine.memory)
+            probe_memory(config.visft.model, engine, data, batches, watchdog)
 
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
@@ -167,7 +169,7 @@ def train(
             if finished:
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
-                    validation.poll(log, wait=True)
+                    validation.poll(log, seconds=None)
                 state.export(state.take_best(step, log), base_sha256, prepared.base)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
@@ -176,7 +178,7 @@ def train(
             watchdog.leave("done" if finished else f"stopped: {stopped.name}")
             # After closing: the other ranks need not wait for the last numbers.
             if validation and finished:
-                validation.poll(log, wait=True)
+                validation.poll(log, seconds=None)
                 log.writer.event(step, "training images evaluated", **learnt)
                 for line in told_of_learning(learnt, log.writer.last):
                     log.message(line)
@@ -200,12 +202,12 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
-    missed = validation and start and validation.resume(start) and validation.is_due(start, total_steps)
+    missed = validation and start and validation.is_missing(start, total_steps)
     if validation and missed and not validation.evaluate(engine.predict, start, log, stop):
         # The run had ended between saving this step and evaluating it, and is asked to end again.
         log.message(f"stopped in the evaluation after step {start} ({stop.why()}); the same command makes it")
         return start, False
-    if validation and start and state.ends_early(start, partial(validation.poll, log, wait=True), log):
+    if validation and start and state.ends_early(start, partial(validation.poll, log, seconds=None), log):
         return start, True
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
@@ -216,7 +218,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
         loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
-        with run.machine.memory.watched_step(f"step {step} ({task})", task, batches):
+        with memory_explained(f"step {step} ({task})", task, partial(largest_shape, batches), engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
         if message := guard.observe(step_plan, report):
@@ -247,7 +249,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
                 if stopping and saved < step:
                     state.save(step)
-                if not stopping and state.ends_early(step, partial(validation.poll, log, wait=True), log):
+                if not stopping and state.ends_early(step, partial(validation.poll, log, seconds=None), log):
                     return step, True
         if stopping and step < total_steps:
             log.message(f"stopped after step {step} ({stop.why()}); the same command goes on")

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from visft_ds.evals.benchmarks import intervals, ocr, probes, retrieval
+from visft_ds.evals.benchmarks import intervals, probes, retrieval
 from visft_ds.evals.benchmarks.classes import ClassSet
 from visft_ds.evals.benchmarks.images import from_arrays
-from visft_ds.evals.benchmarks.intervals import interval, resampled
+from visft_ds.evals.benchmarks.intervals import resampled
 from visft_ds.evals.benchmarks.ocr import _steps, fit, read
 from visft_ds.evals.benchmarks.probes import Probe, linear_probe, nearest_neighbours
 from visft_ds.evals.benchmarks.protocol import Score, rank_of
 from visft_ds.evals.benchmarks.table import rows_of, section
-from visft_ds.evals.charts import DOWN, UP, Bar, interval_chart
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -90,13 +89,6 @@ def test_differences_are_paired() -> None:
     assert lines[1][3:] == ["poor", "", ""]
 
 
-def test_the_chart_shows_which_differences_are_sure() -> None:
-    chart = interval_chart([Bar("<a>", 1.0, 0.5, 2.0), Bar("b", -1.0, -2.0, 0.5)], title="t", x_label="x")
-    assert "&lt;a&gt;" in chart and chart.count(f'fill: {UP}"') == chart.count(f"fill: {DOWN}; opacity: 0.35") == 1
-    assert interval(0.0, np.zeros(3)).sure is False
-    assert "nan" not in interval_chart([Bar("same", 0.0, 0.0, 0.0)], title="t", x_label="x")
-
-
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -162,14 +154,3 @@ def test_a_reader_learns_words_that_stand_in_the_columns() -> None:
     said = read(reader, features[80:], alphabet)
     assert np.mean([one == other for one, other in zip(said, texts[80:], strict=True)]) > 0.9
     assert any(_steps(text) > len(text) for text in texts[80:])
-
-
-def test_words_that_cannot_be_written_are_no_lesson() -> None:
-    """CTC's loss is infinite for them: a single one would undo the training."""
-    assert _steps("aab") == 4
-    features = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
-    reader = fit(features, ["ab", "abcabc", "a"], ["a", "b", "c"], 3)
-    assert all(parameter.isfinite().all() for parameter in reader.parameters())
-    with pytest.raises(ValueError, match="too few for any word"):
-        fit(features, ["aaa", "abcabc", "bbbb"], ["a", "b", "c"], 3)
-    assert ocr.STEPS_PER_COLUMN == 2

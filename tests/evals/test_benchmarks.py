@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.clip_case import HEADS, SIDE, make_clip, save_clip
+from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import save_backbone
 from tests.ranks import run_ranks
@@ -217,46 +217,15 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
         parse_model(f"{run}@0.5")
 
 
-def test_bf16_is_near_fp32(world: Path, tmp_path: Path) -> None:
-    images, found = read_classes(str(world / "shapes")).images, []
-    for precision in ("fp32", "bf16"):
-        encoder = load_encoder(parse_model(f"{world}/clip.safetensors+{world}/adapter"), precision)
-        found.append(encode_images(encoder, images, ["clip", "columns"], _settings(tmp_path, precision), "x"))
-    one, other = found
-    assert one["columns"].shape == (12, 2 * 48, 2) and one["clip"].dtype == other["clip"].dtype == torch.float32
-    for name in one:
-        likeness = torch.cosine_similarity(one[name].flatten(1), other[name].flatten(1))
-        assert 0.995 < likeness.min() < 1 - 1e-7, name  # bf16 has 8 bits; the same numbers would not be bf16
-
-
-def test_numbers_that_are_none_are_not_scored(world: Path, tmp_path: Path) -> None:
-    encoder = load_encoder(parse_model(str(world / "clip.safetensors")), "fp32")
-    encoder.module.backbone.norm.weight.data.fill_(torch.inf)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"pooled of circle/0.png .* no finite number"):
-        encode_images(encoder, read_classes(str(world / "shapes")).images, ["pooled"], _settings(tmp_path), "x")
-
-
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     base, shapes = world / "clip.safetensors", f"zero_shot={world}/shapes"
-    bare = world / "bare.safetensors"
-    if not bare.exists():
-        from safetensors.torch import load_file, save_file
-
-        tensors = {name: value for name, value in load_file(base).items() if name.startswith("visual.")}
-        save_file(tensors, bare, metadata={"tower": json.dumps({"num_heads": HEADS, "post_norm": True})})
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("")
     for arguments, message in (
         (["--model", "x.pt"], "x.pt does not exist"),
         (["--model", f"{base}@2"], "@2 scales an adapter"),
-        (["--model", f"{base}+nowhere"], "no such adapter"),
-        (["--model", f"{world}/shapes"], "run.json"),
         (["--model", f"{world}/merged.safetensors+{world}/adapter"], "twice"),
         (["--model", base, "--model", base], "two models are called clip"),
-        (["--model", bare], "has no text side"),
-        (["--model", "timm:resnet_18"], "no model"),
-        (["--model", "timm:resnet18:gone.pt"], "gone.pt"),
-        (["--model", "open_clip:ViT-B-32"], "open_clip:ViT-B-32"),
         (["--model", base, "--primary", "zero_shot/shapes top7"], "no such number"),
         (["--model", base, "--out", tmp_path / "foreign"], "is not empty"),
     ):
@@ -264,14 +233,6 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
         given += [] if "--out" in arguments else ["--out", tmp_path / "out"]
         status, _, errors = _run(*given)
         assert status == 2 and message in errors, (message, errors)
-
-
-def test_the_word_benchmarks_is_a_command_in_its_place_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--local_rank=1", "benchmarks", "--help"])
-    assert "usage: visft evaluate benchmarks" in capsys.readouterr().out
-    assert main(["--run", "benchmarks"]) == 2  # a run of that name
-    assert "benchmarks" in capsys.readouterr().err
 
 
 def test_help_is_light() -> None:
@@ -286,14 +247,6 @@ for words in ("evaluate benchmarks", "evaluate layers", "evaluate dose", "evalua
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stderr.count("set()") == 7, done.stderr
-
-
-def test_packages_of_the_extra_are_named_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("visft_ds.flags.find_spec", lambda name: None if name == "sklearn" else name)
-    status, _, errors = _run("--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
-    assert status == 2 and "a benchmark needs sklearn, not installed here: pip install" in errors
 
 
 @pytest.mark.slow

@@ -23,15 +23,12 @@ from tests.evals.test_benchmarks import _record, _run
 from visft_ds.evals.benchmarks import dense, intervals
 from visft_ds.evals.benchmarks.dense import (
     Dense,
-    overlaps,
     pooled,
     segment_by_neighbours,
     segment_linearly,
-    segmentation_sheet,
 )
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
 from visft_ds.evals.benchmarks.intervals import resampled
-from visft_ds.evals.benchmarks.kinds import parse_benchmark
 from visft_ds.evals.benchmarks.protocol import ImageSet, Score, mean_ratio
 from visft_ds.evals.benchmarks.table import rows_of
 from visft_ds.shards.build import Options, build
@@ -132,30 +129,6 @@ def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
         assert part.images.read(0).size == (SIDE, SIDE)
 
 
-def test_what_is_wrong_with_labels_is_named(tmp_path: Path) -> None:
-    def refused(message: str, **parts: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            read_train_and_test(str(tmp_path), parts.get("train"), parts.get("test"))
-
-    refused("is no layout of dense labels: a COCO tree")
-    _any(tmp_path)
-    refused("has no part test; it has train, val", test="test")
-    label = tmp_path / "labels/train/one.png"
-    _picture(label)
-    refused("one.png: .*mode RGB")
-    _map(label, _halves(7, 7))
-    refused("train has labels of one class only")
-    _map(label, _halves(255, 255))
-    refused("one class only")
-    label.write_bytes(b"no picture")
-    refused("one.png: cannot be read as a label map")
-    label.unlink()
-    with pytest.raises(FileNotFoundError):
-        read_train_and_test(str(tmp_path), None, None)
-    with pytest.raises(ValueError, match="no such folder"):
-        read_train_and_test(str(tmp_path / "gone"), None, None)
-
-
 def _random_set(rng: np.random.Generator, images: int) -> DenseSet:
     cells = rng.integers(0, 3, (images, 8, 8)).repeat(7, axis=1).repeat(7, axis=2).astype(np.int16)
     cells[:, :3, :5] = VOID
@@ -240,52 +213,6 @@ def test_numbers_are_those_of_an_independent_computation(monkeypatch: pytest.Mon
         mean = (judged[owner].numpy() * share).sum(axis=(1, 2)) / share.sum()
         np.testing.assert_allclose(means[number].numpy(), mean, rtol=1e-5)
     assert len(scores["objects knn"].values) == 6 and scores["objects knn"].groups is not None
-
-
-def test_a_probe_is_not_judged_on_what_it_learnt(tmp_path: Path) -> None:
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "train2017").mkdir()
-    (tmp_path / "annotations/instances_train2017.json").touch()
-    for kind in ("dense", "objects"):
-        with pytest.raises(ValueError, match="would learn from train and be judged on it"):
-            parse_benchmark(f"{kind}={tmp_path},split=train")
-
-
-def test_two_classes_are_told_apart() -> None:
-    """scikit-learn keeps one row of weights for two classes."""
-    cells = np.zeros((2, CELLS, CELLS), np.int16)
-    cells[:, :, CELLS // 2 :] = 4
-    maps = torch.zeros(2, 3, 8, 8)
-    maps[:, 0, :, 4:] = 1.0
-    said = segment_linearly(maps, cells, maps)
-    assert set(np.unique(said).tolist()) == {0, 4} and (said == cells).mean() > 0.9
-    found = overlaps(said, cells, 5)
-    assert found[:, 1, 1:4].sum() == 0  # classes that are nowhere count neither for nor against
-    assert mean_ratio(found.sum(axis=0)) > 0.9
-
-
-def test_a_sheet_shows_the_images_that_change_most() -> None:
-    """Whichever way they change; class 0 of objects is what none covers, and stays pale."""
-    test = _random_set(np.random.default_rng(0), 3)
-    other = test.cells.copy()
-    other[1] = (other[1] + 1).clip(0, 2)  # wrong all over
-    other[2, 20] = 0
-
-    def score(maps: npt.NDArray[np.int16]) -> Score:
-        return Score("linear mIoU", overlaps(maps, test.cells, 3), maps=maps)
-
-    right, wrong = score(test.cells), score(other)
-    benchmark = Dense("dense/x", test, test)
-    for scores in ({"base": right, "run": wrong}, {"base": wrong, "run": right}):
-        two, one = (segmentation_sheet(benchmark, scores, count) for count in (2, 1))
-        assert one is not None and two is not None and np.array_equal(two[:, : one.shape[1] - 12], one[:, :-12])
-        base, run = (one[38:262, 12 + start : 12 + start + 224] for start in (2 * 236, 3 * 236))
-        assert not np.array_equal(base, run)
-        right_one = base if scores["base"] is right else run
-        colours = {tuple(colour) for colour in right_one.reshape(-1, 3).tolist()}
-        assert len(colours) == 3  # of two classes on a black picture, and pale
-    assert segmentation_sheet(benchmark, {"base": right}, 9) is not None
-    assert segmentation_sheet(benchmark, {}, 9) is None
 
 
 def test_bootstraps_draw_images_and_pair_models() -> None:

@@ -13,9 +13,9 @@ import timm
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.clip_case import SIDE, TOWER, make_clip, save_clip
+from tests.clip_case import SIDE, make_clip, save_clip
 from visft_ds.evals.benchmarks.encoders import CLIP, KINDS, square_preprocess
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
@@ -85,15 +85,6 @@ def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_open_clip_around_timm_computes_all_in_one_forward(clip: Any, images: torch.Tensor) -> None:
-    from visft_ds.evals.benchmarks.encoders import _OpenClipEncoder
-
-    found = _OpenClipEncoder(clip.visual)(images, KINDS[:3])
-    torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
-    assert found["patches"].shape == (3, 48, 2, 2)
-
-
-@torch.no_grad()
 def test_timm_vision_transformer_and_convolutions(tmp_path: Path) -> None:
     for name, side, grid in (("test_vit", 160, 10), ("test_resnet", 160, 5)):
         model = timm.create_model(name, pretrained=False, num_classes=0).eval()
@@ -105,7 +96,7 @@ def test_timm_vision_transformer_and_convolutions(tmp_path: Path) -> None:
         assert found["patches"].shape[2:] == (grid, grid) and encoder.text is None
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "levit_128s"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "levit_128s"])
 @torch.no_grad()
 def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path, name: str) -> None:
     """As published for ImageNet; levit has norms with its two classifiers, which are no part of what it computes."""
@@ -121,18 +112,6 @@ def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path,
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
     assert not set(own) & {key.removeprefix("model.") for key in encoder.module.state_dict()}
-    first = next(key for key in values if key not in own)
-    for tensors in (values | {"extra.weight": torch.zeros(3)}, {k: v for k, v in values.items() if k != first}):
-        save_file(tensors, path)
-        with pytest.raises(ValueError, match="missing or too many"):
-            load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
-
-
-def test_what_is_no_checkpoint_of_timm_is_told_in_one_line(tmp_path: Path) -> None:
-    for name in ("page.safetensors", "page.pth", "empty.safetensors", "empty.pth"):
-        (tmp_path / name).write_text("<html>" * 20 if name.startswith("page") else "")
-        with pytest.raises(ValueError, match=name):
-            load_encoder(parse_model(f"timm:test_vit:{tmp_path}/{name}"), "fp32")
 
 
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (28, 28), (9, 200)])
@@ -141,24 +120,3 @@ def test_images_are_prepared_as_by_open_clip(size: tuple[int, int]) -> None:
     image = Image.fromarray(pixels)
     theirs = image_transform_v2(PreprocessCfg(size=SIDE), is_train=False)(image)
     torch.testing.assert_close(square_preprocess(SIDE, *CLIP)(image), theirs, rtol=0, atol=1e-6)
-
-
-def test_half_a_text_tower_is_refused(clip: Any, tmp_path: Path) -> None:
-    whole = load_file(save_clip(clip, tmp_path / "clip.safetensors"))
-    for name, message in (
-        ("text.ln_final.bias", "ln_final.bias"),
-        ("text.text_projection", "lacks text.text_projection"),
-    ):
-        save_file({n: v for n, v in whole.items() if n != name}, tmp_path / "half.safetensors")
-        with pytest.raises(ValueError, match=message):
-            text_tower_in(tmp_path / "half.safetensors")
-    save_file({**whole, "text.adapter.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"adapter.weight"):
-        text_tower_in(tmp_path / "more.safetensors")
-    half = tmp_path / "half.safetensors"
-    save_file({n: v for n, v in whole.items() if n != "visual.trunk.head.bias"}, half, metadata={"tower": TOWER})
-    with pytest.raises(ValueError, match="half there"):
-        load_encoder(parse_model(str(half)), "fp32")
-    save_file(whole, half)
-    with pytest.raises(ValueError, match="does not tell its number of heads"):
-        load_encoder(parse_model(str(half)), "fp32")

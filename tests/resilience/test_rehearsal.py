@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from visft_ds.data.plan import generator
 from visft_ds.data.transforms import final_size
 from visft_ds.parallel.pipeline import sample_checksum
 from visft_ds.prepare.data import RunData, open_data
-from visft_ds.resilience.memory import Largest, _gathered, largest_batches
+from visft_ds.resilience.memory import largest_batches
 from visft_ds.shards.build import Options, build
 
 SIZES = [(480, 640), (640, 480), (427, 640), (500, 500), (333, 1000), (900, 300), (20, 700)]
@@ -47,18 +46,6 @@ def test_no_draw_is_larger_than_the_extremes(transform: Any, size: tuple[int, in
         assert max(map(measure, sizes)) <= largest + ROUNDING
     most = max(height * width for height, width in extremes)
     assert max(height * width for height, width in sizes) <= 1.01 * most
-
-
-def test_what_comes_together() -> None:
-    """A batch is padded to the highest and the widest picture: two of 480 x 640 and 640 x 480 need 640 x 640."""
-    assert _gathered({(480, 640), (640, 480), (500, 500)}, 3, packed=False) == [((640, 480), (480, 640), (480, 640))]
-    # Nobody stands: no frame of 640 x 640.
-    assert _gathered({(480, 640)}, 2, packed=False) == [((480, 640), (480, 640))]
-    assert _gathered({(480, 640), (640, 480), (500, 500)}, 1, packed=False) == [((480, 640),), ((640, 480),)]
-    assert _gathered({(56, 56)}, 1, packed=True) == [((56, 56),)]
-    # Two of most pixels are more for the backbone than the highest and the widest: 2 x 307,200 against 360,000.
-    narrow = _gathered({(600, 300), (300, 600), (480, 640)}, 2, packed=True)
-    assert narrow == [((600, 300), (480, 640)), ((480, 640), (480, 640))]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +82,8 @@ def test_the_pictures_with_most_objects_come_together(shards: Path) -> None:
         and bool((masks.masks == 255).all())
     )
     assert labels["captioning"].targets["captioning"].lengths.tolist() == [52] * 8
+    square = largest_batches(data, batches.micro, packed=True)[0][0]
+    assert len(set(square.sizes)) == 1
     assert "8 images of 112 x 112" in found["detection"][0].describe()
     assert f"{sum(counts[:8])} objects" in found["detection"][0].describe()
     assert found["captioning"][0].describe() == "8 images of 112 x 112, 52 ids to a caption"
@@ -106,18 +95,3 @@ def test_stages_of_a_pipeline_make_the_same(shards: Path) -> None:
         pixels, labels = (one.batch(pipeline, role) for role in ("images", "labels"))
         assert torch.equal(sample_checksum(pixels), sample_checksum(labels)) and torch.equal(pixels.sizes, labels.sizes)
         assert pixels.images.any() == 0 and not pixels.targets and labels.images.numel() == 0
-
-
-def test_a_batch_that_another_covers_is_not_tried(shards: Path) -> None:
-    """Ten data sets of one kind need no ten rehearsals; another task, another shape do."""
-    data, batches = opened(shards)
-    one = largest_batches(data, batches.micro, packed=False)[0][0]
-    assert one.covers(replace(one, objects=(0,) * 8)) and not replace(one, objects=(0,) * 8).covers(one)
-    assert not replace(one, sizes=((1, 500),)).covers(one) and one.covers(one)
-    twice = replace(
-        data,
-        sets={**data.sets, "again": replace(data.sets["train"], weight=2.0)},
-        pipelines={name: {**made, "again": made["train"]} for name, made in data.pipelines.items()},
-    )
-    assert len(largest_batches(twice, batches.micro, packed=False)) == 3
-    assert isinstance(one, Largest)

@@ -34,8 +34,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.stop import Stop, StopFlag
-from visft_ds.run import async_eval as judging
-from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
+from visft_ds.run.judge import Judge, Verdict, judged
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
@@ -82,7 +81,7 @@ def _hold_judge(of: subprocess.Popen[str]) -> int:
         assert of.poll() is None, of.stdout and of.stdout.read()
         for children in Path(f"/proc/{of.pid}/task").glob("*/children"):
             for child in children.read_text().split():
-                if b"visft_ds.run.async_eval" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"visft_ds.run.judge" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGSTOP)
                     return int(child)
         time.sleep(0.02)
@@ -165,10 +164,6 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     for line, numbers in zip(lines, judged.values(), strict=True):
         told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()]
         assert line.split("validation: ")[1] == "  ".join(told)
-    # Files of the last one stay.
-    assert [path.name for path in (held.out / "validation").iterdir()] == ["step_00000004"]
-    files = {path.name for path in (held.out / "validation/step_00000004").iterdir()}
-    assert files == {*(f"{task}_results.json" for task in TASKS), "evaluation.json", "metrics.json", "judge.log"}
 
 
 def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
@@ -204,33 +199,6 @@ def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path:
     assert any(value > 0 for name, value in wanted.items() if name.startswith("caption/"))
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_while_the_judge_works(shards: Path, tmp_path: Path) -> None:
-    """The next one measures what was left, once; stopped by a signal, it waits for the numbers."""
-    out = tmp_path / "killed"
-    command = _command(shards, out, "visft.run.eval_every=3", total=400)
-    (first,) = start_ranks(command, world=1)
-    judge = _hold_judge(first)
-    _read_to(first, "step 5/")
-    first.kill()
-    os.kill(judge, signal.SIGKILL)
-    finish([first])
-    assert _judged(out) == {}
-    assert [path.name for path in (out / "validation").iterdir()] == ["step_00000003"]
-
-    (second,) = start_ranks(command, world=1)
-    printed = _read_to(second, "step 5/")
-    second.send_signal(signal.SIGTERM)
-    codes, outputs = finish([second], PROMPT)
-    printed += outputs[0].splitlines(keepends=True)
-    assert codes == [0], printed
-    (stopped,) = (line for line in printed if line.startswith("stopped after step"))
-    last = int(stopped.split()[3])
-    # The step it stopped at is not evaluated: that is made up for when the run goes on.
-    assert list(_judged(out)) == list(range(3, last, 3)), printed
-    assert [r["step"] for r in _records(out) if "loss/loss" in r] == list(range(1, last + 1))
-
-
 @dataclass(frozen=True)
 class Parts:
     """What a `Validation` is made of."""
@@ -252,16 +220,10 @@ def parts(shards: Path) -> Parts:
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
 
 
-class Ended:
-    """A process that has ended with a status."""
-
-    def __init__(self, status: int) -> None:
-        self.status = status
-
-    def wait(self) -> int:
-        return self.status
-
-    poll = wait
+def judge_here(judge: Judge, step: int, order: bytes) -> Verdict:
+    """In place of `Judge._judge`, since another process takes seconds to start."""
+    found = json.loads(judged(order))
+    return Verdict(step, found["metrics"], tuple(found["problems"]))
 
 
 def test_numbers_of_a_part_of_the_images_say_so(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +232,8 @@ def test_numbers_of_a_part_of_the_images_say_so(parts: Parts, tmp_path: Path, mo
         Validation(config, config.streams(), parts.manifest, parts.vocabulary, tmp_path),
         io.StringIO(),
     )
-    verdict = EvalResult(2, dict.fromkeys(shown_metrics(), 0.5))
-    monkeypatch.setattr(validation._judge, "verdicts", lambda *, wait: [verdict])
+    verdict = Verdict(2, dict.fromkeys(shown_metrics(), 0.5))
+    monkeypatch.setattr(validation._judge, "verdicts", lambda *, seconds: [verdict])
     with MetricsWriter(tmp_path) as writer:
         validation.poll(RunLog(writer, Progress(4, stream=printed)))
     assert "step 2 validation on 2 of 6 images: " in printed.getvalue()
@@ -281,8 +243,7 @@ def test_predictions_that_are_not_finite(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A warning, the other tasks' numbers, and the run goes on."""
-    # in this process, since starting another one takes seconds
-    monkeypatch.setattr(judging, "_spawn", lambda place, shards, log: Ended(judging.main(place, shards)))
+    monkeypatch.setattr(Judge, "_judge", judge_here)
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
     with torch.no_grad():
@@ -292,7 +253,7 @@ def test_predictions_that_are_not_finite(
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
         assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
-        validation.poll(log, wait=True)
+        validation.poll(log, seconds=None)
     (warning,) = capsys.readouterr().err.splitlines()
     assert "step 2 failed: detection" in warning
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
@@ -312,157 +273,54 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         finished = validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
+        assert validation._judge.verdicts(seconds=None) == []
     assert (finished, len(seen)) == (False, 1)
-    assert not (tmp_path / "validation").exists()
 
 
-def _python(folder: Path, script: str) -> str:
-    """A stand-in of Python that starts at once; a judge is $3, the folder, and $4, the shards."""
-    program = folder / "python"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return str(program)
-
-
-def test_a_judge_that_cannot_work(
+def test_a_judge_that_cannot_work_is_a_warning(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is no room for what it needs, it cannot be started, it dies: each is a warning."""
-    (tmp_path / "file").write_text("in the way")
     validation = parts.validation(tmp_path)
-    judge = AsyncEvaluation(tmp_path / "file", parts.manifest, None)
-    monkeypatch.setattr(validation, "_judge", judge)
-    judge.start(2, {"captioning": []})
-    judge.folder = tmp_path / "validation"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "no/python"))
-    judge.start(4, {"captioning": []})
-    fails = "echo Traceback >&2; echo MemoryError: no room >&2; exit 1"
-    monkeypatch.setattr(sys, "executable", _python(tmp_path, fails))
-    judge.start(6, {"captioning": []})
-    with MetricsWriter(tmp_path) as writer:
-        for _ in range(2):
-            validation.poll(RunLog(writer, Progress(6, stream=io.StringIO())), wait=True)
-    warnings = sorted(capsys.readouterr().err.splitlines())
-    assert len(warnings) == 3
-    assert warnings[0].startswith("warning: the evaluation of step 2 failed: results cannot be written: ")
-    assert warnings[1].startswith("warning: the evaluation of step 4 failed: no process for it: ")
-    assert warnings[2] == "warning: the evaluation of step 6 failed: MemoryError: no room"
-    assert not (tmp_path / METRICS_FILE).exists()
+    for step, program in ((2, "exit 0"), (4, "echo Traceback >&2; echo MemoryError: no room >&2; exit 1")):
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{program}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        validation._judge.start(step, {"captioning": []})
+        with MetricsWriter(tmp_path) as writer:
+            validation.poll(RunLog(writer, Progress(6, stream=io.StringIO())), seconds=None)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: the evaluation of step 2 failed: ")
+    assert second == "warning: the evaluation of step 4 failed: MemoryError: no room"
 
 
-def test_damaged_results(parts: Parts, tmp_path: Path) -> None:
-    """As after a crash of the machine: the damaged file is named, the rest is measured."""
-    results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"]]
-    (tmp_path / "captioning_results.json").write_text(json.dumps(results))
-    (tmp_path / "detection_results.json").write_text('[{"image_id": 1000, "cate')
-    order = {
-        "step": 2,
-        "tasks": ["detection", "segmentation", "captioning"],
-        "split": "val",
-        "limit": None,
-        "cache": None,
-    }
-    (tmp_path / "evaluation.json").write_text(json.dumps(order))
-    assert judging.main(tmp_path, parts.manifest.root) == 0
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert {name.split("/")[0] for name in found["metrics"]} == {"caption"}
-    assert [problem.split(":")[0] for problem in found["problems"]] == ["detection", "segmentation"]
-    assert "detection_results.json is damaged" in found["problems"][0]
-
-
-def test_a_talkative_judge_and_relative_paths(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody empties a pipe while training goes on; and where a process works must not decide what it finds."""
-    script = """
-        head -c 200000 /dev/zero >&2
-        pwd -P >"$3/told"; echo "$4" >>"$3/told"
-        echo '{"step": 2, "metrics": {"caption/BLEU-1": 0.5}, "problems": []}' >"$3/metrics.json"
-    """
-    monkeypatch.setattr(sys, "executable", _python(tmp_path, script))
-    monkeypatch.chdir(tmp_path)  # there may be another copy of the code
-    root = Path(os.path.relpath(parts.manifest.root, tmp_path))
-    judge = AsyncEvaluation(Path("validation"), Manifest.load(root, "val"), 4)
-    judge.start(2, {"captioning": []})
-    verdicts = judge.verdicts()
-    until = time.monotonic() + PROMPT
-    while not verdicts and time.monotonic() < until:
-        time.sleep(0.05)
-        verdicts = judge.verdicts()
-    (verdict,) = verdicts
-    assert not verdict.problems and verdict.metrics == {"caption/BLEU-1": 0.5}
-    place = tmp_path / "validation/step_00000002"
-    assert (place / "judge.log").stat().st_size == 200000
-    assert (place / "told").read_text().splitlines() == [str(REPOSITORY), str(Path(parts.manifest.root).resolve())]
-
-
-def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what no later step of the resumed run brings anyway, and what was handed in as a whole."""
-    started: list[str] = []
-
-    def spawn(place: Path, *_: Any) -> Ended:
-        started.append(place.name)
-        return Ended(1)
-
-    monkeypatch.setattr(judging, "_spawn", spawn)
-    for step in (2, 4, 6, 8, 10, 12):
-        place = tmp_path / f"validation/step_{step:08d}"
-        place.mkdir(parents=True)
-        if step != 6:  # killed while the results were being written
-            (place / "evaluation.json").write_text(json.dumps({"step": step}))
-    (tmp_path / "validation/notes.txt").write_text("mine")
-    records = [
-        {"kind": "step", "step": step, name: 1.0}
-        for step, name in ((2, "loss/loss"), (2, "val/box/AP"), (3, "loss/loss"))
-    ]
+def test_an_interrupted_run_owes_an_evaluation_without_numbers(parts: Parts, tmp_path: Path) -> None:
+    records = [{"kind": "step", "step": step, name: 1.0} for step, name in ((2, "loss/loss"), (2, "val/box/AP"))]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     validation = parts.validation(tmp_path)
-    assert validation.resume(10) is True
-    validation.poll(RunLog(MetricsWriter(tmp_path, enabled=False), Progress(4, enabled=False)), wait=True)
-    assert started == ["step_00000004", "step_00000008"]
-    assert not (tmp_path / "validation/step_00000012").exists()
-    assert (tmp_path / "validation/notes.txt").read_text() == "mine"
-
-    assert parts.validation(tmp_path).resume(2) is False
-    (tmp_path / METRICS_FILE).unlink()
-    assert parts.validation(tmp_path).resume(2) is True
+    assert [validation.is_missing(step, 9) for step in (2, 3, 4)] == [False, False, True]
 
 
-def test_a_killed_judge_is_started_again(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher that ends a rank kills the judge, while the rank still saves; a later one keeps what is to be done."""
-    codes = {2: iter((-signal.SIGTERM, -signal.SIGTERM, 0)), 4: iter((0,)), 6: iter((-signal.SIGKILL,) * 3)}
-    started: list[int] = []
-
-    def spawn(place: Path, *_: Any) -> Ended:
-        step = int(place.name.removeprefix("step_"))
-        started.append(step)
-        (place / "metrics.json").write_text(json.dumps({"step": step, "metrics": {"box/AP": 0.5}, "problems": []}))
-        return Ended(next(codes[step]))
-
-    monkeypatch.setattr(judging, "_spawn", spawn)
-    judge = AsyncEvaluation(tmp_path, parts.manifest, None)
-    for step in codes:
-        judge.start(step, {"captioning": []})
-    verdicts = judge.verdicts(wait=True)
-    assert started == [2, 4, 6, 2, 6, 2, 6]
-    assert {one.step: dict(one.metrics) for one in verdicts} == {4: {"box/AP": 0.5}, 2: {"box/AP": 0.5}, 6: {}}
-    assert [list(one.problems) for one in verdicts if one.step == 6] == [["killed 3 times, by signal 9"]]
+def test_what_is_being_measured_ends_with_the_run(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    judge = Judge(parts.manifest, None)
+    judge.start(2, {"captioning": []})
+    judge.start(4, {"captioning": []})
+    assert judge.verdicts(seconds=0.5) == [] and judge.close() == 2
+    judge._thread.shutdown(wait=True)  # it does not wait for ten minutes
 
 
 @pytest.mark.slow
-def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) -> None:
-    """However that ends: the run that goes on measures the same step, and writes into the same folder."""
-    place = tmp_path / "validation/step_00000002"
-    place.mkdir(parents=True)
-    (place / "evaluation.json").write_text(
-        '{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null, "cache": null}'
-    )
-    os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"
-        "from visft_ds.data.shards import Manifest\n"
-        "judge = AsyncEvaluation(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
-        "judge.again(4, set())\ntime.sleep(600)\n"
-    )
-    training = subprocess.Popen([sys.executable, "-c", code, str(place.parent), str(parts.manifest.root)])
+def test_a_judge_ends_with_its_training_process(parts: Parts) -> None:
+    """However that ends."""
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'visft_ds.run.judge', sys.argv[1]]"
+    code = f"import os, sys; sys.argv[1:] = [str(os.getpid())]; {code}, stdin=subprocess.PIPE); time.sleep(600)"
+    training = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
     try:
         until = time.monotonic() + PROMPT
         found: list[psutil.Process] = []

@@ -129,7 +129,7 @@ def test_shapes_that_are_left_out_never_come() -> None:
         NAMES[shape.category] for scene in scenes for shape in (*scene.shapes, *([scene.crowd] * bool(scene.crowd)))
     }
     assert seen == set(NAMES) - {"heart", "arrow"}
-    for names, told in ((("hart",), "hart"), (NAMES, "choose")):
+    for names, told in ((("hart",), "hart"), (NAMES, "allowed")):
         with pytest.raises(ValueError, match=told):
             style_of("a", "even", names)
 

@@ -100,11 +100,7 @@ def report_runs(folders: Sequence[Path], benchmarks: Path | None, out: Path | No
 
 def _labels(folders: Sequence[Path]) -> list[str]:
     """Names of folders, or their paths if names are the same."""
-    resolved = [folder.resolve() for folder in folders]
-    for folder, place in zip(folders, resolved, strict=True):
-        if resolved.count(place) > 1:
-            raise ValueError(f"{folder} is given twice: name each run once")
-    names = [place.name for place in resolved]
+    names = [folder.resolve().name for folder in folders]
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.config.validate import check
 from visft_ds.models import require_eva_vit
 from visft_ds.parallel.engine import Engine, Schedule, ZeroEngine
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.prepare.model import PreparedModel
-
-
-def check_zero(zero: Mapping[str, Any]) -> None:
-    """Raise ValueError for keys and values of `zero_optimization` that DeepSpeed's own schema refuses."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    _, errors = check(DeepSpeedZeroConfig, zero)
-    if errors:
-        raise ValueError("\n".join(f"zero_optimization.{key}: {problem}" for key, problem in errors))
 
 
 def build_engine(

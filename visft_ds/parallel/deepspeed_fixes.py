@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from visft_ds.config.validate import check
+
 #: Steps between two growths that the scaler itself never reaches.
 _NEVER = 2**31 - 1
 
@@ -129,3 +131,14 @@ def clear_stale_gradients(optimizer: Any) -> None:
                 flat.grad.zero_()
     if hasattr(optimizer, "norm_for_param_grads"):
         optimizer.norm_for_param_grads.clear()
+
+
+def check_zero(zero: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys and values of `zero_optimization` that DeepSpeed's own schema refuses."""
+    if zero.keys() <= {"stage", "reduce_bucket_size"}:
+        return  # ours, whose import takes no seconds
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    _, errors = check(DeepSpeedZeroConfig, zero)
+    if errors:
+        raise ValueError("\n".join(f"zero_optimization.{key}: {problem}" for key, problem in errors))

@@ -1,14 +1,15 @@
-"""Memory probe before the first step ("rehearsal"): a step of the largest micro-batches, whose result is discarded.
+"""Memory: a step of the largest micro-batches before the first one ("rehearsal"), and a step that does not fit.
 
 Images differ in size and in numbers of objects, so that a step that needs more memory than all before may come after
-days. Here it comes first. Only pixels and labels are made up; everything else is what training does.
-Letters: B images of a micro-batch.
+days. In the rehearsal it comes first, and its result is discarded. Only pixels and labels are made up.
 """
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,39 +22,73 @@ from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.shards import Manifest, Role
+from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
-from visft_ds.monitor.console import Section, gauge, print_plan
+from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.unchanged import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import needs_categories
 from visft_ds.prepare.streams import parts_of
+from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
 
-_WORD = "a"
+#: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
+_SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class OutOfMemory(RankError):
+    """A step that does not fit. The message says what to try."""
+
+
+@contextmanager
+def memory_explained(what: str, stream: str, shape: Callable[[], str], device: torch.device) -> Iterator[None]:
+    """Turn the error of an allocator into `OutOfMemory`: what was done, its shapes, what was counted, what to try.
+
+    Args:
+        what: is done within.
+        stream: that it is done for.
+        shape: of its largest micro-batch.
+
+    Raises:
+        OutOfMemory: an allocator failed, on a GPU or on the host.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _SAID)
+        if not known and getattr(error, "errno", None) != errno.ENOMEM:
+            raise
+        key = "visft.shared" if stream == "shared" else f"visft.tasks.{stream}"
+        counted = {"at the peak": peak_memory(device)}
+        if device.type == "cuda":
+            counted["allocated"] = torch.cuda.memory_allocated(device)
+            counted["reserved"] = torch.cuda.memory_reserved(device)
+            counted["on the device"] = torch.cuda.get_device_properties(device).total_memory
+        raise OutOfMemory(
+            f"out of memory in {what}: {shape()}\n  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
+            f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
+            f"  Try --set {key}.micro_batch=N with a smaller number, --set visft.model.recompute=block, or "
+            "--engine zero3 on several GPUs; `visft plan` with the same flags predicts what each needs."
+        ) from None
 
 
 @dataclass(frozen=True)
 class Largest:
-    """Micro-batch that needs at least as much memory as any of the run.
+    """Micro-batch that needs at least as much memory as any of a stream's on one data set.
 
-    It has the images with the most objects, and where B > 1 the highest image and the widest, since a batch is padded
-    to the height of the one and the width of the other. Where images are packed, the heads still see that padding; the
-    backbone needs most for the images with the most pixels, which then are another micro-batch. Captions have
-    `max_words` words.
+    It has the images with the most objects, and where it has several the highest image and the widest, since a batch is
+    padded to the height of the one and the width of the other. Captions have `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
     sizes: tuple[Size, ...]  #: (height, width) of each image
     objects: tuple[int, ...]  #: in each image
     category: int  #: of all of them, an id of the first data set, whose ids the heads know
-    packed: bool = False  #: the backbone sees no padding
 
     @property
     def frame(self) -> Size:
@@ -67,18 +102,9 @@ class Largest:
         ids = self.stream.image["max_words"] + 2 if any(TASKS[task].uses_vocabulary for task in tasks) else None
         return shape_text(len(self.sizes), self.frame, objects, ids)
 
-    def covers(self, other: Largest) -> bool:
-        """Return True if it needs no less memory than another one."""
-        sides = zip(self._needs(), other._needs(), strict=True)
-        return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
-
-    def _needs(self) -> tuple[int, ...]:
-        """Numbers that memory grows with."""
-        return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
-
     def batch(self, pipeline: SamplePipeline, role: Role) -> Batch:
         """The batch, or the part of it that a process with this role reads."""
-        caption = " ".join([_WORD] * self.stream.image.get("max_words", 1))
+        caption = " ".join(["a"] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
             box = [0, 0, size[1], size[0]]
@@ -100,67 +126,57 @@ class Largest:
 
 
 def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) -> list[tuple[Largest, SamplePipeline]]:
-    """The largest micro-batches of each stream, with their pipelines. Two for a batch of a single image (a landscape
-    and a portrait one), or where images are packed.
+    """The largest micro-batch of each stream on each of its data sets, with its pipeline.
 
     Args:
         micro: images of a micro-batch, by stream.
-        packed: images of different sizes go through the backbone without padding.
+        packed: images of different sizes go through the backbone without padding: those of most pixels come together.
     """
-    found: list[tuple[Largest, SamplePipeline]] = []
+    found = []
     category = next((category.coco_id for category in data.categories), 0)
     for name, stream in data.streams.items():
-        kept: list[tuple[Largest, SamplePipeline]] = []
+        count = micro[name]
         for dataset, part in parts_of(stream, data.sets).items():
-            manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
-            objects = _most_objects(manifest, micro[name])
-            extremes = {extreme for size in _sizes(manifest) for extreme in pipeline.transform.geometry.extremes(size)}
-            for sizes in _gathered(extremes, micro[name], packed=packed):
-                largest = Largest(part, sizes, objects, category, packed)
-                if not any(other.covers(largest) for other, _ in kept):
-                    kept = [(other, made) for other, made in kept if not largest.covers(other)]
-                    kept.append((largest, pipeline))
-        found += kept
+            index, pipeline = data.sets[dataset].manifest.index, data.pipelines[name][dataset]
+            shapes = np.unique(np.stack([index["height"], index["width"]]).astype(np.int64), axis=1).T.tolist()
+            extremes = set().union(*(pipeline.transform.geometry.extremes((h, w)) for h, w in shapes))
+            by_pixels = sorted(extremes, key=lambda size: (size[0] * size[1], size), reverse=True)
+            highest, widest = (max(by_pixels, key=lambda size: size[side]) for side in (0, 1))
+            sizes = [by_pixels[0]] * count
+            if count > 1 and not packed:
+                sizes[:2] = highest, widest
+            objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1][:count]
+            found.append((Largest(part, tuple(sizes), tuple(objects.tolist()), category), pipeline))
     return found
 
 
-def probe_memory(
-    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, *, watchdog: Watchdog, memory: MemoryWatch
-) -> None:
+def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Batches, watchdog: Watchdog) -> None:
     """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
     Raises:
         OutOfMemory: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    compiles = model.compile != "none"
-    device, rows, compiling = engine.device, [], 0.0
-    found = largest_batches(data, batches.micro, packed=model.packed)
-    bar = gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
-    with unchanged(engine), bar:
-        for largest, pipeline in found:
-            name, shape = largest.stream.name, largest.describe()
-            times = []
-            for _ in range(1 + compiles):  # the first time minus the second is the time for compiling
-                watchdog.begin(f"rehearsal of {name}")
-                began = time.perf_counter()
-                with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                    micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
-                    counts = counts_of(engine.module, micro)
-                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
-                    denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
-                    engine.train_step(0, micro, denominators)
-                times.append(time.perf_counter() - began)
-            bar.update()
-            compiling += times[0] - times[-1]
-            rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))
-    memory.rehearsed = True
+    device, rows = engine.device, []
+    with unchanged(engine):
+        for largest, pipeline in largest_batches(data, batches.micro, packed=model.packed):
+            name, shape, began = largest.stream.name, largest.describe(), time.perf_counter()
+            watchdog.begin(f"rehearsal of {name}")
+            with memory_explained(f"the rehearsal of {name}", name, largest.describe, device):
+                micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
+                counts = counts_of(engine.module, micro)
+                agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
+                denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
+                engine.train_step(0, micro, denominators)
+            seconds = f"{time.perf_counter() - began:.1f} s"
+            rows.append((name, shape, seconds, f"{peak_memory(device) / 2**30:.2f} GiB"))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if distributed.is_main():
-        columns = ("stream", "largest micro-batch", "took", "peak")
-        sections = [Section("steps", rows, columns)]
-        sections += [_compiled_section(compiling)] if compiles else []
+        sections = [Section("steps", rows, ("stream", "largest micro-batch", "took", "peak"))]
+        if model.compile != "none":
+            graphs, breaks = compilations()
+            sections.append(Section("compiled", [("blocks", f"{graphs} graphs, broken up at {breaks} places")]))
         print_plan("rehearsal, of which nothing is kept", sections)
 
 
@@ -170,35 +186,26 @@ def compilations() -> tuple[int, int]:
     return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
-def _compiled_section(seconds: float) -> Section:
-    """Blocks compiled before the first step, with the time it took; evaluation compiles what it runs itself."""
-    graphs, breaks = compilations()
-    text = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
-    rows = [("blocks", text), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
-    return Section("compiled", rows)
+def shape_text(images: int, frame: Size, objects: int | None, caption_ids: int | None) -> str:
+    """A micro-batch for a message.
+
+    Args:
+        frame: (height, width) that images are padded to.
+        objects: in all of them; None where none are learnt from.
+        caption_ids: of the longest caption; None without captions.
+    """
+    text = f"{images} images of {frame[0]} x {frame[1]}"
+    text += "" if objects is None else f", {objects} objects"
+    return text + ("" if caption_ids is None else f", {caption_ids} ids to a caption")
 
 
-def _sizes(manifest: Manifest) -> Iterator[Size]:
-    """(height, width) of all pictures of a split, each once."""
-    sides = manifest.index["height"].astype(np.int64) << 32 | manifest.index["width"]
-    return (divmod(number, 1 << 32) for number in np.unique(sides).tolist())
-
-
-def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
-    """Number of objects in the `count` images that have most."""
-    objects = np.concatenate([manifest.index["num_annotations"], np.zeros(count, np.int64)])
-    return tuple(np.sort(objects)[::-1][:count].tolist())
-
-
-def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
-    """Sizes of the images of each largest batch of `count`: for 1 the largest landscape and portrait image; for more
-    the highest and the widest with the largest of all, and where images are packed also the largest alone."""
-    known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
-    if count == 1:
-        landscape = [size for size in known if size[0] <= size[1]]
-        portrait = [size for size in known if size[0] > size[1]]
-        return [tuple(sizes[:1]) for sizes in (landscape, portrait) if sizes]
-    highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
-    largest = [known[0]] * count
-    padded = (highest, widest, *largest[2:])
-    return [padded, tuple(largest)] if packed else [padded]
+def largest_shape(batches: Sequence[Batch]) -> str:
+    """`shape_text` of the micro-batch of most pixels, as far as this process has read it."""
+    if not batches:
+        return "nothing that this rank reads"
+    largest = max(batches, key=lambda batch: len(batch.sizes) * int(batch.sizes.amax(dim=0).prod()))
+    height, width = largest.sizes.amax(dim=0).tolist()
+    objects = [len(target.labels) for target in largest.targets.values() if hasattr(target, "labels")]
+    ids = [target.tokens.shape[1] for target in largest.targets.values() if hasattr(target, "tokens")]
+    frame = max(height, largest.images.shape[2]), max(width, largest.images.shape[3])
+    return shape_text(len(largest.sizes), frame, max(objects, default=None), max(ids, default=None))

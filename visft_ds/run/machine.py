@@ -19,7 +19,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import check_zero
+from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
@@ -28,7 +28,6 @@ from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.host_memory import host_memory
-from visft_ds.resilience.out_of_memory import MemoryWatch
 from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
 
 T = TypeVar("T")
@@ -43,7 +42,6 @@ class Machine:
     why_recompute: str
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
     placement: Placement  #: who holds which parameters
-    memory: MemoryWatch  #: explains a step that does not fit
 
 
 def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machine:
@@ -68,7 +66,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)
     check_shared_memory(config, run.batches)
-    return Machine(run, why_precision, "as configured", for_deepspeed, placement, MemoryWatch(run))
+    return Machine(run, why_precision, "as configured", for_deepspeed, placement)
 
 
 def memory_of(device: torch.device) -> int:
@@ -89,7 +87,7 @@ def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[Resolved
     config, why = choose_recompute(config, machine.planned, Path(config.visft.run.out or ""))
     run = machine.planned.changed(config)
     placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
-    return config, replace(machine, planned=run, why_recompute=why, placement=placement, memory=MemoryWatch(run))
+    return config, replace(machine, planned=run, why_recompute=why, placement=placement)
 
 
 def choose_recompute(

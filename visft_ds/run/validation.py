@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
-from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
+from visft_ds.run.judge import Judge, Verdict
 from visft_ds.run.log import RunLog
 from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -69,24 +68,18 @@ class Validation:
         judged_images = min(config.run.eval_limit or len(manifest), len(manifest))
         #: Which images an evaluation measures, where these are not all.
         self._part = "" if judged_images == len(manifest) else f" on {judged_images} of {len(manifest)} images"
-        self._judge = AsyncEvaluation(out / "validation", manifest, config.run.eval_limit)
+        self._judge = Judge(manifest, config.run.eval_limit)
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Return True if `step` (of `total_steps`) is followed by an evaluation."""
         return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
 
-    def resume(self, step: int) -> bool:
-        """Take up what an interrupted run left. Returns whether the evaluation after `step` is still to be done.
-
-        The same answer on every rank.
-        """
-        recorded: set[int] = set()
-        if distributed.is_main():
-            path = self._out / METRICS_FILE
-            records = read_metrics(path, "val/") if path.is_file() else ()
-            recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
-            self._judge.again(step, recorded)
-        return step not in distributed.broadcast_object(recorded)
+    def is_missing(self, step: int, total_steps: int) -> bool:
+        """Return True if an interrupted run owes the evaluation after `step`. The same answer on every rank."""
+        recorded, path = False, self._out / METRICS_FILE
+        if distributed.is_main() and path.is_file():
+            recorded = any(record["step"] == step for record in read_metrics(path, "val/"))
+        return self.is_due(step, total_steps) and not distributed.broadcast_object(recorded)
 
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`.
@@ -141,18 +134,22 @@ class Validation:
         outcome, _ = measure(collected or {}, reader, limit=PHOTOGRAPHS)
         return {name: value for name, value in as_metrics(outcome).items() if name.endswith("/AP50")}
 
-    def poll(self, log: RunLog, *, wait: bool = False) -> None:
-        """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
-        for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
+    def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
+        """Record the numbers of evaluations that are measured within some seconds; None: of all of them."""
+        for verdict in self._judge.verdicts(seconds=seconds) if distributed.is_main() else ():
             _record(verdict, log, self._part, best=self._judged(verdict.step, verdict.metrics))
 
     def leave(self, log: RunLog) -> None:
-        """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
-        deadline = time.monotonic() + _PATIENCE
-        while self._judge.busy and time.monotonic() < deadline:
-            self.poll(log)
-            time.sleep(0.1)
-        self._judge.abandon()
+        """Wait for the numbers, but not for long."""
+        self.poll(log, seconds=_PATIENCE)
+        if lost := self._judge.close():
+            log.message(
+                f"{lost} evaluation{'s' * (lost > 1)} could not be measured in {_PATIENCE:.0f} s and are left out"
+            )
+
+    def close(self) -> None:
+        """End what is being measured."""
+        self._judge.close()
 
 
 def told_of_learning(learnt: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
@@ -184,7 +181,7 @@ def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
     return predict_or_stop
 
 
-def _record(verdict: EvalResult, log: RunLog, part: str, *, best: bool) -> None:
+def _record(verdict: Verdict, log: RunLog, part: str, *, best: bool) -> None:
     for problem in verdict.problems:
         text = f"warning: the evaluation of step {verdict.step} failed: {redacted(problem)}"
         print(text, file=sys.stderr, flush=True)

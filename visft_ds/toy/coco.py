@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -175,11 +174,11 @@ def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
 
 
 def _make_image(
-    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], max_shapes: int
+    index: int, folder: Path, seeds: Sequence[int], style: Style, size: tuple[int, int], most: int
 ) -> dict[str, Any]:
     """Draw and write one image; returns `image`, `instances` and `captions` as COCO has them, but for ids."""
     rng, (height, width) = np.random.default_rng([*seeds, index]), size
-    scene = draw_scene(rng, style, height, width, max_shapes=max_shapes)
+    scene = draw_scene(rng, style, height, width, max_shapes=most)
     key = 10 * index + 3 + 4 * SPLITS.index(folder.name)  # ids of the two splits never meet, and leave holes
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None:
@@ -224,11 +223,11 @@ def write_toy_coco(
     colours: str = "usual",
     without: Sequence[str] = (),
     workers: int = 1,
-) -> dict[str, int | float]:
+) -> dict[str, int]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
-    Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
-    that holds anything, sides under 28 pixels, an unknown style, shape or kind of colours, or numbers out of range.
+    Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds anything, sides
+    under 28 pixels, an unknown style, shape or kind of colours, or numbers out of range.
     """
     drawn = style_of(style, colours, without)
     if min(height, width) < MIN_SIDE:
@@ -240,14 +239,12 @@ def write_toy_coco(
             f"train={train}, val={val}, seed={seed}, workers={workers}, max_shapes={max_shapes}: counts and seed must "
             f"not be negative, with at least one image, one worker and 1 to {len(_NUMBERS) - 1} shapes to an image"
         )
-    started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()
         seeds = (seed, sorted(STYLES).index(style), SPLITS.index(split))
-        size = (height, width)
-        save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=size, max_shapes=max_shapes)
+        save = partial(_make_image, folder=out / split, seeds=seeds, style=drawn, size=(height, width), most=max_shapes)
         if workers == 1:
             records = [save(index) for index in range(count)]
         else:
@@ -261,7 +258,6 @@ def write_toy_coco(
         "instances": len(instances),
         "crowds": sum(instance["iscrowd"] for instance in instances),
         "empty": sum(not record["instances"] for record in everything),
-        "seconds": time.monotonic() - started,
     }
 
 
@@ -275,22 +271,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (default 112)")
     add("--style", choices=sorted(STYLES), default="a", help="b and c have other colours and textures")
     add("--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, which says nothing of it")
-    add("--without", metavar="A,B", help="shapes that no picture shows; they stay in the list")
+    add("--without", type=lambda names: names.split(","), default=(), metavar="A,B", help="shapes to leave out")
     add("--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 give COCO's mean of 7")
     add("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     given = vars(parser.parse_args(arguments))
     width, height = given.pop("size")
-    without = given.pop("without")
-    shapes = tuple(name.strip() for name in without.split(",")) if without else ()
     try:
-        counts = write_toy_coco(**given, width=width, height=height, without=shapes)
+        counts = write_toy_coco(**given, width=width, height=height)
     except (ValueError, OSError) as error:
         print(f"toy: {redacted(error)}", file=sys.stderr)
         return 2
     print(
         f"{given['out']}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
-        f"({counts['crowds']} crowds), style {given['style']}, {width}x{height}, {counts['seconds']:.1f} s"
+        f"({counts['crowds']} crowds), style {given['style']}, {width}x{height}"
     )
     return 0
 

@@ -89,10 +89,8 @@ def style_of(name: str, colours: str, without: Sequence[str] = ()) -> Style:
     """A style of STYLES with one of COLOURS, without some shapes. Raises ValueError for unknown ones, or none left."""
     shapes = tuple(place for place, shape in enumerate(NAMES) if shape not in without)
     if name not in STYLES or colours not in COLOURS or not shapes or len(shapes) + len(set(without)) > len(NAMES):
-        raise ValueError(
-            f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: choose of {', '.join(STYLES)}, of "
-            f"{', '.join(COLOURS)}, and some of {', '.join(NAMES)}"
-        )
+        allowed = f"{', '.join(STYLES)}; {', '.join(COLOURS)}; {', '.join(NAMES)}"
+        raise ValueError(f"style {name!r}, colours {colours!r}, without {', '.join(without)!r}: allowed are {allowed}")
     return replace(STYLES[name], usual_share=COLOURS[colours], shapes=shapes)
 
 

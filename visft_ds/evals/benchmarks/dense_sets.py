@@ -98,9 +98,7 @@ def read_train_and_test(source: str, train: str | None, test: str | None) -> tup
     found = reader(learnt, MOST["train"]), reader(held, MOST["test"])
     if found[0].names != found[1].names:
         lone = sorted(set(found[0].names) ^ set(found[1].names))
-        raise ValueError(
-            f"{source}: {learnt} and {held} have other categories, or another order: {', '.join(lone[:5])}"
-        )
+        raise ValueError(f"{source}: {learnt} and {held} have other categories or order: {', '.join(lone[:5])}")
     for part, one in zip((learnt, held), found, strict=True):
         if len(np.unique(one.cells[one.cells != VOID])) < 2:
             raise ValueError(f"{source}: {part} has labels of one class only; a probe needs two")
@@ -128,9 +126,7 @@ def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
     if (root / "labels").is_dir():
         parts = sorted(path.name for path in (root / "labels").iterdir() if path.is_dir())
         return partial(_of_folders, root, lambda split: (f"images/{split}", f"labels/{split}"), 255), parts
-    raise ValueError(
-        f"{root} is no layout of dense labels: a COCO tree, shards, ADE20k, or images/SPLIT beside labels/SPLIT"
-    )
+    raise ValueError(f"{root} has no dense labels: give a COCO tree, shards, ADE20k, or images/SPLIT and labels/SPLIT")
 
 
 def _places(count: int, most: int) -> list[int]:
@@ -241,8 +237,6 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     height, width = size
     stretch = np.array([_SIDE / width, _SIDE / height])
     given = annotation.get("segmentation") or None
-    if isinstance(given, Mapping) and height * width > MAX_PIXELS:
-        raise ValueError(f"{where}: a mask of {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
     shape = stored_segmentation(given, height, width)
     if shape is None and given is not None:
         raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")

@@ -104,10 +104,7 @@ def check_fits(encoder: Encoder, label: str, benchmark: Benchmark) -> None:
     if not _kinds(encoder, benchmark):
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
     if benchmark.needs_text and encoder.text is None:
-        raise ValueError(
-            f"{label} has no text side, which {benchmark.label} compares with; a backbone of ours has one if its file "
-            f"brings a class token, a CLIP projection and a text tower"
-        )
+        raise ValueError(f"{label} has no text side, which {benchmark.label} compares with: give a whole CLIP file")
 
 
 def _kinds(encoder: Encoder, benchmark: Benchmark) -> list[str]:
@@ -140,10 +137,8 @@ def encode_images(
         for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
                 if not torch.isfinite(value.sum()):
-                    raise ValueError(
-                        f"{kind} of {images.names[batch[0]]} or one of the next {len(batch) - 1} images is no finite "
-                        f"number in {settings.precision}: the weights are damaged, or need --precision fp32"
-                    )
+                    where = f"{kind} of {images.names[batch[0]]} or of the {len(batch) - 1} images after it"
+                    raise ValueError(f"{where} is NaN or infinite in {settings.precision}: try --precision fp32")
                 found[f"{batch[0]:09d} {kind}"] = value
             bar.update(min(len(batch) * world, len(images) - bar.n))
     if world > 1:  # through files: NCCL would gather on the GPU

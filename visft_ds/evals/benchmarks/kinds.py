@@ -5,53 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from visft_ds.evals.benchmarks import classes, dense_sets, objects, ocr, retention, retrieval
+from visft_ds.evals.benchmarks import classes, dense_sets, objects
 from visft_ds.evals.benchmarks.dense import Dense
+from visft_ds.evals.benchmarks.objects import Objects
+from visft_ds.evals.benchmarks.ocr import Words, read_words
 from visft_ds.evals.benchmarks.probes import Probe
 from visft_ds.evals.benchmarks.protocol import Benchmark
+from visft_ds.evals.benchmarks.retention import AnswersKept, read_images
+from visft_ds.evals.benchmarks.retrieval import Retrieval, read_captions
 from visft_ds.evals.benchmarks.zero_shot import ZeroShot
 
-Options = Mapping[str, str]
+Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
 
-
-def _zero_shot(label: str, source: str, options: Options) -> Benchmark:
-    return ZeroShot(label, classes.read_classes(source, options.get("split")))
-
-
-def _probe(label: str, source: str, options: Options) -> Benchmark:
-    return Probe(label, *classes.read_train_and_test(source, options.get("train"), options.get("split")))
-
-
-def _retrieval(label: str, source: str, options: Options) -> Benchmark:
-    return retrieval.Retrieval(label, retrieval.read_captions(source, options.get("split")))
-
-
-def _objects(label: str, source: str, options: Options) -> Benchmark:
-    train, test = objects.read_train_and_test(source, options.get("train"), options.get("split"))
-    return objects.Objects(label, test, train)
-
-
-def _dense(label: str, source: str, options: Options) -> Benchmark:
-    return Dense(label, *dense_sets.read_train_and_test(source, options.get("train"), options.get("split")))
-
-
-def _ocr(label: str, source: str, options: Options) -> Benchmark:
-    return ocr.Words(label, ocr.read_words(Path(source) / "train"), ocr.read_words(Path(source) / "test"))
-
-
-def _retention(label: str, source: str, options: Options) -> Benchmark:
-    return retention.AnswersKept(label, retention.read_images(source))
-
-
-#: Kind -> (its constructor of label, source and options; keys of its options). `evals.cli` describes them.
-KINDS: Mapping[str, tuple[Callable[[str, str, Options], Benchmark], tuple[str, ...]]] = {
-    "zero_shot": (_zero_shot, ("split", "name")),
-    "probe": (_probe, ("split", "train", "name")),
-    "retrieval": (_retrieval, ("split", "name")),
-    "objects": (_objects, ("split", "train", "name")),
-    "dense": (_dense, ("split", "train", "name")),
-    "retention": (_retention, ("name",)),
-    "ocr": (_ocr, ("name",)),
+#: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
+KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
+    "zero_shot": (lambda label, at, _, split: ZeroShot(label, classes.read_classes(at, split)), ("split", "name")),
+    "probe": (lambda label, *at: Probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
+    "retrieval": (lambda label, at, _, split: Retrieval(label, read_captions(at, split)), ("split", "name")),
+    "objects": (lambda label, *at: Objects(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
+    "dense": (lambda label, *at: Dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
+    "retention": (lambda label, at, *_: AnswersKept(label, read_images(at)), ("name",)),
+    "ocr": (lambda label, at, *_: Words(label, read_words(Path(at, "train")), read_words(Path(at, "test"))), ("name",)),
 }
 
 
@@ -69,7 +43,8 @@ def parse_benchmark(text: str) -> Benchmark:
     options = dict(pair.partition("=")[::2] for pair in pairs)
     if unknown := [key for key, value in options.items() if key not in allowed or not value]:
         raise ValueError(f"--benchmark {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
-    return make(f"{name}/{options.get('name') or Path(source).name}", source, options)
+    label = f"{name}/{options.get('name') or Path(source).name}"
+    return make(label, source, options.get("train"), options.get("split"))
 
 
 def parse_benchmarks(texts: Sequence[str], primary: str | None = None) -> list[Benchmark]:

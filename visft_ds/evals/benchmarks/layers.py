@@ -77,10 +77,7 @@ def judge_blocks(spec: ModelSpec, benchmarks: Sequence[Benchmark], settings: Set
         raise ValueError(f"{spec.label}: every block is read; give the model without #{spec.block}")
     for benchmark in benchmarks:
         if benchmark.needs_text or not set(benchmark.kinds) & set(_KINDS):
-            raise ValueError(
-                f"{benchmark.label} reads what the end of a model alone has (an embedding beside texts, a classifier): "
-                f"blocks are compared by dense, probe, objects with a training part, and ocr"
-            )
+            raise ValueError(f"{benchmark.label} reads the end of a model alone: give dense, probe, objects or ocr")
     encoder = readable(load_encoder(spec, settings.precision), spec)
     encoder.module.to(settings.device)
     sizes = _sizes(encoder, settings)

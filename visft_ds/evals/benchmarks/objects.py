@@ -53,8 +53,8 @@ class Objects:
     """Accuracy of naming the object in a box."""
 
     label: str
-    test: ObjectSet
     train: ObjectSet | None
+    test: ObjectSet
 
     @property
     def needs_text(self) -> bool:

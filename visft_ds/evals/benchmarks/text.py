@@ -72,10 +72,7 @@ def text_tower_in(path: str | Path) -> TextTower | None:
     }
     tokenizer = SimpleTokenizer(context_length=length)
     if settings["vocab_size"] != tokenizer.vocab_size:
-        raise ValueError(
-            f"{file.path}: its text tower embeds {settings['vocab_size']} tokens, and CLIP's tokenizer has "
-            f"{tokenizer.vocab_size}: it was trained with another tokenizer, which no file of this kind names"
-        )
+        raise ValueError(f"{file.path}: its text tower has {settings['vocab_size']} tokens, not CLIP's vocabulary")
     module: nn.Module = TextTransformer(**settings)
     # A causal mask, which some files carry along, is a function of the length.
     tensors = {name.removeprefix(PREFIX): file.get(name) for name in names if not name.endswith("attn_mask")}
