@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import torch
 from tests.ranks import run_ranks
 from tests.run.recompute_case import configured, needs, planned
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.planner.hardware import parse_cluster
-from visft_ds.planner.search import MEMORY_SHARE, choose_recompute, forecast, search
 from visft_ds.resilience import host_memory
 from visft_ds.run import machine
 from visft_ds.run.record import RunRecord
@@ -69,15 +66,6 @@ def test_the_rank_with_the_least_room_decides_for_all(tmp_path: Path) -> None:
     assert found[0] == found[1] and found[0][0] == "block", found
 
 
-def test_models_of_timm_know_two_policies() -> None:
-    pytest.importorskip("timm")
-    config = configured("debug_convnext")
-    most, least = needs("none", "debug_convnext"), needs("block", "debug_convnext")
-    assert choose_recompute(planned(config), most).policy == "none"
-    choice = choose_recompute(planned(config), most - 1)
-    assert choice.policy == "block" and choice.needed == least and choice.fits
-
-
 def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A scheduler limits a group in the middle of the path: the process's own has no limit."""
     group = tmp_path / "groups/slurm/job_7/step_0"
@@ -99,13 +87,3 @@ def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.
 
 class Memory:
     total = available = 256 * 2**30
-
-
-def test_a_cluster_is_planned_with_what_a_start_there_would_choose() -> None:
-    config, cluster = configured(), parse_cluster("1xH100-80GB")
-    assert forecast(config, cluster).policy == "none"
-    stated = changed(config, ["visft.model.recompute=block"])
-    assert forecast(stated, cluster).policy == "block" and {arm.policy for arm in search(stated, cluster)} == {"block"}
-    some = forecast(changed(config, ["visft.model.recompute=mlp"]), cluster).fullest.total
-    small = replace(cluster, gpu=replace(cluster.gpu, memory=int(some / MEMORY_SHARE) + 1))
-    assert forecast(config, small).policy == "mlp"

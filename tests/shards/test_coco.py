@@ -115,6 +115,19 @@ def test_less_than_a_tenth_is_counted(toy: Tree) -> None:
         read(toy)
 
 
+def test_masks_that_contradict_their_boxes_are_counted_above_a_tenth(toy: Tree) -> None:
+    def moved(entry: Content) -> None:
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [max(0, x - 4), max(0, y - 4), width, height]
+
+    objects = sum(not one["iscrowd"] for one in json.loads(toy.instances.read_text())["annotations"])
+    assert not count(read(toy), "from its box")
+    toy.edit(each(moved, 0.08))
+    assert not count(read(toy), "from its box")
+    toy.edit(each(moved))
+    assert count(read(toy), "from its box") > 0.8 * objects
+
+
 def test_kept_as_they_are(toy: Tree) -> None:
     """Crowds and boxes without area belong to the data set; other fields and unusable masks do not."""
 

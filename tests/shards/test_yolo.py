@@ -58,6 +58,8 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, word: str) -> None:
         ("train: train/images", "'names'"),
         ("train: train/images\nnames: [a, b]\nnc: 4", "nc is 4"),
         ("train: train/images\nnames: {0: a, one: c}", "'one'"),
+        ("train: train/images\nnames: {0: a, 0: b}", "'0' stands there twice"),
+        ("train: train/images\nnames: [a]\ntrain: valid/images", "'train' stands there twice"),
         ("train: train/images\nnames: [[a]]", "list"),
         ('train: train/images\nnames: ["\\ud800"]', "surrogates"),
         ("train: nowhere\nnames: [a]", "'nowhere' does not exist"),

@@ -68,14 +68,16 @@ def detection() -> Case:
 
 def segmentation(labelling: str = "contiguous") -> Case:
     sets, total, first = LAYERS + 1, sum(COUNTS), int(labelling == "published")
-    logits = torch.randn(sets, len(COUNTS), QUERIES, CLASSES + 1, dtype=torch.float64, requires_grad=True)
+    classes = 80 if first else CLASSES
+    logits = torch.randn(sets, len(COUNTS), QUERIES, classes + 1, dtype=torch.float64, requires_grad=True)
     masks = torch.randn(sets, len(COUNTS), QUERIES, 5, 6, dtype=torch.float64)
     keys, ones = torch.arange(len(COUNTS)) + 100, torch.ones(len(COUNTS), 2)
     blobs = torch.randint(0, 256, (total, 8, 8), dtype=torch.uint8)
-    targets = SegmentationTargets(blobs, torch.randint(CLASSES, (total,)), ones, ones, torch.tensor(COUNTS), keys)
-    options = {**SHARED, "num_classes": CLASSES, "num_points": 64, "labelling": labelling}
+    labels = torch.randint(70 if first else 0, classes, (total,))
+    targets = SegmentationTargets(blobs, labels, ones, ones, torch.tensor(COUNTS), keys)
+    options = {**SHARED, "num_classes": classes, "num_points": 64, "labelling": labelling}
     criterion = criterion_of("segmentation", **options)
-    wanted = torch.full((sets, len(COUNTS), QUERIES), CLASSES)
+    wanted = torch.full((sets, len(COUNTS), QUERIES), classes)
     for image, (own_masks, labels) in enumerate(
         zip(targets.masks.split(COUNTS), targets.labels.split(COUNTS), strict=True)
     ):
@@ -101,7 +103,7 @@ def test_each_image_weighs_as_on_a_gpu_of_its_own(make: Any) -> None:
     """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their mean."""
     case = make()
     losses = case.losses()
-    weight = torch.ones(CLASSES + 1, dtype=torch.float64)
+    weight = torch.ones(case.logits.shape[-1], dtype=torch.float64)
     weight[-1] = 0.1
     names = [*(f"ce_{layer}" for layer in range(len(case.logits) - 1)), "ce"]
     per_gpu = [

@@ -12,10 +12,8 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch.distributed
 
@@ -26,12 +24,8 @@ from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
-from visft_ds.parallel.engine import Engine
-from visft_ds.prepare.data import RunData
 from visft_ds.resilience.stop import Stop
 from visft_ds.run.judge import Judge
-from visft_ds.run.log import RunLog
-from visft_ds.run.state import RunState
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 
@@ -197,24 +191,6 @@ def test_no_signal_is_heard_outside_of_the_main_thread(tmp_path: Path) -> None:
     assert ended and ended[0].finished
 
 
-def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="this run cannot start: 1 of its inputs is missing"):
-        fit(stage=1, model="debug", data=tmp_path / "nothing", out=tmp_path / "run")
-    with pytest.raises(ValueError, match="--stage None: must be 1"):
-        fit(model="debug")
-    with pytest.raises(ValueError, match="leave out stage, model, backbone and engine"):
-        fit(resolve(stage=1, model="debug"), stage=1)
-    with pytest.raises(ValueError, match="--resume yes: must be auto"):
-        fit(stage=1, model="debug", resume="yes")
-    with pytest.raises(ValueError, match=r"visft\.sed"):
-        fit(stage=1, model="debug", settings={"visft.sed": 1})
-    with pytest.raises(ValueError, match=r"settings: optimizer\.params\.lr is .*give a plain number"):
-        fit(stage=1, model="debug", settings={"optimizer.params.lr": np.float32(1e-3)})
-    with pytest.raises(ValueError, match="without --run these are needed"):
-        evaluate()
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs/getting-started.md").read_text(encoding="utf-8")
@@ -281,13 +257,3 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
         assert (ended.finished, ended.step) == (True, 3) and told in capfd.readouterr().out
         assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
     assert (tmp_path / "checkpoints/step_00000001").is_dir()
-
-
-def test_a_best_checkpoint_that_is_not_there_is_not_named(tmp_path: Path) -> None:
-    config = resolve(stage=1, model="debug", settings=texts({**SETTINGS, **EARLY, "visft.run.out": str(tmp_path)}))
-    state = RunState(config, cast(Engine, None), {}, cast(RunData, None))  # an engine is asked for nothing here
-    for step, score in enumerate((0.5, 0.1, 0.1), 1):
-        state.judged(step, {"box/AP50": score})
-    told: list[str] = []
-    assert state.ends_early(3, lambda: None, cast(RunLog, SimpleNamespace(message=told.append)))
-    assert told[0].endswith("(visft.run.stop_after); its checkpoint was not kept")

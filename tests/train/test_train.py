@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
@@ -120,43 +120,11 @@ def test_damaged_shards(damage: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "train-000000.tar" in message
 
 
-def test_a_run_folder_of_other_settings_is_left_alone(
-    shards: Path, straight: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
-    message = refused(capsys, command(shards, straight, extra={"visft.seed": 7}))
-    assert "visft.seed: 0 -> 7" in message
-    message = refused(capsys, [*command(shards, straight), "--resume", "no"])
-    assert "holds a run" in message
-    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
-
-
-def test_a_folder_of_something_else_is_left_alone(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    assert "holds no run (thesis.tex)" in refused(capsys, command(shards, tmp_path))
-    assert "there is no run" in refused(capsys, [*command(shards, tmp_path / "new"), "--resume", "must"])
-
-
 def test_missing_inputs_are_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, ["--stage", "2", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     for wanted in ("visft shards", "EVA02_CLIP_E_psz14_plus_s9B.pt", "visft train --stage 1"):
         assert wanted in message
     assert len(message.splitlines()) < 30
-
-
-def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) -> None:
-    """Every rank ends within seconds, one of them says why."""
-    tensors = load_file(straight / "export" / "backbone.safetensors")
-    tensors["norm.weight"] = torch.ones(48)
-    save_file(tensors, tmp_path / "wrong.safetensors")
-    extra = {"visft.model.weights": str(tmp_path / "wrong.safetensors")}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]))
-    assert codes == [2, 2], outputs
-    assert "norm.weight" in outputs[0]
-    assert "Traceback" not in "".join(outputs)
-    assert "error" not in outputs[1]
 
 
 @pytest.mark.slow

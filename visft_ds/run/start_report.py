@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from visft_ds.config import Batches, ResolvedConfig, own
+from torch import nn
+
+from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.preflight import head_files
-from visft_ds.config.schema import RunConfig, VisftConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section, print_plan
@@ -52,22 +54,19 @@ def print_start(
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     model = config.visft.model
+    facts = [
+        ("backbone", f"{model.name}: {module.backbone.describe()}"),
+        ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
+        ("precision", f"{run.precision} ({machine.why_precision})"),
+        ("kernels", model.kernels),
+        ("compiled", model.compile),
+        ("padding", "none, images are packed" if model.packed else "up to the largest image"),
+        ("recompute", f"{model.recompute}, {machine.why_recompute}"),
+    ]
     sections = [
-        Section(
-            "model",
-            [
-                ("backbone", f"{model.name}: {module.backbone.describe()}"),
-                ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
-                ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("kernels", model.kernels),
-                ("compiled", model.compile),
-                ("padding", "none, images are packed" if model.packed else "up to the largest image"),
-                ("recompute", f"{model.recompute}, {machine.why_recompute}"),
-            ],
-        ),
+        Section("model", facts),
         _groups_section(prepared.groups),
-        _batch_section(config, run.batches),
-        *_pipeline_sections(run),
+        *_batch_sections(config, run),
         _data_section(config.visft, data, features),
         Section("checks passed", [("-", note) for note in prepared.notes]),
         _run_section(config, start),
@@ -92,13 +91,9 @@ def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | N
     number = workers_of(config.data)
     rows.append(("workers", f"{number} for each training process" if number else "none: each training process reads"))
     if config.features is not None and features is not None:
-        rows.append(("features", _features_row(plan, features)))
+        kept = f"kept in {features.folder}" if features.folder else "not kept (visft.features.cache)"
+        rows.append(("features", f"views of each image: {plan.views}, {kept}"))
     return Section("data", rows)
-
-
-def _features_row(plan: Plan, features: FeatureCache) -> str:
-    views = f"{plan.views} geometr{'y' if plan.views == 1 else 'ies'} of each image"
-    return f"{views}, kept in {features.folder}" if features.folder else f"{views}, not kept (visft.features.cache)"
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_json: bool = False) -> int:
@@ -130,123 +125,88 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     if config.visft.model.recompute == "auto" and not as_json:
         config, why = choose_recompute(config, run, Path(config.visft.run.out or ""), must_fit=False)
         run = run.changed(config)
-    pipeline = _pipeline_sections(run)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
     if as_json:
         print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return 2 if reasons else 0
+    plan, capacity = plan_largest(run), memory_of(run.device)
+    verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
+    memory = [
+        *plan.rows(),
+        ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})"),
+        ("recompute", f"{config.visft.model.recompute}, {why}"),
+    ]
+    assumed = "" if vocabulary else f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)"
     sections = [
-        _planned_groups(config, groups, vocabulary),
-        _batch_section(config, run.batches),
-        *pipeline,
-        _memory_section(run, why),
+        _groups_section(groups, assumed if any(TASKS[task].uses_vocabulary for task in module.heads) else ""),
+        *_batch_sections(config, run),
+        Section("memory of a process at its fullest, predicted", memory),
         _run_section(config, 0),
     ]
-    print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
+    print_plan(_title(config) + " (dry run: nothing is started)", sections)
     print("\n".join(reasons), end="\n" if reasons else "")
     return 2 if reasons else 0
 
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
+    checks: list[Callable[[], object]] = [lambda: check_base_file(config.model, module.backbone)]
     if shards_are_here(config.data):
-        try:
-            plan_of(config, open_training_data(config))
-        except ValueError as error:
-            yield f"this run cannot start: {error}"
-    try:
-        check_base_file(config.model, module.backbone)
-    except (ValueError, OSError) as error:
-        yield f"this run cannot start: {error}"
+        checks.insert(0, lambda: plan_of(config, open_training_data(config)))
     for task, head in module.heads.items():
-        if config.heads.path is None or not head_files(Path(config.heads.path), task):
-            continue  # it is among what is missing
-        if TASKS[task].uses_vocabulary and vocabulary is None:
-            continue  # nobody knows yet how many words it has to have
+        known = vocabulary is not None or not TASKS[task].uses_vocabulary  # else nobody knows its number of words
+        if known and config.heads.path is not None and head_files(Path(config.heads.path), task):
+            checks.append(partial(_open_head, config.heads.path, head, task))
+    for check in checks:
         try:
-            open_head(head, find_head(config.heads.path, task), task)
+            check()
         except (ValueError, OSError) as error:
             yield f"this run cannot start: {error}"
 
 
-def _memory_section(run: PlannedRun, why_recompute: str) -> Section:
-    """Table of a process's predicted peak memory on this machine, by part, and whether it fits."""
-    plan, capacity = plan_largest(run), memory_of(run.device)
-    verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
-    rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})")]
-    rows.append(("recompute", f"{run.config.visft.model.recompute}, {why_recompute}"))
-    return Section("memory of a process at its fullest, predicted", rows)
+def _open_head(place: str, head: nn.Module, task: str) -> None:
+    open_head(head, find_head(place, task), task)
 
 
 def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
 
 
-def _planned_groups(config: ResolvedConfig, groups: Sequence[TrainedGroup], vocabulary: Vocabulary | None) -> Section:
-    """Table of what would train; marks numbers that rest on a vocabulary that does not exist yet."""
-    size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
-    with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)
-    if not any(name.startswith(with_words) for group in groups for name in group.names):
-        return _groups_section(groups)
-    origin = "of the data" if vocabulary else "ASSUMED, that of the data is not known yet"
-    return _groups_section(groups, f", with a vocabulary of {size:,} ids ({origin})")
-
-
 def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:
     rows = [
-        (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", _end_of(g.names[0]))
+        (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups
     ]
     return Section(f"what trains{note}", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
 
 
-def _end_of(name: str, room: int = 42) -> str:
-    """A parameter's name without its first parts where it is too long for a table."""
-    parts = name.split(".")
-    while len(parts) > 1 and len(".".join(parts)) > room:
-        del parts[0]
-    return ".".join(parts)
-
-
-def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
-    streams = config.visft.streams().values()
+def _batch_sections(config: ResolvedConfig, run: PlannedRun) -> list[Section]:
+    streams, batches = config.visft.streams().values(), run.batches
     total = sum(stream.share for stream in streams)
-    shares = [
-        (stream.name, f"{100 * stream.share / total:.0f} % of the steps, learnt by {', '.join(stream.tasks)}")
-        for stream in streams
-    ]
-    equations = [("batch", line) for line in batches.equations()]
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine = f"ZeRO-{zero} on {batches.dp} processes"
     if batches.stages > 1:
         engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
-    return Section("batches", [("engine", engine), *equations, *shares])
-
-
-def _pipeline_sections(run: PlannedRun) -> list[Section]:
-    """Who does what in a pipeline; nothing without one."""
-    return [Section("pipeline", run.partition.rows(run.batches.accumulation))] if run.partition else []
-
-
-def _kept(run: RunConfig) -> str:
-    kept = [f"the last {run.keep_last}"]
-    kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    return f"kept: {' and '.join(kept)}"
+    rows = [("engine", engine), *(("batch", line) for line in batches.equations())]
+    for stream in streams:
+        rows.append(
+            (stream.name, f"{100 * stream.share / total:.0f} % of the steps, learnt by {', '.join(stream.tasks)}")
+        )
+    pipeline = [Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []
+    return [Section("batches", rows), *pipeline]
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:
-    schedule, run = config.scheduler, config.visft.run
-    steps = config.total_steps
-    return Section(
-        "run",
-        [
-            *(("adapted", f"{one.key}: {one.old} -> {one.new}, because of {one.why}") for one in config.adapted),
-            ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
-            ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
-            ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
-            ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, {_kept(run)}"),
-            ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
-        ],
-    )
+    schedule, run, steps = config.scheduler, config.visft.run, config.total_steps
+    best = f" and the best by {run.keep_best}" if run.keep_best else ""
+    rows = [
+        *(("adapted", f"{one.key}: {one.old} -> {one.new}, because of {one.why}") for one in config.adapted),
+        ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
+        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+        ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
+        ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, kept: the last {run.keep_last}{best}"),
+        ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
+    ]
+    return Section("run", rows)

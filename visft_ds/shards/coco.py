@@ -172,7 +172,7 @@ def _add_annotations(
     entries: Any, images: Mapping[int, SourceImage], categories: Mapping[int, str], findings: Findings, ellipses: bool
 ) -> Findings:
     """Give the annotations to their images; returns those that cannot be used."""
-    lost, seen = Findings(), set[int]()
+    lost, apart, masks, seen = Findings(), list[str](), 0, set[int]()
     for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
@@ -212,6 +212,12 @@ def _add_annotations(
             if min(x, y) < -1 or right > image.width + 1 or bottom > image.height + 1 or 0 < max(box) <= 1:
                 kind = "box beyond the image or within a pixel (kept; COCO has x y width height in pixels)"
                 lost.add(kind, f"{where}: {box} in {image.width} x {image.height}")
+            elif segmentation and not crowd and (extent := _extent(segmentation)):
+                masks += 1
+                if sum(abs(a - b) for a, b in zip(extent, (x, y, right, bottom), strict=True)) > 4:
+                    apart.append(f"{where}: {box}")
+    for example in apart if len(apart) > masks / 10 else ():
+        findings.add("mask more than a pixel from its box", example)
     return lost
 
 
@@ -255,3 +261,13 @@ def _is_polygon(given: Any) -> bool:
         return isinstance(given, list) and len(given) >= 6 and len(given) % 2 == 0 and math.isfinite(sum(given))
     except (TypeError, OverflowError):
         return False
+
+
+def _extent(segmentation: Any) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) of a mask; None for an empty one."""
+    if isinstance(segmentation, Mapping):
+        x, y, width, height = map(float, coco_mask.toBbox(dict(segmentation)))
+        return (x, y, x + width, y + height) if width and height else None
+    xs = [x for polygon in segmentation for x in polygon[::2]]
+    ys = [y for polygon in segmentation for y in polygon[1::2]]
+    return min(xs), min(ys), max(xs), max(ys)

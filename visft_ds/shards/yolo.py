@@ -8,6 +8,7 @@ an image is where the last folder `images` of its path is called `labels`, or be
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +31,25 @@ _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
 
 
+class _Loader(yaml.BaseLoader):
+    """All scalars are text; no aliases, which a few lines multiply to gigabytes, and no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        counts = Counter(str(key.value) for key, _ in node.value)
+        if doubled := [key for key, times in counts.items() if times > 1]:
+            raise ValueError(f"the key {doubled[0]!r:.40} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, all of whose scalars are text. Raises ValueError for another content."""
     with reading(path, "a data.yaml of YOLO"):
-        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=yaml.BaseLoader)
+        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)
         if not isinstance(values, dict):
             raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
         return values
