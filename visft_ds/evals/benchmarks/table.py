@@ -157,7 +157,7 @@ def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = No
         for row in rows
         for label in others or ("",)
     ]
-    marked = "" if primary is None else f"; * is shown: {primary} by its own interval, the others by Holm"
+    marked = "" if primary is None else f"; * is significant: {primary} by its own interval, the others by Holm"
     columns = ["", "n", base, "", "", "difference"]
     return Section(f"percent; of differences the {LEVEL:.0%} interval{marked}", lines, columns)
 
