@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.options import criterion_of
-from tests.parallel.engine_case import build, global_batch, loss_denominators, part, samples
+from tests.parallel.engine_case import build, global_batch, loss_denominators, part
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.data import DetectionTargets
@@ -21,7 +21,6 @@ from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.mask_matching import match_masks
 from visft_ds.tasks.segmentation.mask_points import draw_points
-from visft_ds.tasks.transform import collate_joint
 
 LAYERS, QUERIES, CLASSES = 2, 7, 6
 #: Objects of the images: none (crowds alone give none either), fewer and more than there are queries.
@@ -151,13 +150,3 @@ def _gradients(module: MultiTaskModel, parts: list[tuple[Batch, Any]]) -> dict[s
         loss.backward()
         total += loss.item()
     return {"loss": total, **{n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}}
-
-
-def test_images_without_objects_alone_give_a_loss_and_its_gradient() -> None:
-    """Crowds only, or nothing: "no object" is learnt from every query, by the same weight as from any other image."""
-    module, _ = build(2)
-    empty = collate_joint([one for one in samples(0) if not len(one.targets["detection"]["labels"])] * 2)
-    losses = module.train()(empty, loss_denominators(module, empty, 1))
-    assert losses["detection/l1"].item() == 0 and losses["detection/ce"].item() > 0
-    losses["loss"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
