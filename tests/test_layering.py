@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
 #: Modules that stand on another floor than the rest of their room.
 APART = (
-    *("parallel.distributed", "resilience.processes", "resilience.errors", "resilience.stop", "run.folder"),
+    *(
+        "parallel.distributed",
+        "planner.trace",
+        "resilience.processes",
+        "resilience.errors",
+        "resilience.stop",
+        "run.folder",
+    ),
     *("tasks", "interop.cli", "interop.command"),
 )
 #: Package -> the only places that may import it.

@@ -105,21 +105,6 @@ def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> No
     assert 0.05 < wanted["caption/BLEU-4"] < 0.95 and wanted["caption/CIDEr"] > 0
 
 
-def test_files_are_in_cocos_results_format(whole: Evaluation, world: World) -> None:
-    """Whoever has the annotation files can do without this program."""
-    images = {image["id"]: image for image in json.loads(world.tree.instances.read_text())["images"]}
-    assert _found(whole, "detection")[0].keys() == {"image_id", "category_id", "bbox", "score"}
-    for result in _found(whole, "segmentation"):
-        code, image = result["segmentation"], images[result["image_id"]]
-        assert code["size"] == [image["height"], image["width"]] and isinstance(code["counts"], str)
-        assert coco_mask.toBbox(code).tolist() == result["bbox"]
-    assert [result.keys() for result in _found(whole, "captioning")] == [{"image_id", "caption"}] * IMAGES
-    assert len(_captions(whole)) == IMAGES and any(_captions(whole).values())
-    record = whole.record
-    assert record["caption_tokenizer"] == TOKENIZER and record["data"]["images"] == IMAGES
-    assert record["decoding"]["captioning"] == {"beam_size": 1, "max_length": 6}
-
-
 def test_what_is_printed_and_drawn(world: World, whole: Evaluation, tmp_path: Path) -> None:
     arguments = ["--run", world.run(2), "--limit", 4, "--images", 1]
     status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out")
@@ -300,9 +285,9 @@ def _heads_of_another_base(world: World, folder: Path) -> list[Any]:
     return ["--run", world.run(1), "--backbone", other]
 
 
-def _no_captions(world: World, folder: Path, *options: Any) -> list[Any]:
+def _no_captions(world: World, folder: Path) -> list[Any]:
     pack(write_tree(folder / "silent", 3), folder / "shards", captions=False)
-    return ["--run", world.run(1), "--data", folder / "shards", *options]
+    return ["--run", world.run(1), "--data", folder / "shards"]
 
 
 def _other_categories(world: World, folder: Path) -> list[Any]:
@@ -340,19 +325,6 @@ def test_mistakes_are_named(mistake: str, world: World, tmp_path: Path) -> None:
     status, printed, errors = _evaluate(*make(world, tmp_path / "made"), "--out", tmp_path / "out", "--images", 0)
     assert status == 2 and printed.count("box/") == 0 and word in errors
     assert not (tmp_path / "out").exists()
-
-
-def test_data_of_some_tasks_serves_those(world: World, tmp_path: Path) -> None:
-    """What the message for missing captions says to do works."""
-    options = _no_captions(world, tmp_path, "--tasks", "detection,segmentation")
-    assert _finished(tmp_path / "out", *options).metrics["mask/AP"] >= 0
-
-
-def test_nothing_is_overwritten(world: World, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    status, _, errors = _evaluate("--run", world.run(1), "--out", tmp_path)
-    assert status == 2 and "nothing in it is overwritten" in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(

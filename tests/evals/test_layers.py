@@ -162,19 +162,6 @@ def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys
     assert "blocks.5" in (tmp_path / "out" / "layers.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    ("end", "more", "message"),
-    [("#2", "", "#2"), ("", "retention", "dense"), ("", "--primary=y", "no such number")],
-)
-def test_what_has_no_blocks_to_compare(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str, more: str, message: str
-) -> None:
-    source = f"retention={pictures}/images/val" if more == "retention" else f"dense={pictures}"
-    words = ["layers", "--model", f"timm:test_vit:{_weights(tmp_path)}{end}", "--benchmark", source]
-    words += ["--out", str(tmp_path / "o"), *([more] if more.startswith("--") else [])]
-    assert evaluate(words) == 2 and message in capsys.readouterr().err
-
-
 def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     """Blocks that are best by luck in one half gain nothing in the other."""
     rng, images = np.random.default_rng(1), np.arange(60) // 2

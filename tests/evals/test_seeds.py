@@ -95,15 +95,6 @@ def test_of_few_items_nothing_is_shown() -> None:
     assert row.shown["b"] and row.p["b"] == 2.0**-5
 
 
-def test_without_spread_over_items_it_is_students_t() -> None:
-    values = np.array([1.0, 2.0, 4.0])
-    means = np.repeat(values[:, None], 1000, axis=1)
-    spread = np.quantile(over_both(values, means, np.random.default_rng(0)), [0.025, 0.975])
-    wanted = over_seeds(values)
-    assert (wanted.low, wanted.high) == pytest.approx(stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values)))
-    assert spread == pytest.approx([wanted.low, wanted.high], rel=0.03)
-
-
 @pytest.mark.parametrize(("of_seeds", "of_items", "least"), [(0.03, 0.5, 93.0), (0.1, 0.5, 93.0)])
 def test_the_interval_over_both_covers_what_it_says(of_seeds: float, of_items: float, least: float) -> None:
     """True difference 0, three seeds, 100 items, both with a spread: 95 % is kept where one kind alone does not."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -238,7 +237,7 @@ def engine_config(name: str, precision: str, accumulation: int = 2) -> dict[str,
 
 def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -> Any:
     """An engine of ds_configs over the tiny model."""
-    from visft_ds.parallel.engine import ZeroEngine
+    from visft_ds.parallel.engine import Engine
     from visft_ds.parallel.placement import placement_for
 
     forget_autocast()
@@ -251,7 +250,7 @@ def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -
     placement = placement_for(config, None)
     for parameter in module.parameters():
         placement.place(parameter)
-    return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
+    return Engine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
 def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
@@ -308,28 +307,6 @@ def resume(engine: Any, folder: Path) -> bool:
     return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
-def read_and_write(engine: Any, stage: int) -> dict[str, Any]:
-    """What `safe_get` and `safe_set` do to two parameters of each group."""
-    from visft_ds.parallel.state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
-
-    def in_module(name: str) -> torch.Tensor | None:
-        parameter = trainable(engine)[name]
-        return on_main(engine, name, None if parameter.is_meta else _gathered(parameter).clone())
-
-    values = gather_parameters(engine)
-    found: dict[str, Any] = {"set": {}}
-    names = [[n for n in trainable(engine) if fnmatchcase(n, group.params)] for group in GROUPS[stage]]
-    chosen = sorted({name for one in names for name in (one[0], one[-1])})
-    for name in chosen:
-        held = in_module(name)
-        before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
-        for what, tensor in before.items():
-            safe_set(engine, name, tensor * 2 + 1, what)
-        got = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
-        found["set"][name] = (values.get(name), held, before, got, in_module(name))
-    return found
-
-
 def straight(out: str, name: str) -> None:
     """One rank of any number: both stages in fp32."""
     from visft_ds.parallel import distributed
@@ -365,8 +342,6 @@ def main(out: str, name: str) -> None:
         resumed = start_engine(stage, name, "fp32")
         exact = resume(resumed, folder)
         results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
-        if stage == 1:
-            results["access"] = read_and_write(resumed, stage)
         if (name, stage) != ("zero3", 2):  # with offload it is, and under ZeRO-1
             results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
     if (plain := Path(out).parent / "plain-stage1").exists():

@@ -1,41 +1,41 @@
 """CUDA without a GPU: tensors on "cuda:0" that have a shape and no values, and a watch over what runs on them.
 
+    LD_PRELOAD=fake_cuda.so DS_ACCELERATOR=cuda RANK=0 ... python -m tests.parallel.fake_cuda
+
+runs a step of each task under ZeRO-1 with the tiny model and prints what it finds, as a line of JSON a task.
 `FakeTensorMode` of torch computes shapes, dtypes and devices alone and raises where they do not fit. For a backward
-pass and DeepSpeed's CUDA accelerator to run on such tensors, `start` gives a torch without CUDA a device guard that
-does nothing (`SOURCE`, compiled in a second or two) and stand-ins of `torch.cuda`; a process that called it is good for
-nothing else. What lives on the host stays real.
+pass and DeepSpeed's CUDA accelerator to run on such tensors, a torch without CUDA gets a device guard that does nothing
+(`SOURCE`, compiled in a second or two) and stand-ins of `torch.cuda`. What lives on the host stays real.
 
-`Watch` notes what a GPU would have to wait for, or should never see. A copy to the GPU waits unless it comes from
-pinned memory and does not block. A number that is asked of a device is that of the host tensor from which the device's
-was copied, else 1 (no, 0, where it is none of floats); other tensors come as zeros.
-
-Not seen are kernels (a torch without CUDA takes plain attention), streams, NCCL and Triton.
+`Watch` notes what a GPU would have to wait for. A copy to the GPU waits unless it comes from pinned memory and does not
+block. A number that is asked of a device is that of the host tensor from which the device's was copied, else 1 (no, 0,
+where it is none of floats); other tensors come as zeros. Not seen are kernels, streams, NCCL and Triton.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import linecache
 import os
 import shutil
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parents[2]
-WORLD = 8
-DEVICE = torch.device("cuda", 0)
+ROOT, WORLD, DEVICE = Path(__file__).parents[2], 8, torch.device("cuda", 0)
 SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -55,85 +55,50 @@ struct CUDAHooks : public CUDAHooksInterface {
 };
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }
-namespace {
-const c10::Device cuda(c10::DeviceType::CUDA, 0);
-struct Guard : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  c10::Device getDevice() const override { return cuda; }
-  c10::Device exchangeDevice(c10::Device) const override { return cuda; }
-  c10::Stream getStream(c10::Device where) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, where);
-  }
+using namespace c10;
+const Device fake(DeviceType::CUDA, 0);
+struct Guard : public impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+  Device getDevice() const override { return fake; }
+  Device exchangeDevice(Device) const override { return fake; }
+  Stream getStream(Device where) const noexcept override { return Stream(Stream::DEFAULT, where); }
 };
-c10::impl::DeviceGuardImplRegistrar registered(c10::DeviceType::CUDA, new Guard());
-}
+impl::DeviceGuardImplRegistrar registered(DeviceType::CUDA, new Guard());
 """
 #: Operators whose result has a size that only the values tell, or that are a value on the host.
-DATA_DEPENDENT = {
-    *(
-        "nonzero",
-        "nonzero_numpy",
-        "argwhere",
-        "masked_select",
-        "unique_dim",
-        "unique_consecutive",
-        "_unique",
-        "_unique2",
-    ),
-    *("bincount", "histc", "equal", "is_nonzero", "repeat_interleave"),
-}
+DATA_DEPENDENT = {"nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_dim", "unique_consecutive"}
+DATA_DEPENDENT |= {"_unique", "_unique2", "bincount", "histc", "equal", "is_nonzero", "repeat_interleave"}
 #: Memory of the host that was pinned in this case, by its address.
 _PINNED: dict[int, torch.UntypedStorage] = {}
-#: Kinds of what a watch finds.
-TO_GPU, TO_HOST, VALUE = "blocking copy to the GPU", "blocking copy to the host", "value read on the host"
-SIZE, BOOLEAN, HOST_INDEX = "data-dependent operator", "boolean index", "index on the host"
-WAIT = "torch.cuda.synchronize"
-MIXED = "tensors of two devices"
-#: Kinds for which the host waits until the GPU has done all that it was given.
-BLOCKING = (TO_GPU, TO_HOST, VALUE, SIZE, BOOLEAN, HOST_INDEX, WAIT)
+MIXED = "tensors of two devices"  #: the one kind of finding for which the host does not wait
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Something that a GPU has to wait for or should not see, and the line that does it."""
 
     kind: str
     file: str  #: from the root of the repository, or "deepspeed/..."
-    line: int
-    code: str  #: that line; empty in a backward pass that torch runs
+    code: str  #: the line; empty in a backward pass that torch runs
     what: str  #: operator, shape and dtype
-    times: int = 1  #: in the case
 
 
 def why_not() -> str | None:
     """The reason why CUDA cannot be faked here, or None."""
-    if torch.version.cuda or torch.version.hip:
-        return f"torch {torch.__version__} has devices of its own: CUDA is faked in a build for CPUs only"
-    if not sys.platform.startswith("linux"):
-        return f"{sys.platform}: CUDA is faked on Linux only"
+    if torch.version.cuda or torch.version.hip or not sys.platform.startswith("linux"):
+        return "CUDA is faked in a torch for CPUs, on Linux"
     return None if shutil.which("g++") else "no g++ on this machine, which compiles the device guard of fake CUDA"
 
 
-def build(folder: Path) -> Path:
-    """Compile the device guard into a folder: the library."""
+def environment(folder: Path) -> dict[str, str]:
+    """What the process is started with: rank 0 of WORLD, and the device guard, compiled into a folder."""
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     torch_folder, library = Path(found.origin).parent, folder / "fake_cuda.so"
-    libraries = [
-        f"-L{torch_folder}/lib",
-        f"-Wl,-rpath,{torch_folder}/lib",
-        "-Wl,--no-as-needed",
-        "-lc10",
-        "-ltorch_cpu",
-    ]
     command = ["g++", "-w", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", "-x", "c++", "-"]
-    command += ["-o", str(library), *libraries]
-    done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"the device guard does not compile against torch {torch.__version__}:\n{done.stderr[:4000]}"
-        )
-    return library
+    command += ["-o", str(library), f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-Wl,--no-as-needed"]
+    subprocess.run([*command, "-lc10", "-ltorch_cpu"], input=SOURCE, text=True, check=True)
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD)}
+    return {"LD_PRELOAD": str(library), "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", **ranks}
 
 
 class _Event:
@@ -154,21 +119,15 @@ class _Event:
     def __exit__(self, *_: Any) -> None: ...
 
 
-def environment(library: Path) -> dict[str, str]:
-    """What a process is started with that calls `start`: rank 0 of WORLD. Torch looks for a device guard once."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD)}
-    return {"LD_PRELOAD": str(library), "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", **ranks}
-
-
 def start() -> None:
     """Give this process, which `environment` has prepared, a `torch.cuda` as of a machine with GPUs."""
     os.environ.pop("LD_PRELOAD")  # programs that DeepSpeed starts need none of it
     facts = SimpleNamespace(major=9, minor=0, total_memory=80 << 30, name="fake H100", multi_processor_count=132)
+    zeros = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved set_device empty_cache "
     always: dict[str, Any] = {
         **dict.fromkeys(("is_available", "is_bf16_supported"), True),
         **dict.fromkeys(("is_initialized", "is_current_stream_capturing"), False),
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
-        **dict.fromkeys(("set_device", "empty_cache", "reset_peak_memory_stats", "current_device"), 0),
+        **dict.fromkeys(f"{zeros} reset_peak_memory_stats current_device".split(), 0),
         **{"device_count": WORLD, "memory_stats": {}, "get_device_name": facts.name, "get_device_properties": facts},
         **{"get_device_capability": (9, 0), "current_stream": _Event(), "default_stream": _Event()},
         "stream": nullcontext(),
@@ -191,24 +150,6 @@ def _pin(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def on_gpu(module: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones on the GPU; within `watched` only."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
-            part.register_parameter(name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in list(part.named_buffers(recurse=False)):
-            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE))
-
-
-def _where() -> FrameType | None:
-    """The innermost frame of this project or of DeepSpeed."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not _place(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame
-
-
 def _place(path: str) -> str:
     """A file from the root of the repository or that of DeepSpeed; empty for all others."""
     if path.startswith(f"{ROOT}/visft_ds/"):
@@ -216,26 +157,30 @@ def _place(path: str) -> str:
     return "deepspeed/" + path.rpartition("/deepspeed/")[2] if "/deepspeed/" in path else ""
 
 
+def _held(tensor: Tensor) -> Tensor | None:
+    """The host's values of a tensor on the GPU that is a copy of them."""
+    return getattr(tensor, "held", None)
+
+
 class Watch(TorchDispatchMode):
-    """Notes in `found`, while `on`, what happens; answers what a GPU without values cannot.
+    """Counts in `found`, while `on`, what happens; answers what a GPU without values cannot.
 
     Of DeepSpeed's own lines only what waits is noted.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Found] = []
+        self.found: Counter[Found] = Counter()
         self.on = False
 
-    def _note(self, kind: str, what: str) -> None:
-        if not self.on:
-            return
-        if (frame := _where()) is None:
-            self.found.append(Found(kind, "the backward pass", 0, "", what))
-            return
-        path, line = frame.f_code.co_filename, frame.f_lineno
-        if (file := _place(path)).startswith("visft_ds") or kind != MIXED:
-            self.found.append(Found(kind, file, line, linecache.getline(path, line).strip(), what))
+    def note(self, kind: str, what: str = "") -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not _place(frame.f_code.co_filename):
+            frame = frame.f_back  # to the innermost line of this project or of DeepSpeed
+        file = "the backward pass" if frame is None else _place(frame.f_code.co_filename)
+        code = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if self.on and (kind != MIXED or not file.startswith("deepspeed")):
+            self.found[Found(kind, file, code, what)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
@@ -247,7 +192,7 @@ class Watch(TorchDispatchMode):
                 return answer
         elif "cuda" in devices:
             if name == "_local_scalar_dense":
-                self._note(VALUE, what)
+                self.note("value read on the host", what)
                 with unset_fake_temporarily():
                     held = _held(args[0])
                     return (1.0 if args[0].dtype.is_floating_point else 0) if held is None else held.item()
@@ -289,10 +234,10 @@ class Watch(TorchDispatchMode):
         waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         if target.type == "cuda":
             if waits or source.untyped_storage()._cdata not in _PINNED:
-                self._note(TO_GPU, what)
+                self.note("blocking copy to the GPU", what)
             return None
         if waits:
-            self._note(TO_HOST, what)
+            self.note("blocking copy to the host", what)
         with unset_fake_temporarily():
             held = _held(source)
             values = torch.zeros(source.shape, dtype=source.dtype) if held is None else held
@@ -302,20 +247,15 @@ class Watch(TorchDispatchMode):
 
     def _examine(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], devices: set[str], what: str) -> None:
         if name in DATA_DEPENDENT and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
-            self._note(SIZE, what)
+            self.note("data-dependent operator", what)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             for index in args[1]:
-                if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-                    self._note(BOOLEAN, what)
-                elif isinstance(index, Tensor) and index.device.type == "cpu":
-                    self._note(HOST_INDEX, what)
+                if isinstance(index, Tensor) and (
+                    index.dtype in (torch.bool, torch.uint8) or index.device.type == "cpu"
+                ):
+                    self.note("index by booleans or on the host", what)
         elif "cpu" in devices and any(tensor.ndim for tensor in tensors if tensor.device.type == "cpu"):
-            self._note(MIXED, what)
-
-
-def _held(tensor: Tensor) -> Tensor | None:
-    """The host's values of a tensor on the GPU that is a copy of them."""
-    return getattr(tensor, "held", None)
+            self.note(MIXED, what)
 
 
 @contextmanager
@@ -323,5 +263,74 @@ def watched() -> Iterator[Watch]:
     """Fake tensors and a watch that does not look yet."""
     _PINNED.clear()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), Watch() as watch:
-        torch.cuda.synchronize = lambda *_: watch._note(WAIT, "")
+        torch.cuda.synchronize = lambda *_: watch.note("torch.cuda.synchronize")
         yield watch
+
+
+def step(watch: Watch, number_of_labels: int) -> None:
+    """Two steps of the engine on rank 0 of WORLD; the second one is watched."""
+    from tests.parallel import engine_case as case
+    from visft_ds.model import counts_of, loss_denominators_of
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.engine import Engine
+
+    case.forget_autocast()
+    with _disable_current_modes():
+        module, groups = case.build(2, storage=torch.bfloat16)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for part in module.modules():
+        for name, old in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            fake = torch.empty(old.shape, dtype=old.dtype, device=DEVICE)
+            trains = old.requires_grad
+            setattr(part, name, nn.Parameter(fake, trains) if isinstance(old, nn.Parameter) else fake)
+    given = [
+        {
+            "params": [module.get_parameter(names[id(p)]) for p in group.parameters],
+            **{key: getattr(group, key) for key in ("lr", "weight_decay", "name")},
+        }
+        for group in groups
+    ]
+    module.backbone.recompute = "block"
+    config = case.engine_config("zero1", "bf16", accumulation=1)
+    engine = Engine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
+    on_host = case.part(number_of_labels, 0, 2)  # as the loader gives it
+    for number in range(2):
+        watch.on = number == 1
+        agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [on_host]), False, engine.device)
+        report = engine.train_step(number, [on_host], loss_denominators_of(agreed.counts, WORLD, engine.device))
+        assert not report.refused and not report.skipped, report
+    watch.on = False
+    engine.deepspeed.destroy()
+
+
+def main() -> None:
+    """Rank 0 of a group whose others do and send nothing."""
+    start()
+    import deepspeed
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tests.parallel.engine_case import ORDER
+    from visft_ds.tasks import matching
+    from visft_ds.tasks.segmentation import mask_matching
+
+    warnings.simplefilter("ignore")  # DeepSpeed's, and those of what is not there
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed's messages are no answers
+    dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    nn.Module.to = lambda self, *_, **__: self
+    solve = matching.solve  # of costs that are 0, and of counts and labels as they are on the host
+    matching.solve = mask_matching.solve = lambda cost, counts, *rest: solve(
+        cost, getattr(counts, "held", counts), *rest
+    )
+    for number, tasks in enumerate(ORDER[:3]):
+        torch.manual_seed(0)
+        with watched() as watch:
+            step(watch, number)
+        print(json.dumps([tasks[0], [*watch.found.items()]]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -118,11 +118,11 @@ def run(
 def gone_on(
     stage: int, precision: str, stages: int, folder: Path, order: case.Order, sides: case.Sides
 ) -> dict[str, Any]:
-    """The run from its checkpoint on, in another engine, and what can be read and written there by name."""
+    """The run from its checkpoint on, in another engine."""
     engine = build_engine(stage, precision, stages)
     exact = case.resume(engine, folder)
     resumed = run(engine, order, sides, None, case.SAVED_AT)
-    return {"resumed": {"exact": exact, **resumed}, "access": case.read_and_write(engine, stage)}
+    return {"resumed": {"exact": exact, **resumed}}
 
 
 def predicted(engine: Any) -> list[Any]:
@@ -192,13 +192,14 @@ def overflowing(engine: Any) -> dict[str, Any]:
 
 def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     """What RUN asks for."""
+    from visft_ds.parallel import engine as engine_module
     from visft_ds.parallel import pipeline
 
     stage, precision, order_name, *options = name.split(":")
     option = options[0] if options else ""
     order, sides = ORDERS[order_name]
     if option == "offload-stale":
-        pipeline.clear_stale_gradients = lambda optimizer: None
+        engine_module.clear_stale_gradients = lambda optimizer: None
     if option == "no-anchors":
         pipeline.stage_groups = lambda stages, groups: [  # type: ignore[assignment]
             {**group, "params": own}

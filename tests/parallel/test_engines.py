@@ -48,12 +48,11 @@ BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-5, 4e-3, 2e-3
 @pytest.fixture(scope="module")
 def plain() -> dict[str, dict[str, Any]]:
     """The reference runs."""
-    runs = {
-        f"stage{stage}{suffix}": train_plain(stage, precision)
-        for stage in (1, 2)
-        for suffix, precision in (("", "fp32"), ("-bf16", "bf16"))
-    }
-    return runs | {"stage1-fp16": train_plain(1, "fp16", parts=GLOBAL_BATCH)}
+    runs = {f"stage{stage}": train_plain(stage) for stage in (1, 2)}
+    # In 16 bit it matters which images are multiplied together: the process takes them one by one, as the ranks do.
+    for stage, precision in ((1, "bf16"), (2, "bf16"), (1, "fp16")):
+        runs[f"stage{stage}-{precision}"] = train_plain(stage, precision, parts=GLOBAL_BATCH)
+    return runs
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -111,9 +110,9 @@ def test_equals_one_process_in_bf16(
     if (name, stage) == ("zero3", "stage2-bf16"):
         pytest.skip("zero3_offload, which shares its code, is tested")
     found = differences(results[stage], plain[stage])
-    assert found["losses"] <= BF16_LOSS
-    assert found["norms"] <= BF16_NORM
-    assert found["values"] <= BF16_WEIGHTS
+    assert found["losses"] <= LOSS
+    assert found["norms"] <= NORM
+    assert found["values"] <= WEIGHTS
 
 
 def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
@@ -157,22 +156,6 @@ def test_goes_on_from_a_checkpoint_of_plain_pytorch(
     assert found["losses"] <= LOSS
     assert found["norms"] <= NORM
     assert found["values"] <= WEIGHTS
-
-
-def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, dict[str, Any]]) -> None:
-    """Parameters of every group: DeepSpeed's own accessors know the moments of the first group only."""
-    access = trained[1]["access"]
-    assert {name.split(".")[1] for name in access["set"]} == {"detection", "segmentation", "captioning"}
-    check_access(access)
-
-
-def check_access(access: dict[str, Any]) -> None:
-    """What was read is what was there, and what was written is read again and computed with."""
-    for value, after, before, got, module in access["set"].values():
-        assert torch.equal(before["value"], value) and torch.equal(after, value)
-        assert all(torch.equal(got[what], tensor * 2 + 1) for what, tensor in before.items())
-        assert before["exp_avg_sq"].max() > 0
-        assert torch.equal(module, got["value"])  # what the forward computes with
 
 
 def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: tuple[str, dict[str, Any]]) -> None:

@@ -67,15 +67,15 @@ import sys
 import torch
 from visft_ds.launch import main
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher puts it first
-original, left = ZeroEngine.train_step, [int(sys.argv[1])]
+original, left = Engine.train_step, [int(sys.argv[1])]
 def train_step(engine, step, *rest):
     left[0] -= 1
     if left[0] == 0 and distributed.rank() == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return original(engine, step, *rest)
-ZeroEngine.train_step = train_step
+Engine.train_step = train_step
 sys.exit(main(sys.argv[2:]))
 """
 

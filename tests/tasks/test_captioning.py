@@ -163,23 +163,6 @@ def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> N
     assert sorted(seen[0]) == sorted(owners)
 
 
-def test_dropout_acts_on_the_words_in_training_only() -> None:
-    head = small_head(dropout=0.5)
-    (features, valid), targets = feature_maps(3), caption_batch(4, 5, 3)
-    first, second = (head(features, valid, targets.tokens, targets.lengths) for _ in range(2))
-    assert not torch.equal(first.scores, second.scores)
-    torch.testing.assert_close(first.attention, second.attention, rtol=0, atol=0)
-    said = generated(head, features, valid, max_length=4)
-    head.eval()
-    features.requires_grad_()
-    first, second = (head(features, valid, targets.tokens, targets.lengths) for _ in range(2))
-    assert torch.equal(first.scores, second.scores)
-    first.scores.sum().backward()  # frozen heads must still hand the gradient on to the backbone
-    assert features.grad is not None
-    assert features.grad.any()
-    assert generated(head, features, valid, max_length=4) == said
-
-
 def generated(head: CaptioningHead, features: Tensor, valid: Tensor, **decoding: int) -> list[list[int]]:
     """Ids of the words of each image's caption."""
     rows: list[list[int]] = head(features, valid, **decoding).tokens.tolist()

@@ -29,15 +29,3 @@ def test_images_are_padded_right_and_bottom_and_boxes_packed() -> None:
     assert batch.indices.tolist() == [1, 2, 3] and batch.image_ids.tolist() == [501, 502, 503]
     assert batch.random_keys.tolist() == [71, 72, 73] and batch.random_keys.dtype == torch.int64
     assert batch.original_sizes.tolist() == [[9, 9]] * 3 and batch.real.all()
-
-
-def test_a_batch_without_any_object_keeps_its_types() -> None:
-    targets = collate_joint([_sample(1, (4, 4), 0)]).targets["detection"]
-    assert targets.boxes.shape == (0, 4) and targets.boxes.dtype == torch.float32
-    assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64
-
-
-def test_keys_need_all_63_bits() -> None:
-    sample = _sample(1, (1, 1), 0)
-    big = Sample(**{**vars(sample), "random_key": 2**63 - 1})
-    assert collate_joint([big]).random_keys.item() == 2**63 - 1

@@ -154,10 +154,3 @@ def test_it_is_written_and_read_as_it_was(tmp_path: Path) -> None:
     read = open_head(path, "detection").build()
     assert isinstance(read, DenseHead)
     assert all(torch.equal(value, head.state_dict()[name]) for name, value in read.state_dict().items())
-
-
-def test_widths_that_norm_groups_do_not_divide_are_refused() -> None:
-    config = TASKS["detection"].config.model_fields["head"].annotation
-    assert config is not None
-    with pytest.raises(ValueError, match="width: 40 is no multiple of 32"):
-        config(type="dense", width=40)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
-from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks import get_task
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.transformer import MultiHeadAttention
@@ -151,14 +151,6 @@ def test_the_encoder_input_goes_around_the_encoder() -> None:
     assert (first - second).abs().max() > 1e-4
 
 
-def test_dropout_in_training_only() -> None:
-    head = _small_head(dropout=0.5)
-    features, valid = torch.randn(1, 12, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
-    assert not torch.equal(head(features, valid).boxes, head(features, valid).boxes)
-    head.eval()
-    assert torch.equal(head(features, valid).boxes, head(features, valid).boxes)
-
-
 # ---- criterion ----
 
 
@@ -189,17 +181,6 @@ def test_degenerate_boxes_give_finite_gradients() -> None:
 
 
 # ---- task ----
-
-
-def test_options_of_head_and_criterion_are_stated_once() -> None:
-    task = TASKS["detection"]
-    criterion = task.criterion({**SMALL, "decoder_layers": 2}, {"giou": 3.0})
-    assert criterion.weights == {"ce": 1, "l1": 5, "giou": 3, "ce_0": 1, "l1_0": 5, "giou_0": 3}
-
-
-def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match="detecton"):
-        get_task("detecton")
 
 
 def test_postprocess() -> None:

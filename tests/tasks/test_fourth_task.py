@@ -109,7 +109,7 @@ def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.Mo
 
 def test_the_core_names_no_task() -> None:
     """But the fields of COCO's annotations, and the tables of the published heads."""
-    allowed = {f"visft_ds.{name}" for name in ("config.own", "interop.published")}
+    allowed = {f"visft_ds.{name}" for name in ("config.own", "resilience.memory", "interop.published")}
     named = {}
     for path in (REPOSITORY / "visft_ds").rglob("*.py"):
         module = module_name(path)

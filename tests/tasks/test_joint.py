@@ -243,10 +243,3 @@ def test_ragged_images_and_the_frames_of_their_targets() -> None:
         assert mask.sum() == mask[top:bottom, left:right].sum() > 0
     assert batch.targets["captioning"].tokens.tolist() == [[8, 1, 2, 9], [8, 0, 0, 0], [8, 3, 4, 9]]
     assert batch.targets["captioning"].references == (CAPTIONS, (), ("c d",))
-
-
-def test_without_labels_there_are_no_targets() -> None:
-    """Empty targets would teach that there is nothing in the pictures, and nothing to say of them."""
-    batch = collate_joint(_samples(labels=False))
-    assert batch.tasks == ()
-    _assert_equal_batches(batch, replace(collate_joint(_samples()), targets={}))

@@ -162,9 +162,3 @@ def test_moving_keeps_on_the_host_what_only_the_host_uses() -> None:
     targets = collate_joint(_samples()).targets["segmentation"].to(torch.device("meta"))
     assert targets.masks.device.type == targets.labels.device.type == targets.extents.device.type == "meta"
     assert targets.keys.device.type == targets.counts.device.type == "cpu"
-
-
-def test_a_batch_without_any_object_keeps_its_types() -> None:
-    targets = collate_joint(_samples()[1:2]).targets["segmentation"]
-    assert targets.masks.shape == (0, 16, 12) and targets.masks.dtype == torch.uint8
-    assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64

@@ -70,12 +70,6 @@ def test_json_round_trip_and_fingerprint() -> None:
             Vocabulary.from_dict(fields | change)
 
 
-@pytest.mark.parametrize("words", [(), ("a", "b", "a"), ("<unk>", "b"), ("a", "")])
-def test_impossible_words_are_refused(words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="words"):
-        Vocabulary(words)
-
-
 def test_word_map_of_a_published_head() -> None:
     word_map = {"a": 1, "surfboard": 2, "<unk>": 3, "<start>": 4, "<end>": 5, "<pad>": 0}
     assert Vocabulary.from_word_map(word_map).words == ("a", "surfboard")

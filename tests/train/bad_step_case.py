@@ -11,13 +11,13 @@ from typing import Any
 
 from visft_ds.launch import main
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline import PipelineEngine
 
 
 def disturb(factor: Callable[[int], float]) -> None:
     """From now on engines multiply the loss of a step, which counts from 0, by `factor` of it."""
-    for kind in (ZeroEngine, PipelineEngine):
+    for kind in (Engine, PipelineEngine):
         _disturb(kind, factor)
 
 

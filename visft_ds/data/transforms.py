@@ -116,16 +116,11 @@ def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArr
             boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
         elif isinstance(op, Crop):
             boxes -= [op.left, op.top, op.left, op.top]
-            boxes = clip_boxes(boxes, (op.height, op.width))
+            boxes = boxes.clip(0, [op.width, op.height] * 2)
         elif isinstance(op, Resize):
             boxes *= [op.width / size[1], op.height / size[0]] * 2
         size = final_size(size, [op])
     return boxes
-
-
-def clip_boxes(boxes: FloatArray, size: Size) -> FloatArray:
-    """(n, 4) xyxy limited to an image of `size`."""
-    return boxes.clip(0, [size[1], size[0], size[1], size[0]])
 
 
 def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
@@ -151,11 +146,9 @@ class Square:
     size: int
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        """The one operation, which is not drawn."""
         return [Resize(self.size, self.size)]
 
     def extremes(self, size: Size) -> set[Size]:
-        """The one size that every image gets."""
         return {(self.size, self.size)}
 
 
@@ -178,7 +171,6 @@ class ShortSides:
     zoom: tuple[float, float] | None = None
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        """Operations for an image of `size`, in order."""
         window = self.window(size, generator) if train and self.fixed_size and self.zoom else []
         return [*self.mirror(train, generator), *window, self.scale(size, train, generator)]
 
@@ -208,14 +200,10 @@ class ShortSides:
             return Resize(self.fixed_size, self.fixed_size)
         if not train:
             return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
-        return Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))
+        side = self.short_sides[int(generator.integers(0, len(self.short_sides)))]
+        return Resize(*short_side_size(size, side, self.max_long))
 
 
 def of_options(kind: Callable[..., _T], options: Mapping[str, Any]) -> _T:
     """An instance of a dataclass whose fields are named as options; other options are left."""
     return kind(**{field.name: options[field.name] for field in fields(kind)})  # type: ignore[arg-type]
-
-
-def choose(options: Sequence[int], generator: np.random.Generator) -> int:
-    """Uniform random choice from `options`."""
-    return options[int(generator.integers(0, len(options)))]

@@ -18,7 +18,7 @@ from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.vocabulary import Vocabulary
 
-Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
+Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
 
 
 def collect(

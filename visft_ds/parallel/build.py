@@ -8,7 +8,7 @@ import torch
 
 from visft_ds.config.schema import OptimizerParams
 from visft_ds.models import require_eva_vit
-from visft_ds.parallel.engine import Engine, Schedule, ZeroEngine
+from visft_ds.parallel.engine import Engine, Schedule
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.prepare.model import PreparedModel
@@ -42,7 +42,7 @@ def build_engine(
     common: dict[str, Any] = {"build_optimizer": build_optimizer, "schedule": schedule, "seed": seed}
     engine: Engine
     if partition is None:
-        engine = ZeroEngine(module, groups, deepspeed_config, **common)
+        engine = Engine(module, groups, deepspeed_config, **common)
     else:
         engine = PipelineEngine(module, groups, deepspeed_config, bounds=partition.bounds, **common)
     if compile == "blocks":

@@ -52,11 +52,6 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def joined() -> bool:
-    """Return True if this process is in a process group already."""
-    return dist.is_initialized()
-
-
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
@@ -80,8 +75,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     Raises:
         RanksDiffer: on every rank, when the ranks are not about to do the same.
     """
-    if len(counts) > _COUNT_SLOTS:
-        raise RuntimeError(f"{len(counts)} counts do not fit the {_COUNT_SLOTS} slots of the step's all-reduce")
+    assert len(counts) <= _COUNT_SLOTS, counts
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
     keys = sorted(counts)
     values = [counts[key] for key in keys] + [0.0] * (_COUNT_SLOTS - len(keys))
@@ -97,10 +91,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return True, on every rank, if `flag` is set on any rank."""
-    vector = torch.tensor([float(flag)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(vector)
-    return bool(vector.item())
+    return bool(largest(int(flag), device))
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -120,8 +111,7 @@ def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGro
     Args:
         slots: room for losses in the all-reduce, equal on all ranks.
     """
-    if len(losses) > slots:
-        raise RuntimeError(f"{len(losses)} losses do not fit the {slots} slots of the step's all-reduce")
+    assert len(losses) <= slots, losses
     keys = ["loss", *sorted(losses.keys() - {"loss"})]
     vector = F.pad(torch.stack([losses[key].detach().float() for key in keys]), (0, slots - len(keys)))
     count = 1
@@ -161,16 +151,14 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
     """
     if not dist.is_initialized():
         return
-    everyone: list[Mapping[str, str] | None] = [None] * world_size()
+    everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, dict(named))
-    differing = [name for name in named if len({str((other or {}).get(name)) for other in everyone}) > 1]
+    differing = [name for name in named if len({other.get(name) for other in everyone}) > 1]
     if differing:
-        lines = [
-            f"  {name}: " + ", ".join(f"rank {r} has {(other or {}).get(name)}" for r, other in enumerate(everyone))
-            for name in differing
+        told = [
+            f"{n}: " + ", ".join(f"rank {r} has {v.get(n)}" for r, v in enumerate(everyone)) for n in differing[:_SHOWN]
         ]
-        more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise RanksDiffer("the ranks do not agree on\n" + "\n".join(lines[:_SHOWN]) + more)
+        raise RanksDiffer(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
 
 
 def keep_open() -> None:

@@ -15,14 +15,14 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DistNetworkError, DistStoreError
 
 from visft_ds import DEEPSPEED
@@ -38,6 +38,8 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127
 #: Most losses of a task that are for the log only.
 _LOGGED = 8
 
+Refused = Literal["", "loss", "gradient"]  #: what of a step was not accepted
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -47,28 +49,9 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
-    refused: Literal["", "loss", "gradient"] = ""  #: what was not accepted, so that no rank made an update
+    refused: Refused = ""  #: what was not accepted, so that no rank made an update
     faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
     loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
-
-
-class Engine(Protocol):
-    """Interface of an engine to the training loop and the checkpoints; methods are described in `ZeroEngine`."""
-
-    module: MultiTaskModel
-    device: torch.device
-    accumulation: int  #: micro-batches of an optimiser step on this rank
-    stage: int  #: of ZeRO
-    seed: int
-    deepspeed: Any  #: DeepSpeed's engine, which this one drives
-    loss_scale: LossScale
-    should_update: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
-
-    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport: ...
-
-    def predict(self, batch: Batch) -> dict[str, Any]: ...
-
-    def holder(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -203,7 +186,7 @@ def loss_slots(module: MultiTaskModel) -> int:
     return 1 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
 
 
-class ZeroEngine:
+class Engine:
     """ZeRO stages 0-3, with or without offload, over a plain module.
 
     Args:
@@ -213,9 +196,14 @@ class ZeroEngine:
         build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
+        inside: what DeepSpeed runs in place of the module.
 
-    `should_update` decides, from the mean loss of the global batch, if a step may change the weights. It has to answer
-    alike on every rank, and to refuse what is not finite.
+    Attributes:
+        accumulation: micro-batches of an optimiser step on this rank.
+        stage: of ZeRO.
+        deepspeed: DeepSpeed's engine, which this one drives.
+        should_update: decides, from the mean loss of the global batch, if a step may change the weights. It has to
+            answer alike on every rank, and to refuse what is not finite.
     """
 
     def __init__(
@@ -227,12 +215,14 @@ class ZeroEngine:
         build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[[int], float],
         seed: int,
+        inside: nn.Module | None = None,
     ) -> None:
         self.module = module
         self.seed = seed
         self.group_names = [group["name"] for group in groups]
+        self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
+            model=module if inside is None else inside,
             model_parameters=groups,
             config=config,
             optimizer=build_optimizer,
@@ -248,14 +238,9 @@ class ZeroEngine:
     def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
         """Run an optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
-        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
+        rates, scale = self._begin(step)
         self.module.train()
-        clear_stale_gradients(self.deepspeed.optimizer)
-        groups = self.deepspeed.optimizer.param_groups
-        rates = {name: group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
-        scale = self.loss_scale.value
         sums: dict[str, Tensor] = {}
-        self.module.faults = []
         for number, batch in enumerate(batches, 1):
             of_batch = self.deepspeed(batch.to(self.device), loss_denominators)
             self.deepspeed.backward(of_batch["loss"])
@@ -264,13 +249,18 @@ class ZeroEngine:
                 self.deepspeed.step()  # only counts the micro-batch
         means = distributed.mean_losses(sums, loss_slots(self.module))
         refused, norm = self._update(means["loss"])
-        skipped = not refused and not math.isfinite(norm)
-        faults = faults_of_all(self.module, sums) if refused else {}
-        losses = {"loss": means["loss"]} if refused else means
-        used_scale = scale if self.loss_scale.dynamic else None
-        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used_scale)
+        return self._report(means, sums, norm, rates, scale, refused)
 
-    def _update(self, loss: float) -> tuple[Literal["", "loss", "gradient"], float]:
+    def _begin(self, step: int) -> tuple[dict[str, float], float]:
+        """Prepare a step: the learning rate of each group, and what the loss is multiplied by."""
+        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
+        clear_stale_gradients(self.deepspeed.optimizer)
+        self.module.faults = []
+        groups = self.deepspeed.optimizer.param_groups
+        rates = {name: group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
+        return rates, self.loss_scale.value
+
+    def _update(self, loss: float) -> tuple[Refused, float]:
         """Make the update unless loss or gradient are refused, alike on every rank.
 
         Returns what was refused, and the norm of the gradient, still multiplied by the loss scale (inf if unknown).
@@ -285,7 +275,29 @@ class ZeroEngine:
             return "loss", norm
         if self.stage:
             norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
-        return judge_gradient(norm, self.loss_scale), norm
+        return self._judge(norm), norm
+
+    def _judge(self, norm: float) -> Refused:
+        """Return "gradient" for a norm, equal on every rank, of NaN or infinity; in fp16 only move the scale."""
+        self.loss_scale.move(overflow=not math.isfinite(norm))
+        return "" if self.loss_scale.dynamic or math.isfinite(norm) else "gradient"
+
+    def _report(
+        self,
+        means: Mapping[str, float],
+        sums: Mapping[str, Tensor],
+        norm: float,
+        rates: Mapping[str, float],
+        scale: float,
+        refused: Refused,
+    ) -> StepReport:
+        """Report a step. Of a refused one every rank learns the faults that the others have found. Collective."""
+        skipped = not refused and not math.isfinite(norm)
+        faults = faults_of_all(self.module, sums) if refused else {}
+        losses = {"loss": means["loss"]} if refused else means
+        return StepReport(
+            losses, norm / scale, rates, skipped, refused, faults, scale if self.loss_scale.dynamic else None
+        )
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
@@ -300,9 +312,3 @@ class ZeroEngine:
     def _dense_gradient_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-
-
-def judge_gradient(norm: float, loss_scale: LossScale) -> Literal["", "gradient"]:
-    """Return "gradient" for a norm, equal on every rank, of NaN or infinity, else ""; in fp16 only move the scale."""
-    loss_scale.move(overflow=not math.isfinite(norm))
-    return "" if loss_scale.dynamic or math.isfinite(norm) else "gradient"

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
@@ -28,8 +26,8 @@ from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
-from visft_ds.parallel.engine import StepReport, add_losses, faults_of_all, judge_gradient, loss_slots, step_seed
+from visft_ds.parallel.deepspeed_fixes import step_without_update
+from visft_ds.parallel.engine import Engine, StepReport, add_losses, loss_slots
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -86,22 +84,16 @@ def _loss_of(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
     return loss if isinstance(loss, Tensor) else torch.zeros(())
 
 
-class PipelineEngine:
+class PipelineEngine(Engine):
     """Stages x ZeRO-1 over the layers of a prepared model.
 
     In a step the first stage takes batches with pixels, the last one batches with labels, and those between none. Only
-    the stage of a parameter holds its values: in the other stages' `module` it is on the meta device.
+    the stage of a parameter holds its values: in the other stages' `module` it is on the meta device. Every stage gets
+    the mean loss of the global batch before the update, for `should_update`.
 
     Args:
-        module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
-        groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
-        config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
         bounds: first layer of each stage, and the number of layers.
-        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
-        schedule: learning-rate factor of each step.
-        seed: with the step and the rank it decides every random number (dropout) of a step.
-
-    `should_update` decides as in `ZeroEngine`: every stage gets the mean loss of the global batch before the update.
+        others: of `Engine`.
     """
 
     def __init__(
@@ -111,35 +103,18 @@ class PipelineEngine:
         config: dict[str, Any],
         *,
         bounds: Sequence[int],
-        build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        schedule: Callable[[int], float],
-        seed: int,
+        **others: Any,
     ) -> None:
-        self.module = module
-        self.seed = seed
         self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._owners = owners(module, bounds)
         self._stages = StagesModule(module, bounds)
-        self.group_names = [group["name"] for group in groups]
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=self._stages,
-            model_parameters=stage_groups(self._stages, groups),
-            config=config,
-            optimizer=build_optimizer,
-            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
-            dist_init_required=False,
-        )
+        super().__init__(module, stage_groups(self._stages, groups), config, inside=self._stages, **others)
         assert not self.deepspeed.using_bf16_optimizer, "it wipes gradients of the heads; precision comes by autocast"
-        self.device = torch.device(self.deepspeed.device)
-        self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
-        self.stage: int = self.deepspeed.zero_optimization_stage()
-        self.loss_scale = LossScale(self.deepspeed)
         #: The first stage with something to train: no gradient flows into it or into those before.
         first_trained = min(self._owners[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
-        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._update)
-        self.should_update: Callable[[float], bool] = math.isfinite
+        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._end_step)
         self._steps_here = 0
         self._sums: dict[str, Tensor] = {}  # of the micro-batches of a step, where the losses are
         self._losses: dict[str, float] = {}
@@ -160,35 +135,32 @@ class PipelineEngine:
         """
         expected = self.accumulation if self.place.role else 0  # stages in the middle read nothing
         assert len(batches) == expected, (len(batches), expected)
-        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
-        clear_stale_gradients(self.deepspeed.optimizer)
-        rates = {
-            name: group["lr"]
-            for name, group in zip(self.group_names, self.deepspeed.optimizer.param_groups, strict=True)
-        }
-        scale = self.loss_scale.value
-        self.module.faults, self._sums = [], {}
-        sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
+        rates, scale = self._begin(step)
+        self._sums = {}
+        compares = self._steps_here == 0 or step % CHECK_EVERY == 0
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
-            check_same_samples(step, received, batch, every)
-            add_losses(sums, losses, self.accumulation)
+            if compares:
+                check_same_samples(step, received, batch)
+            add_losses(self._sums, losses, self.accumulation)
 
         self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
-        refused: Literal["", "loss", "gradient"] = "loss"
-        if self._accepted:
-            refused = judge_gradient(norm, self.loss_scale)
-        losses = {"loss": self._losses["loss"]} if refused else self._losses
-        faults = faults_of_all(self.module, sums) if refused else {}
-        skipped = not refused and not math.isfinite(norm)
-        used_scale = scale if self.loss_scale.dynamic else None
-        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used_scale)
+        refused = self._judge(norm) if self._accepted else "loss"
+        return self._report(self._losses, self._sums, norm, rates, scale, refused)
 
-    def _update(self, engine: Any) -> None:
-        """End a step in every stage: make the update, unless `should_update` refuses the loss."""
-        self._losses, scale = self._share_losses()
+    def _end_step(self, engine: Any) -> None:
+        """End a step in every stage: make the update, unless `should_update` refuses the loss.
+
+        The last stages know the losses, means over the pipelines, and the loss scale; all ranks get them from there.
+        """
+        losses: dict[str, float] = {}
+        if self._stages.heads is not None:
+            group = self.deepspeed.grid.get_data_parallel_group()
+            losses = distributed.mean_losses(self._sums, loss_slots(self.module), group)
+        last = (self.place.stages - 1) * self.place.dp_size
+        self._losses, scale = distributed.broadcast_object((losses, self.loss_scale.value), source=last)
         # The last stage's scale multiplied the gradients that came from there; no stage may divide by another one.
         assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
         self._accepted = self.should_update(self._losses["loss"])
@@ -241,21 +213,6 @@ class PipelineEngine:
 
             self.deepspeed.module.loss_fn = loss
         start(_inputs(batches, self.device, first=self.place.stage == 0))
-
-    def _share_losses(self) -> tuple[dict[str, float], float]:
-        """Broadcast the losses, means over the pipelines, and the loss scale from the last stages to all ranks.
-
-        Where the loss is not finite, it is the only one.
-        """
-        losses: dict[str, float] = {}
-        if self._stages.heads is not None:
-            group = self.deepspeed.grid.get_data_parallel_group()
-            losses = distributed.mean_losses(self._sums, loss_slots(self.module), group)
-        known = losses, self.loss_scale.value
-        shared: tuple[dict[str, float], float] = distributed.broadcast_object(
-            known, source=(self.place.stages - 1) * self.place.dp_size
-        )
-        return shared
 
 
 def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -373,10 +330,8 @@ def sample_checksum(batch: Batch) -> Tensor:
     return torch.tensor([value])
 
 
-def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1) -> None:
-    """Compare the checksum that came with activations with that of the labels, in every `every`-th step.
-
-    Comparing makes the host wait for the device, which is why it need not happen in each step.
+def check_same_samples(step: int, received: Tensor, batch: Batch) -> None:
+    """Compare the checksum that came with activations with that of the labels; the host waits for the device.
 
     Args:
         received: (1,) int64, `sample_checksum` of the stage that read the pixels.
@@ -385,8 +340,6 @@ def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1
     Raises:
         RuntimeError: activations and labels belong to different samples.
     """
-    if step % every:
-        return
     ours, theirs = int(sample_checksum(batch)), int(received)
     if ours != theirs:
         raise RuntimeError(

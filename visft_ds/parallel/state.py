@@ -6,7 +6,8 @@ divisible by the world size, low-precision copies are not rewritten); each is cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: What DeepSpeed counts as steps go by.
+_COUNTED = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 VALUE = "value"
 #: Copies a tensor to the host as fp32, under a name that is the same at every save: "value/<name>", "exp_avg/<name>".
 ToHost = Callable[[str, Tensor], Tensor]
@@ -73,44 +76,6 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
 def updates_done(engine: Engine) -> int:
     """Optimiser updates since the start of training; steps skipped for an overflow do not count."""
     return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
-
-
-def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
-    """The undivided fp32 value or a moment of a trainable parameter, on the host of every rank. Collective.
-
-    Args:
-        name: qualified name, e.g. "backbone.blocks.0.attn.qkv.lora_A".
-        what: "value", "exp_avg" or "exp_avg_sq". Before the first update the moments are zero.
-
-    Raises:
-        ValueError: nothing of that name trains.
-    """
-    parameter = _named(engine, name, what)
-    ensure_moments(engine)
-    held = gather_tensor(engine, parameter, what)
-    tensor = None if held is None else to_host(name, held)
-    found: Tensor = distributed.broadcast_object(tensor, engine.holder(name))
-    return found
-
-
-def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> None:
-    """Replace the fp32 value, and its low-precision copy, or a moment of a trainable parameter. Collective.
-
-    Args:
-        name, what: see `safe_get`.
-        tensor: the new undivided content, the same on every rank, on any device.
-
-    Raises:
-        ValueError: nothing of that name trains, or another shape.
-    """
-    parameter = _named(engine, name, what)
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {shape}, given {tuple(tensor.shape)}")
-    ensure_moments(engine)
-    set_tensor(engine, parameter, tensor, what)
-    if what == VALUE:
-        refresh_module(engine)
 
 
 def gather_parameters(engine: Engine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -164,6 +129,26 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     engine.loss_scale.restore(state.loss_scale)
 
 
+@contextmanager
+def unchanged(engine: Engine) -> Iterator[None]:
+    """Within, `train_step` leaves weights, moments, schedule, loss scale, counters and random numbers as they are.
+
+    Everything else happens, but every step ends as one whose loss is refused. The moments, which AdamW allocates in its
+    first update, exist from here on.
+    """
+    ensure_moments(engine)
+    counted = {name: getattr(engine.deepspeed, name) for name in _COUNTED}
+    ours = dict(vars(engine))  # `should_update` and counters, which a step may rebind
+    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+        engine.should_update = lambda loss: False
+        try:
+            yield
+        finally:
+            for name, value in counted.items():
+                setattr(engine.deepspeed, name, value)
+            vars(engine).update(ours)
+
+
 def base_optimizer(engine: Engine) -> Any:
     """The torch optimiser inside DeepSpeed's wrapper (ZeRO-0 has no wrapper)."""
     return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
@@ -200,15 +185,6 @@ def _create_moments(engine: Engine, updates: int) -> None:
             step=torch.tensor(float(updates)), **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}
         )
     _relink(engine)
-
-
-def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
-    if what not in (VALUE, *MOMENTS):
-        raise ValueError(f"there is no {what!r}; allowed: {', '.join((VALUE, *MOMENTS))}")
-    named = trainable(engine)
-    if name not in named:
-        raise ValueError(f"no parameter {name!r} trains here; there are {', '.join(list(named)[:4])}, ...")
-    return named[name]
 
 
 def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:

@@ -28,7 +28,7 @@ from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.unchanged import unchanged
+from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import needs_categories
 from visft_ds.prepare.streams import parts_of

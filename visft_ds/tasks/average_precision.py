@@ -15,7 +15,6 @@ from visft_ds.tasks import Results
 
 IouType = Literal["bbox", "segm"]
 
-_PREFIX: dict[IouType, str] = {"bbox": "box", "segm": "mask"}
 #: Places in the evaluator's summary, the order of the COCO API (https://cocodataset.org/#detection-eval).
 _SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 #: Number of objects that are left out of the measures of masks, among which it stands if it is not 0.
@@ -27,10 +26,9 @@ def coco_average_precision(
 ) -> dict[str, float]:
     """Average precision and recall by name.
 
-    The names are `box/AP`, `box/AP50`, `box/AP75`, `box/APs`, `box/APm`, `box/APl`, `box/AR100`; with `per_category`
-    also `box/AP/<category name>`. For masks (`iou_type="segm"`) they start with `mask/`, and objects without a mask are
-    left out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1 marks, as in the COCO API, a measure without any
-    ground truth (no large object, say).
+    The names are `box/` and those of _SUMMARY; with `per_category` also `box/AP/<category name>`. For masks they start
+    with `mask/`, and objects without a mask are left out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1 marks a
+    measure without any ground truth (no large object, say), as in the COCO API.
 
     `truth` is a COCO dictionary, `results` are in COCO's results format; neither is changed. Results of categories that
     the ground truth does not list are left out: a head with raw COCO ids has classes for ids that no category has.
@@ -68,7 +66,7 @@ def coco_average_precision(
     kept = [one for one in found if one["category_id"] in names]
     evaluation = COCOeval_faster(coco, coco.loadRes(kept), iouType=iou_type, print_function=lambda *_: None)
     evaluation.run()
-    prefix = _PREFIX[iou_type]
+    prefix = "box" if iou_type == "bbox" else "mask"
     measures = {f"{prefix}/{name}": float(evaluation.all_stats[place]) for name, place in _SUMMARY.items()}
     if len(objects) < len(truth["annotations"]):
         measures[WITHOUT_MASK] = float(len(truth["annotations"]) - len(objects))

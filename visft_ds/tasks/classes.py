@@ -45,19 +45,16 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     number, published = options["num_classes"], options.get("labelling") == "published"
     if published and not have_ids_of_coco(names):
         raise ValueError(f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others")
+    as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
     if task == "segmentation":
         as_published, least = have_ids_of_coco(names), len(COCO_NAMES)
-    else:
-        as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
     if as_published and number >= least:
         return None
     if number == len(names) and not published:
         return tuple(sorted(names))
-    allowed = f"{len(names)}{f', or at least {least}' if as_published else ''}"
-    raise ValueError(
-        f"visft.tasks.{task}.head.num_classes is {number}, and the data has {len(names)} categories: give {allowed}, "
-        "or leave it out, and it comes from the data"
-    )
+    allowed = f"{len(names)}{f', at least {least}' if as_published else ''}, or leave it out"
+    key = f"visft.tasks.{task}.head.num_classes"
+    raise ValueError(f"{key} is {number}, and the data has {len(names)} categories: give {allowed}")
 
 
 def ids_of_classes(task: str, options: Mapping[str, Any]) -> tuple[int, ...]:
@@ -73,7 +70,5 @@ def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     """Refuse a head whose categories are not known and whose classes are too few to be those of the published heads."""
     enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
     if task == "segmentation" and not enough:
-        raise ValueError(
-            f"the segmentation head has {options.get('num_classes')} classes, and its file does not name their "
-            "categories: give the file that a training exported"
-        )
+        told = f"the segmentation head has {options.get('num_classes')} classes, and its file does not name their"
+        raise ValueError(f"{told} categories: give the file that a training exported")

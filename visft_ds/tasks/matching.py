@@ -10,7 +10,7 @@ are `centers` (cx, cy, w, h) or `corners` (x0, y0, x1, y1) on the last axis, in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +56,7 @@ def class_loss(logits: Tensor, classes: Tensor, no_object: float, loss_denominat
 
 @torch.no_grad()
 def match(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: DetectionTargets,
-    costs: tuple[float, float, float],
-    image_ids: Tensor | None = None,
+    logits: Tensor, boxes: Tensor, targets: DetectionTargets, costs: Sequence[float], image_ids: Tensor | None = None
 ) -> Matches:
     """The cheapest assignment of objects to queries, for each layer and image on its own.
 
@@ -73,9 +69,8 @@ def match(
     """
     count = len(targets.boxes)
     # (N,): the image of each object. With output_size, repeat_interleave does not wait for the device.
-    image_of = torch.repeat_interleave(
-        torch.arange(len(targets.counts), device=logits.device), targets.counts, output_size=count
-    )
+    images = torch.arange(len(targets.counts), device=logits.device)
+    image_of = torch.repeat_interleave(images, targets.counts, output_size=count)
     probability = at_least_float32(logits).softmax(dim=-1)
     candidates = at_least_float32(boxes)[:, image_of]  # (L, N, Q, 4)
     wanted = targets.boxes.to(candidates.dtype)[:, None]  # (N, 1, 4)
@@ -102,11 +97,9 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
     costs = host[len(host) - cost.numel() :].reshape(cost.shape)
     if not np.isfinite(costs).all():
         bad = np.repeat(np.arange(len(number)), number)[~np.isfinite(costs).all(axis=(0, 2))]
-        ids = bad if image_ids is None else image_ids.cpu().numpy()[bad]
-        raise FloatingPointError(
-            f"the matching costs of the images {sorted(set(ids.tolist()))} are not finite: the training has diverged, "
-            "or a 16-bit type overflowed"
-        )
+        ids = sorted(set((bad if image_ids is None else image_ids.cpu().numpy()[bad]).tolist()))
+        remedy = "the training has diverged, or a 16-bit type overflowed"
+        raise FloatingPointError(f"the matching costs of the images {ids} are not finite: {remedy}")
     return Matches(*to_device(torch.from_numpy(assign(costs, number)), cost.device))
 
 

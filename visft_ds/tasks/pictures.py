@@ -48,7 +48,8 @@ def draw_objects(
     base = np.asarray(scaled(image, side), dtype=np.float32).copy()
     scale, line = side / max(image.shape[:2]), max(2, side // 180)
     if masks is not None:
-        boxes = [_around(mask) for mask in masks]
+        edges = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
+        boxes = [(left, top, right - left, bottom - top) for left, top, right, bottom in edges]
         for mask, name in reversed(list(zip(masks, names, strict=True))):
             inside = np.asarray(Image.fromarray(mask).resize((base.shape[1], base.shape[0])), dtype=bool)
             base[inside] = base[inside] * (1 - _OPACITY) + np.array(colours[name]) * _OPACITY
@@ -67,13 +68,6 @@ def draw_objects(
         ink = (0, 0, 0) if bright else (255, 255, 255)
         draw.text((left + line + 1 + moved, top), tag, fill=ink, font=letters(_TEXT))
     return np.asarray(canvas)
-
-
-def _around(mask: npt.NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return 0, 0, 0, 0
-    return columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
 
 
 def with_text(image: Picture, lines: Sequence[str], side: int = SIDE) -> Picture:

@@ -21,6 +21,9 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import SIDE, Picture, draw_objects, palette, scaled, side_by_side, with_text
 from visft_ds.tasks.vocabulary import Vocabulary
 
+Options = Mapping[str, Any]  #: settings of images, of a head or of a loss
+Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
+Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
 ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
 
@@ -37,7 +40,11 @@ class Criterion(Protocol):
     def __call__(
         self, output: Any, targets: Any, loss_denominators: Mapping[str, Tensor], image_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Unweighted losses by name: sums over the micro-batch divided by `loss_denominators` (the keys of `count`)."""
+        """Unweighted losses by name: sums over the micro-batch divided by `loss_denominators` (the keys of `count`).
+
+        These are sums of `count` over the global batch divided by ranks times micro-batches. So the mean of a loss over
+        ranks and micro-batches is the loss of the global batch in one process. `image_ids` (B,) are for errors only.
+        """
         ...
 
 
@@ -75,10 +82,8 @@ class Example:
         colours, panels = palette(list(self.names.values())), []
         for title, objects in (("ground truth", true), ("predicted", self.known())):
             names = [self.names[one["category_id"]] for one in objects]
-            tags = [
-                f"{name} {one['score']:.2f}" if "score" in one else name
-                for name, one in zip(names, objects, strict=True)
-            ]
+            scores = [f" {one['score']:.2f}" if "score" in one else "" for one in objects]
+            tags = [name + score for name, score in zip(names, scores, strict=True)]
             drawn: dict[str, Any] = {kind: [shape(one) for one in objects] for kind, shape in shapes.items()}
             panels.append((draw_objects(self.pixels(), names, tags, colours, **drawn), f"{title}: {len(names)}"))
         return side_by_side(*panels)
@@ -100,11 +105,7 @@ class Content:
 
 
 class Task(ABC):
-    """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass.
-
-    `vocabulary` is None for all but a task whose settings are a `WordsConfig`. `classes` are the raw ids of the head's
-    classes; None: those of the published head.
-    """
+    """A task for the training loop, the evaluation and the planner; a module has one instance of a subclass."""
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
@@ -114,13 +115,11 @@ class Task(ABC):
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod
-    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+    def geometry(self, options: Options) -> Geometry:
         """Geometry of images for this task alone, from their options."""
 
     @abstractmethod
-    def targets(
-        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
-    ) -> ImageTargets:
+    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         """Function that makes the targets of an image; `options` are those of its images, or of all tasks' together."""
 
     @abstractmethod
@@ -128,7 +127,7 @@ class Task(ABC):
         """Targets of a batch, whose images are padded to `frame`."""
 
     @abstractmethod
-    def blank(self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: device) -> Targets:
+    def blank(self, images: int, size: Size, content: Content, options: Options, device: device) -> Targets:
         """Targets without content, as large as stated; on the device, but on the CPU what criteria read on the host."""
 
     def data_problem(self, manifest: Manifest) -> str | None:
@@ -137,12 +136,7 @@ class Task(ABC):
 
     @abstractmethod
     def results(
-        self,
-        output: Any,
-        batch: Batch,
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-        threshold: float = 0.0,
+        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
         """Predictions for the real images of a batch; objects with at least `threshold`."""
 
@@ -168,21 +162,21 @@ class Task(ABC):
         """Return True if it works with words."""
         return issubclass(self.config, WordsConfig)
 
-    def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
+    def options(self, part: Literal["image", "head", "loss"], given: Options) -> dict[str, Any]:
         """Options of a part: those given, and the schema's defaults of the others."""
         return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
 
-    def settings(self, part: Literal["head", "loss"], given: Mapping[str, Any]) -> Any:
+    def settings(self, part: Literal["head", "loss"], given: Options) -> Any:
         """The same as an object of the schema, which knows nothing of the number of words."""
         kind = type(self.config.model_fields[part].get_default(call_default_factory=True))
         return kind(**{name: value for name, value in given.items() if name != "vocabulary_size"})
 
-    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+    def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
         return self.head(in_channels, self.settings("head", options), **own)
 
-    def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
+    def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
         """The criterion that fits a head with these options."""
         return self.losses(self.settings("head", head_options), self.settings("loss", loss_options))

@@ -1,8 +1,6 @@
-"""Transform of an image for any set of tasks: one geometry, and the targets of every task in it.
+"""Transform of an image for any set of tasks: one geometry (`data.transforms`), and the targets of every task in it.
 
-The geometry comes from the sample's random numbers and the stored size alone, before any pixel is looked at: a process
-that reads labels only arrives at the same targets as one that also has the image. It is drawn before anything else, the
-caption last: neither the pixels nor the choice of tasks can move it.
+It is drawn before anything else, the caption last: neither the pixels nor the choice of tasks can move it.
 """
 
 from __future__ import annotations
@@ -44,9 +42,7 @@ class ImageTransform:
             frame=final_size(raw.size, ops),
         )
 
-    def targets(
-        self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-    ) -> dict[str, Mapping[str, Any]]:
+    def targets(self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator) -> dict[str, Any]:
         """Labels of each task for the image after `ops`: arrays by name."""
         return {task: targets(raw, ops, generator) for task, targets in self.tasks.items()}
 

@@ -45,8 +45,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float, *, xavier_output: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -126,7 +125,6 @@ class TransformerEncoder(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
         for layer in self.layers:
             entries = layer(entries, positions, valid)
         return entries
@@ -157,12 +155,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
-        hidden = [hidden_dim] * (num_layers - 1)
-        widths = [in_dim, *hidden, out_dim]
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_dim) -> (..., out_dim)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         out: Tensor = self.layers[-1](x)

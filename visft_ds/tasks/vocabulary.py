@@ -1,8 +1,7 @@
-"""Words of captions and their ids.
+"""Words of captions and their ids: shards count what `caption_words` finds, and heads are trained on it.
 
-Shards count words by `caption_words` and heads are trained on its output. The published captioning heads were trained
-on the ready-made tokens of the Karpathy split, counted over training, validation *and* test captions, with ids in the
-order of first appearance: their 9,490 ids cannot be rebuilt from COCO's caption files. They need their word map.
+The published captioning heads were trained on the ready-made tokens of the Karpathy split. Their 9,490 ids cannot be
+rebuilt from COCO's caption files: they need their word map.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import orjson
 
 #: Name of the rules of `caption_words`; they never change under this name.
 TOKENIZER = "visft-words-1"
-FORMAT = "visft_ds vocabulary"
-VERSION = 1
+FORMAT, VERSION = "visft_ds vocabulary", 1
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
+_REMEDY = "Use the vocabulary that the head was trained with, or train a new head"
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -58,9 +58,7 @@ class Vocabulary:
         first, *words = sorted(word_map, key=word_map.__getitem__)
         ids = sorted(word_map.values())
         if ids != list(range(len(ids))) or first != PAD or words[-3:] != [UNKNOWN, START, END]:
-            raise ValueError(
-                f"not a word map of a captioning head: it goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}"
-            )
+            raise ValueError(f"a word map of a captioning head goes from {PAD} at 0 to {UNKNOWN}, {START}, {END}")
         return cls(tuple(words[:-3]))
 
     @classmethod
@@ -93,10 +91,6 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {word: place for place, word in enumerate((PAD, *self.words, UNKNOWN, START, END))}
 
-    @cached_property
-    def _tokens(self) -> list[str]:
-        return list(self._ids)
-
     def encode(self, words: Iterable[str]) -> list[int]:
         """Ids of a caption that is cut into words, `<start>` and `<end>` included."""
         unknown = self._ids[UNKNOWN]
@@ -104,26 +98,18 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words before the first `<end>`, joined by blanks; `<start>` and `<pad>` are left out."""
-        words = []
-        for id_ in ids:
-            if (word := self._tokens[id_]) == END:
-                break
-            words += [] if word in (PAD, START) else [word]
-        return " ".join(words)
+        tokens = (PAD, *self.words, UNKNOWN, START, END)
+        words = takewhile(lambda word: word != END, (tokens[id_] for id_ in ids))
+        return " ".join(word for word in words if word not in (PAD, START))
 
     def check_same(self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards") -> None:
         """Raise ValueError unless every id means the same word in both."""
-        if self.fingerprint != other.fingerprint:
+        if self.words != other.words:
             different = ", ".join(map(repr, sorted(set(self.words) ^ set(other.words))[:5])) or "none"
-            raise ValueError(
-                f"{this} and {that} have different vocabularies, of {self.size} and {other.size} ids; words of one of "
-                f"them only: {different}. Use the vocabulary that the head was trained with, or train a new head"
-            )
+            sizes = f"of {self.size} and {other.size} ids; words of one of them only: {different}"
+            raise ValueError(f"{this} and {that} have different vocabularies, {sizes}. {_REMEDY}")
 
     def check_size(self, vocabulary_size: int) -> None:
         """Raise ValueError unless a head with that many ids can use this vocabulary."""
         if vocabulary_size != self.size:
-            raise ValueError(
-                f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}: give the vocabulary that "
-                "the head was trained with, or train a new head"
-            )
+            raise ValueError(f"the captioning head has {vocabulary_size} ids, the vocabulary {self.size}. {_REMEDY}")

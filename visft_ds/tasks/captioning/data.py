@@ -33,32 +33,25 @@ class CaptionTargets:
     references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored; they stay on the host
 
     def to(self, device: torch.device) -> CaptionTargets:
-        """The same targets on `device`."""
         return CaptionTargets(to_device(self.tokens, device), to_device(self.lengths, device), self.references)
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """Inputs of the head besides the features in training: the captions for teacher forcing."""
         return {"captions": self.tokens, "lengths": self.lengths}
 
 
 def caption_targets(
-    vocabulary: Vocabulary,
-    random: bool,
-    max_words: int,
-    raw: RawSample,
-    ops: Sequence[Op],
-    generator: np.random.Generator,
+    words: Vocabulary, random: bool, most: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
 
-    The caption is one of those with 1 to `max_words` words: one that is drawn from `generator` if `random`, else the
-    first. If an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
+    The caption is one of those with 1 to `most` words: one that is drawn from `generator` if `random`, else the first.
+    If an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
     """
     cut = [caption_words(caption) for caption in raw.captions]
-    usable = [words for words in cut if 1 <= len(words) <= max_words]
-    tokens = vocabulary.encode([])[:1]
+    usable = [caption for caption in cut if 1 <= len(caption) <= most]
+    tokens = words.encode([])[:1]
     if usable:
-        tokens = vocabulary.encode(usable[int(generator.integers(0, len(usable))) if random else 0])
+        tokens = words.encode(usable[int(generator.integers(0, len(usable))) if random else 0])
     references = np.array(list(raw.captions), dtype=object)
     return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
 

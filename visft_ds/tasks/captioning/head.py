@@ -260,16 +260,13 @@ class CaptioningCriterion:
     - `attention`: mean over images and cells of (1 - sum of the cell's attention over the caption)^2.
     - `top5_accuracy`, for the log only: percentage of the ids for which fewer than five ids have a higher score.
 
-    Each is a sum over the micro-batch divided by a given denominator: the sum of `count` over the global batch, divided
-    by ranks times micro-batches. So its mean over these is the loss of the global batch in one process. Images without
-    a caption take no part.
+    Images without a caption take no part.
     """
 
     def __init__(self, head: CaptioningHeadConfig, loss: CaptioningLoss) -> None:
         self.weights: dict[str, float] = {"ce": loss.ce, "attention": loss.attention}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Loss denominators from the labels alone: ids to be predicted, and images with a caption."""
         lengths = batch.targets["captioning"].lengths
         return {"tokens": float((lengths - 1).sum()), "images": float((lengths > 1).sum())}
 
@@ -280,7 +277,6 @@ class CaptioningCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, scalars. `loss_denominators` has `tokens` and `images`."""
         wanted = targets.tokens[:, 1:]
         assert output.scores.shape[:2] == wanted.shape, (output.scores.shape, wanted.shape)
         scores, attention = at_least_float32(output.scores), at_least_float32(output.attention)

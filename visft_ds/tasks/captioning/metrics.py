@@ -1,10 +1,8 @@
 """Caption metrics in plain Python: CIDEr, BLEU-1 to 4, ROUGE-L, as coco-caption defines them.
 
-The numbers are those of https://github.com/tylin/coco-caption (and of its package, pycocoevalcap) on the same words;
-captions are cut into words by `tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers. CIDEr
-is CIDEr-D of its paper (arXiv 1411.5726), as coco-caption computes it and papers report it under the name CIDEr: it
-depends on the set of images, and is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print
-100 times as much.
+The numbers are those of https://github.com/tylin/coco-caption on the same words; `tokenizer.ptb_words` cuts captions
+into words. CIDEr is CIDEr-D of its paper (arXiv 1411.5726), as papers report it: it depends on the set of images, and
+is 0 for one image. BLEU and ROUGE-L go from 0 to 1, CIDEr from 0 to 10; papers print 100 times as much.
 """
 
 from __future__ import annotations
@@ -39,10 +37,10 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
 
     Raises ValueError for an image without a candidate, and if there is no image.
     """
-    if not references or (lacking := len(references.keys() - candidates.keys())):
-        raise ValueError(
-            f"{lacking} images have no candidate caption" if references else "no image has captions to compare with"
-        )
+    if not references:
+        raise ValueError("no image has captions to compare with")
+    if lacking := len(references.keys() - candidates.keys()):
+        raise ValueError(f"{lacking} images have no candidate caption")
     images = sorted(references)
     wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
     generated = [ptb_words(candidates[image]) for image in images]
@@ -78,10 +76,8 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> flo
 
     def weighted(counts: Sequence[Counts]) -> list[Mapping[tuple[str, ...], float]]:
         # tf-idf. An n-gram that no reference has weighs like one that a single image has.
-        return [
-            {gram: count * (log_images - math.log(frequency.get(gram, 1))) for gram, count in part.items()}
-            for part in counts
-        ]
+        rare = [{gram: log_images - math.log(frequency.get(gram, 1)) for gram in part} for part in counts]
+        return [{gram: part[gram] * value[gram] for gram in part} for part, value in zip(counts, rare, strict=True)]
 
     total = 0.0
     for references, words in zip(counted, generated, strict=True):
@@ -98,9 +94,8 @@ def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> flo
 def _clipped_cosine(one: Mapping[tuple[str, ...], float], two: Mapping[tuple[str, ...], float]) -> float:
     """Cosine of a candidate and a reference, to which a word counts no more often than the reference has it."""
     norms = math.sqrt(sum(value * value for value in one.values()) * sum(value * value for value in two.values()))
-    return (
-        sum(min(value, two[gram]) * two[gram] for gram, value in one.items() if gram in two) / norms if norms else 0.0
-    )
+    common = sum(min(value, two[gram]) * two[gram] for gram, value in one.items() if gram in two)
+    return common / norms if norms else 0.0
 
 
 def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
@@ -126,12 +121,10 @@ def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list
 def _rouge(references: Sequence[Words], words: Words) -> float:
     """ROUGE-L of one image: best precision and best recall, each over the references (Lin, 2004)."""
     common = [_longest_common(words, reference) for reference in references]
-    precision = max(common) / len(words) if words else 0.0
-    recall = max(
-        length / len(reference) if reference else 0.0 for length, reference in zip(common, references, strict=True)
-    )
-    if not precision or not recall:
+    if not any(common):
         return 0.0
+    precision = max(common) / len(words)
+    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True) if reference)
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 

@@ -13,10 +13,10 @@ from visft_ds.data.transforms import Geometry, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.captioning.config import CaptioningTask
 from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets, pack_captions
-from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, GeneratedCaptions, postprocess
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
 from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.spec import Classes, Content, Example, HeadSizes, ImageTargets, Options, Task, Words
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
@@ -39,33 +39,26 @@ class Captioning(Task):
         attributes=("grid",),
     )
 
-    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+    def geometry(self, options: Options) -> Geometry:
         return Square(options["size"])
 
-    def targets(
-        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
-    ) -> ImageTargets:
+    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         random = train and options["caption_choice"] == "random"  # evaluation draws nothing
-        return partial(caption_targets, _needed(vocabulary), random, options["max_words"])
+        return partial(caption_targets, _needed(words), random, options["max_words"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> CaptionTargets:
         return pack_captions(samples)
 
     def blank(
-        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: torch.device
+        self, images: int, size: Size, content: Content, options: Options, device: torch.device
     ) -> CaptionTargets:
         tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
         return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
     def results(
-        self,
-        output: GeneratedCaptions,
-        batch: Batch,
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-        threshold: float = 0.0,
+        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
-        return postprocess(output, batch, _needed(vocabulary))
+        return postprocess(output, batch, _needed(words))
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return results_metrics(truth, results)
@@ -79,10 +72,10 @@ class Captioning(Task):
         )
 
 
-def _needed(vocabulary: Vocabulary | None) -> Vocabulary:
-    if vocabulary is None:
+def _needed(words: Words) -> Vocabulary:
+    if words is None:
         raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
-    return vocabulary
+    return words
 
 
 SPEC = Captioning()

@@ -45,7 +45,6 @@ class DetectionHeadConfig(HeadConfig):
     dropout: Probability = 0.1
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Widths that attention heads, positions or norm groups do not divide."""
         if self.width % 32:
             yield "width", f"{self.width} is no multiple of 32 (norm groups)"
         for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):

@@ -15,19 +15,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.transforms import (
-    Crop,
-    FloatArray,
-    Op,
-    Resize,
-    ShortSides,
-    Size,
-    apply_to_boxes,
-    choose,
-    clip_boxes,
-    final_size,
-    short_side_size,
-)
+from visft_ds.data.transforms import Crop, Op, Resize, ShortSides, Size, apply_to_boxes, final_size, short_side_size
 from visft_ds.ops.copies import to_device
 
 
@@ -40,11 +28,9 @@ class DetectionTargets:
     counts: Tensor  #: (B,) int64, sums to N
 
     def to(self, device: torch.device) -> DetectionTargets:
-        """The same targets on `device`."""
         return DetectionTargets(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """Nothing: boxes are for the criterion alone."""
         return {}
 
 
@@ -62,12 +48,12 @@ class CropRecipe:
     crop_range: tuple[int, int]
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        """Operations for an image of `size`, in order."""
         if self.sides.fixed_size is not None:
             return self.sides.draw(size, train, generator)
         ops = self.sides.mirror(train, generator)
         if train and generator.random() >= 0.5:
-            first = short_side_size(size, choose(self.crop_short_sides, generator), None)
+            side = self.crop_short_sides[int(generator.integers(0, len(self.crop_short_sides)))]
+            first = short_side_size(size, side, None)
             width = _between(*self.crop_range, first[1], generator)
             height = _between(*self.crop_range, first[0], generator)
             top = int(generator.integers(0, first[0] - height + 1))
@@ -93,14 +79,12 @@ def detection_targets(
 
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or after a
     crop) give no target.
-
-    Raises ValueError for a category that `labels` lacks.
     """
     used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
     xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
     ids = [annotation["category_id"] for annotation in used]
     classes = np.array(ids if labels is None else [labels[id_] for id_ in ids], dtype=np.int64)
-    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, raw.size[::-1] * 2)
     kept = _has_area(boxes)
     boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
     kept = _has_area(boxes)
@@ -111,7 +95,7 @@ def detection_targets(
     return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
-def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
+def _has_area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 

@@ -86,15 +86,13 @@ class DenseCriterion:
 
     `ce` and `giou` weigh the two. A cell answers for an object if its centre lies inside the box and less than RADIUS
     cells from the box's, or is the nearest to that; of several objects the smallest counts. The overlap is a mean over
-    the cells of an object, both losses are sums over objects (or cells) divided by their number in the global batch
-    (or CELLS times it): so the mean over ranks and micro-batches is the loss of the global batch in one process.
+    the cells of an object; the focal loss is divided by CELLS as well.
     """
 
     def __init__(self, *, ce: float, giou: float) -> None:
         self.weights: dict[str, float] = {"ce": ce, "giou": giou}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """`boxes`: number of objects, to be summed over ranks and micro-batches."""
         return {"boxes": float(batch.targets["detection"].counts.sum())}
 
     def __call__(
@@ -104,7 +102,6 @@ class DenseCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has the names of `count`."""
         objects = assign(output, targets)
         answers = (objects < len(targets.boxes)).to(output.logits.dtype)  # (B, S)
         # One row more, for cells without an object: its label is none of the classes.
@@ -126,9 +123,8 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
     All shapes follow from those of the inputs: the host does not wait for the device.
     """
     number, (images, cells) = len(targets.boxes), output.valid.shape
-    image_of = torch.repeat_interleave(
-        torch.arange(images, device=output.valid.device), targets.counts, output_size=number
-    )
+    numbers = torch.arange(images, device=output.valid.device)
+    image_of = torch.repeat_interleave(numbers, targets.counts, output_size=number)
     centres, sides = targets.boxes[:, None, :2], targets.boxes[:, None, 2:]
     away = (output.centres[image_of] - centres).abs()  # (N, S, 2)
     in_cells = away / output.pitch[image_of][:, None]
@@ -139,10 +135,8 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
     # Objects by area, the smallest first: the least place wins a cell.
     order = sides.prod(dim=-1).flatten().argsort(stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(number, device=order.device))
-    found = torch.full((images, cells), number, device=order.device)
-    found = found.scatter_reduce(
-        0, image_of[:, None].expand(-1, cells), torch.where(near, place[:, None], number), "amin"
-    )
+    found, rows = torch.full((images, cells), number, device=order.device), image_of[:, None].expand(-1, cells)
+    found = found.scatter_reduce(0, rows, torch.where(near, place[:, None], number), "amin")
     return F.pad(order, (0, 1), value=number)[found]
 
 
@@ -166,9 +160,8 @@ def dense_results(
         kept = batched_nms(boxes[image, cells], best, labels, OVERLAP)[:KEPT]
         height, width = batch.original_sizes[image].tolist()
         corners = boxes[image, cells[kept]].double() * torch.tensor([width, height, width, height])
-        for (x0, y0, x1, y1), label, score in zip(
-            corners.tolist(), labels[kept].tolist(), best[kept].tolist(), strict=True
-        ):
+        rows = (corners.tolist(), labels[kept].tolist(), best[kept].tolist())
+        for (x0, y0, x1, y1), label, score in zip(*rows, strict=True):
             id_ = label if classes is None else classes[label]
             found = {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
             results.append(found)

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.matching import (
-    Matches,
-    at_least_float32,
-    centers_to_corners,
-    class_loss,
-    generalized_box_iou,
-    match,
-)
+from visft_ds.tasks.matching import at_least_float32, centers_to_corners, class_loss, generalized_box_iou, match
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
@@ -100,9 +93,6 @@ class DetectionCriterion:
     earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
     `class_error` (percent of the objects whose matched query names another class) and `cardinality_error` (mean
     absolute difference between the number of objects and of queries that see one).
-
-    Each loss is a sum over the micro-batch divided by a given denominator: the sum of `count` over the global batch,
-    divided by ranks times micro-batches. So its mean over these is the loss of the global batch in one process.
     """
 
     def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
@@ -113,7 +103,6 @@ class DetectionCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in order for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Loss denominators from the labels alone, to be summed over ranks and micro-batches."""
         counts = batch.targets["detection"].counts
         return {"boxes": float(counts.sum()), "images": float(len(counts))}
 
@@ -124,7 +113,6 @@ class DetectionCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
         layers = (*output.aux, output)
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
         assert (logits.shape[2], len(layers)) == (self.num_queries, len(self._suffixes)), logits.shape
@@ -133,37 +121,26 @@ class DetectionCriterion:
         # (L, B, Q) int64: the class of the matched object, "no object" where there is none
         classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
         classes[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
+        # Without any pair the sums are zero and still carry a (zero) gradient.
+        predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
+        true, number = targets.boxes.to(boxes.dtype)[matches.objects], loss_denominators["boxes"]
+        distance = (predicted - true).abs().sum(dim=-1)
+        overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(true))
+        # the pairs are ordered by layer and every layer has the same number of them
+        per_layer = (len(boxes), len(predicted) // len(boxes))
         by_name = {
             "ce": class_loss(logits, classes, self.no_object, loss_denominators),
-            **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
+            "l1": distance.view(per_layer).sum(dim=1) / number,
+            "giou": (1 - overlap).view(per_layer).sum(dim=1) / number,
         }
         losses = {
             name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
         }
-        return losses | _for_the_log(logits[-1].detach(), classes[-1], targets.counts, loss_denominators["boxes"])
-
-
-def _box_sums(boxes: Tensor, targets: DetectionTargets, matches: Matches) -> dict[str, Tensor]:
-    """Sums (L,) over the matched pairs. Without any pair they are zero and still carry a (zero) gradient."""
-    predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
-    true = targets.boxes.to(boxes.dtype)[matches.objects]
-    distance = (predicted - true).abs().sum(dim=-1)
-    overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(true))
-    # the pairs are ordered by layer and every layer has the same number of them
-    per_layer = (len(boxes), len(predicted) // len(boxes))
-    return {"l1": distance.view(per_layer).sum(dim=1), "giou": (1 - overlap).view(per_layer).sum(dim=1)}
-
-
-def _for_the_log(logits: Tensor, classes: Tensor, counts: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Errors of the last layer: logits (B, Q, C + 1), target classes (B, Q), objects of each image (B,)."""
-    no_object = logits.shape[-1] - 1
-    predicted = logits.argmax(dim=-1)  # (B, Q)
-    correct = ((predicted == classes) & (classes != no_object)).sum()
-    detected = (predicted != no_object).sum(dim=1)
-    return {
-        "class_error": 100 * (counts.sum() - correct) / boxes,
-        "cardinality_error": (detected - counts).abs().float().mean(),
-    }
+        no_object, named = logits.shape[-1] - 1, logits[-1].detach().argmax(dim=-1)  # (B, Q)
+        correct = ((named == classes[-1]) & (classes[-1] != no_object)).sum()
+        wrong_count = ((named != no_object).sum(dim=1) - targets.counts).abs()
+        errors = {"class_error": 100 * (targets.counts.sum() - correct) / number}
+        return losses | errors | {"cardinality_error": wrong_count.float().mean()}
 
 
 @torch.no_grad()

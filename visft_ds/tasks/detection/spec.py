@@ -16,10 +16,9 @@ from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
 from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets, pack_detection
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Content, Criterion, Example, HeadSizes, ImageTargets, Task
-from visft_ds.tasks.vocabulary import Vocabulary
+from visft_ds.tasks.spec import Classes, Content, Criterion, Example, HeadSizes, ImageTargets, Options, Task, Words
 
 
 class Detection(Task):
@@ -40,12 +39,10 @@ class Detection(Task):
         layers={"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
     )
 
-    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+    def geometry(self, options: Options) -> Geometry:
         return CropRecipe(of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"])
 
-    def targets(
-        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
-    ) -> ImageTargets:
+    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         labels = None if classes is None else {category: place for place, category in enumerate(classes)}
         return partial(detection_targets, labels)
 
@@ -53,13 +50,13 @@ class Detection(Task):
         return pack_detection(samples)
 
     def blank(
-        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: torch.device
+        self, images: int, size: Size, content: Content, options: Options, device: torch.device
     ) -> DetectionTargets:
         objects = images * content.objects
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
-    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+    def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
         head: DetectionHeadConfig = self.settings("head", options)
         if head.type == "dense":
             return DenseHead(in_channels, num_classes=head.num_classes, width=head.width)
@@ -69,12 +66,7 @@ class Detection(Task):
         return DenseCriterion(ce=loss.ce, giou=loss.giou) if head.type == "dense" else DetectionCriterion(head, loss)
 
     def results(
-        self,
-        output: DenseOutput | DetectionOutput,
-        batch: Batch,
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-        threshold: float = 0.0,
+        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
         if isinstance(output, DenseOutput):
             return dense_results(output, batch, classes, threshold)

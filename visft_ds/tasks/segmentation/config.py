@@ -56,10 +56,8 @@ class SegmentationHeadConfig(HeadConfig):
         if self.labelling == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
-            yield (
-                "hidden_dim",
-                f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (norm groups)",
-            )
+            told = f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (norm groups)"
+            yield "hidden_dim", told
 
 
 class SegmentationLoss(StrictModel):
@@ -94,7 +92,6 @@ class SegmentationTask(TaskConfig):
 
     @classmethod
     def lacks(cls, counts: Mapping[str, int], findings: Mapping[str, int]) -> str | None:
-        """Objects, or masks of most of them."""
         few = mostly_without_masks(counts, findings)
         return super().lacks(counts, findings) or ("mask for most of its objects" if few else None)
 

@@ -38,7 +38,6 @@ class SegmentationTargets:
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """Nothing: masks are for the criterion alone."""
         return {}
 
 
@@ -63,7 +62,6 @@ class LargeScaleJitter:
     fixed_size: int | None
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
-        """Operations for an image of `size`, in order."""
         ops: list[Op] = [Flip()] if train and generator.random() < self.flip else []
         if self.fixed_size is not None:
             return [*ops, Resize(self.fixed_size, self.fixed_size)]
@@ -78,7 +76,6 @@ class LargeScaleJitter:
         return [*ops, Resize(height, width), Pad(*padded, self.pad_value), Crop(top, left, self.size, self.size)]
 
     def extremes(self, size: Size) -> set[Size]:
-        """The one size of training images."""
         side = self.fixed_size or self.size
         return {(side, side)}
 
@@ -100,12 +97,10 @@ def segmentation_targets(
 ) -> dict[str, npt.NDArray[Any]]:
     """Masks (n, hm, wm) uint8 and labels (n,) int64 of an image after `ops`.
 
-    A mask has the covered part of cells of at most `mask_stride` pixels. `labels` maps category ids. Crowd regions,
-    objects without a mask, and objects whose box or mask has no area (before or after a crop) give no target.
-
-    Why cells of 4 pixels: against masks of full size, rasterised four times finer, the dice loss of a good prediction
-    is then 0.5 % higher and its BCE 2 % (8 pixels: 1.8 % and 10 %; 2 pixels: under 0.1 %), with 64 KiB a mask at 1,024
-    pixels instead of 1 MiB, and 40 times less work.
+    A mask has the covered part of cells of at most `mask_stride` pixels: with 4, the dice loss of a good prediction is
+    0.5 % higher than with masks of full size and its BCE 2 % (8 pixels: 1.8 % and 10 %), at 40 times less work.
+    `labels` maps category ids. Crowd regions, objects without a mask, and objects whose box or mask has no area (before
+    or after a crop) give no target.
     """
     used = [one for one in raw.annotations if not one["iscrowd"] and one.get("segmentation")]
     used = list(compress(used, _seen([one["bbox"] for one in used], raw.size, ops)))

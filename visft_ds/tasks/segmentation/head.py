@@ -6,8 +6,6 @@ decoder layers + 1.
 Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
 then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted before the layer
 is at least one half. The queries predict masks before the first layer already, hence L = layers + 1.
-
-A parameter is used only in the forward of the module that owns it (see `pixel_decoder`).
 """
 
 from __future__ import annotations
@@ -120,7 +118,10 @@ class MaskedDecoder(nn.Module):
         logits, masks = self._predict(state, mask_features, valid)
         predictions = [(logits, masks)]
         for layer in self.layers:
-            state = layer(state, query, memory, memory_key, _allowed(masks.detach().flatten(2), inside))
+            covered = (masks.detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
+            # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
+            allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
+            state = layer(state, query, memory, memory_key, allowed)
             logits, masks = self._predict(state, mask_features, valid)
             predictions.append((logits, masks))
         return torch.stack([logits for logits, _ in predictions]), torch.stack([masks for _, masks in predictions])
@@ -130,12 +131,3 @@ class MaskedDecoder(nn.Module):
         normed = self.norm(state)
         masks = torch.einsum("bqe,behw->bqhw", self.mask_embed(normed), mask_features)
         return self.class_embed(normed), masks.masked_fill(~valid[:, None], 0.0)
-
-
-def _allowed(masks: Tensor, inside: Tensor) -> Tensor:
-    """Cells that each query may attend to: masks (B, Q, S) logits, inside (B, 1, S) bool -> (B, Q, S) bool.
-
-    A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
-    """
-    covered = (masks.sigmoid() >= 0.5) & inside
-    return torch.where(covered.any(dim=-1, keepdim=True), covered, inside)

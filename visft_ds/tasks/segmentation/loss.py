@@ -27,14 +27,7 @@ from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, Segmentat
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.mask_matching import match_masks
-from visft_ds.tasks.segmentation.mask_points import (
-    PointCounts,
-    Points,
-    draw_points,
-    sample,
-    sample_targets,
-    uncertain_points,
-)
+from visft_ds.tasks.segmentation.mask_points import PointCounts, Points, draw_points, sample, uncertain_points
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
@@ -51,9 +44,7 @@ class SegmentationCriterion:
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
-    Each loss is a sum over the micro-batch divided by a given denominator (see `count`), so that its mean over ranks
-    and micro-batches is the loss of one process on the global batch. The points depend on an image's random key and
-    on the layer alone, so this holds exactly: how the batch is split changes nothing.
+    The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
     def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
@@ -65,7 +56,6 @@ class SegmentationCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Loss denominators from the labels alone, to be summed over ranks and micro-batches."""
         counts = batch.targets["segmentation"].counts
         return {"masks": float(counts.sum()), "images": float(len(counts))}
 
@@ -76,7 +66,6 @@ class SegmentationCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only."""
         sets, head = (*output.aux, output), self.head
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
@@ -122,25 +111,21 @@ class SegmentationCriterion:
             pairs = slice(pair, pair + min(count, self.head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
-            chosen = uncertain_points(
-                predicted.detach(), points.candidates[number], points.uniform[number], self.points.uncertain, extent
-            )
-            wanted = targets.masks[first : first + count].to(masks.dtype) / 255  # stored as uint8
-            wanted = sample_targets(wanted, objects[:, pairs] - first, chosen, targets.mask_extents[image])
-            terms = _pair_terms(predicted, wanted, chosen, extent)
-            bce, dice = bce + terms[0], dice + terms[1]
+            given = (points.candidates[number], points.uniform[number], self.points.uncertain, extent)
+            chosen = uncertain_points(predicted.detach(), *given)
+            true = targets.masks[first : first + count, None].to(masks.dtype) / 255  # stored as uint8
+            # set by set, so that there is never a copy of the masks for every pair of every set
+            sets = zip(objects[:, pairs] - first, chosen, strict=True)
+            seen = [sample(true[rows], at, targets.mask_extents[image]).squeeze(1) for rows, at in sets]
+            wanted = torch.stack(seen)  # (L, m, P) in [0, 1]
+            logits = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(wanted)
+            share = logits.sigmoid()
+            bce = bce + F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1).sum(dim=1)
+            # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
+            overlap, areas = (share * wanted).sum(dim=-1), share.sum(dim=-1) + wanted.sum(dim=-1)
+            dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
             pair, first, number = pairs.stop, first + count, number + 1
         return bce, dice
-
-
-def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (L,) of BCE and dice over the pairs of one image: masks (L, m, h, w) logits, wanted (L, m, P) in [0, 1]."""
-    logits = sample(masks.flatten(0, 1)[:, None], points.flatten(0, 1), extent).view_as(wanted)
-    bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1)
-    share = logits.sigmoid()
-    # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
-    dice = 1 - (2 * (share * wanted).sum(dim=-1) + 1) / (share.sum(dim=-1) + wanted.sum(dim=-1) + 1)
-    return bce.sum(dim=1), dice.sum(dim=1)
 
 
 @torch.no_grad()
@@ -162,10 +147,8 @@ def postprocess(
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
     scores_host, best_host = scores.tolist(), best.tolist()
-    extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
-    if output.extents is not None:
-        extents = output.extents
-    results = []
+    whole = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    extents, results = whole if output.extents is None else output.extents, []
     for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
         if not real:
             continue
@@ -177,15 +160,9 @@ def postprocess(
             score = scores_host[image][query] * quality
             if not coco_mask.area(code) or score < threshold:
                 continue
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": classes[best_host[image][query]],
-                    "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
-                    "bbox": coco_mask.toBbox(code).tolist(),
-                    "score": score,
-                }
-            )
+            found = {"image_id": image_id, "category_id": classes[best_host[image][query]]}
+            shape = {"size": stored, "counts": code["counts"].decode("ascii")}
+            results.append({**found, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score})
     return results
 
 

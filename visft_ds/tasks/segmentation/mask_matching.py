@@ -44,27 +44,16 @@ def match_masks(
         rows = slice(ends[image] - counts[image], ends[image])
         probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
         of_class = -probability[..., labels[rows]].transpose(1, 2)
-        wanted = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
-        extents = targets.extents[image], targets.mask_extents[image]
-        bce, dice = _mask_terms(masks[:, image], wanted, points[number], *extents)
+        at = points[number]  # (L, P, 2)
+        x = at_least_float32(sample(masks[:, image], at, targets.extents[image]))  # (L, Q, P) logits
+        true = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
+        wanted = sample(true[None].to(x.dtype), at.reshape(1, -1, 2), targets.mask_extents[image])[0]
+        wanted = wanted.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
+        # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
+        bce = (F.softplus(x).sum(-1)[:, None] - wanted @ x.transpose(1, 2)) / x.shape[-1]  # (L, n, Q)
+        shares = x.sigmoid()
+        areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
+        dice = 1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1)
         parts.append(costs[0] * of_class + costs[1] * bce + costs[2] * dice)
     pairs = int(counts.clip(max=logits.shape[2]).sum())
     return solve(torch.cat(parts, dim=1), targets.counts, pairs, image_ids)
-
-
-def _mask_terms(
-    predicted: Tensor, wanted: Tensor, points: Tensor, extent: Tensor, mask_extent: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of masks of an image, each (L, n, Q).
-
-    Logits `predicted` (L, Q, h, w), `wanted` (n, hm, wm) in [0, 1], `points` (L, P, 2) of each set.
-    """
-    logits = at_least_float32(sample(predicted, points, extent))  # (L, Q, P)
-    wanted = sample(wanted[None].to(logits.dtype), points.reshape(1, -1, 2), mask_extent)[0]
-    wanted = wanted.unflatten(1, points.shape[:2]).transpose(0, 1)  # (L, n, P)
-    # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
-    overlap = wanted @ logits.transpose(1, 2)  # (L, n, Q)
-    bce = (F.softplus(logits).sum(-1)[:, None] - overlap) / logits.shape[-1]
-    shares = logits.sigmoid()
-    areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
-    return bce, 1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1)

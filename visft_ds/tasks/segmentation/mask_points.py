@@ -1,7 +1,7 @@
 """Points at which masks are compared: drawn per image and layer, chosen where a prediction is uncertain, sampled.
 
 Letters: A images with objects, L prediction sets, n objects of an image, m matched pairs of an image and set,
-P points, K candidates, U uniform points, R maps, h w patch grid, hm wm grid of the target masks.
+P points, K candidates, U uniform points, R maps, h w patch grid.
 
 A point is (x, y) in [0, 1] of the unpadded image. Comparing masks at points instead of at every pixel, most of them
 where the prediction is undecided, is PointRend's idea (Kirillov et al., arXiv 1912.08193, section 3.1), with the
@@ -70,15 +70,6 @@ def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
     """
     grid = 2 * points.to(maps.dtype) * extent.flip(0).to(maps.dtype) - 1
     return F.grid_sample(maps, grid[:, None], align_corners=False).squeeze(2)
-
-
-def sample_targets(masks: Tensor, rows: Tensor, points: Tensor, extent: Tensor) -> Tensor:
-    """Values in [0, 1] of float masks (n, hm, wm) at the points (L, m, P, 2) of pairs with masks `rows` (L, m).
-
-    Returns (L, m, P). Set by set, so that there is never a copy of the masks for every pair of every set.
-    """
-    sets = zip(rows, points, strict=True)
-    return torch.stack([sample(masks[of_set][:, None], at, extent).squeeze(1) for of_set, at in sets])
 
 
 @torch.no_grad()

@@ -34,8 +34,7 @@ class MaskedGroupNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.groups = groups
-        self.eps = eps
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -65,14 +64,11 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(width, total)
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix A.4)."""
-        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        # Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix A.4).
+        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the border of the square [-1, 1]^2
-        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        steps = torch.arange(1, num_points + 1, dtype=torch.float32)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())  # (M, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
@@ -92,9 +88,8 @@ class DeformableAttention(nn.Module):
         centres = cell_centres([shape], query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
         # Width and height, made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
-        out: Tensor = self.output_proj(
-            deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
-        )
+        mixed = deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
+        out: Tensor = self.output_proj(mixed)
         return out
 
 

@@ -22,11 +22,10 @@ from visft_ds.tasks.segmentation.data import (
     pack_segmentation,
     segmentation_targets,
 )
-from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.spec import Content, Example, HeadSizes, ImageTargets, Task
-from visft_ds.tasks.vocabulary import Vocabulary
+from visft_ds.tasks.spec import Classes, Content, Example, HeadSizes, ImageTargets, Options, Task, Words
 
 
 class Segmentation(Task):
@@ -50,12 +49,10 @@ class Segmentation(Task):
         points="pixel_decoder.layers.0.self_attn.attention_weights.weight",  # of the one feature level
     )
 
-    def geometry(self, options: Mapping[str, Any]) -> Geometry:
+    def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)
 
-    def targets(
-        self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None, classes: Sequence[int] | None
-    ) -> ImageTargets:
+    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         labels = {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS if classes is None else classes)}
         return partial(segmentation_targets, labels, options["mask_stride"])
 
@@ -63,7 +60,7 @@ class Segmentation(Task):
         return pack_segmentation(samples, frame)
 
     def blank(
-        self, images: int, size: Size, content: Content, options: Mapping[str, Any], device: torch.device
+        self, images: int, size: Size, content: Content, options: Options, device: torch.device
     ) -> SegmentationTargets:
         objects, whole = images * content.objects, torch.ones(images, 2)
         masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8, device=device)
@@ -74,18 +71,11 @@ class Segmentation(Task):
         findings = {kind: count for kind, (count, _) in manifest.findings.items()}
         if not mostly_without_masks(manifest.counts, findings):
             return None
-        return (
-            f"{manifest.root}/{manifest.split}: {findings['instance without mask']} of its "
-            f"{manifest.counts['annotations']} objects have no mask. Segmentation would take them for background"
-        )
+        few = f"{findings['instance without mask']} of its {manifest.counts['annotations']} objects have no mask"
+        return f"{manifest.root}/{manifest.split}: {few}. Segmentation would take them for background"
 
     def results(
-        self,
-        output: SegmentationOutput,
-        batch: Batch,
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-        threshold: float = 0.0,
+        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
         return postprocess(output, batch, classes, threshold)
 
