@@ -84,8 +84,6 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
         state.resume(how)
 
 
-
-
 @pytest.mark.parametrize(
     "saved",
     [
