@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.fake_hub import FakeHub, Repository, fake_hub
-from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
+from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
 from visft_ds.config.backbones import named
+from visft_ds.config.cli import resolve_arguments
 
 CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 TAGGED = {"tag": "openai", "input_size": [3, 224, 224], **CLIP}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
+from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT
 
 

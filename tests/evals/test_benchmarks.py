@@ -21,7 +21,7 @@ from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
 from visft_ds.evals.benchmarks.classes import read_classes
 from visft_ds.evals.benchmarks.judge import Settings, encode_images

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.prepare.materialize import HOST, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary

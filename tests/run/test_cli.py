@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.coco_tree import write_tree
-from visft_ds.config import ResolvedConfig, resolve_arguments
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.prepare.data import open_data
 from visft_ds.shards.build import Options, build
 

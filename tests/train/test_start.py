@@ -16,7 +16,7 @@ from tests.coco_tree import write_tree
 from tests.published import save_published_lora
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
-from visft_ds.config import resolve_arguments
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import sha256_file
 from visft_ds.launch import main

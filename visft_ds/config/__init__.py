@@ -6,7 +6,6 @@ must be on disk. cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
-from visft_ds.config.cli import build_parser, resolve_arguments
 from visft_ds.config.preflight import Missing, missing_inputs, render_missing
 from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve, resolve_values
 
@@ -14,7 +13,6 @@ __all__ = [
     "Batches",
     "Missing",
     "ResolvedConfig",
-    "build_parser",
     "changed",
     "deepspeed_dict",
     "derive_batches",
@@ -22,6 +20,5 @@ __all__ = [
     "missing_inputs",
     "render_missing",
     "resolve",
-    "resolve_arguments",
     "resolve_values",
 ]

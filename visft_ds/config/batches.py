@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from visft_ds.config.fields import Precision
 from visft_ds.config.resolve import ResolvedConfig
-from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED, Stream
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -46,3 +46,4 @@ Probability = Annotated[float, Field(ge=0, lt=1)]  #: of dropout
 Above = Annotated[float, Field(gt=0)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Sides = Annotated[tuple[Positive, ...], Field(min_length=1)]  #: pixels
+Precision = Literal["fp32", "bf16", "fp16"]

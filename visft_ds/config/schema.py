@@ -23,7 +23,6 @@ from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import config_class, entries
 
-Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 #: Parts of a transformer block that low-rank adapters may go into.
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")

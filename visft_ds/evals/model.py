@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from visft_ds.config.backbones import Named
+from visft_ds.config.fields import Precision
 from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
 from visft_ds.config.resolve import AnyPath
-from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter

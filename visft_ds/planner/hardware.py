@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 
 _PER_NODE = 8
 

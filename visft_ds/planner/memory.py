@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.ops import DTYPES

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.ops import DTYPES
 from visft_ds.planner.hardware import Cluster, Gpu

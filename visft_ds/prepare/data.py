@@ -9,7 +9,8 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig
-from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.fields import Precision
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache

@@ -16,7 +16,8 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
+from visft_ds.config.fields import Precision
+from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import (

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import program
-from visft_ds.config import missing_inputs, render_missing, resolve_arguments
+from visft_ds.config import missing_inputs, render_missing
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.resilience.errors import tell
 
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...

@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 
 from visft_ds import program
-from visft_ds.config import resolve_arguments
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.flags import Parser
 from visft_ds.resilience import errors
 from visft_ds.resilience.processes import without_num_gpus

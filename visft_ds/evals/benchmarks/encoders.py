@@ -291,11 +291,12 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
         model = timm.create_model(name, pretrained=weights is None, num_classes=0)
         if weights is not None:
             values = timm.models.load_state_dict(weights, weights_only=True)  # older versions would run code of pickles
-            missing, left = model.load_state_dict(values, strict=False)
             classifiers = classifier_names(model.pretrained_cfg.get("classifier"))
             heads = tuple(f"{one.partition('.')[0]}." for one in classifiers)
-            if odd := [*missing, *(key for key in left if not key.startswith(heads))]:
-                raise ValueError(f"tensors that are missing or too many: {', '.join(odd[:5])}")
+            own = model.state_dict().keys()
+            model.load_state_dict(
+                {name: one for name, one in values.items() if name in own or not name.startswith(heads)}
+            )
     config = timm.data.resolve_model_data_config(model)
     return Encoder(
         _TimmEncoder(model).requires_grad_(False).eval(),

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score

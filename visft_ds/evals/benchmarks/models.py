@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.schema import Precision
+from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks.encoders import (
     CLIP,
     KINDS_WITHOUT_TEXT,
