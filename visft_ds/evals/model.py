@@ -267,8 +267,11 @@ def _load_backbone(
     file = open_model(files.backbone)
     of_checkpoint = files.adapter is not None and (files.adapter / "state.json").is_file()
     adapter = None if files.adapter is None or of_checkpoint else adapter_for(files.backbone, files.adapter)
-    model = dict(model_in(file) if MODEL in file.metadata or files.model is None else files.model)
-    if files.model is None and {BASE, MERGED}.isdisjoint(file.metadata):  # a base does not tell where it is read
+    whole = MODEL in file.metadata and not {BASE, MERGED}.isdisjoint(
+        file.metadata
+    )  # a base does not say where it is read
+    model = dict(model_in(file) if whole or files.model is None else files.model)
+    if files.model is None and not whole:
         model = _of_heads(model, infos)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
