@@ -23,7 +23,7 @@ html_copy_source = False
 root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
-    *("getting-started", "data", "training", "memory-and-speed", "export", "evaluation", "evidence"),
+    *("getting-started", "own-data", "data", "training", "memory-and-speed", "export", "evaluation", "evidence"),
     *("architecture", "configuration", "api"),
 )
 AROUND = {
