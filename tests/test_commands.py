@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 import visft_ds
 from visft_ds.cli import COMMANDS, main
-from visft_ds.config import layers
+from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.parallel import engine
 from visft_ds.resilience.supervisor import flags_of_training
 
@@ -92,7 +92,7 @@ def test_every_configuration_is_installed_and_has_one_copy() -> None:
     for package, folder in folders.items():
         assert package == "visft_ds." + folder.replace("/", ".") and package in found["packages"]
         assert found["package_data"][package] == ["*.json"]
-    assert ROOT / "ds_configs" == layers.CONFIG_ROOT and not (ROOT / "visft_ds/ds_configs").exists()
+    assert ROOT / "ds_configs" == CONFIG_ROOT and not (ROOT / "visft_ds/ds_configs").exists()
 
 
 def test_version_and_range_of_deepspeed_stand_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:

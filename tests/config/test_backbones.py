@@ -73,19 +73,26 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
     assert model.overrides.image_size is None and model.weights == "hf-hub:some/clip"
     asked = len(hub.requests)
     found = named("hf-hub:some/clip")
-    assert found.file().read_bytes() == b"weights" and found.timm == ("vit_base_patch16_clip_224.openai", None)
+    assert found.file().read_bytes() == b"weights" and found.description == {
+        "preset": "timm:vit_base_patch16_clip_224.openai"
+    }
     assert len(hub.requests) == asked
     hub.repositories["some/large"] = Repository(
         {"config.json": described(model_args={"img_size": [448, 448], "num_classes": 3})}
     )
-    assert named("hf-hub:some/large", download=True).timm == ("vit_base_patch16_clip_224.openai", 448)
+    assert named("hf-hub:some/large", download=True).description == {
+        "preset": "timm:vit_base_patch16_clip_224.openai",
+        "image_size": 448,
+    }
 
 
 def test_a_folder_that_timm_reads(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(described(pretrained_cfg={**TAGGED, "tag": None}))
     (tmp_path / "model.safetensors").touch()
     found = named(str(tmp_path))
-    assert found.weights == str(tmp_path / "model.safetensors") and found.timm == ("vit_base_patch16_clip_224", None)
+    assert found.weights == str(tmp_path / "model.safetensors") and found.description == {
+        "preset": "timm:vit_base_patch16_clip_224"
+    }
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from visft_ds.config import (
     derive_batches,
     identity_differences,
     resolve,
-    resolve_arguments,
     schema,
 )
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import Tree, load_json, parse_assignment
 
 
@@ -356,7 +356,8 @@ def test_flags_reach_the_configuration() -> None:
 def test_configuration_needs_no_tensor_library() -> None:
     """A wrong key must be reported in a second, also where torch takes ten to import."""
     code = (
-        "import sys; from visft_ds.config import *; import visft_ds.monitor.console, visft_ds.monitor.metrics;"
+        "import sys; from visft_ds.config import *; from visft_ds.config.cli import resolve_arguments;"
+        "import visft_ds.monitor.console, visft_ds.monitor.metrics;"
         "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )

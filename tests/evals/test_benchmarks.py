@@ -208,7 +208,7 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
         parse_model(str(run))
     save_backbone(build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE)
     spec = parse_model(f"before={run}")
-    assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0) and spec.hints is not None
+    assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")
     with pytest.raises(ValueError, match=r"@0.5 scales an adapter"):
         parse_model(f"{run}@0.5")

@@ -84,7 +84,7 @@ def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[f
     [
         (["--arms", "noisy"], "--arms"),
         (["--arm", "rank 4"], "--arm"),
-        (["--arm", "rank 4: visft.lora.rannk=4"], "visft.lora.rank"),
+        (["--arm", "rank 4: visft.lora.rannk=4"], "did you mean rank"),
         (["--data", "x", "--benchmark", "digits"], "dense="),
         (["--seeds", "1"], "--seeds"),
     ],

@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dropout": 0.25,
     },
     "segmentation": {
-        "num_classes": 6,
+        "num_classes": 80,
         "num_queries": 9,
         "hidden_dim": 32,
         "encoder_layers": 1,
