@@ -67,3 +67,11 @@ def test_what_was_learnt_is_told(learnt: float, judged: float | None, words: Seq
     (line,) = told_of_learning({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
     assert f"{learnt:.2f} on training" in line
     assert [word for word in ("by heart", "not learnt yet") if word in line] == list(words)
+
+
+def test_the_demos_recipe_reads_the_weights_that_pip_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--stage", "1", "--model", "lite0", "--data", "nowhere"]
+    assert resolve_arguments(words)[1].visft.model.weights.endswith(".pth")
+    stated = resolve_arguments([*words, "--set", "visft.model.weights=mine.safetensors"])[1]
+    assert stated.visft.model.weights == "mine.safetensors"

@@ -164,7 +164,9 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         if arguments.backbone is not None:
             found = named(arguments.backbone, download=arguments.download)
             arguments.model, backbone = model_of(found, arguments.model)
-        if arguments.model == own.MODEL:
+        stated = backbone or any(text.startswith("visft.model.weights=") for text in arguments.set)
+        absent = arguments.model == own.LITE0 and not stated and not own.LITE0_FILE.exists()
+        if arguments.model == own.MODEL or absent:
             backbone |= own.of_backbone(backbone)
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE

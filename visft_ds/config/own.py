@@ -16,6 +16,8 @@ from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
 
 MODEL = "own"
+#: The recipe of the demo, and its weights; where they are not, those of pip are read.
+LITE0, LITE0_FILE = "lite0", Path("weights/efficientnet_lite0.safetensors")
 #: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
 STEPS, PASSES = 550, 30
 VIEWS, EVALUATIONS = 12, 3
