@@ -303,12 +303,12 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda world, folder: ["--run", world.run(2), "--backbone", world.merged, "--adapter", world.adapter],
         "twice",
     ),
-    "heads of another width": (
+    "weights of another width": (
         lambda world, folder: [
             *("--run", world.run(1), "--backbone"),
             _save_plain(folder / "wide.safetensors", "visft.model.overrides.width=64"),
         ],
-        "width 64",
+        "does not fit",
     ),
     "heads of other categories": (_other_categories, "stranger"),
     "no captions": (_no_captions, "no captions"),
