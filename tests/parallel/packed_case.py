@@ -90,7 +90,7 @@ def one_run(engine_name: str, name: str) -> dict[str, Any]:
     stage, option = name.split(":")
     with mixed_sizes():
         engine = start(engine_name, int(stage), option)
-        results = case.run_steps(engine, 0, len(ORDER), None, None, fed)
+        results = case.run_steps(engine, 0, len(ORDER), None, fed)
         if option == "packed":
             outputs = engine.predict(replace(case.global_batch(distributed.rank(), ORDER), targets={}))
             results["predicted"] = distributed.gather_objects(pipeline_case.tensors_of(outputs))

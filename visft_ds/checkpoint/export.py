@@ -113,7 +113,7 @@ def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWe
         write_safetensors(path, {**tensors, **stored}, metadata)
     else:
         for name in file_order({name: one for name, one in tensors.items() if f"backbone.{name}" in trained}):
-            gather(name)
+            gather_parameters(engine, (f"backbone.{name}",))  # which gives the main process alone the values
     return path
 
 
