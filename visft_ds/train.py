@@ -19,7 +19,7 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
-from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import largest_shape, memory_explained, probe_memory
@@ -34,7 +34,7 @@ from visft_ds.run.machine import (
     rank_facts,
     settle_recompute,
 )
-from visft_ds.run.record import keep_random_base, write_record
+from visft_ds.run.record import write_record
 from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
@@ -93,7 +93,7 @@ def train(
         RanksDiffer, LostRank: ranks that are not alike; another one that ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
-    config, data = open_data(config)
+    config, data = open_data(config, distributed.world_size())
     machine = check_machine(config, data.vocabulary_size)
     batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, batches)
@@ -121,9 +121,8 @@ def train(
         )
         features = keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
-        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
+        identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
-        keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
         engine = build_engine(
@@ -144,7 +143,8 @@ def train(
         if validation:
             at_the_end.callback(validation.close)
         if distributed.is_main():
-            write_record(config, data, command, start_from)
+            state.begin_export(prepared)
+            write_record(config, identity, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.
@@ -170,7 +170,7 @@ def train(
                 watchdog.begin("exporting", timed=False)
                 if validation and config.visft.run.keep_best:
                     validation.poll(log, seconds=None)
-                state.export(state.take_best(step, log), prepared.base)
+                state.export(state.take_best(step, log), prepared)
             if finished and validation:
                 learnt = validation.learnt(engine.predict, first_of(data.sets), log)
             stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
-from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.data.dataset import DataSet, coco_dataset
+from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Category, Manifest, ShardReader
-from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
-from visft_ds.prepare.data import open_data
+from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
 from visft_ds.prepare.datasets import open_training_data, settle_classes
 from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
-from visft_ds.resilience.memory import largest_batches
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
@@ -88,7 +85,7 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
     sets = open_training_data(config.visft)
     reader = ShardReader(sets["train"].manifest)
     made = pipelines_of(config.visft, sets, None)
-    loader = StepLoader({"train": DataSet(reader)}, plan_of(config.visft, sets), made, num_workers=0)
+    loader = StepLoader({"train": reader}, plan_of(config.visft, sets), made, num_workers=0)
     classes = {name: one.classes for name, one in streams_of(config.visft, first_of(shards[name])).items()}
     true: dict[int, list[int]] = {}
     for annotation in coco_dataset(reader)["annotations"]:
@@ -135,20 +132,6 @@ def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(shards: dict[st
     assert [streams[task].classes for task in BOTH] == [{task: TREE} for task in BOTH]
 
 
-def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[str, Path]) -> None:
-    """Those of the first set, whatever the ids of the others are."""
-    mapped = {name: 12 for name in MANY.values()}
-    (shards["many"] / "map.json").write_text(json.dumps(mapped))
-    others = [
-        {"name": "more", "root": str(shards["many"]), "split": "train", "categories": str(shards["many"] / "map.json")}
-    ]
-    settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
-    config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
-    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
-        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
-        assert len(targets.labels) and set(targets.labels.tolist()) == {0}
-
-
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
@@ -189,9 +172,9 @@ def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
     check_categories(heads, _table({12: "rust"}), "here", "Do it")  # what the data lacks does no harm in evaluation
     with pytest.raises(ValueError, match="5 'hole'"):
         check_categories(heads, _table({**OWN, 5: "hole"}), "here", "Do it")
-    check_classes(heads, {task: (0, 1, 2, 12)}, _table(OWN), "here")
-    with pytest.raises(ValueError, match="here lacks 0 'paint', 12 'rust'"):
-        check_classes(heads, {}, _table({1: "scratch", 2: "dent"}), "here")
+    check_heads(heads, {task: (0, 1, 2, 12)}, _table(OWN), None)
+    with pytest.raises(ValueError, match="lacks 0 'paint', 12 'rust'"):
+        check_heads(heads, {}, _table({1: "scratch", 2: "dent"}), None)
 
 
 @pytest.mark.parametrize("task", BOTH)

@@ -77,10 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--reset-heads",
-        nargs="?",
+        action="store_const",
         const="reset",
-        metavar="remap",
-        help="with --from RUN: draw its heads anew; remap: but for the classes of the same name",
+        help="with --from RUN: draw its heads anew, e.g. for other categories",
     )
     add("--heads", metavar="FOLDER", help="stage 2: trained heads, e.g. RUN/export (visft.heads.path)")
     add("--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)")
@@ -259,7 +258,7 @@ def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     values = content.get("config") if isinstance(content, dict) else None
     if not isinstance(values, dict) or not isinstance(values.get("visft"), dict):
         raise ValueError(f"--from {source}: {record} holds no readable run record")
-    return without_classes_of_data(values, record.parent), display(record)
+    return without_classes_of_data(values), display(record)
 
 
 def _start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:

