@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 import torch.distributed
+from tests.run.test_validation import judge_here
+from visft_ds.run.judge import Judge
 
 from tests import finished
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
-from tests.run.test_validation import judge_here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
-from visft_ds.run.judge import Judge
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 
@@ -237,7 +237,7 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     ended = stage1(tmp_path / "run", told, **more)
     assert ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1 and ended.export.is_dir()
     out = capfd.readouterr().out
-    assert "the last evaluation is left out; the same command makes it" in out and "stopped after step" not in out
+    assert f"stopped after step {STEPS} (signal SIGUSR1); the same command continues" in out
     assert told.evaluations == []
     again = Told()
     ended = stage1(tmp_path / "run", again, **more)
