@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -194,20 +195,26 @@ def parts(shards: Path) -> Parts:
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
 
 
-def measured_here(validation: Validation) -> Validation:
+class Here(ThreadPoolExecutor):
     """Measures in this process, since another one takes seconds to start."""
-    validation._pool = ThreadPoolExecutor(1)  # type: ignore[assignment]
-    return validation
+
+    _processes: Mapping[int, Any] = {}
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(1)
 
 
-def test_predictions_that_are_not_finite(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_that_are_not_finite(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A warning, the other tasks' numbers, and the run continues."""
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
     with torch.no_grad():
         for parameter in module.heads["detection"].parameters():
             parameter.fill_(float("nan"))
-    validation, printed = measured_here(parts.validation("visft.run.eval_limit=2")), io.StringIO()
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
+    validation, printed = parts.validation("visft.run.eval_limit=2"), io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
         assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
@@ -221,7 +228,7 @@ def test_predictions_that_are_not_finite(parts: Parts, tmp_path: Path, capsys: p
 
 def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
     """It leaves no results: a run that is resumed at this step evaluates it as a whole."""
-    validation, stop, seen = measured_here(parts.validation()), StopFlag(launched=False), []
+    validation, stop, seen = parts.validation(), StopFlag(launched=False), []
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
 

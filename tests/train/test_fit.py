@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from tests.run.test_validation import judge_here
-from visft_ds.run.judge import Judge
 
 from tests import finished
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
+from tests.run.test_evaluation import Here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
@@ -128,7 +127,7 @@ def _as_it_was() -> Any:
 @pytest.fixture(autouse=True)
 def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are measured in this process: another one takes seconds to start."""
-    monkeypatch.setattr(Judge, "_judge", judge_here)
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
 
 
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
