@@ -249,7 +249,8 @@ class MultiTaskModel(nn.Module):
                         raise
                     self.faults.append(f"{task}: {error}")
                     # A function of all outputs: the backward pass runs as it does on the other ranks.
-                    losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
+                    sums = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
+                    losses[task] = torch.stack(sums).sum() * torch.nan
                     continue
                 # names without a weight are for the log only
                 losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
@@ -270,14 +271,15 @@ def _with_extents(output: Any, frames: Frames | None, batch: Batch, features: Te
     return replace(output, extents=frames.extents(batch.sizes, features.dtype))
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
-    for value in (getattr(output, entry.name) for entry in fields(output)):
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor) and item.requires_grad:
-                yield item
-            elif is_dataclass(item):
-                yield from _tensors(item)
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in the output of a module, or in targets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from (tensor for item in items for tensor in tensors_of(item))
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:

@@ -144,8 +144,8 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
     ]
     settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
     config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
-    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
-        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
+    for stream, batch in largest_batches(data, derive_batches(config, 1).micro, "both", packed=False):
+        targets = batch.targets[stream]
         assert len(targets.labels) and set(targets.labels.tolist()) == {0}
 
 

@@ -38,7 +38,6 @@ from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import Picture, grid, save_png
@@ -141,52 +140,49 @@ def evaluate(
     precision, why = choose_precision(source.precision, distributed.local_device())
     manifest = Manifest.load(os.fspath(data), split, cache=cache)
     model, streams = source.build(precision, distributed.local_device())
-    with met_by_one_rank():
-        if distributed.world_size() > 1:
-            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+    if distributed.world_size() > 1:
+        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
-            start_process_group()
-        check_categories(
-            model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories"
-        )
-        _check_truth(source.tasks, manifest, limit)
-        count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
-        if command and distributed.is_main():
-            facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
-            facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
-            print_plan("visft_ds evaluation", [Section("model and data", facts)])
-        with ShardReader(manifest) as reader:
-            began, workers = time.perf_counter(), workers_of(DataConfig(num_workers=_WORKERS))
-            collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
-            seconds = time.perf_counter() - began
-            drawn = images if out is not None else 0
-            pictures = draw_examples(model.predict, reader, streams, model.vocabulary, drawn, limit=limit)
-            distributed.close()  # before measuring, which the main process does alone
-            if collected is None:
-                return EvaluationResult({}, {})
-            if out is not None:  # first: hours of predictions must not be lost with a number
-                out.mkdir(parents=True, exist_ok=True)
-                for task, results in collected.items():
-                    (out / results_name(task)).write_bytes(orjson.dumps(results))
-            outcome, problems = measure(collected, reader, limit=limit, per_category=True)
-        metrics = as_metrics(outcome)
-        record = {
-            "model": dict(model.facts),
-            "precision": model.precision,
-            "data": {"where": where, "split": split, "images": count, "total": len(manifest)}
-            | {"fingerprint": manifest.fingerprint},
-            "settings": {name: dict(stream.image) for name, stream in streams.items()},
-            **_facts(source.tasks),
-            **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
-            "processes": distributed.world_size(),
-            "seconds": round(seconds, 3),
-        }
-        if out is not None:
-            _write(out, metrics, record, _save_pictures(pictures, out))
-        if command and out is not None:
-            _print_results(out, metrics, outcome, counted(count, len(manifest)), count / seconds)
-        if problems:
-            raise ValueError("; ".join(problems))
+        start_process_group()
+    check_categories(model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories")
+    _check_truth(source.tasks, manifest, limit)
+    count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
+    if command and distributed.is_main():
+        facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
+        facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
+        print_plan("visft_ds evaluation", [Section("model and data", facts)])
+    with ShardReader(manifest) as reader:
+        began, workers = time.perf_counter(), workers_of(DataConfig(num_workers=_WORKERS))
+        collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
+        seconds = time.perf_counter() - began
+        drawn = images if out is not None else 0
+        pictures = draw_examples(model.predict, reader, streams, model.vocabulary, drawn, limit=limit)
+        distributed.close()  # before measuring, which the main process does alone
+        if collected is None:
+            return EvaluationResult({}, {})
+        if out is not None:  # first: hours of predictions must not be lost with a number
+            out.mkdir(parents=True, exist_ok=True)
+            for task, results in collected.items():
+                (out / results_name(task)).write_bytes(orjson.dumps(results))
+        outcome, problems = measure(collected, reader, limit=limit, per_category=True)
+    metrics = as_metrics(outcome)
+    record = {
+        "model": dict(model.facts),
+        "precision": model.precision,
+        "data": {"where": where, "split": split, "images": count, "total": len(manifest)}
+        | {"fingerprint": manifest.fingerprint},
+        "settings": {name: dict(stream.image) for name, stream in streams.items()},
+        **_facts(source.tasks),
+        **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
+        "processes": distributed.world_size(),
+        "seconds": round(seconds, 3),
+    }
+    if out is not None:
+        _write(out, metrics, record, _save_pictures(pictures, out))
+    if command and out is not None:
+        _print_results(out, metrics, outcome, counted(count, len(manifest)), count / seconds)
+    if problems:
+        raise ValueError("; ".join(problems))
     return EvaluationResult(metrics, collected, out)
 
 

@@ -30,7 +30,6 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.tasks.pictures import save_png
 
 RECORD, CHART = "benchmarks.json", "differences.svg"
@@ -49,12 +48,11 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     arms = parse_arms(given.model)
     _check_folder(given.out, RECORD, given.primary)
     benchmarks = parse_benchmarks(given.benchmark, given.primary)
-    with met_by_one_rank():
-        _start(benchmarks)
-        results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
-        distributed.close()
-        if not distributed.is_main():
-            return
+    _start(benchmarks)
+    results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
+    distributed.close()
+    if not distributed.is_main():
+        return
     members = {label: [model.label for model in models] for label, models in arms.items()}
     rows = rows_of(results, members, given.primary)
     shifts = {arm: [moved[label] for label in labels if label in moved] for arm, labels in members.items()}
@@ -90,12 +88,11 @@ def run_layers(given: argparse.Namespace) -> None:
     spec = parse_model(given.model)
     _check_folder(given.out, LAYERS_RECORD, given.primary)
     benchmarks = parse_benchmarks(given.benchmark, given.primary)
-    with met_by_one_rank():
-        _start(benchmarks)
-        results = judge_blocks(spec, benchmarks, settings)
-        distributed.close()
-        if not distributed.is_main():
-            return
+    _start(benchmarks)
+    results = judge_blocks(spec, benchmarks, settings)
+    distributed.close()
+    if not distributed.is_main():
+        return
     levels = {block: {row.name: row.values[block] for row in rows_of({block: of})} for block, of in results.items()}
     numbers = list(next(iter(levels.values())))
     primary = given.primary or numbers[0]
