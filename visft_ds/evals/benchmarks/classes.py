@@ -31,10 +31,9 @@ from visft_ds.evals.benchmarks.images import (
     read_json,
     read_lines,
 )
-from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
+from visft_ds.evals.benchmarks.protocol import PLAIN, ImageSet, IntArray
 from visft_ds.files import reading
 
-PLAIN: tuple[str, ...] = ("a photo of a {}.",)
 TESTS = ("test", "val", "validation")
 DIGITS = "digits"  #: in place of a folder
 _SYNSET = re.compile(r"n\d{8}")

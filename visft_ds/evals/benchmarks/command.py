@@ -13,7 +13,6 @@ from typing import Any
 
 import orjson
 
-from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.benchmarks.judge import Settings, judge
 from visft_ds.evals.benchmarks.kinds import parse_benchmarks
@@ -199,11 +198,10 @@ def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
 def _pictures(out: Path, benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> list[str]:
     """Write a sheet for each segmentation; returns their names."""
     written = []
-    for benchmark in (benchmark for benchmark in benchmarks if isinstance(benchmark, Dense)):
+    for benchmark in benchmarks:
         name = f"{benchmark.label} linear mIoU"
-        picture = segmentation_sheet(
-            benchmark, {label: of[name] for label, of in results.items() if name in of}, _SHOWN
-        )
+        seen = {label: of[name] for label, of in results.items() if name in of}
+        picture = benchmark.sheet(seen, _SHOWN) if benchmark.sheet else None
         if picture is not None:
             written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
             save_png(picture, out / written[-1])

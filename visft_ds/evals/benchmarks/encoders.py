@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -50,22 +50,6 @@ class Encoder:
     text: TextTower | None
 
 
-class Blocks(Protocol):
-    """Module of an encoder that can be read after each of its blocks: normed tokens of a ViT, maps as they are."""
-
-    def ends(self) -> list[str]:
-        """Names of the blocks, in their order."""
-
-    def end_after(self, block: int) -> None:
-        """Leave out all that lies behind a block; from then on it gives what that block does."""
-
-    def block(self, name: str) -> nn.Module:
-        """The module whose result is read."""
-
-    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Features of images of which a block gives `given`, of KINDS_WITHOUT_TEXT."""
-
-
 class EvaEncoder(nn.Module):
     """A tower of ours, with the CLIP projection of its file if it has one; `pooled` is the class token, or the mean of
     the patches of a tower without.
@@ -89,21 +73,8 @@ class EvaEncoder(nn.Module):
         """Features of images (B, 3, H, W)."""
         return self._of_tokens(self.backbone.tokens(images), images, kinds)
 
-    def ends(self) -> list[str]:
-        """See `Blocks`."""
-        return self.backbone.ends()
-
-    def end_after(self, block: int) -> None:
-        """See `Blocks`."""
-        self.backbone.read_after((block,))
-        self.head = None  # it reads the last block
-
-    def block(self, name: str) -> nn.Module:
-        """See `Blocks`."""
-        return self.backbone.get_submodule(name)
-
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """See `Blocks`."""
+        """The same where a block of the backbone gives `given` and is the last."""
         return self._of_tokens(self.backbone.norm(given), images, kinds)
 
     def _of_tokens(self, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
@@ -140,20 +111,8 @@ class FeatureMapEncoder(nn.Module):
         patches: Tensor = self.backbone(images)
         return self._of_map(_coarse(patches) if self.backbone.layers_read else patches, kinds)
 
-    def ends(self) -> list[str]:
-        """See `Blocks`."""
-        return self.backbone.ends()
-
-    def end_after(self, block: int) -> None:
-        """See `Blocks`."""
-        self.backbone.read_after((block,))
-
-    def block(self, name: str) -> nn.Module:
-        """See `Blocks`."""
-        return self.backbone.get_submodule(name)
-
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """See `Blocks`."""
+        """The same where a block of the backbone gives `given` and is the last."""
         return self._of_map(_coarse(self.backbone.map_of(given, images)), kinds)
 
     def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:

@@ -179,13 +179,13 @@ def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
     if spec.block is None:
         return encoder
     encoder = readable(encoder, spec)
-    module: Any = encoder.module
-    module.end_after(spec.block)
+    backbone: Any = encoder.module.backbone
+    backbone.read_after((spec.block,))
     return encoder
 
 
 def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
-    """The same with a module whose `Blocks` can be read, without text side; it shares the encoder's parameters.
+    """The same as a backbone that can be read after each block, without text side; parameters are shared.
 
     Raises ValueError for a network whose blocks are not known.
     """
@@ -195,7 +195,7 @@ def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
         side = getattr(getattr(model, "patch_embed", None), "img_size", None)
         other = side is not None and side[0] != model.pretrained_cfg["input_size"][-1]
         module = FeatureMapEncoder(as_backbone(model, spec.name, {"img_size": side[0]} if other and side else {}))
-    if not hasattr(module, "ends") or not module.ends():
+    if not isinstance(module, (EvaEncoder, FeatureMapEncoder)) or not module.backbone.ends():
         raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
     return replace(encoder, module=module.requires_grad_(False).eval(), kinds=KINDS_WITHOUT_TEXT, text=None)
 

@@ -1,4 +1,4 @@
-"""AnswersKept: how many of a classifier's own answers stay when its backbone was trained.
+"""Retention: how many of a classifier's own answers stay when its backbone was trained.
 
 The classifier is that of the first model, a whole model of timm; every other model lends it its own tensors, merged or
 beside an adapter, by name. What lies behind a tower that ends early stays as it was. Images are prepared as timm does
@@ -7,8 +7,7 @@ it for the first model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.model import adapter_for
 from visft_ds.interop.layouts import classifier_names, model_in, open_model
 from visft_ds.interop.weights import examples, open_weights
@@ -31,27 +30,13 @@ KEPT = "answers kept"  #: name of the number
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
-@dataclass(frozen=True)
-class AnswersKept:
+def retention(label: str, images: ImageSet) -> Benchmark:
     """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
 
-    label: str
-    images: ImageSet
-    needs_text: bool = False
-    kinds: Sequence[str] = (KIND,)
-    texts: Sequence[str] = ()
-    numbers: Sequence[str] = (KEPT,)
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"test": self.images}
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"benchmark": "retention 2"}
-
-    def scores(self, features: Features) -> Iterator[Score]:
+    def scores(features: Features) -> Iterator[Score]:
         yield Score(KEPT, features["test"][KIND].double().numpy())
+
+    return Benchmark(label, {"test": images}, (KIND,), (KEPT,), {"benchmark": "retention 2"}, scores, answers=True)
 
 
 def read_images(source: str) -> ImageSet:

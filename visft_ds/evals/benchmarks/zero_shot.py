@@ -5,47 +5,29 @@ As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
+from collections.abc import Iterator
 
 from visft_ds.evals.benchmarks.classes import ClassSet
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, class_embeddings, hits, rank_of, sentences
-
-_ROWS = 4096  # images compared with all classes at once
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score, hits, rank_by_text, sentences
 
 
-@dataclass(frozen=True)
-class ZeroShot:
+def zero_shot(label: str, data: ClassSet) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
+    numbers = ("top1", "top5") if len(data.classes) > 5 else ("top1",)
 
-    label: str
-    data: ClassSet
-    needs_text: bool = True
-    kinds: Sequence[str] = ("clip",)
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"test": self.data.images}
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return sentences(self.data.classes, self.data.templates)
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        return ("top1", "top5") if len(self.data.classes) > 5 else ("top1",)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"benchmark": "zero-shot 1", "labels": self.data.labels.tolist(), "templates": len(self.data.templates)}
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        classes = class_embeddings(features["texts"]["clip"], len(self.data.templates))
-        embeddings, labels = features["test"]["clip"], torch.from_numpy(self.data.labels)
-        parts = zip(embeddings.split(_ROWS), labels.split(_ROWS), strict=True)
-        ranks = torch.cat([rank_of(part @ classes.T, right) for part, right in parts])
-        for name in self.numbers:
+    def scores(features: Features) -> Iterator[Score]:
+        images, texts = features["test"]["clip"], features["texts"]["clip"]
+        ranks = rank_by_text(images, texts, len(data.templates), data.labels)
+        for name in numbers:
             yield Score(name, hits(ranks, int(name.removeprefix("top"))))
+
+    return Benchmark(
+        label,
+        {"test": data.images},
+        ("clip",),
+        numbers,
+        {"benchmark": "zero-shot 1", "labels": data.labels.tolist(), "templates": len(data.templates)},
+        scores,
+        texts=sentences(data.classes, data.templates),
+        needs_text=True,
+    )
