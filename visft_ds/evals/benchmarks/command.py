@@ -20,7 +20,7 @@ from visft_ds.evals.benchmarks.layers import END, Choice, choose, judge_blocks
 from visft_ds.evals.benchmarks.models import parse_arms, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.table import Row, rows_of, section, verdict
-from visft_ds.evals.charts import Bar, block_chart, interval_chart
+from visft_ds.evals.charts import block_chart, interval_chart
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
@@ -77,6 +77,8 @@ def run_benchmarks(given: argparse.Namespace) -> None:
         for row in rows
         if row.name == given.primary and row.shown
     ]
+    if given.primary and given.primary not in [row.name for row in rows]:
+        parts.append(Section(f"primary: {given.primary}", [("no model has what it needs",)]))
     if mean_shift:
         title = f"feature shift on {benchmarks[0].label}: |f - f0| / |f0 - mean of f0|"
         parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in mean_shift.items()]))
@@ -100,11 +102,7 @@ def run_layers(given: argparse.Namespace) -> None:
     primary = given.primary or numbers[0]
     choices = {choice.number: choice for choice in choose(results)}
     best = choices[primary].block
-    curves = {
-        name: [Bar(block, *(100 * part for part in asdict(of[name]).values())) for block, of in levels.items()]
-        for name in numbers
-    }
-    chart = block_chart(list(levels), curves, title=f"{spec.label}, read after each block", y_label="percent")
+    chart = block_chart(levels, title=f"{spec.label}, read after each block")
     record = {
         "format": "visft_ds layers",
         "model": {spec.label: str(spec)},
@@ -146,10 +144,7 @@ def _check_folder(out: Path, record: str, primary: str | None) -> None:
         with reading(out / record, "a record of this command"):
             named = orjson.loads(read_bytes(out / record))["primary"]
         if named != primary:
-            raise ValueError(
-                f"{out} has results, whose primary number was {named or 'not named'}: it is named before results are "
-                f"seen; choose another --out"
-            )
+            raise ValueError(f"{out} has results whose primary number was {named or 'not named'}: choose another --out")
 
 
 def _start(benchmarks: Sequence[Benchmark]) -> None:
@@ -186,11 +181,11 @@ def _write(
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
     base, *others = labels
-    bars = []
-    for row in rows:
-        for label, change in row.differences.items():
-            name = row.name if len(others) == 1 else f"{label}: {row.name}"
-            bars.append(Bar(name, 100 * change.value, 100 * change.low, 100 * change.high, row.shown.get(label)))
+    bars = [
+        (row.name if len(others) == 1 else f"{label}: {row.name}", change, row.shown.get(label, change.sure))
+        for row in rows
+        for label, change in row.differences.items()
+    ]
     title = f"{others[0] if len(others) == 1 else 'each model'} minus {base}"
     return interval_chart(bars, title=title, x_label="percentage points, with 95% intervals")
 

@@ -13,13 +13,15 @@ from visft_ds.evals.benchmarks.probes import probe
 from visft_ds.evals.benchmarks.protocol import Benchmark
 from visft_ds.evals.benchmarks.retention import read_images, retention
 from visft_ds.evals.benchmarks.retrieval import read_captions, retrieval
-from visft_ds.evals.benchmarks.zero_shot import zero_shot
 
 Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
 
 #: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
 KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
-    "zero_shot": (lambda label, at, _, split: zero_shot(label, classes.read_classes(at, split)), ("split", "name")),
+    "zero_shot": (
+        lambda label, at, _, split: classes.zero_shot(label, classes.read_classes(at, split)),
+        ("split", "name"),
+    ),
     "probe": (lambda label, *at: probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
     "retrieval": (lambda label, at, _, split: retrieval(label, read_captions(at, split)), ("split", "name")),
     "objects": (lambda label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),

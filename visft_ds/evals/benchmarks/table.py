@@ -67,13 +67,7 @@ def rows_of(results: Results, arms: Mapping[str, Sequence[str]] | None = None, p
 
 
 def decide(rows: Sequence[Row], primary: str) -> list[Row]:
-    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    if primary not in (names := [row.name for row in rows]):
-        raise ValueError(f"--primary {primary}: no such number; there are {', '.join(names)}")
+    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm."""
     shown: dict[str, dict[str, bool]] = {}
     for label in dict.fromkeys(label for row in rows for label in row.p):
         others = holm({row.name: row.p[label] for row in rows if label in row.p and row.name != primary})
