@@ -89,8 +89,8 @@ def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: f
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, linear: bool = False) -> str:
-    """An `<svg>` element with grid lines and a legend of the named series.
+def line_chart(series: Sequence[Series], *, title: str, y_label: str, linear: bool = False) -> str:
+    """An `<svg>` element over optimiser steps with grid lines and a legend of the named series.
 
     Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
     than WIDE times the smallest: a loss falls most in its first steps. A chart without any finite point says so.
@@ -104,7 +104,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
 
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel="optimiser step", ylabel=y_label)
         axes.grid(axis="y")
         if not values:
             axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")

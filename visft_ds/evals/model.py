@@ -336,10 +336,8 @@ def chosen_streams(
     names = found if listed is None else [name.strip() for name in listed]
     unknown = [name for name in names if name not in found]
     if unknown or not names:
-        raise ValueError(
-            f"{where} has no head for {', '.join(unknown) or 'any task of the run'}; --tasks may name "
-            f"{', '.join(found) or 'none'}"
-        )
+        lacking, allowed = ", ".join(unknown) or "any task of the run", ", ".join(found) or "none"
+        raise ValueError(f"{where} has no head for {lacking}; --tasks may name {allowed}")
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
 

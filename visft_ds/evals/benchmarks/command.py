@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
+from visft_ds.evals.benchmarks.intervals import LEVEL
 from visft_ds.evals.benchmarks.judge import Settings, judge
 from visft_ds.evals.benchmarks.kinds import parse_benchmarks
 from visft_ds.evals.benchmarks.layers import END, Choice, choose, judge_blocks
@@ -72,13 +72,9 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     chart = _chart(rows, labels) if len(labels) > 1 else ""
     _write(given, RECORD, record, CHART, chart, began)
     parts = [Section("models", list(record["models"].items())), section(rows, labels, given.primary)]
-    parts += [
-        Section(f"primary: {row.name}", [(label, verdict(row, label)) for label in row.shown])
-        for row in rows
-        if row.name == given.primary and row.shown
-    ]
-    if given.primary and given.primary not in [row.name for row in rows]:
-        parts.append(Section(f"primary: {given.primary}", [("no model has what it needs",)]))
+    if given.primary and len(labels) > 1:
+        said = [(label, verdict(row, label)) for row in rows if row.name == given.primary for label in row.shown]
+        parts.append(Section(f"primary: {given.primary}", said or [("not decided: too few of the models have it",)]))
     if mean_shift:
         title = f"feature shift on {benchmarks[0].label}: |f - f0| / |f0 - mean of f0|"
         parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in mean_shift.items()]))
@@ -114,7 +110,7 @@ def run_layers(given: argparse.Namespace) -> None:
     _write(given, LAYERS_RECORD, record, LAYERS_CHART, chart, began)
     lines = [[block, *(f"{100 * of[name].value:.2f}" for name in numbers)] for block, of in levels.items()]
     title = f"best block: chosen on one half of the test images, judged on the other, with {LEVEL:.0%} intervals"
-    judged = [[one.number, one.block, _level(one.value), _level(one.end), _difference(one)] for one in choices.values()]
+    judged = [_judged(choice) for choice in choices.values()]
     number = list(results).index(best)
     reading_it = f"--model {redacted(given.model)}#{number}; train it there: --set visft.model.layers=[{number}]"
     parts = [
@@ -203,10 +199,7 @@ def _pictures(out: Path, benchmarks: Sequence[Benchmark], results: Mapping[str, 
     return written
 
 
-def _level(value: Interval) -> str:
-    return f"{100 * value.value:.2f} [{100 * value.low:.2f}, {100 * value.high:.2f}]"
-
-
-def _difference(choice: Choice) -> str:
-    value = choice.difference
-    return "–" if value is None else value.text(shown=value.sure)
+def _judged(choice: Choice) -> list[str]:
+    levels = [f"{100 * of.value:.2f} [{100 * of.low:.2f}, {100 * of.high:.2f}]" for of in (choice.value, choice.end)]
+    change = choice.difference
+    return [choice.number, choice.block, *levels, "–" if change is None else change.text(shown=change.sure)]

@@ -66,10 +66,8 @@ def inside(folder: Path, name: Any, listed: Path) -> Path:
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     """Image files below a folder. Raises ValueError for one that is not there."""
-    missing = [str(path) for path in paths if not os.path.isfile(path)]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"images that are named but not there: {', '.join(missing[:3])}{more}")
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise ValueError(f"{len(missing)} images that are named are not there, first {missing[0]}")
     names = [str(path.relative_to(root)) for path in paths]
     parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
     # As stored: annotations and published protocols ignore EXIF orientation.

@@ -89,13 +89,13 @@ def judge_blocks(spec: ModelSpec, benchmarks: Sequence[Benchmark], settings: Set
             read = replace(encoder, module=_Reader(encoder.module, group))
             features = encode(read, benchmark, settings, f"{spec.label}: {benchmark.label}")
             for name in group if distributed.is_main() else ():
-                own = {part: _of_block(name, of) for part, of in features.items()}
+                begin = f"{name} "
+                own = {
+                    part: {key.removeprefix(begin): value for key, value in of.items() if key.startswith(begin)}
+                    for part, of in features.items()
+                }
                 results[name] |= {f"{benchmark.label} {score.name}": score for score in benchmark.scores(own)}
     return results if distributed.is_main() else {}
-
-
-def _of_block(name: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name} "): value for key, value in features.items() if key.startswith(f"{name} ")}
 
 
 def _sizes(encoder: Encoder, settings: Settings) -> dict[str, int]:

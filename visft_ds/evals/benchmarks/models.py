@@ -151,10 +151,7 @@ def _files(text: str) -> tuple[Path, Path | None]:
             if not adapter.exists():
                 raise ValueError(f"{adapter}: no such adapter (of --model {text})")
             return base, adapter
-    raise ValueError(
-        f"--model {text}: {text.partition('+')[0]} does not exist. Give [LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, "
-        f"[LABEL=]open_clip:NAME:WEIGHTS or [LABEL=]timm:NAME[:FILE]"
-    )
+    raise ValueError(f"--model {text}: {text.partition('+')[0]} does not exist; --help tells the forms of models")
 
 
 def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
