@@ -18,7 +18,6 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
-from visft_ds.resilience.errors import Diverged
 
 #: Findings that are shown of a rank, and ranks.
 _SHOWN = 3
@@ -74,11 +73,13 @@ class LossGuard:
             saved: step of the newest checkpoint, 0 for none.
 
         Raises:
-            Diverged: always.
+            FloatingPointError: always.
         """
         after = f" after {self._allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
-        raise Diverged(f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps")
+        raise FloatingPointError(
+            f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"
+        )
 
 
 def is_finite(report: StepReport) -> bool:
