@@ -7,7 +7,7 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -271,13 +271,10 @@ def _with_extents(output: Any, frames: Frames | None, batch: Batch, features: Te
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
+    """The tensors of a head's output that have a gradient."""
     for value in (getattr(output, entry.name) for entry in fields(output)):
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor) and item.requires_grad:
-                yield item
-            elif is_dataclass(item):
-                yield from _tensors(item)
+        if isinstance(value, Tensor) and value.requires_grad:
+            yield value
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:

@@ -58,11 +58,9 @@ def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> Non
 
 def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
     logits, boxes, targets = case
-    each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
-    output = DetectionOutput(each[-1].logits, each[-1].boxes, tuple(each[:-1]))
     denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
     criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS)
-    ours = criterion(output, targets, denominators)
+    ours = criterion(DetectionOutput(logits, boxes), targets, denominators)
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
@@ -86,7 +84,7 @@ def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> N
     boxes.requires_grad_()
     criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1)
     denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
-    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, denominators)
+    losses = criterion(DetectionOutput(logits, boxes), targets, denominators)
     total = sum(weight * losses[name] for name, weight in criterion.weights.items())
     ours = torch.autograd.grad(total, (logits, boxes))
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["boxes"])
@@ -152,7 +150,7 @@ def test_layers_are_equal_with_positions() -> None:
     norms = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
     their_decoder.load_state_dict(_their_names(decoder, width, norms))
     torch.testing.assert_close(
-        decoder(state, query, memory, memory + positions, valid),
+        decoder(state, query, memory, memory + positions, valid[:, None]),
         their_decoder(state, None, positions, query, memory, mask),
         rtol=0,
         atol=2e-6,

@@ -76,9 +76,6 @@ class _Given:
     def draw(self, size: tuple[int, int], train: bool, random: np.random.Generator) -> list[Op]:
         return self.ops
 
-    def extremes(self, size: tuple[int, int]) -> set[tuple[int, int]]:
-        raise NotImplementedError
-
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_transform_of_one_task_gives_the_same_for_the_same_operations(train: bool) -> None:

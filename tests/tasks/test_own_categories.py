@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
+from tests.tasks.cases import batch_of
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
 from visft_ds.prepare.data import open_data
@@ -104,22 +104,17 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
                 batch.image_ids.tolist(), targets.labels.split(targets.counts.tolist()), strict=True
             ):
                 assert [own[label] for label in labels.tolist()] == true.get(image, [])
-            found = TASKS[task].results(_each_class(task, len(own)), _picture(), None, own)
+            found = TASKS[task].results(_each_class(task, len(own)), batch_of(1), None, own)
             assert [result["category_id"] for result in found] == list(own)
     assert seen == set(BOTH)
 
 
 def _each_class(task: str, number: int) -> Any:
     """Of one image, a query for each class, and "no object" likelier than all of them."""
-    logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None]
+    logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None, None]
     if task == "detection":
-        return DetectionOutput(logits, torch.full((1, number, 4), 0.5))
-    return SegmentationOutput(logits, torch.ones(1, number, 2, 2))
-
-
-def _picture() -> Batch:
-    side, one = torch.tensor([[8, 8]]), torch.tensor([1])
-    return Batch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), side, side, one, one, one, torch.tensor([True]))
+        return DetectionOutput(logits, torch.full((1, 1, number, 4), 0.5))
+    return SegmentationOutput(logits, torch.ones(1, 1, number, 2, 2))
 
 
 def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(shards: dict[str, Path]) -> None:
@@ -144,7 +139,7 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
     ]
     settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
     config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
-    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
+    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro):
         targets = largest.batch(pipeline, "both").targets[largest.stream.name]
         assert len(targets.labels) and set(targets.labels.tolist()) == {0}
 

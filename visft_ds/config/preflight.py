@@ -192,8 +192,7 @@ def _lacks(config: ResolvedConfig, task: str) -> str | None:
     counts = _values(_manifest_file(config), "counts")
     findings = _values(_manifest_file(config), "findings")
     try:
-        kinds = {kind: number for kind, (number, _) in findings.items()}
-        lacks: str | None = config_class(task).lacks(counts, kinds) if counts else None
+        lacks: str | None = config_class(task).lacks(counts, findings) if counts else None
     except (ValueError, TypeError, AttributeError):
         return None
     return lacks

@@ -201,8 +201,8 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
                 f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
                 f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
             )
-        if (problem := TASKS[task].data_problem(manifest)) is not None:
-            raise ValueError(problem)
+        if lacking := TASKS[task].config.misleads(manifest.counts, manifest.findings):
+            raise ValueError(f"{manifest.root}/{manifest.split} has no {lacking}")
 
 
 def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> dict[str, list[dict[str, Any]]]:

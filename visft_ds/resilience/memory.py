@@ -81,35 +81,34 @@ def memory_explained(what: str, stream: str, shape: Callable[[], str], device: t
 class Largest:
     """Micro-batch that needs at least as much memory as any of a stream's on one data set.
 
-    It has the images with the most objects, and where it has several the highest image and the widest, since a batch is
-    padded to the height of the one and the width of the other. Captions have `max_words` words.
+    Its images are squares of the largest side, with the most objects that images of the data set have. Captions have
+    `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
-    sizes: tuple[Size, ...]  #: (height, width) of each image
     objects: tuple[int, ...]  #: in each image
     category: int  #: of all of them, an id of the first data set, whose ids the heads know
 
     @property
     def frame(self) -> Size:
-        """(height, width) of the padded batch."""
-        return max(height for height, _ in self.sizes), max(width for _, width in self.sizes)
+        """(height, width) of all images."""
+        return (self.stream.largest_side(),) * 2
 
     def describe(self) -> str:
         """Its shapes for a message."""
         tasks = self.stream.tasks
         objects = sum(self.objects) if needs_categories(tasks) else None
         ids = self.stream.image["max_words"] + 2 if any(TASKS[task].uses_vocabulary for task in tasks) else None
-        return shape_text(len(self.sizes), self.frame, objects, ids)
+        return shape_text(len(self.objects), self.frame, objects, ids)
 
     def batch(self, pipeline: SamplePipeline, role: Role) -> Batch:
         """The batch, or the part of it that a process with this role reads."""
         caption = " ".join(["a"] * self.stream.image.get("max_words", 1))
         samples = []
-        for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
-            box = [0, 0, size[1], size[0]]
-            outline = [0, 0, size[1], 0, size[1], size[0], 0, size[0]]
-            whole = {"bbox": box, "category_id": self.category, "iscrowd": 0, "segmentation": [outline]}
+        size, side = self.frame, self.frame[0]
+        outline = [0, 0, side, 0, side, side, 0, side]
+        whole = {"bbox": [0, 0, *size], "category_id": self.category, "iscrowd": 0, "segmentation": [outline]}
+        for number, objects in enumerate(self.objects):
             raw = RawSample(number, number, size, None, [whole] * objects, [caption])
             samples.append(
                 Sample(
@@ -125,28 +124,16 @@ class Largest:
         return pipeline.collate(samples)
 
 
-def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) -> list[tuple[Largest, SamplePipeline]]:
-    """The largest micro-batch of each stream on each of its data sets, with its pipeline.
-
-    Args:
-        micro: images of a micro-batch, by stream.
-        packed: images of different sizes go through the backbone without padding: those of most pixels come together.
-    """
+def largest_batches(data: RunData, micro: Mapping[str, int]) -> list[tuple[Largest, SamplePipeline]]:
+    """The largest micro-batch of each stream (of `micro[name]` images) on each of its data sets, with its pipeline."""
     found = []
     category = next((category.coco_id for category in data.categories), 0)
     for name, stream in data.streams.items():
         count = micro[name]
         for dataset, part in parts_of(stream, data.sets).items():
             index, pipeline = data.sets[dataset].manifest.index, data.pipelines[name][dataset]
-            shapes = np.unique(np.stack([index["height"], index["width"]]).astype(np.int64), axis=1).T.tolist()
-            extremes = set().union(*(pipeline.transform.geometry.extremes((h, w)) for h, w in shapes))
-            by_pixels = sorted(extremes, key=lambda size: (size[0] * size[1], size), reverse=True)
-            highest, widest = (max(by_pixels, key=lambda size: size[side]) for side in (0, 1))
-            sizes = [by_pixels[0]] * count
-            if count > 1 and not packed:
-                sizes[:2] = highest, widest
             objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1][:count]
-            found.append((Largest(part, tuple(sizes), tuple(objects.tolist()), category), pipeline))
+            found.append((Largest(part, tuple(objects.tolist()), category), pipeline))
     return found
 
 
@@ -159,7 +146,7 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     device, rows = engine.device, []
     with unchanged(engine):
-        for largest, pipeline in largest_batches(data, batches.micro, packed=model.packed):
+        for largest, pipeline in largest_batches(data, batches.micro):
             name, shape, began = largest.stream.name, largest.describe(), time.perf_counter()
             watchdog.begin(f"rehearsal of {name}")
             with memory_explained(f"the rehearsal of {name}", name, largest.describe, device):

@@ -1,4 +1,4 @@
-"""Captioning: head, criterion and post-processing of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
+"""Captioning: head, criterion and generation of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
 
 Letters: B images, h w patch grid, D backbone width, P cells of the pooled grid ("pixels" in the paper), T caption
 length in word ids (`<start>` and `<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.vocabulary import Vocabulary
 
 DECODING = DecodingConfig()
 _PAD = 0
@@ -46,13 +44,6 @@ class CaptioningOutput:
 
     scores: Tensor  #: (B, S, V) logits of the next word: those of step t follow the first t + 1 ids
     attention: Tensor  #: (B, S, P) weights over the pooled cells in row-major order, sum 1
-
-
-@dataclass(frozen=True)
-class GeneratedCaptions:
-    """Captions that the head made."""
-
-    tokens: Tensor  #: (B, T) int64 ids, `<start> word ... <end>`, filled up with 0
 
 
 class CaptioningHead(nn.Module):
@@ -90,21 +81,21 @@ class CaptioningHead(nn.Module):
         *,
         beam_size: int = DECODING.beam_size,
         max_length: int = DECODING.max_length,
-    ) -> CaptioningOutput | GeneratedCaptions:
+    ) -> CaptioningOutput | Tensor:
         """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
         With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
-        Without: the best caption of each image by beam search. `max_length` is the largest number of words, after which
-        `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length normalisation, and
-        finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
-        dropout, in training mode either. Among equal scores the choice is PyTorch's.
+        Without: the best caption of each image by beam search, (B, T) ids filled up with 0. `max_length` is the largest
+        number of words, after which `<end>` is forced. A beam's score is the plain sum of log-probabilities, without
+        length normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never
+        chosen, and there is no dropout, in training mode either. Among equal scores the choice is PyTorch's.
 
         There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
         """
         if captions is None:
             words = self._search(features, valid, beam_size, max_length)
-            return GeneratedCaptions(F.pad(words, (1, 0), value=self.vocabulary_size + _START))
+            return F.pad(words, (1, 0), value=self.vocabulary_size + _START)
         assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
         pixels, keys, hidden, cell = self._initial(features, valid)
         embedded = self.embedding(captions[:, :-1])
@@ -290,9 +281,3 @@ class CaptioningCriterion:
         scores = scores.detach()
         better = (scores > scores.gather(2, wanted.unsqueeze(-1))).sum(dim=-1)
         return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / loss_denominators["tokens"]}
-
-
-def postprocess(output: GeneratedCaptions, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Captions in COCO's results format: image_id, caption. Only images with `batch.real` appear."""
-    rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
-    return [{"image_id": image_id, "caption": vocabulary.decode(tokens)} for image_id, real, tokens in rows if real]
