@@ -14,7 +14,7 @@ from tests.options import criterion_of, head_of
 from tests.tasks.cases import batch_of, denominators
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, pool_valid
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, GeneratedCaptions, pool_valid
 from visft_ds.tasks.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
@@ -147,7 +147,7 @@ def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> N
 
 def generated(head: CaptioningHead, features: Tensor, valid: Tensor, **decoding: int) -> list[list[int]]:
     """Ids of the words of each image's caption."""
-    rows: list[list[int]] = head(features, valid, **decoding).tolist()
+    rows: list[list[int]] = head(features, valid, **decoding).tokens.tolist()
     return [row[1 : row.index(head.vocabulary_size - 1)] for row in rows]
 
 
@@ -157,7 +157,7 @@ def test_generated_captions_are_well_formed_and_the_same_alone(beams: int) -> No
     head = small_head().eval()
     head.fc.bias.data[[0, 6, 7]] += 20  # make it want what it must not say
     features, valid = feature_maps(24)
-    tokens = head(features, valid, beam_size=beams, max_length=9)
+    tokens = head(features, valid, beam_size=beams, max_length=9).tokens
     assert tokens.shape == (24, 11) and (tokens[:, 0] == START).all()
     captions = generated(head, features, valid, beam_size=beams, max_length=9)
     assert len({len(caption) for caption in captions}) > 1 and {*chain(*captions)} <= {1, 2, 3, 4, 5}
@@ -248,6 +248,6 @@ def test_a_micro_batch_without_captions_trains_nothing_but_stays_in_the_graph() 
 
 def test_results_are_of_real_images() -> None:
     vocabulary = Vocabulary(("a", "cat", "on", "the", "mat"))
-    tokens = torch.tensor([[7, 1, 2, 8, 0], [7, 8, 0, 0, 0], [7, 5, 5, 5, 8]])
-    results = TASKS["captioning"].results(tokens, batch_of(3, real=torch.tensor([True, True, False])), vocabulary)
+    said = GeneratedCaptions(torch.tensor([[7, 1, 2, 8, 0], [7, 8, 0, 0, 0], [7, 5, 5, 5, 8]]))
+    results = TASKS["captioning"].results(said, batch_of(3, real=torch.tensor([True, True, False])), vocabulary)
     assert results == [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "caption": ""}]

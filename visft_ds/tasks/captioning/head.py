@@ -46,6 +46,13 @@ class CaptioningOutput:
     attention: Tensor  #: (B, S, P) weights over the pooled cells in row-major order, sum 1
 
 
+@dataclass(frozen=True)
+class GeneratedCaptions:
+    """Captions that the head made."""
+
+    tokens: Tensor  #: (B, T) int64 ids, `<start> word ... <end>`, filled up with 0
+
+
 class CaptioningHead(nn.Module):
     """Feature map -> scores of the next word, step by step, with the attention that led to them.
 
@@ -81,21 +88,20 @@ class CaptioningHead(nn.Module):
         *,
         beam_size: int = DECODING.beam_size,
         max_length: int = DECODING.max_length,
-    ) -> CaptioningOutput | Tensor:
+    ) -> CaptioningOutput | GeneratedCaptions:
         """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
         With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
-        Without: the best caption of each image by beam search, (B, T) ids filled up with 0. `max_length` is the largest
-        number of words, after which `<end>` is forced. A beam's score is the plain sum of log-probabilities, without
-        length normalisation, and finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never
-        chosen, and there is no dropout, in training mode either. Among equal scores the choice is PyTorch's.
+        Without: the best caption of each image by beam search. `max_length` is the largest number of words, after which
+        `<end>` is forced. A beam's score is the plain sum of log-probabilities, without length normalisation, and
+        finished beams keep their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen, and there is no
+        dropout, in training mode either. Among equal scores the choice is PyTorch's.
 
         There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
         """
         if captions is None:
-            words = self._search(features, valid, beam_size, max_length)
-            return F.pad(words, (1, 0), value=self.vocabulary_size + _START)
+            return GeneratedCaptions(self._search(features, valid, beam_size, max_length))
         assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
         pixels, keys, hidden, cell = self._initial(features, valid)
         embedded = self.embedding(captions[:, :-1])
@@ -112,7 +118,7 @@ class CaptioningHead(nn.Module):
 
     @torch.no_grad()
     def _search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
-        """Best captions (B, max_length + 1), without `<start>`."""
+        """The best caption of each image, (B, max_length + 2) ids."""
         images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
         initial = self._initial(features, valid)
@@ -131,7 +137,7 @@ class CaptioningHead(nn.Module):
         stays[_PAD] = 0
         ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
         ends[end] = 0
-        words, parents = [], []
+        captions = word[:, None]  # of the beams so far
         for step in range(max_length + 1):
             states, _, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
             gains = (at_least_float32(self.fc(states[:, 0])) + banned).log_softmax(dim=-1)
@@ -143,14 +149,8 @@ class CaptioningHead(nn.Module):
             word = (chosen % size).flatten()
             ended = ended[rows] | (word == end)
             hidden, cell = states[rows, 0], cell[rows]
-            words.append(word)
-            parents.append(rows)
-        row = first.squeeze(1)  # the best beam comes first
-        best_words = []  # from the last step to the first
-        for word, parent in zip(reversed(words), reversed(parents), strict=True):
-            best_words.append(word[row])
-            row = parent[row]
-        return torch.stack(best_words[::-1], 1)
+            captions = torch.cat((captions[rows], word[:, None]), dim=1)
+        return captions[first.squeeze(1)]  # the best beam comes first
 
 
 class Recurrence(nn.Module):

@@ -64,7 +64,7 @@ class Captioning(Task):
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
-        rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tolist(), strict=True)
+        rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
         return [{"image_id": image, "caption": _needed(words).decode(ids)} for image, real, ids in rows if real]
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
