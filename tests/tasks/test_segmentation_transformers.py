@@ -6,7 +6,7 @@ count levels are replaced. Its pixel decoder knows no padding, so padded maps ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 
 import pytest
 import torch
@@ -87,62 +87,45 @@ def _head() -> SegmentationHead:
     )
 
 
+#: Beginnings of their names -> ours, then the parts of layers; q, k and v of the queries are stacked.
+_RULES = {
+    r"^pixels\.level_embed$": "pixel_decoder.level_embed.weight",
+    r"^pixels\.input_projections\.0\.0\.": "pixel_decoder.input_proj.",
+    r"^pixels\.input_projections\.0\.1\.": "pixel_decoder.input_norm.",
+    r"^pixels\.mask_projection\.": "pixel_decoder.mask_proj.",
+    r"^pixels\.adapter_1\.0\.": "pixel_decoder.lateral_proj.",
+    r"^pixels\.adapter_1\.1\.": "pixel_decoder.lateral_norm.",
+    r"^pixels\.layer_1\.0\.": "pixel_decoder.output_conv.",
+    r"^pixels\.layer_1\.1\.": "pixel_decoder.output_norm.",
+    r"^pixels\.encoder\.(.*)self_attn_layer_norm\.": r"pixel_decoder.\1norm1.",
+    r"^pixels\.encoder\.(.*)final_layer_norm\.": r"pixel_decoder.\1norm2.",
+    r"^pixels\.encoder\.": "pixel_decoder.",
+    r"^queries\.queries_embedder\.": "decoder.query_pos.",
+    r"^queries\.queries_features\.": "decoder.query_feat.",
+    r"^queries\.level_embed\.": "decoder.level_embed.",
+    r"^queries\.decoder\.layernorm\.": "decoder.norm.",
+    r"^queries\.decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.": r"decoder.mask_embed.layers.\1.",
+    r"^queries\.decoder\.": "decoder.",
+    r"^class_predictor\.": "decoder.class_embed.",
+    r"cross_attn_layer_norm": "norm1",
+    r"self_attn_layer_norm": "norm2",
+    r"final_layer_norm": "norm3",
+    r"\.fc([12])\.": r".linear\1.",
+}
+
+
 def _copy_weights(reference: Reference, head: SegmentationHead) -> None:
     """Every tensor of the reference into the head, by name; `load_state_dict` refuses a rest on either side."""
     ours: dict[str, Tensor] = {}
     for name, value in reference.state_dict().items():
-        ours.update(_renamed(name, value))
+        for pattern, new in _RULES.items():
+            name = re.sub(pattern, new, name)
+        ours[name] = value
     for layer in range(DECODER_LAYERS):
-        prefix = f"queries.decoder.layers.{layer}.self_attn"
         for kind in ("weight", "bias"):
-            parts = [reference.state_dict()[f"{prefix}.{one}_proj.{kind}"] for one in "qkv"]
+            parts = [ours.pop(f"decoder.layers.{layer}.self_attn.{one}_proj.{kind}") for one in "qkv"]
             ours[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(parts)
     head.load_state_dict(ours)
-
-
-_NAMES = {
-    "pixels.level_embed": "pixel_decoder.level_embed.weight",
-    "pixels.input_projections.0.0": "pixel_decoder.input_proj",
-    "pixels.input_projections.0.1": "pixel_decoder.input_norm",
-    "pixels.mask_projection": "pixel_decoder.mask_proj",
-    "pixels.adapter_1.0": "pixel_decoder.lateral_proj",
-    "pixels.adapter_1.1": "pixel_decoder.lateral_norm",
-    "pixels.layer_1.0": "pixel_decoder.output_conv",
-    "pixels.layer_1.1": "pixel_decoder.output_norm",
-    "queries.queries_embedder": "decoder.query_pos",
-    "queries.queries_features": "decoder.query_feat",
-    "queries.level_embed": "decoder.level_embed",
-    "queries.decoder.layernorm": "decoder.norm",
-    "class_predictor": "decoder.class_embed",
-    **{f"queries.decoder.mask_predictor.mask_embedder.{i}.0": f"decoder.mask_embed.layers.{i}" for i in range(3)},
-}
-_PIXEL_LAYER = {"self_attn_layer_norm": "norm1", "fc1": "linear1", "fc2": "linear2", "final_layer_norm": "norm2"}
-_QUERY_LAYER = {
-    "cross_attn_layer_norm": "norm1",
-    "self_attn_layer_norm": "norm2",
-    "fc1": "linear1",
-    "fc2": "linear2",
-    "final_layer_norm": "norm3",
-}
-
-
-def _renamed(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for old, new in _NAMES.items():
-        if name == old or name.startswith(f"{old}."):
-            yield new + name.removeprefix(old), value
-            return
-    for old, new, parts in (
-        ("pixels.encoder.layers.", "pixel_decoder.layers.", _PIXEL_LAYER),
-        ("queries.decoder.layers.", "decoder.layers.", _QUERY_LAYER),
-    ):
-        if name.startswith(old):
-            number, part, rest = name.removeprefix(old).split(".", 2)
-            # the three projections of the self-attention among queries are stacked by the caller
-            if new == "decoder.layers." and part == "self_attn" and rest[:2] in ("q_", "k_", "v_"):
-                return
-            yield f"{new}{number}.{parts.get(part, part)}.{rest}", value
-            return
-    raise AssertionError(f"{name} has no counterpart")
 
 
 @pytest.fixture(scope="module")
