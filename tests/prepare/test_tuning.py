@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.tiny import TINY
-from visft_ds.config import ResolvedConfig, resolve, resolve_values
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -62,7 +62,7 @@ def test_random_heads_train_along_and_need_no_stage_1() -> None:
     config = configured("visft.heads.start=random")
     assert config.visft.heads.path is None and stage_of(config.visft).name == "lora and heads"
     assert [(group.name, group.params) for group in config.visft.param_groups][1:] == [("heads", "heads.*")]
-    again = resolve_values(config.to_dict(), "the record")
+    again = resolve(recorded=(config.to_dict(), "the record"))
     assert again.fingerprint() == config.fingerprint()
     own = configured("visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.*", "lr": 1e-3}')
     assert [group.lr for group in own.visft.param_groups] == [None, 1e-3]

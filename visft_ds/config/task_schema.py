@@ -14,8 +14,7 @@ from pydantic import BaseModel
 from visft_ds.config.fields import Above, Fraction, Positive, Section, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
-#: Selection of an image's caption to learn from: one drawn anew each time, or always the first one, which gives a small
-#: set of images one answer each.
+#: An image's caption to learn from: one drawn anew each time, or always the first.
 CaptionChoice = Literal["random", "first"]
 
 
@@ -138,6 +137,11 @@ class Stream:
     image: dict[str, Any]  #: options of geometry and targets
     #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Where its settings are."""
+        return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
 
     def largest_side(self) -> int:
         """Side in pixels of the largest square among the training images."""

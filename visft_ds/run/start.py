@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, run_of
-from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.data.shards import Category
+from visft_ds.files import read_bytes, reading
 from visft_ds.interop.layouts import described, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import examples, open_weights
@@ -169,7 +170,9 @@ def _ids(task: str, config: VisftConfig, categories: Sequence[Category]) -> tupl
 
 
 def _categories(run: Path) -> list[Category]:
-    return read_record(run / INPUTS_FOLDER / CATEGORIES_FILE, list[Category])
+    file = run / INPUTS_FOLDER / CATEGORIES_FILE
+    with reading(file, "the categories of a run"):
+        return TypeAdapter(list[Category]).validate_json(read_bytes(file))
 
 
 def _settings(lora: LoraConfig | None) -> dict[str, Any] | None:
