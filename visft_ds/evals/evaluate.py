@@ -201,7 +201,8 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
         needed, count = TASKS[task].config.learns_from, min(limit or len(manifest), len(manifest))
-        problem = TASKS[task].data_problem(manifest)
+        lacking = TASKS[task].config.misleads(manifest.counts, manifest.findings)
+        problem = lacking and f"{manifest.root}/{manifest.split} has no {lacking}"
         if not (manifest.having(needed) < count).any():
             where = f"{count} images of {manifest.root}/{manifest.split}"
             problem = f"no {needed} in {where}, which {task} is compared with: give other data or other --tasks"

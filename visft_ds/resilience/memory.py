@@ -88,43 +88,32 @@ def largest_shape(batches: Sequence[Batch]) -> str:
     return text
 
 
-def largest_batches(
-    data: RunData, micro: Mapping[str, int], role: Role, *, packed: bool
-) -> Iterator[tuple[str, Batch]]:
+def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iterator[tuple[str, Batch]]:
     """For each data set of each stream (stream, micro-batch that needs at least as much memory as any other).
 
-    It has the images with the most objects, and where it has several the highest image and the widest, since a batch is
-    padded to the height of the one and the width of the other. Captions have `max_words` words.
+    Its images are squares of the largest side, with the most objects that images have; captions have `max_words` words.
 
     Args:
         micro: images of a micro-batch, by stream.
         role: of this process, which makes its part of the batch.
-        packed: images of different sizes go through the backbone without padding: those of most pixels come together.
     """
     category = next((category.coco_id for category in data.categories), 0)  # the heads know those of the first set
     for name, stream in data.streams.items():
-        count, caption = micro[name], " ".join(["a"] * stream.image.get("max_words", 1))
+        count, side, caption = micro[name], stream.largest_side(), " ".join(["a"] * stream.image.get("max_words", 1))
         for dataset in parts_of(stream, data.sets):
             index, pipeline = data.sets[dataset].manifest.index, data.pipelines[name][dataset]
-            shapes = np.unique(np.stack([index["height"], index["width"]]).astype(np.int64), axis=1).T.tolist()
-            extremes = set().union(*(pipeline.transform.geometry.extremes((h, w)) for h, w in shapes))
-            by_pixels = sorted(extremes, key=lambda size: (size[0] * size[1], size), reverse=True)
-            sizes = [by_pixels[0]] * count
-            if count > 1 and not packed:
-                sizes[:2] = (max(by_pixels, key=lambda size: size[side]) for side in (0, 1))
             objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1]
+            outline = [0, 0, side, 0, side, side, 0, side]
+            whole = {"bbox": [0, 0, side, side], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
             samples = []
-            for number, ((height, width), in_image) in enumerate(zip(sizes, objects, strict=False)):
-                outline = [0, 0, width, 0, width, height, 0, height]
-                whole = {"bbox": [0, 0, width, height], "category_id": category, "iscrowd": 0}
-                labels = [{**whole, "segmentation": [outline]}] * int(in_image)
-                raw = RawSample(number, number, (height, width), None, labels, [caption])
+            for number, in_image in enumerate(objects[:count].tolist()):
+                raw = RawSample(number, number, (side, side), None, [whole] * in_image, [caption])
                 sample = Sample(
                     index=number,
                     image_id=number,
-                    original_size=(height, width),
-                    size=(height, width),
-                    image=None if role == "labels" else torch.zeros((3, height, width), dtype=torch.uint8),
+                    original_size=(side, side),
+                    size=(side, side),
+                    image=None if role == "labels" else torch.zeros((3, side, side), dtype=torch.uint8),
                     random_key=number,
                     targets={} if role == "images" else pipeline.transform.targets(raw, (), generator(number)),
                 )
@@ -141,7 +130,7 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     device, rows = engine.device, []
     with unchanged(engine):
-        for name, batch in largest_batches(data, batches.micro, role or "images", packed=model.packed):
+        for name, batch in largest_batches(data, batches.micro, role or "images"):
             began, micro = time.perf_counter(), [batch] * batches.accumulation if role else []
             watchdog.begin(f"rehearsal of {name}")
             with memory_explained(f"the rehearsal of {name}", name, micro, device):
