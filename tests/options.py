@@ -61,8 +61,8 @@ def drawn(transform: ImageTransform, size: Size, random: np.random.Generator) ->
 
 def known_keys(model: Any = None, prefix: str = "") -> list[str]:
     """Every key a configuration may set, dotted; "0" stands for a position in a list."""
+    from visft_ds.config.resolve import models_in
     from visft_ds.config.schema import Recipe, complete
-    from visft_ds.config.validate import models_in
 
     complete()
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from unittest import mock
 
@@ -73,13 +72,6 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
 )
 def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
     assert flags_of_training([*words, "--stage", "2"]) == ["--stage", "2"]
-
-
-def test_the_training_module_is_no_silent_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, which has torch and DeepSpeed already."""
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / "visft_ds/train.py"), run_name="__main__")
-    assert "visft train" in capsys.readouterr().err
 
 
 def test_every_configuration_is_installed_and_has_one_copy() -> None:

@@ -9,16 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import ResolvedConfig, changed, missing_inputs, own, render_missing
-from visft_ds.config.backbones import model_of, named
-from visft_ds.config.cli import (
-    DEFAULT_ENGINE,
-    DEFAULT_MODEL,
-    check_resume,
-    fetch_weights,
-    folder_flags,
-    resolve_with_data,
-)
+from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
+from visft_ds.config.cli import DEFAULT_ENGINE, RESUME, fetch_weights, resolve_with_data
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
@@ -68,25 +60,26 @@ def fit(
     """
     # Before torch is imported: a launcher that dies meanwhile must be missed.
     stop = StopFlag(launched="RANK" in os.environ)
-    check_resume(resume)
-    folders = folder_flags(data, out)
+    if resume not in RESUME:
+        raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
     if isinstance(settings, Mapping):
         settings = [_text(key, value) for key, value in settings.items()]
     if config is None:
-        flags = dict[str, tuple[str, Any]]()
-        if stage is None and model is None and data is not None:
-            stage, model = 1, own.MODEL
-        if backbone is not None:
-            model, flags = model_of(named(os.fspath(backbone), download=download), model)
-        if model == own.MODEL:
-            flags |= own.of_backbone(flags)
         config = resolve_with_data(
-            stage=stage, model=model or DEFAULT_MODEL, engine=engine, settings=settings, flags=flags | folders
+            stage=stage,
+            model=model,
+            engine=engine,
+            backbone=None if backbone is None else os.fspath(backbone),
+            download=download,
+            data=data,
+            out=out,
+            settings=settings,
         )
     elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
         raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
     else:
-        config = changed(config, [*(f"{key}={json.dumps(value)}" for key, value in folders.values()), *settings])
+        folders = {"visft.data.root": data, "visft.run.out": out}
+        config = changed(config, [*(_text(key, at) for key, at in folders.items() if at is not None), *settings])
     if download:
         fetch_weights(config)
     missing = missing_inputs(config)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn
 
-from visft_ds import CHECKOUT
+from visft_ds import CHECKOUT, program
 
 _UNKNOWN = "unrecognized arguments: "
 #: Packages of the extra `eval`, as they are imported.
@@ -23,6 +23,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the message, then end with status 2."""
+        super().error(self.hinted(message))
+
+    def hinted(self, message: str) -> str:
+        """The message, with the nearest flag."""
         if message.startswith(_UNKNOWN):
             known = _flags(self)
             words = message.removeprefix(_UNKNOWN).split()
@@ -32,7 +36,21 @@ class Parser(argparse.ArgumentParser):
             for word in flags:
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
                 message += f"; did you mean {near[0]}?" if word.startswith("--") and near else ""
-        super().error(message)
+        return message
+
+
+class Command(Parser):
+    """Parser of a command that answers everything it refuses with one ValueError, and prints examples."""
+
+    def __init__(self, name: str, description: str, epilog: str) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog=program(name), description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
+        raise ValueError(f"{self.hinted(message)}; see {self.prog} --help")
 
 
 def check_least(given: object, **least: int) -> None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             from visft_ds.run.start_report import print_dry_run
 
-            return print_dry_run(config, count or world_size, missing, as_json=options.json) if rank == 0 else 0
+            return print_dry_run(config, count or world_size, missing) if rank == 0 else 0
         if missing:
             raise ValueError(missing)
         if count is not None and "RANK" not in os.environ:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
@@ -19,26 +17,19 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
-from visft_ds.prepare.model import prepare_model
-from visft_ds.resilience.errors import met_by_one_rank
+from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
-from visft_ds.resilience.memory import largest_shape, memory_explained, probe_memory
+from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.evaluation import Validation, compare_with_training
 from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import (
-    Machine,
-    check_machine,
-    folder_of_run,
-    rank_facts,
-    settle_recompute,
-)
+from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
-from visft_ds.run.validation import Validation, told_of_learning, validation_of
 
 
 @dataclass(frozen=True)
@@ -83,32 +74,34 @@ def train(
     """Train one stage. What can be known from files and shapes is checked before any model is allocated.
 
     Args:
-        resume: "auto" goes on from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
         command: that starts this run again, for its record.
 
     Raises:
-        ValueError: what a user can mend.
-        OSError, StoreFailed: a disk or a server.
+        ValueError: a mistake of the user; settings, code or data that differ between ranks.
+        OSError: a disk or a server.
         FloatingPointError: losses or gradients that are not finite, more often than `visft.run.skip_bad_steps` allows.
-        RanksDiffer, LostRank: ranks that are not alike; another one that ended first.
+        LostRank: another rank ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
     config, data = open_data(config, distributed.world_size())
     machine = check_machine(config, data.vocabulary_size)
-    batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
-    loader = open_loader(config.visft, data, batches)
+    out = Path(config.visft.run.out or "")
+    loader = open_loader(config.visft, data, machine.planned.batches)
     start_from = open_run(config, resume, data)
 
     # 4: from here on all ranks act together.
     start_process_group()
     watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
-    with ExitStack() as at_the_end, folder_of_run(out, config, resume), watchdog.watching():
+    with folder_of_run(out, config, resume), watchdog.watching():
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        began = {} if start_from is None else {"start": start_from.sha256}
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **began})
+        distributed.assert_same_on_all_ranks(
+            {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
+        )
         config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
+        precision = machine.planned.precision
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
@@ -134,81 +127,86 @@ def train(
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
         )
-        at_the_end.enter_context(released(engine))
+        with released(engine):
+            # 8: continue where an earlier start of this run was left.
+            state = RunState(config, engine, identity, data)
+            start = state.resume(resume)
+            if distributed.is_main():
+                state.begin_export(prepared)
+                write_record(config, identity, command, start_from)
+                print_start(config, data, machine, prepared, features, start=start)
 
-        # 8: go on where an earlier start of this run was left.
-        state = RunState(config, engine, identity, data)
-        start = state.resume(resume)
-        validation = validation_of(config.visft, data, state.judged)
+            # 9: what will not fit into memory fails now, not after hours.
+            if config.visft.run.rehearsal and start < config.total_steps:
+                probe_memory(config.visft.model, engine, data, machine.planned.batches, watchdog)
+
+            # 10: train, then export.
+            validation = None
+            if data.validation is not None:
+                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.judged)
+            run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
+            with (
+                closing(validation) if validation else nullcontext(),
+                open_log(config, start, machine.planned, callbacks, stop) as log,
+                state,
+            ):
+                return _train_and_export(run, prepared, start, log)
+
+
+def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
+    """Run the loop; write the last checkpoint, the export and the last numbers."""
+    state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
+    try:
+        step, complete = _loop(run, start, log)
+        watchdog.begin("writing the last checkpoint", timed=False)
+        state.report_saves(log, wait=True)
+    finally:
+        run.loader.close()  # what is read ahead must not hold up the end
+    finished, training = complete or step == run.config.total_steps, dict[str, float]()
+    if finished:
+        watchdog.begin("exporting", timed=False)
+        if validation and settings.keep_best:
+            validation.poll(log, seconds=None)
+        state.export(state.take_best(step, log), prepared)
         if validation:
-            at_the_end.callback(validation.close)
-        if distributed.is_main():
-            state.begin_export(prepared)
-            write_record(config, identity, command, start_from)
-            print_start(config, data, machine, prepared, features, start=start)
-
-        # 9: what will not fit into memory fails now, not after hours.
-        if config.visft.run.rehearsal and start < config.total_steps:
-            probe_memory(config.visft.model, engine, data, batches, watchdog)
-
-        # 10: train, then export.
-        run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
-        kept = features is not None
-        opened = open_log(
-            config, start, planned=machine.planned, keeps_features=kept, callbacks=callbacks, gone=stop.output_gone
-        )
-        with opened as log, state:
-            with met_by_one_rank():  # a damaged sample is seen by who reads it
-                try:
-                    step, complete = _loop(run, start, log)
-                    watchdog.begin("writing the last checkpoint", timed=False)
-                    state.report_saves(log, wait=True)
-                finally:
-                    loader.close()  # what is read ahead must not hold up the end
-            finished, learnt = complete or step >= config.total_steps, dict[str, float]()
-            if finished:
-                watchdog.begin("exporting", timed=False)
-                if validation and config.visft.run.keep_best:
-                    validation.poll(log, seconds=None)
-                state.export(state.take_best(step, log), prepared)
-            if finished and validation:
-                learnt = validation.learnt(engine.predict, first_of(data.sets), log)
-            stopped = Stop.NOT if complete else Stop(distributed.largest(stop.reason, engine.device))
-            distributed.close()
-            watchdog.leave("done" if finished else f"stopped: {stopped.name}")
-            # After closing: the other ranks need not wait for the last numbers.
-            if validation and finished:
-                validation.poll(log, seconds=None)
-                log.writer.event(step, "training images evaluated", **learnt)
-                for line in told_of_learning(learnt, log.writer.last):
-                    log.message(line)
-            elif validation:
-                validation.leave(log)
-            state.delete_obsolete()
-            return FitResult(out, step, finished, stopped, log.writer.last)
+            training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
+    stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))
+    distributed.close()
+    watchdog.leave("done" if finished else f"stopped: {stopped.name}")
+    # After closing: the other ranks need not wait for the last numbers.
+    if validation and finished:
+        validation.poll(log, seconds=None)
+        log.writer.event(step, "training images evaluated", **training)
+        for line in compare_with_training(training, log.writer.last):
+            log.message(line)
+    elif validation:
+        validation.leave(log)
+    state.delete_obsolete()
+    return FitResult(Path(settings.out or ""), step, finished, stopped, log.writer.last)
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the number of steps done, and whether nothing is left to do (`visft.run.stop_after`).
+    """The training loop. Returns the number of steps done, and whether nothing is left to do.
 
     After a request to stop, steps or the last evaluation are left; the same command makes up for them.
     """
     engine, state, validation, stop, begin = run.engine, run.state, run.validation, run.stop, run.watchdog.begin
     settings, total_steps = run.config.visft.run, run.config.total_steps
     micro_batches = run.machine.planned.batches.micro_batches
-    saved, step, stopping = start, start, False
+    saved, step = start, start
     stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
-    missed = validation and start and validation.is_missing(start, total_steps)
-    if validation and missed and not validation.evaluate(engine.predict, start, log, stop):
-        # The run had ended between saving this step and evaluating it, and is asked to end again.
-        log.message(f"stopped in the evaluation after step {start} ({stop.why()}); the same command makes it")
-        return start, False
-    if validation and start and state.ends_early(start, partial(validation.poll, log, seconds=None), log):
-        return start, True
+    if validation and start and validation.is_due(start, total_steps):
+        # An earlier start may have ended between saving this step and evaluating it.
+        evaluated = distributed.broadcast_object(start in log.writer.evaluated)
+        if not evaluated and not validation.evaluate(engine.predict, start, log, stop):
+            log.message(f"stopped after step {start} ({stop.why()}); the same command continues")
+            return start, False
+        if state.ends_early(start, validation, log):
+            return start, True
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for step_plan, batches in run.loader.steps(start, total_steps):
@@ -218,7 +216,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
         loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
-        with memory_explained(f"step {step} ({task})", task, partial(largest_shape, batches), engine.device):
+        with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
         if message := guard.observe(step_plan, report):
@@ -231,37 +229,28 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 guard.stop(message, state.saved)
             log.message(message)
 
-        now = time.perf_counter()
-        tasks = list(engine.module.heads)
-        log.step(step_plan, report, batches, run.loader, tasks=tasks, seconds=now - began, device=engine.device)
-        if step == total_steps or agreement.stop or step % settings.save_every == 0:
+        seconds = time.perf_counter() - began
+        log.step(step_plan, report, seconds=seconds, wait_seconds=run.loader.wait_seconds, device=engine.device)
+        stopping = agreement.stop
+        if step == total_steps or stopping or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)
             saved = step
         state.report_saves(log)
 
-        stopping = agreement.stop
         if validation:
             validation.poll(log)
-            # Resuming makes up for an evaluation that is left out, or not finished: the step is saved.
-            if validation.is_due(step, total_steps) and not (stopping and step < total_steps):
-                begin(f"evaluating after step {step}", timed=False)
-                stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
-                if stopping and saved < step:
-                    state.save(step)
-                if not stopping and state.ends_early(step, partial(validation.poll, log, seconds=None), log):
-                    return step, True
-        if stopping and step < total_steps:
-            log.message(f"stopped after step {step} ({stop.why()}); the same command goes on")
-            break
+        evaluates = validation is not None and validation.is_due(step, total_steps)
+        if validation and evaluates:
+            begin(f"evaluating after step {step}", timed=False)
+            stopping = not validation.evaluate(engine.predict, step, log, stop)
+            if stopping and saved < step:
+                state.save(step)  # a resume evaluates it
+            if not stopping and state.ends_early(step, validation, log):
+                return step, True
+        if stopping and (evaluates or step < total_steps):
+            log.message(f"stopped after step {step} ({stop.why()}); the same command continues")
+            return step, False
         began = time.perf_counter()
         begin(f"step {step + 1}: reading")
-    missing = validation is not None and stopping and step == total_steps
-    if missing:
-        log.message(f"asked to stop ({stop.why()}): the last evaluation is left out; the same command makes it")
-    return step, step == total_steps and not missing
-
-
-if __name__ == "__main__":
-    print("visft_ds.train is no command; type: visft train, or deepspeed --module visft_ds.launch", file=sys.stderr)
-    sys.exit(2)
+    return step, True

@@ -57,11 +57,14 @@ def test_another_backbone_in_a_model_with_a_shape_of_its_own() -> None:
     assert of("--model", "lite0", "--backbone", "debug").visft.model.backbone_options()["width"] == 128
 
 
-def test_a_file_is_other_weights_of_the_same_model(tmp_path: Path) -> None:
-    (tmp_path / "own.safetensors").touch()
-    model = of("--model", "dinov3_b", "--backbone", str(tmp_path / "own.safetensors")).visft.model
-    assert (model.name, model.weights) == ("dinov3_b", str(tmp_path / "own.safetensors"))
-    assert named(str(tmp_path / "own.safetensors")).file() == tmp_path / "own.safetensors"
+def test_a_file_or_a_folder_of_timm_is_other_weights(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    model = of("--model", "dinov3_b", "--backbone", str(file)).visft.model
+    assert (model.name, model.weights, named(str(file)).file()) == ("dinov3_b", str(file), file)
+    (tmp_path / "config.json").write_bytes(described(pretrained_cfg={**TAGGED, "tag": None}))
+    found = named(str(tmp_path))
+    assert found.weights == str(file) and found.description == {"preset": "timm:vit_base_patch16_clip_224"}
 
 
 def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
@@ -86,23 +89,11 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
     }
 
 
-def test_a_folder_that_timm_reads(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(described(pretrained_cfg={**TAGGED, "tag": None}))
-    (tmp_path / "model.safetensors").touch()
-    found = named(str(tmp_path))
-    assert found.weights == str(tmp_path / "model.safetensors") and found.description == {
-        "preset": "timm:vit_base_patch16_clip_224"
-    }
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (None, "has model.safetensors, and not config.json"),
-        (
-            b'{"model_type": "dinov3_vit"}',
-            r"no model of timm \(config.json: dinov3_vit\).*--set visft.model.weights=",
-        ),
+        (b'{"model_type": "dinov3_vit"}', "cannot be read as timm.*--set visft.model.weights="),
         (described(architecture="vit_base_patch16_clop_224"), "did you mean timm:vit_base_patch16_clip_224"),
         (described(model_args={"img_size": [224, 448]}), "only squares"),
         (described(model_args={"embed_dim": 9}), "with other embed_dim than timm's"),
@@ -120,7 +111,7 @@ def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, m
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--backbone", "dinov3b"), "no such file, folder or name; did you mean dinov3_b"),
+        (("--backbone", "dinov3b"), "did you mean dinov3_b"),
         (("--backbone", "timm:vit_base_patch16_dinov4"), "did you mean timm:vit_base_patch16_dinov3"),
         (("--backbone", "debug", "--deepspeed_config", "x.json"), "complete configuration: leave out --backbone"),
     ],

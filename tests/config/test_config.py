@@ -46,13 +46,7 @@ def test_later_layers_win_and_each_value_knows_its_source() -> None:
     tree.assign("x.y.0", 5, "--set")
     assert tree.values == {"x": {"y": [5], "z": 2}, "w": {"v": 3}}
     assert layer == {"x": {"y": [1], "z": 1}, "w": None}
-    assert [tree.source(key) for key in ("x.y.0", "x.z", "w.v", "x", "n")] == [
-        "--set",
-        "b.json",
-        "b.json",
-        "--set",
-        None,
-    ]
+    assert [tree.source(key) for key in ("x.y.0", "x.z", "w.v", "n")] == ["--set", "b.json", "b.json", None]
 
 
 def test_a_model_file_replaces_values_of_a_stage() -> None:
@@ -72,19 +66,10 @@ def test_unreadable_file(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("a=1", 1),
-        ("a=1e-5", 1e-5),
-        ("a=true", True),
-        ("a=null", None),
-        ("a=[1, 2]", [1, 2]),
-        ("a=b=c", "b=c"),
-        ("a=", ""),
-    ],
+    ("text", "value"), [("1e-5", 1e-5), ("null", None), ("[1, 2]", [1, 2]), ("b=c", "b=c"), ("", "")]
 )
 def test_values_of_set_are_json_or_text(text: str, value: Any) -> None:
-    assert parse_assignment(text) == ("a", value)
+    assert parse_assignment(f"a={text}") == ("a", value)
 
 
 def test_set_reaches_defaults_lists_and_null_objects() -> None:
@@ -100,14 +85,12 @@ def test_set_reaches_defaults_lists_and_null_objects() -> None:
     assert config.visft.seed == 2  # the last one counts
 
 
-@pytest.mark.parametrize("text", ["visft.seed", "=3"])
-def test_set_without_key_or_value(text: str) -> None:
-    assert "must be KEY=VALUE" in complaint(text)
-
-
-def test_set_through_something_without_keys() -> None:
-    assert "has no keys" in complaint("optimizer.params.lr.x=1")
-    assert "a list of 1" in complaint("visft.param_groups.1.lr=1")
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("visft.seed", "KEY=VALUE"), ("optimizer.params.lr.x=1", "no keys"), ("visft.param_groups.2=1", "a list of 1")],
+)
+def test_a_setting_that_leads_nowhere(text: str, word: str) -> None:
+    assert word in complaint(text)
 
 
 # Messages
@@ -140,38 +123,23 @@ def test_a_key_that_holds_a_secret_is_not_shown() -> None:
     assert "hunter2" not in complaint("visft.run.api_key=hunter2")
 
 
+TIMM = "visft.model.preset=timm:resnet18"
+
+
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [
-        (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged backbone"),
+        (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged"),
         (1, ["visft.heads.path=x"], "stage 1 trains new heads"),
         (2, ['visft.lora.targets=["q", "fc3"]'], "fc2 with preset debug"),
-        (2, ["visft.model.preset=timm:resnet18"], "has its own shape"),
-        (
-            2,
-            ["visft.model.preset=timm:resnet18", "visft.model.overrides={}", "visft.model.recompute=mlp"],
-            "must be auto, none or block with timm",
-        ),
+        (2, [TIMM], "has its own shape"),
+        (2, [TIMM, "visft.model.overrides={}", "visft.model.recompute=mlp"], "must be auto, none or block with timm"),
         (2, ["visft.model.packed=true", "pipeline.stages=2"], "must be false with a pipeline"),
         (2, ["visft.model.compile=blocks", "zero_optimization.stage=3"], "must be none with ZeRO-3"),
-        (
-            2,
-            ['visft.param_groups=[{"name": "a", "params": "x"}, {"name": "a", "params": "y"}]'],
-            "two groups are called a",
-        ),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=0"], "needs an evaluation during training"),
-        (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a step that is evaluated must be saved"),
-        (
-            2,
-            ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"],
-            'keep_best = "box/Ap" (--set): is no metric of this run\'s tasks; did you mean box/AP?',
-        ),
-        (2, ["visft.run.keep_best=val/caption/CIDER", "visft.run.eval_every=500"], "did you mean caption/CIDEr?"),
-        (
-            2,
-            ["scheduler.params.total_num_steps=2000", "visft.run.trace=[2001, 2010]"],
-            "its first step 2001 comes after the last one of the run, 2000",
-        ),
+        (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a multiple of save_every"),
+        (2, ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"], "did you mean box/AP?"),
+        (2, ["scheduler.params.total_num_steps=9", "visft.run.trace=[10, 11]"], "comes after the last one of the run"),
         (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
         (2, ["visft.tasks.detection.image.crop_range=[9, 8]"], r"must be [smallest, largest]"),
         (2, ["zero_optimization.offload_param.device=cpu"], "needs zero_optimization.stage = 3"),
@@ -219,34 +187,21 @@ def test_the_default_is_the_papers_recipe() -> None:
 def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None:
     first = resolve(stage=2, model="debug", engine="zero3_offload", settings=["visft.seed=3"])
     (tmp_path / "own.json").write_text(json.dumps(first.to_dict()))
-    arguments, second = resolve_arguments(["--deepspeed_config", str(tmp_path / "own.json")])
+    second = resolve_arguments(["--deepspeed_config", str(tmp_path / "own.json")])[1]
     assert second.to_dict() == first.to_dict() and second.fingerprint() == first.fingerprint()
-    assert (arguments.stage, arguments.model, arguments.engine) == (2, None, None)
 
 
 def test_the_fingerprint_holds_what_decides_the_result() -> None:
     base = debug()
-    for same in (
-        "visft.run.out=x",
-        "visft.run.log_every=1",
-        "visft.data.root=x",
-        "visft.tasks.detection.micro_batch=1",
-        "visft.tasks.captioning.micro_batch=1",
-        "visft.shared.micro_batch=1",
-        "visft.tasks.captioning.decoding.beam_size=3",
-        "visft.tasks.captioning.vocabulary.file=words.json",
-        "zero_optimization.stage=2",
-    ):
-        assert debug(same).fingerprint() == base.fingerprint(), same
+    same = ["visft.run.out=x", "visft.data.root=x", "visft.shared.micro_batch=1", "zero_optimization.stage=2"]
+    same += ["visft.tasks.captioning.decoding.beam_size=3", "visft.tasks.captioning.vocabulary.file=words.json"]
+    for setting in same:
+        assert debug(setting).fingerprint() == base.fingerprint(), setting
     for other in (
         "optimizer.params.lr=1",
         "visft.seed=1",
-        "visft.lora.rank=3",
         "visft.tasks.detection.image.flip=0.25",
-        "visft.tasks.captioning.updates=9",
-        "visft.tasks.captioning.vocabulary.min_count=9",
         "visft.mode=shared",
-        "visft.param_groups.0.lr=1",
     ):
         changed = debug(other)
         assert changed.fingerprint() != base.fingerprint(), other
@@ -311,13 +266,12 @@ def test_presets_and_overrides_match_the_backbone() -> None:
     ("argv", "message"),
     [
         ([], "--stage is missing"),
-        (["--stage", "3"], "--stage 3: must be 1"),
-        (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
-        (["--stage", "1", "--zzz=3"], "or --set KEY=VALUE"),
+        (["--stage", "1", "--modle", "debug"], "did you mean --model?"),
         (["--stage", "1", "--model", "eva-e"], "did you mean eva_e?"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
-        (["--stage", "1", "--resume", "yes"], "must be auto"),
         (["--stage", "1", "--set"], "expected one argument"),
+        (["--stage", "1", "--steps", "1", "--epochs", "1"], "not allowed with argument --steps"),
+        (["--stage", "1", "--trace", "1-2"], "--trace"),
         (["--deepspeed_config", "x.json", "--model", "debug"], "leave out --model"),
         (["--deepspeed_config", "no_such_file.json"], "no_such_file.json: no such file"),
     ],
@@ -328,28 +282,10 @@ def test_wrong_arguments(argv: list[str], message: str) -> None:
 
 
 def test_flags_reach_the_configuration() -> None:
-    arguments, config = resolve_arguments(
-        [
-            "--local_rank=1",
-            "--stage",
-            "1",
-            "--model",
-            "debug",
-            "--engine",
-            "zero2",
-            "--data",
-            "d",
-            "--out",
-            "o",
-            "--resume",
-            "must",
-            "--dry-run",
-            "--set",
-            "visft.seed=4",
-        ]
-    )
+    words = "--local_rank=1 --stage 1 --model debug --engine zero2 --data d --out o --resume must --trace 2:3 --dry-run"
+    arguments, config = resolve_arguments([*words.split(), "--set", "visft.seed=4"])
     assert (config.visft.data.root, config.visft.run.out, config.visft.seed) == ("d", "o", 4)
-    assert config.deepspeed["zero_optimization"]["stage"] == 2
+    assert config.deepspeed["zero_optimization"]["stage"] == 2 and config.visft.run.trace == (2, 3)
     assert (arguments.resume, arguments.dry_run, config.sources["visft.data.root"]) == ("must", True, "--data")
 
 

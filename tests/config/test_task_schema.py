@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +16,9 @@ from visft_ds.config import (
     derive_batches,
     identity_differences,
     resolve,
-    resolve_values,
 )
 from visft_ds.config.resolve import NOT_IDENTITY, flatten
-from visft_ds.config.task_schema import SHARED, TasksConfig
+from visft_ds.config.task_schema import SHARED
 
 TASKS = ("detection", "segmentation", "captioning")
 
@@ -53,7 +50,7 @@ def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     assert config.sources["visft.tasks.segmentation"].startswith("--set visft.tasks=")
 
 
-@pytest.mark.parametrize("given", ["detektion", "detection,", "[]", "null", '[["detection"]]'])
+@pytest.mark.parametrize("given", ["detektion", "detection,", "[]", "null"])
 def test_names_that_are_no_tasks(given: str) -> None:
     assert f"visft.tasks={given}: " in complaint(debug, f"visft.tasks={given}")
 
@@ -62,8 +59,6 @@ def test_a_task_without_settings_cannot_be_kept() -> None:
     """The first list has thrown the settings of captioning away; the second must not end in an empty run."""
     text = complaint(debug, "visft.tasks=detection", "visft.tasks=detection,captioning")
     assert "visft.tasks=detection,captioning: captioning is off, or without settings" in text
-    with pytest.raises(ValueError, match="detection is off, or without settings"):
-        resolve(stage=2, model="debug", settings=["visft.tasks={}", "visft.tasks=detection"])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -108,7 +103,7 @@ def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
     assert recipe(*updates).scheduler.params.warmup_num_steps == 2000  # of 2100 steps
     config = recipe(*updates, "visft.tasks=detection,captioning", stage=1)
     assert (config.total_steps, config.scheduler.params.warmup_num_steps) == (1400, 140)
-    assert [(one.key, one.old, one.new) for one in config.adapted] == [("scheduler.params.warmup_num_steps", 2000, 140)]
+    assert config.adapted == ("warm-up: 2000 -> 140 steps, because of the length of the run",)
 
 
 def test_every_sampled_task_states_updates() -> None:
@@ -121,9 +116,7 @@ def test_a_length_that_follows_from_nothing() -> None:
     # In mode "shared" there is nothing to share out: neither is needed beside a length.
     bare = [f"visft.tasks.{task}.updates=null" for task in TASKS]
     assert debug(*bare, "visft.mode=shared").total_steps == 300
-    assert "missing: state the length" in complaint(
-        debug, *bare, "visft.mode=shared", "scheduler.params.total_num_steps=null"
-    )
+    assert "missing: state it" in complaint(debug, *bare, "visft.mode=shared", "scheduler.params.total_num_steps=null")
 
 
 # Streams and batches
@@ -142,20 +135,11 @@ def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
 
 
 def test_mode_shared_needs_its_settings() -> None:
-    text = complaint(debug, "visft.mode=shared", "visft.shared=null")
-    assert (
-        'visft.shared = null (--set): missing: mode "shared" needs visft.shared.batch_size and visft.shared.mi' in text
-    )
-    assert debug("visft.shared=null").visft.shared is None  # sampled tasks do not
-
-
-def test_a_shared_batch_that_does_not_divide_names_its_own_key() -> None:
-    config = debug("visft.mode=shared", "visft.shared.batch_size=10")
+    assert 'missing: mode "shared" needs' in complaint(debug, "visft.mode=shared", "visft.shared=null")
     with pytest.raises(ValueError, match="would not be whole") as caught:
-        derive_batches(config, 4)
+        derive_batches(debug("visft.mode=shared", "visft.shared.batch_size=10"), 4)
     text = str(caught.value)
     assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "Use batch_size 8 or 12" in text
-    assert "visft.tasks" not in text  # their batch sizes mean nothing here
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -167,13 +151,6 @@ def test_256_captions_and_8_pictures_with_masks_accumulate_alike(world: int, acc
     assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
     told = deepspeed_dict(config, world, "bf16")  # the largest stream, so that DeepSpeed's own equation holds
     assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (256, 32)
-
-
-def test_where_no_accumulation_suits_all_the_way_out_is_named() -> None:
-    with pytest.raises(ValueError, match="no accumulation suits every task on 8 processes") as caught:
-        derive_batches(recipe("visft.tasks.captioning.micro_batch=16"), 8)
-    text = str(caught.value)
-    assert "captioning: 256 = 8 x 1 x 32, at most 16; state visft.tasks.captioning.micro_batch = 32" in text
 
 
 @given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))
@@ -198,31 +175,6 @@ def test_the_common_accumulation_is_the_smallest_that_exists(
     assert [batches.micro[task] for task in TASKS] == [share // possible[0] for share in shares]
 
 
-# What is refused
-
-
-def test_contradictions_of_all_tasks_are_reported_at_once() -> None:
-    expected = {
-        "visft.tasks.detection.head.encoder_dim=50": "50 is no multiple of num_heads = 4",
-        "visft.tasks.detection.head.decoder_dim=66": "66 is no multiple of num_heads = 4",
-        "visft.tasks.detection.image.crop_range=[9, 8]": "must be [smallest, largest]",
-        "visft.tasks.segmentation.head.hidden_dim=48": "48 is no multiple of num_heads = 4 and of 32 (norm groups)",
-        "visft.tasks.segmentation.image.scale=[2.0, 0.1]": "must be [smallest, largest]",
-        "visft.tasks.segmentation.image.pad_value=256": "must be a pixel value from 0 to 255",
-        "visft.tasks.captioning.vocabulary.mincount=3": "did you mean min_count?",
-        "visft.tasks.detektion.updates=1": "did you mean detection?",
-        "visft.tasks.captioning.image=on": "an object",
-    }
-    text = complaint(debug, *expected)
-    for setting, message in expected.items():
-        assert any(
-            setting.split("=")[0].removesuffix(".updates") in line and message in line for line in text.splitlines()
-        )
-    masks = "visft.tasks.segmentation.head"
-    text = complaint(debug, f"{masks}.num_classes=79", f"{masks}.labelling=published")
-    assert "must be at least 80: published labels are COCO's 80" in text
-
-
 # What is written down and compared
 
 
@@ -242,7 +194,7 @@ def test_a_recorded_configuration_is_the_same_run(
     call: Callable[..., ResolvedConfig], given: list[str], stage: int
 ) -> None:
     first = call(*given, stage=stage)
-    second = resolve_values(first.to_dict(), "run.json")
+    second = resolve(recorded=(first.to_dict(), "run.json"))
     assert second.to_dict() == first.to_dict()
     assert second.visft == first.visft and second.visft.streams() == first.visft.streams()
     assert (second.fingerprint(), second.total_steps) == (first.fingerprint(), first.total_steps)
@@ -260,26 +212,3 @@ def test_a_subset_is_another_run_and_says_so() -> None:
     differences = identity_differences(debug().identity(), debug("visft.tasks=detection,captioning").identity())
     assert any(line.startswith("visft.tasks.segmentation.") for line in differences)
     assert not any(line.startswith("visft.tasks.captioning") for line in differences)
-
-
-# Options are keyword arguments of the classes they configure
-
-
-def keyword_defaults(function: Any) -> dict[str, Any]:
-    """Keyword-only arguments and their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def options(task: str, part: str) -> dict[str, Any]:
-    """The schema's defaults for "image", "head", "loss" or "decoding" of a task."""
-    field: Any = TasksConfig.model_fields[task].annotation
-    settings = next(kind for kind in get_args(field) if kind is not type(None))
-    defaults: dict[str, Any] = settings.model_fields[part].default.model_dump()
-    return defaults
-
-
-def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:
-    from visft_ds.tasks.captioning.head import CaptioningHead
-
-    assert keyword_defaults(CaptioningHead.forward) == options("captioning", "decoding")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from visft_ds.monitor.console import Progress, Section, StepLine, gauge, print_plan
+from visft_ds.monitor.console import Progress, Section, gauge, print_plan
 
 SECTIONS = [
     Section("model", [("backbone", "eva_e [bf16]"), ("weights", "random, seed 0")]),
@@ -33,9 +33,9 @@ def without_escapes(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-def line(step: int, **changes: float) -> StepLine:
-    loss = changes.get("loss", 2.0)
-    return StepLine(step, {"detection": loss}, 1e-3, 3.25, 32, changes.get("seconds", 0.5), 0.05, 3 * 2**29)
+def values(images: int = 32, seconds: float = 0.5, wait: float = 0.05) -> dict[str, float]:
+    speeds = {"images_per_second": images / seconds, "data_wait_seconds": wait}
+    return {"lr/lora": 1e-3, "gradient_norm": 3.25, "memory/peak_gib": 1.5, **speeds}
 
 
 def test_plain_plan_is_aligned_text() -> None:
@@ -57,11 +57,13 @@ def test_plain_progress_prints_first_last_and_every_nth_step() -> None:
     stream = io.StringIO()
     with Progress(10, start=2, log_every=4, stream=stream) as progress:
         for step in range(3, 11):
-            progress.update(line(step))
+            progress.update(step, {"detection": 2.0}, values(), 32)
         progress.message("saved [step 10]")
     lines = stream.getvalue().splitlines()
     assert [text.split()[1] for text in lines[:-1]] == ["3/10", "4/10", "8/10", "10/10"]
-    assert lines[0] == ("step 3/10  detection 2  lr 1.00e-03  norm 3.25  64 img/s  wait 10%  peak 1.50 GiB  left 00:03")
+    assert lines[0] == (
+        "step 3/10  detection 2  lr 1.00e-03  grad_norm 3.25  64 img/s  data 10%  mem 1.50 GiB  eta 00:03"
+    )
     assert lines[-1] == "saved [step 10]"
 
 
@@ -70,7 +72,7 @@ def test_losses_are_smoothed_by_task() -> None:
     stream = io.StringIO()
     with Progress(4, log_every=1, stream=stream) as progress:
         for step, losses in enumerate([{"a": 4.0}, {"b": 1.0}, {"a": 2.0}, {"a": 0.0}], 1):
-            progress.update(StepLine(step, losses, 1e-3, 1.0, 8, 1.0, 0.0, 0))
+            progress.update(step, losses, values(), 32)
     shown = [re.findall(r"\b([ab]) ([\d.]+)", text) for text in stream.getvalue().splitlines()]
     assert [dict(pairs) for pairs in shown] == [
         {"a": "4"},
@@ -87,7 +89,7 @@ def test_on_a_terminal_the_newest_step_is_the_last_line(terminal: Terminal) -> N
     """Nothing wraps: a bar that did would leave a copy of itself at each refresh."""
     with Progress(100_000, start=12_000, log_every=4, stream=terminal) as progress:
         for step in range(12_001, 12_011):
-            progress.update(StepLine(step, LOSSES, 1e-5, 3.25, 32, 3.5, 0.5, 3 * 2**33))
+            progress.update(step, LOSSES, values(), 32)
         progress.message("saved [step 7]")
     lines = [text.rstrip() for text in re.split(r"[\r\n]+", without_escapes(terminal.getvalue()))]
     assert any("12010/100000  cap 2.35  det 12.3  seg 23.5" in text for text in lines)
@@ -99,10 +101,10 @@ def test_no_line_is_longer_than_a_hundred_columns() -> None:
     long, path = "word " * 60, "/a-folder" * 15
     print_plan("stage 2", [Section(long, [("name", "x", long), ("y", "z", path)])], stream=stream)
     with Progress(100_000, log_every=1, stream=stream) as progress:
-        progress.update(StepLine(99_999, LOSSES, 1e-5, 3.25, 32, 3e5, 0.5, 3 * 2**33))
+        progress.update(99_999, LOSSES, values(seconds=3e5), 32)
     assert [text for text in stream.getvalue().splitlines() if len(text) > 100 and "/a-folder" not in text] == []
     assert stream.getvalue().count(path) == 1  # whole, to be copied
-    assert "left 83:20:00" in stream.getvalue()
+    assert "eta 83:20:00" in stream.getvalue()
 
 
 def test_a_gauge_in_a_log_tells_how_much_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,16 +127,16 @@ def test_output_that_nobody_reads_is_told_once() -> None:
 
     gone: list[bool] = []
     with Progress(2, stream=Closed(), gone=lambda: gone.append(True)) as progress:
-        progress.update(line(1))
+        progress.update(1, {"detection": 2.0}, values(), 32)
     assert gone == [True]
     with pytest.raises(BrokenPipeError), Progress(2, stream=Closed()) as progress:
-        progress.update(line(1))
+        progress.update(1, {"detection": 2.0}, values(), 32)
 
 
 def test_other_processes_print_nothing() -> None:
     stream = io.StringIO()
     print_plan("x", SECTIONS, enabled=False, stream=stream)
     with Progress(1, enabled=False, stream=stream) as progress:
-        progress.update(line(1))
+        progress.update(1, {"detection": 2.0}, values(), 32)
         progress.message("x")
     assert stream.getvalue() == ""

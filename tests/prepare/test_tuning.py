@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.tiny import TINY
-from visft_ds.config import ResolvedConfig, resolve, resolve_values
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_name
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -30,10 +30,7 @@ METHODS: dict[str, tuple[list[str], set[str]]] = {
     "lora": ([], {"lora_A", "lora_B"}),
     "bias": (["visft.lora=null", "visft.param_groups=backbone.*bias"], {"bias", "q_bias", "v_bias"}),
     "norms": (["visft.lora=null", "visft.param_groups=backbone.*norm*"], {"weight", "bias"}),
-    "lora and norms": (
-        ["visft.param_groups=backbone.*.lora_*,backbone.*norm*"],
-        {"lora_A", "lora_B", "weight", "bias"},
-    ),
+    "both": (["visft.param_groups=backbone.*.lora_*,backbone.*norm*"], {"lora_A", "lora_B", "weight", "bias"}),
 }
 
 
@@ -60,7 +57,7 @@ def test_random_heads_train_along_and_need_no_stage_1() -> None:
     config = configured("visft.heads.start=random")
     assert config.visft.heads.path is None and stage_name(config.visft) == "lora and heads"
     assert [(group.name, group.params) for group in config.visft.param_groups][1:] == [("heads", "heads.*")]
-    again = resolve_values(config.to_dict(), "the record")
+    again = resolve(recorded=(config.to_dict(), "the record"))
     assert again.fingerprint() == config.fingerprint()
     own = configured("visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.*", "lr": 1e-3}')
     assert [group.lr for group in own.visft.param_groups] == [None, 1e-3]

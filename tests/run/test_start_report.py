@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -78,19 +77,6 @@ def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str],
     assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
     assert out.startswith("== ") and out.index("-- what trains") < out.index("this run cannot start")
     assert [line for line in out.splitlines() if len(line) > 100 and str(tmp_path) not in line] == []
-
-
-def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
-    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json"]
-    arguments += ["--set", "visft.shared.batch_size=12", "--data"]
-    assert main([*arguments, str(shards)]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
-    assert main([*arguments, str(tmp_path)]) == 2
-    out, err = capsys.readouterr()
-    assert json.loads(out)["visft"]["data"]["root"] == str(tmp_path) and "this run cannot start" in err
-    assert main(["--stage", "1", "--model", "debug", "--json"]) == 2
-    assert "--json" in capsys.readouterr().err
 
 
 def test_a_dry_run_opens_the_files_that_a_start_opens(

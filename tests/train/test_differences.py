@@ -41,7 +41,7 @@ def test_settings_that_differ_are_named_before_the_first_step(shards: Path, tmp_
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder(shards: Path, tmp_path: Path) -> None:
-    """The second one waits for a while, then names the first, which goes on undisturbed."""
+    """The second one waits for a while, then is refused; the first one trains undisturbed."""
     out = tmp_path / "run"
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     arguments = [sys.executable, "launchers/train.py"]
@@ -65,7 +65,7 @@ def test_two_runs_in_one_folder(shards: Path, tmp_path: Path) -> None:
             timeout=600,
         )
         assert second.returncode == 2, second.stderr
-        assert f"is in use by another run, process {first.pid} on " in second.stderr
+        assert "is in use by another run" in second.stderr
         assert first.poll() is None
         assert json.loads((out / "run.json").read_text())["earlier"] == []
     finally:

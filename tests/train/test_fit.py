@@ -19,13 +19,12 @@ import torch.distributed
 
 from tests import finished
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
-from tests.run.test_validation import judge_here
+from tests.run.test_evaluation import Here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
-from visft_ds.run.judge import Judge
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 
@@ -128,7 +127,7 @@ def _as_it_was() -> Any:
 @pytest.fixture(autouse=True)
 def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are measured in this process: another one takes seconds to start."""
-    monkeypatch.setattr(Judge, "_judge", judge_here)
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
 
 
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
@@ -237,7 +236,7 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
     ended = stage1(tmp_path / "run", told, **more)
     assert ended.finished and ended.step == STEPS and ended.stopped is Stop.SIGUSR1 and ended.export.is_dir()
     out = capfd.readouterr().out
-    assert "the last evaluation is left out; the same command makes it" in out and "stopped after step" not in out
+    assert f"stopped after step {STEPS} (signal SIGUSR1); the same command continues" in out
     assert told.evaluations == []
     again = Told()
     ended = stage1(tmp_path / "run", again, **more)

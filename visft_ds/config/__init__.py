@@ -1,13 +1,13 @@
 """Configuration of a run: three layers of JSON, one resolved and validated result. Imports neither torch nor deepspeed.
 
-schema, deepspeed_keys: the allowed settings with their contradictions. validate: every error at once. resolve: from a
-stage, an engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what
-must be on disk. cli: the flags.
+schema: the allowed settings with their contradictions. resolve: from a stage, an engine and a model to a
+`ResolvedConfig`, every error at once. batches: what follows for a number of processes. preflight: what must be on disk.
+cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
 from visft_ds.config.preflight import Missing, missing_inputs, render_missing
-from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve, resolve_values
+from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve
 
 __all__ = [
     "Batches",
@@ -20,5 +20,4 @@ __all__ = [
     "missing_inputs",
     "render_missing",
     "resolve",
-    "resolve_values",
 ]

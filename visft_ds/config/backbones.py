@@ -11,13 +11,14 @@ Names of the hub go on with @REVISION.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.records import parse_json
+from visft_ds.config.fields import nearest
 from visft_ds.config.resolve import CONFIG_ROOT, available, load_json
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import (
@@ -86,29 +87,30 @@ def named(text: str, *, download: bool = False) -> Named:
     Raises:
         ValueError: nothing of that name, or a model that is no backbone of ours.
     """
+    path = Path(text)
     if text.startswith(TIMM):
         model = text.removeprefix(TIMM)
         return Named(text, _slug(model), _keys(text, weights_of_timm(model)))
     if text.startswith(HUB):
-        return _of_repository(text, download=download)
+        file = replace(HubFile.parse(text), file="config.json")
+        if (described := file.cached()) is None:
+            if not download:
+                raise ValueError(f"{text} is not in the hub's cache: --download fetches it; or give a file")
+            described = fetch(f"{HUB}{file.repository}@{file.revision}/config.json")
+        return Named(text, _slug(file.repository.split("/")[1]), _described(described, text, text))
     if text in available("models"):
         return Named(text, text, _model_file(text), text)
-    path = Path(text)
     if path.is_dir():
-        file = weights_among(inner.name for inner in path.iterdir())
-        if file is None:
+        inside = weights_among(inner.name for inner in path.iterdir())
+        if inside is None:
             raise ValueError(f"{text} has not one weight file to take: give the file")
-        found = _described(path / "config.json", text) | {"weights": str(path / file)}
-        return Named(text, _slug(path.resolve().name), found)
+        return Named(text, _slug(path.resolve().name), _described(path / "config.json", text, str(path / inside)))
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return Named(text, None, {"weights": text})
     if is_timm(text):
         return named(f"{TIMM}{text}")
-    near = difflib.get_close_matches(text, available("models"), n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(
-        f"--backbone {text}: there is no such file, folder or name{hint} Give {TIMM}NAME, {HUB}ORG/NAME, a file, or "
-        f"one of {', '.join(available('models'))}"
+        f"--backbone {text}: no file, folder, {TIMM}NAME, {HUB}ORG/NAME or model{nearest(text, available('models'))}"
     )
 
 
@@ -129,16 +131,6 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tup
     }
 
 
-def _of_repository(text: str, *, download: bool) -> Named:
-    file = HubFile.parse(text)
-    path = replace(file, file="config.json").cached()
-    if path is None and not download:
-        raise ValueError(f"{text} is not in the hub's cache: --download fetches it; or give a file")
-    revision = "" if file.revision == "main" else f"@{file.revision}"
-    path = path or fetch(f"{HUB}{file.repository}{revision}/config.json")
-    return Named(text, _slug(file.repository.split("/")[1]), _described(path, text) | {"weights": text})
-
-
 def _keys(preset: str, weights: str | None, image_size: int | None = None) -> dict[str, Any]:
     size = {} if image_size is None else {"image_size": image_size}
     return {"preset": preset, "overrides": size, "layers": [], "weights": weights}
@@ -151,29 +143,22 @@ def _model_file(name: str) -> dict[str, Any]:
     return found | {key: values[key] for key in found if key in values}
 
 
-def _described(path: Path, text: str) -> dict[str, Any]:
+def _described(path: Path, text: str, weights: str) -> dict[str, Any]:
     """The model of timm in a config.json. Raises ValueError for another one."""
-    remedy = (
-        f"{TIMM}NAME names a model of timm. Weights of a known layout go into another model by "
-        f"--model NAME --set visft.model.weights={text}"
-    )
     if not path.is_file():
-        raise ValueError(f"{text} has no config.json, which says what model it is. {remedy}")
-    values = parse_json(read_bytes(path), str(path))
-    if not isinstance(values, dict) or "architecture" not in values:
-        kind = values.get("model_type") if isinstance(values, dict) else None
-        raise ValueError(f"{text} is no model of timm (config.json: {kind or 'no architecture'}). {remedy}")
-    with reading(path, "timm's config.json"):
+        raise ValueError(f"{text} has no config.json, which says what model of timm it is")
+    with reading(path, f"timm's config.json; other models' weights: --model NAME --set visft.model.weights={text}"):
+        values = json.loads(read_bytes(path))
         name, settings, arguments = values["architecture"], values["pretrained_cfg"], values.get("model_args") or {}
         if other := sorted(arguments.keys() - set(_IDLE)):
-            raise ValueError(f"a {name} with other {', '.join(other)} than timm's. {remedy}")
+            raise ValueError(f"a {name} with other {', '.join(other)} than timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             raise ValueError(f"it is made for images of {size} pixels: only squares can be had")
         mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
-        named, image_size = timm_name(name, settings.get("tag"), mean, std, *sides)
-    return _keys(f"{TIMM}{named}", None, image_size)
+        preset, image_size = timm_name(name, settings.get("tag"), mean, std, *sides)
+    return _keys(f"{TIMM}{preset}", weights, image_size)
 
 
 def _nearest(found: Named) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from visft_ds.config.fields import Precision
 from visft_ds.config.resolve import ResolvedConfig
-from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.task_schema import Stream
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,29 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     Raises:
         ValueError: no accumulation does; names the equation and the nearest values that work.
     """
-    stages = config.pipeline_stages
+    stages, streams = config.pipeline_stages, config.visft.streams()
     if world_size % stages:
-        near = [str(n) for n in (world_size // stages * stages, (world_size // stages + 1) * stages) if n]
         raise ValueError(
-            f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use "
-            f"{' or '.join(near)} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
+            f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use a multiple of "
+            f"{stages} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
         )
-    dp, streams = world_size // stages, config.visft.streams()
+    dp = world_size // stages
     parts = "processes" if stages == 1 else f"pipelines of {stages} processes"
-    uneven = [_uneven(stream, dp, stages, parts) for stream in streams.values() if stream.batch_size % dp]
-    if uneven:
-        raise ValueError("\n".join(uneven))
+    if uneven := [stream for stream in streams.values() if stream.batch_size % dp]:
+        raise ValueError("\n".join(_uneven(stream, dp, stages, parts) for stream in uneven))
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
     common = math.gcd(*shares.values())
     for accumulation in (a for a in range(1, common + 1) if common % a == 0):
         if all(share // accumulation <= streams[name].micro_batch for name, share in shares.items()):
-            return Batches(
-                dp=dp,
-                accumulation=accumulation,
-                micro={name: share // accumulation for name, share in shares.items()},
-                batch_size={name: stream.batch_size for name, stream in streams.items()},
-                stages=stages,
-            )
-    lines = [
-        f"no accumulation suits every task on {dp} {parts} (batch_size = {parts.split()[0]} x accumulation x micro):"
-    ]
+            micro = {name: share // accumulation for name, share in shares.items()}
+            return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
+    lines = [f"no accumulation suits every task on {dp} {parts} (batch_size = processes x accumulation x micro):"]
     for name, stream in streams.items():
         smallest = shares[name] // common
-        verdict = "" if smallest <= stream.micro_batch else f"; state {_key(stream)}.micro_batch = {smallest} or more"
-        lines.append(
-            f"{name}: {stream.batch_size} = {dp} x {common} x {smallest}, at most {stream.micro_batch}{verdict}"
-        )
+        verdict = "" if smallest <= stream.micro_batch else f"; state {stream.key}.micro_batch = {smallest} or more"
+        equation = f"{stream.batch_size} = {dp} x {common} x {smallest}"
+        lines.append(f"{name}: {equation}, at most {stream.micro_batch}{verdict}")
     raise ValueError("\n  ".join(lines))
-
-
-def _key(stream: Stream) -> str:
-    return "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
 
 
 def _uneven(stream: Stream, dp: int, stages: int, parts: str) -> str:
@@ -95,7 +81,7 @@ def _uneven(stream: Stream, dp: int, stages: int, parts: str) -> str:
     sizes = [str(size) for size in (total // dp * dp, (total // dp + 1) * dp) if size]
     near = sorted(sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - dp))[:4])
     return (
-        f"{_key(stream)}.batch_size = {total} on {dp} {parts}: its shares would not be whole. Use batch_size "
+        f"{stream.key}.batch_size = {total} on {dp} {parts}: its shares would not be whole. Use batch_size "
         f"{' or '.join(sizes)}, or {', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -31,6 +32,13 @@ class Section(StrictModel):
             text = "; ".join(f"{key}: {problem}" for key, problem in found)
             raise PydanticCustomError("contradictions", "{text}", {"text": text, "found": found})
         return self
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest of some names, or all of them, as a clause of a message."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
 
 
 def _whole(value: Any) -> Any:

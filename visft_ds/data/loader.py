@@ -28,6 +28,7 @@ from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role, ShardReader
+from visft_ds.resilience.errors import RankError
 
 #: Steps for which remote shards are fetched ahead.
 _FETCHED_STEPS = 32
@@ -197,13 +198,8 @@ def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: in
     """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use."""
     options: dict[str, Any] = {}
     if workers:
-        # A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time.
-        context = multiprocessing.get_context("forkserver")
-        # What the pipelines work with is loaded once for all of them.
-        context.set_forkserver_preload([__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))])
-        _start_fork_server()
-        options = {"prefetch_factor": -(-(ahead + 1) // workers), "worker_init_fn": _start_worker}
-        options |= {"num_workers": workers, "multiprocessing_context": context}
+        options = {"prefetch_factor": -(-(ahead + 1) // workers), "worker_init_fn": start_worker}
+        options |= {"num_workers": workers, "multiprocessing_context": fork_server()}
     batches = iter(
         DataLoader(
             maker,
@@ -216,6 +212,8 @@ def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: in
     )
     try:
         for batch in batches:
+            if isinstance(batch, ValueError):
+                raise RankError(str(batch)) from batch  # a damaged sample is seen by the rank that reads it
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -223,7 +221,11 @@ def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: in
         del batches  # its finaliser ends the processes
 
 
-def _start_worker(number: int) -> None:
+def start_worker(number: int = 0) -> None:
+    """Begin a process of `fork_server`: it ends with its training process, however that ends.
+
+    Torch looks at the parent, which is the fork server, and the fork server lives as long as its workers.
+    """
     # Ctrl-C reaches the whole process group; the training process decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -232,21 +234,23 @@ def _start_worker(number: int) -> None:
 
 
 def _end_with(sentinel: int) -> None:
-    """End this process when its training process has ended, however that was: torch looks at the parent, which is the
-    fork server here, and the fork server lives as long as its workers."""
     wait([sentinel])
     os._exit(1)
 
 
-def _start_fork_server() -> None:
+def fork_server() -> multiprocessing.context.ForkServerContext:
     """Start the server whose children the workers will be, deaf to the signals that ask a training process to stop.
 
-    Launchers and schedulers send them to every process below them. Without its workers a training process could not
-    finish its step. A mask is inherited, and nothing that arrives here meanwhile is lost.
+    A fork of a process with threads or a GPU may hang, and a fresh start would load torch again every time: the server
+    loads what the pipelines work with once. Launchers and schedulers send signals to every process below them; without
+    its workers a training process could not finish its step. A mask is inherited, and no signal is lost meanwhile.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *sorted(m for m in sys.modules if m.startswith("visft_ds.tasks."))])
     resource_tracker.ensure_running()  # first, because starting it unblocks signals that this thread has blocked
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return context

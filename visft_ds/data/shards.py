@@ -95,7 +95,7 @@ class Manifest:
 
         Raises:
             ValueError: there is none of this name, it is of another version, or a file was cut or changed.
-            StoreFailed: a server failed, again and again.
+            OSError: a server failed, again and again.
         """
         remote, path = None, str(manifest_path(Path(root), split))
         if isinstance(root, str) and "://" in root:
@@ -208,7 +208,7 @@ class ShardReader:
 
         Raises:
             DamagedSample: naming the shard, the key and the offset.
-            ValueError, StoreFailed: a remote shard cannot be fetched.
+            ValueError, OSError: a remote shard cannot be fetched.
         """
         row = self.row(index)
         image = self._part(index, row, "image") if role != "labels" else None

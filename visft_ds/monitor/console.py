@@ -11,7 +11,6 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -59,20 +58,6 @@ def wrapped(before: str, text: str) -> list[str]:
     return [f"{' ' * len(before) if number else before}{line}".rstrip() for number, line in enumerate(lines)]
 
 
-@dataclass(frozen=True)
-class StepLine:
-    """Finished optimiser step, as the progress line needs it."""
-
-    step: int  #: counts from 1
-    losses: Mapping[str, float]  #: task -> weighted loss of this step; only tasks that took part
-    learning_rate: float
-    gradient_norm: float  #: before clipping
-    images: int  #: over all processes
-    seconds: float  #: wall time of the step, waiting included
-    wait_seconds: float  #: of it, waiting for data
-    peak_memory: int  #: bytes of this process
-
-
 class Progress:
     """The progress of a training; a context manager. On a terminal a last line shows the newest numbers.
 
@@ -95,9 +80,9 @@ class Progress:
         stream: TextIO | None = None,
         gone: Callable[[], None] | None = None,
     ) -> None:
-        self.total, self.start, self.log_every, self.enabled = total, start, log_every, enabled
+        self._total, self._start, self._log_every, self._enabled = total, start, log_every, enabled
         self._stream, self._gone = stream or sys.stdout, gone
-        self._recent: deque[StepLine] = deque(maxlen=WINDOW)
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)  # images, seconds, those waiting for data
         self._losses, self._seen = dict[str, float](), dict[str, int]()
         live = enabled and self._stream.isatty()
         self._width = shutil.get_terminal_size((WIDTH, 24)).columns - 1 if live else WIDTH
@@ -106,30 +91,34 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, line: StepLine) -> None:
-        """Show a finished step."""
-        if not self.enabled:
+    def update(self, step: int, losses: Mapping[str, float], values: Mapping[str, float], images: int) -> None:
+        """Show a finished step.
+
+        Args:
+            losses: task -> weighted loss of the step; only tasks that took part.
+            values: numbers of the step by their names in metrics.jsonl.
+            images: over all processes.
+        """
+        if not self._enabled:
             return
-        self._recent.append(line)
-        for task, loss in line.losses.items():
+        self._recent.append((images, images / values["images_per_second"], values["data_wait_seconds"]))
+        for task, loss in losses.items():
             self._seen[task] = self._seen.get(task, 0) + 1
             share = max(SMOOTHING, 1 / self._seen[task])
             self._losses[task] = loss if share == 1 else (1 - share) * self._losses[task] + share * loss
-        text = self._text(line)
-        if line.step % self.log_every == 0 or line.step in (self.start + 1, self.total):
+        text = self._text(step, values)
+        if step % self._log_every == 0 or step in (self._start + 1, self._total):
             self.message(text)
         if self._bar is not None:
             self._bar.set_description_str(text)
 
     def message(self, text: str) -> None:
         """Print a line of its own, e.g. that a checkpoint was saved."""
-        if not self.enabled:
+        if not self._enabled:
             return
         try:
             if self._bar is not None:
@@ -141,23 +130,22 @@ class Progress:
                 raise
             self._gone()
 
-    def _text(self, last: StepLine) -> str:
+    def _text(self, step: int, values: Mapping[str, float]) -> str:
         """The newest step; what does not fit the width is shortened or left out, since metrics.jsonl has all of it."""
-        seconds = max(sum(line.seconds for line in self._recent), 1e-9)
+        images, seconds, waiting = (sum(column) for column in zip(*self._recent, strict=True))
         losses = sorted(self._losses.items())
-        left = (self.total - last.step) * seconds / len(self._recent)
         parts = {
-            "step": f"step {last.step}/{self.total}",
+            "step": f"step {step}/{self._total}",
             "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
-            "lr": f"lr {last.learning_rate:.2e}",
-            "norm": f"norm {last.gradient_norm:.3g}",
-            "speed": f"{sum(line.images for line in self._recent) / seconds:.3g} img/s",
-            "wait": f"wait {100 * sum(line.wait_seconds for line in self._recent) / seconds:.0f}%",
-            "peak": f"peak {last.peak_memory / 2**30:.2f} GiB",
-            "left": f"left {tqdm.format_interval(left)}",
+            "lr": f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.2e}",
+            "grad_norm": f"grad_norm {values['gradient_norm']:.3g}",
+            "speed": f"{images / seconds:.3g} img/s",
+            "data": f"data {100 * waiting / seconds:.0f}%",
+            "mem": f"mem {values['memory/peak_gib']:.2f} GiB",
+            "eta": f"eta {tqdm.format_interval((self._total - step) * seconds / len(self._recent))}",
         }
         short = "  ".join(f"{task[:3]} {loss:.3g}" for task, loss in losses)
-        for name, instead in (("losses", short), ("lr", ""), ("peak", ""), ("wait", ""), ("norm", "")):
+        for name, instead in (("losses", short), ("lr", ""), ("mem", ""), ("data", ""), ("grad_norm", "")):
             if len("  ".join(filter(None, parts.values()))) > self._width:
                 parts[name] = instead
         return "  ".join(filter(None, parts.values()))

@@ -40,6 +40,7 @@ class MetricsWriter:
     ) -> None:
         self.path, self.enabled = out / METRICS_FILE, enabled
         self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
+        self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._torn = False
@@ -51,7 +52,7 @@ class MetricsWriter:
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
         if enabled:
-            self._attempt(METRICS_FILE, lambda: self.last.update(truncate_metrics(self.path, resume_step)))
+            self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
             self._attempt("TensorBoard", open_events)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -92,6 +93,13 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self._attempt("TensorBoard", lambda: self._events and self._events.close())
         self._events = None
+
+    def _resume(self, step: int) -> None:
+        for record in truncate_metrics(self.path, step):
+            if record["kind"] == "step":
+                self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
+            if is_evaluation(record):
+                self.evaluated.add(record["step"])
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
@@ -142,43 +150,35 @@ def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def truncate_metrics(path: Path, step: int) -> dict[str, float]:
+def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records up to and including `step`, reading back from the end no further than that; makes the folder.
 
-    Returns the newest number of each name among those that it has seen.
+    Returns the newest kept records, at least those since the last step that was trained: numbers of evaluations and
+    saves come late, and all that stands before the record of a trained step is older.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        return {}
-    kept: list[tuple[bytes, dict[str, Any]]] = []  # the newest first
+        return []
     with path.open("r+b") as file:
-        position, rest, keep = file.seek(0, 2), b"", 0
-        while position and not keep:
-            size = min(_BLOCK, position)
-            position -= size
-            file.seek(position)
-            lines = (file.read(size) + rest).split(b"\n")
-            rest = lines.pop(0) if position else b""
-            before = position + (len(rest) + 1 if position else 0) + sum(len(line) + 1 for line in lines)
-            for line in reversed(lines):
-                before -= len(line) + 1
-                record = _record(line)
-                if record is None or record["step"] > step:
-                    continue
-                kept.append((line, record))
-                if record["kind"] == "step" and not any(name.startswith("val/") for name in record):
-                    keep = before  # numbers of evaluations and saves come late; what is before this line is older
-                    break
-        file.seek(keep)
+        end, size, start = file.seek(0, 2), _BLOCK, -1
+        kept: list[tuple[bytes, dict[str, Any]]] = []
+        while start and not any(record["kind"] == "step" and not is_evaluation(record) for _, record in kept):
+            start, size = max(0, end - size), 2 * size
+            file.seek(start)
+            lines = file.read(end - start).split(b"\n")
+            if start:
+                start += len(lines.pop(0)) + 1  # it begins before the block
+            records = [(line, _record(line)) for line in lines]
+            kept = [(line, record) for line, record in records if record is not None and record["step"] <= step]
+        file.seek(max(0, start))
         file.truncate()
-        file.write(b"".join(line + b"\n" for line, _ in reversed(kept)))
-    numbers = [record for _, record in reversed(kept) if record["kind"] == "step"]
-    return {
-        name: float(value)
-        for record in numbers
-        for name, value in record.items()
-        if name not in ("kind", "step", "time")
-    }
+        file.write(b"".join(line + b"\n" for line, _ in kept))
+    return [record for _, record in kept]
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Return True for the numbers of an evaluation."""
+    return any(name.startswith("val/") for name in record)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from visft_ds.config.validate import check
+from visft_ds.config.resolve import problems
 
 #: Steps between two growths that the scaler itself never reaches.
 _NEVER = 2**31 - 1
@@ -139,6 +140,8 @@ def check_zero(zero: Mapping[str, Any]) -> None:
         return  # ours, whose import takes no seconds
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    _, errors = check(DeepSpeedZeroConfig, zero)
-    if errors:
-        raise ValueError("\n".join(f"zero_optimization.{key}: {problem}" for key, problem in errors))
+    try:
+        DeepSpeedZeroConfig.model_validate(zero)
+    except ValidationError as error:
+        lines = [f"zero_optimization.{key}: {problem}" for key, problem in problems(error, DeepSpeedZeroConfig)]
+        raise ValueError("\n".join(lines)) from error

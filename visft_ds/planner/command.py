@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visft_ds import program
+from visft_ds.flags import Command
 from visft_ds.resilience.errors import tell
 
 if TYPE_CHECKING:  # importing torch costs seconds
@@ -30,16 +30,9 @@ examples:
 """
 
 
-def build_flags() -> argparse.ArgumentParser:
-    """The parser; it raises `argparse.ArgumentError` instead of leaving the process."""
-    parser = argparse.ArgumentParser(
-        prog=program("plan"),
-        description="Predict memory and time of both stages, and find the fastest settings that fit.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def build_parser() -> Command:
+    """The parser."""
+    parser = Command("plan", "Predict memory and time of both stages, and find the fastest settings that fit.", _EPILOG)
     add = parser.add_argument
     add("--cluster", metavar="SPEC", required=True, help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090")
     add("--network", type=float, metavar="GB/s", help="of a machine, one way (as machines with such GPUs are sold)")
@@ -56,13 +49,11 @@ def build_flags() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, print, write; returns the exit status."""
     try:
-        options = build_flags().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         record = make_plans(options)
         print(render(record), flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except argparse.ArgumentError as error:
-        return tell(ValueError(str(error)))
     except (ValueError, OSError) as error:
         return tell(error)
     return 0

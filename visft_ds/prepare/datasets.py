@@ -47,8 +47,11 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     for name, found in sets.items():
         check_samples(found.tasks, found.manifest)
         for task in found.tasks if name not in stated else ():
-            if problem := TASKS[task].data_problem(found.manifest):
-                raise ValueError(f"{problem}: leave {task} out of visft.tasks, or of visft.data.sets.N.tasks")
+            if lacking := TASKS[task].config.misleads(found.manifest.counts, found.manifest.findings):
+                raise ValueError(
+                    f"{found.manifest.root}/{found.manifest.split} has no {lacking}, which {task} would take for "
+                    f"background: leave {task} out of visft.tasks, or of visft.data.sets.N.tasks"
+                )
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
     return sets
 

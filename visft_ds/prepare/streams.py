@@ -10,9 +10,8 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.resolve import Adapted
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest
@@ -72,8 +71,8 @@ def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_s
         images = min(len(part.samples) for part in _samples_of(config.visft, stream, sets).values())
         smaller = images // dp_size * dp_size
         if images < stream.batch_size and smaller:
-            key = f"{'visft.shared' if stream.name == SHARED else f'visft.tasks.{stream.name}'}.batch_size"
-            entry = Adapted(key, stream.batch_size, smaller, "the number of images")
+            key = f"{stream.key}.batch_size"
+            entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
             visft = changed(config, [f"{key}={smaller}"]).visft
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
     return config

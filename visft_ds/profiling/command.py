@@ -5,7 +5,6 @@ Exit status: 0 measured, 2 wrong usage or something missing, 3 another rank ende
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -13,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.flags import Command
 from visft_ds.resilience.errors import tell
 
 _EPILOG = """every other flag is one of visft train and means what it means there: --stage, --model, --data, ...
@@ -29,29 +28,23 @@ examples:
 """
 
 
-def build_flags() -> argparse.ArgumentParser:
+def build_parser() -> Command:
     """Flags of the command itself; all others are those of `visft train`."""
-    parser = argparse.ArgumentParser(
-        prog=program("profile"),
-        description="Measure N optimiser steps of each task, as training makes them.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each task (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before these (%(default)s)")
-    parser.add_argument("--synthetic", action="store_true", help="generated pictures; random weights for missing files")
-    parser.add_argument("--loader", action="store_true", help="read batches only, without a model: samples a second")
-    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="one more step of each for Perfetto, by operator")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser = Command("profile", "Measure N optimiser steps of each task, as training makes them.", _EPILOG)
+    add = parser.add_argument
+    add("--steps", type=int, default=10, metavar="N", help="steps of each task (%(default)s)")
+    add("--warmup", type=int, default=3, metavar="N", help="steps before these (%(default)s)")
+    add("--synthetic", action="store_true", help="generated pictures; random weights for missing files")
+    add("--loader", action="store_true", help="read batches only, without a model: samples a second")
+    add("--trace", type=Path, metavar="FOLDER", help="one more step of each for Perfetto, by operator")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; returns the exit status. Every rank measures, the main one prints."""
     try:
-        options, rest = build_flags().parse_known_args(arguments)
+        options, rest = build_parser().parse_known_args(arguments)
         if options.steps < 1 or options.warmup < 1:
             raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
         if options.json is not None and not options.json.resolve().parent.is_dir():
@@ -75,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text, flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except argparse.ArgumentError as error:
-        return tell(ValueError(str(error)))
     except (ValueError, OSError, RuntimeError) as error:
         return tell(error)
     return 0

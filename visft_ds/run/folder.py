@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 
 from pydantic import Field
 
-from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
-from visft_ds.config.fields import StrictModel
+from visft_ds.config import ResolvedConfig, identity_differences, resolve
+from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
-from visft_ds.config.records import Natural, Whole, as_record, parse_json
-from visft_ds.files import read_bytes
+from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
 #: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a backbone
@@ -36,16 +36,16 @@ class Parent(StrictModel):
     """Origin of a run: a checkpoint of another one, or an adapter."""
 
     path: str
-    step: Whole | None
+    step: Count | None
     sha256: str  #: of what was read
 
 
 class RunFile(StrictModel):
     """Content of run.json; its number is that of its schema."""
 
-    number: Whole = Field(alias="schema")
+    number: Count = Field(alias="schema")
     config: dict[str, Any]
-    world_size: Natural = 1
+    world_size: Positive = 1
     started: str = ""
     command: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -127,7 +127,7 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
 
 def recorded_config(out: Path) -> ResolvedConfig:
     """The resolved configuration of the run in `out`. Raises ValueError as `read_run`."""
-    return resolve_values(read_run(out).config, str(out / RECORD_FILE))
+    return resolve(recorded=(read_run(out).config, str(out / RECORD_FILE)))
 
 
 def read_run(out: Path) -> RunFile:
@@ -135,15 +135,11 @@ def read_run(out: Path) -> RunFile:
     record = out / (EXPORT_RECORD_FILE if (out / EXPORT_RECORD_FILE).is_file() else RECORD_FILE)
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
-    try:
+    with reading(record, "the record of a run"):
         data = read_bytes(record, _MOST_BYTES)
-        found = parse_json(data, str(record))
-        schema = found.get("schema") if isinstance(found, dict) else None
-        if schema == RUN_SCHEMA:
-            return as_record(data, RunFile, str(record))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{out} holds no readable run record: {error}") from error
-    raise ValueError(f"{record}: schema {schema}; this release reads {RUN_SCHEMA}")
+        if (schema := json.loads(data)["schema"]) != RUN_SCHEMA:
+            raise ValueError(f"schema {schema}; this release reads {RUN_SCHEMA}")
+        return RunFile.model_validate_json(data)
 
 
 def refuse_filled(out: Path) -> None:

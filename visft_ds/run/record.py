@@ -14,6 +14,7 @@ from typing import Any
 from visft_ds import CHECKOUT
 from visft_ds.checkpoint.disk import explained
 from visft_ds.config import ResolvedConfig, changed
+from visft_ds.config.preflight import RECORD_FILE
 from visft_ds.config.schema import VisftConfig
 from visft_ds.interop.weights import write_text
 from visft_ds.monitor.metrics import versions
@@ -21,7 +22,7 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.start import Start
 from visft_ds.pretrained import HUB
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run.folder import RECORD_FILE, RUN_SCHEMA, read_run, saved_something
+from visft_ds.run.folder import RUN_SCHEMA, read_run, saved_something
 from visft_ds.run.start import record_of
 
 

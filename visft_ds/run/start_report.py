@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,6 @@ from visft_ds.prepare.model import (
     stage_name,
 )
 from visft_ds.pretrained import local
-from visft_ds.redaction import redacted_values
 from visft_ds.run.machine import Machine, choose_recompute, memory_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -95,12 +92,11 @@ def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | N
     return Section("data", rows)
 
 
-def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_json: bool = False) -> int:
+def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
     """Print what would train, how batches divide, and why the run could not start.
 
     Args:
         missing: inputs that are not there, see `render_missing`.
-        as_json: print the resolved configuration, and reasons on stderr.
 
     Returns:
         The exit code: 0, or 2 where an input is missing or is not what a start could read. Whether it fits
@@ -120,15 +116,11 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
     why = "as configured"
-    if config.visft.model.recompute == "auto" and not as_json:
+    if config.visft.model.recompute == "auto":
         config, why = choose_recompute(config, run, Path(config.visft.run.out or ""), must_fit=False)
         run = run.changed(config)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
-    if as_json:
-        print(json.dumps(redacted_values(config.to_dict()), indent=2))
-        print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
-        return 2 if reasons else 0
     plan, capacity = plan_largest(run), memory_of(run.device)
     verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
     memory = [
@@ -200,7 +192,7 @@ def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run, steps = config.scheduler, config.visft.run, config.total_steps
     best = f" and the best by {run.keep_best}" if run.keep_best else ""
     rows = [
-        *(("adapted", f"{one.key}: {one.old} -> {one.new}, because of {one.why}") for one in config.adapted),
+        *(("adapted", line) for line in config.adapted),
         ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
         ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
         ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),

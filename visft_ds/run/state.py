@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,9 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.resilience.errors import met_by_one_rank
+from visft_ds.run.evaluation import Validation, evaluation_is_due
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
-from visft_ds.run.validation import evaluation_is_due
 
 
 class RunState:
@@ -85,8 +84,7 @@ class RunState:
             return 0
         checkpoint = open_checkpoint(Path(found))
         check_identity(checkpoint, self.identity)
-        with met_by_one_rank():
-            state = checkpoint.load()
+        state = checkpoint.load()
         restore_state(self._engine, state, checkpoint.step)
         best = self._saver.retention.best
         self._saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
@@ -118,17 +116,15 @@ class RunState:
         """Take the numbers of an evaluation into account. Returns whether `step` is the best so far."""
         return self._saver.judged(step, metrics)
 
-    def ends_early(self, step: int, measure: Callable[[], None], log: RunLog) -> bool:
+    def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
         """Return True if `visft.run.stop_after` evaluations in a row gave no better metric. Collective.
 
-        Args:
-            measure: waits for the numbers of all evaluations so far; so the answer does not depend on how long they
-                take, and a run that goes on ends at the same step.
+        It waits for the numbers of all evaluations so far: a run that is resumed ends at the same step.
         """
         run = self._config.visft.run
         if not run.stop_after:
             return False
-        measure()
+        validation.poll(log, seconds=None)
         count, best = distributed.broadcast_object(self._saver.since_best())
         if best is None or count < run.stop_after:
             return False
@@ -159,8 +155,7 @@ class RunState:
             return step
         if best != step:
             checkpoint = open_checkpoint(checkpoint_path(self._saver.folder, best))
-            with met_by_one_rank():
-                state = checkpoint.load()
+            state = checkpoint.load()
             restore_state(self._engine, state, best)
         log.message(f"exports step {best}, the best by {metric}")
         return int(best)

@@ -1,17 +1,15 @@
-"""Evaluation during training: every number once, pictures, and a judge that may be slow or fail without any harm."""
+"""Evaluation during training: every number once, pictures, and a process beside that may be slow or killed."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.coco_tree import write_tree
-from tests.ranks import REPOSITORY, finish, start_ranks
+from tests.ranks import finish, start_ranks, wait_for
 from tests.tiny import TINY
-from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.cli import main as evaluate
@@ -34,9 +32,8 @@ from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.stop import Stop, StopFlag
-from visft_ds.run.judge import Judge, Verdict, judged
+from visft_ds.run.evaluation import Validation
 from visft_ds.run.log import RunLog
-from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -74,34 +71,15 @@ def _command(shards: Path, out: Path, *extra: str, total: int = 4) -> list[str]:
     return ["launchers/train.py", "--stage", "1", "--model", "debug", *paths, *settings]
 
 
-def _hold_judge(of: subprocess.Popen[str]) -> int:
-    """Wait until a process has started a judge and stop that in its tracks; returns its id."""
+def _measuring(training: int) -> psutil.Process:
+    """The process that measures for a training process, once there is one."""
     until = time.monotonic() + PROMPT
     while time.monotonic() < until:
-        assert of.poll() is None, of.stdout and of.stdout.read()
-        for children in Path(f"/proc/{of.pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                if b"visft_ds.run.judge" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(int(child), signal.SIGSTOP)
-                    return int(child)
+        for server in psutil.Process(training).children():
+            if "forkserver" in " ".join(server.cmdline()) and (found := server.children()):
+                return found[0]
         time.sleep(0.02)
-    raise AssertionError("no judge was started")
-
-
-def _read_to(process: subprocess.Popen[str], text: str) -> list[str]:
-    """What a process prints, up to a line that contains `text`."""
-    assert process.stdout is not None
-    seen = []
-    watchdog = threading.Timer(2 * PROMPT, process.kill)
-    watchdog.start()
-    try:
-        for line in process.stdout:
-            seen.append(line)
-            if text in line:
-                return seen
-    finally:
-        watchdog.cancel()
-    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
+    raise AssertionError("nothing was measured")
 
 
 def _records(out: Path) -> list[dict[str, Any]]:
@@ -117,11 +95,11 @@ def _judged(out: Path) -> dict[int, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Held:
-    """A run of four steps on two ranks, whose first judge did nothing until everything else was done."""
+    """A run of four steps on two ranks, whose first numbers came after everything else was done."""
 
     out: Path
     judged_before: int  #: evaluations that had numbers then
-    alone: bool  #: whether the second rank ended while the main process waited for the judge
+    alone: bool  #: whether the second rank ended while the main process waited for numbers
     printed: str
 
 
@@ -129,24 +107,21 @@ class Held:
 def held(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Held:
     out = tmp_path_factory.mktemp("runs") / "held"
     processes = start_ranks(_command(shards, out))
-    judge = None
+    measuring = _measuring(processes[0].pid)
+    measuring.suspend()
     try:
-        judge = _hold_judge(processes[0])
-        printed = _read_to(processes[0], "saved step 4")
+        printed = wait_for(processes[0], "saved step 4")
         processes[1].wait(PROMPT)
         alone = processes[0].poll() is None
         before = len(_judged(out))
     finally:
-        if judge is None:
-            finish(processes, 0.1)
-        else:
-            os.kill(judge, signal.SIGCONT)
-    codes, outputs = finish(processes, PROMPT)
+        measuring.resume()
+        codes, outputs = finish(processes, PROMPT)
     assert codes == [0, 0], outputs
     return Held(out, before, alone, "".join(printed) + outputs[0])
 
 
-def test_nobody_waits_for_the_judge(held: Held) -> None:
+def test_nobody_waits_for_the_numbers(held: Held) -> None:
     """Steps, the next evaluation, saving and the end of the other rank all come before the first number."""
     assert held.judged_before == 0 and held.alone
     lines = held.printed.splitlines()
@@ -207,9 +182,9 @@ class Parts:
     manifest: Manifest
     vocabulary: Vocabulary
 
-    def validation(self, out: Path) -> Validation:
-        streams = self.config.visft.streams()
-        return Validation(self.config.visft, streams, self.manifest, self.vocabulary, out)
+    def validation(self, *settings: str) -> Validation:
+        config = changed(self.config, settings).visft
+        return Validation(config, config.streams(), self.manifest, self.vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -220,36 +195,26 @@ def parts(shards: Path) -> Parts:
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
 
 
-def judge_here(judge: Judge, step: int, order: bytes) -> Verdict:
-    """In place of `Judge._judge`, since another process takes seconds to start."""
-    found = json.loads(judged(order))
-    return Verdict(step, found["metrics"], tuple(found["problems"]))
+class Here(ThreadPoolExecutor):
+    """Measures in this process, since another one takes seconds to start."""
 
+    _processes: Mapping[int, Any] = {}
 
-def test_numbers_of_a_part_of_the_images_say_so(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = resolve(stage=1, model="debug", settings=[*_settings(), "visft.run.eval_limit=2"]).visft
-    validation, printed = (
-        Validation(config, config.streams(), parts.manifest, parts.vocabulary, tmp_path),
-        io.StringIO(),
-    )
-    verdict = Verdict(2, dict.fromkeys(shown_metrics(), 0.5))
-    monkeypatch.setattr(validation._judge, "verdicts", lambda *, seconds: [verdict])
-    with MetricsWriter(tmp_path) as writer:
-        validation.poll(RunLog(writer, Progress(4, stream=printed)))
-    assert "step 2 validation on 2 of 6 images: " in printed.getvalue()
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(1)
 
 
 def test_predictions_that_are_not_finite(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A warning, the other tasks' numbers, and the run goes on."""
-    monkeypatch.setattr(Judge, "_judge", judge_here)
+    """A warning, the other tasks' numbers, and the run continues."""
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
     with torch.no_grad():
         for parameter in module.heads["detection"].parameters():
             parameter.fill_(float("nan"))
-    validation, printed = parts.validation(tmp_path), io.StringIO()
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
+    validation, printed = parts.validation("visft.run.eval_limit=2"), io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
         assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
@@ -257,12 +222,13 @@ def test_predictions_that_are_not_finite(
     (warning,) = capsys.readouterr().err.splitlines()
     assert "step 2 failed: detection" in warning
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
+    assert "step 2 validation on 2 of 6 images: " in printed.getvalue()
     assert "mask/AP" in printed.getvalue() and "box/AP" not in printed.getvalue()
 
 
 def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
-    """It leaves no results: the run that goes on from this step evaluates it as a whole."""
-    validation, stop, seen = parts.validation(tmp_path), StopFlag(launched=False), []
+    """It leaves no results: a run that is resumed at this step evaluates it as a whole."""
+    validation, stop, seen = parts.validation(), StopFlag(launched=False), []
     prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
     module = prepared.module.eval()
 
@@ -272,63 +238,24 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        finished = validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
-        assert validation._judge.verdicts(seconds=None) == []
-    assert (finished, len(seen)) == (False, 1)
+        assert not validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
+    assert len(seen) == 1 and not validation._waiting
 
 
-def test_a_judge_that_cannot_work_is_a_warning(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_killed_process_costs_its_numbers_only(
+    parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    validation = parts.validation(tmp_path)
-    for step, program in ((2, "exit 0"), (4, "echo Traceback >&2; echo MemoryError: no room >&2; exit 1")):
-        python = tmp_path / "python"
-        python.write_text(f"#!/bin/sh\n{program}\n")
-        python.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(python))
-        validation._judge.start(step, {"captioning": []})
-        with MetricsWriter(tmp_path) as writer:
-            validation.poll(RunLog(writer, Progress(6, stream=io.StringIO())), seconds=None)
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("warning: the evaluation of step 2 failed: ")
-    assert second == "warning: the evaluation of step 4 failed: MemoryError: no room"
-
-
-def test_an_interrupted_run_owes_an_evaluation_without_numbers(parts: Parts, tmp_path: Path) -> None:
-    records = [{"kind": "step", "step": step, name: 1.0} for step, name in ((2, "loss/loss"), (2, "val/box/AP"))]
-    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
-    validation = parts.validation(tmp_path)
-    assert [validation.is_missing(step, 9) for step in (2, 3, 4)] == [False, False, True]
-
-
-def test_what_is_being_measured_ends_with_the_run(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 600\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    judge = Judge(parts.manifest, None)
-    judge.start(2, {"captioning": []})
-    judge.start(4, {"captioning": []})
-    assert judge.verdicts(seconds=0.5) == [] and judge.close() == 2
-    judge._thread.shutdown(wait=True)  # it does not wait for ten minutes
-
-
-@pytest.mark.slow
-def test_a_judge_ends_with_its_training_process(parts: Parts) -> None:
-    """However that ends."""
-    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'visft_ds.run.judge', sys.argv[1]]"
-    code = f"import os, sys; sys.argv[1:] = [str(os.getpid())]; {code}, stdin=subprocess.PIPE); time.sleep(600)"
-    training = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
-    try:
-        until = time.monotonic() + PROMPT
-        found: list[psutil.Process] = []
-        while not found and time.monotonic() < until:
-            found = psutil.Process(training.pid).children()
-            time.sleep(0.05)
-        (judge,) = found
-    finally:
-        training.kill()
-        training.wait()
-    assert psutil.wait_procs([judge], timeout=PROMPT)[1] == []
+    validation, printed = parts.validation(), io.StringIO()
+    with MetricsWriter(tmp_path) as writer, closing(validation):
+        log = RunLog(writer, Progress(6, stream=printed))
+        results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
+        for step in (2, 4):
+            validation.measure(step, {"captioning": results})
+            if step == 2:
+                assert validation._pool is not None and validation._pool._processes is not None
+                (process,) = validation._pool._processes.values()
+                process.kill()
+            validation.poll(log, seconds=None)
+        validation.measure(6, {"captioning": []})
+    assert capsys.readouterr().err.count("warning: the evaluation of step 2 failed") == 1
+    assert "step 4 validation" in printed.getvalue() and validation._waiting == deque()

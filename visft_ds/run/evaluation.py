@@ -1,0 +1,191 @@
+"""Evaluation during training: all ranks predict, a process beside the training measures, TensorBoard gets pictures."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+import torch
+
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.loader import fork_server, start_worker
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.evals.examples import draw_examples
+from visft_ds.evals.runner import Predict, as_metrics, collect, measure
+from visft_ds.parallel import distributed
+from visft_ds.prepare.datasets import workers_of
+from visft_ds.redaction import redacted
+from visft_ds.resilience.stop import StopFlag
+from visft_ds.run.log import RunLog
+from visft_ds.tasks import Results, shown_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
+
+#: Training images that a run is evaluated on at its end.
+TRAINING_IMAGES = 100
+#: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
+_PATIENCE = 15.0
+
+Measured = tuple[dict[str, float], list[str]]  #: metrics by name; a line for each task that cannot be measured
+
+
+class Validation:
+    """The evaluations of one run on its validation split.
+
+    Args:
+        streams: those of the run, with the classes of its heads.
+        judged: takes the numbers of each evaluation; returns whether this step is the best so far.
+    """
+
+    def __init__(
+        self,
+        config: VisftConfig,
+        streams: Mapping[str, Stream],
+        manifest: Manifest,
+        vocabulary: Vocabulary | None,
+        judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
+    ) -> None:
+        self._config, self._streams, self._vocabulary, self._judged = config, streams, vocabulary, judged
+        self._reader = ShardReader(manifest)
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: deque[tuple[int, Future[Measured]]] = deque()
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Return True if `step` (of `total_steps`) is followed by an evaluation."""
+        return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
+
+    def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`.
+
+        Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
+        that is resumed at this step evaluates it anew.
+        """
+        run = self._config.run
+        try:
+            collected = collect(
+                partial(_predict_unless_stopped, predict, stop),
+                self._reader,
+                self._streams,
+                self._vocabulary,
+                limit=run.eval_limit,
+                num_workers=workers_of(self._config.data),
+            )
+        except _StoppedError:
+            return False
+        for task, results in (collected or {}).items():
+            captions = [f"{one['image_id']}: {one['caption']}" for one in results[: run.pictures] if "caption" in one]
+            if captions:
+                log.writer.text(step, f"{task}/captions", "\n\n".join(captions))
+        if collected is not None:
+            self.measure(step, collected)
+        self.poll(log)
+        self.draw(predict, step, log)
+        return True
+
+    def measure(self, step: int, collected: Mapping[str, Results]) -> None:
+        """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
+        future = self._pool.submit(_measure, self._reader, collected, self._config.run.eval_limit)
+        self._waiting.append((step, future))
+
+    def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
+        """Record the numbers of evaluations that are measured within some seconds; None: of all of them."""
+        wait([future for _, future in self._waiting], seconds)
+        while self._waiting and self._waiting[0][1].done():
+            step, future = self._waiting.popleft()
+            if error := future.exception():
+                self._pool = None  # its process may have been killed: the next evaluation gets another one
+                self._record(step, {}, [f"{type(error).__name__}: {error}"], log)
+            else:
+                self._record(step, *future.result(), log)
+
+    def _record(self, step: int, metrics: Mapping[str, float], problems: list[str], log: RunLog) -> None:
+        for problem in problems:
+            text = f"warning: the evaluation of step {step} failed: {redacted(problem)}"
+            print(text, file=sys.stderr, flush=True)
+        best = " (best so far)" if self._judged(step, metrics) else ""
+        if metrics:
+            images = len(self._reader)
+            limit = min(self._config.run.eval_limit or images, images)
+            part = "" if limit == images else f" on {limit} of {images} images"
+            shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
+            log.message(f"step {step} validation{part}: {'  '.join(shown)} {best}".rstrip())
+            log.writer.evaluation(step, metrics)
+
+    def draw(self, predict: Predict, step: int, log: RunLog) -> None:
+        """Draw the predictions of the fixed images after `step`. Collective."""
+        run = self._config.run
+        given = (predict, self._reader, self._streams, self._vocabulary)
+        for task, by_image in draw_examples(*given, run.pictures, limit=run.eval_limit).items():
+            for image_id, picture in by_image.items():
+                log.writer.image(step, f"{task}/{image_id:012d}", picture)
+
+    def on_training_images(self, predict: Predict, training: Manifest) -> dict[str, float]:
+        """AP50 of the first training images, by name. Collective; empty on all ranks but the main process."""
+        reader = ShardReader(training)
+        collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
+        metrics, _ = _measure(reader, collected or {}, TRAINING_IMAGES)
+        return {name: value for name, value in metrics.items() if name.endswith("/AP50")}
+
+    def leave(self, log: RunLog) -> None:
+        """Wait for the numbers, but not for long."""
+        self.poll(log, seconds=_PATIENCE)
+        if lost := len(self._waiting):
+            plural = "s" if lost > 1 else ""
+            log.message(f"{lost} evaluation{plural} could not be measured in {_PATIENCE:.0f} s and are left out")
+
+    def close(self) -> None:
+        """End what is being measured."""
+        self._waiting.clear()
+        if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())  # `kill_workers` comes with Python 3.14
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+
+
+def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
+    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
+    return every > 0 and (step == total_steps or step % every == 0)
+
+
+def compare_with_training(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
+    """Lines that compare AP50 on training images with the last validation, whose names begin with `val/`."""
+    lines = []
+    for name, value in training.items():
+        other = last.get(f"val/{name}", math.nan)
+        line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
+        if value < 0.5:
+            line += ": not learnt yet, more steps help (--steps)"
+        elif other < value / 2:
+            line += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
+        lines.append(line)
+    return lines
+
+
+class _StoppedError(Exception):
+    """Some rank was asked to stop."""
+
+
+def _predict_unless_stopped(predict: Predict, stop: StopFlag, batch: Batch) -> Mapping[str, Any]:
+    """Predict a batch, which all ranks do equally often, until one of them is asked to stop."""
+    if distributed.any_rank(bool(stop), distributed.local_device()):
+        raise _StoppedError
+    return predict(batch)
+
+
+def _start_measuring() -> None:
+    start_worker()
+    torch.set_num_threads(1)  # the training has the other cores
+
+
+def _measure(reader: ShardReader, collected: Mapping[str, Results], limit: int | None) -> Measured:
+    outcome, problems = measure(collected, reader, limit=limit)
+    return as_metrics(outcome), problems
