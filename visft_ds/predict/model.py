@@ -34,7 +34,7 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.model import normalise_pixels
+from visft_ds.model import normalise_pixels, pixel_scale
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
@@ -176,8 +176,7 @@ class ImageFeatures(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-        scale = pixel_scale(self.backbone.pixel_mean, self.backbone.pixel_std, images.device)
-        pixels = normalise_pixels(images, sizes, scale)
+        pixels = normalise_pixels(images, sizes, pixel_scale(self.backbone, images.device))
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return at_least_float32(self.backbone(pixels))
 
