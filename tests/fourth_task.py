@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.spec import Content, HeadSizes, ImageTargets, Task
@@ -43,14 +43,8 @@ class ClassificationTask(TaskConfig):
 
 
 @dataclass(frozen=True)
-class ClassificationTargets:
+class ClassificationTargets(Targets):
     present: Tensor  #: (B, C) float32, 1 where an image has an object of the class
-
-    def to(self, device: torch.device) -> ClassificationTargets:
-        return ClassificationTargets(self.present.to(device, non_blocking=True))
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        return {}
 
 
 def image_targets(places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: Any) -> dict[str, Any]:
@@ -104,9 +98,7 @@ class Classification(Task):
         present = np.stack([sample.targets[NAME]["present"] for sample in samples])
         return ClassificationTargets(torch.from_numpy(present))
 
-    def blank(
-        self, images: int, size: Size, content: Content, options: Any, device: torch.device
-    ) -> ClassificationTargets:
+    def blank(self, images: int, size: Size, content: Content, options: Any) -> ClassificationTargets:
         return ClassificationTargets(torch.zeros(images, MOST))
 
     def results(

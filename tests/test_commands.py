@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 import visft_ds
 from visft_ds.cli import COMMANDS, main
 from visft_ds.config.resolve import CONFIG_ROOT
+from visft_ds.data.shards import Manifest
 from visft_ds.parallel import engine
 from visft_ds.resilience.supervisor import flags_of_training
 
@@ -60,6 +63,18 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["shards", "info"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_output_nobody_reads_ends_quietly(split: Manifest, words: list[str], unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "visft_ds", *words, *([str(split.root)] if "info" in words else [])]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -73,13 +88,6 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
 )
 def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
     assert flags_of_training([*words, "--stage", "2"]) == ["--stage", "2"]
-
-
-def test_the_training_module_is_no_silent_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, which has torch and DeepSpeed already."""
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / "visft_ds/train.py"), run_name="__main__")
-    assert "visft train" in capsys.readouterr().err
 
 
 def test_every_configuration_is_installed_and_has_one_copy() -> None:

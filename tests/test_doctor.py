@@ -28,7 +28,7 @@ def test_every_shipped_model_can_be_asked_for(model: str) -> None:
 
 
 def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"torch": "2.13.0+cpu", "deepspeed": "0.18.0"}
+    installed = {"torch": "2.13.0+cpu", "deepspeed": "0.18.0", "visft_ds": "0.2.0"}
 
     def version(name: str) -> str:
         if name not in installed:
@@ -38,9 +38,9 @@ def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.metadata, "version", version)
     needs = ["torch>=2.10", "deepspeed==0.19.8", "psutil>=6", 'timm>=1.0; extra == "eval"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: needs)
-    (finding, *_) = doctor.check_packages()
-    assert finding.status == PROBLEM
-    assert finding.found == "deepspeed==0.19.8 (here: 0.18.0); psutil>=6 (here: not installed)"
+    found = {finding.subject: finding for finding in doctor.check_packages()}
+    assert found["packages"].status == PROBLEM
+    assert "deepspeed==0.19.8 (here: 0.18.0); psutil>=6 (here: not installed)" in found["packages"].found
 
 
 def test_a_driver_without_a_matching_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--folder", "/no/such/folder"]) == 2
-    findings = [Finding(OK, "a", "well"), Finding(WARNING, "b", "so so", "Do this")]
+    findings = [Finding(OK, "a", "well"), Finding(WARNING, "b", "so so. Do this")]
     monkeypatch.setattr("visft_ds.doctor.examine", lambda *_: iter(findings))
     assert main([]) == 0
     findings.append(Finding(PROBLEM, "c", "ill"))

@@ -1,10 +1,10 @@
-"""Is this machine ready? Each check gives one or more findings: ok, warning or problem, and what to do about it.
+"""Check whether this machine is ready to train: packages, GPUs, memory, disk, and two processes that meet.
 
     visft doctor
     visft doctor --model dinov3_b --folder /data/runs
 
 Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage. Nothing that may be missing is imported
-at the top: a doctor who cannot start helps nobody.
+at the top.
 """
 
 from __future__ import annotations
@@ -17,60 +17,47 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from visft_ds import program
 from visft_ds.flags import Parser, install_command
 from visft_ds.resilience.errors import tell
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
+PROBLEM, WARNING, OK = STATUSES = ("problem", "warning", "ok")
 _GB, _GIB = 10**9, 2**30
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Result of a check."""
 
-    status: str  #: OK | WARNING | PROBLEM
+    status: str
     subject: str
-    found: str
-    remedy: str = ""
-
-    def row(self) -> tuple[str, str, str]:
-        """As a row of a table."""
-        return self.status, self.subject, self.found + (f". {self.remedy}" if self.remedy else "")
+    found: str  #: and what to do about it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = Parser(prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="NAME|FILE", help="model to be trained, as for visft train")
+    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs will be written (.)")
+    options = parser.parse_args(arguments)
     try:
         findings = list(examine(options.folder, options.model))
     except ValueError as error:
         return tell(error)
     from visft_ds.monitor.console import Section, print_plan
 
-    order = (PROBLEM, WARNING, OK)
-    rows = [finding.row() for status in order for finding in findings if finding.status == status]
-    counts = {status: sum(finding.status == status for finding in findings) for status in order}
-    verdict = "not ready" if counts[PROBLEM] else "ready"
-    title = f"this machine is {verdict}: {counts[PROBLEM]} problems, {counts[WARNING]} warnings, {counts[OK]} ok"
-    print_plan(title, [Section("checks", rows)])
+    counts = {status: sum(finding.status == status for finding in findings) for status in STATUSES}
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    rows = sorted(findings, key=lambda finding: STATUSES.index(finding.status))
+    print_plan(f"this machine is {'not ready' if counts[PROBLEM] else 'ready'}: {told}", [Section("checks", rows)])
     return 1 if counts[PROBLEM] else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("doctor"), description="Is this machine ready to train?")
-    parser.add_argument("--model", metavar="NAME|FILE", help="what is to be trained, as for visft train")
-    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs will be written (.)")
-    return parser
-
-
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
-    """Every check in the order in which a person reads it; the two processes of the last one start first.
+    """Run every check in the order in which a person reads it.
 
     Args:
         folder: where runs will be written.
@@ -81,42 +68,32 @@ def examine(folder: Path, model: str | None) -> Iterator[Finding]:
     """
     if not folder.is_dir():
         raise ValueError(f"--folder {folder} is no folder; make it, or name another one")
-    with _Pair() as pair:
-        for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), pair.check()):
-            try:
-                yield from check
-            except ImportError as error:
-                yield Finding(PROBLEM, "import", str(error), f"Install the project: {install_command()}")
-            except (OSError, RuntimeError) as error:
-                yield Finding(PROBLEM, "check failed", f"{type(error).__name__}: {error}")
+    for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes()):
+        try:
+            yield from check
+        except (ImportError, OSError, RuntimeError) as error:
+            yield Finding(PROBLEM, "check failed", f"{type(error).__name__}: {error}")
 
 
 def check_packages() -> Iterator[Finding]:
     """Compare the requirements of setup.py with the installed packages."""
     from packaging.requirements import Requirement
 
-    try:
-        texts = importlib.metadata.requires("visft_ds") or []
-    except importlib.metadata.PackageNotFoundError:
-        remedy = f"{install_command()} brings all it needs"
-        yield Finding(WARNING, "packages", "visft_ds itself is not installed", remedy)
-        texts = []
-    needed = [r for r in map(Requirement, texts) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    wrong = []
-    for requirement in needed:
-        version = _version(requirement.name)
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement} (here: {version or 'not installed'})")
-    if wrong:
-        yield Finding(PROBLEM, "packages", "; ".join(wrong), f"{install_command()} brings the right ones")
-    elif needed:
-        yield Finding(OK, "packages", f"all {len(needed)} that visft_ds asks for")
-    for name in ("torch", "deepspeed"):
-        version = _version(name)
-        if version is None:
-            yield Finding(PROBLEM, name, "not installed", install_command())
-        else:
-            yield Finding(OK, name, version)
+    versions = {name: _version(name) for name in ("visft_ds", "torch", "deepspeed")}
+    if versions["visft_ds"] is None:
+        yield Finding(WARNING, "packages", f"visft_ds itself is not installed: {install_command()}")
+    else:
+        needed = [Requirement(text) for text in importlib.metadata.requires("visft_ds") or []]
+        wrong = [
+            f"{one} (here: {_version(one.name) or 'not installed'})"
+            for one in needed
+            if (one.marker is None or one.marker.evaluate({"extra": ""}))
+            and not one.specifier.contains(_version(one.name) or "0", prereleases=True)
+        ]
+        if wrong:
+            yield Finding(PROBLEM, "packages", f"{'; '.join(wrong)}. {install_command()} brings the right ones")
+    for name, version in versions.items():
+        yield Finding(OK, name, version) if version else Finding(PROBLEM, name, f"not installed: {install_command()}")
 
 
 def _version(name: str) -> str | None:
@@ -127,76 +104,63 @@ def _version(name: str) -> str | None:
 
 
 def check_device() -> Iterator[Finding]:
-    """GPUs, and the precision a run would choose on them."""
+    """Look for GPUs, and for the precision that a run would choose on them."""
     import torch
 
     from visft_ds.prepare.model import choose_precision
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        yield from _no_gpu(torch.__version__)
+    if not count and (Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi")):
+        found = f"a driver is installed, but torch {torch.__version__} sees no GPU. Install torch with CUDA"
+        yield Finding(PROBLEM, "GPU", f"{found} (https://pytorch.org), or unset CUDA_VISIBLE_DEVICES")
+    elif not count:
+        yield Finding(OK, "GPU", "none: the debug model trains on this CPU, the large ones need GPUs")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        capability = f"sm_{properties.major}{properties.minor}"
-        text = f"{properties.name}, {capability}, {properties.total_memory / _GIB:.1f} GiB"
-        majors = {arch.split("_")[1][:-1] for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)}
-        if str(properties.major) in majors:
-            yield Finding(OK, f"GPU {index}", text)
+        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
+        if any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list()):
+            yield Finding(OK, f"GPU {index}", found)
         else:
-            remedy = f"torch {torch.__version__} has no code for it; install a build that has"
-            yield Finding(PROBLEM, f"GPU {index}", text, remedy)
+            yield Finding(PROBLEM, f"GPU {index}", f"{found}. torch {torch.__version__} has no code for it")
     precision, why = choose_precision("auto", torch.device("cuda", 0) if count else torch.device("cpu"))
     yield Finding(OK, "precision", f"{precision} ({why})")
 
 
-def _no_gpu(torch_version: str) -> Iterator[Finding]:
-    driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
-    if driver:
-        remedy = (
-            "Install torch with CUDA (https://pytorch.org/get-started), or a newer driver if it is there; "
-            "CUDA_VISIBLE_DEVICES may hide the GPU too"
-        )
-        yield Finding(PROBLEM, "GPU", f"a driver is installed, but torch {torch_version} sees no GPU", remedy)
-    else:
-        yield Finding(OK, "GPU", "none: the debug model trains on this CPU, the large ones need GPUs")
-
-
 def check_memory(model: str | None) -> Iterator[Finding]:
-    """Memory of the host, and whether both stages of a model are predicted to fit into a process."""
+    """Compare the memory of a process with what both stages of a model are predicted to need."""
     import torch
 
     from visft_ds.config import resolve
     from visft_ds.planner.memory import plan_largest, run_of
     from visft_ds.prepare.model import choose_precision
-    from visft_ds.resilience.host_memory import host_memory_available
     from visft_ds.run.machine import memory_of
 
-    yield Finding(OK, "host memory", f"{host_memory_available() / _GIB:.1f} GiB available")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    room = memory_of(device)
+    yield Finding(OK, "memory", f"{room / _GIB:.1f} GiB for a process on the {device.type}")
     for stage in (1, 2) if model is not None else ():
-        settings = ["visft.model.recompute=block"] if stage == 2 else ["visft.model.recompute=none"]
+        settings = [f"visft.model.recompute={'block' if stage == 2 else 'none'}"]
         config = resolve(stage=stage, model=model or "", settings=settings)
         precision, _ = choose_precision(config.visft.model.precision, device)
-        needed, room = plan_largest(run_of(config, 1, precision, None, device)).total, memory_of(device)
-        text = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
+        needed = plan_largest(run_of(config, 1, precision, None, device)).total
+        found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
         if needed <= room:
-            yield Finding(OK, f"{model}, stage {stage}", text)
+            yield Finding(OK, f"{model}, stage {stage}", found)
         else:
-            remedy = f"See what helps: visft plan --stage {stage} --model {model}"
-            yield Finding(PROBLEM, f"{model}, stage {stage}", text, remedy)
+            helps = f"See what helps: visft plan --stage {stage} --model {model}"
+            yield Finding(PROBLEM, f"{model}, stage {stage}", f"{found}. {helps}")
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:
-    """Room for weights, shards and checkpoints."""
+    """Look at the room for weights, shards and checkpoints."""
     free = shutil.disk_usage(folder).free
-    text = f"{free / _GB:.0f} GB free in {folder.resolve()}"
+    found = f"{free / _GB:.0f} GB free in {folder.resolve()}"
     if free < 2 * _GB:
-        yield Finding(PROBLEM, "disk", text, "A checkpoint may not fit: free some, or use another --folder")
+        yield Finding(PROBLEM, "disk", f"{found}. A checkpoint may not fit: free some, or use another --folder")
     elif free < 60 * _GB:
-        remedy = "COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file"
-        yield Finding(WARNING, "disk", text, remedy)
+        yield Finding(WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file")
     else:
-        yield Finding(OK, "disk", text)
+        yield Finding(OK, "disk", found)
 
 
 _MEMBER = """
@@ -212,47 +176,27 @@ assert value.item() == 3.0, value
 """
 
 
-class _Pair:
-    """Two processes that import DeepSpeed, meet over gloo and add their numbers."""
-
-    def __enter__(self) -> _Pair:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self._began = time.perf_counter()
-        self._members = [
-            subprocess.Popen(
-                [sys.executable, "-c", _MEMBER, str(rank), port],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for member in self._members:
+def check_processes() -> Iterator[Finding]:
+    """Let two processes import DeepSpeed, meet over gloo and add their numbers, within a minute."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    commands = [[sys.executable, "-c", _MEMBER, str(rank), port] for rank in range(2)]
+    members = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        said = [member.communicate(timeout=60)[1].strip() for member in members]
+        failed = ["".join(text.splitlines()[-1:]) for text, one in zip(said, members, strict=True) if one.returncode]
+    except subprocess.TimeoutExpired:
+        failed = ["no answer within a minute"]
+    finally:
+        for member in members:
             member.kill()
-            member.wait()
-
-    def check(self) -> Iterator[Finding]:
-        """Wait for both, at most a minute."""
-        errors = []
-        for member in self._members:
-            left = max(0.1, 60 - (time.perf_counter() - self._began))
-            try:
-                _, text = member.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
-                errors.append("no answer within a minute")
-                continue
-            if member.returncode:
-                errors.append((text.strip().splitlines() or [f"exit code {member.returncode}"])[-1])
-        seconds = time.perf_counter() - self._began
-        if errors:
-            remedy = "Where a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
-            yield Finding(PROBLEM, "two processes", f"cannot add two numbers over gloo: {errors[0]}", remedy)
-        else:
-            yield Finding(OK, "two processes", f"imported DeepSpeed and agreed over gloo within {seconds:.0f} s")
+    if failed:
+        helps = "If a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
+        yield Finding(PROBLEM, "two processes", f"cannot add two numbers over gloo: {failed[0]}. {helps}")
+    else:
+        yield Finding(OK, "two processes", "imported DeepSpeed and agreed over gloo")

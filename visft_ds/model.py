@@ -6,9 +6,9 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids, stack_padded
+from visft_ds.models.eva_vit import Grids, stack_padded
 from visft_ds.ops import no_autocast
 from visft_ds.ops.copies import to_device
 from visft_ds.tasks.matching import at_least_float32
@@ -35,33 +35,25 @@ class TaskModule:
     decoding: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the head in evaluation (beams)
 
 
-class PixelScale(NamedTuple):
-    """Mean and standard deviation of each channel of uint8 images, (3, 1, 1) float32 on a device."""
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(
-        cls, device: torch.device, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
-    ) -> PixelScale:
-        """Args: mean, std: of the R, G and B channels in [0, 1]."""
-        return cls(*(to_device(torch.tensor(values), device).view(3, 1, 1) * 255.0 for values in (mean, std)))
+def pixel_scale(backbone: Backbone, device: torch.device) -> Tensor:
+    """Mean and standard deviation of each channel of uint8 images, as a backbone wants them: (2, 3, 1, 1) float32."""
+    channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
+    return to_device(channels, device).view(2, 3, 1, 1) * 255.0
 
 
-def normalise_pixels(images: Tensor, sizes: Tensor, scale: PixelScale) -> Tensor:
-    """Normalise uint8 images by channel, as a backbone wants them; padding becomes 0, the mean colour.
+def normalise_pixels(images: Tensor, sizes: Tensor, scale: Tensor) -> Tensor:
+    """Normalise uint8 images by channel; padding becomes 0, the mean colour.
 
     Args:
         images: (B, 3, H, W) uint8, padded right and bottom.
         sizes: (B, 2) int64, height and width of the valid part.
-        scale: on the same device.
+        scale: `pixel_scale` on the same device.
 
     Returns:
         (B, 3, H, W) float32.
     """
-    pixels = (images.float() - scale.mean) / scale.std
-    return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
+    mean, std = scale
+    return (images.float() - mean) / std * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -81,39 +73,6 @@ def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ..
         cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
         axes.append(cells[None, :] < sizes[:, axis, None])
     return axes[0][:, :, None] & axes[1][:, None, :]
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Sizes at which the backbone sees the images of a packed batch: each one's own, without the batch's padding.
-
-    An image keeps the padding that its transform gave it, so that it looks as it would alone.
-    """
-
-    pixels: Grids  #: (height, width) of each image, at least one patch
-    grids: Grids  #: the same in patches
-
-    @classmethod
-    def of(cls, batch: Batch, backbone: Backbone) -> Frames | None:
-        """The frames of a batch; None where all its images are of one size: then there is no padding to save."""
-        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
-            return None
-        smallest = backbone.patch_size
-        pixels = [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
-        return cls(pixels, [(height // smallest, width // smallest) for height, width in pixels])
-
-    def valid(self, sizes: Tensor) -> Tensor:
-        """`valid_region` of each image alone, (B, h, w) bool, as large as the largest grid and False beyond each."""
-        parts = [
-            valid_region(size[None], frame, grid)[0]
-            for size, frame, grid in zip(sizes, self.pixels, self.grids, strict=True)
-        ]
-        return stack_padded(parts)
-
-    def extents(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 2) height and width of each image's valid part as a share of the largest grid."""
-        grids, pixels = (torch.tensor(sizes_of_all, dtype=dtype) for sizes_of_all in (self.grids, self.pixels))
-        return to_device(grids / grids.amax(dim=0) / pixels, sizes.device) * sizes
 
 
 class MultiTaskModel(nn.Module):
@@ -150,7 +109,7 @@ class MultiTaskModel(nn.Module):
         self.packed = False
         # By device, copied there once. Buffers of the model would not reach a stage of a pipeline, which has its layers
         # alone, nor the GPU of a model that ZeRO-3 divided as it came in.
-        self._scales: dict[torch.device, PixelScale] = {}
+        self._scales: dict[torch.device, Tensor] = {}
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -165,15 +124,26 @@ class MultiTaskModel(nn.Module):
             return self._features_of_views(batch)
         pixels, frames = self.pixels(batch.images, batch.sizes), self.frames(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames.pixels)
+            features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames)
             features = at_least_float32(features)
-        if frames is not None:
-            return features, frames.valid(batch.sizes)
-        return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+        if frames is None:
+            return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+        parts = []
+        for size, (height, width) in zip(batch.sizes, frames, strict=True):
+            grid = (height // self.backbone.patch_size, width // self.backbone.patch_size)
+            parts.append(valid_region(size[None], (height, width), grid)[0])
+        return features, stack_padded(parts)
 
-    def frames(self, batch: Batch) -> Frames | None:
-        """The frames of a batch; None where its images are not packed."""
-        return Frames.of(batch, self.backbone) if self.packed else None
+    def frames(self, batch: Batch) -> Grids | None:
+        """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
+
+        An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
+        are not packed, or are all of one size: then there is no padding to save.
+        """
+        if not self.packed or batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+            return None
+        smallest = self.backbone.patch_size
+        return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
 
     def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`features` of images that pass through the backbone one by one, rounded as the cache stores them.
@@ -204,8 +174,7 @@ class MultiTaskModel(nn.Module):
         A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
         """
         if images.device not in self._scales:
-            scale = PixelScale.of(images.device, self.backbone.pixel_mean, self.backbone.pixel_std)
-            self._scales[images.device] = scale
+            self._scales[images.device] = pixel_scale(self.backbone, images.device)
         pixels = normalise_pixels(images, sizes, self._scales[images.device])
         short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
         return F.pad(pixels, (0, short[1], 0, short[0]))
@@ -230,18 +199,16 @@ class MultiTaskModel(nn.Module):
         self, features: Tensor, valid: Tensor, batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
         """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
-        frames = self.frames(batch)
         # Heads and losses stay in float32 whatever the backbone computes in.
         with no_autocast(features.device):
             if loss_denominators is None:
                 wanted = batch.tasks or tuple(self.heads)
                 predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
-                return {task: _with_extents(output, frames, batch, features) for task, output in predicted.items()}
+                return {task: self._with_extents(output, batch) for task, output in predicted.items()}
             losses: dict[str, Tensor] = {}
             for task in batch.tasks:
                 criterion, targets = self.criteria[task], batch.targets[task]
-                output = self.heads[task](features, valid, **targets.head_inputs())
-                output = _with_extents(output, frames, batch, features)
+                output = self._with_extents(self.heads[task](features, valid, **targets.head_inputs()), batch)
                 try:
                     parts = criterion(output, targets, loss_denominators[task], batch.image_ids)
                 except FloatingPointError as error:
@@ -249,12 +216,23 @@ class MultiTaskModel(nn.Module):
                         raise
                     self.faults.append(f"{task}: {error}")
                     # A function of all outputs: the backward pass runs as it does on the other ranks.
-                    losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
+                    sums = [tensor.float().sum() for tensor in tensors_of(output) if tensor.requires_grad]
+                    losses[task] = torch.stack(sums).sum() * torch.nan
                     continue
                 # names without a weight are for the log only
                 losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
+
+    def _with_extents(self, output: Any, batch: Batch) -> Any:
+        """The output of a head; over packed images, a mask head's with the `extents` of each image in its maps."""
+        frames = self.frames(batch)
+        if frames is None or not hasattr(output, "extents"):
+            return output
+        pixels = torch.tensor(frames)
+        grids = pixels // self.backbone.patch_size
+        share = grids / grids.amax(dim=0) / pixels
+        return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
@@ -263,21 +241,15 @@ class MultiTaskModel(nn.Module):
         }
 
 
-def _with_extents(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
-    """The output of a head; one with maps over packed images also gets the `extents` of each image in them."""
-    if frames is None or not hasattr(output, "extents"):
-        return output
-    return replace(output, extents=frames.extents(batch.sizes, features.dtype))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
-    for value in (getattr(output, entry.name) for entry in fields(output)):
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor) and item.requires_grad:
-                yield item
-            elif is_dataclass(item):
-                yield from _tensors(item)
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in the output of a module, or in targets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from (tensor for item in items for tensor in tensors_of(item))
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:

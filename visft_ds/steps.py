@@ -1,13 +1,13 @@
 """Commands that make one another's inputs: each runs once, and the same list goes on where it was stopped.
 
-A step needs those whose results, or the folder around them, its words name. It has finished when its record holds the
-same command and nothing that it needs ran after it. What it prints is in its log.
+A step needs those whose results, or the folder around them, its words name. It has finished when it ended well with the
+same command, begun after all that it needs had ended. ROOT/steps has of each NAME.command, NAME.log and, at its end,
+NAME.done.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
@@ -68,42 +67,36 @@ class Steps:
                 signal.signal(sign, signal.default_int_handler)
         from visft_ds.run.folder import locked  # takes a second, which --help would, too
 
-        with locked(self.root, patience=1.0):
-            return self._run(jobs)
-
-    def _run(self, jobs: int) -> dict[str, str]:
         failed: dict[str, str] = {}
-        waiting = [step for step in self.steps.values() if not self._finished(step)]
-        unfinished = {step.name for step in waiting}
-        running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-        try:
-            while waiting or running:
-                for step in [step for step in waiting if not unfinished.intersection(step.needs)]:
-                    if lost := [need for need in step.needs if need in failed]:
-                        failed[step.name] = f"needs {lost[0]}, which failed"
-                        unfinished.remove(step.name)
-                    elif len(running) == jobs:
-                        break
-                    else:
-                        running[step.name] = self._start(step, jobs), time.monotonic()
-                    waiting.remove(step)
-                time.sleep(0.1)
-                for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
-                    process, began = running.pop(name)
-                    unfinished.remove(name)
-                    if process.returncode:
-                        failed[name] = f"exit status {process.returncode}"
-                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
-                        path = self._path(name, "log")
-                        print(f"FAILED: {name}: {failed[name]}; the end of {path}:", *end, sep="\n", flush=True)
-                        continue
-                    seconds = round(time.monotonic() - began, 1)
-                    self._record(self.steps[name], seconds=seconds)
-                    print(f"  {name}: {seconds:.0f} s", flush=True)
-        finally:
-            for process, _ in running.values():
-                _stop(process)
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        with locked(self.root, patience=1.0):
+            try:
+                self._run(jobs, failed, running)
+            finally:
+                for process in running.values():
+                    _stop(process)
         return failed
+
+    def _run(self, jobs: int, failed: dict[str, str], running: dict[str, subprocess.Popen[bytes]]) -> None:
+        waiting = [step for step in self.steps.values() if not self._finished(step)]
+        while waiting or running:
+            pending = {step.name for step in waiting} | running.keys()
+            for step in [step for step in waiting if not pending.intersection(step.needs)][: jobs - len(running)]:
+                waiting.remove(step)
+                if lost := [need for need in step.needs if need in failed]:
+                    failed[step.name] = f"needs {lost[0]}, which failed"
+                else:
+                    running[step.name] = self._start(step, jobs)
+            time.sleep(0.1)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if status := running.pop(name).returncode:
+                    failed[name] = f"exit status {status}"
+                    end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
+                    print(f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:", *end, sep="\n")
+                else:
+                    self._path(name, "done").touch()
+                    seconds = time.time() - self._path(name, "command").stat().st_mtime
+                    print(f"  {name}: {seconds:.0f} s", flush=True)
 
     def show(self) -> None:
         """Print the commands, in order."""
@@ -116,42 +109,32 @@ class Steps:
         return self._path(name, "log").read_text(encoding="utf-8", errors="replace")
 
     def _finished(self, step: Step) -> bool:
-        return self._fresh(step) and "seconds" in self._read(step.name)
+        return self._path(step.name, "done").is_file() and self._fresh(step)
 
     def _fresh(self, step: Step) -> bool:
         """Return True if the step last ran with this command, and all that it needs had finished before."""
-        if self._read(step.name).get("command") != list(step.command):
+        begun = self._path(step.name, "command")
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != shlex.join(step.command):
             return False
-        began = self._path(step.name).stat().st_mtime_ns
-        before = [self.steps[need] for need in step.needs]
-        return all(self._finished(one) and self._path(one.name).stat().st_mtime_ns <= began for one in before)
+        ends = [self._path(need, "done") for need in step.needs if self._finished(self.steps[need])]
+        return len(ends) == len(step.needs) and all(e.stat().st_mtime_ns <= begun.stat().st_mtime_ns for e in ends)
 
     def _start(self, step: Step, jobs: int) -> subprocess.Popen[bytes]:
+        self._path(step.name, "done").unlink(missing_ok=True)
         if step.out.exists() and not (step.resumes and self._fresh(step)):
             if not self._path(step.name, "log").is_file():
                 raise ValueError(f"{step.out} was not made by this command: choose another --out")
             shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink()
-        self._record(step)
+        self._path(step.name, "log").parent.mkdir(exist_ok=True)
+        self._path(step.name, "command").write_text(shlex.join(step.command), encoding="utf-8")
         print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
         words = [sys.executable, "-m", "visft_ds", *step.command]
         threads = max(1, (os.cpu_count() or 1) // (jobs * step.processes))
         environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
-        with self._path(step.name, "log").open("wb") as log:
-            # A group of its own: an interrupt reaches launcher and ranks together, when `_stop` says so.
+        with self._path(step.name, "log").open("wb") as log:  # a session of its own: `_stop` tells when to end
             return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
-    def _record(self, step: Step, **more: float) -> None:
-        path = self._path(step.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps({"command": step.command, **more}) + "\n", encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self._path(name)
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return record
-
-    def _path(self, name: str, suffix: str = "json") -> Path:
+    def _path(self, name: str, suffix: str) -> Path:
         return self.root / "steps" / f"{name}.{suffix}"
 
 
@@ -162,12 +145,8 @@ def _names(word: str, made: Path) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group of a process to save and end, then make it end."""
+    """Ask a command to save and end (one of several ranks waits for them), then end what is left of it."""
     for sign, patience in _PATIENCE:
-        deadline = time.monotonic() + patience
-        with contextlib.suppress(ProcessLookupError):  # raised when nobody of the group is left
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
-            while time.monotonic() < deadline:  # a launcher ends before the ranks that it started
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.1)
+            process.wait(patience)

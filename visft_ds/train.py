@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
@@ -20,9 +19,8 @@ from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.prepare.model import heads_identity, prepare_model
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import LossGuard, first_non_finite
-from visft_ds.resilience.memory import largest_shape, memory_explained, probe_memory
+from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.evaluation import Validation, compare_with_training
@@ -159,13 +157,12 @@ def train(
 def _train_and_export(run: Run, base: BaseWeights, start: int, log: RunLog) -> FitResult:
     """Run the loop; write the last checkpoint, the export and the last numbers."""
     state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
-    with met_by_one_rank():  # a damaged sample is seen by who reads it
-        try:
-            step, complete = _loop(run, start, log)
-            watchdog.begin("writing the last checkpoint", timed=False)
-            state.report_saves(log, wait=True)
-        finally:
-            run.loader.close()  # what is read ahead must not hold up the end
+    try:
+        step, complete = _loop(run, start, log)
+        watchdog.begin("writing the last checkpoint", timed=False)
+        state.report_saves(log, wait=True)
+    finally:
+        run.loader.close()  # what is read ahead must not hold up the end
     finished, training = complete or step == run.config.total_steps, dict[str, float]()
     if finished:
         watchdog.begin("exporting", timed=False)
@@ -220,7 +217,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
         loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
-        with memory_explained(f"step {step} ({task})", task, partial(largest_shape, batches), engine.device):
+        with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
         if message := guard.observe(step_plan, report):

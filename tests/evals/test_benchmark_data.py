@@ -146,7 +146,7 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
     _instances(tmp_path, "val", [(5, "cat"), (9, "dog")])
     train, test = objects.read_train_and_test(str(tmp_path), None, None)
     assert train is None and test.classes == ("cat", "dog") and test.labels.tolist() == [0, 1]
-    assert objects.Objects("objects/x", None, test).needs_text and test.images.read(1).size == (48, 48)
+    assert objects.grounding("objects/x", None, test).needs_text and test.images.read(1).size == (48, 48)
     _instances(tmp_path, "train", [(9, "dog"), (5, "cat")])
     train, test = objects.read_train_and_test(str(tmp_path), None, None)
     assert train is not None and train.labels.tolist() == [0, 1] and train.classes == test.classes
@@ -164,8 +164,7 @@ def test_words(tmp_path: Path) -> None:
     (tmp_path / "train/gt.txt").write_text(lines, encoding="utf-8")
     (tmp_path / "test/labels.txt").write_text("words/word_1.png\tNew York\n")
     benchmark = parse_benchmark(f"ocr={tmp_path},name=x")
-    assert isinstance(benchmark, ocr.Words) and benchmark.test.words == ("newyork",)
-    assert benchmark.train.words == ("tiredness", "3") and benchmark.train.images.stretched
+    assert benchmark.settings["words"] == [("tiredness", "3"), ("newyork",)] and benchmark.sets["train"].stretched
     (tmp_path / "test/labels.txt").write_text("../train/word_1.png\ta\n")
     with pytest.raises(ValueError, match="out of its folder"):
         ocr.read_words(tmp_path / "test")

@@ -13,8 +13,8 @@ from visft_ds.evals.benchmarks.classes import ClassSet
 from visft_ds.evals.benchmarks.images import from_arrays
 from visft_ds.evals.benchmarks.intervals import resampled
 from visft_ds.evals.benchmarks.ocr import _steps, fit, read
-from visft_ds.evals.benchmarks.probes import Probe, linear_probe, nearest_neighbours
-from visft_ds.evals.benchmarks.protocol import Score, rank_of
+from visft_ds.evals.benchmarks.probes import linear_probe, nearest_neighbours, probe
+from visft_ds.evals.benchmarks.protocol import Benchmark, Score, rank_of
 from visft_ds.evals.benchmarks.table import rows_of, section
 
 
@@ -116,24 +116,24 @@ def test_linear_probe_ignores_the_scale_of_features_and_finds_what_is_there() ->
     assert (linear_probe(train[:1], labels[:1], test, truth) == (truth == 0)).all()  # one class is all it knows
 
 
-def _probe(per_class: int) -> Probe:
+def _probe(per_class: int) -> Benchmark:
     labels = np.repeat(np.arange(3), per_class)
     images = from_arrays(np.zeros((len(labels), 2, 2), dtype=np.uint8), "x")
     data = ClassSet(images, labels, ("a", "b", "c"))
-    return Probe("probe/x", data, data)
+    return probe("probe/x", data, data)
 
 
 def test_shots_are_as_many_as_the_rarest_class_has_and_the_same_for_every_model() -> None:
-    probe = _probe(4)
+    benchmark = _probe(4)
     features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     both = {"train": {"pooled": features}, "test": {"pooled": features}}
-    found = list(probe.scores(both))
+    found = list(benchmark.scores(both))
     assert [one.name for one in found] == ["knn", "linear", "1-shot", "2-shot", "4-shot"]
     # with all images of a class drawn in every draw, all draws are the same
     assert set(found[-1].values.tolist()) <= {0.0, 1.0}
-    again = list(probe.scores(both))
+    again = list(benchmark.scores(both))
     assert all((one.values == other.values).all() for one, other in zip(found, again, strict=True))
-    assert list(probe.numbers) == [one.name for one in found]
+    assert list(benchmark.numbers) == [one.name for one in found]
 
 
 def test_a_reader_learns_words_that_stand_in_the_columns() -> None:

@@ -22,7 +22,6 @@ from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
 from visft_ds.evals.benchmarks import dense, intervals
 from visft_ds.evals.benchmarks.dense import (
-    Dense,
     pooled,
     segment_by_neighbours,
     segment_linearly,
@@ -187,7 +186,9 @@ def test_numbers_are_those_of_an_independent_computation(monkeypatch: pytest.Mon
 
     scores = {
         score.name: score
-        for score in Dense("dense/x", train, test).scores({"train": {"patches": learnt}, "test": {"patches": judged}})
+        for score in dense.dense("dense/x", train, test).scores(
+            {"train": {"patches": learnt}, "test": {"patches": judged}}
+        )
     }
     assert scores.keys() == {"linear mIoU", "knn mIoU", "objects knn", "objects linear"}
     assert scores["linear mIoU"].value == pytest.approx(iou(said)) and 0.3 < iou(said) < 0.9

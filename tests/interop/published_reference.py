@@ -36,6 +36,44 @@ OPTIONS: dict[str, dict[str, int]] = {
 }
 #: The untrained caption head in the published file of detection.
 FOREIGN = {"vocabulary_size": 13, "attention_dim": 512, "embed_dim": 512, "decoder_dim": 512}
+#: Our names -> published ones, behind `visft_heads.`; the first beginning that fits counts, {n} is a layer.
+NAMES: dict[str, dict[str, str]] = {
+    "detection": {
+        "input_proj.": "input_proj.",
+        "task_embed.": "transformer.task_embeddings_enc.",
+        "encoder.": "transformer.encoder.",
+        "memory_proj.": "transformer.enc2dec_proj.",
+        "position_proj.": "transformer.pos_embed_proj.",
+        "decoder.": "transformer.decoders.detection.detection_coco.",
+        "query_embed.": "query_embeds.detection.detection_coco.",
+        "class_embed.": "class_embeds.",
+        "box_embed.": "bbox_embeds.",
+    },
+    "segmentation": {
+        "pixel_decoder.input_proj.": "segment_pixel_decoder.input_proj.0.0.",
+        "pixel_decoder.input_norm.": "segment_pixel_decoder.input_proj.0.1.",
+        "pixel_decoder.level_embed.weight": "segment_pixel_decoder.transformer.level_embed",
+        "pixel_decoder.layers.": "segment_pixel_decoder.transformer.encoder.layers.",
+        "pixel_decoder.lateral_proj.": "segment_pixel_decoder.adapter_1.",
+        "pixel_decoder.lateral_norm.": "segment_pixel_decoder.adapter_1.norm.",
+        "pixel_decoder.output_conv.": "segment_pixel_decoder.layer_1.",
+        "pixel_decoder.output_norm.": "segment_pixel_decoder.layer_1.norm.",
+        "pixel_decoder.mask_proj.": "segment_pixel_decoder.mask_features.",
+        "decoder.query_feat.": "segment_predictor.query_feat.",
+        "decoder.query_pos.": "segment_predictor.query_embed.",
+        "decoder.level_embed.": "segment_predictor.level_embed.",
+        "decoder.layers.{n}.cross_attn.": "segment_predictor.transformer_cross_attention_layers.{n}.multihead_attn.",
+        "decoder.layers.{n}.norm1.": "segment_predictor.transformer_cross_attention_layers.{n}.norm.",
+        "decoder.layers.{n}.self_attn.": "segment_predictor.transformer_self_attention_layers.{n}.self_attn.",
+        "decoder.layers.{n}.norm2.": "segment_predictor.transformer_self_attention_layers.{n}.norm.",
+        "decoder.layers.{n}.linear1.": "segment_predictor.transformer_ffn_layers.{n}.linear1.",
+        "decoder.layers.{n}.linear2.": "segment_predictor.transformer_ffn_layers.{n}.linear2.",
+        "decoder.layers.{n}.norm3.": "segment_predictor.transformer_ffn_layers.{n}.norm.",
+        "decoder.norm.": "segment_predictor.decoder_norm.",
+        "decoder.class_embed.": "segment_predictor.class_embed.",
+        "decoder.mask_embed.": "segment_predictor.mask_embed.",
+    },
+}
 
 
 def _group(**children: nn.Module | nn.Parameter) -> nn.Module:

@@ -1,7 +1,7 @@
 """Published head files: read whole or refused by name.
 
-`published_reference` has the names and shapes of the published code; the tables of the tasks' tests say which of our
-parameters is which. Neither knows the reader or the writer.
+`published_reference` has the names and shapes of the published code, and says which of our parameters is which. It
+knows neither the reader nor the writer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.interop.published_reference import FOREIGN, OPTIONS, WIDTH, aliased, reference
+from tests.interop.published_reference import FOREIGN, NAMES, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
-from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
-from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.published import published_head, read_visft_lora
 from visft_ds.interop.weights import Lazy, Weights
@@ -34,13 +32,12 @@ HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioni
 
 
 def theirs(task: str, name: str) -> str:
-    """Our parameter -> its published name, by the tables of the tasks' own tests."""
+    """Our parameter -> its published name."""
     if task == "captioning":
         return f"visft_heads.caption_decoder.{PUBLISHED_NAMES[name]}"
     number = re.match(r"decoder\.layers\.(\d+)\.", name)
     layer = number[1] if number and task == "segmentation" else "{n}"
-    table = DETECTION_KEYS if task == "detection" else SEGMENTATION_KEYS
-    rules = [(ours.replace("{n}", layer), published.replace("{n}", layer)) for ours, published in table.items()]
+    rules = [(ours.replace("{n}", layer), published.replace("{n}", layer)) for ours, published in NAMES[task].items()]
     ours, published = next(rule for rule in rules if name.startswith(rule[0]))
     rest = name[len(ours) :]
     if task == "detection":
@@ -63,7 +60,7 @@ def outputs(head: nn.Module) -> list[Tensor]:
     with torch.no_grad():
         out = head(features, valid, *(more if isinstance(head, CaptioningHead) else ()))
     fields = [name for name in ("logits", "boxes", "masks", "scores", "attention") if hasattr(out, name)]
-    return [getattr(one, name) for one in (*getattr(out, "aux", ()), out) for name in fields]
+    return [getattr(out, name) for name in fields]
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

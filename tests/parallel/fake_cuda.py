@@ -312,7 +312,7 @@ def main() -> None:
 
     from tests.parallel.engine_case import ORDER
     from visft_ds.tasks import matching
-    from visft_ds.tasks.segmentation import mask_matching
+    from visft_ds.tasks.segmentation import loss
 
     warnings.simplefilter("ignore")  # DeepSpeed's, and those of what is not there
     torch.set_num_threads(1)
@@ -322,9 +322,7 @@ def main() -> None:
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     nn.Module.to = lambda self, *_, **__: self
     solve = matching.solve  # of costs that are 0, and of counts and labels as they are on the host
-    matching.solve = mask_matching.solve = lambda cost, counts, *rest: solve(
-        cost, getattr(counts, "held", counts), *rest
-    )
+    matching.solve = loss.solve = lambda cost, counts, *rest: solve(cost, getattr(counts, "held", counts), *rest)
     for number, tasks in enumerate(ORDER[:3]):
         torch.manual_seed(0)
         with watched() as watch:

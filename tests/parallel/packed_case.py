@@ -27,6 +27,12 @@ ORDER = (("detection",), ("segmentation",), case.TASKS, ("captioning",), ("detec
 MICRO = 2
 
 
+def compilations() -> tuple[int, int]:
+    """Graphs that this process has compiled so far, and places where a graph had to be broken up."""
+    counters = torch._dynamo.utils.counters
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
+
+
 @contextmanager
 def mixed_sizes() -> Iterator[None]:
     """`engine_case` gives the images of a step other sizes than one another, and moves a head off its kink.
@@ -85,7 +91,6 @@ def start(engine_name: str, stage: int, option: str) -> Any:
 def one_run(engine_name: str, name: str) -> dict[str, Any]:
     """What STAGE:OPTION asks for, and in a packed run what is predicted for images that lie in one batch."""
     from visft_ds.parallel import distributed
-    from visft_ds.resilience.memory import compilations
 
     stage, option = name.split(":")
     with mixed_sizes():

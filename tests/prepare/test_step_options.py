@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.parallel.packed_case import compilations
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.resilience.memory import compilations
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from visft_ds.resilience.errors import LostRank, RankError, RanksDiffer, met_by_one_rank, tell
+from visft_ds.resilience.errors import LostRank, RankError, RanksDiffer, tell
 
 CODES = {
     ValueError("a typo"): 2,
@@ -32,11 +32,3 @@ def test_an_error_is_printed_by_whoever_alone_meets_it_or_once_a_machine(
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         tell(RuntimeError("shapes do not fit"))
-
-
-def test_a_mistake_that_one_rank_meets_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for world, kind in (("1", ValueError), ("2", RankError)):
-        monkeypatch.setenv("WORLD_SIZE", world)
-        with pytest.raises(ValueError, match="crc32") as caught, met_by_one_rank():
-            raise ValueError("crc32")
-        assert type(caught.value) is kind

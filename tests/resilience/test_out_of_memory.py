@@ -28,7 +28,7 @@ ERRORS = [
 
 
 def message(error: BaseException, device: str = "cpu") -> str:
-    explained = memory_explained("step 7 (detection)", "detection", lambda: "2 images", torch.device(device))
+    explained = memory_explained("step 7 (detection)", "detection", [], torch.device(device))
     with pytest.raises(OutOfMemory) as raised, explained:
         raise error
     return str(raised.value)
@@ -37,7 +37,7 @@ def message(error: BaseException, device: str = "cpu") -> str:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_counts_as_out_of_memory_is_told_with_what_to_try(error: BaseException) -> None:
     first, second, measured, remedy = message(error).splitlines()
-    assert first == "out of memory in step 7 (detection): 2 images"
+    assert first == "out of memory in step 7 (detection): nothing that this rank reads"
     assert second.strip() == (str(error).splitlines() or ["MemoryError"])[0]
     assert "measured" in measured and "visft.tasks.detection.micro_batch" in remedy
 

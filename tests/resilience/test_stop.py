@@ -103,7 +103,7 @@ def test_a_launcher_that_ended_is_missed(monkeypatch: pytest.MonkeyPatch) -> Non
     stop = StopFlag(launched=True)
     stop.restore()
     assert not stop
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(psutil.Process, "status", lambda _: psutil.STATUS_ZOMBIE)
     assert stop and stop.reason is Stop.LAUNCHER_GONE and stop.reason.status(85) == 3
 
 

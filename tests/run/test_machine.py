@@ -1,20 +1,12 @@
-"""What is compared between ranks, and room in shared memory and on the disk."""
+"""Facts that are compared between ranks."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
 
-from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.run import machine
-from visft_ds.run.machine import check_shared_memory, rank_facts
-
-
-class Usage(NamedTuple):
-    free: int
+from visft_ds.run.machine import rank_facts
 
 
 def config(*settings: str) -> ResolvedConfig:
@@ -34,17 +26,3 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     told = r"visft\.run\.track needs wandb, not installed here: pip install .*\[wandb\]"
     with pytest.raises(ValueError, match=told):
         machine.check_machine(config("visft.run.track=wandb"), 12)
-
-
-def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64_000_000))
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    many = ["visft.data.num_workers=8", "visft.shared.image.fixed_size=1024"]
-    wide = config(*many)
-    with pytest.raises(
-        ValueError,
-        match=r"has 64 MB free; 13 batches for each training process of this machine may need \d+ MB.*num_workers=0",
-    ):
-        check_shared_memory(wide, derive_batches(wide, 1), tmp_path)
-    for fine in (config(many[0]), config("visft.data.num_workers=0", many[1])):
-        check_shared_memory(fine, derive_batches(fine, 1), tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests.options import alone
 from visft_ds.data.plan import generator
@@ -69,18 +68,3 @@ def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str,
     assert targets.lengths.tolist() == [1]  # never 0
     assert targets.tokens.tolist() == [[8, 0]]  # two ids, so that the head has a step to make
     assert targets.references == (captions,)
-
-
-def test_collate() -> None:
-    transform = alone("captioning", False, vocabulary=VOCABULARY, size=14)
-    samples = [transform(raw(text, index=place), generator(0)) for place, text in enumerate(("a b c", "d", ""))]
-    batch = collate_joint(samples)
-    targets = batch.targets["captioning"]
-    assert targets.tokens.tolist() == [[8, 1, 2, 3, 9], [8, 4, 9, 0, 0], [8, 0, 0, 0, 0]]
-    assert targets.tokens.dtype == targets.lengths.dtype == torch.int64
-    assert targets.lengths.tolist() == [5, 3, 1]
-    assert targets.references == (("a b c",), ("d",), ("",))
-    assert batch.image_ids.tolist() == [100, 101, 102]
-    inputs = batch.to(torch.device("cpu")).targets["captioning"].head_inputs()
-    assert set(inputs) == {"captions", "lengths"}
-    assert torch.equal(inputs["captions"], targets.tokens)

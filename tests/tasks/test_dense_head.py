@@ -1,10 +1,9 @@
-"""The dense detection head: what cells answer for, losses under any division of the batch, results, files."""
+"""The dense detection head: what cells answer for, losses under any division of the batch, results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
 from tests.options import criterion_of, head_of
-from visft_ds.data.samples import Batch
-from visft_ds.interop.heads import HeadInfo, open_head, save_head
-from visft_ds.tasks import TASKS
+from tests.tasks.cases import batch_of, boxes_of
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
 
@@ -34,16 +31,7 @@ def _inputs(images: int) -> tuple[Tensor, Tensor]:
 
 
 def _targets(counts: list[int]) -> DetectionTargets:
-    total = sum(counts)
-    boxes = torch.cat((torch.rand(total, 2) * 0.5 + 0.25, torch.rand(total, 2) * 0.4 + 0.05), dim=1)
-    return DetectionTargets(boxes, torch.randint(CLASSES, (total,)), torch.tensor(counts))
-
-
-def _batch(targets: DetectionTargets) -> Batch:
-    count, numbers = len(targets.counts), torch.arange(len(targets.counts))
-    images, sizes = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.full((count, 2), 8)
-    stored, real = torch.tensor([[100, 200]] * count), numbers >= 0
-    return Batch(images, sizes, stored, numbers, numbers + 1, numbers, real, {"detection": targets})
+    return boxes_of(counts, CLASSES)
 
 
 def _rows(output: DenseOutput, rows: slice) -> DenseOutput:
@@ -94,7 +82,7 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
     head, criterion = _head(), criterion_of("detection", type="dense")
     assert isinstance(criterion, DenseCriterion)
     output, targets = head(*_inputs(4)), _targets([3, 0, 6, 1])
-    number = criterion.count(_batch(targets))["boxes"]
+    number = sum(targets.counts.tolist())
     whole = criterion(output, targets, {"boxes": torch.tensor(number).double()})
     ends, sums = [0, 3, 3, 9, 10], dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
     for part in range(parts):
@@ -127,13 +115,6 @@ def test_losses_are_those_of_the_field() -> None:
     torch.testing.assert_close(losses["giou"], expected, rtol=1e-5, atol=0)
 
 
-def test_every_parameter_gets_a_gradient_without_any_object() -> None:
-    head = _head()
-    losses = criterion_of("detection", type="dense")(head(*_inputs(2)), _targets([0, 0]), {"boxes": torch.tensor(1.0)})
-    torch.stack(list(losses.values())).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
-
-
 def test_results_are_suppressed_cut_and_in_pixels() -> None:
     """Two cells tell nearly the same box of a class, one of them the same of another class, one is padding."""
     logits = torch.full((1, 4, CLASSES), -9.0)
@@ -141,16 +122,9 @@ def test_results_are_suppressed_cut_and_in_pixels() -> None:
     boxes = torch.tensor([[[-0.1, 0.2, 0.5, 0.6], [0.0, 0.2, 0.5, 0.61], [0.7, 0.7, 0.8, 0.8], [0.0, 0.0, 1.0, 1.0]]])
     valid = torch.tensor([[True, True, True, False]])
     output = DenseOutput(logits, boxes, torch.zeros(1, 4, 2), torch.ones(1, 2), valid)
-    found = dense_results(output, _batch(_targets([0])), classes=(7, 11, 13), threshold=0.5)
+    found = dense_results(
+        output, batch_of(1, original_sizes=torch.tensor([[100, 200]])), classes=(7, 11, 13), threshold=0.5
+    )
     assert [(one["image_id"], one["category_id"]) for one in found] == [(1, 11), (1, 13)]
     assert found[0]["bbox"] == pytest.approx([0, 20, 100, 40], abs=1e-4)
     assert found[0]["score"] == pytest.approx(torch.tensor(3.0).sigmoid().item())
-
-
-def test_it_is_written_and_read_as_it_was(tmp_path: Path) -> None:
-    head = _head().float()
-    options = TASKS["detection"].options("head", {"type": "dense", "num_classes": CLASSES, "width": 32})
-    path = save_head(tmp_path / "detection.safetensors", HeadInfo("detection", 12, options), head.state_dict())
-    read = open_head(path, "detection").build()
-    assert isinstance(read, DenseHead)
-    assert all(torch.equal(value, head.state_dict()[name]) for name, value in read.state_dict().items())

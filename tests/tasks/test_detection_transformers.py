@@ -56,21 +56,24 @@ def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> Non
             assert set(zip(ours.queries[here].tolist(), ours.objects[here].tolist(), strict=True)) == wanted
 
 
-def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
-    logits, boxes, targets = case
-    each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
-    output = DetectionOutput(each[-1].logits, each[-1].boxes, tuple(each[:-1]))
+def test_losses_and_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
+    logits, boxes, targets = case[0].clone().requires_grad_(), case[1].clone().requires_grad_(), case[2]
     denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
     criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS)
-    ours = criterion(output, targets, denominators)
-    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
+    ours, pairs = criterion(DetectionOutput(logits, boxes), targets, denominators), []
+    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
         theirs["loss_ce"] = _their_class_loss(logits[layer], boxes[layer], targets)
         for name, their_name in (("ce", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
+            pairs.append((ours[name + suffix], theirs[their_name]))
             # float32 sums of up to 80 terms in another order
-            torch.testing.assert_close(ours[name + suffix], theirs[their_name], rtol=2e-6, atol=0)
+            torch.testing.assert_close(*pairs[-1], rtol=2e-6, atol=0)
     assert ours["cardinality_error"].item() == theirs["cardinality_error"].item()
+    gradients = (torch.autograd.grad(torch.stack(terms).sum(), (logits, boxes)) for terms in zip(*pairs, strict=True))
+    for our_gradient, their_gradient in zip(*gradients, strict=True):
+        # float32; the formulas of the overlap divide in another order
+        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)
 
 
 def _their_class_loss(logits: Tensor, boxes: Tensor, targets: DetectionTargets) -> Tensor:
@@ -78,24 +81,6 @@ def _their_class_loss(logits: Tensor, boxes: Tensor, targets: DetectionTargets) 
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels"])
     each = zip(logits.split(1), boxes.split(1), _their_targets(targets), strict=True)
     return torch.stack([oracle({"logits": a, "pred_boxes": b}, [one])["loss_ce"] for a, b, one in each]).mean()
-
-
-def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
-    logits, boxes, targets = (case[0][:1].clone(), case[1][:1].clone(), case[2])
-    logits.requires_grad_()
-    boxes.requires_grad_()
-    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1)
-    denominators = {"boxes": torch.tensor(float(sum(COUNTS))), "images": torch.tensor(float(len(COUNTS)))}
-    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, denominators)
-    total = sum(weight * losses[name] for name, weight in criterion.weights.items())
-    ours = torch.autograd.grad(total, (logits, boxes))
-    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["boxes"])
-    losses = oracle({"logits": logits[0], "pred_boxes": boxes[0]}, _their_targets(targets))
-    of_classes = _their_class_loss(logits[0], boxes[0], targets)
-    theirs = torch.autograd.grad(of_classes + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"], (logits, boxes))
-    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
-        # float32; the formulas of the overlap divide in another order
-        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_sine_positions_are_equal() -> None:
@@ -152,7 +137,7 @@ def test_layers_are_equal_with_positions() -> None:
     norms = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
     their_decoder.load_state_dict(_their_names(decoder, width, norms))
     torch.testing.assert_close(
-        decoder(state, query, memory, memory + positions, valid),
+        decoder(state, query, memory, memory + positions, valid[:, None]),
         their_decoder(state, None, positions, query, memory, mask),
         rtol=0,
         atol=2e-6,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,12 @@ from typing import Any
 import pytest
 
 from tests import finished, fourth_task
-from tests.ranks import REPOSITORY, run_ranks
-from tests.test_layering import ROOT, module_name, syntax
+from tests.ranks import run_ranks
 from tests.tiny import TINY
 from visft_ds import tasks
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.tasks import BUILT_IN, TASKS, entries, register
 
-#: Rooms that training runs through; commands over finished runs may name tasks.
-CORE = ("config", "prepare", "run", "resilience", "monitor", "parallel", "planner", "data", "train", "model", "launch")
 SETTINGS: dict[str, Any] = {
     **TINY,
     "scheduler.params.total_num_steps": 8,
@@ -105,30 +101,3 @@ def test_names_are_taken_once_and_places_must_have_a_task(monkeypatch: pytest.Mo
     del table["own"]
     register("classification", "tests.fourth_task:SPEC")
     assert list(TASKS) == [*BUILT_IN, "classification"] and TASKS["classification"] is fourth_task.SPEC
-
-
-def test_the_core_names_no_task() -> None:
-    """But the fields of COCO's annotations, and the tables of the published heads."""
-    allowed = {f"visft_ds.{name}" for name in ("config.own", "resilience.memory", "interop.published")}
-    named = {}
-    for path in (REPOSITORY / "visft_ds").rglob("*.py"):
-        module = module_name(path)
-        if (
-            not module.startswith(tuple(f"visft_ds.{room}" for room in CORE))
-            or module in allowed
-            or module.startswith("visft_ds.tasks")
-        ):
-            continue
-        found = [node for node in ast.walk(syntax(ROOT / path.relative_to(REPOSITORY))) if _names_a_task(node)]
-        if found:
-            named[module] = [node.lineno for node in found]  # type: ignore[attr-defined]
-    assert named == {}
-
-
-def _names_a_task(node: ast.AST) -> bool:
-    if isinstance(node, ast.Attribute):
-        return node.attr in BUILT_IN
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        return False
-    keys = (f"{room}.{task}" for room in ("tasks", "heads") for task in BUILT_IN)
-    return node.value in BUILT_IN or (" " not in node.value and any(key in node.value for key in keys))

@@ -26,8 +26,8 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
-def _mask(segmentation: Any, ops: list[Op] = WAYS["as it is"], fine: int = 4) -> npt.NDArray[np.uint8]:
-    mask: npt.NDArray[np.uint8] = draw_masks([segmentation], SIZE, ops, 4, fine)[0]
+def _mask(segmentation: Any, ops: list[Op] = WAYS["as it is"]) -> npt.NDArray[np.uint8]:
+    mask: npt.NDArray[np.uint8] = draw_masks([segmentation], SIZE, ops, 4)[0]
     return mask
 
 
@@ -79,13 +79,3 @@ def test_objects_of_an_image_are_drawn_as_each_alone() -> None:
     masks = draw_masks(objects, SIZE, [], 4)
     np.testing.assert_array_equal(masks[0], _mask([_box(8, 8, 32, 24)]), "parts are united")
     assert not masks[1].any() and (masks[2] == 255).all() and draw_masks([], SIZE, [], 4).shape == (0, *GRID)
-
-
-@pytest.mark.parametrize("fine", [1, 3, 4, 15])
-def test_cells_are_means_of_their_subsamples(fine: int) -> None:
-    """Every cell against the plain mean of the finely drawn polygon; the fastest way to add is not the plainest."""
-    polygon = [5.0, 3.0, 52.0, 6.5, 57.0, 31.0, 30.0, 37.0, 7.0, 33.0]
-    code = coco_mask.frPyObjects([[value * fine / 4 for value in polygon]], GRID[0] * fine, GRID[1] * fine)
-    cells = coco_mask.decode(code)[..., 0].reshape(GRID[0], fine, GRID[1], fine)
-    mask = _mask([polygon], fine=fine)
-    assert mask.any() and abs(mask.astype(float) - 255 * cells.mean(axis=(1, 3))).max() <= 0.5

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.coco_tree import write_tree
-from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from tests.tasks.cases import batch_of
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
-from visft_ds.prepare.data import open_data
 from visft_ds.prepare.datasets import open_training_data, settle_classes
 from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
-from visft_ds.resilience.memory import largest_batches
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
@@ -28,20 +24,18 @@ from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.segmentation.loss import SegmentationOutput
 
 BOTH = ("detection", "segmentation")
-#: Those of the small tree, and what they become. In the last there are more than COCO has.
+#: Ids of the small tree, and what they become.
 TREE = (3, 8, 13)
 OWN = {0: "paint", 1: "scratch", 2: "dent", 12: "rust"}
-MANY = {500 + 7 * number: f"thing {number}" for number in range(100)}
 INTO: Mapping[str, tuple[Mapping[int, str], tuple[int, ...]]] = {
     "own": (OWN, (0, 2, 12)),
-    "many": (MANY, (500, 577, 1193)),
     "coco": ({3: "car", 8: "truck", 13: "stop sign"}, TREE),
 }
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("own")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
+    folder, made = tmp_path_factory.mktemp("own"), {}
     for name, (table, ids) in INTO.items():
         tree = write_tree(folder / name / "tree")
         mapped = dict(zip(TREE, ids, strict=True))
@@ -53,23 +47,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 annotation["category_id"] = mapped[annotation["category_id"]]
 
         tree.edit(rename)
-        build(Options(tree.images, tree.instances, tree.captions, folder / name, "train"))
-    return {name: folder / name for name in INTO}
+        made[name] = build(Options(tree.images, tree.instances, tree.captions, folder / name, "train"))
+    return made
 
 
-def config_of(root: Path, *settings: str, mode: str = "sampled") -> ResolvedConfig:
+def settled(split: Manifest, *settings: str) -> ResolvedConfig:
     own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
-    given = [
-        f"visft.data.root={root}",
-        f"visft.mode={mode}",
-        "visft.shared.batch_size=12",
-        "visft.tasks=" + ",".join(BOTH),
-    ]
-    return resolve(stage=1, model="debug", settings=[*own, *given, *settings])
-
-
-def first_of(root: Path) -> Manifest:
-    return Manifest.load(root, "train")
+    given = [f"visft.data.root={split.root}", "visft.mode=sampled", "visft.tasks=" + ",".join(BOTH)]
+    return settle_classes(resolve(stage=1, model="debug", settings=[*own, *given, *settings]), split)
 
 
 def num_classes(config: ResolvedConfig) -> list[int]:
@@ -77,19 +62,14 @@ def num_classes(config: ResolvedConfig) -> list[int]:
     return [tasks[task].head.num_classes for task in BOTH]
 
 
-@pytest.mark.parametrize("name", ["own", "many"])
-@pytest.mark.parametrize("mode", ["sampled", "shared"])
-def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
-    shards: dict[str, Path], name: str, mode: str
-) -> None:
-    table, _ = INTO[name]
-    config = settle_classes(config_of(shards[name], mode=mode), first_of(shards[name]))
-    assert num_classes(config) == [len(table)] * 2
+def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits: dict[str, Manifest]) -> None:
+    config = settled(splits["own"])
+    assert num_classes(config) == [len(OWN)] * 2
     sets = open_training_data(config.visft)
     reader = ShardReader(sets["train"].manifest)
     made = pipelines_of(config.visft, sets, None)
     loader = StepLoader({"train": DataSet(reader)}, plan_of(config.visft, sets), made, num_workers=0)
-    classes = {name: one.classes for name, one in streams_of(config.visft, first_of(shards[name])).items()}
+    classes = {name: one.classes for name, one in streams_of(config.visft, splits["own"]).items()}
     true: dict[int, list[int]] = {}
     for annotation in coco_dataset(reader)["annotations"]:
         if not annotation["iscrowd"]:
@@ -99,54 +79,29 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
         for task in batch.tasks:
             seen.add(task)
             own, targets = classes[whole.task][task], batch.targets[task]
-            assert own == tuple(sorted(table))
-            for image, labels in zip(
-                batch.image_ids.tolist(), targets.labels.split(targets.counts.tolist()), strict=True
-            ):
+            assert own == tuple(sorted(OWN))
+            each = zip(batch.image_ids.tolist(), targets.labels.split(targets.counts.tolist()), strict=True)
+            for image, labels in each:
                 assert [own[label] for label in labels.tolist()] == true.get(image, [])
-            found = TASKS[task].results(_each_class(task, len(own)), _picture(), None, own)
+            found = TASKS[task].results(_each_class(task, len(own)), batch_of(1), None, own)
             assert [result["category_id"] for result in found] == list(own)
     assert seen == set(BOTH)
 
 
 def _each_class(task: str, number: int) -> Any:
     """Of one image, a query for each class, and "no object" likelier than all of them."""
-    logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None]
+    logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None, None]
     if task == "detection":
-        return DetectionOutput(logits, torch.full((1, number, 4), 0.5))
-    return SegmentationOutput(logits, torch.ones(1, number, 2, 2))
+        return DetectionOutput(logits, torch.full((1, 1, number, 4), 0.5))
+    return SegmentationOutput(logits, torch.ones(1, 1, number, 2, 2))
 
 
-def _picture() -> Batch:
-    side, one = torch.tensor([[8, 8]]), torch.tensor([1])
-    return Batch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), side, side, one, one, one, torch.tensor([True]))
-
-
-def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(shards: dict[str, Path]) -> None:
-    config = config_of(shards["coco"])
-    settled = settle_classes(config, first_of(shards["coco"]))
-    assert settled == config and num_classes(settled) == [91, 80]
-    assert all(not stream.classes for stream in streams_of(config.visft, first_of(shards["coco"])).values())
-    fewer = settle_classes(
-        config_of(shards["coco"], *(f"visft.tasks.{task}.head.num_classes=3" for task in BOTH)),
-        first_of(shards["coco"]),
-    )
-    streams = streams_of(fewer.visft, first_of(shards["coco"]))
+def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[str, Manifest]) -> None:
+    config, split = settled(splits["coco"]), splits["coco"]
+    assert num_classes(config) == [91, 80]
+    assert all(not stream.classes for stream in streams_of(config.visft, split).values())
+    streams = streams_of(settled(split, *(f"visft.tasks.{task}.head.num_classes=3" for task in BOTH)).visft, split)
     assert [streams[task].classes for task in BOTH] == [{task: TREE} for task in BOTH]
-
-
-def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[str, Path]) -> None:
-    """Those of the first set, whatever the ids of the others are."""
-    mapped = {name: 12 for name in MANY.values()}
-    (shards["many"] / "map.json").write_text(json.dumps(mapped))
-    others = [
-        {"name": "more", "root": str(shards["many"]), "split": "train", "categories": str(shards["many"] / "map.json")}
-    ]
-    settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
-    config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
-    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
-        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
-        assert len(targets.labels) and set(targets.labels.tolist()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -158,10 +113,9 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
         ("own", "segmentation.head.labelling=published"),
     ],
 )
-def test_numbers_of_classes_that_do_not_agree_are_refused(shards: dict[str, Path], name: str, setting: str) -> None:
-    config = config_of(shards[name], f"visft.tasks.{setting}")
+def test_numbers_of_classes_that_do_not_agree_are_refused(splits: dict[str, Manifest], name: str, setting: str) -> None:
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
-        settle_classes(config, first_of(shards[name]))
+        settled(splits[name], f"visft.tasks.{setting}")
 
 
 def test_every_class_of_coco_is_its_place_among_the_80() -> None:

@@ -11,30 +11,15 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 from torch import Tensor
 
+from tests.tasks.cases import batch_of
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.loss import postprocess
 
 
-def _batch(count: int, **fields: Tensor) -> Batch:
-    numbers = torch.arange(count)
-    return Batch(
-        **{
-            "images": torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
-            "sizes": torch.full((count, 2), 8),
-            "original_sizes": torch.full((count, 2), 8),
-            "indices": numbers,
-            "image_ids": numbers + 1,
-            "random_keys": numbers,
-            "real": torch.ones(count, dtype=torch.bool),
-            **fields,
-        }
-    )
-
-
 def _scene(grid: tuple[int, int], queries: int = 3) -> SegmentationOutput:
     smooth = F.interpolate(torch.randn(1, queries, 3, 3), size=grid, mode="bicubic")
-    return SegmentationOutput(torch.randn(1, queries, 81), smooth)
+    return SegmentationOutput(torch.randn(1, 1, queries, 81), smooth[None])
 
 
 def _pixels(result: Mapping[str, object]) -> Tensor:
@@ -43,7 +28,7 @@ def _pixels(result: Mapping[str, object]) -> Tensor:
 
 def _show(size: tuple[int, int], frame: tuple[int, int], stored: tuple[int, int], **fields: Tensor) -> Batch:
     images = torch.zeros(1, 3, *frame, dtype=torch.uint8)
-    return _batch(1, images=images, sizes=torch.tensor([size]), original_sizes=torch.tensor([stored]), **fields)
+    return batch_of(1, images=images, sizes=torch.tensor([size]), original_sizes=torch.tensor([stored]), **fields)
 
 
 def test_masks_at_the_stored_size() -> None:
@@ -51,8 +36,8 @@ def test_masks_at_the_stored_size() -> None:
     output = replace(_scene((5, 8)), labelling="published")
     results = postprocess(output, _show((70, 112), (70, 112), (60, 95)))
     assert len(results) == 3
-    wanted = F.interpolate(output.masks, size=(60, 95), mode="bilinear", align_corners=False)[0]
-    scores = output.logits[0].softmax(-1)[:, 1:-1]
+    wanted = F.interpolate(output.masks[0], size=(60, 95), mode="bilinear", align_corners=False)[0]
+    scores = output.logits[0, 0].softmax(-1)[:, 1:-1]
     for query, result in enumerate(results):
         seen = _pixels(result)
         assert seen.shape == (60, 95)
@@ -68,9 +53,9 @@ def test_masks_at_the_stored_size() -> None:
 def test_padding_is_cut_off() -> None:
     """Against the reference's two interpolations: to the padded size, cut, to the stored size."""
     output = replace(_scene((8, 10)), labelling="published")
-    output.masks[:, :, 6:] = output.masks[:, :, :, 9:] = 0  # as the head gives them
+    output.masks[..., 6:, :] = output.masks[..., 9:] = 0  # as the head gives them
     results = postprocess(output, _show((84, 126), (112, 140), (200, 300)))
-    large = F.interpolate(output.masks, size=(112, 140), mode="bilinear")[..., :84, :126]
+    large = F.interpolate(output.masks[0], size=(112, 140), mode="bilinear")[..., :84, :126]
     wanted = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
     for query, result in enumerate(results):
         # interpolating twice bends the zero line a little; half a percent of the picture
@@ -80,9 +65,9 @@ def test_padding_is_cut_off() -> None:
 def test_categories() -> None:
     """0..79 are COCO's 80 ids; in the published labelling 1..79 are the first 79, and class 0 is never named."""
     output = _scene((4, 4), queries=4)
-    output.logits[0] = 0
+    output.logits[:] = 0
     for query, label in enumerate((0, 11, 79, 80)):
-        output.logits[0, query, label] = 5
+        output.logits[0, 0, query, label] = 5
     batch = _show((56, 56), (56, 56), (20, 20))
     assert [result["category_id"] for result in postprocess(output, batch)][:3] == [1, 13, 90]
     published = postprocess(replace(output, labelling="published"), batch)
@@ -92,8 +77,8 @@ def test_categories() -> None:
 
 def test_only_real_images() -> None:
     scene = _scene((4, 4))
-    output = SegmentationOutput(scene.logits.repeat(2, 1, 1), scene.masks.repeat(2, 1, 1, 1))
-    results = postprocess(output, _batch(2, real=torch.tensor([False, True])))
+    output = SegmentationOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1))
+    results = postprocess(output, batch_of(2, real=torch.tensor([False, True])))
     assert {result["image_id"] for result in results} == {2} and len(results) == 3
 
 
@@ -101,12 +86,12 @@ def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
     """Two regions in the first mask, of 2 and 6 cells; none in the second."""
     output = _scene((4, 6), queries=2)
     output.masks[:] = -1
-    output.masks[0, 0, 0, :2] = 3
-    output.masks[0, 0, 2:, 3:] = 1
+    output.masks[0, 0, 0, 0, :2] = 3
+    output.masks[0, 0, 0, 2:, 3:] = 1
     batch = _show((4, 6), (4, 6), (4, 6))
     (result,) = postprocess(output, batch)
     assert result["bbox"] == [3, 2, 3, 2] and coco_mask.area(result["segmentation"]) == 6
-    best = float(output.logits[0, 0].softmax(-1)[:-1].max())
+    best = float(output.logits[0, 0, 0].softmax(-1)[:-1].max())
     assert result["score"] == pytest.approx(best * torch.tensor(1.0).sigmoid().item(), rel=1e-5)
     assert postprocess(output, batch, threshold=0.9 * best) == []
 
@@ -114,15 +99,15 @@ def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
 def test_an_empty_mask_is_no_prediction() -> None:
     """However sure of its class; the others stay as they are, in their order, also one of a single pixel."""
     output = replace(_scene((4, 6), queries=4), labelling="published")
-    output.masks[0] = -1
-    output.masks[0, 1] = 1
-    output.masks[0, 3, 0, 0] = 1
-    output.logits[0, 0, 5] = 9
+    output.masks[:] = -1
+    output.masks[0, 0, 1] = 1
+    output.masks[0, 0, 3, 0, 0] = 1
+    output.logits[0, 0, 0, 5] = 9
     batch = _show((4, 6), (4, 6), (4, 6))
     whole, pixel = postprocess(output, batch)
     assert coco_mask.area(whole["segmentation"]) == 24 and whole["bbox"] == [0, 0, 6, 4]
     assert coco_mask.area(pixel["segmentation"]) == 1 and pixel["bbox"] == [0, 0, 1, 1]
-    scores = output.logits[0].softmax(-1)[:, 1:-1].max(-1).values.tolist()
+    scores = output.logits[0, 0].softmax(-1)[:, 1:-1].max(-1).values.tolist()
     assert [whole["score"], pixel["score"]] == pytest.approx([scores[1], scores[3]])
-    output.masks[0] = -1
+    output.masks[:] = -1
     assert postprocess(output, batch) == []

@@ -6,7 +6,7 @@ count levels are replaced. Its pixel decoder knows no padding, so padded maps ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 from tests.options import criterion_of, head_of
+from tests.tasks.cases import masks_of
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion
-from visft_ds.tasks.segmentation.mask_matching import match_masks
-from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, match_masks
+from visft_ds.tasks.segmentation.mask_points import draw_points
 from visft_ds.tasks.transformer import sine_positions
 
 CHANNELS, WIDTH, HEADS, POINTS, QUERIES, CLASSES = 24, 64, 4, 4, 7, 5
@@ -87,62 +87,45 @@ def _head() -> SegmentationHead:
     )
 
 
+#: Beginnings of their names -> ours, then the parts of layers; q, k and v of the queries are stacked.
+_RULES = {
+    r"^pixels\.level_embed$": "pixel_decoder.level_embed.weight",
+    r"^pixels\.input_projections\.0\.0\.": "pixel_decoder.input_proj.",
+    r"^pixels\.input_projections\.0\.1\.": "pixel_decoder.input_norm.",
+    r"^pixels\.mask_projection\.": "pixel_decoder.mask_proj.",
+    r"^pixels\.adapter_1\.0\.": "pixel_decoder.lateral_proj.",
+    r"^pixels\.adapter_1\.1\.": "pixel_decoder.lateral_norm.",
+    r"^pixels\.layer_1\.0\.": "pixel_decoder.output_conv.",
+    r"^pixels\.layer_1\.1\.": "pixel_decoder.output_norm.",
+    r"^pixels\.encoder\.(.*)self_attn_layer_norm\.": r"pixel_decoder.\1norm1.",
+    r"^pixels\.encoder\.(.*)final_layer_norm\.": r"pixel_decoder.\1norm2.",
+    r"^pixels\.encoder\.": "pixel_decoder.",
+    r"^queries\.queries_embedder\.": "decoder.query_pos.",
+    r"^queries\.queries_features\.": "decoder.query_feat.",
+    r"^queries\.level_embed\.": "decoder.level_embed.",
+    r"^queries\.decoder\.layernorm\.": "decoder.norm.",
+    r"^queries\.decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.": r"decoder.mask_embed.layers.\1.",
+    r"^queries\.decoder\.": "decoder.",
+    r"^class_predictor\.": "decoder.class_embed.",
+    r"cross_attn_layer_norm": "norm1",
+    r"self_attn_layer_norm": "norm2",
+    r"final_layer_norm": "norm3",
+    r"\.fc([12])\.": r".linear\1.",
+}
+
+
 def _copy_weights(reference: Reference, head: SegmentationHead) -> None:
     """Every tensor of the reference into the head, by name; `load_state_dict` refuses a rest on either side."""
     ours: dict[str, Tensor] = {}
     for name, value in reference.state_dict().items():
-        ours.update(_renamed(name, value))
+        for pattern, new in _RULES.items():
+            name = re.sub(pattern, new, name)
+        ours[name] = value
     for layer in range(DECODER_LAYERS):
-        prefix = f"queries.decoder.layers.{layer}.self_attn"
         for kind in ("weight", "bias"):
-            parts = [reference.state_dict()[f"{prefix}.{one}_proj.{kind}"] for one in "qkv"]
+            parts = [ours.pop(f"decoder.layers.{layer}.self_attn.{one}_proj.{kind}") for one in "qkv"]
             ours[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(parts)
     head.load_state_dict(ours)
-
-
-_NAMES = {
-    "pixels.level_embed": "pixel_decoder.level_embed.weight",
-    "pixels.input_projections.0.0": "pixel_decoder.input_proj",
-    "pixels.input_projections.0.1": "pixel_decoder.input_norm",
-    "pixels.mask_projection": "pixel_decoder.mask_proj",
-    "pixels.adapter_1.0": "pixel_decoder.lateral_proj",
-    "pixels.adapter_1.1": "pixel_decoder.lateral_norm",
-    "pixels.layer_1.0": "pixel_decoder.output_conv",
-    "pixels.layer_1.1": "pixel_decoder.output_norm",
-    "queries.queries_embedder": "decoder.query_pos",
-    "queries.queries_features": "decoder.query_feat",
-    "queries.level_embed": "decoder.level_embed",
-    "queries.decoder.layernorm": "decoder.norm",
-    "class_predictor": "decoder.class_embed",
-    **{f"queries.decoder.mask_predictor.mask_embedder.{i}.0": f"decoder.mask_embed.layers.{i}" for i in range(3)},
-}
-_PIXEL_LAYER = {"self_attn_layer_norm": "norm1", "fc1": "linear1", "fc2": "linear2", "final_layer_norm": "norm2"}
-_QUERY_LAYER = {
-    "cross_attn_layer_norm": "norm1",
-    "self_attn_layer_norm": "norm2",
-    "fc1": "linear1",
-    "fc2": "linear2",
-    "final_layer_norm": "norm3",
-}
-
-
-def _renamed(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for old, new in _NAMES.items():
-        if name == old or name.startswith(f"{old}."):
-            yield new + name.removeprefix(old), value
-            return
-    for old, new, parts in (
-        ("pixels.encoder.layers.", "pixel_decoder.layers.", _PIXEL_LAYER),
-        ("queries.decoder.layers.", "decoder.layers.", _QUERY_LAYER),
-    ):
-        if name.startswith(old):
-            number, part, rest = name.removeprefix(old).split(".", 2)
-            # the three projections of the self-attention among queries are stacked by the caller
-            if new == "decoder.layers." and part == "self_attn" and rest[:2] in ("q_", "k_", "v_"):
-                return
-            yield f"{new}{number}.{parts.get(part, part)}.{rest}", value
-            return
-    raise AssertionError(f"{name} has no counterpart")
 
 
 @pytest.fixture(scope="module")
@@ -165,18 +148,15 @@ def test_head_and_gradient(pair: tuple[Reference, SegmentationHead]) -> None:
     features = torch.randn(2, CHANNELS, 6, 9, requires_grad=True)
     logits, masks = reference(features)
     out = head(features, torch.ones(2, 6, 9, dtype=torch.bool))
-    sets = (*out.aux, out)
-    assert len(sets) == len(logits) == DECODER_LAYERS + 1
-    for one, their_logits, their_masks in zip(sets, logits, masks, strict=True):
-        torch.testing.assert_close(one.logits, their_logits, **CLOSE)
-        torch.testing.assert_close(one.masks, their_masks, **CLOSE)
+    torch.testing.assert_close(out.logits, torch.stack(logits), **CLOSE)
+    torch.testing.assert_close(out.masks, torch.stack(masks), **CLOSE)
     # Every kind of mask occurs, else the comparison would say little about the masked attention.
     share = (torch.stack(masks) > 0).float().flatten(3).mean(dim=-1)
     assert (share == 0).any() and ((share > 0) & (share < 1)).any()
-    direction = [(torch.randn_like(a), torch.randn_like(b)) for a, b in zip(logits, masks, strict=True)]
+    direction = torch.randn_like(out.logits), torch.randn_like(out.masks)
     gradients = []
-    for outputs in (zip(logits, masks, strict=True), ((one.logits, one.masks) for one in sets)):
-        total = sum((a * x).sum() + (b * y).sum() for (a, b), (x, y) in zip(outputs, direction, strict=True))
+    for scores, shapes in ((torch.stack(logits), torch.stack(masks)), (out.logits, out.masks)):
+        total = (direction[0] * scores).sum() + (direction[1] * shapes).sum()
         gradients.append(torch.autograd.grad(total, features)[0])
     # sums over all sets and cells: an order of magnitude more terms
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
@@ -207,23 +187,11 @@ def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
 
 def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
     """Random predictions of all sets and soft masks; blobs rather than noise, so that costs differ."""
-    sets = []
-    for _ in range(DECODER_LAYERS + 1):
-        masks = nn.functional.interpolate(3 * torch.randn(len(counts), QUERIES, 3, 3), size=(6, 9), mode="bicubic")
-        sets.append(
-            SegmentationOutput(torch.randn(len(counts), QUERIES, CLASSES + 1).requires_grad_(), masks.requires_grad_())
-        )
-    total = sum(counts)
-    soft = nn.functional.interpolate(torch.randn(total, 1, 4, 4), size=(20, 28), mode="bicubic")[:, 0]
-    targets = SegmentationTargets(
-        masks=(soft.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8),
-        labels=torch.randint(CLASSES, (total,)),
-        extents=torch.ones(len(counts), 2),
-        mask_extents=torch.ones(len(counts), 2),
-        counts=torch.tensor(counts),
-        keys=torch.arange(len(counts)) + 11,
-    )
-    return SegmentationOutput(sets[-1].logits, sets[-1].masks, tuple(sets[:-1])), targets
+    shape = (DECODER_LAYERS + 1, len(counts), QUERIES)
+    blobs = nn.functional.interpolate(3 * torch.randn(*shape[:2], QUERIES * 9).view(-1, QUERIES, 3, 3), size=(6, 9))
+    logits, masks = torch.randn(*shape, CLASSES + 1), blobs.view(*shape, 6, 9)
+    targets = masks_of(counts, CLASSES, grid=(20, 28))
+    return SegmentationOutput(logits.requires_grad_(), masks.requires_grad_()), targets
 
 
 def _criterion() -> SegmentationCriterion:
@@ -250,21 +218,16 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
     counts = [3, 1, 5]
     out, targets = _case(counts)
     criterion = _criterion()
-    parts = PointCounts.of(NUM_POINTS, 3.0, 0.75)
-    points = draw_points(targets.keys.tolist(), DECODER_LAYERS + 1, parts, torch.device("cpu"))
+    sizes = (NUM_POINTS, 3 * NUM_POINTS, NUM_POINTS // 4)
+    matching, candidates, uniform = draw_points(targets.keys.tolist(), DECODER_LAYERS + 1, sizes, torch.device("cpu"))
     theirs_loss, wanted = theirs.Mask2FormerLoss(_config(), weight_dict={}), dict[str, Tensor]()
     each = zip(counts, targets.masks.split(counts), targets.labels.split(counts), strict=True)
     for image, (count, masks, labels) in enumerate(each):
         for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
-            same_draws.append(points.matching[image, layer][None])
-            same_draws += [drawn[image, layer].repeat(count, 1, 1) for drawn in (points.candidates, points.uniform)]
-        last, *auxiliary = (
-            {
-                "masks_queries_logits": one.masks[image : image + 1],
-                "class_queries_logits": one.logits[image : image + 1],
-            }
-            for one in (out, *out.aux)
-        )
+            same_draws.append(matching[image, layer][None])
+            same_draws += [drawn[image, layer].repeat(count, 1, 1) for drawn in (candidates, uniform)]
+        here = zip(out.masks[:, image : image + 1], out.logits[:, image : image + 1], strict=True)
+        *auxiliary, last = ({"masks_queries_logits": m, "class_queries_logits": c} for m, c in here)
         found = theirs_loss(*last.values(), [masks.float() / 255], [labels], auxiliary)
         assert not same_draws
         for name, value in found.items():  # classes: the mean over images; masks: that over all objects
@@ -278,7 +241,7 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
         kind, _, number = name.partition("_")
         pairs.append((losses[name], wanted[f"{names[kind]}_{number}" if number else names[kind]]))
         torch.testing.assert_close(*pairs[-1], rtol=1e-5, atol=1e-6)
-    tensors = [tensor for one in (*out.aux, out) for tensor in (one.logits, one.masks)]
+    tensors = (out.logits, out.masks)
     ours, expected = (torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True))
     for gradient, wanted_gradient in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
@@ -289,11 +252,11 @@ def test_matching(same_draws: list[Tensor]) -> None:
     counts = [3, 9]
     out, targets = _case(counts)
     drawn = torch.empty(2, 1, NUM_POINTS, 2).uniform_()
-    ours = match_masks(out.logits[None], out.masks[None], targets, targets.labels, drawn, (2, 5, 5))
+    ours = match_masks(out.logits[-1:], out.masks[-1:], targets, targets.labels, drawn, (2, 5, 5))
     same_draws += [drawn[0], drawn[1]]
     matcher = theirs.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
     masks = [part.float() / 255 for part in targets.masks.split(counts)]
-    pairs = matcher(out.masks, out.logits, masks, list(targets.labels.split(counts)))
+    pairs = matcher(out.masks[-1], out.logits[-1], masks, list(targets.labels.split(counts)))
     for image, (queries, objects) in enumerate(pairs):
         here = ours.images == image
         found = zip(ours.queries[here].tolist(), (ours.objects[here] - sum(counts[:image])).tolist(), strict=True)

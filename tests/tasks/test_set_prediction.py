@@ -12,82 +12,89 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.options import criterion_of, head_of
+from tests.parallel.engine_case import build, global_batch, loss_denominators, part
+from tests.tasks.cases import CLASSES, boxes_of, denominators, masks_of
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.head import DetectionOutput
-from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.matching import match
 from visft_ds.tasks.segmentation.head import SegmentationOutput
+from visft_ds.tasks.segmentation.loss import match_masks
+from visft_ds.tasks.segmentation.mask_points import draw_points
 
-CHANNELS, LAYERS, QUERIES, CLASSES = 12, 2, 7, 6
+CHANNELS, LAYERS, QUERIES = 12, 2, 7
 SHARED = {"num_queries": QUERIES, "decoder_layers": LAYERS}
 SIZES: dict[str, dict[str, Any]] = {
     "detection": {"encoder_dim": 16, "decoder_dim": 32, "ffn_dim": 24, "dropout": 0.0},
     "segmentation": {"hidden_dim": 32, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
 }
+#: Objects of the images: none (crowds alone give none either), fewer and more than there are queries.
+COUNTS = [0, 3, 12, 1, 0, 0, 5, 7]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two tasks."""
+    """One of the two tasks; the published heads of segmentation count classes from 1, and the last is no object's."""
 
     task: str
+    labelling: str = "contiguous"
+
+    @property
+    def classes(self) -> int:
+        return CLASSES if self.labelling == "contiguous" else 80
 
     def head(self) -> Any:
         common = {**SHARED, "num_classes": CLASSES, "encoder_layers": 2, "num_heads": 4}
         return head_of(self.task, CHANNELS, **common, **SIZES[self.task])
 
     def criterion(self) -> Any:
-        own = {"num_classes": CLASSES, "num_points": 64} if self.task == "segmentation" else {}
-        return criterion_of(self.task, **SHARED, **own)
+        own = {"num_classes": self.classes, "num_points": 64, "labelling": self.labelling}
+        return criterion_of(self.task, **SHARED, **(own if self.task == "segmentation" else {}))
 
     def targets(self, counts: Sequence[int]) -> Any:
-        total, ones = sum(counts), torch.ones(len(counts), 2)
-        labels, number = torch.randint(CLASSES, (total,)), torch.tensor(counts)
         if self.task == "detection":
-            return DetectionTargets(torch.rand(total, 4) * 0.5 + 0.2, labels, number)
-        blobs = F.interpolate(torch.randn(total + 1, 1, 3, 4), size=(12, 16), mode="bicubic")[:total, 0]
-        masks = (blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
-        return SegmentationTargets(masks, labels, ones, ones, number, torch.arange(len(counts)) + 100)
+            return boxes_of(counts)
+        return masks_of(counts, self.classes, first=70 if self.labelling == "published" else 0)
 
-    def output(self, images: int, queries: int = QUERIES) -> Any:
+    def output(self, images: int) -> Any:
         sets = LAYERS + (self.task == "segmentation")
-        logits = torch.randn(sets, images, queries, CLASSES + 1, dtype=torch.float64)
+        logits = torch.randn(sets, images, QUERIES, self.classes + 1, dtype=torch.float64, requires_grad=True)
         if self.task == "detection":
-            shapes = torch.rand(sets, images, queries, 4, dtype=torch.float64)
-            each: list[Any] = [DetectionOutput(*pair) for pair in zip(logits, shapes, strict=True)]
-        else:
-            shapes = torch.randn(sets, images, queries, 5, 6, dtype=torch.float64)
-            each = [SegmentationOutput(*pair) for pair in zip(logits, shapes, strict=True)]
-        return replace(each[-1], aux=tuple(each[:-1]))
+            return DetectionOutput(logits, torch.rand(sets, images, QUERIES, 4, dtype=torch.float64))
+        masks = torch.randn(sets, images, QUERIES, 5, 6, dtype=torch.float64)
+        return SegmentationOutput(logits, masks, self.labelling)  # type: ignore[arg-type]
 
     def part(self, output: Any, targets: Any, first: int, last: int) -> tuple[Any, Any]:
         """Predictions and targets of images first..last-1."""
-
-        def rows(one: Any) -> Any:
-            shape = "boxes" if self.task == "detection" else "masks"
-            cut = {name: getattr(one, name)[first:last] for name in ("logits", shape)}
-            return replace(one, **cut, aux=tuple(map(rows, one.aux)))
-
+        shape = "boxes" if self.task == "detection" else "masks"
+        cut = {name: getattr(output, name)[:, first:last] for name in ("logits", shape)}
         start, stop = int(targets.counts[:first].sum()), int(targets.counts[:last].sum())
         found = {}
         for name, value in vars(targets).items():
             packed = name in ("boxes", "masks", "labels")
             found[name] = value[start:stop] if packed else value[first:last]
-        return rows(output), type(targets)(**found)
+        return replace(output, **cut), type(targets)(**found)
 
-    def denominators(self, *targets: Any, parts: int = 1) -> dict[str, Tensor]:
-        """As the training loop makes them: global sum, at least 1, divided by ranks times micro-batches."""
-        counts = [self.criterion().count(self.batch(one)) for one in targets]
-        names = counts[0]
-        return {name: torch.tensor(max(sum(c[name] for c in counts), 1.0) / parts).double() for name in names}
-
-    def batch(self, targets: Any) -> Batch:
-        return Batch(*[torch.arange(len(targets.counts))] * 7, targets={self.task: targets})
+    def classes_of_queries(self, output: Any, targets: Any) -> Tensor:
+        """(L, B, Q) the class of each query's object, matched image by image."""
+        wanted = torch.full(output.logits.shape[:3], self.classes)
+        for image, count in enumerate(targets.counts.tolist()):
+            if count:
+                own, alone = self.part(output, targets, image, image + 1)
+                labels = alone.labels + (self.labelling == "published")
+                if self.task == "detection":
+                    pairs = match(own.logits, own.boxes, alone, (1, 5, 2))
+                else:
+                    points = self.criterion().points
+                    drawn = draw_points(alone.keys.tolist(), len(wanted), points, torch.device("cpu"))[0]
+                    pairs = match_masks(own.logits, own.masks, alone, labels, drawn, (2, 5, 5))
+                wanted[pairs.layers, image, pairs.queries] = labels[pairs.objects]
+        return wanted
 
 
 @pytest.fixture
 def kind(request: pytest.FixtureRequest) -> Kind:
-    return Kind(request.param)
+    return Kind(*request.param.split())
 
 
 both = pytest.mark.parametrize("kind", ["detection", "segmentation"], indirect=True)
@@ -106,13 +113,13 @@ def test_padding_changes_nothing(kind: Kind) -> None:
     valid[0], valid[1, :3, :4] = True, True
     alone, padded = head(small, torch.ones(1, 3, 4, dtype=torch.bool)), head(batch, valid)
     # float32 through five layers; sums run over another number of entries
-    for one, other in zip((*padded.aux, padded), (*alone.aux, alone), strict=True):
-        torch.testing.assert_close(one.logits[1], other.logits[0], rtol=1e-4, atol=1e-4)
-        if kind.task == "detection":
-            torch.testing.assert_close(one.boxes[1], other.boxes[0], rtol=0, atol=1e-5)
-        else:
-            torch.testing.assert_close(one.masks[1, :, :3, :4], other.masks[0], rtol=1e-4, atol=1e-4)
-            assert one.masks[1].count_nonzero() == one.masks[1, :, :3, :4].count_nonzero()
+    torch.testing.assert_close(padded.logits[:, 1], alone.logits[:, 0], rtol=1e-4, atol=1e-4)
+    if kind.task == "detection":
+        torch.testing.assert_close(padded.boxes[:, 1], alone.boxes[:, 0], rtol=0, atol=1e-5)
+    else:
+        inside = padded.masks[:, 1, :, :3, :4]
+        torch.testing.assert_close(inside, alone.masks[:, 0], rtol=1e-4, atol=1e-4)
+        assert padded.masks[:, 1].count_nonzero() == inside.count_nonzero()
 
 
 @both
@@ -120,7 +127,7 @@ def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
     """Engines that reduce gradients by bucket need one for each parameter in each step."""
     head, criterion, targets = kind.head(), kind.criterion(), kind.targets([0, 0])
     output = head(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))
-    losses = criterion(output, targets, kind.denominators(targets))
+    losses = criterion(output, targets, denominators(kind.task, criterion, targets))
     assert {losses[name].item() for name in losses if not name.startswith(("ce", "card"))} == {0}
     sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
     for name, parameter in head.named_parameters():
@@ -138,14 +145,13 @@ def test_predictions_are_float32_under_autocast(kind: Kind) -> None:
 @pytest.mark.parametrize("parts", [2, 4])
 def test_mean_over_micro_batches_is_the_global_loss(kind: Kind, parts: int) -> None:
     """The reason for given denominators and keyed points: images with 0, few and too many objects, spread unevenly."""
-    counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion, targets, output = kind.criterion(), kind.targets(counts), kind.output(8)
-    whole = criterion(output, targets, kind.denominators(targets))
-    size = len(counts) // parts
+    criterion, targets, output = kind.criterion(), kind.targets(COUNTS), kind.output(8)
+    whole = criterion(output, targets, denominators(kind.task, criterion, targets))
+    size = len(COUNTS) // parts
     pieces = [kind.part(output, targets, start, start + size) for start in range(0, 8, size)]
-    denominators = kind.denominators(*(own for _, own in pieces), parts=parts)
+    divisors = denominators(kind.task, criterion, *(own for _, own in pieces), parts=parts)
     torch.manual_seed(123)  # nothing may be drawn from here
-    split = [criterion(part, own, denominators) for part, own in pieces]
+    split = [criterion(one, own, divisors) for one, own in pieces]
     for name, value in whole.items():
         mean = torch.stack([losses[name].double() for losses in split]).mean()
         # float64 sums in another order; the cardinality is a float32 mean
@@ -154,15 +160,70 @@ def test_mean_over_micro_batches_is_the_global_loss(kind: Kind, parts: int) -> N
 
 @both
 def test_more_objects_than_queries(kind: Kind) -> None:
-    targets = kind.targets([300, 1])
-    losses = kind.criterion()(kind.output(2), targets, kind.denominators(targets))
+    criterion, targets = kind.criterion(), kind.targets([300, 1])
+    losses = criterion(kind.output(2), targets, denominators(kind.task, criterion, targets))
     assert all(torch.isfinite(value) for value in losses.values())
     assert losses["class_error"].item() >= 100 * 293 / 301  # an object without a query is not found
 
 
 @both
 def test_a_prediction_that_is_not_finite_names_its_image(kind: Kind) -> None:
-    targets, output = kind.targets([1, 2]), kind.output(2)
-    output.aux[0].logits[1, 2] = float("nan")
+    criterion, targets, output = kind.criterion(), kind.targets([1, 2]), kind.output(2)
+    output.logits.data[0, 1, 2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"\[77\]"):
-        kind.criterion()(output, targets, kind.denominators(targets), torch.tensor([5, 77]))
+        criterion(output, targets, denominators(kind.task, criterion, targets), torch.tensor([5, 77]))
+
+
+# ---- the class loss averages images, as the published code does with one image on each GPU ----
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation", "segmentation published"], indirect=True)
+def test_each_image_weighs_as_on_a_gpu_of_its_own(kind: Kind) -> None:
+    """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their mean."""
+    criterion, targets, output = kind.criterion(), kind.targets(COUNTS), kind.output(8)
+    losses = criterion(output, targets, denominators(kind.task, criterion, targets))
+    wanted = kind.classes_of_queries(output, targets)
+    weight = torch.ones(kind.classes + 1, dtype=torch.float64)
+    weight[-1] = 0.1
+    names = [*(f"ce_{layer}" for layer in range(len(wanted) - 1)), "ce"]
+    expected = [
+        torch.stack([F.cross_entropy(output.logits[layer, image], wanted[layer, image], weight) for image in range(8)])
+        for layer in range(len(wanted))
+    ]
+    ours, theirs = torch.stack([losses[name] for name in names]), torch.stack(expected).mean(dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(values.sum(), output.logits)[0] for values in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
+    pooled = F.cross_entropy(output.logits[-1].flatten(0, 1), wanted[-1].flatten(), weight)
+    assert abs((pooled / losses["ce"]).item() - 1) > 1e-3
+
+
+@pytest.mark.parametrize("step", [0, 1, 3], ids=["detection", "segmentation", "all"])
+def test_a_step_is_the_published_one_on_as_many_gpus_as_images(step: int) -> None:
+    """Losses and gradients of the whole model: each image alone with its own class weights, all objects in common."""
+    (module, _), whole = build(2), global_batch(step)
+    images = len(whole.images)
+    ours = _gradients(module, [(whole, loss_denominators(module, whole, 1))])
+    gpus = []
+    for image in range(images):
+        common = loss_denominators(module, whole, images)
+        for task in {"detection", "segmentation"} & set(whole.tasks):
+            common = {**common, task: {**common[task], "images": torch.tensor(1.0)}}
+        gpus.append((part(step, image, image + 1), common))
+    theirs = _gradients(build(2)[0], gpus)
+    # fp32 sums in another order
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    for name, value in theirs.items():
+        if name != "loss":
+            assert (ours[name] - value).norm() <= 2e-6 * value.norm() + 1e-9, name
+
+
+def _gradients(module: MultiTaskModel, parts: list[tuple[Batch, Any]]) -> dict[str, Any]:
+    """Mean loss of the parts, and its gradients by name."""
+    module.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch, divisors in parts:
+        loss = module.train()(batch, divisors)["loss"] / len(parts)
+        loss.backward()
+        total += loss.item()
+    return {"loss": total, **{n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}}

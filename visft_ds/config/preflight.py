@@ -147,7 +147,7 @@ def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
         if recipe not in sources or any(source.startswith("--") for source in sources):
             continue
         try:
-            lacks = config_class(task).lacks(counts, {kind: number for kind, (number, _) in findings.items()})
+            lacks = config_class(task).lacks(counts, findings)
         except (ValueError, TypeError, AttributeError):
             return {}  # it is damaged: whoever opens it says so
         if lacks is not None:

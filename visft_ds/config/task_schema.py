@@ -5,7 +5,7 @@ The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from visft_ds.config.fields import Above, Fraction, Positive, Section, Sides, StrictModel, Text
 
+Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.
 CaptionChoice = Literal["random", "first"]
 
@@ -62,10 +63,15 @@ class TaskConfig(Section):
     loss: BaseModel
 
     @classmethod
-    def lacks(cls, counts: Mapping[str, int], findings: Mapping[str, int]) -> str | None:
+    def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
         counted, name = ("captions", "captions") if cls.labels == "captions" else ("trainable", "objects")
-        return None if counts.get(counted, 0) else name
+        return cls.misleads(counts, findings) if counts.get(counted, 0) else name
+
+    @classmethod
+    def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
+        """Name what labels lack that would therefore teach something wrong; None: nothing."""
+        return None
 
     @property
     def share(self) -> float:

@@ -28,6 +28,7 @@ from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role, ShardReader
+from visft_ds.resilience.errors import RankError
 
 #: Steps for which remote shards are fetched ahead.
 _FETCHED_STEPS = 32
@@ -211,6 +212,8 @@ def _made(maker: _BatchMaker, parts: Iterable[StepPlan], workers: int, ahead: in
     )
     try:
         for batch in batches:
+            if isinstance(batch, ValueError):
+                raise RankError(str(batch)) from batch  # a damaged sample is seen by the rank that reads it
             if isinstance(batch, Exception):
                 raise batch
             yield batch

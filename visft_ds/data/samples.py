@@ -6,8 +6,8 @@ Shape letters: B images, H W pixels, N objects of all images, concatenated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +49,20 @@ class Sample:
     frame: tuple[int, int] | None = None  #: (height, width) of `image` with padding of its own; None: it has none
 
 
-class Targets(Protocol):
+@dataclass(frozen=True)
+class Targets:
     """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
-    def to(self, device: torch.device) -> Targets: ...
+    host: ClassVar[tuple[str, ...]] = ()  #: fields that only the host uses: it must not wait for a copy to come back
+
+    def to(self, device: torch.device) -> Self:
+        """The same targets on `device`, except the fields `host`."""
+        names = [one.name for one in fields(self) if one.name not in self.host]
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
     def head_inputs(self) -> dict[str, Tensor]:
         """Inputs of the head besides the features in training; most heads need none."""
-        ...
+        return {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Batch:
     image_ids: Tensor  #: (B,) int64
     random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
-    targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
+    targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets of that task
     views: tuple[View, ...] | None = None  #: of each image, with a feature cache; those with features lack pixels
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
     #: host. None: all are as large as the batch.

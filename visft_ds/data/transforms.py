@@ -71,10 +71,6 @@ class Geometry(Protocol):
         """Operations for an image of `size`, in order; evaluation draws nothing from `generator`."""
         ...
 
-    def extremes(self, size: Size) -> set[Size]:
-        """Sizes that training can give an image of `size`, (height, width): the highest, the widest, the largest."""
-        ...
-
 
 def final_size(size: Size, ops: Sequence[Op]) -> Size:
     """(height, width) after `ops`."""
@@ -148,9 +144,6 @@ class Square:
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         return [Resize(self.size, self.size)]
 
-    def extremes(self, size: Size) -> set[Size]:
-        return {(self.size, self.size)}
-
 
 @dataclass(frozen=True)
 class ShortSides:
@@ -184,11 +177,6 @@ class ShortSides:
         spare = [whole - side for whole, side in zip(size, sides, strict=True)]
         top, left = (int(generator.integers(min(0, one), max(0, one) + 1)) for one in spare)
         return [Crop(top, left, *sides)]
-
-    def extremes(self, size: Size) -> set[Size]:
-        """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
-        side = self.fixed_size
-        return {(side, side) if side is not None else short_side_size(size, max(self.short_sides), self.max_long)}
 
     def mirror(self, train: bool, generator: np.random.Generator) -> list[Op]:
         """The first operation of an image, or none."""

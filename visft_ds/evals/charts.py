@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from visft_ds.evals.benchmarks.intervals import Interval  # imports torch
+
 #: A smoothed value looks back over about this share of the line.
 WINDOW = 1 / 40
 #: Values that differ by more than this factor are drawn on a logarithmic axis.
@@ -87,8 +89,8 @@ def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: f
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, linear: bool = False) -> str:
-    """An `<svg>` element with grid lines and a legend of the named series.
+def line_chart(series: Sequence[Series], *, title: str, y_label: str, linear: bool = False) -> str:
+    """An `<svg>` element over optimiser steps with grid lines and a legend of the named series.
 
     Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
     than WIDE times the smallest: a loss falls most in its first steps. A chart without any finite point says so.
@@ -102,7 +104,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
 
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel="optimiser step", ylabel=y_label)
         axes.grid(axis="y")
         if not values:
             axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")
@@ -123,21 +125,9 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     return svg(draw, title=title, width=360, height=260)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A value with the interval it lies in."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    shown: bool | None = None  #: None: its interval decides
-
-
-def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
-    """An `<svg>` element with a horizontal bar from zero for each value, and its interval as a line.
-
-    A bar is strong where it is shown, or its interval leaves zero out, pale otherwise.
+def interval_chart(bars: Sequence[tuple[str, Interval, bool]], *, title: str, x_label: str) -> str:
+    """An `<svg>` element with a horizontal bar from zero for each (name, value, shown), in percent, and its interval
+    as a line; one that is shown is strong, others are pale.
     """
 
     def draw(figure: Figure) -> None:
@@ -146,33 +136,34 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
         axes.grid(axis="x")
         axes.set(xlabel=x_label, ylim=(len(bars) - 0.4, -0.6))
         axes.axvline(0, color="#9a9da1", lw=1)
-        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
-        for row, bar in enumerate(bars):
-            sure = bar.low > 0 or bar.high < 0 if bar.shown is None else bar.shown
-            strength = 1.0 if sure else 0.35
-            axes.barh(row, bar.value, 0.6, color=UP if bar.value > 0 else DOWN, alpha=strength)
-            axes.plot((bar.low, bar.high), (row, row), color=INK, lw=1.5)
-            axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        for row, (_, of, shown) in enumerate(bars):
+            value, low, high = 100 * of.value, 100 * of.low, 100 * of.high
+            axes.barh(row, value, 0.6, color=UP if value > 0 else DOWN, alpha=1.0 if shown else 0.35)
+            axes.plot((low, high), (row, row), color=INK, lw=1.5)
+            axes.text(1.01, row, f"{value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
 
     return svg(draw, title=title, width=760, height=66 + 20 * len(bars))
 
 
-def block_chart(names: Sequence[str], curves: Mapping[str, Sequence[Bar]], *, title: str, y_label: str) -> str:
-    """An `<svg>` element with a curve over named places for each of several numbers, and its intervals as a band."""
+def block_chart(levels: Mapping[str, Mapping[str, Interval]], *, title: str) -> str:
+    """An `<svg>` element with a curve over places (place -> number -> value) for each number, in percent, and its
+    intervals as a band.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
-        axes.set(ylabel=y_label)
+        axes.set(ylabel="percent")
         axes.grid(axis="y")
-        step = -(-len(names) // 24)  # more do not fit
-        axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right")
-        for number, (name, bars) in enumerate(curves.items()):
-            colour = _CURVES[number % len(_CURVES)]
-            axes.plot(range(len(bars)), [bar.value for bar in bars], "o-", color=colour, ms=3, label=name)
-            axes.fill_between(
-                range(len(bars)), [bar.low for bar in bars], [bar.high for bar in bars], color=colour, alpha=0.15, lw=0
-            )
+        step = -(-len(levels) // 24)  # more do not fit
+        places = range(len(levels))
+        axes.set_xticks(places[::step], list(levels)[::step], rotation=60, ha="right")
+        for number, name in enumerate(next(iter(levels.values()))):
+            colour, of = _CURVES[number % len(_CURVES)], [values[name] for values in levels.values()]
+            axes.plot(places, [100 * one.value for one in of], "o-", color=colour, ms=3, label=name)
+            low, high = [100 * one.low for one in of], [100 * one.high for one in of]
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
         axes.legend(frameon=False)
 
     return svg(draw, title=title, width=640, height=340)

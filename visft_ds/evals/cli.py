@@ -14,11 +14,9 @@ from visft_ds.flags import Parser
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
-    visft evaluate --run runs/stage2-debug
-    visft evaluate --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
-    visft evaluate --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
-        --data SHARDS --out evaluation/base
-    visft evaluate --num_gpus 8 --run runs/stage2-eva_e
+    visft evaluate --run runs/stage2 --num_gpus 8
+    visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
+    visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
     visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
     visft evaluate layers --help            # every block of a model on the same probes
     visft evaluate dose --help              # an adapter at the scale at which it moves features as far as another
@@ -39,10 +37,8 @@ BENCHMARKS = """Out-of-domain benchmarks of any number of models, in one table w
 
     visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
         --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
-    visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
     visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
         --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
-    visft evaluate --num_gpus 8 benchmarks ...
 
 The other models are compared with the first; runs of one recipe with different seeds are one arm. Scores are kept in
 OUT/cache by models and data: another benchmark or model costs only itself.
@@ -59,7 +55,6 @@ kinds of benchmarks (and their keys):
 LAYERS = """Every block of a model on the same probes, and the best one to read.
 
     visft evaluate layers --model timm:tf_efficientnet_lite0:FILE --benchmark dense=coco --out OUT
-    visft evaluate layers --model RUN --benchmark dense=coco --benchmark digits --primary "probe/digits knn" --out OUT
 
 The best block of a number is chosen on one half of the test images and judged on the other, against the end of the
 model. `--model M#BLOCK` of visft evaluate benchmarks reads there, `visft.model.layers=[BLOCK]` trains there.
@@ -77,18 +72,17 @@ _MODEL = "[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    place = 1 if words and words[0].startswith("--local_rank=") else 0  # the deepspeed launcher puts it in front
-    if (command := "".join(words[place : place + 1])) in _COMMANDS:
-        return _out_of_domain(command, words[:place] + words[place + 1 :])
-    given = vars(_parser().parse_args(words))
-    del given["local_rank"]
+    words = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in words if not word.startswith("--local_rank=")]  # of the deepspeed launcher
+    if words and words[0] in _COMMANDS:
+        return _out_of_domain(words[0], words[1:])
+    given = _parser().parse_args(words)
     from visft_ds.resilience.errors import tell
 
     try:
         from visft_ds.evals.evaluate import evaluate
 
-        evaluate(**given, command=True)
+        evaluate(**vars(given), command=True)
     except (ValueError, OSError, RuntimeError) as error:
         return tell(error, "evaluate")
     return 0
@@ -126,7 +120,6 @@ def _out_of_domain(command: str, words: Sequence[str]) -> int:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     given = parser.parse_args(words)
     from visft_ds.resilience.errors import tell
 
@@ -172,5 +165,4 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
     add("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     return parser

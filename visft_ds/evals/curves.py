@@ -87,7 +87,7 @@ def _chart(
             series.append(Series(xs, ys, colour, faint=True))
             ys, told = smooth(ys), told or "smoothed"
         series.append(Series(xs, ys, colour, name=told))
-    return _drawn(series, title, unit, linear or plain) if series else ""
+    return line_chart(series, title=title, y_label=unit, linear=linear or plain) if series else ""
 
 
 def _rates(histories: Mapping[str, History]) -> str:
@@ -101,8 +101,4 @@ def _rates(histories: Mapping[str, History]) -> str:
             groups = ", ".join(name.removeprefix("lr/") for name in group)
             told = f"{label}: {groups}" if len(histories) > 1 else groups
             series.append(Series(*history.points(group[0]), COLOURS[len(series) % len(COLOURS)], name=told))
-    return _drawn(series, "learning rate", "", linear=True) if series else ""
-
-
-def _drawn(series: Sequence[Series], title: str, unit: str, linear: bool) -> str:
-    return line_chart(series, title=title, x_label="optimiser step", y_label=unit, linear=linear)
+    return line_chart(series, title="learning rate", y_label="", linear=True) if series else ""

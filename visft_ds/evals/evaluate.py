@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import Picture, grid, save_png
@@ -141,67 +140,73 @@ def evaluate(
     precision, why = choose_precision(source.precision, distributed.local_device())
     manifest = Manifest.load(os.fspath(data), split, cache=cache)
     model, streams = source.build(precision, distributed.local_device())
-    with met_by_one_rank():
-        if distributed.world_size() > 1:
-            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+    if distributed.world_size() > 1:
+        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
-            start_process_group()
-        check_categories(
-            model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories"
-        )
-        _check_truth(source.tasks, manifest, limit)
-        count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
-        if command and distributed.is_main():
-            facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
-            facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
-            print_plan("visft_ds evaluation", [Section("model and data", facts)])
-        with ShardReader(manifest) as reader:
-            began, workers = time.perf_counter(), workers_of(DataConfig(num_workers=_WORKERS))
-            collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
-            seconds = time.perf_counter() - began
-            drawn = images if out is not None else 0
-            pictures = draw_examples(model.predict, reader, streams, model.vocabulary, drawn, limit=limit)
-            distributed.close()  # before measuring, which the main process does alone
-            if collected is None:
-                return EvaluationResult({}, {})
-            if out is not None:  # first: hours of predictions must not be lost with a number
-                out.mkdir(parents=True, exist_ok=True)
-                for task, results in collected.items():
-                    (out / results_name(task)).write_bytes(orjson.dumps(results))
-            outcome, problems = measure(collected, reader, limit=limit, per_category=True)
-        metrics = as_metrics(outcome)
+        start_process_group()
+    check_categories(model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories")
+    _check_truth(source.tasks, manifest, limit)
+    count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
+    if command and distributed.is_main():
+        facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
+        facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
+        print_plan("visft_ds evaluation", [Section("model and data", facts)])
+    with ShardReader(manifest) as reader:
+        began, workers = time.perf_counter(), workers_of(DataConfig(num_workers=_WORKERS))
+        collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
+        seconds = time.perf_counter() - began
+        drawn = images if out is not None else 0
+        pictures = draw_examples(model.predict, reader, streams, model.vocabulary, drawn, limit=limit)
+        distributed.close()  # before measuring, which the main process does alone
+        if collected is None:
+            return EvaluationResult({}, {})
+        if out is not None:  # first: hours of predictions must not be lost with a number
+            out.mkdir(parents=True, exist_ok=True)
+            for task, results in collected.items():
+                (out / results_name(task)).write_bytes(orjson.dumps(results))
+        outcome, problems = measure(collected, reader, limit=limit, per_category=True)
+    metrics = as_metrics(outcome)
+    if out is not None:
+        facts_of = {name: value for task in source.tasks for name, value in TASKS[task].facts.items()}
         record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "metrics": metrics,
             "model": dict(model.facts),
             "precision": model.precision,
             "data": {"where": where, "split": split, "images": count, "total": len(manifest)}
             | {"fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in streams.items()},
-            **_facts(source.tasks),
+            **facts_of,
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
+            "pictures": _save_pictures(pictures, out),
+            "versions": versions(),
+            "command": [redacted(word) for word in sys.argv],
         }
-        if out is not None:
-            _write(out, metrics, record, _save_pictures(pictures, out))
-        if command and out is not None:
-            _print_results(out, metrics, outcome, counted(count, len(manifest)), count / seconds)
-        if problems:
-            raise ValueError("; ".join(problems))
+        # Last: a folder without it was not finished.
+        (out / METRICS).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        if command:
+            rows = [*_numbers(metrics), *((name.replace("_", " "), str(value)) for name, value in facts_of.items())]
+            written = [*(results_name(task) for task in outcome), METRICS, f"{PICTURES}/"]
+            rows += [("images/s", f"{count / seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
+            print_plan("results", [Section(f"of {counted(count, len(manifest))}", rows)])
+    if problems:
+        raise ValueError("; ".join(problems))
     return EvaluationResult(metrics, collected, out)
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
-        selection = TASKS[task].config.learns_from
-        if not (manifest.having(selection) < (limit or len(manifest))).any():
-            others = ",".join(other for other in tasks if other != task)
-            first = f"the first {limit} images of " if limit else ""
-            raise ValueError(
-                f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
-                f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
-            )
-        if (problem := TASKS[task].data_problem(manifest)) is not None:
+        needed, count = TASKS[task].config.learns_from, min(limit or len(manifest), len(manifest))
+        lacking = TASKS[task].config.misleads(manifest.counts, manifest.findings)
+        problem = lacking and f"{manifest.root}/{manifest.split} has no {lacking}"
+        if not (manifest.having(needed) < count).any():
+            where = f"{count} images of {manifest.root}/{manifest.split}"
+            problem = f"no {needed} in {where}, which {task} is compared with: give other data or other --tasks"
+        if problem is not None:
             raise ValueError(problem)
 
 
@@ -218,33 +223,7 @@ def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> 
     return written
 
 
-def _write(out: Path, metrics: Mapping[str, float], record: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-    whole = {
-        "format": FORMAT,
-        "version": VERSION,
-        "metrics": metrics,
-        **record,
-        "pictures": pictures,
-        "versions": versions(),
-        "command": [redacted(word) for word in sys.argv],
-    }
-    # Last: a folder without it was not finished.
-    (out / METRICS).write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))
-
-
-def _facts(tasks: Sequence[str]) -> dict[str, Any]:
-    """Name -> whatever else the numbers of these tasks depend on."""
-    return {name: value for task in tasks for name, value in TASKS[task].facts.items()}
-
-
-def _print_results(out: Path, metrics: Mapping[str, float], tasks: Collection[str], images: str, speed: float) -> None:
-    # -1 is COCO's mark for "there is nothing of this kind to find".
-    rows = [
-        (name, "no such objects" if value < 0 else f"{value:.4f}")
-        for name, value in metrics.items()
-        if name.count("/") == 1
-    ]
-    rows += [(name.replace("_", " "), str(value)) for name, value in _facts(list(tasks)).items()]
-    files = [*(results_name(task) for task in tasks), METRICS, f"{PICTURES}/"]
-    rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
-    print_plan("results", [Section(f"of {images}", rows)])
+def _numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Lines of the console; -1 is COCO's mark for "there is nothing of this kind to find"."""
+    shown = {name: value for name, value in metrics.items() if name.count("/") == 1}
+    return [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()]

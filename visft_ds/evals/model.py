@@ -95,9 +95,8 @@ class ModelSource:
     files: ModelFiles
     streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone
     vocabulary: Path | None = None  #: word map of a head that brings no words along
-    decoding: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  #: task -> what its head is also called with
+    #: Task -> what its head is also called with.
+    decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     precision: str = "auto"
     packed: bool = False  #: images of different sizes pass through the backbone without padding
 
@@ -106,11 +105,7 @@ class ModelSource:
         """The tasks of all streams."""
         return tasks_of(self.streams)
 
-    def build(
-        self,
-        precision: Precision,
-        device: torch.device,
-    ) -> tuple[EvaluationModel, dict[str, Stream]]:
+    def build(self, precision: Precision, device: torch.device) -> tuple[EvaluationModel, dict[str, Stream]]:
         """Build the model, strictly of what its files hold, and its streams with the classes of its heads.
 
         Args:
@@ -128,10 +123,8 @@ class ModelSource:
             _check_head(head.tensors.path, head.info, backbone)
         own_words = vocabulary_in(infos)
         if needs_vocabulary(infos) and own_words is None and vocabulary is None:
-            raise ValueError(
-                f"{find_head(files.heads, 'captioning')} does not say which words its ids mean: give its word map (a "
-                "JSON object word -> id) with --vocabulary FILE"
-            )
+            path = find_head(files.heads, "captioning")
+            raise ValueError(f"{path} does not say which words its ids mean: give its word map, --vocabulary FILE")
         words = own_words or vocabulary
         check_vocabulary(infos, vocabulary or words, "the given vocabulary")
         modules = {}
@@ -223,9 +216,8 @@ def files_of_run(
     missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise ValueError(
-            f"not found: {', '.join(missing)}. If the run in {run} was interrupted, the same training command goes on "
-            f"with it and writes what it trained at its end. Files that were moved are named by --backbone FILE, "
-            f"--heads FOLDER and --adapter FOLDER"
+            f"not found: {', '.join(missing)}. If the run in {run} was interrupted, continue it by the same training "
+            f"command; name files that were moved by --backbone FILE, --heads FOLDER and --adapter FOLDER"
         )
     model = {"preset": config.model.preset, **config.model.backbone_options()}
     return ModelFiles(backbone, heads, own_adapter, model)
@@ -251,12 +243,9 @@ def heads_in(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{folder} is a file: give the folder that holds the heads")
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
-        wanted = ", ".join(head_file("", task).name for task in TASKS)
-        inside = next((inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)), None)
-        raise ValueError(
-            f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): "
-            + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")
-        )
+        inside = [inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)]
+        where = f"they are in {inside[0]}" if inside else "give RUN/export of stage 1, or the published files"
+        raise ValueError(f"{folder} holds no heads: {where}")
     return found
 
 
@@ -267,9 +256,8 @@ def _load_backbone(
     file = open_model(files.backbone)
     of_checkpoint = files.adapter is not None and (files.adapter / "state.json").is_file()
     adapter = None if files.adapter is None or of_checkpoint else adapter_for(files.backbone, files.adapter)
-    whole = MODEL in file.metadata and not {BASE, MERGED}.isdisjoint(
-        file.metadata
-    )  # a base does not say where it is read
+    # A base does not say where it is read.
+    whole = MODEL in file.metadata and not {BASE, MERGED}.isdisjoint(file.metadata)
     model = dict(model_in(file) if whole or files.model is None else files.model)
     if files.model is None and not whole:
         model = _of_heads(model, infos)
@@ -348,10 +336,8 @@ def chosen_streams(
     names = found if listed is None else [name.strip() for name in listed]
     unknown = [name for name in names if name not in found]
     if unknown or not names:
-        raise ValueError(
-            f"{where} has no head for {', '.join(unknown) or 'any task of the run'}; --tasks may name "
-            f"{', '.join(found) or 'none'}"
-        )
+        lacking, allowed = ", ".join(unknown) or "any task of the run", ", ".join(found) or "none"
+        raise ValueError(f"{where} has no head for {lacking}; --tasks may name {allowed}")
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
 
@@ -383,10 +369,7 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
     if is_merged(open_model(backbone)):
-        raise ValueError(
-            f"{backbone} has an adapter merged in already, and {path} would count twice: leave the adapter out, or "
-            "give the base weights"
-        )
+        raise ValueError(f"{backbone} has an adapter merged in, and {path} would count twice: leave it out")
     return read_adapter(path)
 
 

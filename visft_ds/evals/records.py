@@ -49,12 +49,6 @@ class Evaluation:
         return metrics
 
     @property
-    def tasks(self) -> list[str]:
-        """The tasks that have numbers here, in the order of MAIN."""
-        prefixes = {name.partition("/")[0] for name in self.metrics}
-        return [task for task, name in MAIN.items() if name.partition("/")[0] in prefixes]
-
-    @property
     def images(self) -> str:
         """How many images the numbers are of, in words."""
         data = self.record["data"]

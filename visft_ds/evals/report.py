@@ -123,9 +123,9 @@ def _evaluations(runs: Sequence[_Run]) -> list[Evaluation]:
             found.append(read_evaluation(run.label, made))
             continue
         entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
-        facts = {"where": f"{data.root}/{data.val}", "images": run.config.visft.run.eval_limit, "total": _total(run)}
-        if facts["images"] and facts["total"]:
-            facts["images"] = min(facts["images"], facts["total"])
+        limit, total = run.config.visft.run.eval_limit, _total(run)
+        images = min(limit, total) if limit and total else limit
+        facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
         for entry in entries[:1] + entries[1:][-1:] if len(runs) == 1 else entries[-1:]:
             label = run.label if len(runs) > 1 else f"step {entry['step']}"
             metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}

@@ -85,14 +85,11 @@ def measure(
     problems = []
     for task, results in collected.items():
         try:
-            outcome[task] = TASKS[task].measure(_truth(task, reader, limit), results, per_category)
+            truth = TASKS[task].truth(reader, range(min(limit or len(reader), len(reader))))
+            outcome[task] = TASKS[task].measure(truth, results, per_category)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     return outcome, problems
-
-
-def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:
-    return TASKS[task].truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
 
 
 def as_metrics(outcome: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

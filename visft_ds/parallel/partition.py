@@ -148,7 +148,7 @@ def _head_operations(module: MultiTaskModel, task: str, stream: Stream, images: 
     features = torch.empty(images, module.backbone.width, side, side, device=META, requires_grad=flows)
     valid = torch.empty(images, side, side, dtype=torch.bool, device=META)
     pixels = side * module.backbone.patch_size
-    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), stream.image, META)
+    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), stream.image)
     inputs = {name: value.to(META) for name, value in blank.head_inputs().items()}
     with Tracer(META) as counted, fused_attention(META):
         output = module.heads[task](features, valid, **inputs)

@@ -313,13 +313,12 @@ class _NoTargets:
 
 
 def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of heads (dataclasses of tensors) on the CPU, without `aux`, those of earlier layers, for losses only."""
+    """Outputs of heads (dataclasses of tensors) on the CPU."""
     tensors = {
         task: {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
         for task, output in outputs.items()
     }
-    earlier = {task: {"aux": ()} if hasattr(output, "aux") else {} for task, output in outputs.items()}
-    return {task: replace(output, **tensors[task], **earlier[task]) for task, output in outputs.items()}
+    return {task: replace(output, **tensors[task]) for task, output in outputs.items()}
 
 
 def sample_checksum(batch: Batch) -> Tensor:

@@ -113,10 +113,10 @@ def run_of(
 
 
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
-    """A micro-batch of a stream on the meta device; what criteria read on the host is there, as zeros."""
+    """A micro-batch of a stream without content, its pixels on the meta device."""
     side = stream.largest_side()
     height, width = content.size or (side, side)
-    targets = {task: TASKS[task].blank(images, (height, width), content, stream.image, META) for task in stream.tasks}
+    targets = {task: TASKS[task].blank(images, (height, width), content, stream.image) for task in stream.tasks}
     ids, sizes = torch.arange(images), torch.tensor([[height, width]] * images)
     pixels = torch.empty(images, 3, height, width, dtype=torch.uint8, device=META)
     return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)

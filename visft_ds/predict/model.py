@@ -36,7 +36,7 @@ from visft_ds.evals.model import (
 )
 from visft_ds.interop.layouts import is_merged
 from visft_ds.interop.weights import PICKLE_SUFFIXES, open_weights
-from visft_ds.model import PixelScale, normalise_pixels
+from visft_ds.model import normalise_pixels, pixel_scale
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
@@ -179,8 +179,7 @@ class ImageFeatures(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-        scale = PixelScale.of(images.device, self.backbone.pixel_mean, self.backbone.pixel_std)
-        pixels = normalise_pixels(images, sizes, scale)
+        pixels = normalise_pixels(images, sizes, pixel_scale(self.backbone, images.device))
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return at_least_float32(self.backbone(pixels))
 

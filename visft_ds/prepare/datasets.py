@@ -178,9 +178,10 @@ def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
 def _check_labels(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
     """Raise ValueError for a split whose labels would teach a task something wrong."""
     for task in tasks:
-        problem = TASKS[task].data_problem(manifest)
-        if problem is not None:
-            raise ValueError(f"{problem}: {remedy.format(task=task)}")
+        lacking = TASKS[task].config.misleads(manifest.counts, manifest.findings)
+        if lacking is not None:
+            where = f"{manifest.root}/{manifest.split} has no {lacking}"
+            raise ValueError(f"{where}, which {task} would take for background: {remedy.format(task=task)}")
 
 
 def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict[int, int | None] | None:

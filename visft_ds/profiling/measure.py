@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +36,7 @@ from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
 from visft_ds.pretrained import local
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.memory import largest_shape, memory_explained
+from visft_ds.resilience.memory import memory_explained
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
@@ -244,7 +243,7 @@ class Session:
         agreement = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
         micro_batches = self.machine.planned.batches.micro_batches
         denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
-        with memory_explained(what, stream, partial(largest_shape, batches), engine.device):
+        with memory_explained(what, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 
 from visft_ds.redaction import redacted
 
@@ -29,17 +27,6 @@ class RanksDiffer(ValueError):
 
 class LostRank(RuntimeError):
     """Another rank died or ended with an error; this one cannot go on."""
-
-
-@contextlib.contextmanager
-def met_by_one_rank() -> Iterator[None]:
-    """Make a ValueError a `RankError`, which each rank prints, where there are other ranks."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, RankError) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        raise RankError(str(error)) from error
 
 
 def exit_code(error: BaseException) -> int:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators
+from visft_ds.model import LossDenominators, tensors_of
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 
@@ -23,7 +23,6 @@ from visft_ds.parallel.engine import Engine, StepReport
 _SHOWN = 3
 #: An overflow at this loss scale of fp16 or a lower one stops the run: every further step would be skipped.
 LEAST_SCALE = 1.0
-Note = Callable[[str, Tensor], None]  #: called with the name of a tensor, and the tensor
 
 
 class LossGuard:
@@ -131,42 +130,22 @@ def watched(module: nn.Module, found: list[str]) -> Iterator[None]:
             for tensor in tensors_of(targets):
                 note(f"targets of {task}", tensor)
 
+    def look_at_output(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tensors_of(output):
+            note(f"output of {name}", tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(partial(note, f"gradient of the output of {name}"))
+
     hooks: list[Any] = [module.register_forward_pre_hook(begin)]
     for name, child in module.named_modules():
         if name and not isinstance(child, nn.ModuleList | nn.ModuleDict):
-            hooks.append(child.register_forward_hook(_hook(name, note)))
+            hooks.append(child.register_forward_hook(partial(look_at_output, name)))
     for name, parameter in module.named_parameters():
         note(f"parameter {name}", parameter)
         if parameter.requires_grad:
-            hooks.append(parameter.register_hook(_gradient_hook(f"parameter {name}", note)))
+            hooks.append(parameter.register_hook(partial(note, f"gradient of parameter {name}")))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in a module's output, or in targets."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (tensor for item in value.values() for tensor in tensors_of(item))
-    elif isinstance(value, tuple | list):
-        yield from (tensor for item in value for tensor in tensors_of(item))
-    elif is_dataclass(value):
-        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
-
-
-def _gradient_hook(what: str, note: Note) -> Callable[[Tensor], None]:
-    return lambda gradient: note(f"gradient of {what}", gradient)
-
-
-def _hook(name: str, note: Note) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        for tensor in tensors_of(output):
-            note(f"output of {name}", tensor)
-            if tensor.requires_grad:
-                tensor.register_hook(_gradient_hook(f"the output of {name}", note))
-
-    return hook

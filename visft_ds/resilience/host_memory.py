@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,27 +18,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def host_memory_available() -> int:
-    """Bytes that are free: what the kernel calls available, or less where a control group says so."""
-    free = [limit - used for limit, used in _group_limits()]
-    return max(0, min([int(psutil.virtual_memory().available), *free]))
-
-
 def host_memory() -> int:
-    """Bytes that this process's machine has, or fewer where a control group says so."""
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _group_limits())])
+    """Bytes that this process's machine has, or fewer where its control group (version 2) or one around it says so.
 
-
-def _group_limits() -> Iterator[tuple[int, int]]:
-    """(limit, use) in bytes of this process's control group (version 2) and of those around it that have a limit.
-
-    In a container the own one is the root; a scheduler such as SLURM limits one in the middle of the path.
+    In a container the own group is the root; a scheduler such as SLURM limits one in the middle of the path.
     """
     listed = _OWN_GROUP.read_text(encoding="utf-8").splitlines() if _OWN_GROUP.is_file() else []
     own = next((Path(line[4:]) for line in listed if line.startswith("0::/")), Path())
-    for group in (own, *own.parents):
-        limit, used, numbers = (_GROUPS / group / f"memory.{name}" for name in ("max", "current", "stat"))
-        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():  # else "max"
-            # Files that were read once count as used until somebody needs the room.
-            idle = dict(line.split() for line in numbers.read_text(encoding="utf-8").splitlines()).get("inactive_file")
-            yield int(text), int(used.read_text(encoding="utf-8")) - int(idle or 0)
+    files = [_GROUPS / group / "memory.max" for group in (own, *own.parents)]
+    limits = [file.read_text(encoding="utf-8").strip() for file in files if file.is_file()]
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit != "max")])

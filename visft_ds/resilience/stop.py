@@ -20,7 +20,7 @@ from visft_ds.resilience.errors import LOST_CODE
 
 #: The program between the `deepspeed` command and the ranks of a machine.
 _LAUNCHER = "deepspeed.launcher.launch"
-#: Process id and time of birth of the supervisor, in the environment of its command.
+#: Process id of the supervisor, in the environment of its command.
 _SUPERVISOR = "VISFT_SUPERVISOR"
 
 
@@ -46,7 +46,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def supervised() -> dict[str, str]:
     """Environment for a command that this process supervises: its ranks stop when this process is gone."""
-    return {**os.environ, _SUPERVISOR: f"{os.getpid()} {psutil.Process().create_time()}"}
+    return {**os.environ, _SUPERVISOR: str(os.getpid())}
 
 
 class StopFlag:
@@ -65,14 +65,14 @@ class StopFlag:
         self._replaced: dict[int, Any] = {}  # number of a signal -> the handler that was there before
         self._listening = threading.Event()
         self._above: list[psutil.Process] = []
-        self._parent = os.getppid() if launched else 0
         with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(self._parent) if self._parent > 1 else None
-            if parent is not None and _LAUNCHER in parent.cmdline():
-                self._above += [runner] if (runner := parent.parent()) else []
-        pid, _, born = os.environ.get(_SUPERVISOR, "").partition(" ")
-        self._supervisor = (int(pid), float(born)) if born else None
-        if self._parent or self._supervisor:
+            if launched:
+                self._above.append(launcher := psutil.Process(os.getppid()))
+                if _LAUNCHER in launcher.cmdline():
+                    self._above.append(psutil.Process(launcher.ppid()))
+            if _SUPERVISOR in os.environ:
+                self._above.append(psutil.Process(int(os.environ[_SUPERVISOR])))
+        if self._above:
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
 
     def _end_at_start(self) -> None:
@@ -123,23 +123,7 @@ class StopFlag:
         return bool(self.reason)
 
     def _alone(self) -> bool:
-        if self._parent and os.getppid() != self._parent:
-            return True
-        return any(not _runs(process) for process in self._above) or (
-            self._supervisor is not None and not _is_there(*self._supervisor)
-        )
-
-
-def _is_there(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() == born and _runs(process)
-    except psutil.Error:
-        return False
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Return True unless it has ended, collected or not."""
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+        """Return True if a process above has ended, collected or not."""
+        with contextlib.suppress(psutil.Error):
+            return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in self._above)
+        return True

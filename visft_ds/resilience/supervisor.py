@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import psutil
 
 from visft_ds import program
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, check_least
 from visft_ds.resilience import errors
 from visft_ds.resilience.processes import without_num_gpus
 from visft_ds.resilience.stop import SIGNALS, supervised
@@ -52,10 +53,8 @@ class Supervisor:
 
     def __init__(self, command: Sequence[str]) -> None:
         arguments, config = resolve_arguments(flags_of_training(command))
-        if arguments.resume == "no":
-            raise ValueError("--resume no: a restart has to go on from a checkpoint; leave it out")
-        if arguments.dry_run:
-            raise ValueError("--dry-run starts nothing that could be lost: give it to visft train itself")
+        if arguments.resume == "no" or arguments.dry_run:
+            raise ValueError("--resume no and --dry-run leave nothing that a restart could continue: leave them out")
         if shutil.which(command[0]) is None:
             raise ValueError(f"{command[0]}: no such command; is its environment active?")
         self.command, self.out = list(command), Path(config.visft.run.out or "")
@@ -73,8 +72,8 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         fruitless, saved = 0, named_steps(self.out)
-        for attempt in range(1, max_restarts + 2):
-            code = self.attempt()
+        for attempt in itertools.count(1):
+            code = self._attempt()
             if self.stopped or code in (*FINAL_CODES, self.requeue_code) or (code == 0 and self._is_done()):
                 return code
             # The newest one does not tell: an attempt that passes a damaged checkpoint over saves steps below that.
@@ -84,7 +83,7 @@ class Supervisor:
             if fruitless > FRUITLESS or attempt > max_restarts:
                 why = f"{fruitless} attempts in a row saved nothing" if fruitless > FRUITLESS else "no restart is left"
                 _tell(f"given up: {ended}; {why}")
-                return GAVE_UP
+                break
             seconds = backoff * 2 ** min(fruitless, 6)
             _tell(f"{ended}; restart {attempt} of {max_restarts} in {seconds:g} s")
             until = time.monotonic() + seconds
@@ -92,22 +91,20 @@ class Supervisor:
                 time.sleep(0.1)
             if self.stopped:
                 return self.requeue_code if self.stopped == signal.SIGUSR1 else 128 + self.stopped
-        raise AssertionError("the last attempt returns")
+        return GAVE_UP
 
-    def attempt(self) -> int:
+    def _attempt(self) -> int:
         """Run the command once, and wait for everything below it."""
         (self.out / ENDED_FILE).unlink(missing_ok=True)
         process = subprocess.Popen(self.command, start_new_session=True, env=supervised())
         self._session = process.pid
         code = process.wait()
-        until = time.monotonic() + _GRACE
-        while left := self._processes():
-            if time.monotonic() > until:
-                _tell(f"ending {len(left)} processes that the run left behind")
-                for process_left in left:
-                    with contextlib.suppress(psutil.Error):
-                        process_left.kill()
-            time.sleep(0.2)
+        _, left = psutil.wait_procs(self._processes(), timeout=_GRACE)
+        if left:
+            _tell(f"ending {len(left)} processes that the run left behind")
+        for process_left in left:
+            with contextlib.suppress(psutil.Error):
+                process_left.kill()
         return code
 
     def _is_done(self) -> bool:
@@ -118,16 +115,16 @@ class Supervisor:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopped = number
         processes = self._processes()
-        ranks = {process.pid: process for process in processes if "RANK" in _environment(process)}
         # Launchers die of signals; the ranks save. Below a rank are only its own workers.
-        for process in [rank for rank in ranks.values() if rank.ppid() not in ranks] or processes:
+        ranks = {process.pid: process for process in processes if "RANK" in process.info["environ"]}
+        for process in [rank for rank in ranks.values() if rank.info["ppid"] not in ranks] or processes:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
 
     def _processes(self) -> list[psutil.Process]:
         """Processes of the run's session, apart from those that wait to be collected."""
         found = []
-        for process in psutil.process_iter(["status"]):
+        for process in psutil.process_iter(["status", "ppid", "environ"], ad_value={}):
             with contextlib.suppress(ProcessLookupError):
                 if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == self._session:
                     found.append(process)
@@ -147,13 +144,6 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
             return without_num_gpus(command[place + 2 :])[0]
     given = " ".join(command) or "no command"
     raise ValueError(f"{given}: give a training after --, for example visft train --num_gpus 8 --stage 2")
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
 
 
 def _tell(text: str) -> None:
@@ -176,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     try:
-        if options.max_restarts < 0 or options.backoff < 0:
-            raise ValueError("--max-restarts and --backoff must not be negative")
+        check_least(options, max_restarts=0, backoff=0)
         return Supervisor(command).run(options.max_restarts, options.backoff)
     except (ValueError, OSError) as error:
         return errors.tell(error)

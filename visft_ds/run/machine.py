@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig, changed, deepspeed_dict
+from visft_ds.config import ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
@@ -24,7 +23,6 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
 from visft_ds.planner.search import choose_recompute as choose_policy
-from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.host_memory import host_memory
@@ -53,7 +51,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
         vocabulary_size: of the captions; None where no task works with words.
 
     Raises:
-        ValueError: hardware that cannot do what is asked, batches that cannot be divided, or no shared memory.
+        ValueError: hardware that cannot do what is asked, or batches that cannot be divided.
     """
     check_zero(config.deepspeed["zero_optimization"])
     model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
@@ -65,7 +63,6 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)
-    check_shared_memory(config, run.batches)
     return Machine(run, why_precision, "as configured", for_deepspeed, placement)
 
 
@@ -95,10 +92,10 @@ def choose_recompute(
 ) -> tuple[ResolvedConfig, str]:
     """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
 
-    A run that goes on keeps the policy it began with: memory changes, and so would results in their last bits.
+    A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
     Args:
-        out: folder of a run that may go on; None: of none.
+        out: folder of a run that may be resumed; None: of none.
         must_fit: False: where none fits, that which needs least.
 
     Raises:
@@ -111,8 +108,7 @@ def choose_recompute(
             return recorded_config(out).visft.model.recompute, "as the run began"
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps nothing"
-        assert rooms is not None  # this is the main process
-        room = min(rooms)
+        room = min(rooms or ())
         chosen, needed = choose_policy(run, room)
         policy = chosen.config.visft.model.recompute
         if must_fit and needed > room:
@@ -133,27 +129,6 @@ def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
     installed = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
     return {**facts, **installed}
-
-
-def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path = Path("/dev/shm")) -> None:
-    """Worker processes hand batches over in shared memory; where it runs out they die with a bus error.
-
-    Raises:
-        ValueError: it cannot hold what the workers of this machine may have ready at once.
-    """
-    number = workers_of(config.visft.data)
-    if not number or not folder.is_dir():
-        return
-    streams = config.visft.streams().items()
-    largest = max(batches.micro[name] * 3 * stream.largest_side() ** 2 for name, stream in streams)  # of uint8 pixels
-    ready = config.visft.data.prefetch_steps * batches.accumulation + 1 + number
-    needed, free = largest * ready * distributed.processes_here(), shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e6:.0f} MB free; {ready} batches for each training process of this machine may "
-            f"need {needed / 1e6:.0f} MB: give the container more (docker run --shm-size=8g), or use --set "
-            "visft.data.num_workers=0, or a smaller visft.data.prefetch_steps"
-        )
 
 
 @contextlib.contextmanager

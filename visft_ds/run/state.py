@@ -22,7 +22,6 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.evaluation import Validation, evaluation_is_due
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
@@ -84,8 +83,7 @@ class RunState:
             return 0
         checkpoint = open_checkpoint(Path(found))
         check_identity(checkpoint, self.identity)
-        with met_by_one_rank():
-            state = checkpoint.load()
+        state = checkpoint.load()
         restore_state(self._engine, state, checkpoint.step)
         best = self._saver.retention.best
         self._saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
@@ -156,8 +154,7 @@ class RunState:
             return step
         if best != step:
             checkpoint = open_checkpoint(checkpoint_path(self._saver.folder, best))
-            with met_by_one_rank():
-                state = checkpoint.load()
+            state = checkpoint.load()
             restore_state(self._engine, state, best)
         log.message(f"exports step {best}, the best by {metric}")
         return int(best)

@@ -6,14 +6,12 @@ The ground truth of shards is `visft_ds.data.dataset.coco_dataset(reader)`; no a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from visft_ds.tasks import Results
-
-IouType = Literal["bbox", "segm"]
 
 #: Places in the evaluator's summary, the order of the COCO API (https://cocodataset.org/#detection-eval).
 _SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
@@ -22,13 +20,13 @@ WITHOUT_MASK = "mask/objects without mask"
 
 
 def coco_average_precision(
-    truth: Mapping[str, Any], results: Results, iou_type: IouType = "bbox", *, per_category: bool = False
+    truth: Mapping[str, Any], results: Results, *, masks: bool = False, per_category: bool = False
 ) -> dict[str, float]:
     """Average precision and recall by name.
 
-    The names are `box/` and those of _SUMMARY; with `per_category` also `box/AP/<category name>`. For masks they start
-    with `mask/`, and objects without a mask are left out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1 marks a
-    measure without any ground truth (no large object, say), as in the COCO API.
+    The names are `box/` and those of _SUMMARY; with `per_category` also `box/AP/<category name>`. With `masks` they
+    begin with `mask/`, and objects that have none are left out and counted (`WITHOUT_MASK`). Values are in [0, 1]; -1
+    marks a measure without any ground truth (no large object, say), as in the COCO API.
 
     `truth` is a COCO dictionary, `results` are in COCO's results format; neither is changed. Results of categories that
     the ground truth does not list are left out: a head with raw COCO ids has classes for ids that no category has.
@@ -36,15 +34,15 @@ def coco_average_precision(
     Raises:
         ValueError: no categories; objects of which none has a mask; a result whose score or box is not finite.
     """
-    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    prefix, shape, iou_type = ("mask", "segmentation", "segm") if masks else ("box", "bbox", "bbox")
     names = {int(category["id"]): str(category["name"]) for category in truth["categories"]}
     if not names:
         raise ValueError("average precision needs data with categories, and this has none")
-    objects = [one for one in truth["annotations"] if iou_type == "bbox" or one.get("segmentation")]
+    objects = [one for one in truth["annotations"] if not masks or one.get("segmentation")]
     if truth["annotations"] and not objects:
         raise ValueError(f"none of the {len(truth['annotations'])} objects has a mask, which mask AP compares with")
     found = [{key: one[key] for key in ("image_id", "category_id", "score", shape)} for one in results]
-    numbers = [[one["score"], *(one["bbox"] if iou_type == "bbox" else ())] for one in found]
+    numbers = [[one["score"], *one.get("bbox", ())] for one in found]
     if not np.isfinite(np.array(numbers, dtype=np.float64)).all():
         raise ValueError("a score or box of the predictions is not finite: the training has diverged")
     # New objects, because the evaluator writes into them. They are numbered from 1: id 0 means "unmatched" there.
@@ -66,7 +64,6 @@ def coco_average_precision(
     kept = [one for one in found if one["category_id"] in names]
     evaluation = COCOeval_faster(coco, coco.loadRes(kept), iouType=iou_type, print_function=lambda *_: None)
     evaluation.run()
-    prefix = "box" if iou_type == "bbox" else "mask"
     measures = {f"{prefix}/{name}": float(evaluation.all_stats[place]) for name, place in _SUMMARY.items()}
     if len(objects) < len(truth["annotations"]):
         measures[WITHOUT_MASK] = float(len(truth["annotations"]) - len(objects))

@@ -70,5 +70,4 @@ def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     """Refuse a head whose categories are not known and whose classes are too few to be those of the published heads."""
     enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)
     if task == "segmentation" and not enough:
-        told = f"the segmentation head has {options.get('num_classes')} classes, and its file does not name their"
-        raise ValueError(f"{told} categories: give the file that a training exported")
+        raise ValueError(f"a segmentation head of {options.get('num_classes')} classes does not name their categories")

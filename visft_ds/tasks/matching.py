@@ -41,17 +41,33 @@ class Matches:
     objects: Tensor  #: (M,) rows of the packed targets
 
 
-def class_loss(logits: Tensor, classes: Tensor, no_object: float, loss_denominators: Mapping[str, Tensor]) -> Tensor:
-    """Weighted cross-entropy (L,) of logits (L, B, Q, C + 1) against the classes (L, B, Q) int64 of the objects.
+def class_losses(
+    logits: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    matches: Matches,
+    no_object: float,
+    loss_denominators: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy (L,) of the classes of all queries, and 100 times the objects that got a wrong class.
 
-    A term has the weight of its target class: 1, or `no_object` for the last one, as nearly all queries see none. The
-    weighted mean of each image is averaged over images; one without objects has the mean over its queries.
+    `logits` (L, B, Q, C + 1), `labels` (N,) and `counts` (B,) of the objects. A query has the class of its object, or
+    the last one, "no object". A term has the weight of its class: 1, or `no_object`, as nearly all queries see none.
+    The weighted mean of each image is averaged over images; one without objects has the mean over its queries.
     """
+    classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
+    classes[matches.layers, matches.images, matches.queries] = labels[matches.objects]
     weight = logits.new_ones(logits.shape[-1])
     weight[-1:].fill_(no_object)  # a number in a kernel: unlike `weight[-1] = ...`, nothing is copied
     terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
     means = terms.view_as(classes).sum(dim=2) / weight[classes].sum(dim=2)  # (L, B)
-    return means.sum(dim=1) / loss_denominators["images"]
+    right = (logits[-1].detach().argmax(dim=-1) == classes[-1]) & (classes[-1] != logits.shape[-1] - 1)
+    return means.sum(dim=1) / loss_denominators["images"], 100 * (counts.sum() - right.sum())
+
+
+def by_layer(losses: Mapping[str, Tensor], suffixes: Sequence[str]) -> dict[str, Tensor]:
+    """Losses (L,) by name -> a loss for each name and layer, whose suffix is added to the name."""
+    return {name + s: value for name, values in losses.items() for s, value in zip(suffixes, values, strict=True)}
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import Tensor, device, nn
+from torch import Tensor, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
-from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import Geometry, Op, Size
 from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import SIDE, Picture, draw_objects, palette, scaled, side_by_side, with_text
@@ -72,15 +72,15 @@ class Example:
         """True objects; crowd regions are not drawn."""
         return [annotation for annotation in self.raw.annotations if not annotation.get("iscrowd", 0)]
 
-    def known(self) -> Results:
-        """Predicted objects of categories the data set has, with enough score, the best first."""
-        kept = [r for r in self.results if r["category_id"] in self.names and r["score"] >= self.threshold]
-        return sorted(kept, key=lambda result: -float(result["score"]))
-
     def draw(self, true: Sequence[Mapping[str, Any]], **shapes: Callable[[Mapping[str, Any]], Any]) -> Picture:
-        """True and predicted objects beside each other; `shapes` is boxes= or masks=, the shape of an object."""
+        """True and predicted objects beside each other; `shapes` is boxes= or masks=, the shape of an object.
+
+        Predictions are those of categories the data set has, with enough score, the best first.
+        """
+        kept = [r for r in self.results if r["category_id"] in self.names and r["score"] >= self.threshold]
+        found = sorted(kept, key=lambda result: -float(result["score"]))
         colours, panels = palette(list(self.names.values())), []
-        for title, objects in (("ground truth", true), ("predicted", self.known())):
+        for title, objects in (("ground truth", true), ("predicted", found)):
             names = [self.names[one["category_id"]] for one in objects]
             scores = [f" {one['score']:.2f}" if "score" in one else "" for one in objects]
             tags = [name + score for name, score in zip(names, scores, strict=True)]
@@ -127,12 +127,8 @@ class Task(ABC):
         """Targets of a batch, whose images are padded to `frame`."""
 
     @abstractmethod
-    def blank(self, images: int, size: Size, content: Content, options: Options, device: device) -> Targets:
-        """Targets without content, as large as stated; on the device, but on the CPU what criteria read on the host."""
-
-    def data_problem(self, manifest: Manifest) -> str | None:
-        """Problem of a split whose labels would teach something wrong, or None."""
-        return None
+    def blank(self, images: int, size: Size, content: Content, options: Options) -> Targets:
+        """Targets without content, as large as stated."""
 
     @abstractmethod
     def results(

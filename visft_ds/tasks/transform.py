@@ -51,14 +51,9 @@ def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) 
     """The transform of a stream."""
     tasks = [task for task in TASKS if task in stream.tasks]
     made = {task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task)) for task in tasks}
-    return ImageTransform(train, geometry_of(stream), made)
-
-
-def geometry_of(stream: Stream) -> Geometry:
-    """The geometry of a stream: what several tasks share cuts nothing out, as a caption describes the whole image."""
-    if stream.name == SHARED:
-        return of_options(ShortSides, stream.image)
-    return TASKS[stream.name].geometry(stream.image)
+    # What several tasks share cuts nothing out, as a caption describes the whole image.
+    shared = of_options(ShortSides, stream.image) if stream.name == SHARED else None
+    return ImageTransform(train, shared or TASKS[stream.name].geometry(stream.image), made)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:

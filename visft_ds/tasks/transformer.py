@@ -90,25 +90,40 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, attention into the memory, feed-forward; post-norm."""
+    """Self-attention among the queries, attention into the memory, feed-forward; post-norm.
 
-    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+    `masked`: in Mask2Former's order, the memory first, and with its initialisation, Xavier throughout.
+    """
+
+    self_attn: MultiHeadAttention
+    cross_attn: MultiHeadAttention
+
+    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float, *, masked: bool = False) -> None:
         super().__init__()
-        self.self_attn = MultiHeadAttention(width, num_heads, dropout)
-        self.cross_attn = MultiHeadAttention(width, num_heads, dropout)
+        self.masked = masked
+        for name in ("cross_attn", "self_attn") if masked else ("self_attn", "cross_attn"):
+            self.add_module(name, MultiHeadAttention(width, num_heads, dropout, xavier_output=masked))
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        for linear in (self.linear1, self.linear2) if masked else ():
+            nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, valid: Tensor) -> Tensor:
-        """state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); valid (B, S) -> (B, Q, D)."""
-        placed = state + query
-        state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
-        seen = self.cross_attn(state + query, memory_key, memory, valid[:, None])
-        state = self.norm2(state + self.dropout(seen))
+    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor) -> Tensor:
+        """Queries after the layer, (B, Q, D).
+
+        state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); allowed (B, Q or 1, S) bool: entries
+        of the memory that a query may attend to.
+        """
+        for norm, of_memory in ((self.norm1, self.masked), (self.norm2, not self.masked)):
+            placed = state + query
+            keys, values = (memory_key, memory) if of_memory else (placed, state)
+            attention = self.cross_attn if of_memory else self.self_attn
+            seen = attention(placed, keys, values, allowed if of_memory else None)
+            state = norm(state + self.dropout(seen))
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out
@@ -144,7 +159,7 @@ class Decoder(nn.Module):
         memory_key = memory + positions
         states = []
         for layer in self.layers:
-            state = layer(state, query, memory, memory_key, valid)
+            state = layer(state, query, memory, memory_key, valid[:, None])
             states.append(state)
         out: Tensor = self.norm(torch.stack(states))
         return out

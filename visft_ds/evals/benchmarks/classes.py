@@ -1,4 +1,6 @@
-"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits.
+"""Images with classes: folders, ImageNet and its relatives, ObjectNet, scikit-learn's digits; and zero-shot accuracy.
+
+As in CLIP (https://arxiv.org/abs/2103.00020) and EVA-CLIP: a class is the mean of its sentences, each of length 1.
 
 | layout | found by | names of the classes | who may be chosen |
 |---|---|---|---|
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,10 +33,19 @@ from visft_ds.evals.benchmarks.images import (
     read_json,
     read_lines,
 )
-from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
+from visft_ds.evals.benchmarks.protocol import (
+    PLAIN,
+    Benchmark,
+    Features,
+    ImageSet,
+    IntArray,
+    Score,
+    hits,
+    rank_by_text,
+    sentences,
+)
 from visft_ds.files import reading
 
-PLAIN: tuple[str, ...] = ("a photo of a {}.",)
 TESTS = ("test", "val", "validation")
 DIGITS = "digits"  #: in place of a folder
 _SYNSET = re.compile(r"n\d{8}")
@@ -54,6 +65,28 @@ class ClassSet:
         """Some of the images, with all classes."""
         numbers = np.asarray(places, dtype=np.int64)
         return replace(self, images=chosen(self.images, numbers.tolist()), labels=self.labels[numbers])
+
+
+def zero_shot(label: str, data: ClassSet) -> Benchmark:
+    """Top-1 and, with more than five classes, top-5 accuracy."""
+    numbers = ("top1", "top5") if len(data.classes) > 5 else ("top1",)
+
+    def scores(features: Features) -> Iterator[Score]:
+        images, texts = features["test"]["clip"], features["texts"]["clip"]
+        ranks = rank_by_text(images, texts, len(data.templates), data.labels)
+        for name in numbers:
+            yield Score(name, hits(ranks, int(name.removeprefix("top"))))
+
+    return Benchmark(
+        label,
+        {"test": data.images},
+        ("clip",),
+        numbers,
+        {"benchmark": "zero-shot 1", "labels": data.labels.tolist(), "templates": len(data.templates)},
+        scores,
+        texts=sentences(data.classes, data.templates),
+        needs_text=True,
+    )
 
 
 def read_classes(source: str, split: str | None = None) -> ClassSet:

@@ -13,15 +13,14 @@ from typing import Any
 
 import orjson
 
-from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
-from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
+from visft_ds.evals.benchmarks.intervals import LEVEL
 from visft_ds.evals.benchmarks.judge import Settings, judge
 from visft_ds.evals.benchmarks.kinds import parse_benchmarks
 from visft_ds.evals.benchmarks.layers import END, Choice, choose, judge_blocks
 from visft_ds.evals.benchmarks.models import parse_arms, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.table import Row, rows_of, section, verdict
-from visft_ds.evals.charts import Bar, block_chart, interval_chart
+from visft_ds.evals.charts import block_chart, interval_chart
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
@@ -30,7 +29,6 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.tasks.pictures import save_png
 
 RECORD, CHART = "benchmarks.json", "differences.svg"
@@ -49,12 +47,11 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     arms = parse_arms(given.model)
     _check_folder(given.out, RECORD, given.primary)
     benchmarks = parse_benchmarks(given.benchmark, given.primary)
-    with met_by_one_rank():
-        _start(benchmarks)
-        results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
-        distributed.close()
-        if not distributed.is_main():
-            return
+    _start(benchmarks)
+    results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
+    distributed.close()
+    if not distributed.is_main():
+        return
     members = {label: [model.label for model in models] for label, models in arms.items()}
     rows = rows_of(results, members, given.primary)
     shifts = {arm: [moved[label] for label in labels if label in moved] for arm, labels in members.items()}
@@ -73,11 +70,9 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     chart = _chart(rows, labels) if len(labels) > 1 else ""
     _write(given, RECORD, record, CHART, chart, began)
     parts = [Section("models", list(record["models"].items())), section(rows, labels, given.primary)]
-    parts += [
-        Section(f"primary: {row.name}", [(label, verdict(row, label)) for label in row.shown])
-        for row in rows
-        if row.name == given.primary and row.shown
-    ]
+    if given.primary and len(labels) > 1:
+        said = [(label, verdict(row, label)) for row in rows if row.name == given.primary for label in row.shown]
+        parts.append(Section(f"primary: {given.primary}", said or [("not decided: too few of the models have it",)]))
     if mean_shift:
         title = f"feature shift on {benchmarks[0].label}: |f - f0| / |f0 - mean of f0|"
         parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in mean_shift.items()]))
@@ -90,22 +85,17 @@ def run_layers(given: argparse.Namespace) -> None:
     spec = parse_model(given.model)
     _check_folder(given.out, LAYERS_RECORD, given.primary)
     benchmarks = parse_benchmarks(given.benchmark, given.primary)
-    with met_by_one_rank():
-        _start(benchmarks)
-        results = judge_blocks(spec, benchmarks, settings)
-        distributed.close()
-        if not distributed.is_main():
-            return
+    _start(benchmarks)
+    results = judge_blocks(spec, benchmarks, settings)
+    distributed.close()
+    if not distributed.is_main():
+        return
     levels = {block: {row.name: row.values[block] for row in rows_of({block: of})} for block, of in results.items()}
     numbers = list(next(iter(levels.values())))
     primary = given.primary or numbers[0]
     choices = {choice.number: choice for choice in choose(results)}
     best = choices[primary].block
-    curves = {
-        name: [Bar(block, *(100 * part for part in asdict(of[name]).values())) for block, of in levels.items()]
-        for name in numbers
-    }
-    chart = block_chart(list(levels), curves, title=f"{spec.label}, read after each block", y_label="percent")
+    chart = block_chart(levels, title=f"{spec.label}, read after each block")
     record = {
         "format": "visft_ds layers",
         "model": {spec.label: str(spec)},
@@ -117,7 +107,7 @@ def run_layers(given: argparse.Namespace) -> None:
     _write(given, LAYERS_RECORD, record, LAYERS_CHART, chart, began)
     lines = [[block, *(f"{100 * of[name].value:.2f}" for name in numbers)] for block, of in levels.items()]
     title = f"best block: chosen on one half of the test images, judged on the other, with {LEVEL:.0%} intervals"
-    judged = [[one.number, one.block, _level(one.value), _level(one.end), _difference(one)] for one in choices.values()]
+    judged = [_judged(choice) for choice in choices.values()]
     number = list(results).index(best)
     reading_it = f"--model {redacted(given.model)}#{number}; train it there: --set visft.model.layers=[{number}]"
     parts = [
@@ -147,10 +137,7 @@ def _check_folder(out: Path, record: str, primary: str | None) -> None:
         with reading(out / record, "a record of this command"):
             named = orjson.loads(read_bytes(out / record))["primary"]
         if named != primary:
-            raise ValueError(
-                f"{out} has results, whose primary number was {named or 'not named'}: it is named before results are "
-                f"seen; choose another --out"
-            )
+            raise ValueError(f"{out} has results whose primary number was {named or 'not named'}: choose another --out")
 
 
 def _start(benchmarks: Sequence[Benchmark]) -> None:
@@ -187,11 +174,11 @@ def _write(
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
     base, *others = labels
-    bars = []
-    for row in rows:
-        for label, change in row.differences.items():
-            name = row.name if len(others) == 1 else f"{label}: {row.name}"
-            bars.append(Bar(name, 100 * change.value, 100 * change.low, 100 * change.high, row.shown.get(label)))
+    bars = [
+        (row.name if len(others) == 1 else f"{label}: {row.name}", change, row.shown.get(label, change.sure))
+        for row in rows
+        for label, change in row.differences.items()
+    ]
     title = f"{others[0] if len(others) == 1 else 'each model'} minus {base}"
     return interval_chart(bars, title=title, x_label="percentage points, with 95% intervals")
 
@@ -199,21 +186,17 @@ def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
 def _pictures(out: Path, benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> list[str]:
     """Write a sheet for each segmentation; returns their names."""
     written = []
-    for benchmark in (benchmark for benchmark in benchmarks if isinstance(benchmark, Dense)):
+    for benchmark in benchmarks:
         name = f"{benchmark.label} linear mIoU"
-        picture = segmentation_sheet(
-            benchmark, {label: of[name] for label, of in results.items() if name in of}, _SHOWN
-        )
+        seen = {label: of[name] for label, of in results.items() if name in of}
+        picture = benchmark.sheet(seen, _SHOWN) if benchmark.sheet else None
         if picture is not None:
             written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
             save_png(picture, out / written[-1])
     return written
 
 
-def _level(value: Interval) -> str:
-    return f"{100 * value.value:.2f} [{100 * value.low:.2f}, {100 * value.high:.2f}]"
-
-
-def _difference(choice: Choice) -> str:
-    value = choice.difference
-    return "–" if value is None else value.text(shown=value.sure)
+def _judged(choice: Choice) -> list[str]:
+    levels = [f"{100 * of.value:.2f} [{100 * of.low:.2f}, {100 * of.high:.2f}]" for of in (choice.value, choice.end)]
+    change = choice.difference
+    return [choice.number, choice.block, *levels, "–" if change is None else change.text(shown=change.sure)]

@@ -12,8 +12,8 @@ mIoU is the mean over classes of intersection over union, summed over the images
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.benchmarks.classes import PLAIN
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet
 from visft_ds.evals.benchmarks.probes import NEIGHBOURS, STRENGTHS, TEMPERATURE, linear_probe, nearest_neighbours, vote
 from visft_ds.evals.benchmarks.protocol import (
+    PLAIN,
+    Benchmark,
     Features,
     FloatArray,
-    ImageSet,
     IntArray,
     Score,
-    class_embeddings,
     hits,
-    rank_of,
+    rank_by_text,
     sentences,
 )
 from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
@@ -44,57 +43,39 @@ _STEPS = 1000
 _SHOWN = 224  # pixels of a picture's side on a sheet
 
 
-@dataclass(frozen=True)
-class Dense:
+def dense(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Linear segmentation, patch kNN and, where objects are known, their names."""
+    names, classes = list(test.names), max(train.classes, test.classes)
 
-    label: str
-    train: DenseSet
-    test: DenseSet
-    needs_text: bool = False
-    kinds: Sequence[str] = ("patches", "clip_patches")
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"train": self.train.images, "test": self.test.images}
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return sentences(self.test.names, PLAIN)
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        objects = ("objects knn", "objects linear", "objects text") if self.test.names else ()
-        return ("linear mIoU", "knn mIoU", *objects)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
-        truths = [self.train.truth, self.test.truth]
-        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of cells in both parts."""
-        return max(self.train.classes, self.test.classes)
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        train, test = (features[name]["patches"] for name in ("train", "test"))
-        answers = segment_linearly(train, self.train.cells, test)
-        yield Score("linear mIoU", overlaps(answers, self.test.cells, self.classes), maps=answers.astype(np.int16))
-        answers = segment_by_neighbours(train, self.train.cells, test, self.classes)
-        yield Score("knn mIoU", overlaps(answers, self.test.cells, self.classes))
-        if not self.test.names:
+    def scores(features: Features) -> Iterator[Score]:
+        learnt, judged = (features[name]["patches"] for name in ("train", "test"))
+        answers = segment_linearly(learnt, train.cells, judged)
+        yield Score("linear mIoU", overlaps(answers, test.cells, classes), maps=answers.astype(np.int16))
+        answers = segment_by_neighbours(learnt, train.cells, judged, classes)
+        yield Score("knn mIoU", overlaps(answers, test.cells, classes))
+        if not names:
             return
-        learnt, judged = (pooled(part, of) for part, of in ((train, self.train), (test, self.test)))
-        labels, owners = self.test.labels, self.test.owners
-        right = nearest_neighbours(learnt, self.train.labels, judged, labels, len(self.test.names))
-        yield Score("objects knn", right, owners)
-        yield Score("objects linear", linear_probe(learnt.numpy(), self.train.labels, judged.numpy(), labels), owners)
+        known, asked = pooled(learnt, train), pooled(judged, test)
+        right = nearest_neighbours(known, train.labels, asked, test.labels, len(names))
+        yield Score("objects knn", right, test.owners)
+        right = linear_probe(known.numpy(), train.labels, asked.numpy(), test.labels)
+        yield Score("objects linear", right, test.owners)
         if "texts" in features and "clip_patches" in features["test"]:
-            embeddings = F.normalize(pooled(features["test"]["clip_patches"], self.test), dim=1)
-            similarity = embeddings @ class_embeddings(features["texts"]["clip"], len(PLAIN)).T
-            yield Score("objects text", hits(rank_of(similarity, torch.from_numpy(labels)), 1), owners)
+            embeddings = F.normalize(pooled(features["test"]["clip_patches"], test), dim=1)
+            ranks = rank_by_text(embeddings, features["texts"]["clip"], len(PLAIN), test.labels)
+            yield Score("objects text", hits(ranks, 1), test.owners)
+
+    protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
+    return Benchmark(
+        label,
+        {"train": train.images, "test": test.images},
+        ("patches", "clip_patches"),
+        ("linear mIoU", "knn mIoU", *(("objects knn", "objects linear", "objects text") if names else ())),
+        {"benchmark": "dense 2", "protocol": protocol, "truths": [train.truth, test.truth], "names": names},
+        scores,
+        texts=sentences(names, PLAIN),
+        sheet=partial(segmentation_sheet, test, classes),
+    )
 
 
 def overlaps(answers: IntArray, cells: np.ndarray[Any, Any], classes: int) -> FloatArray:
@@ -166,7 +147,7 @@ def _labels_of_patches(cells: np.ndarray[Any, Any], classes: int, height: int, w
     return labels
 
 
-def segmentation_sheet(benchmark: Dense, scores: Mapping[str, Score], count: int) -> Picture | None:
+def segmentation_sheet(test: DenseSet, classes: int, scores: Mapping[str, Score], count: int) -> Picture | None:
     """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
     only model has most wrong), each beside what is there and what each model sees; None without any.
 
@@ -178,16 +159,16 @@ def segmentation_sheet(benchmark: Dense, scores: Mapping[str, Score], count: int
     """
     if not (scores and count):
         return None
-    names = benchmark.test.names
+    names = test.names
     each = {label: _overlap(score.values[..., int(bool(names)) :]) for label, score in scores.items()}
     first, last = next(iter(each.values())), list(each.values())[-1]
     chosen = np.argsort(-abs(last - first) if len(scores) > 1 else last, kind="stable")[:count].tolist()
-    of_cells = ("", *names) if names else tuple(map(str, range(benchmark.classes)))
+    of_cells = ("", *names) if names else tuple(map(str, range(classes)))
     colours = np.array(list(palette([name for name in of_cells if name]).values()), dtype=np.uint8)
     rows = []
     for place in chosen:
-        image = benchmark.test.images.read(place).resize((_SHOWN, _SHOWN))
-        seen = {"picture": None, "what is there": benchmark.test.cells[place]}
+        image = test.images.read(place).resize((_SHOWN, _SHOWN))
+        seen = {"picture": None, "what is there": test.cells[place]}
         for label, score in scores.items():
             assert score.maps is not None, label
             seen[f"{label}: {100 * each[label][place]:.0f}"] = score.maps[place]

@@ -31,7 +31,6 @@ from visft_ds.data.shards import Manifest, ShardReader, manifest_path
 from visft_ds.evals.benchmarks.images import (
     SUFFIXES,
     chosen,
-    decode,
     digest,
     from_files,
     image_files,
@@ -39,7 +38,7 @@ from visft_ds.evals.benchmarks.images import (
     read_json,
 )
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
-from visft_ds.files import MAX_PIXELS, read_bytes, reading
+from visft_ds.files import MAX_PIXELS, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import stored_segmentation
 
@@ -110,16 +109,12 @@ Reader = Callable[[str, int], DenseSet]
 
 def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
     """(what reads a part, names of the parts) of a folder."""
-    trees = [
-        path.stem.removeprefix("instances_").removesuffix("2017") for path in root.glob("annotations/*_*2017.json")
-    ]
-    trees = sorted({name for name in trees if (root / f"annotations/instances_{name}2017.json").is_file()})
-    if trees:
-        return partial(_of_coco, root), trees
+    trees = root.glob("annotations/instances_*2017.json")
+    if splits := sorted(path.stem.removeprefix("instances_").removesuffix("2017") for path in trees):
+        return partial(_of_coco, root), splits
     suffix = manifest_path(root, "").name
-    shards = sorted(path.name.removesuffix(suffix) for path in root.glob(f"*{suffix}"))
-    if shards:
-        return partial(_of_shards, root), shards
+    if splits := sorted(path.name.removesuffix(suffix) for path in root.glob(f"*{suffix}")):
+        return partial(_of_shards, root), splits
     if (root / "annotations/training").is_dir():
         known = {"train": "training", "val": "validation"}
         return partial(_of_folders, root, lambda s: (f"images/{known[s]}", f"annotations/{known[s]}"), 0), list(known)
@@ -196,7 +191,7 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
 
     def read(place: int) -> Image.Image:
         data, _ = reader.read(place, "images")
-        return decode(data or b"", reader.describe(place))
+        return open_image(data or b"", reader.describe(place), upright=False)
 
     images = chosen(ImageSet(names, read, digest((manifest.fingerprint,))), places)
     categories = {category.coco_id: category.name for category in manifest.categories}

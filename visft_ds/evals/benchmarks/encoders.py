@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.benchmarks.dense_sets import CELLS
-from visft_ds.evals.benchmarks.text import TextOf, TextTower
+from visft_ds.evals.benchmarks.text import TextTower
 from visft_ds.files import reading
 from visft_ds.interop.layouts import classifier_names
 from visft_ds.models.eva_vit import EvaViT
@@ -33,7 +33,6 @@ KINDS = ("pooled", "clip", "patches", "clip_patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
 #: (mean, std) of the channels of RGB in [0, 1] that EVA-CLIP was trained and is evaluated with.
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HUB = "hf-hub:"
 
 Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
 
@@ -50,60 +49,23 @@ class Encoder:
     text: TextTower | None
 
 
-class Blocks(Protocol):
-    """Module of an encoder that can be read after each of its blocks: normed tokens of a ViT, maps as they are."""
-
-    def ends(self) -> list[str]:
-        """Names of the blocks, in their order."""
-
-    def end_after(self, block: int) -> None:
-        """Leave out all that lies behind a block; from then on it gives what that block does."""
-
-    def block(self, name: str) -> nn.Module:
-        """The module whose result is read."""
-
-    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Features of images of which a block gives `given`, of KINDS_WITHOUT_TEXT."""
-
-
 class EvaEncoder(nn.Module):
-    """A tower of ours, with the CLIP projection of its file if it has one; `pooled` is the class token, or the mean of
-    the patches of a tower without.
-
-    Args:
-        projection: (weight (E, D), bias (E)) on the normed class token, as in EVA-CLIP.
+    """A tower of ours, with the CLIP projection (of the normed class token) of its file if it has one; `pooled` is the
+    class token, or the mean of the patches of a tower without.
     """
 
-    def __init__(self, backbone: EvaViT, projection: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, backbone: EvaViT, projection: nn.Linear | None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head: nn.Linear | None = None
-        if projection is not None and backbone.cls_token is not None:
-            weight, bias = projection
-            if weight.shape[1] != backbone.width:
-                raise ValueError(f"the CLIP projection reads width {weight.shape[1]}, the tower has {backbone.width}")
-            self.head = nn.Linear(weight.shape[1], weight.shape[0])
-            self.head.load_state_dict({"weight": weight, "bias": bias})
+        self.head = None if backbone.cls_token is None else projection
+        self.kinds = KINDS if self.head is not None else KINDS_WITHOUT_TEXT
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
         return self._of_tokens(self.backbone.tokens(images), images, kinds)
 
-    def ends(self) -> list[str]:
-        """See `Blocks`."""
-        return self.backbone.ends()
-
-    def end_after(self, block: int) -> None:
-        """See `Blocks`."""
-        self.backbone.read_after((block,))
-        self.head = None  # it reads the last block
-
-    def block(self, name: str) -> nn.Module:
-        """See `Blocks`."""
-        return self.backbone.get_submodule(name)
-
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """See `Blocks`."""
+        """The same where a block of the backbone gives `given` and is the last."""
         return self._of_tokens(self.backbone.norm(given), images, kinds)
 
     def _of_tokens(self, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
@@ -122,14 +84,11 @@ class EvaEncoder(nn.Module):
             found["clip_patches"] = projected.unflatten(2, self.backbone.grid(images))
         return found
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of features that it can compute."""
-        return KINDS if self.head is not None else KINDS_WITHOUT_TEXT
-
 
 class FeatureMapEncoder(nn.Module):
     """A backbone that gives a feature map and nothing else; `pooled` is its mean."""
+
+    kinds = KINDS_WITHOUT_TEXT
 
     def __init__(self, backbone: TimmBackbone) -> None:
         super().__init__()
@@ -140,20 +99,8 @@ class FeatureMapEncoder(nn.Module):
         patches: Tensor = self.backbone(images)
         return self._of_map(_coarse(patches) if self.backbone.layers_read else patches, kinds)
 
-    def ends(self) -> list[str]:
-        """See `Blocks`."""
-        return self.backbone.ends()
-
-    def end_after(self, block: int) -> None:
-        """See `Blocks`."""
-        self.backbone.read_after((block,))
-
-    def block(self, name: str) -> nn.Module:
-        """See `Blocks`."""
-        return self.backbone.get_submodule(name)
-
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """See `Blocks`."""
+        """The same where a block of the backbone gives `given` and is the last."""
         return self._of_map(_coarse(self.backbone.map_of(given, images)), kinds)
 
     def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
@@ -173,6 +120,8 @@ class _OpenClipEncoder(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+        by_token = getattr(visual, "proj", None) is not None and getattr(visual, "attn_pool", 0) is None
+        self.kinds = KINDS if by_token else KINDS[:3]
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -192,12 +141,6 @@ class _OpenClipEncoder(nn.Module):
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)
         return {kind: found[kind] for kind in kinds}
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of features that it can compute."""
-        by_token = getattr(self.visual, "proj", None) is not None and getattr(self.visual, "attn_pool", 0) is None
-        return KINDS if by_token else KINDS[:3]
 
 
 class _TimmEncoder(nn.Module):
@@ -269,7 +212,7 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
         image_transform_v2(PreprocessCfg(**config), is_train=False),
         (config["mean"], config["std"]),
         size if isinstance(size, int) else int(size[0]),
-        TextTower(TextOf(model), tokenizer),
+        TextTower(model, tokenizer, model.encode_text),
     )
 
 

@@ -47,11 +47,6 @@ def stamp(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def decode(file: Path | bytes, name: str) -> Image.Image:
-    """An image as stored, in RGB: annotations and published protocols ignore EXIF orientation."""
-    return open_image(file, name, upright=False)
-
-
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank, without spaces around them."""
     with reading(path, "a text file"):
@@ -71,13 +66,12 @@ def inside(folder: Path, name: Any, listed: Path) -> Path:
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     """Image files below a folder. Raises ValueError for one that is not there."""
-    missing = [str(path) for path in paths if not os.path.isfile(path)]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"images that are named but not there: {', '.join(missing[:3])}{more}")
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise ValueError(f"{len(missing)} images that are named are not there, first {missing[0]}")
     names = [str(path.relative_to(root)) for path in paths]
     parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
-    return ImageSet(names, lambda place: decode(paths[place], str(paths[place])), digest(parts))
+    # As stored: annotations and published protocols ignore EXIF orientation.
+    return ImageSet(names, lambda place: open_image(paths[place], upright=False), digest(parts))
 
 
 def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:

@@ -40,13 +40,10 @@ class Interval:
         """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
-    def bounds(self, digits: int = 2) -> str:
-        """`[+2.50, +6.40]`, in percentage points."""
-        return f"[{100 * self.low:+.{digits}f}, {100 * self.high:+.{digits}f}]"
-
-    def text(self, digits: int = 2, shown: bool = False) -> str:
+    def text(self, shown: bool = False) -> str:
         """`+4.50 [+2.50, +6.40] *`, in percentage points; marked * where it is shown."""
-        return f"{100 * self.value:+.{digits}f} {self.bounds(digits)}{' *' if shown else ''}"
+        value, low, high = (100 * part for part in (self.value, self.low, self.high))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{' *' if shown else ''}"
 
 
 def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.random.Generator) -> FloatArray:

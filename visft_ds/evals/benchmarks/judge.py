@@ -27,7 +27,7 @@ from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.evals.benchmarks.retention import AnswersKept, load_classifier
+from visft_ds.evals.benchmarks.retention import load_classifier
 from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
@@ -68,13 +68,12 @@ def judge(
         missing = distributed.broadcast_object([label for label, path in paths.items() if not path.is_file()])
         encoder = load_encoder(spec, settings.precision) if missing else None
         for benchmark in benchmarks:
-            if encoder is not None and not isinstance(benchmark, AnswersKept):
+            if encoder is not None and not benchmark.answers:
                 check_fits(encoder, spec.label, benchmark)
         for benchmark in benchmarks:
             path = paths[benchmark.label]
             if encoder is not None and benchmark.label in missing:
-                whole = isinstance(benchmark, AnswersKept)
-                asked = load_classifier(spec, specs[0]) if whole else encoder
+                asked = load_classifier(spec, specs[0]) if benchmark.answers else encoder
                 features = encode(asked, benchmark, settings, f"{spec.label}: {benchmark.label}")
                 if distributed.is_main():
                     _save(path, list(benchmark.scores(features)), sample_of(features))
@@ -90,7 +89,7 @@ def judge(
         base, sample = found[specs[0].label, benchmark.label]
         for spec in specs:
             scores, own = found[spec.label, benchmark.label]
-            if isinstance(benchmark, AnswersKept):  # whose scores are the answers themselves
+            if benchmark.answers:  # whose scores are the answers themselves
                 pairs = zip(scores, base, strict=True)
                 scores = [replace(one, values=(one.values == of.values).astype(float)) for one, of in pairs]
             results[spec.label] |= {f"{benchmark.label} {score.name}": score for score in scores}
@@ -212,7 +211,7 @@ def _key(spec: ModelSpec, first: ModelSpec, benchmark: Benchmark, settings: Sett
     what: dict[str, Any] = {
         "version": VERSION,
         "model": spec.identity,
-        "classifier": first.identity if isinstance(benchmark, AnswersKept) else None,
+        "classifier": first.identity if benchmark.answers else None,
         "precision": settings.precision,
         "device": settings.device.type,
         "images": {name: images.fingerprint for name, images in benchmark.sets.items()},

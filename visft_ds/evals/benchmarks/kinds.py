@@ -6,26 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from visft_ds.evals.benchmarks import classes, dense_sets, objects
-from visft_ds.evals.benchmarks.dense import Dense
-from visft_ds.evals.benchmarks.objects import Objects
-from visft_ds.evals.benchmarks.ocr import Words, read_words
-from visft_ds.evals.benchmarks.probes import Probe
+from visft_ds.evals.benchmarks.dense import dense
+from visft_ds.evals.benchmarks.objects import grounding
+from visft_ds.evals.benchmarks.ocr import ocr, read_words
+from visft_ds.evals.benchmarks.probes import probe
 from visft_ds.evals.benchmarks.protocol import Benchmark
-from visft_ds.evals.benchmarks.retention import AnswersKept, read_images
-from visft_ds.evals.benchmarks.retrieval import Retrieval, read_captions
-from visft_ds.evals.benchmarks.zero_shot import ZeroShot
+from visft_ds.evals.benchmarks.retention import read_images, retention
+from visft_ds.evals.benchmarks.retrieval import read_captions, retrieval
 
 Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
 
 #: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
 KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
-    "zero_shot": (lambda label, at, _, split: ZeroShot(label, classes.read_classes(at, split)), ("split", "name")),
-    "probe": (lambda label, *at: Probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
-    "retrieval": (lambda label, at, _, split: Retrieval(label, read_captions(at, split)), ("split", "name")),
-    "objects": (lambda label, *at: Objects(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
-    "dense": (lambda label, *at: Dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
-    "retention": (lambda label, at, *_: AnswersKept(label, read_images(at)), ("name",)),
-    "ocr": (lambda label, at, *_: Words(label, read_words(Path(at, "train")), read_words(Path(at, "test"))), ("name",)),
+    "zero_shot": (
+        lambda label, at, _, split: classes.zero_shot(label, classes.read_classes(at, split)),
+        ("split", "name"),
+    ),
+    "probe": (lambda label, *at: probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
+    "retrieval": (lambda label, at, _, split: retrieval(label, read_captions(at, split)), ("split", "name")),
+    "objects": (lambda label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
+    "dense": (lambda label, *at: dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
+    "retention": (lambda label, at, *_: retention(label, read_images(at)), ("name",)),
+    "ocr": (lambda label, at, *_: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))), ("name",)),
 }
 
 

@@ -53,7 +53,9 @@ class _Reader(nn.Module):
         model: Any = self.module
         given: dict[str, Tensor] = {}
         hooks = [
-            model.block(name).register_forward_hook(lambda *parts, name=name: given.__setitem__(name, parts[-1]))
+            model.backbone.get_submodule(name).register_forward_hook(
+                lambda *parts, name=name: given.__setitem__(name, parts[-1])
+            )
             for name in self.blocks
             if name != END
         ]
@@ -87,19 +89,19 @@ def judge_blocks(spec: ModelSpec, benchmarks: Sequence[Benchmark], settings: Set
             read = replace(encoder, module=_Reader(encoder.module, group))
             features = encode(read, benchmark, settings, f"{spec.label}: {benchmark.label}")
             for name in group if distributed.is_main() else ():
-                own = {part: _of_block(name, of) for part, of in features.items()}
+                begin = f"{name} "
+                own = {
+                    part: {key.removeprefix(begin): value for key, value in of.items() if key.startswith(begin)}
+                    for part, of in features.items()
+                }
                 results[name] |= {f"{benchmark.label} {score.name}": score for score in benchmark.scores(own)}
     return results if distributed.is_main() else {}
-
-
-def _of_block(name: str, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name} "): value for key, value in features.items() if key.startswith(f"{name} ")}
 
 
 def _sizes(encoder: Encoder, settings: Settings) -> dict[str, int]:
     """Bytes of an image's map by name of the block; the end is left out if it is the last block."""
     model: Any = encoder.module
-    blocks = [*model.ends(), END]
+    blocks = [*model.backbone.ends(), END]
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
     found = forward(replace(encoder, module=_Reader(model, blocks)), image, ["patches"], settings)
     *_, last, end = found

@@ -33,15 +33,7 @@ from visft_ds.evals.benchmarks.encoders import (
 from visft_ds.evals.benchmarks.images import stamp
 from visft_ds.evals.benchmarks.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
-from visft_ds.interop.layouts import (
-    MODEL,
-    bases_of,
-    load_backbone,
-    model_in,
-    open_model,
-    other_base,
-    tower_in,
-)
+from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, tower_in
 from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
@@ -159,10 +151,7 @@ def _files(text: str) -> tuple[Path, Path | None]:
             if not adapter.exists():
                 raise ValueError(f"{adapter}: no such adapter (of --model {text})")
             return base, adapter
-    raise ValueError(
-        f"--model {text}: {text.partition('+')[0]} does not exist. Give [LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, "
-        f"[LABEL=]open_clip:NAME:WEIGHTS or [LABEL=]timm:NAME[:FILE]"
-    )
+    raise ValueError(f"--model {text}: {text.partition('+')[0]} does not exist; --help tells the forms of models")
 
 
 def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
@@ -179,23 +168,20 @@ def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
     if spec.block is None:
         return encoder
     encoder = readable(encoder, spec)
-    module: Any = encoder.module
-    module.end_after(spec.block)
+    backbone: Any = encoder.module.backbone
+    backbone.read_after((spec.block,))
     return encoder
 
 
 def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
-    """The same with a module whose `Blocks` can be read, without text side; it shares the encoder's parameters.
+    """The same as a backbone that can be read after each block, without text side; parameters are shared.
 
     Raises ValueError for a network whose blocks are not known.
     """
     module: Any = encoder.module
     if spec.library == "timm":
-        model = module.model
-        side = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        other = side is not None and side[0] != model.pretrained_cfg["input_size"][-1]
-        module = FeatureMapEncoder(as_backbone(model, spec.name, {"img_size": side[0]} if other and side else {}))
-    if not hasattr(module, "ends") or not module.ends():
+        module = FeatureMapEncoder(as_backbone(module.model, spec.name, {}))
+    if not isinstance(module, (EvaEncoder, FeatureMapEncoder)) or not module.backbone.ends():
         raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
     return replace(encoder, module=module.requires_grad_(False).eval(), kinds=KINDS_WITHOUT_TEXT, text=None)
 
@@ -209,20 +195,18 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
     layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
     if spec.model is None and spec.block is not None and adapter is None:
         layers = None  # merged weights that are read elsewhere are whole
-    timm = model["preset"].startswith(TIMM)
-    if not timm:
+    ours = not model["preset"].startswith(TIMM)
+    if ours:
         model["class_token"] = "cls_token" in tower_in(file, model)
     backbone: Any = load_backbone(path, {**model, **({"layers": layers} if layers else {})}, DTYPES[precision])
-    side, kinds = backbone.image_size, KINDS_WITHOUT_TEXT
-    module: Any = FeatureMapEncoder(backbone) if timm else None
-    normalisation = (backbone.pixel_mean, backbone.pixel_std) if timm else CLIP
-    if module is None:  # the projection into the space of texts reads the last block
-        module = EvaEncoder(backbone, None if layers else projection_of(path))
-        kinds = module.kinds
+    module: Any = FeatureMapEncoder(backbone)
+    normalisation = backbone.pixel_mean, backbone.pixel_std
+    if ours:  # the projection into the space of texts reads the last block
+        module, normalisation = EvaEncoder(backbone, None if layers else projection_of(path, backbone.width)), CLIP
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
             print(f"warning: {problem}", file=sys.stderr)
         adapter.install(backbone)
-    text = text_tower_in(path) if "clip" in kinds else None
-    preprocess = square_preprocess(side, *normalisation)
-    return Encoder(module.requires_grad_(False).eval(), tuple(kinds), preprocess, normalisation, side, text)
+    text = text_tower_in(path) if "clip" in module.kinds else None
+    preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
+    return Encoder(module.requires_grad_(False).eval(), module.kinds, preprocess, normalisation, side, text)

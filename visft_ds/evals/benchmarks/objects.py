@@ -7,26 +7,24 @@ are boxes to train on). The protocol of the ViSFT paper is not known to us; this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from visft_ds.evals.benchmarks.classes import PLAIN
 from visft_ds.evals.benchmarks.images import changed, chosen, from_files, inside, read_json
 from visft_ds.evals.benchmarks.probes import linear_probe
 from visft_ds.evals.benchmarks.protocol import (
+    PLAIN,
+    Benchmark,
     Features,
     ImageSet,
     IntArray,
     Score,
-    class_embeddings,
     hits,
-    rank_of,
+    rank_by_text,
     sentences,
 )
 from visft_ds.files import reading
@@ -48,49 +46,29 @@ class ObjectSet:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Objects:
+def grounding(label: str, train: ObjectSet | None, test: ObjectSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
 
-    label: str
-    train: ObjectSet | None
-    test: ObjectSet
-
-    @property
-    def needs_text(self) -> bool:
-        return self.train is None
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        return ("clip",) if self.train is None else ("clip", "pooled")
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        training = {} if self.train is None else {"train": self.train.images}
-        return {"test": self.test.images, **training}
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return sentences(self.test.classes, PLAIN)
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        return ("text top1",) if self.train is None else ("text top1", "probe")
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        labels = [part.labels.tolist() for part in (self.test, self.train) if part is not None]
-        names = list(self.test.classes)
-        return {"benchmark": "objects 2", "labels": labels, "owners": self.test.owners.tolist(), "names": names}
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        labels, owners = self.test.labels, self.test.owners
+    def scores(features: Features) -> Iterator[Score]:
         if "texts" in features and "clip" in features["test"]:
-            similarity = features["test"]["clip"] @ class_embeddings(features["texts"]["clip"], len(PLAIN)).T
-            yield Score("text top1", hits(rank_of(similarity, torch.from_numpy(labels)), 1), owners)
-        if self.train is not None:
+            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), test.labels)
+            yield Score("text top1", hits(ranks, 1), test.owners)
+        if train is not None:
             learnt, judged = (features[name]["pooled"].numpy() for name in ("train", "test"))
-            yield Score("probe", linear_probe(learnt, self.train.labels, judged, labels), owners)
+            yield Score("probe", linear_probe(learnt, train.labels, judged, test.labels), test.owners)
+
+    labels = [part.labels.tolist() for part in (test, train) if part is not None]
+    owners, names = test.owners.tolist(), list(test.classes)
+    return Benchmark(
+        label,
+        {"test": test.images, **({} if train is None else {"train": train.images})},
+        ("clip",) if train is None else ("clip", "pooled"),
+        ("text top1",) if train is None else ("text top1", "probe"),
+        {"benchmark": "objects 2", "labels": labels, "owners": owners, "names": names},
+        scores,
+        texts=sentences(names, PLAIN),
+        needs_text=train is None,
+    )
 
 
 def read_train_and_test(source: str, train: str | None, test: str | None) -> tuple[ObjectSet | None, ObjectSet]:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from visft_ds.evals.benchmarks.images import from_files, inside, read_lines
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 
 WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
 UPDATES, BATCH, RATE = 1500, 64, 2e-3
@@ -37,33 +36,24 @@ class WordSet:
     words: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Words:
+def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     """Share of words read without mistake."""
 
-    label: str
-    train: WordSet
-    test: WordSet
-    updates: int = UPDATES
-    needs_text: bool = False
-    kinds: Sequence[str] = ("columns",)
-    texts: Sequence[str] = ()
-    numbers: Sequence[str] = ("words",)
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"train": self.train.images, "test": self.test.images}
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        protocol = [WIDTH, STEPS_PER_COLUMN, self.updates, BATCH, RATE]
-        return {"benchmark": "ocr 2", "protocol": protocol, "words": [self.train.words, self.test.words]}
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        alphabet = sorted({character for word in self.train.words for character in word})
-        reader = fit(features["train"]["columns"], self.train.words, alphabet, self.updates)
+    def scores(features: Features) -> Iterator[Score]:
+        alphabet = sorted({character for word in train.words for character in word})
+        reader = fit(features["train"]["columns"], train.words, alphabet, UPDATES)
         found = read(reader, features["test"]["columns"], alphabet)
-        yield Score("words", np.array([float(one == other) for one, other in zip(found, self.test.words, strict=True)]))
+        yield Score("words", np.array([float(one == other) for one, other in zip(found, test.words, strict=True)]))
+
+    protocol = [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE]
+    return Benchmark(
+        label,
+        {"train": train.images, "test": test.images},
+        ("columns",),
+        ("words",),
+        {"benchmark": "ocr 2", "protocol": protocol, "words": [train.words, test.words]},
+        scores,
+    )
 
 
 class Reader(nn.Module):

@@ -8,9 +8,7 @@ its strength of regularisation is the best of STRENGTHS on a fifth of the traini
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.classes import ClassSet
-from visft_ds.evals.benchmarks.protocol import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, FloatArray, IntArray, Score, hits, rank_of
 from visft_ds.monitor.console import gauge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -32,40 +30,29 @@ _ROWS, _STEPS = 1024, 5000
 Array = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Probe:
+def probe(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     """kNN, linear probe and k-shot accuracy on `pooled` features."""
+    fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+    shots = [count for count in SHOTS if count <= fewest]
 
-    label: str
-    train: ClassSet
-    test: ClassSet
-    needs_text: bool = False
-    kinds: Sequence[str] = ("pooled",)
-    texts: Sequence[str] = ()
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"train": self.train.images, "test": self.test.images}
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
-        return ("knn", "linear", *(f"{shots}-shot" for shots in SHOTS if shots <= fewest))
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        protocol = [NEIGHBOURS, TEMPERATURE, STRENGTHS, SHOTS, DRAWS, FEW_SHOT_STRENGTH]
-        labels = [self.train.labels.tolist(), self.test.labels.tolist()]
-        return {"benchmark": "probe 1", "protocol": protocol, "labels": labels, "names": list(self.test.classes)}
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        train, test = (features[name]["pooled"] for name in ("train", "test"))
-        yield Score("knn", nearest_neighbours(train, self.train.labels, test, self.test.labels, len(self.test.classes)))
-        given = train.numpy(), self.train.labels, test.numpy(), self.test.labels
+    def scores(features: Features) -> Iterator[Score]:
+        learnt, judged = (features[name]["pooled"] for name in ("train", "test"))
+        yield Score("knn", nearest_neighbours(learnt, train.labels, judged, test.labels, len(test.classes)))
+        given = learnt.numpy(), train.labels, judged.numpy(), test.labels
         yield Score("linear", linear_probe(*given))
-        for name in self.numbers[2:]:
-            shots = int(name.removesuffix("-shot"))
-            yield Score(name, np.mean([_few(*given, shots, draw) for draw in range(DRAWS)], axis=0))
+        for count in shots:
+            yield Score(f"{count}-shot", np.mean([_few(*given, count, draw) for draw in range(DRAWS)], axis=0))
+
+    protocol = [NEIGHBOURS, TEMPERATURE, STRENGTHS, SHOTS, DRAWS, FEW_SHOT_STRENGTH]
+    labels = [train.labels.tolist(), test.labels.tolist()]
+    return Benchmark(
+        label,
+        {"train": train.images, "test": test.images},
+        ("pooled",),
+        ("knn", "linear", *(f"{count}-shot" for count in shots)),
+        {"benchmark": "probe 1", "protocol": protocol, "labels": labels, "names": list(test.classes)},
+        scores,
+    )
 
 
 def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+
+from visft_ds.tasks.pictures import Picture
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
+_ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
 Features = Mapping[str, Mapping[str, Tensor]]
@@ -49,39 +54,22 @@ class Score:
         return float(self.values.mean() if self.values.ndim == 1 else mean_ratio(self.values.sum(axis=0)))
 
 
-class Benchmark(Protocol):
+@dataclass(frozen=True)
+class Benchmark:
     """Benchmark on a data set, independent of any model."""
 
-    @property
-    def label(self) -> str:
-        """Beginning of the names of its scores."""
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        """Image sets to be encoded, by name."""
-
-    @property
-    def kinds(self) -> Sequence[str]:
-        """Kinds of features it reads, of `encoders.KINDS`, if a model has them; "columns" for `patches`."""
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """Texts to be encoded."""
-
-    @property
-    def needs_text(self) -> bool:
-        """Return True if it gives no score without a text side."""
-
-    @property
-    def numbers(self) -> Sequence[str]:
-        """Names of its scores; a model may lack some."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """All that scores depend on beside the features, in JSON's types."""
-
-    def scores(self, features: Features) -> Iterator[Score]:
-        """The numbers of one model; higher is better."""
+    label: str  #: beginning of the names of its scores
+    sets: Mapping[str, ImageSet]  #: image sets to be encoded, by name
+    #: Kinds of features it reads, of `encoders.KINDS`, if a model has them; "columns" for `patches`.
+    kinds: Sequence[str]
+    numbers: Sequence[str]  #: names of its scores; a model may lack some
+    settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
+    scores: Callable[[Features], Iterator[Score]]  #: the numbers of one model; higher is better
+    texts: Sequence[str] = ()  #: to be encoded
+    needs_text: bool = False  #: it gives no score without a text side
+    answers: bool = False  #: it asks a classifier, and counts the answers that are the first model's, too
+    #: (model -> score, number of images) -> what each model sees in them.
+    sheet: Callable[[Mapping[str, Score], int], Picture | None] | None = None
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:
@@ -110,9 +98,16 @@ def hits(ranks: Tensor, k: int) -> FloatArray:
 
 def class_embeddings(texts: Tensor, templates: int) -> Tensor:
     """(classes, E) of length 1: the mean over a class's sentences, which come one after the other."""
-    return torch.nn.functional.normalize(texts.reshape(-1, templates, texts.shape[1]).mean(dim=1), dim=-1)
+    return F.normalize(texts.reshape(-1, templates, texts.shape[1]).mean(dim=1), dim=-1)
 
 
 def sentences(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every class in every template, as `class_embeddings` expects them."""
     return [template.replace("{}", name) for name in classes for template in templates]
+
+
+def rank_by_text(images: Tensor, texts: Tensor, templates: int, labels: IntArray) -> Tensor:
+    """Place of the right class of each image (n, E) by the similarity to the sentences of all classes."""
+    classes = class_embeddings(texts, templates)
+    parts = zip(images.split(_ROWS), torch.from_numpy(labels).split(_ROWS), strict=True)
+    return torch.cat([rank_of(part @ classes.T, right) for part, right in parts])

@@ -1,4 +1,4 @@
-"""AnswersKept: how many of a classifier's own answers stay when its backbone was trained.
+"""Retention: how many of a classifier's own answers stay when its backbone was trained.
 
 The classifier is that of the first model, a whole model of timm; every other model lends it its own tensors, merged or
 beside an adapter, by name. What lies behind a tower that ends early stays as it was. Images are prepared as timm does
@@ -7,8 +7,7 @@ it for the first model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.model import adapter_for
+from visft_ds.files import reading
 from visft_ds.interop.layouts import classifier_names, model_in, open_model
 from visft_ds.interop.weights import examples, open_weights
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -31,27 +31,13 @@ KEPT = "answers kept"  #: name of the number
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
-@dataclass(frozen=True)
-class AnswersKept:
+def retention(label: str, images: ImageSet) -> Benchmark:
     """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
 
-    label: str
-    images: ImageSet
-    needs_text: bool = False
-    kinds: Sequence[str] = (KIND,)
-    texts: Sequence[str] = ()
-    numbers: Sequence[str] = (KEPT,)
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"test": self.images}
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"benchmark": "retention 2"}
-
-    def scores(self, features: Features) -> Iterator[Score]:
+    def scores(features: Features) -> Iterator[Score]:
         yield Score(KEPT, features["test"][KIND].double().numpy())
+
+    return Benchmark(label, {"test": images}, (KIND,), (KEPT,), {"benchmark": "retention 2"}, scores, answers=True)
 
 
 def read_images(source: str) -> ImageSet:
@@ -88,23 +74,23 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
     """
     import timm
 
-    name, side, weights = _source(first, "brings none")
-    if weights is None:
-        model = timm.create_model(name, pretrained=True)
-        options: Mapping[str, int] = {}
-    else:
-        file = open_weights(weights)
-        values = {key: one.read() for key, one in file.items()}
-        config = timm.get_pretrained_cfg(name)
-        names = (f"{one}.weight" for one in classifier_names(config.classifier if config else None))
-        classes = next((len(values[key]) for key in names if key in values), 0)
-        if not classes:
-            raise ValueError(f"{_ASKS} {first.label} brings none: {weights} has no classifier of timm's {name}")
-        _, _, options = build_model(name, side, device="meta")
-        model = timm.create_model(name, num_classes=classes, **options)
-        _load(model, values, weights)
-    if spec.name != first.name or spec.weights != first.weights:
-        _lend(model, spec, name)
+    name, side, weights = _source(first)
+    configured = timm.get_pretrained_cfg(name)
+    classifiers = classifier_names(configured.classifier if configured else None)
+    values = _tensors(name, weights)
+    classes = next((len(values[key]) for one in classifiers if (key := f"{one}.weight") in values), None)
+    if classes is None:
+        raise ValueError(f"{_ASKS} {first.label} brings none: {weights} has no classifier of timm's {name}")
+    if (spec.name, spec.weights) != (first.name, first.weights):
+        own, _, weights = _source(spec)
+        if own.partition(".")[0] != name.partition(".")[0]:
+            raise ValueError(f"{_ASKS} {spec.label} is timm's {own}, which cannot feed the classifier of {name}")
+        lent = _tensors(own, weights)
+        values |= {key: lent[key] for key in lent if not key.startswith(tuple(f"{one}." for one in classifiers))}
+    _, _, options = build_model(name, side, device="meta")
+    model = timm.create_model(name, num_classes=classes, **options)
+    with reading(weights or name, f"weights of timm's {name}"):
+        model.load_state_dict(values)
     if spec.adapter is not None:
         adapter = adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
         inject_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
@@ -130,7 +116,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
 _ASKS = "retention counts which answers of the first model's own classifier stay. But"
 
 
-def _source(spec: ModelSpec, lacks: str) -> tuple[str, int | None, str | None]:
+def _source(spec: ModelSpec) -> tuple[str, int | None, str | None]:
     """(name in timm, image size where it is not the model's own, file or None for timm's own weights) of a model."""
     if spec.library == "timm":
         return spec.name, None, spec.weights
@@ -138,30 +124,15 @@ def _source(spec: ModelSpec, lacks: str) -> tuple[str, int | None, str | None]:
     if spec.library == "visft_ds":
         found = spec.model or model_in(open_model(spec.name))
     if not found["preset"].startswith(TIMM):
-        raise ValueError(f"{_ASKS} {spec.label} {lacks}: it is no model of timm with weights")
+        raise ValueError(f"{_ASKS} {spec.label} is no model of timm")
     return found["preset"].removeprefix(TIMM), found.get("image_size"), spec.name
 
 
-def _lend(model: nn.Module, spec: ModelSpec, name: str) -> None:
-    """Give the classifier's model the tensors of another file of the same architecture."""
+def _tensors(name: str, weights: str | None) -> dict[str, Tensor]:
+    """All tensors of a model of timm: those in a file, or timm's own."""
     import timm
 
-    own, _, weights = _source(spec, "cannot be asked")
-    if own.partition(".")[0] != name.partition(".")[0]:
-        raise ValueError(f"{_ASKS} {spec.label} is timm's {own}, which cannot feed the classifier of {name}")
     if weights is None:
-        raise ValueError(f"{_ASKS} {spec.label} has timm's own weights: give them as a file")
-    file, values = open_weights(weights), model.state_dict()
-    config = timm.get_pretrained_cfg(name)
-    classifiers = tuple(f"{one}." for one in classifier_names(config.classifier if config else None))
-    lent = [key for key in file if not key.startswith(classifiers)]
-    if foreign := [key for key in lent if key not in values]:
-        raise ValueError(f"{weights} has tensors that {name} of {model.__class__.__name__} lacks: {examples(foreign)}")
-    _load(model, values | {key: file[key].read() for key in lent}, weights)
-
-
-def _load(model: nn.Module, values: Mapping[str, Tensor], path: str) -> None:
-    try:
-        model.load_state_dict(values)
-    except RuntimeError as error:  # its words for names and shapes
-        raise ValueError(f"{path}: {error}") from error
+        own: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+        return own
+    return {key: one.read() for key, one in open_weights(weights).items()}

@@ -12,17 +12,16 @@ is. At most CAPTIONS captions of an image take part, the first ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.images import from_files, inside, read_json
-from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits, rank_of
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits, rank_of
 from visft_ds.files import reading
 
 CAPTIONS = 5
@@ -41,37 +40,29 @@ class CaptionSet:
     owners: IntArray  #: (captions,), places of their images; ascending
 
 
-@dataclass(frozen=True)
-class Retrieval:
+def retrieval(label: str, data: CaptionSet) -> Benchmark:
     """R@1, R@5 and R@10 from image to text and from text to image."""
 
-    label: str
-    data: CaptionSet
-    needs_text: bool = True
-    kinds: Sequence[str] = ("clip",)
-    numbers: Sequence[str] = tuple(f"{way} R@{k}" for way in ("image to text", "text to image") for k in RECALLS)
-
-    @property
-    def sets(self) -> Mapping[str, ImageSet]:
-        return {"images": self.data.images}
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return self.data.captions
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"benchmark": "retrieval 1", "owners": self.data.owners.tolist(), "texts": list(self.data.captions)}
-
-    def scores(self, features: Features) -> Iterator[Score]:
+    def scores(features: Features) -> Iterator[Score]:
         images, texts = features["images"]["clip"], features["texts"]["clip"]
-        owners = torch.from_numpy(self.data.owners)
+        owners = torch.from_numpy(data.owners)
         ranks = image_to_text(images, texts, owners)
         for k in RECALLS:
             yield Score(f"image to text R@{k}", hits(ranks, k))
         ranks = text_to_image(images, texts, owners)
         for k in RECALLS:
-            yield Score(f"text to image R@{k}", hits(ranks, k), groups=self.data.owners)
+            yield Score(f"text to image R@{k}", hits(ranks, k), groups=data.owners)
+
+    return Benchmark(
+        label,
+        {"images": data.images},
+        ("clip",),
+        [f"{way} R@{k}" for way in ("image to text", "text to image") for k in RECALLS],
+        {"benchmark": "retrieval 1", "owners": data.owners.tolist(), "texts": list(data.captions)},
+        scores,
+        texts=data.captions,
+        needs_text=True,
+    )
 
 
 def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:

@@ -67,13 +67,7 @@ def rows_of(results: Results, arms: Mapping[str, Sequence[str]] | None = None, p
 
 
 def decide(rows: Sequence[Row], primary: str) -> list[Row]:
-    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    if primary not in (names := [row.name for row in rows]):
-        raise ValueError(f"--primary {primary}: no such number; there are {', '.join(names)}")
+    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm."""
     shown: dict[str, dict[str, bool]] = {}
     for label in dict.fromkeys(label for row in rows for label in row.p):
         others = holm({row.name: row.p[label] for row in rows if label in row.p and row.name != primary})
@@ -145,18 +139,13 @@ def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = No
     it excludes zero; with a primary number, if it is significant.
     """
     base, *others = labels
-    lines = [
-        [
-            row.name,
-            str(row.items),
-            _percent(row.values.get(base)),
-            label,
-            _percent(row.values.get(label)),
-            change(row, label),
-        ]
-        for row in rows
-        for label in others or ("",)
-    ]
+    lines = []
+    for row in rows:
+        percent = {label: f"{100 * value.value:.2f}" for label, value in row.values.items()}
+        for label in others or ("",):
+            change = row.differences.get(label)
+            text = "" if change is None else change.text(shown=row.shown.get(label, change.sure))
+            lines.append([row.name, str(row.items), percent.get(base, ""), label, percent.get(label, ""), text])
     marked = "" if primary is None else f"; * is significant: {primary} by its own interval, the others by Holm"
     columns = ["", "n", base, "", "", "difference"]
     return Section(f"percent; of differences the {LEVEL:.0%} interval{marked}", lines, columns)
@@ -166,13 +155,3 @@ def verdict(row: Row, label: str) -> str:
     """A decided difference in words: "not shown: +0.40 [-1.90, +2.70]"."""
     shown = "shown" if row.shown[label] else "not shown"
     return f"{shown}: {row.differences[label].text()}"
-
-
-def change(row: Row, label: str) -> str:
-    """A difference with its interval, in percent; marked as `section` says."""
-    value = row.differences.get(label)
-    return "" if value is None else value.text(shown=row.shown.get(label, value.sure))
-
-
-def _percent(value: Interval | None) -> str:
-    return "" if value is None else f"{100 * value.value:.2f}"

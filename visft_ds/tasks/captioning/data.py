@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.samples import RawSample, Targets
 from visft_ds.data.transforms import Op
-from visft_ds.ops.copies import to_device
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
 
 @dataclass(frozen=True)
-class CaptionTargets:
+class CaptionTargets(Targets):
     """A caption per image, and all its reference captions.
 
     An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted for it,
@@ -30,10 +28,8 @@ class CaptionTargets:
 
     tokens: Tensor  #: (B, T) int64, `<start> word ... <end>`, filled up with 0; T is at least 2
     lengths: Tensor  #: (B,) int64, ids of each caption, `<start>` and `<end>` included; at least 1
-    references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored; they stay on the host
-
-    def to(self, device: torch.device) -> CaptionTargets:
-        return CaptionTargets(to_device(self.tokens, device), to_device(self.lengths, device), self.references)
+    references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored
+    host: ClassVar = ("references",)
 
     def head_inputs(self) -> dict[str, Tensor]:
         return {"captions": self.tokens, "lengths": self.lengths}
@@ -54,15 +50,3 @@ def caption_targets(
         tokens = words.encode(usable[int(generator.integers(0, len(usable))) if random else 0])
     references = np.array(list(raw.captions), dtype=object)
     return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
-
-
-def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:
-    """The captions of all samples, as long as the longest of them."""
-    parts = [sample.targets["captioning"] for sample in samples]
-    lengths = [len(part["tokens"]) for part in parts]
-    # At least one step for the head: without any, its parameters would take no part in the loss.
-    tokens = torch.zeros((len(parts), max(2, *lengths)), dtype=torch.int64)
-    for row, part in zip(tokens, parts, strict=True):
-        row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
-    references = tuple(tuple(part["references"].tolist()) for part in parts)
-    return CaptionTargets(tokens, torch.tensor(lengths), references)

@@ -1,4 +1,4 @@
-"""Captioning: head, criterion and post-processing of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
+"""Captioning: head, criterion and generation of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
 
 Letters: B images, h w patch grid, D backbone width, P cells of the pooled grid ("pixels" in the paper), T caption
 length in word ids (`<start>` and `<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.vocabulary import Vocabulary
 
 DECODING = DecodingConfig()
 _PAD = 0
@@ -103,8 +101,7 @@ class CaptioningHead(nn.Module):
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
         """
         if captions is None:
-            words = self._search(features, valid, beam_size, max_length)
-            return GeneratedCaptions(F.pad(words, (1, 0), value=self.vocabulary_size + _START))
+            return GeneratedCaptions(self._search(features, valid, beam_size, max_length))
         assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
         pixels, keys, hidden, cell = self._initial(features, valid)
         embedded = self.embedding(captions[:, :-1])
@@ -121,7 +118,7 @@ class CaptioningHead(nn.Module):
 
     @torch.no_grad()
     def _search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
-        """Best captions (B, max_length + 1), without `<start>`."""
+        """The best caption of each image, (B, max_length + 2) ids."""
         images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
         initial = self._initial(features, valid)
@@ -140,7 +137,7 @@ class CaptioningHead(nn.Module):
         stays[_PAD] = 0
         ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
         ends[end] = 0
-        words, parents = [], []
+        captions = word[:, None]  # of the beams so far
         for step in range(max_length + 1):
             states, _, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
             gains = (at_least_float32(self.fc(states[:, 0])) + banned).log_softmax(dim=-1)
@@ -152,14 +149,8 @@ class CaptioningHead(nn.Module):
             word = (chosen % size).flatten()
             ended = ended[rows] | (word == end)
             hidden, cell = states[rows, 0], cell[rows]
-            words.append(word)
-            parents.append(rows)
-        row = first.squeeze(1)  # the best beam comes first
-        best_words = []  # from the last step to the first
-        for word, parent in zip(reversed(words), reversed(parents), strict=True):
-            best_words.append(word[row])
-            row = parent[row]
-        return torch.stack(best_words[::-1], 1)
+            captions = torch.cat((captions[rows], word[:, None]), dim=1)
+        return captions[first.squeeze(1)]  # the best beam comes first
 
 
 class Recurrence(nn.Module):
@@ -290,9 +281,3 @@ class CaptioningCriterion:
         scores = scores.detach()
         better = (scores > scores.gather(2, wanted.unsqueeze(-1))).sum(dim=-1)
         return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / loss_denominators["tokens"]}
-
-
-def postprocess(output: GeneratedCaptions, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Captions in COCO's results format: image_id, caption. Only images with `batch.real` appear."""
-    rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
-    return [{"image_id": image_id, "caption": vocabulary.decode(tokens)} for image_id, real, tokens in rows if real]

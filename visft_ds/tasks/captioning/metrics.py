@@ -14,9 +14,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from visft_ds.tasks.captioning.tokenizer import TOKENIZER, ptb_words
-
-__all__ = ["TOKENIZER", "caption_metrics", "results_metrics"]
+from visft_ds.tasks.captioning.tokenizer import ptb_words
 
 _ORDERS = (1, 2, 3, 4)
 #: Width, in words, of CIDEr's penalty for a length that differs from the reference's (arXiv 1411.5726, eq. 4).
@@ -30,13 +28,18 @@ Words = Sequence[str]
 Counts = Counter[tuple[str, ...]]
 
 
-def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> dict[str, float]:
-    """Scores of one candidate per image against its references; image id -> text.
+def caption_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Scores of one caption for each image against its references.
 
-    Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
+    Entries of `truth["annotations"]` and `results` have image_id and caption, as COCO's; images without a reference are
+    left out. Keys: "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
 
-    Raises ValueError for an image without a candidate, and if there is no image.
+    Raises ValueError for an image without a result, and if there is no image.
     """
+    references: dict[int, list[str]] = {}
+    for entry in truth["annotations"]:
+        references.setdefault(entry["image_id"], []).append(entry["caption"])
+    candidates = {result["image_id"]: result["caption"] for result in results}
     if not references:
         raise ValueError("no image has captions to compare with")
     if lacking := len(references.keys() - candidates.keys()):
@@ -48,17 +51,6 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
     scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, generated), strict=True)}
     scores["ROUGE-L"] = sum(map(_rouge, wanted, generated)) / len(images)
     return {f"caption/{name}": score for name, score in scores.items()}
-
-
-def results_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`caption_metrics` for COCO's formats: `truth["annotations"]` and `results` are entries with image_id and caption.
-
-    Images without any caption in `truth` cannot be judged and are left out.
-    """
-    references: dict[int, list[str]] = {}
-    for entry in truth["annotations"]:
-        references.setdefault(entry["image_id"], []).append(entry["caption"])
-    return caption_metrics(references, {result["image_id"]: result["caption"] for result in results})
 
 
 def _ngrams(words: Words) -> list[Counts]:

@@ -12,9 +12,10 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.captioning.config import CaptioningTask
-from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets, pack_captions
-from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
-from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
+from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
+from visft_ds.tasks.captioning.metrics import caption_metrics
+from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
 from visft_ds.tasks.spec import Classes, Content, Example, HeadSizes, ImageTargets, Options, Task, Words
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -47,21 +48,27 @@ class Captioning(Task):
         return partial(caption_targets, _needed(words), random, options["max_words"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> CaptionTargets:
-        return pack_captions(samples)
+        parts = [sample.targets[self.name] for sample in samples]
+        lengths = [len(part["tokens"]) for part in parts]
+        # At least one step for the head: without any, its parameters would take no part in the loss.
+        tokens = torch.zeros((len(parts), max(2, *lengths)), dtype=torch.int64)
+        for row, part in zip(tokens, parts, strict=True):
+            row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
+        references = tuple(tuple(part["references"].tolist()) for part in parts)
+        return CaptionTargets(tokens, torch.tensor(lengths), references)
 
-    def blank(
-        self, images: int, size: Size, content: Content, options: Options, device: torch.device
-    ) -> CaptionTargets:
+    def blank(self, images: int, size: Size, content: Content, options: Options) -> CaptionTargets:
         tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
         return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
-        return postprocess(output, batch, _needed(words))
+        rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
+        return [{"image_id": image, "caption": _needed(words).decode(ids)} for image, real, ids in rows if real]
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
-        return results_metrics(truth, results)
+        return caption_metrics(truth, results)
 
     def picture(self, example: Example) -> Picture:
         image, references = example.pixels(), example.raw.captions

@@ -6,7 +6,7 @@ Shape letters: B images, H W pixels, N objects packed over the batch, n objects 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.samples import Batch, RawSample, Targets
 from visft_ds.data.transforms import Crop, Op, Resize, ShortSides, Size, apply_to_boxes, final_size, short_side_size
-from visft_ds.ops.copies import to_device
+from visft_ds.tasks import Results
 
 
 @dataclass(frozen=True)
-class DetectionTargets:
+class DetectionTargets(Targets):
     """Boxes of a batch, packed: image b owns the next `counts[b]` rows."""
 
     boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
     labels: Tensor  #: (N,) int64, raw COCO category ids (1..90)
     counts: Tensor  #: (B,) int64, sums to N
-
-    def to(self, device: torch.device) -> DetectionTargets:
-        return DetectionTargets(*(to_device(getattr(self, f.name), device) for f in fields(self)))
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        return {}
 
 
 @dataclass(frozen=True)
@@ -62,15 +56,6 @@ class CropRecipe:
             size = (height, width)
         return [*ops, self.sides.scale(size, train, generator)]
 
-    def extremes(self, size: Size) -> set[Size]:
-        """Sizes that no training image of `size` exceeds in height, width or pixels."""
-        found = self.sides.extremes(size)
-        if self.sides.fixed_size is not None:
-            return found
-        long = self.sides.max_long  # that of the narrowest crops
-        short = min(long, max(self.sides.short_sides))
-        return found | {(short, long), (long, short)}
-
 
 def detection_targets(
     labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
@@ -95,6 +80,24 @@ def detection_targets(
     return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
+def box_results(
+    batch: Batch, image: int, corners: Tensor, scores: Tensor, labels: Tensor, classes: Sequence[int] | None
+) -> Results:
+    """Predictions of an image of the batch in COCO's results format: image_id, category_id, bbox, score.
+
+    `corners` (n, 4) are relative to the image; bbox is (x, y, w, h) in pixels of the stored one. category_id is the
+    label, or its entry in `classes`. All is on the host.
+    """
+    height, width = batch.original_sizes[image].tolist()
+    pixels = (corners.double() * torch.tensor([width, height, width, height])).tolist()
+    ids = labels.tolist() if classes is None else [classes[label] for label in labels.tolist()]
+    image_id, rows = int(batch.image_ids[image]), zip(ids, pixels, scores.tolist(), strict=True)
+    return [
+        {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for id_, (x0, y0, x1, y1), score in rows
+    ]
+
+
 def _has_area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
@@ -102,13 +105,3 @@ def _has_area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
 def _between(low: int, high: int, available: int, generator: np.random.Generator) -> int:
     """A side from [low, high], as far as the image has that many pixels."""
     return int(generator.integers(min(low, available), min(high, available) + 1))
-
-
-def pack_detection(samples: Sequence[Sample]) -> DetectionTargets:
-    """The boxes of all samples one after another."""
-    parts = [sample.targets["detection"] for sample in samples]
-    return DetectionTargets(
-        boxes=torch.from_numpy(np.concatenate([part["boxes"] for part in parts])),
-        labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
-        counts=torch.tensor([len(part["labels"]) for part in parts]),
-    )

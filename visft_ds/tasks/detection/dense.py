@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks import Results
+from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
+from visft_ds.tasks.detection.data import DetectionTargets, box_results
 from visft_ds.tasks.matching import at_least_float32, centers_to_corners, generalized_box_iou
 from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, MaskedGroupNorm
 
@@ -48,13 +49,14 @@ class DenseHead(nn.Module):
     padded.
     """
 
-    def __init__(self, in_channels: int, *, num_classes: int, width: int) -> None:
+    def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:
         super().__init__()
+        width = options.width
         self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
         self.input_norm = MaskedGroupNorm(GROUPS, width)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
         self.norms = nn.ModuleList(MaskedGroupNorm(GROUPS, width) for _ in range(2))
-        self.class_embed = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.class_embed = nn.Conv2d(width, options.num_classes, 3, padding=1)
         self.box_embed = nn.Conv2d(width, 4, 3, padding=1)
         # At first nearly no cell sees an object, and boxes have a side of a quarter of the image.
         for embed, bias in ((self.class_embed, -4.0), (self.box_embed, -2.0)):
@@ -89,8 +91,8 @@ class DenseCriterion:
     the cells of an object; the focal loss is divided by CELLS as well.
     """
 
-    def __init__(self, *, ce: float, giou: float) -> None:
-        self.weights: dict[str, float] = {"ce": ce, "giou": giou}
+    def __init__(self, head: DetectionHeadConfig, loss: DetectionLoss) -> None:
+        self.weights: dict[str, float] = {"ce": loss.ce, "giou": loss.giou}
 
     def count(self, batch: Batch) -> dict[str, float]:
         return {"boxes": float(batch.targets["detection"].counts.sum())}
@@ -143,26 +145,19 @@ def assign(output: DenseOutput, targets: DetectionTargets) -> Tensor:
 @torch.no_grad()
 def dense_results(
     output: DenseOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
-) -> list[dict[str, Any]]:
-    """Predictions in COCO's results format: image_id, category_id, bbox, score.
+) -> Results:
+    """Predictions in COCO's results format, see `box_results`; boxes are cut off at the borders of the image.
 
-    bbox is (x, y, w, h) in pixels of the stored image, cut off at its borders; category_id the class, or its entry in
-    `classes`. The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at
-    most KEPT of an image stay. Images without `batch.real` are left out.
+    The best CANDIDATES pairs of cell and class go through non-maximum suppression within their class; at most KEPT of
+    an image stay. Images without `batch.real` are left out.
     """
     scores = output.logits.sigmoid().masked_fill(~output.valid[..., None], -1.0).cpu()
-    boxes, results = output.boxes.clamp(0, 1).cpu(), list[dict[str, Any]]()
-    for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
+    boxes, results = output.boxes.clamp(0, 1).cpu(), Results()
+    for image in batch.real.nonzero().flatten().tolist():
         best, places = scores[image].flatten().topk(min(CANDIDATES, scores[image].numel()))
-        places = places[best >= max(threshold, 0.0)] if real else places[:0]
+        places = places[best >= max(threshold, 0.0)]
         best = best[: len(places)]
         cells, labels = places // scores.shape[-1], places % scores.shape[-1]
         kept = batched_nms(boxes[image, cells], best, labels, OVERLAP)[:KEPT]
-        height, width = batch.original_sizes[image].tolist()
-        corners = boxes[image, cells[kept]].double() * torch.tensor([width, height, width, height])
-        rows = (corners.tolist(), labels[kept].tolist(), best[kept].tolist())
-        for (x0, y0, x1, y1), label, score in zip(*rows, strict=True):
-            id_ = label if classes is None else classes[label]
-            found = {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-            results.append(found)
+        results += box_results(batch, image, boxes[image, cells[kept]], best[kept], labels[kept], classes)
     return results

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
+from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
-from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.matching import at_least_float32, centers_to_corners, class_loss, generalized_box_iou, match
+from visft_ds.tasks.detection.data import DetectionTargets, box_results
+from visft_ds.tasks.matching import (
+    at_least_float32,
+    by_layer,
+    centers_to_corners,
+    class_losses,
+    generalized_box_iou,
+    match,
+)
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
@@ -26,11 +33,10 @@ _TASK_ROWS = 256
 
 @dataclass(frozen=True)
 class DetectionOutput:
-    """Predictions of the last decoder layer; `aux` holds those of the earlier layers, first layer first."""
+    """Predictions of all decoder layers, the last of which are the head's answer."""
 
-    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
-    boxes: Tensor  #: (B, Q, 4) cxcywh in [0, 1], relative to the valid (unpadded) image
-    aux: tuple[DetectionOutput, ...] = ()
+    logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
+    boxes: Tensor  #: (L, B, Q, 4) cxcywh in [0, 1], relative to the valid (unpadded) image
 
 
 class DetectionHead(nn.Module):
@@ -65,23 +71,16 @@ class DetectionHead(nn.Module):
         patches = self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)  # (B, h*w, encoder)
         positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(start_dim=1, end_dim=2)
         inside = valid.flatten(start_dim=1)
-        memory = patches + self._encode(patches, positions, inside)
-        batch_size = features.shape[0]
+        # The task token stands in front while patches are encoded; its position embedding is 0.
+        batch_size = len(features)
+        token = self.task_embed(torch.zeros(batch_size, 1, dtype=torch.int64, device=features.device))
+        entries = torch.cat((token.to(patches.dtype), patches), dim=1)
+        encoded = self.encoder(entries, F.pad(positions, (0, 0, 1, 0)), F.pad(inside, (1, 0), value=True))
+        memory = patches + encoded[:, 1:]
         query = self.query_embed(torch.arange(self.num_queries, device=features.device)).expand(batch_size, -1, -1)
         states = self.decoder(query, self.memory_proj(memory), self.position_proj(positions), inside)
-        logits = at_least_float32(self.class_embed(states))  # (L, B, Q, C + 1)
         boxes = at_least_float32(self.box_embed(states)).sigmoid()
-        aux = tuple(DetectionOutput(*layer) for layer in zip(logits[:-1], boxes[:-1], strict=True))
-        return DetectionOutput(logits[-1], boxes[-1], aux)
-
-    def _encode(self, patches: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
-        """Encode patches (B, h*w, encoder); the task token, with position embedding 0, is added and removed here."""
-        batch_size = patches.shape[0]
-        token = self.task_embed(torch.zeros(batch_size, 1, dtype=torch.int64, device=patches.device))
-        entries = torch.cat((token.to(patches.dtype), patches), dim=1)
-        placed = F.pad(positions, (0, 0, 1, 0))
-        out: Tensor = self.encoder(entries, placed, F.pad(inside, (1, 0), value=True))
-        return out[:, 1:]
+        return DetectionOutput(at_least_float32(self.class_embed(states)), boxes)
 
 
 class DetectionCriterion:
@@ -113,14 +112,10 @@ class DetectionCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        layers = (*output.aux, output)
-        logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
-        assert (logits.shape[2], len(layers)) == (self.num_queries, len(self._suffixes)), logits.shape
-        boxes = at_least_float32(torch.stack([layer.boxes for layer in layers]))
+        logits, boxes = at_least_float32(output.logits), at_least_float32(output.boxes)
+        assert (len(logits), logits.shape[2]) == (len(self._suffixes), self.num_queries), logits.shape
         matches = match(logits, boxes, targets, self.costs, image_ids)
-        # (L, B, Q) int64: the class of the matched object, "no object" where there is none
-        classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
-        classes[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
+        ce, wrong = class_losses(logits, targets.labels, targets.counts, matches, self.no_object, loss_denominators)
         # Without any pair the sums are zero and still carry a (zero) gradient.
         predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
         true, number = targets.boxes.to(boxes.dtype)[matches.objects], loss_denominators["boxes"]
@@ -129,43 +124,31 @@ class DetectionCriterion:
         # the pairs are ordered by layer and every layer has the same number of them
         per_layer = (len(boxes), len(predicted) // len(boxes))
         by_name = {
-            "ce": class_loss(logits, classes, self.no_object, loss_denominators),
+            "ce": ce,
             "l1": distance.view(per_layer).sum(dim=1) / number,
             "giou": (1 - overlap).view(per_layer).sum(dim=1) / number,
         }
-        losses = {
-            name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
+        seen = (logits[-1].detach().argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=1)  # (B,)
+        return {
+            **by_layer(by_name, self._suffixes),
+            "class_error": wrong / number,
+            "cardinality_error": (seen - targets.counts).abs().float().mean(),
         }
-        no_object, named = logits.shape[-1] - 1, logits[-1].detach().argmax(dim=-1)  # (B, Q)
-        correct = ((named == classes[-1]) & (classes[-1] != no_object)).sum()
-        wrong_count = ((named != no_object).sum(dim=1) - targets.counts).abs()
-        errors = {"class_error": 100 * (targets.counts.sum() - correct) / number}
-        return losses | errors | {"cardinality_error": wrong_count.float().mean()}
 
 
 @torch.no_grad()
 def postprocess(
     output: DetectionOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
-) -> list[dict[str, Any]]:
-    """Predictions in COCO's results format: image_id, category_id, bbox, score.
+) -> Results:
+    """Predictions in COCO's results format, see `box_results`.
 
-    bbox is (x, y, w, h) in pixels of the stored image, category_id the class, or its entry in `classes`. As in DETR
-    every query gives a result: its best class apart from "no object", and the softmax probability of that. Only scores
-    below `threshold` are dropped (there is no non-maximum suppression), and boxes are not clipped. Images without
-    `batch.real` are left out. The batch must have been resized without cropping, as evaluation transforms do.
+    As in DETR every query gives a result: its best class apart from "no object", and the softmax probability of that.
+    Only scores below `threshold` are dropped (there is no non-maximum suppression), and boxes are not clipped. Images
+    without `batch.real` are left out. The batch must have been resized without cropping, as evaluation transforms do.
     """
-    scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., :-1].max(dim=-1)
-    corners = centers_to_corners(at_least_float32(output.boxes))
-    numbers = torch.cat((corners, scores[..., None], best[..., None].to(scores.dtype)), dim=-1).cpu().double()
-    sizes = batch.original_sizes.cpu().flip(dims=(1,)).repeat(1, 2)  # (B, 4): width, height, width, height
-    numbers[..., :4] *= sizes[:, None]
-    results = []
-    image_ids, real = batch.image_ids.tolist(), batch.real.tolist()
-    for image_id, is_real, rows in zip(image_ids, real, numbers.tolist(), strict=True):
-        for x0, y0, x1, y1, score, category in rows:
-            if not is_real or score < threshold:
-                continue
-            bbox = [x0, y0, x1 - x0, y1 - y0]
-            id_ = int(category) if classes is None else classes[int(category)]
-            results.append({"image_id": image_id, "category_id": id_, "bbox": bbox, "score": score})
+    scores, best = (values.cpu() for values in at_least_float32(output.logits[-1]).softmax(-1)[..., :-1].max(dim=-1))
+    corners, results = centers_to_corners(at_least_float32(output.boxes[-1])).cpu(), Results()
+    for image in batch.real.nonzero().flatten().tolist():
+        kept = ~(scores[image] < threshold)  # NaN is kept
+        results += box_results(batch, image, corners[image, kept], scores[image, kept], best[image, kept], classes)
     return results

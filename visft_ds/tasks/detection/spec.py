@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from visft_ds.data.transforms import Geometry, ShortSides, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss, DetectionTask
-from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets, pack_detection
+from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detection_targets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture
@@ -47,30 +48,27 @@ class Detection(Task):
         return partial(detection_targets, labels)
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> DetectionTargets:
-        return pack_detection(samples)
+        parts = [sample.targets[self.name] for sample in samples]
+        boxes, labels = (torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("boxes", "labels"))
+        return DetectionTargets(boxes, labels, counts=torch.tensor([len(part["labels"]) for part in parts]))
 
-    def blank(
-        self, images: int, size: Size, content: Content, options: Options, device: torch.device
-    ) -> DetectionTargets:
+    def blank(self, images: int, size: Size, content: Content, options: Options) -> DetectionTargets:
         objects = images * content.objects
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
     def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
         head: DetectionHeadConfig = self.settings("head", options)
-        if head.type == "dense":
-            return DenseHead(in_channels, num_classes=head.num_classes, width=head.width)
-        return DetectionHead(in_channels, head)
+        return (DenseHead if head.type == "dense" else DetectionHead)(in_channels, head)
 
     def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:
-        return DenseCriterion(ce=loss.ce, giou=loss.giou) if head.type == "dense" else DetectionCriterion(head, loss)
+        return (DenseCriterion if head.type == "dense" else DetectionCriterion)(head, loss)
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
-        if isinstance(output, DenseOutput):
-            return dense_results(output, batch, classes, threshold)
-        return postprocess(output, batch, classes, threshold)
+        results_of = dense_results if isinstance(output, DenseOutput) else postprocess
+        return results_of(output, batch, classes, threshold)
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return coco_average_precision(truth, results, per_category=per_category)

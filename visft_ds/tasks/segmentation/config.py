@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, Section, StrictModel
-from visft_ds.config.task_schema import HeadConfig, TaskConfig
+from visft_ds.config.task_schema import Findings, HeadConfig, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
 #: category (toothbrush) coincides with "no object" and class 0 is never used.
@@ -56,8 +56,7 @@ class SegmentationHeadConfig(HeadConfig):
         if self.labelling == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
-            told = f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (norm groups)"
-            yield "hidden_dim", told
+            yield "hidden_dim", f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (groups)"
 
 
 class SegmentationLoss(StrictModel):
@@ -70,11 +69,6 @@ class SegmentationLoss(StrictModel):
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75
-
-
-def mostly_without_masks(counts: Mapping[str, int], findings: Mapping[str, int]) -> bool:
-    """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
-    return 2 * findings.get("instance without mask", 0) > counts.get("annotations", 0)
 
 
 class SegmentationTask(TaskConfig):
@@ -91,9 +85,10 @@ class SegmentationTask(TaskConfig):
     loss: SegmentationLoss = SegmentationLoss()
 
     @classmethod
-    def lacks(cls, counts: Mapping[str, int], findings: Mapping[str, int]) -> str | None:
-        few = mostly_without_masks(counts, findings)
-        return super().lacks(counts, findings) or ("mask for most of its objects" if few else None)
+    def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
+        """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
+        without, objects = findings.get("instance without mask", (0,))[0], counts.get("annotations", 0)
+        return f"mask for {without} of its {objects} objects" if 2 * without > objects else None
 
 
 CONFIG = SegmentationTask

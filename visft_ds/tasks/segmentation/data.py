@@ -6,24 +6,22 @@ Shape letters: B images, H W pixels, N objects packed over the batch, n objects 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.samples import RawSample, Targets
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size
-from visft_ds.ops.copies import to_device
 from visft_ds.tasks.segmentation.masks import draw_masks, placement
 
 
 @dataclass(frozen=True)
-class SegmentationTargets:
-    """Masks of a batch, packed: image b owns the next `counts[b]` rows. `counts` and `keys` stay on the host."""
+class SegmentationTargets(Targets):
+    """Masks of a batch, packed: image b owns the next `counts[b]` rows."""
 
     masks: Tensor  #: (N, hm, wm) uint8, covered part of each cell, 0 to 255
     labels: Tensor  #: (N,) int64, classes from 0: places among the categories of the head
@@ -31,14 +29,7 @@ class SegmentationTargets:
     mask_extents: Tensor  #: (B, 2) float32, the same as a share of the grid (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
     keys: Tensor  #: (B,) int64, the samples' random keys, from which the criterion draws its points
-
-    def to(self, device: torch.device) -> SegmentationTargets:
-        """The same targets on `device`, except what only the host uses: it must not wait for a copy to come back."""
-        names = ("masks", "labels", "extents", "mask_extents")
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        return {}
+    host: ClassVar = ("counts", "keys")
 
 
 @dataclass(frozen=True)
@@ -74,10 +65,6 @@ class LargeScaleJitter:
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
         return [*ops, Resize(height, width), Pad(*padded, self.pad_value), Crop(top, left, self.size, self.size)]
-
-    def extremes(self, size: Size) -> set[Size]:
-        side = self.fixed_size or self.size
-        return {(side, side)}
 
 
 def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
@@ -119,22 +106,3 @@ def _seen(bboxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> n
     moved = (low * scale + offset).clip(0, after) != (high * scale + offset).clip(0, after)
     seen: npt.NDArray[np.bool_] = ((high > low) & moved).all(axis=1)
     return seen
-
-
-def pack_segmentation(samples: Sequence[Sample], frame: Size) -> SegmentationTargets:
-    """The masks of all samples one after another; `frame` is the size of the padded batch."""
-    parts = [sample.targets["segmentation"] for sample in samples]
-    counts = [len(part["labels"]) for part in parts]
-    grids = np.array([part["masks"].shape[1:] for part in parts])
-    masks = np.zeros((sum(counts), *grids.max(axis=0)), dtype=np.uint8)
-    for end, part, (height, width) in zip(np.cumsum(counts), parts, grids, strict=True):
-        masks[end - len(part["masks"]) : end, :height, :width] = part["masks"]
-    sizes = np.array([sample.size for sample in samples])
-    return SegmentationTargets(
-        masks=torch.from_numpy(masks),
-        labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
-        extents=torch.from_numpy((sizes / frame).astype(np.float32)),
-        mask_extents=torch.from_numpy((grids / grids.max(axis=0)).astype(np.float32)),
-        counts=torch.tensor(counts),
-        keys=torch.tensor([sample.random_key for sample in samples]),
-    )

@@ -13,22 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
-from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
+from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions
 
 
 @dataclass(frozen=True)
 class SegmentationOutput:
-    """Predictions of the last decoder layer; `aux` holds those before the first layer and of the earlier layers."""
+    """Predictions before the first decoder layer and of each; the last are the head's answer."""
 
-    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
-    masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
-    aux: tuple[SegmentationOutput, ...] = ()
+    logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
+    masks: Tensor  #: (L, B, Q, h, w) logits over the padded batch, 0 at padded cells
     labelling: Labelling = "contiguous"  #: of the head
     #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
     #: batch in pixels is meant.
@@ -54,36 +52,7 @@ class SegmentationHead(nn.Module):
         assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
         memory, mask_features = self.pixel_decoder(features, valid)
         logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
-        earlier = zip(logits[:-1], masks[:-1], strict=True)
-        aux = tuple(SegmentationOutput(*predicted, labelling=self.labelling) for predicted in earlier)
-        return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
-
-
-class MaskedDecoderLayer(nn.Module):
-    """Masked attention into the memory, attention among the queries, feed-forward; post-norm."""
-
-    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.cross_attn = MultiHeadAttention(width, num_heads, dropout, xavier_output=True)
-        self.norm1 = nn.LayerNorm(width)
-        self.self_attn = MultiHeadAttention(width, num_heads, dropout, xavier_output=True)
-        self.norm2 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, width)
-        self.norm3 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-
-    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor) -> Tensor:
-        """state, query (B, Q, E); memory, memory_key = memory + positions (B, S, E); allowed (B, Q, S) -> (B, Q, E)."""
-        seen = self.cross_attn(state + query, memory_key, memory, allowed)
-        state = self.norm1(state + self.dropout(seen))
-        placed = state + query
-        state = self.norm2(state + self.dropout(self.self_attn(placed, placed, state)))
-        inner = self.dropout(F.relu(self.linear1(state)))
-        out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
-        return out
+        return SegmentationOutput(logits, masks, self.labelling)
 
 
 class MaskedDecoder(nn.Module):
@@ -96,7 +65,7 @@ class MaskedDecoder(nn.Module):
         self.query_feat = nn.Embedding(self.num_queries, width)  # initial state of the queries
         self.query_pos = nn.Embedding(self.num_queries, width)  # added to queries and keys of every attention
         self.level_embed = nn.Embedding(1, width)  # of the single scale; a row for each in Mask2Former
-        self.layers = nn.ModuleList(MaskedDecoderLayer(width, *sizes) for _ in range(options.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(width, *sizes, masked=True) for _ in range(options.decoder_layers))
         self.norm = nn.LayerNorm(width)
         self.class_embed = nn.Linear(width, options.num_classes + 1)
         self.mask_embed = FeedForward(width, width, width, num_layers=3)

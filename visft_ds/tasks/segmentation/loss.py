@@ -1,6 +1,6 @@
-"""Segmentation: criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
+"""Segmentation: matching, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
 
-Letters: B images, h w patch grid, D backbone width, Q queries, C classes, L prediction sets = decoder layers + 1,
+Letters: B images, A of them with objects, h w patch grid, Q queries, C classes, L prediction sets = decoder layers + 1,
 N objects of all images concatenated, n objects and m matched pairs of an image, P points.
 """
 
@@ -21,13 +21,13 @@ from scipy.special import expit
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.matching import Matches, at_least_float32, class_loss
+from visft_ds.tasks.matching import Matches, at_least_float32, by_layer, class_losses, solve
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
-from visft_ds.tasks.segmentation.mask_matching import match_masks
-from visft_ds.tasks.segmentation.mask_points import PointCounts, Points, draw_points, sample, uncertain_points
+from visft_ds.tasks.segmentation.mask_points import draw_points, sample, uncertain_points
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
@@ -41,7 +41,7 @@ class SegmentationCriterion:
     prediction is least certain, the others uniform (see `mask_points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
-    the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
+    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
@@ -49,7 +49,9 @@ class SegmentationCriterion:
 
     def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
         self.head, self.no_object = head, loss.no_object
-        self.points = PointCounts.of(loss.num_points, loss.oversample, loss.importance)
+        self.uncertain = int(loss.importance * loss.num_points)
+        #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform ones
+        self.points = (loss.num_points, int(loss.num_points * loss.oversample), loss.num_points - self.uncertain)
         self.costs = (loss.ce, loss.bce, loss.dice)
         self._suffixes = [*(f"_{layer}" for layer in range(head.decoder_layers)), ""]
         by_name = {"ce": loss.ce, "bce": loss.bce, "dice": loss.dice}
@@ -66,36 +68,24 @@ class SegmentationCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        sets, head = (*output.aux, output), self.head
+        head = self.head
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
-        logits = at_least_float32(torch.stack([predicted.logits for predicted in sets]))  # (L, B, Q, C + 1)
-        given = (logits.shape[2], logits.shape[3] - 1, len(sets) - 1, output.labelling)
+        logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
+        given = (logits.shape[2], logits.shape[3] - 1, len(logits) - 1, output.labelling)
         assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
-        masks = at_least_float32(torch.stack([predicted.masks for predicted in sets]))  # (L, B, Q, h, w)
-        with_objects = targets.counts.nonzero().flatten().tolist()
-        points = draw_points(targets.keys[with_objects].tolist(), len(sets), self.points, masks.device)
+        keys = targets.keys[targets.counts > 0].tolist()
+        matching, *points = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
-        matches = match_masks(logits, masks, targets, labels, points.matching, self.costs, image_ids)
-        # (L, B, Q): the class of the matched object, "no object" where there is none
-        wanted = torch.full(logits.shape[:3], head.num_classes, dtype=torch.int64, device=logits.device)
-        wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
-        bce, dice = self._mask_sums(masks, targets, matches, points)
-        by_name = {
-            "ce": class_loss(logits, wanted, self.no_object, loss_denominators),
-            "bce": bce / loss_denominators["masks"],
-            "dice": dice / loss_denominators["masks"],
-        }
-        losses = {
-            name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
-        }
-        predicted = logits[-1].detach().argmax(dim=-1)
-        correct = ((predicted == wanted[-1]) & (wanted[-1] != head.num_classes)).sum()
-        total = int(targets.counts.sum())
-        return losses | {"class_error": 100 * (total - correct) / loss_denominators["masks"]}
+        matches = match_masks(logits, masks, targets, labels, matching, self.costs, image_ids)
+        ce, wrong = class_losses(logits, labels, targets.counts, matches, self.no_object, loss_denominators)
+        bce, dice = self._mask_sums(masks, targets, matches, *points)
+        number = loss_denominators["masks"]
+        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, self._suffixes)
+        return {**losses, "class_error": wrong / number}
 
     def _mask_sums(
-        self, masks: Tensor, targets: SegmentationTargets, matches: Matches, points: Points
+        self, masks: Tensor, targets: SegmentationTargets, matches: Matches, candidates: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sums (L,) of BCE and dice over the matched pairs; without any, zeros that still carry a (zero) gradient."""
         layers = len(masks)
@@ -111,8 +101,7 @@ class SegmentationCriterion:
             pairs = slice(pair, pair + min(count, self.head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
-            given = (points.candidates[number], points.uniform[number], self.points.uncertain, extent)
-            chosen = uncertain_points(predicted.detach(), *given)
+            chosen = uncertain_points(predicted.detach(), candidates[number], uniform[number], self.uncertain, extent)
             true = targets.masks[first : first + count, None].to(masks.dtype) / 255  # stored as uint8
             # set by set, so that there is never a copy of the masks for every pair of every set
             sets = zip(objects[:, pairs] - first, chosen, strict=True)
@@ -129,9 +118,49 @@ class SegmentationCriterion:
 
 
 @torch.no_grad()
+def match_masks(
+    logits: Tensor,
+    masks: Tensor,
+    targets: SegmentationTargets,
+    labels: Tensor,
+    points: Tensor,
+    costs: tuple[float, float, float],
+    image_ids: Tensor | None = None,
+) -> Matches:
+    """The cheapest assignment of objects to queries, for each prediction set and image on its own (ibid., 3.3).
+
+    `logits` (L, B, Q, C + 1), `masks` (L, B, Q, h, w) logits, `labels` (N,) int64 in the head's numbering, `points`
+    (A, L, P, 2) in [0, 1] of each image that has objects, weights `costs` of minus the probability of the object's
+    class, the mean cross-entropy and the dice at the points. Where an image has more objects than there are queries,
+    the cheapest Q objects are matched. `image_ids` (B,) are for errors only.
+
+    Raises FloatingPointError where a cost is not finite.
+    """
+    counts = targets.counts.numpy()
+    parts, ends = [at_least_float32(logits).new_zeros(len(logits), 0, logits.shape[2])], np.cumsum(counts)
+    for number, image in enumerate(np.flatnonzero(counts)):
+        rows = slice(ends[image] - counts[image], ends[image])
+        probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
+        of_class = -probability[..., labels[rows]].transpose(1, 2)
+        at = points[number]  # (L, P, 2)
+        x = at_least_float32(sample(masks[:, image], at, targets.extents[image]))  # (L, Q, P) logits
+        true = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
+        wanted = sample(true[None].to(x.dtype), at.reshape(1, -1, 2), targets.mask_extents[image])[0]
+        wanted = wanted.unflatten(1, at.shape[:2]).transpose(0, 1)  # (L, n, P)
+        # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
+        bce = (F.softplus(x).sum(-1)[:, None] - wanted @ x.transpose(1, 2)) / x.shape[-1]  # (L, n, Q)
+        shares = x.sigmoid()
+        areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
+        dice = 1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1)
+        parts.append(costs[0] * of_class + costs[1] * bce + costs[2] * dice)
+    pairs = int(counts.clip(max=logits.shape[2]).sum())
+    return solve(torch.cat(parts, dim=1), targets.counts, pairs, image_ids)
+
+
+@torch.no_grad()
 def postprocess(
     output: SegmentationOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
-) -> list[dict[str, Any]]:
+) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
@@ -145,22 +174,20 @@ def postprocess(
     """
     classes = COCO_CATEGORY_IDS if classes is None else classes
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
-    scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
+    scores, best = at_least_float32(output.logits[-1]).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
     scores_host, best_host = scores.tolist(), best.tolist()
     whole = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
-    extents, results = whole if output.extents is None else output.extents, []
-    for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
-        if not real:
-            continue
+    extents, results = whole if output.extents is None else output.extents, Results()
+    for image in batch.real.nonzero().flatten().tolist():
         kept = [query for query, score in enumerate(scores_host[image]) if not score < threshold]  # NaN is kept
-        masks = at_least_float32(output.masks[image, kept])
+        masks = at_least_float32(output.masks[-1, image, kept])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
         codes, qualities = _mask_codes(masks, shares, stored, regions=first == 0)
         for query, code, quality in zip(kept, codes, qualities, strict=True):
             score = scores_host[image][query] * quality
             if not coco_mask.area(code) or score < threshold:
                 continue
-            found = {"image_id": image_id, "category_id": classes[best_host[image][query]]}
+            found = {"image_id": int(batch.image_ids[image]), "category_id": classes[best_host[image][query]]}
             shape = {"size": stored, "counts": code["counts"].decode("ascii")}
             results.append({**found, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score})
     return results

@@ -11,7 +11,6 @@ numbers of Mask2Former (arXiv 2112.01527, section 3.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,44 +21,18 @@ from visft_ds.data.plan import generator
 from visft_ds.ops.copies import to_device
 
 
-@dataclass(frozen=True)
-class PointCounts:
-    """Numbers of sampled points by kind, per image and layer."""
+def draw_points(keys: Sequence[int], layers: int, counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    """Random points of A images, a tensor (A, L, count, 2) float32 in [0, 1) for each of `counts`.
 
-    matching: int  #: uniform, shared by all queries and objects of the image
-    candidates: int  #: uniform, the most uncertain of which each matched pair takes
-    uncertain: int  #: number of candidates it takes
-    uniform: int  #: uniform, taken in addition by each pair, shared by all pairs of the image
-
-    @classmethod
-    def of(cls, num_points: int, oversample: float, importance: float) -> PointCounts:
-        """The counts for `num_points` in the matching and in the losses."""
-        uncertain = int(importance * num_points)
-        return cls(num_points, int(num_points * oversample), uncertain, num_points - uncertain)
-
-
-@dataclass(frozen=True)
-class Points:
-    """The points of A images, each (A, L, number, 2) float32 in [0, 1)."""
-
-    matching: Tensor
-    candidates: Tensor
-    uniform: Tensor
-
-
-def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: torch.device) -> Points:
-    """Random points that depend on an image's key and the layer alone, whatever else is in the batch.
-
-    They are drawn on the host, so that they are the same on every device, and moved in one copy that nobody waits for.
-    Layer l draws from stream 1 + l of the key; stream 0 belongs to the transforms.
+    They depend on an image's key and the layer alone, whatever else is in the batch. They are drawn on the host, so
+    that they are the same on every device, and moved in one copy that nobody waits for. Layer l draws from stream 1 + l
+    of the key; stream 0 belongs to the transforms.
     """
-    sizes = [counts.matching, counts.candidates, counts.uniform]
-    numbers = torch.empty(len(keys), layers, sum(sizes), 2, pin_memory=device.type == "cuda")
+    numbers = torch.empty(len(keys), layers, sum(counts), 2, pin_memory=device.type == "cuda")
     for image, key in enumerate(keys):
         for layer in range(layers):
             generator(key, stream=1 + layer).random(out=numbers[image, layer].numpy(), dtype=np.float32)
-    matching, candidates, uniform = to_device(numbers, device).split(sizes, dim=2)
-    return Points(matching, candidates, uniform)
+    return to_device(numbers, device).split(list(counts), dim=2)
 
 
 def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:

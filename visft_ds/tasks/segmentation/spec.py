@@ -6,22 +6,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.shards import Manifest
 from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import SegmentationTask, mostly_without_masks
-from visft_ds.tasks.segmentation.data import (
-    LargeScaleJitter,
-    SegmentationTargets,
-    pack_segmentation,
-    segmentation_targets,
-)
+from visft_ds.tasks.segmentation.config import SegmentationTask
+from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
@@ -57,22 +52,27 @@ class Segmentation(Task):
         return partial(segmentation_targets, labels, options["mask_stride"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> SegmentationTargets:
-        return pack_segmentation(samples, frame)
+        parts = [sample.targets[self.name] for sample in samples]
+        counts = [len(part["labels"]) for part in parts]
+        grids = np.array([part["masks"].shape[1:] for part in parts])
+        masks = np.zeros((sum(counts), *grids.max(axis=0)), dtype=np.uint8)
+        for end, part, (height, width) in zip(np.cumsum(counts), parts, grids, strict=True):
+            masks[end - len(part["masks"]) : end, :height, :width] = part["masks"]
+        sizes = np.array([sample.size for sample in samples])
+        return SegmentationTargets(
+            masks=torch.from_numpy(masks),
+            labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
+            extents=torch.from_numpy((sizes / frame).astype(np.float32)),
+            mask_extents=torch.from_numpy((grids / grids.max(axis=0)).astype(np.float32)),
+            counts=torch.tensor(counts),
+            keys=torch.tensor([sample.random_key for sample in samples]),
+        )
 
-    def blank(
-        self, images: int, size: Size, content: Content, options: Options, device: torch.device
-    ) -> SegmentationTargets:
+    def blank(self, images: int, size: Size, content: Content, options: Options) -> SegmentationTargets:
         objects, whole = images * content.objects, torch.ones(images, 2)
-        masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8, device=device)
+        masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8)
         counts, keys = torch.full((images,), content.objects), torch.arange(images)
         return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
-
-    def data_problem(self, manifest: Manifest) -> str | None:
-        findings = {kind: count for kind, (count, _) in manifest.findings.items()}
-        if not mostly_without_masks(manifest.counts, findings):
-            return None
-        few = f"{findings['instance without mask']} of its {manifest.counts['annotations']} objects have no mask"
-        return f"{manifest.root}/{manifest.split}: {few}. Segmentation would take them for background"
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
@@ -80,7 +80,7 @@ class Segmentation(Task):
         return postprocess(output, batch, classes, threshold)
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
-        return coco_average_precision(truth, results, "segm", per_category=per_category)
+        return coco_average_precision(truth, results, masks=True, per_category=per_category)
 
     def picture(self, example: Example) -> Picture:
         true = [one for one in example.objects() if one.get("segmentation")]

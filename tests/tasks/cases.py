@@ -1,0 +1,49 @@
+"""Targets, batches and denominators of losses for the tests of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visft_ds.data.samples import Batch
+from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+
+CLASSES = 6
+
+
+def boxes_of(counts: Sequence[int], classes: int = CLASSES) -> DetectionTargets:
+    """Random boxes inside the images."""
+    total = sum(counts)
+    return DetectionTargets(torch.rand(total, 4) * 0.5 + 0.2, torch.randint(classes, (total,)), torch.tensor(counts))
+
+
+def masks_of(
+    counts: Sequence[int], classes: int = CLASSES, grid: tuple[int, int] = (12, 16), first: int = 0
+) -> SegmentationTargets:
+    """Random soft masks: blobs rather than noise, so that costs differ; classes from `first`."""
+    total, ones = sum(counts), torch.ones(len(counts), 2)
+    blobs = F.interpolate(torch.randn(total + 1, 1, 4, 4), size=grid, mode="bicubic")[:total, 0]
+    masks, labels = (blobs.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8), torch.randint(first, classes, (total,))
+    return SegmentationTargets(masks, labels, ones, ones, torch.tensor(counts), torch.arange(len(counts)) + 100)
+
+
+def batch_of(count: int, targets: Mapping[str, Any] | None = None, **fields: Tensor) -> Batch:
+    """A batch of real images of 8 x 8 pixels, numbered from 1."""
+    numbers, square = torch.arange(count), torch.full((count, 2), 8)
+    images, real = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.ones(count, dtype=torch.bool)
+    given = {"images": images, "sizes": square, "original_sizes": square, "indices": numbers, "real": real}
+    given |= {"image_ids": numbers + 1, "random_keys": numbers}
+    return Batch(**{**given, **fields}, targets=targets or {})
+
+
+def denominators(task: str, criterion: Any, *targets: Any, parts: int = 1) -> dict[str, Tensor]:
+    """As the training loop makes them: global sum, at least 1, divided by ranks times micro-batches."""
+    counts = [criterion.count(batch_of(1, {task: one})) for one in targets]
+    return {
+        name: torch.tensor(max(sum(c[name] for c in counts), 1.0) / parts, dtype=torch.float64) for name in counts[0]
+    }
