@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 import visft_ds
 from visft_ds.cli import COMMANDS, main
 from visft_ds.config.resolve import CONFIG_ROOT
+from visft_ds.data.shards import Manifest
 from visft_ds.parallel import engine
 from visft_ds.resilience.supervisor import flags_of_training
 
@@ -57,6 +61,18 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
     assert started == [(["evaluate", "--run", "r"], 8)] * 2
     for command in ("train", "evaluate"):
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["shards", "info"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_output_nobody_reads_ends_quietly(split: Manifest, words: list[str], unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "visft_ds", *words, *([str(split.root)] if "info" in words else [])]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(

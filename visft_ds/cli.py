@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
+from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 
 
@@ -41,8 +42,17 @@ PARALLEL = ("train", "evaluate", "profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, and 2 where there is no such command."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; returns its exit status, 2 where there is no such command, 141 where nobody reads the output."""
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # at its end Python only complains
+    except BrokenPipeError as error:
+        return tell(error)
+
+
+def _run(words: list[str]) -> int:
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
         words[:2] = reversed(words[:2])
     if words[:1] in (["-h"], ["--help"]):

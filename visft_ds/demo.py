@@ -17,7 +17,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 from visft_ds.steps import OUT, Steps
 
 MODEL, TRAIN, VAL = "lite0", 1000, 200
@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = plan(given)
         failed = steps.run()
     except (ValueError, OSError) as error:
-        print(f"demo: {redacted(error)}", file=sys.stderr)
-        return 2
+        return tell(error, "demo")
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -116,10 +116,8 @@ def test_processes_and_images_are_divided_over_pipelines() -> None:
     assert (batches.dp, batches.stages) == (2, 3)
     assert "= 2 pipelines of 3 processes x" in batches.equations()[0]
     assert deepspeed_dict(config, 6, "fp32")["train_batch_size"] == 24  # images, not images of each process
-    with pytest.raises(ValueError, match="3 or 6 processes"):
+    with pytest.raises(ValueError, match="a multiple of 3 processes"):
         derive_batches(config, 4)
-    with pytest.raises(ValueError, match="72 processes"):
-        derive_batches(config, 75)
     assert deepspeed_dict(config, 3, "fp16")["torch_autocast"]["dtype"] == "float16"
 
 

@@ -93,7 +93,7 @@ def planned_images(training: Training) -> float:
     with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, fused_attention(tracer.stands_for):
         out = tower(torch.empty(training.images, 3, side, side, device="meta"))
         torch.autograd.backward(out, torch.empty_like(out))
-    update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * gpu.bandwidth)
+    update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
     return training.images / (work_seconds(tracer.work, gpu) + update)
 
 

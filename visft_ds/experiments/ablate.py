@@ -24,7 +24,7 @@ from typing import Any
 from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 from visft_ds.steps import OUT, Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
@@ -80,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = plan.steps.run(given.jobs)
         plan.write(failed)
     except (ValueError, OSError) as error:
-        print(f"ablate: {redacted(error)}", file=sys.stderr)
-        return 2
+        return tell(error, "ablate")
     except KeyboardInterrupt:
         print("\nablate: interrupted; the same command continues", file=sys.stderr)
         return 130

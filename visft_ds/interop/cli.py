@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another form.
 
@@ -36,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return merge_files(given)
     except (ValueError, OSError) as error:
-        print(f"merge: {redacted(error)}", file=sys.stderr)
-        return 2
+        return tell(error, "merge")
 
 
 def _parser() -> argparse.ArgumentParser:

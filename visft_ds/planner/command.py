@@ -11,13 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visft_ds.flags import Command
 from visft_ds.resilience.errors import tell
-
-if TYPE_CHECKING:  # importing torch costs seconds
-    from visft_ds.planner.search import SearchArm
 
 _GIB = 2**30
 _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY].
@@ -61,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_plans(options: argparse.Namespace) -> dict[str, Any]:
     """Plans of all models and stages on a cluster, as JSON values. Raises ValueError: what a user can mend."""
-    from visft_ds.config import resolve
+    from visft_ds.config import resolve  # these import torch, which costs seconds
     from visft_ds.config.backbones import model_of, named
     from visft_ds.planner.hardware import parse_cluster
     from visft_ds.planner.search import forecast, search
@@ -76,42 +73,16 @@ def make_plans(options: argparse.Namespace) -> dict[str, Any]:
             engine = options.engine or "zero1"
             config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
             arms = [forecast(config, cluster, (f"--engine {engine}",))] if options.engine else search(config, cluster)
-            plans.append({"model": name, "stage": stage, "arms": [_record(arm) for arm in arms]})
-    hardware = {"count": cluster.count, "per_node": cluster.per_node, **asdict(cluster.gpu), "network": cluster.network}
-    return {"cluster": hardware, "plans": plans}
-
-
-def _record(arm: SearchArm) -> dict[str, Any]:
-    return {
-        "flags": list(arm.flags),
-        "engine": arm.engine,
-        "recomputed": arm.policy,
-        "accumulation": arm.accumulation,
-        "fits": arm.fits,
-        "capacity": arm.capacity,
-        "images_per_second": arm.images_per_second,
-        "step_seconds": arm.step_seconds,
-        "steps": arm.steps,
-        "hours": arm.hours,
-        "of_limit": arm.of_limit,
-        "streams": {
-            name: {
-                "images": stream.images,
-                "micro": stream.micro,
-                "memory": {**asdict(stream.memory), "total": stream.memory.total},
-                "seconds": {**asdict(stream.time), "total": stream.time.total},
-            }
-            for name, stream in arm.streams.items()
-        },
-    }
+            plans.append({"model": name, "stage": stage, "arms": [asdict(arm) for arm in arms]})
+    return {"cluster": asdict(cluster), "plans": plans}
 
 
 def render(record: dict[str, Any]) -> str:
     """For each model and stage: the engines, and of the fastest one the memory and the time of each kind of step."""
     cluster = record["cluster"]
-    network = f" in machines of {cluster['per_node']} with {cluster['network'] / 1e9:g} GB/s between them"
+    network = f" in machines of {cluster['per_node']} with {cluster['network']:g} GB/s between them"
     several = network if cluster["count"] > cluster["per_node"] else ""
-    lines = [f"{cluster['count']}x{cluster['name']}{several}, predicted"]
+    lines = [f"{cluster['count']}x{cluster['gpu']['name']}{several}, predicted"]
     for plan in record["plans"]:
         lines += ["", f"{plan['model']}, stage {plan['stage']}"]
         if not plan["arms"]:
@@ -122,11 +93,10 @@ def render(record: dict[str, Any]) -> str:
             f"{'of peak':>9}"
         )
         for arm in plan["arms"]:
-            fullest = max(stream["memory"]["total"] for stream in arm["streams"].values()) / _GIB
-            fits = "yes" if arm["fits"] else "NO"
+            fits = "yes" if arm["needed"] <= arm["capacity"] else "NO"
             lines.append(
                 f"  {arm['engine']:24}{arm['recomputed']:>12}{arm['accumulation']:14}{fits:>6}"
-                f"{fullest:8.1f}{arm['images_per_second']:10.4g}{arm['hours']:8.1f}{arm['of_limit']:9.0%}"
+                f"{arm['needed'] / _GIB:8.1f}{arm['images_per_second']:10.4g}{arm['hours']:8.1f}{arm['of_limit']:9.0%}"
             )
         best = plan["arms"][0]
         lines.append(f"  {best['engine']}: GiB by part (at most {best['capacity'] / _GIB:.1f}), seconds by part")

@@ -11,6 +11,9 @@ import torch
 
 from visft_ds.config.fields import Precision
 
+#: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
+#: as published, see tests/planner/test_published.py.
+LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 _PER_NODE = 8
 
 
@@ -18,41 +21,29 @@ _PER_NODE = 8
 class Gpu:
     """Kind of GPU. Rates are dense: data sheets print those "with sparsity" beside, which are twice as high."""
 
-    name: str
+    name: str  #: ends with its memory in GiB
     pattern: str  #: regular expression for the name that the driver gives; the first one that fits counts
-    memory: int  #: bytes
-    bandwidth: float  #: of its memory, bytes a second
-    link: float  #: to a GPU of the same machine, bytes a second in one direction
-    network: float  #: of a machine with 8 of them as they are sold, bytes a second in one direction
-    bf16: float | None  #: products of matrices, TFLOP/s; None: not in hardware
-    fp16: float
-    tf32: float | None
+    bandwidth: float  #: of its memory, GB/s
+    link: float  #: to a GPU of the same machine, GB/s in one direction
+    network: float  #: of a machine with 8 of them as they are sold, GB/s in one direction
+    half: float  #: products of matrices in 16 bit, TFLOP/s
+    tf32: float | None  #: None: the hardware has neither TF32 nor bf16
     fp32: float
 
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return int(self.name.rpartition("-")[2].removesuffix("GB")) * 2**30
+
     def rate(self, precision: Precision, *, tf32: bool = False) -> float | None:
-        """Operations a second in products of matrices."""
-        found = {"bf16": self.bf16, "fp16": self.fp16, "fp32": (tf32 and self.tf32) or self.fp32}[precision]
+        """Operations a second in products of matrices; None: the hardware has no such precision."""
+        half = self.half if precision == "fp16" or self.tf32 else None
+        found = half if precision != "fp32" else (tf32 and self.tf32) or self.fp32
         return None if found is None else found * 1e12
 
     def precision(self) -> Precision:
         """Precision that visft.model.precision "auto" chooses on it."""
-        return "fp16" if self.bf16 is None else "bf16"
-
-
-def _gpu(
-    name: str,
-    pattern: str,
-    bandwidth: float,
-    link: float,
-    network: float,
-    bf16: float | None,
-    fp16: float,
-    tf32: float | None,
-    fp32: float,
-) -> Gpu:
-    """Memory is in the name; bandwidths in GB/s."""
-    gib = int(name.rpartition("-")[2].removesuffix("GB"))
-    return Gpu(name, pattern, gib * 2**30, bandwidth * 1e9, link * 1e9, network * 1e9, bf16, fp16, tf32, fp32)
+        return "bf16" if self.tf32 else "fp16"
 
 
 #: Links: NVLink 2 to 5 with 150, 300, 450 and 900 GB/s in each direction; PCIe 3, 4, 5 x16 with 16, 32, 64. Networks: a
@@ -60,28 +51,28 @@ def _gpu(
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("GB200-186GB", r"GB200", 8000, 900, 400, 2500, 2500, 1250, 80),
-        _gpu("B200-180GB", r"B200", 8000, 900, 400, 2250, 2250, 1125, 75),
-        _gpu("H200-141GB", r"H200(?! NVL)", 4800, 450, 400, 989.4, 989.4, 494.7, 66.9),
-        _gpu("H200NVL-141GB", r"H200 NVL", 4800, 450, 25, 835.5, 835.5, 417.5, 60.0),
-        _gpu("H100NVL-94GB", r"H100 NVL", 3900, 300, 25, 835.5, 835.5, 417.5, 60.0),
-        _gpu("H100PCIe-80GB", r"H100 PCIe", 2000, 64, 25, 756.5, 756.5, 378.0, 51.2),
-        _gpu("H100-80GB", r"G?H100", 3350, 450, 400, 989.4, 989.4, 494.7, 66.9),
-        _gpu("A100-80GB", r"A100.*80GB", 2039, 300, 200, 312.0, 312.0, 156.0, 19.5),
-        _gpu("A100-40GB", r"A100", 1555, 300, 200, 312.0, 312.0, 156.0, 19.5),
-        _gpu("V100S-32GB", r"V100S", 1134, 16, 25, None, 130.0, None, 16.4),
-        _gpu("V100-32GB", r"V100.*SXM\d?.*32", 900, 150, 25, None, 125.0, None, 15.7),
-        _gpu("V100-16GB", r"V100.*SXM", 900, 150, 25, None, 125.0, None, 15.7),
-        _gpu("V100PCIe-16GB", r"V100.*PCIE?", 900, 16, 25, None, 112.0, None, 14.0),
-        _gpu("A6000-48GB", r"RTX A6000", 768, 32, 25, 154.8, 154.8, 77.4, 38.7),
-        _gpu("L40S-48GB", r"L40S", 864, 32, 25, 362.0, 362.0, 183.0, 91.6),
-        _gpu("L4-24GB", r"\bL4\b", 300, 32, 25, 121.0, 121.0, 60.0, 30.3),
-        _gpu("A10-24GB", r"\bA10\b", 600, 32, 25, 125.0, 125.0, 62.5, 31.2),
-        _gpu("H20-96GB", r"\bH20\b", 4000, 450, 25, 148.0, 148.0, 74.0, 44.0),
-        _gpu("T4-16GB", r"\bT4\b", 320, 16, 25, None, 65.0, None, 8.1),
-        _gpu("5090-32GB", r"RTX 5090(?! (D|Laptop))", 1792, 64, 25, 209.5, 209.5, 104.8, 104.8),
-        _gpu("4090-24GB", r"RTX 4090(?! (D|Laptop))", 1008, 32, 25, 165.2, 165.2, 82.6, 82.6),
-        _gpu("3090-24GB", r"RTX 3090(?! Ti)", 936, 32, 25, 71.0, 71.0, 35.6, 35.6),
+        Gpu("GB200-186GB", r"GB200", 8000, 900, 400, 2500, 1250, 80),
+        Gpu("B200-180GB", r"B200", 8000, 900, 400, 2250, 1125, 75),
+        Gpu("H200-141GB", r"H200(?! NVL)", 4800, 450, 400, 989.4, 494.7, 66.9),
+        Gpu("H200NVL-141GB", r"H200 NVL", 4800, 450, 25, 835.5, 417.5, 60.0),
+        Gpu("H100NVL-94GB", r"H100 NVL", 3900, 300, 25, 835.5, 417.5, 60.0),
+        Gpu("H100PCIe-80GB", r"H100 PCIe", 2000, 64, 25, 756.5, 378.0, 51.2),
+        Gpu("H100-80GB", r"G?H100", 3350, 450, 400, 989.4, 494.7, 66.9),
+        Gpu("A100-80GB", r"A100.*80GB", 2039, 300, 200, 312.0, 156.0, 19.5),
+        Gpu("A100-40GB", r"A100", 1555, 300, 200, 312.0, 156.0, 19.5),
+        Gpu("V100S-32GB", r"V100S", 1134, 16, 25, 130.0, None, 16.4),
+        Gpu("V100-32GB", r"V100.*SXM\d?.*32", 900, 150, 25, 125.0, None, 15.7),
+        Gpu("V100-16GB", r"V100.*SXM", 900, 150, 25, 125.0, None, 15.7),
+        Gpu("V100PCIe-16GB", r"V100.*PCIE?", 900, 16, 25, 112.0, None, 14.0),
+        Gpu("A6000-48GB", r"RTX A6000", 768, 32, 25, 154.8, 77.4, 38.7),
+        Gpu("L40S-48GB", r"L40S", 864, 32, 25, 362.0, 183.0, 91.6),
+        Gpu("L4-24GB", r"\bL4\b", 300, 32, 25, 121.0, 60.0, 30.3),
+        Gpu("A10-24GB", r"\bA10\b", 600, 32, 25, 125.0, 62.5, 31.2),
+        Gpu("H20-96GB", r"\bH20\b", 4000, 450, 25, 148.0, 74.0, 44.0),
+        Gpu("T4-16GB", r"\bT4\b", 320, 16, 25, 65.0, None, 8.1),
+        Gpu("5090-32GB", r"RTX 5090(?! (D|Laptop))", 1792, 64, 25, 209.5, 104.8, 104.8),
+        Gpu("4090-24GB", r"RTX 4090(?! (D|Laptop))", 1008, 32, 25, 165.2, 82.6, 82.6),
+        Gpu("3090-24GB", r"RTX 3090(?! Ti)", 936, 32, 25, 71.0, 35.6, 35.6),
     )
 }
 
@@ -106,7 +97,7 @@ class Cluster:
 
     count: int
     gpu: Gpu
-    network: float  #: bytes a second into a machine of `per_node` GPUs, and as many out of it
+    network: float  #: GB/s into a machine of `per_node` GPUs, and as many out of it
     per_node: int = _PER_NODE
 
     def rate(self, ranks: int) -> float:
@@ -116,12 +107,7 @@ class Cluster:
         """
         link = LINK_SHARE * self.gpu.link
         inside = self.count <= self.per_node or not self.per_node % ranks
-        return link if inside else min(link, NETWORK_SHARE * self.network)
-
-
-#: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
-#: as published, see tests/planner/test_published.py.
-LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
+        return 1e9 * (link if inside else min(link, NETWORK_SHARE * self.network))
 
 
 def parse_cluster(text: str, network: float | None = None) -> Cluster:
@@ -137,20 +123,12 @@ def parse_cluster(text: str, network: float | None = None) -> Cluster:
         raise ValueError(f"--network {network}: give GB/s above 0, such as 25 (200 Gbit/s)")
     found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
     if found is None or not int(found[1] or 1) * int(found[2]):
-        raise ValueError(
-            f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or MACHINESxGPUSxNAME such as 8x8xH100"
-        )
-    gpu, per_node = _find(found[3], text), int(found[2]) if found[1] else _PER_NODE
-    return Cluster(int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else 1e9 * network, per_node)
-
-
-def _find(name: str, text: str) -> Gpu:
-    wanted = name.upper().replace("RTX", "").strip(" -_")
-    close = [gpu for key, gpu in GPUS.items() if wanted in (key.upper(), key.upper().rpartition("-")[0])]
-    if len(close) == 1:
-        return close[0]
-    if close:
-        raise ValueError(f"--cluster {text}: which one? There are {', '.join(gpu.name for gpu in close)}")
-    near = difflib.get_close_matches(wanted, [key.upper() for key in GPUS], n=1, cutoff=0.4)
-    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}" if near else ""
-    raise ValueError(f"--cluster {text}: {name} is not known{hint}. There are {', '.join(GPUS)}")
+        raise ValueError(f"--cluster {text}: write COUNTxNAME, such as 8xA100-80GB, or MACHINESxGPUSxNAME")
+    wanted = found[3].upper().replace("RTX", "").strip(" -_")
+    close = [name for name in GPUS if wanted in (name.upper(), name.upper().rpartition("-")[0])]
+    if len(close) != 1:
+        near = close or difflib.get_close_matches(found[3], GPUS, n=1, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}{hint} There are {', '.join(GPUS)}")
+    gpu, per_node = GPUS[close[0]], int(found[2]) if found[1] else _PER_NODE
+    return Cluster(int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else network, per_node)

@@ -67,21 +67,17 @@ class PlannedRun:
         visft, batches = self.config.visft, self.batches
         if batches.stages == 1:
             return None
-        streams = visft.streams()
-        parts = [(self.model_key(stream), stream.share, batches.micro[name]) for name, stream in streams.items()]
-        key = repr((batches.stages, parts))
-        if key not in _PARTITIONS:
-            module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
-            _PARTITIONS[key] = plan_partition(module, batches.stages, streams, batches.micro, name=visft.model.name)
-        return _PARTITIONS[key]
+        module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
+        return plan_partition(module, batches.stages, visft.streams(), batches.micro, name=visft.model.name)
 
 
 @dataclass(frozen=True)
 class TracedStep:
     """A micro-batch of a stream on the whole model."""
 
-    fullest: int  #: bytes at the fullest moment, beside parameters and the batch
-    activations: int  #: the same without gradients that have arrived at their parameters
+    forward: int  #: bytes at the fullest moment before a gradient arrives, beside parameters and the batch
+    backward: int  #: the same from there on
+    activations: int  #: the same at any time, without gradients that have arrived at their parameters
     batch: int  #: bytes
     work: Counter[Work]
     frozen: int  #: bytes of parameters that do not train
@@ -92,7 +88,6 @@ class TracedStep:
     tokens: int  #: values of the activations between two blocks
 
 
-_PARTITIONS: dict[str, Partition] = {}
 _TRACED: dict[tuple[Any, ...], TracedStep] = {}
 
 
@@ -100,24 +95,21 @@ def run_of(
     config: ResolvedConfig,
     world_size: int,
     precision: Precision,
-    vocabulary_size: int | None,
-    device: torch.device | None,
-    content: Content | None = None,
+    vocabulary_size: int | None = None,
+    device: torch.device | None = None,
 ) -> PlannedRun:
     """Run to be planned.
 
     Args:
-        world_size: number of processes.
         precision: what visft.model.precision means on the device; never "auto".
         vocabulary_size: of the captions; None: that of the published heads.
         device: where ranks compute, which need not exist here; None: this process's own.
-        content: of the micro-batches; None: more than most have.
 
     Raises:
         ValueError: batches that cannot be divided.
     """
-    batches, device = derive_batches(config, world_size), device or distributed.local_device()
-    return PlannedRun(config, batches, precision, vocabulary_size or PUBLISHED_VOCABULARY, device, content or Content())
+    words, device = vocabulary_size or PUBLISHED_VOCABULARY, device or distributed.local_device()
+    return PlannedRun(config, derive_batches(config, world_size), precision, words, device)
 
 
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
@@ -135,11 +127,11 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     images = run.batches.micro[stream.name]
     key = (run.model_key(stream), images, run.precision, run.device.type, run.content, run.keeping_linear)
     if key not in _TRACED:
-        _TRACED[key] = _trace_step(run, stream, images)
+        _TRACED[key] = _traced(run, stream, images)
     return _TRACED[key]
 
 
-def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
+def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
     visft, storage = run.config.visft, DTYPES[run.precision]
     module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
@@ -149,10 +141,14 @@ def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
         task, _, count = name.partition("/")
         denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
+    peaks = list[int]()
     tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
 
     def arrived(parameter: Tensor) -> None:
         assert parameter.grad is not None
+        if not tracer.apart:
+            peaks.append(tracer.peak)
+            tracer.peak = tracer.now
         tracer.set_apart(parameter.grad)
 
     for parameter in trained:
@@ -164,7 +160,8 @@ def _trace_step(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     patch, (height, width) = getattr(backbone, "patch_size", 1), batch.images.shape[-2:]
     return TracedStep(
-        fullest=tracer.peak,
+        forward=peaks[0],
+        backward=tracer.peak,
         activations=tracer.peak_apart,
         batch=sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.is_meta),
         work=tracer.work,
@@ -212,31 +209,38 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     found, batches = trace_step(run, stream), run.batches
     zero = run.config.deepspeed["zero_optimization"]
     stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
+    divided, several = batches.dp if stage else 1, batches.accumulation > 1
+
+    def elsewhere(part: str) -> bool:
+        return not cpu and (zero.get(part) or {}).get("device", "none") != "none"
+
     whole = found.frozen + FP32 * found.trained
-    weights = whole // (batches.dp if stage == 3 else 1)
-    gradients = FP32 * (found.trained // batches.dp if stage >= 2 else found.taught)
-    optimizer = FP32 * found.trained * (2 + (stage > 0)) // (batches.dp if stage else 1)
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none" and not cpu:
-        optimizer = 0
-    if (zero.get("offload_param") or {}).get("device", "none") != "none" and not cpu:
-        weights = 0
+    weights = 0 if elsewhere("offload_param") else whole // (batches.dp if stage == 3 else 1)
+    optimizer = 0 if elsewhere("offload_optimizer") else FP32 * found.trained * (2 + (stage > 0)) // divided
+    gradients = FP32 * (found.trained // divided if stage >= 2 else found.taught)
+    buckets = (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
     live = int(zero.get("stage3_max_live_parameters", 1e9)) * DTYPES[run.precision].itemsize
     # Batches on the device; on a CPU that is where the loader puts them, so the prefetched ones count too.
     held = found.batch * ((1 + run.config.visft.data.prefetch_steps) * batches.accumulation if cpu else 1)
-    activations = found.activations
-    if stage < 2 and batches.accumulation == 1:  # else gradients are there from earlier micro-batches, or go at once
-        activations = max(0, found.fullest - gradients)
-    activations = activations * min(stages, batches.accumulation) // stages + held
-    buckets = (1 + bool(zero.get("overlap_comm") and stage < 3)) * FP32 * int(zero.get("reduce_bucket_size", 5e8))
-    return MemoryPlan(
-        weights=weights // stages,
-        gradients=gradients // stages,
-        optimizer=optimizer // stages,
-        buckets=buckets if stage else 0,
-        gathered=min(live, whole) if stage == 3 else 0,
-        # On a GPU the update makes a temporary tensor of all that a rank steps.
-        activations=max(activations, 0 if cpu else FP32 * found.trained // (batches.dp if stage else 1) // stages),
-    )
+    # On a GPU the update makes a temporary tensor of all that a rank steps.
+    update = 0 if cpu else FP32 * found.trained // divided // stages
+
+    def plan(activations: int, *, arrived: bool) -> MemoryPlan:
+        """Of a moment; `arrived`: gradients are there, and the buckets that the first one has allocated."""
+        return MemoryPlan(
+            weights=weights // stages,
+            gradients=gradients // stages * arrived,
+            optimizer=optimizer // stages,
+            buckets=buckets * (stage == 3 or (stage > 0 and arrived)),
+            gathered=min(live, whole) if stage == 3 else 0,
+            activations=max(activations * min(stages, batches.accumulation) // stages + held, update * arrived),
+        )
+
+    if several or stage == 3:  # gradients and buckets are there from the beginning
+        return plan(found.activations, arrived=True)
+    later = found.activations if stage == 2 else max(0, found.backward - gradients)
+    moments = plan(found.forward, arrived=False), plan(later, arrived=True)
+    return max(moments, key=lambda moment: moment.total)
 
 
 def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:

@@ -56,7 +56,7 @@ def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0) -> flo
 
     def seconds(what: Work) -> float:
         share = SAMPLING_SHARE if what.kind == "sampling" else BANDWIDTH_SHARE
-        moved = what.bytes / (share * gpu.bandwidth)
+        moved = what.bytes / (share * 1e9 * gpu.bandwidth)
         reached = ATTENTION_SHARE if what.kind == "attention" else PRODUCT_SHARE
         return max(what.operations / (reached * _rate(gpu, what.dtype)), moved, CALL_SECONDS)
 
@@ -79,7 +79,7 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
         costs = run.partition.stage_costs()
         waiting = ((batches.accumulation - 1) * max(costs) / sum(costs) + 1) * micro - compute
     divided = batches.dp if stage else 1
-    update = UPDATE_BYTES * found.taught / divided / stages / (BANDWIDTH_SHARE * gpu.bandwidth)
+    update = UPDATE_BYTES * found.taught / divided / stages / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
     seen, hidden = _messages(run, stream, stage)
     rate, ring = cluster.rate(batches.dp), (batches.dp - 1) / batches.dp
     communication = ring * seen / rate + max(0.0, ring * hidden / rate - compute)

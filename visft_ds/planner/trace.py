@@ -91,17 +91,15 @@ class Tracer(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _attention_backward(
-    grad: Any, query: Any, key: Any, value: Any, *rest: Any, out_val: Any = None, **named: Any
-) -> int:
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
-def _product_added(added: Any, left: Any, right: Any, *, out_val: Any = None, **named: Any) -> int:
+def _product_added(added: Any, left: Any, right: Any, **named: Any) -> int:
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
@@ -143,7 +141,8 @@ def fused_attention(device: torch.device, *, keeping_linear: bool = False) -> It
     Functions are replaced, since torch's function modes are off while a backward pass computes a forward again.
 
     Args:
-        keeping_linear: take DeepSpeed's linear layer of ZeRO-3, too.
+        keeping_linear: linear layers keep their input whether or not their weight trains, as DeepSpeed's do under
+            ZeRO-3 (deepspeed/runtime/zero/linear.py).
     """
     attend, multiply = F.scaled_dot_product_attention, F.linear
 
@@ -163,7 +162,7 @@ def fused_attention(device: torch.device, *, keeping_linear: bool = False) -> It
 
 
 class _KeepingLinear(torch.autograd.Function):
-    """A linear layer that keeps its input whether or not its weight trains (deepspeed/runtime/zero/linear.py)."""
+    """A linear layer that keeps its input whatever of it trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -191,25 +190,19 @@ def _attend(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    aten, out = torch.ops.aten, tuple[Tensor, ...]()
+    aten = torch.ops.aten
+    if attn_mask is not None:  # torch makes a bias of it
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
     if device.type == "cuda" and attn_mask is None and query.dtype != torch.float32:
         flash = aten._scaled_dot_product_flash_attention
         out = flash(query, key, value, dropout_p, is_causal, scale=scale)
     elif device.type == "cuda":
-        if attn_mask is not None:  # a bias, whose rows are aligned before it is expanded (preprocess_mask of torch)
-            length = attn_mask.shape[-1]
-            bias = query.new_zeros(*attn_mask.shape[:-1], -(-length // 8) * 8)
-            attn_mask = bias[..., :length].expand(*query.shape[:3], key.shape[2])
-        keeps = torch.is_grad_enabled() and query.requires_grad
         efficient = aten._scaled_dot_product_efficient_attention
-        out = efficient(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)
+        out = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)
+    elif dropout_p:  # which the fused kernel of CPUs does not know
+        plain = aten._scaled_dot_product_attention_math
+        out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     else:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch makes a bias of it
-        if dropout_p:  # which the fused kernel of CPUs does not know
-            plain = aten._scaled_dot_product_attention_math
-            out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-        else:
-            fused = aten._scaled_dot_product_flash_attention_for_cpu
-            out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+        fused = aten._scaled_dot_product_flash_attention_for_cpu
+        out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
     return out[0]

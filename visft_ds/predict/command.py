@@ -22,6 +22,7 @@ from visft_ds.predict.images import Found, OpenedImage, find_images, open_file, 
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import category_name
 from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 from visft_ds.run.folder import refuse_filled
 from visft_ds.tasks.pictures import save_png
 
@@ -50,7 +51,7 @@ def predict(given: argparse.Namespace) -> int:
         )
         return _predict(given, found, model)
     except (ValueError, OSError) as error:
-        return _complain(str(error))
+        return tell(error, "predict")
     except torch.OutOfMemoryError as error:
         return _complain(f"{str(error).splitlines()[0]} Give a smaller --batch-size than {given.batch_size or 'now'}")
 

@@ -108,16 +108,17 @@ def choose_recompute(
             return recorded_config(out).visft.model.recompute, "as the run began"
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps nothing"
-        choice = choose_policy(run, min(rooms or ()))
-        if must_fit and not choice.fits:
-            least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
-            helps = "; ".join(" ".join(other.settings) for other in fitting_settings(least, choice.capacity))
+        room = min(rooms or ())
+        chosen, needed = choose_policy(run, room)
+        policy = chosen.config.visft.model.recompute
+        if must_fit and needed > room:
             raise ValueError(
-                f"visft.model.recompute = auto: even with {choice.policy} a step needs {choice.needed / 2**30:.2f} "
-                f"of {choice.capacity / 2**30:.2f} GiB, as predicted. What helps: "
-                f"{helps or 'a smaller --model, or more memory'}. A stated policy is tried whatever is predicted"
+                f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
+                f"{room / 2**30:.2f} GiB, as predicted. What helps: "
+                f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
+                "is tried whatever is predicted"
             )
-        return choice.policy, choice.why
+        return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 
     policy, why = by_main_process(choose)
     return replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft), why

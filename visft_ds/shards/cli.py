@@ -16,9 +16,10 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.data.shards import Manifest, splits_in, verify
 from visft_ds.flags import Parser, check_least, parse_size
+from visft_ds.resilience.errors import tell
 from visft_ds.shards.build import Options, build, reasons
-from visft_ds.shards.coco import lines_of
-from visft_ds.shards.layouts import FolderSplit, recognise
+from visft_ds.shards.coco import FolderSplit, lines_of
+from visft_ds.shards.layouts import recognise
 
 _INPUTS = ("images", "instances", "captions")
 
@@ -53,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words = ["build", *words]
         options = parser.parse_args(words)
         return int(options.run(options) or 0)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"shards: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return tell(error, "shards")
     except KeyboardInterrupt:
         print("\nshards: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from PIL import Image
 
 from visft_ds import program
 from visft_ds.flags import Parser
-from visft_ds.redaction import redacted
+from visft_ds.resilience.errors import tell
 from visft_ds.toy.scenes import (
     CATEGORIES,
     COLOURS,
@@ -280,8 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         counts = write_toy_coco(**given, width=width, height=height)
     except (ValueError, OSError) as error:
-        print(f"toy: {redacted(error)}", file=sys.stderr)
-        return 2
+        return tell(error, "toy")
     print(
         f"{given['out']}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
         f"({counts['crowds']} crowds), style {given['style']}, {width}x{height}"
