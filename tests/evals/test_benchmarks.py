@@ -19,7 +19,6 @@ from PIL import Image
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
-from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
@@ -244,10 +243,3 @@ for words in ("evaluate benchmarks", "evaluate layers", "evaluate dose", "evalua
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stderr.count("set()") == 7, done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_table(world: Path, finished: Path, tmp_path: Path) -> None:
-    run_ranks(["tools/evaluate.py", "benchmarks", *_all(world), "--out", str(tmp_path / "two")])
-    assert _record(tmp_path / "two")["rows"] == _record(finished)["rows"]
-    assert _record(tmp_path / "two")["processes"] == 2
