@@ -17,8 +17,7 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
-from visft_ds.prepare.materialize import BaseWeights
-from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
@@ -27,7 +26,7 @@ from visft_ds.run.evaluation import Validation, compare_with_training
 from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
-from visft_ds.run.record import keep_random_base, write_record
+from visft_ds.run.record import write_record
 from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
@@ -85,7 +84,7 @@ def train(
         LostRank: another rank ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
-    config, data = open_data(config)
+    config, data = open_data(config, distributed.world_size())
     machine = check_machine(config, data.vocabulary_size)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
@@ -115,9 +114,8 @@ def train(
         )
         features = keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
-        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
+        identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
-        keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
         engine = build_engine(
@@ -134,7 +132,8 @@ def train(
             state = RunState(config, engine, identity, data)
             start = state.resume(resume)
             if distributed.is_main():
-                write_record(config, data, command, start_from)
+                state.begin_export(prepared)
+                write_record(config, identity, command, start_from)
                 print_start(config, data, machine, prepared, features, start=start)
 
             # 9: what will not fit into memory fails now, not after hours.
@@ -151,10 +150,10 @@ def train(
                 open_log(config, start, machine.planned, callbacks, stop) as log,
                 state,
             ):
-                return _train_and_export(run, prepared.base, start, log)
+                return _train_and_export(run, prepared, start, log)
 
 
-def _train_and_export(run: Run, base: BaseWeights, start: int, log: RunLog) -> FitResult:
+def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
     """Run the loop; write the last checkpoint, the export and the last numbers."""
     state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
     try:
@@ -168,7 +167,7 @@ def _train_and_export(run: Run, base: BaseWeights, start: int, log: RunLog) -> F
         watchdog.begin("exporting", timed=False)
         if validation and settings.keep_best:
             validation.poll(log, seconds=None)
-        state.export(state.take_best(step, log), base)
+        state.export(state.take_best(step, log), prepared)
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
     stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))

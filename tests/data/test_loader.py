@@ -19,7 +19,7 @@ import torch
 
 from tests.coco_tree import make_split
 from tests.options import alone
-from visft_ds.data.dataset import DataSet, SamplePipeline, caption_dataset, coco_dataset, read_raw
+from visft_ds.data.dataset import SamplePipeline, caption_dataset, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
@@ -39,7 +39,7 @@ def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:
 
 
 def loader_of(reader: ShardReader, plan: Plan, **options: Any) -> StepLoader:
-    return StepLoader({"toy": DataSet(reader)}, plan, PIPELINES, **options)
+    return StepLoader({"toy": reader}, plan, PIPELINES, **options)
 
 
 @pytest.fixture(scope="module")

@@ -203,9 +203,10 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"--data": ("visft.data.root", "shards")})
     run = tmp_path / "stage1"
     RunRecord(config.to_dict(), 1, ["train.py"]).write(run)
-    with pytest.raises(ValueError, match=r"not found: .*backbone.safetensors. If the run in .* was interrupted"):
+    with pytest.raises(ValueError, match="has not exported"):
         parse_model(str(run))
     save_backbone(build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE)
+    (run / "export/export.json").write_text((run / "run.json").read_text())
     spec = parse_model(f"before={run}")
     assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")

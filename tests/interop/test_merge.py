@@ -225,7 +225,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     )
     config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"schema": 3, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(2) for name in more}
     moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}
@@ -252,6 +252,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     assert "datasets" not in front and front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
     other = adapter.scaled(3.0)
     save_adapter(other, run / "export" / "adapter")
+    (run / "export/export.json").write_text((run / "run.json").read_text())
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()

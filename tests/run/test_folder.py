@@ -78,8 +78,8 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
     out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
     state = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
     if how == "auto":
-        assert state.resume(how) == 0  # the random base alone is nothing that was trained
-    (out / "export/detection.safetensors").write_text("")
+        assert state.resume(how) == 0  # what was written at the start is nothing that was trained
+    (out / "export/export.json").write_text("")
     with pytest.raises(ValueError, match=r"has an export and no checkpoint to go on from: choose another --out, or"):
         state.resume(how)
 
@@ -89,8 +89,7 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
     [
         "checkpoints/step_00000004/state.json",
         "checkpoints/step_00000004.old/state.json",
-        "export/detection.safetensors",
-        "export/adapter/adapter_model.safetensors",
+        "export/export.json",
     ],
 )
 def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
 
 def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
     """An earlier start that saved nothing may have had another, or this one none."""
-    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
+    parent = {"path": "/there", "step": 2, "sha256": "0" * 64}
     RunRecord({}, 1, [], parent=parent).write(tmp_path)
     record = json.loads(RunRecord({}, 1, []).write(tmp_path).read_text())
     assert "parent" not in record and record["earlier"][0]["parent"] == parent

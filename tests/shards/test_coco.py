@@ -78,7 +78,6 @@ def _normalised(entry: Content) -> None:
 
 SPOILED: dict[str, tuple[Callable[[Content], Any], str]] = {
     "text for image_id": (_text("image_id"), "without image"),
-    "a list for image_id": (lambda entry: entry.update(image_id=[entry["image_id"]]), "without image"),
     "text for category_id": (_text("category_id"), "unknown category"),
     "ids from 1000 on": (lambda entry: entry.update(category_id=1000 + entry["category_id"]), "unknown category"),
     "a flag for category_id": (lambda entry: entry.update(category_id=True), "unknown category"),

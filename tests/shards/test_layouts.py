@@ -169,11 +169,10 @@ def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any) -> None:
 
 def test_a_folder_that_is_two_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _roboflow(tmp_path / "both")
-    (tmp_path / "both/x.yaml").write_text("train: train\nnames: [a]\n")
-    (tmp_path / "both/other.yaml").write_text("{")
+    (tmp_path / "both/data.yaml").write_text("train: train\nnames: [a]\n")
     assert main([str(tmp_path / "both")]) == 2
     error = capsys.readouterr().err
-    assert "is 2 things" in error and "Roboflow: train/_annotations.coco.json" in error and "YOLO: x.yaml" in error
+    assert "is 2 things" in error and "Roboflow: train/_annotations.coco.json" in error and "YOLO: data.yaml" in error
 
 
 def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,14 @@ from visft_ds.shards.yolo import read_yolo
 from visft_ds.tasks.classes import COCO_NAMES
 
 
-def read(path: Path, split: str = "train") -> dict[str, Any]:
-    return read_yolo(path, split)[0][2]
+def read(path: Path, split: str = "train") -> Any:
+    return read_yolo(path, split)[0].instances
 
 
 def test_boxes_polygons_and_pictures_without_a_label(tmp_path: Path) -> None:
-    ((_, folder, content, odd),) = read_yolo(write_yolo(tmp_path), "val")
-    assert folder == tmp_path / "valid/images" and not odd
+    (split,) = read_yolo(write_yolo(tmp_path), "val")
+    content: Any = split.instances
+    assert split.images == tmp_path / "valid/images" and not split.odd
     assert [image["file_name"] for image in content["images"]] == [f"{n}.jpg" for n in range(5)]
     assert {(image["height"], image["width"]) for image in content["images"]} == {(32, 64)}
     assert content["categories"] == [{"id": n, "name": name} for n, name in enumerate(("cat", "yes", "dog"))]
@@ -150,7 +151,7 @@ def test_labels_without_a_picture_are_counted_and_above_a_tenth_an_error(tmp_pat
     path = write_yolo(tmp_path, (BOX,) * 20)
     (tmp_path / "train/images/2.jpg").unlink()
     (tmp_path / "train/labels/classes.txt").write_text("cat\n")
-    odd = read_yolo(path, "train")[0][3]
+    odd = read_yolo(path, "train")[0].odd
     assert odd == {"label without image": (1, [str(tmp_path / "train/labels/2.txt")])}
     for place in range(3, 6):
         (tmp_path / f"train/images/{place}.jpg").unlink()

@@ -160,7 +160,7 @@ class StartConfig(StrictModel):
     """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
 
     path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
-    heads: Literal["keep", "remap", "reset"] = "keep"  #: of a run; remap: classes by the names of categories
+    heads: Literal["keep", "reset"] = "keep"  #: of a run; reset: drawn anew
 
 
 class DataSetConfig(StrictModel):
@@ -171,7 +171,6 @@ class DataSetConfig(StrictModel):
     split: Text = "train"
     weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
-    categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
 
 class DataConfig(Section):

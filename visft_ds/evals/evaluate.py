@@ -36,7 +36,6 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
-from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.tasks import TASKS, Results
@@ -121,7 +120,7 @@ def evaluate(
             batch_size=batch_size,
         )
         split, cache = split or visft.data.val, cache_of(visft.data)
-        data = data or data_of_run(place, visft, split)
+        data = data or visft.data.root
         if command and out is None:
             out = place / "-".join(["evaluation", split, *([Path(run).name] if Path(run) != place else [])])
     else:

@@ -15,7 +15,7 @@ import torch
 
 from visft_ds.config.backbones import Named
 from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, export_of, folder_of_run, head_files
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -45,14 +45,14 @@ from visft_ds.interop.layouts import (
     other_base,
 )
 from visft_ds.interop.published import read_adapter
+from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
 from visft_ds.ops import DTYPES
 from visft_ds.ops.numerics import use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
-from visft_ds.prepare.model import trains_backbone
-from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
+from visft_ds.pretrained import local
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -160,14 +160,14 @@ def source_of_run(
     """Source of a finished run's model; what is given replaces what the run says.
 
     Raises:
-        ValueError: as `chosen_streams` (with `where`), `files_of_run` and `recorded_words`.
+        ValueError: as `chosen_streams` (with `where`) and `files_of_run`.
     """
     streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
     streams = chosen_streams(streams, tasks, heads, heads or where)
     return ModelSource(
         files_of_run(run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter),
         streams,
-        vocabulary or recorded_words(folder_of_run(run), config),
+        vocabulary,
         decoding_of(config, beam_size),
         precision or config.model.precision,
         config.model.packed,
@@ -175,7 +175,7 @@ def source_of_run(
 
 
 def files_of_run(
-    run: Path,
+    place: Path,
     config: VisftConfig,
     tasks: Sequence[str],
     *,
@@ -183,44 +183,43 @@ def files_of_run(
     heads: Path | None = None,
     adapter: AnyPath | None = None,
 ) -> ModelFiles:
-    """The files a run wrote or was given, wherever it lies now: what it trained comes from its own export folder, or
-    from one of its checkpoints, heads that it was given from its copies of them, base weights from where
-    `prepare.places` finds them.
+    """The files of a run's model: all of its export, or of its checkpoint, but for base weights that have a name.
 
     Args:
-        run: its folder, or RUN/checkpoints/step_N.
+        place: a run, its export, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an adapter merged
             in takes none from the run.
 
     Raises:
-        ValueError: the run has not written what it trains yet, or a file is missing.
+        ValueError: the run has not exported anything yet, or a file is missing.
     """
-    place, run = run, folder_of_run(run)
-    export, own_adapter, of_checkpoint = run / "export", _adapter_folder(adapter), place != run
-    if adapter is None and (config.lora is not None or (of_checkpoint and trains_backbone(config))):
-        merged = backbone is not None and is_merged(open_model(backbone))
-        own_adapter = None if merged else place if of_checkpoint else export / ADAPTER_FOLDER
-    if trains_backbone(config) and not of_checkpoint:
-        own_backbone = export / TRAINED_BACKBONE_FILE
-    elif config.model.weights is None:
-        own_backbone = export / BACKBONE_FILE
-    else:  # one that is replaced need not be there any more
-        own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
-    own = place if of_checkpoint else export
-    complete = all(head_files(own, task) for task in tasks)
-    backbone = backbone or own_backbone
-    heads = heads or (own if complete or config.heads.path is None else find(run, config, HEADS))
-    own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
-    wanted = [backbone, *own_heads, *([own_adapter] if own_adapter else [])]
-    missing = [str(path) for path in wanted if not path.exists()]
-    if missing:
+    run = folder_of_run(place)
+    export, own_adapter, own_heads = export_of(run), None, None
+    own_backbone = export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights)
+    if place != run:
+        trained = open_weights(place / "parameters.safetensors")
+        own_adapter = place if any(name.startswith("backbone.") for name in trained) else None
+        own_heads = place if all(head_files(place, task) for task in tasks) else None
+    elif not (export / EXPORT_RECORD_FILE).is_file():
         raise ValueError(
-            f"not found: {', '.join(missing)}. If the run in {run} was interrupted, continue it by the same training "
-            f"command; name files that were moved by --backbone FILE, --heads FOLDER and --adapter FOLDER"
+            f"the run in {run} has not exported what it trains: the same training command goes on with it, and its "
+            "checkpoints, RUN/checkpoints/step_N, are models, too"
         )
-    model = {"preset": config.model.preset, **config.model.backbone_options()}
-    return ModelFiles(backbone, heads, own_adapter, model)
+    else:
+        own_adapter = export / ADAPTER_FOLDER if (export / ADAPTER_FOLDER).is_dir() else None
+        own_backbone = next((path for path in [export / TRAINED_BACKBONE_FILE] if path.is_file()), own_backbone)
+    if adapter is not None or (backbone is not None and is_merged(open_model(backbone))):
+        own_adapter = _adapter_folder(adapter)
+    backbone, heads = backbone or own_backbone, heads or own_heads or export
+    absent = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
+    wanted = [backbone, *absent, *([own_adapter] if own_adapter else [])]
+    if missing := [str(path) for path in wanted if not path.exists()]:
+        raise ValueError(
+            f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
+            "--adapter FOLDER"
+        )
+    return ModelFiles(backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()})
 
 
 def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
@@ -243,9 +242,8 @@ def heads_in(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{folder} is a file: give the folder that holds the heads")
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
-        inside = [inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)]
-        where = f"they are in {inside[0]}" if inside else "give RUN/export of stage 1, or the published files"
-        raise ValueError(f"{folder} holds no heads: {where}")
+        where = f"they are in {folder}/export" if (folder / "export").is_dir() else "give RUN/export"
+        raise ValueError(f"{folder} holds no heads: {where}, or the published files")
     return found
 
 
@@ -340,12 +338,6 @@ def chosen_streams(
         raise ValueError(f"{where} has no head for {lacking}; --tasks may name {allowed}")
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
-
-
-def recorded_words(run: Path, config: VisftConfig) -> Path | None:
-    """The word map that a run was given, where captioning is on. Raises ValueError as `find`."""
-    key = next((key for key in paths_of(config) if key.endswith(WORDS)), None)
-    return None if key is None else find(run, config, key)
 
 
 def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dict[str, dict[str, Any]]:

@@ -173,15 +173,24 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
     return {task: classes for task, classes in found.items() if classes is not None}
 
 
-def check_classes(
-    heads: Mapping[str, HeadInfo], classes: Mapping[str, tuple[int, ...]], categories: Sequence[Category], where: str
+def check_heads(
+    heads: Mapping[str, HeadInfo],
+    classes: Mapping[str, tuple[int, ...]],
+    categories: Sequence[Category],
+    vocabulary: Vocabulary | None,
 ) -> None:
-    """Refuse heads whose classes stand for other categories than those of a run, as `classes_of_heads` gives them.
+    """Refuse heads that know other categories or words than the training data, or have other classes for them.
 
-    Raises ValueError naming the categories that the data set (called `where`) lacks.
+    Args:
+        classes: of the run, as `classes_of_heads` gives them.
+
+    Raises:
+        ValueError: naming what differs.
     """
+    where = "the training data"
+    check_categories(heads, categories, where, "Start new heads with stage 1 on this data")
     ids = {category.coco_id for category in categories}
-    for task, theirs in classes_of_heads(heads).items():
+    for task, theirs in classes_of_heads(heads).items() if categories else ():
         if theirs != classes.get(task):
             lacking = [f"{id_} {name!r}" for id_, name in heads[task].names().items() if id_ not in ids]
             number = heads[task].options["num_classes"]
@@ -189,6 +198,7 @@ def check_classes(
             if lacking:
                 remedy = f"{where} lacks {examples(lacking)}: list them in its instances file, with or without objects"
             raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
+    check_vocabulary(heads, vocabulary, where)
 
 
 def vocabulary_in(infos: Mapping[str, HeadInfo]) -> Vocabulary | None:

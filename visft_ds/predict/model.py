@@ -34,8 +34,6 @@ from visft_ds.evals.model import (
     source_of_run,
     streams_without_run,
 )
-from visft_ds.interop.layouts import is_merged
-from visft_ds.interop.weights import PICKLE_SUFFIXES, open_weights
 from visft_ds.model import normalise_pixels, pixel_scale
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -43,11 +41,10 @@ from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import pipeline_of
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.pretrained import weights_among
+from visft_ds.run.folder import recorded_config
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.matching import at_least_float32
-
-_EXPORT = "export"
 
 
 def load(
@@ -66,8 +63,8 @@ def load(
     """Load a trained model for predictions.
 
     Args:
-        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, also without the run; or merged
-            weights (a file, or the folder that merging wrote) together with `heads`.
+        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, wherever that lies now; or
+            merged weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -84,12 +81,12 @@ def load(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
     source, heads = Path(source), None if heads is None else Path(heads)
-    run, words = _run_at(source), None if vocabulary is None else Path(vocabulary)
+    run, words = run_of(source), None if vocabulary is None else Path(vocabulary)
     chosen = None if backbone is None else named(os.fspath(backbone), download=download)
     weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         parts = source_of_run(
-            _place_in(run, source),
+            source,
             recorded_config(run).visft,
             where=source,
             tasks=tasks,
@@ -129,12 +126,12 @@ def load_backbone(
         ValueError: as `load`.
     """
     source = Path(source)
-    run = _run_at(source)
+    run = run_of(source)
     chosen = None if backbone is None else named(os.fspath(backbone), download=download)
     weights = None if chosen is None else chosen.file(download=download)
     if run is not None:
         config = recorded_config(run).visft
-        files = files_of_run(_place_in(run, source), config, [], backbone=weights, adapter=adapter)
+        files = files_of_run(source, config, [], backbone=weights, adapter=adapter)
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
         if not source.exists():
@@ -335,37 +332,13 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     return device
 
 
-def _run_at(source: Path) -> Path | None:
-    """The run that a folder is, or is a checkpoint or the export of."""
-    if (run := run_of(source)) is not None:
-        return run
-    places = (source.absolute(), source.resolve())  # "." has no name, a link another one
-    return next((p.parent for p in places if p.name == _EXPORT and (p.parent / RECORD_FILE).is_file()), None)
-
-
-def _place_in(run: Path, source: Path) -> Path:
-    """The run itself, or its checkpoint where that was given."""
-    return source if source.parent.name == "checkpoints" else run
-
-
 def _files_at(
     source: Path, chosen: Named | None, backbone: Path | None, heads: Path, adapter: str | Path | None
 ) -> ModelFiles:
-    """Files of an export without its run, or of merged weights."""
-    exported = source / ADAPTER_FOLDER
-    if adapter is None and exported.is_dir() and not (backbone is not None and is_merged(open_weights(backbone))):
-        adapter = exported
-    return files_without_run(chosen, backbone or _weights_at(source), heads, adapter)
-
-
-def _weights_at(source: Path) -> Path:
-    """The one weight file of an export folder, or of a folder that merging wrote."""
-    if source.is_file():
-        return source
-    heads = {path for task in TASKS for path in head_files(source, task)}
-    exported = [source / name for name in (TRAINED_BACKBONE_FILE, BACKBONE_FILE) if (source / name).is_file()]
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    found = exported[:1] or sorted(path for path in source.glob("*") if path.suffix in suffixes and path not in heads)
-    if len(found) != 1:
-        raise ValueError(f"{source} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
-    return found[0]
+    """Files without a run: weights, perhaps in a folder that merging wrote, and heads."""
+    if backbone is None and source.is_dir():
+        name = weights_among(path.name for path in source.glob("*"))
+        if name is None:
+            raise ValueError(f"{source} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
+        source = source / name
+    return files_without_run(chosen, backbone or source, heads, adapter)

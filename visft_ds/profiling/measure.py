@@ -106,7 +106,7 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
         if synthetic:
             config = with_random_weights(config, drawn_shards(config, Path(folder)))
-        yield open_data(config)
+        yield open_data(config, distributed.world_size())
 
 
 @contextmanager

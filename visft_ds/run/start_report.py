@@ -13,23 +13,23 @@ from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.interop.heads import find_head, open_head
+from visft_ds.interop.layouts import open_backbone
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
-from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
-from visft_ds.prepare.materialize import check_base_file
+from visft_ds.prepare.data import RunData, is_here, open_data
+from visft_ds.prepare.datasets import classes_of_run, workers_of
 from visft_ds.prepare.model import (
     PUBLISHED_VOCABULARY,
     PreparedModel,
     TrainedGroup,
     choose_precision,
     plan_model,
-    stage_of,
+    stage_name,
 )
-from visft_ds.prepare.streams import known_vocabulary, plan_of, settle_batches, shards_are_here
+from visft_ds.pretrained import local
 from visft_ds.run.machine import Machine, choose_recompute, memory_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -77,9 +77,8 @@ def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | N
     for name, one in sets.items():
         manifest = one.manifest
         shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if len(sets) > 1 else ""
-        mapped = "" if one.categories is None else ", categories mapped"
         where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
-        rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
+        rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}"))
     for task, classes in classes_of_run(config, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in plan.tasks.items():
@@ -108,13 +107,12 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
             captions give no vocabulary.
     """
     check_zero(config.deepspeed["zero_optimization"])
-    config = known_classes(config)
-    vocabulary = known_vocabulary(config.visft)
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
-    if shards_are_here(config.visft.data):
-        sets = open_training_data(config.visft)
-        config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
+    vocabulary = None
+    if is_here(config.visft):
+        config, data = open_data(config, processes)
+        vocabulary = data.vocabulary
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
     why = "as configured"
@@ -144,9 +142,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
-    checks: list[Callable[[], object]] = [lambda: check_base_file(config.model, module.backbone)]
-    if shards_are_here(config.data):
-        checks.insert(0, lambda: plan_of(config, open_training_data(config)))
+    checks: list[Callable[[], object]] = []
+    if config.model.weights is not None and (base := local(config.model.weights)).is_file():
+        checks.append(partial(open_backbone, module.backbone, base))
     for task, head in module.heads.items():
         known = vocabulary is not None or not TASKS[task].uses_vocabulary  # else nobody knows its number of words
         if known and config.heads.path is not None and head_files(Path(config.heads.path), task):
@@ -163,7 +161,7 @@ def _open_head(place: str, head: nn.Module, task: str) -> None:
 
 
 def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
+    return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
 
 
 def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:

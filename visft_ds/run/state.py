@@ -9,19 +9,20 @@ from pathlib import Path
 from types import TracebackType
 
 from visft_ds.checkpoint.disk import explained
-from visft_ds.checkpoint.export import describe_heads, export_weights
+from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.interop.card import repository_of
 from visft_ds.interop.heads import HeadInfo, described
-from visft_ds.interop.weights import remove_unfinished
+from visft_ds.interop.weights import remove_unfinished, write_text
 from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
-from visft_ds.prepare.materialize import BaseWeights
+from visft_ds.prepare.model import PreparedModel
 from visft_ds.run.evaluation import Validation, evaluation_is_due
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
@@ -167,11 +168,17 @@ class RunState:
         tasks, data = {name: task for name, task in visft.tasks.enabled().items() if name in heads}, self._data
         return describe_heads(self._engine.module.backbone, tasks, facts, data.categories, data.vocabulary)
 
-    def export(self, step: int, base: BaseWeights) -> None:
-        """Export what has trained. Collective.
+    def begin_export(self, prepared: PreparedModel) -> None:
+        """Write what of the export is known before training. Main process only. Raises OSError: a full disk."""
+        folder = self._out / "export"
+        with explained("what the run does not train", folder, "The same command goes on"):
+            begin_export(folder, prepared, self._data.vocabulary)
+
+    def export(self, step: int, prepared: PreparedModel) -> None:
+        """Export what has trained, and then the record of the run. Collective.
 
         Args:
-            base: weights that the run started from.
+            prepared: what the run started from.
 
         Raises:
             OSError: a full disk.
@@ -183,11 +190,13 @@ class RunState:
             paths = export_weights(
                 self._engine,
                 folder,
+                prepared,
                 lora=lora,
                 infos=self._heads(step),
-                base=base,
                 repository=repository_of(self._config.visft.model.weights),
             )
+            if distributed.is_main():
+                write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             for path in paths:
                 print(f"wrote {path}", flush=True)
 
