@@ -151,6 +151,8 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(judging, "load_encoder", refuse)
+        for name in ("layouts.fingerprint", "weights.sha256_file"):  # a base of 10 GB is known without being read
+            patched.setattr(f"visft_ds.interop.{name}", refuse)
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
     next((finished / "cache").iterdir()).unlink()  # that score alone is computed again
