@@ -23,7 +23,6 @@ from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.evaluation import Validation, compare_with_training
-from visft_ds.run.folder import ENDED_FILE
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
@@ -92,7 +91,7 @@ def train(
 
     # 4: from here on all ranks act together.
     start_process_group()
-    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
+    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
     with folder_of_run(out, config, resume), watchdog.watching():
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         distributed.assert_same_on_all_ranks(
@@ -172,7 +171,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
     stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))
     distributed.close()
-    watchdog.leave("done" if finished else f"stopped: {stopped.name}")
+    watchdog.leave()
     # After closing: the other ranks need not wait for the last numbers.
     if validation and finished:
         validation.poll(log, seconds=None)

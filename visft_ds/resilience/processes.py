@@ -56,8 +56,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         for process in ranks:
             process.send_signal(number)
 
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     for rank in range(count):
         environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "visft_ds", *words]
@@ -70,6 +69,8 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             for process in ranks:
                 process.kill()
         time.sleep(0.1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return _status_of([process.returncode for process in ranks])
 
 

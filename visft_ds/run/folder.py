@@ -22,11 +22,9 @@ from visft_ds.monitor.metrics import METRICS_FILE
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
 LOCK_FILE = "run.lock"
-#: Says why a run ended in good order; there is none while it trains.
-ENDED_FILE = "ended"
 RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
-_OF_A_START = {"export", "features", ENDED_FILE, METRICS_FILE, LOCK_FILE, "tensorboard"}
+_OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
 #: Largest run.json that is read, bytes.
 _MOST_BYTES = 1 << 26
 _SHOWN = 8  # names or differences in a message
