@@ -129,7 +129,7 @@ def train(
         with released(engine):
             # 8: continue where an earlier start of this run was left.
             state = RunState(config, engine, identity, data)
-            start = state.resume(resume)
+            start = state.resume()
             if distributed.is_main():
                 state.begin_export(prepared)
                 write_record(config, identity, command, start_from)

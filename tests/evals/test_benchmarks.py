@@ -19,7 +19,6 @@ from PIL import Image
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
-from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
@@ -152,6 +151,8 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(judging, "load_encoder", refuse)
+        for name in ("layouts.fingerprint", "weights.sha256_file"):  # a base of 10 GB is known without being read
+            patched.setattr(f"visft_ds.interop.{name}", refuse)
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
     next((finished / "cache").iterdir()).unlink()  # that score alone is computed again
@@ -245,10 +246,3 @@ for words in ("evaluate benchmarks", "evaluate layers", "evaluate dose", "evalua
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stderr.count("set()") == 7, done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_table(world: Path, finished: Path, tmp_path: Path) -> None:
-    run_ranks(["tools/evaluate.py", "benchmarks", *_all(world), "--out", str(tmp_path / "two")])
-    assert _record(tmp_path / "two")["rows"] == _record(finished)["rows"]
-    assert _record(tmp_path / "two")["processes"] == 2

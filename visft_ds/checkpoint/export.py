@@ -107,7 +107,8 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
     """
     stored = backbone.stored_buffers().keys() if isinstance(backbone, TimmBackbone) else ()
     more = {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
-    write_safetensors(path, base.tensors() | more, {MODEL: json.dumps(model_of(backbone))})
+    tensors = {n: Lazy(tuple(p.shape), p.dtype, partial(base.read, n)) for n, p in base.parameters.items()}
+    write_safetensors(path, tensors | more, {MODEL: json.dumps(model_of(backbone))})
 
 
 def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWeights) -> Path:
@@ -122,7 +123,11 @@ def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWe
 
     def gather(name: str) -> Tensor:
         qualified = f"backbone.{name}"
-        return gather_parameters(engine, (qualified,))[qualified] if qualified in trained else base.whole(name)
+        return (
+            gather_parameters(engine, (qualified,))[qualified]
+            if qualified in trained
+            else base.weights.tensor(name, torch.float32)
+        )
 
     inner = {name.removeprefix("backbone."): shapes[name] for name in names}
     tensors = {name: Lazy(shape, torch.float32, partial(gather, name)) for name, shape in inner.items()}

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,39 +30,26 @@ from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
 
-class Placement(Protocol):
-    """Placement of values as they come in, one tensor at a time. Every process asks in the same order."""
+class Placement:
+    """All of the model in this process, on the host; engines place values in their ways, one tensor at a time.
+
+    Every process asks in the same order.
+    """
 
     def held(self, module: MultiTaskModel) -> Container[str]:
         """Names of the parameters whose values this process needs; the others stay on the meta device."""
-        ...
-
-    def place(self, parameter: nn.Parameter) -> None:
-        """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
-        ...
-
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """In this context each module inside has its own parameters whole while it runs, whoever holds them."""
-        ...
-
-
-class InHostMemory:
-    """All of the model in this process, on the host."""
-
-    def held(self, module: MultiTaskModel) -> Container[str]:
-        """All names."""
         return {name for name, _ in module.named_parameters()}
 
     def place(self, parameter: nn.Parameter) -> None:
-        """It is where it belongs."""
+        """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
 
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """They always are."""
+        """In this context each module inside has its own parameters whole while it runs, whoever holds them."""
         return nullcontext()
 
 
 #: The placement of tools and tests that need no engine.
-HOST = InHostMemory()
+HOST = Placement()
 
 
 @dataclass(frozen=True)
@@ -86,14 +72,6 @@ class BaseWeights:
         wanted = self.parameters[name]
         stored = torch.float32 if is_small(name, tuple(wanted.shape)) else self.storage
         return self.weights.tensor(name, stored).to(wanted.dtype)
-
-    def whole(self, name: str) -> Tensor:
-        """The same in fp32, not rounded to the precision of the run."""
-        return self.weights.tensor(name, torch.float32)
-
-    def tensors(self) -> dict[str, Lazy]:
-        """All of them as the run begins with them, unread."""
-        return {n: Lazy(tuple(p.shape), p.dtype, partial(self.read, n)) for n, p in self.parameters.items()}
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
@@ -145,10 +123,9 @@ def fill_model(
     placement: Placement,
     start: Start | None = None,
 ) -> None:
-    """Give every parameter that this process holds its value, in the module's order.
+    """Give every parameter that this process holds its value, in the module's order: one tensor exists at a time.
 
-    Of the backbone one tensor exists at a time. Heads without a file draw from one generator, one head after the other,
-    so of these one head does (at most 14 million values, half of EVA-ViT-E's largest tensor).
+    Heads without a file draw from one generator, one head after the other, so of these one head exists at a time.
 
     Args:
         module: on the meta device, each parameter of the dtype it is to have.

@@ -1,8 +1,7 @@
 """Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
 
-Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2: the backbone trains, through low-rank
-adapters ("lora") as in arXiv 2401.10222, section 3, or itself ("backbone"); the heads are frozen unless a group says
-otherwise. What trains is decided by the parameter groups of the configuration; a stage only says what must be among it.
+Stage 1: the heads train on a frozen backbone. Stage 2: the backbone trains, through adapters (arXiv 2401.10222, section
+3) or itself; the heads are frozen. Parameter groups decide what trains, a stage what must be among it.
 """
 
 from __future__ import annotations
@@ -95,19 +94,15 @@ def prepare_model(
     placement: Placement = HOST,
     start: Start | None = None,
 ) -> PreparedModel:
-    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
-
-    Nothing is allocated before everything that follows from shapes and descriptions has been checked.
+    """The model of a stage; nothing is allocated before all that follows from shapes and descriptions is checked.
 
     Args:
-        config: the "visft" block.
         defaults: learning rate and weight decay of groups that set none.
-        precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
+        precision: storage of the frozen matrices. What trains is fp32 in any case.
         heads_from: folder of stage-1 heads; None starts them at random.
-        categories: of the data set; heads that know them by other ids are refused.
-        vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
+        categories, vocabulary: of the training data; heads that know other ones are refused.
         placement: what this process holds, and where.
-        start: values instead of drawn ones, and of what trains.
+        start: values instead of drawn ones.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -210,39 +205,31 @@ def apply_groups(
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision of a run and why.
-
-    Raises:
-        ValueError: the hardware cannot do what was asked for, or there is no such precision.
-    """
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    """The precision of a run and why. Raises ValueError for one that there is not, or that the hardware has not."""
+    if requested not in ("auto", *get_args(Precision)):
+        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
+    if device.type == "cpu":
+        return ("fp32", "auto: a CPU") if requested == "auto" else (cast(Precision, requested), "as configured")
+    name, has_bf16 = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
     if requested == "auto":
-        if device.type == "cpu":
-            return "fp32", "auto: a CPU"
-        name = torch.cuda.get_device_name(device)
         return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
     if requested == "bf16" and not has_bf16:
-        raise ValueError(
-            f"visft.model.precision: bf16 asked for, {torch.cuda.get_device_name(device)} has none; use fp16 or auto"
-        )
-    if requested not in get_args(Precision):
-        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
+        raise ValueError(f"visft.model.precision: bf16 asked for, {name} has none; use fp16 or auto")
     return cast(Precision, requested), "as configured"
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """Shapes alone do not show how a head was built (number of attention heads) or on which features it was trained.
-
-    Returns what is worth a note: heads that have learnt from other base weights, or images prepared in another way.
-    """
+    """What shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
     notes = []
     for task, info in infos.items():
-        options = config.tasks.enabled()[task].head.model_dump(mode="json")
-        built = info.options
-        names = sorted(n for n in options if n != "dropout" and n in built and options[n] != built[n])
-        if names:
-            told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
-            raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
+        other = [
+            f"{n} {built[n]} (here {options[n]})" for n in sorted(options.keys() & built) if options[n] != built[n]
+        ]
+        if other := [line for line in other if not line.startswith("dropout ")]:
+            raise ValueError(
+                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
+            )
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
@@ -280,10 +267,7 @@ def _check_stage(module: nn.Module, config: VisftConfig) -> None:
 
 
 def _check_reached(backbone: Backbone, placement: Placement) -> None:
-    """Refuse adapters that the forward bypasses, which would train nothing, silently.
-
-    Looks at the blocks that this process holds, one after the other, or at the whole of a model of timm.
-    """
+    """Refuse adapters that the forward bypasses: in the blocks that this process holds, or in a model of timm."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(backbone, TimmBackbone):
         run: nn.Module = backbone

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from visft_ds.interop.weights import Weights, examples
+from visft_ds.interop.layouts import fitted
+from visft_ds.interop.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,11 @@ class Start:
         """
         if self.base not in (None, base):
             raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
-        parts = {_part(name) for name in self.tensors}
-        here = {name: shapes[name] for name in trained if _part(name) in parts}
-        there = {name: one.shape for name, one in self.tensors.items()}
-        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        if differing:
-            wrong = [
-                f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here" for name in differing
-            ]
-            raise ValueError(
-                f"{self.place} does not fit what this run trains: {examples(wrong)}. Take visft.lora, param_groups and "
-                "the settings of the heads from there, or --reset-heads"
-            )
+        parts, named = {_part(name) for name in self.tensors}, dict(module.named_parameters())
+        wanted = {name: named[name] for name in trained if _part(name) in parts}
+        fitted(self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)")
 
 
 def _part(name: str) -> str:
     """The head, or the backbone, that a parameter is part of."""
-    first, second, *_ = name.split(".")
-    return f"{first}.{second}" if first == "heads" else first
+    return ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])

@@ -49,16 +49,13 @@ class RunState:
             self._out / "checkpoints", self._identity, retention, due, lambda step: described(self._heads(step))
         )
 
-    def resume(self, how: str) -> int:
+    def resume(self) -> int:
         """Continue from the newest whole checkpoint. Collective. Returns the steps done, 0 for a fresh start.
 
-        Args:
-            how: "auto", "must" or "no".
-
         Raises:
-            ValueError: damaged checkpoints only, none although one is a must or there is an export, one of another run.
+            ValueError: damaged checkpoints only, none although there is an export, one of another run.
         """
-        place = by_main_process(partial(self._newest, how)) if how != "no" else None
+        place = by_main_process(self._newest)
         if place is None:
             return 0
         checkpoint = open_checkpoint(Path(place))
@@ -68,7 +65,7 @@ class RunState:
         self.saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
         return checkpoint.step
 
-    def _newest(self, how: str) -> str | None:
+    def _newest(self) -> str | None:
         checkpoint, skipped = newest_checkpoint(self.saver.folder)
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
@@ -78,8 +75,6 @@ class RunState:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
         if saved_something(self._out):
             raise ValueError(f"{self._out} has an export and no checkpoint to continue from: choose another --out")
-        if how == "must":
-            raise ValueError(f"--resume must: no checkpoint in {self.saver.folder}; use --resume auto to start")
         return None
 
     def save(self, step: int) -> None:
