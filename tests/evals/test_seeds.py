@@ -14,7 +14,7 @@ from scipy import stats
 
 from tests.evals.test_benchmarks import _record, _run, world
 from tests.random_tower import save_adapter
-from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, resampled, two_sided
+from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, two_sided
 from visft_ds.evals.benchmarks.models import parse_arms
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.benchmarks.table import rows_of, section, verdict
@@ -68,20 +68,6 @@ def test_seeds_are_paired_with_those_of_the_first_arm() -> None:
     assert row.seeds["b"].each == pytest.approx((1, 1)) and row.p["b"] < 0.001
     (row,) = rows_of(results, {"a": ["a 1"], "b": ["b 1", "b 2"]})
     assert row.seeds["b"].each == pytest.approx((1, 1 + float((shared[1] - shared[0]).mean())))
-
-
-def test_ratios_of_several_seeds_are_drawn_together() -> None:
-    rng = np.random.default_rng(0)
-    unions = rng.integers(50, 100, (40, 1, 3)).astype(np.float64)
-    base = np.concatenate([unions * 0.5, unions], axis=1)
-    better = [base + np.array([gain, 0.0])[:, None] for gain in (1.0, 1.0, 1.0)]
-    (row,) = rows_of(_results({"mIoU": [base, *better]}), ARMS)
-    change = row.differences["new"]
-    assert change.value == pytest.approx(Score("", better[0]).value - 0.5)
-    assert change.high - change.low < change.value / 2  # as of one seed: all three agree on every draw
-    both = resampled([base, better[0]], None, np.random.default_rng(3))
-    for number, values in enumerate((base, better[0])):
-        assert np.array_equal(both[number], resampled([values], None, np.random.default_rng(3))[0])
 
 
 def test_of_few_items_nothing_is_shown() -> None:

@@ -230,10 +230,8 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("extra", "word"),
     [
         (["--images", "/nowhere"], "/nowhere"),
-        (["--instances", "/nowhere.json"], "/nowhere.json"),
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
-        (["--max-size", "12 apples"], "apples"),
         (["--workers", "0"], "--workers"),
         (["--seed", "-1"], "seed -1"),
         (["--out", "/proc/nothing"], "/proc/nothing"),
