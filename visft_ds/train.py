@@ -111,7 +111,7 @@ def train(
             placement=machine.placement,
             start=start_from,
         )
-        features = keep_features(config.visft, data.sets, loader, prepared, precision)
+        keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
@@ -129,11 +129,11 @@ def train(
         with released(engine):
             # 8: continue where an earlier start of this run was left.
             state = RunState(config, engine, identity, data)
-            start = state.resume(resume)
+            start = state.resume()
             if distributed.is_main():
                 state.begin_export(prepared)
                 write_record(config, identity, command, start_from)
-                print_start(config, data, machine, prepared, features, start=start)
+                print_start(config, data, machine, prepared, start)
 
             # 9: what will not fit into memory fails now, not after hours.
             if config.visft.run.rehearsal and start < config.total_steps:
@@ -142,12 +142,14 @@ def train(
             # 10: train, then export.
             validation = None
             if data.validation is not None:
-                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.judged)
+                validation = Validation(
+                    config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged
+                )
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
                 open_log(config, start, machine.planned, callbacks, stop) as log,
-                state,
+                state.saver,
             ):
                 return _train_and_export(run, prepared, start, log)
 
@@ -180,7 +182,8 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
             log.message(line)
     elif validation:
         validation.leave(log)
-    state.delete_obsolete()
+    if distributed.is_main():
+        state.saver.delete_obsolete()
     return FitResult(Path(settings.out or ""), step, finished, stopped, log.writer.last)
 
 
@@ -225,7 +228,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             log.writer.event(step, guard.event, details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
-                guard.stop(message, state.saved)
+                guard.stop(message, state.saver.saved)
             log.message(message)
 
         seconds = time.perf_counter() - began

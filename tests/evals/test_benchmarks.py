@@ -30,7 +30,7 @@ from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.run.folder import BACKBONE_FILE
-from visft_ds.run.record import RunRecord
+from visft_ds.run.record import write_run
 
 CLASSES = ("circle", "square")
 
@@ -204,7 +204,7 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     """A stage-1 run is its base; what no tensor tells comes from the run's configuration."""
     config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"--data": ("visft.data.root", "shards")})
     run = tmp_path / "stage1"
-    RunRecord(config.to_dict(), 1, ["train.py"]).write(run)
+    write_run(run, config.to_dict(), 1, ["train.py"])
     with pytest.raises(ValueError, match="has not exported"):
         parse_model(str(run))
     save_backbone(build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE)

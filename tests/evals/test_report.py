@@ -20,7 +20,7 @@ from visft_ds.evals.charts import Series, line_chart
 from visft_ds.evals.cli import report
 from visft_ds.evals.records import FORMAT, VERSION
 from visft_ds.monitor.metrics import MetricsWriter
-from visft_ds.run.record import RunRecord
+from visft_ds.run.record import write_run
 from visft_ds.tasks.pictures import save_png, side_by_side
 
 METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "caption/CIDEr": 1.25}
@@ -30,7 +30,7 @@ def _run(folder: Path, *settings: str) -> Path:
     """A run of three steps, evaluated at its start and its end."""
     schedule = [f"scheduler.params.{name}={steps}" for name, steps in (("total_num_steps", 3), ("warmup_num_steps", 1))]
     config = resolve(stage=2, model="debug", settings=[*schedule, *settings])
-    RunRecord(config.to_dict(), 1, ["visft", "train", "--stage", "2"]).write(folder)
+    write_run(folder, config.to_dict(), 1, ["visft", "train", "--stage", "2"])
     with MetricsWriter(folder) as writer:
         for step in range(4):
             if step:

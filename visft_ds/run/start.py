@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +47,11 @@ def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | No
     return _of_run(config, data, run, checkpoint)
 
 
-def record_of(start: Start | None) -> dict[str, Any] | None:
-    """The parent of a run for its record: where it is, its step, the hash of what was read."""
-    if start is None:
-        return None
-    return {
-        "path": os.path.abspath(start.place),
-        "step": start.step,
-        "sha256": start.sha256,
-    }
-
-
 def _of_adapter(config: VisftConfig, place: Path) -> Start:
     if config.stage == 1 or config.lora is None:
         raise ValueError(f"visft.start: {place} is an adapter, and this run trains none: give it to stage 2")
-    adapter, backbone = (
-        read_adapter(place),
-        build_empty(config.model.preset, torch.float32, config.model.backbone_options()),
-    )
+    adapter = read_adapter(place)
+    backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(f"visft.start: the adapter in {place} is of {described(adapter.model)}, not of this model")
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
