@@ -1,4 +1,4 @@
-"""A minute or two of the soak (`python -m tests.soak` makes it as long as one likes), and whether it sees differences."""
+"""The soak, for a minute or two (`python -m tests.soak` takes as long as you like), and what it sees."""
 
 from __future__ import annotations
 
