@@ -125,17 +125,12 @@ def test_one_number_is_decided_by_itself_and_the_others_by_holm() -> None:
 
 
 def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is behind a list counts for all of it that have no such end."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.pt", "b.pt", "c.pt", "l,m.pt", "x"):
         Path(name).write_text("")
-    found = parse_arms(["base=a.pt", "s=a.pt+x,b.pt+x@0.7,c.pt+x#5@0.5"])["s"]
-    assert [(one.name, one.block, one.scale) for one in found] == [
-        ("a.pt", 5, 0.5),
-        ("b.pt", 5, 0.7),
-        ("c.pt", 5, 0.5),
-    ]
-    assert [one.label for one in found] == ["s 1", "s 2", "s 3"]
+    found = parse_arms(["base=a.pt", "s=a.pt+x,c.pt+x#5@0.5"])["s"]
+    parts = [(one.label, one.name, one.block, one.scale) for one in found]
+    assert parts == [("s 1", "a.pt", None, 1.0), ("s 2", "c.pt", 5, 0.5)]
     assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
     for given in (["a.pt,b.pt"], ["x=a.pt,,b.pt"], ["x=a.pt", "x=b.pt"], ["x=a.pt,b.pt", "y=a.pt,b.pt,c.pt"]):
         with pytest.raises(ValueError, match=r"LABEL=|seeds"):

@@ -77,7 +77,7 @@ def export_weights(
             identity, repository = fingerprint_of(backbone, trained_backbone), None
         adapter, place = Adapter.of(backbone, lora, tensors, identity), folder / ADAPTER_FOLDER
         save_peft(adapter, place, repository)
-        write_text(place / README, card("LoRA adapter", "peft", adapter.model, adapter, base=repository))
+        write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
         written.append(place)
     return written
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.files import reading
-from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
+from visft_ds.interop.efficientnet import under_timms_names
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
@@ -76,8 +76,7 @@ def built(model: Mapping[str, Any]) -> Backbone:
 
 def open_model(path: str | Path) -> Weights:
     """Open a file with a backbone; a published EfficientNet, which has other names, under timm's."""
-    file = open_weights(path)
-    return read_efficientnet(file) if holds_efficientnet(file) else file
+    return under_timms_names(open_weights(path))
 
 
 def model_in(file: Weights) -> dict[str, Any]:
