@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
@@ -22,13 +23,15 @@ from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.run.evaluation import Validation, compare_with_training
+from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
-from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,12 @@ def train(
     machine = check_machine(config, data.vocabulary_size)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = open_run(config, resume, data)
+    start_from = None
+    if config.visft.start is not None:
+        from visft_ds.run.start import open_start  # few runs have one
+
+        start_from = open_start(config.visft, data)
+    open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
     start_process_group()
@@ -142,9 +150,10 @@ def train(
             # 10: train, then export.
             validation = None
             if data.validation is not None:
-                validation = Validation(
-                    config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged
-                )
+                from visft_ds.run.evaluation import Validation  # metrics and drawing, which others need not import
+
+                given = (config.visft, data.streams, data.validation, data.vocabulary)
+                validation = Validation(*given, state.saver.judged)
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
@@ -178,7 +187,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
     if validation and finished:
         validation.poll(log, seconds=None)
         log.writer.event(step, "training images evaluated", **training)
-        for line in compare_with_training(training, log.writer.last):
+        for line in validation.compare(training, log.writer.last):
             log.message(line)
     elif validation:
         validation.leave(log)

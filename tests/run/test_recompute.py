@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig, out: Path | None) -> tuple[str, str]:
     """(policy, reason) of a start on a machine that has room for so many bytes."""
     monkeypatch.setattr(machine, "memory_of", lambda device: room)
-    chosen, why = machine.choose_recompute(config, planned(config), out)
+    chosen, why = machine.recompute_that_fits(config, planned(config), out)
     return chosen.visft.model.recompute, why
 
 

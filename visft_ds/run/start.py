@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
-from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import run_of
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.interop.heads import check_heads, open_head
@@ -19,23 +18,22 @@ from visft_ds.models import build_empty
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.start import Start
-from visft_ds.run.folder import newest_step, open_run_folder, recorded_config
+from visft_ds.run.folder import newest_step, recorded_config
 
 
-def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | None:
-    """Open a run's folder, and the values that it begins with; None for one that goes on, or begins with drawn ones.
+def open_start(config: VisftConfig, data: RunData) -> Start | None:
+    """The values that a run of `visft.start` begins with; None for one that is resumed.
 
     Raises:
-        ValueError: as `open_run_folder`; nothing to start from; a run of other categories, words or adapters.
+        ValueError: nothing to start from; a run of other categories, words or adapters.
     """
-    config, out = resolved.visft, Path(resolved.visft.run.out or "")
-    run = None if config.start is None else run_of(Path(config.start.path))
+    assert config.start is not None
+    place, out = Path(config.start.path), Path(config.run.out or "")
+    run = run_of(place)
     if run is not None and run.resolve() == out.resolve():
-        raise ValueError(f"--out {out} is the run to start from, which goes on without --from: name another folder")
-    open_run_folder(out, resolved, resume)
-    if config.start is None or newest_step(out):
+        raise ValueError(f"--out {out} is the run to start from: name another folder, or resume it without --from")
+    if newest_step(out):
         return None
-    place = Path(config.start.path)
     if run is None:
         return _of_adapter(config, place)
     checkpoint, skipped = (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")

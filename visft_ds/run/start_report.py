@@ -26,7 +26,7 @@ from visft_ds.prepare.model import (
     stage_name,
 )
 from visft_ds.pretrained import local
-from visft_ds.run.machine import Machine, choose_recompute, memory_of
+from visft_ds.run.machine import Machine, memory_of, recompute_that_fits
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -75,7 +75,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
     if config.visft.model.recompute == "auto":
-        config, why = choose_recompute(config, run, Path(config.visft.run.out or ""), must_fit=False)
+        config, why = recompute_that_fits(config, run, Path(config.visft.run.out or ""), must_fit=False)
         run = run.changed(config)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]

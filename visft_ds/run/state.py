@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
@@ -22,10 +23,12 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.evaluation import Validation, evaluation_is_due
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.machine import by_main_process
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 class RunState:
@@ -174,3 +177,8 @@ class RunState:
                 write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             for path in paths:
                 print(f"wrote {path}", flush=True)
+
+
+def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
+    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
+    return every > 0 and (step == total_steps or step % every == 0)
