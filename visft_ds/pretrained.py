@@ -110,7 +110,8 @@ def fetch(name: str) -> Path:
         file = wanted.file or _usual_among(sizes)
         if file is None or file not in sizes:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}: name a file, NAME/FILE")
+            missing = wanted.file or f"weights of a usual name; name a file of it, {HUB}{wanted.repository}/FILE"
+            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data
             licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"

@@ -154,18 +154,15 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
 
 def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
     """A fingerprint of content knows the base in another form, too, and merged weights say what they were made of."""
-    common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
-    apart = ["--heads", world.run(1) / "export", "--backbone"]
-    base = world.run(1) / "export" / BACKBONE_FILE
-    for name, file in {"base": base, "merged": world.merged}.items():
-        again = merge(file, None, tmp_path / f"{name}.safetensors", "--dtype", "bf16" if name == "base" else "fp32")
-        found = _finished(tmp_path / name, *apart, again, *common)
-        assert "warning" not in found.record["model"]
-
-
-def test_another_base_is_said(world: World, tmp_path: Path) -> None:
-    arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
-    found = _finished(tmp_path / "out", *arguments)
+    base, other = (
+        world.run(1) / "export" / BACKBONE_FILE,
+        _save_plain(tmp_path / "other.safetensors", "visft.model.weights_seed=1"),
+    )
+    again = merge(base, None, tmp_path / "bf16.safetensors", "--dtype", "bf16")
+    for name, file in {"base": again, "merged": world.merged, "other": other}.items():
+        files = ["--heads", world.run(1) / "export", "--backbone", file, "--data", world.shards]
+        found = _finished(tmp_path / name, *files, "--limit", 2, "--tasks", "detection")
+        assert ("warning" in found.record["model"]) == (name == "other")
     assert "the detection head was trained on other base weights" in found.record["model"]["warning"]
 
 
@@ -274,11 +271,6 @@ def _save_plain(path: Path, setting: str) -> Path:
     config = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.tasks=detection", setting])
     save_backbone(prepare_model(config.visft, config.optimizer.params).module.backbone, path)
     return path
-
-
-def _heads_of_another_base(world: World, folder: Path) -> list[Any]:
-    other = _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
-    return ["--run", world.run(1), "--backbone", other]
 
 
 def _no_captions(world: World, folder: Path) -> list[Any]:

@@ -119,9 +119,9 @@ def test_one_number_is_decided_by_itself_and_the_others_by_holm() -> None:
     assert [row.name for row in rows if row.shown["new"]] == ["n 3"]
     lines = section(rows, ["base", "new"], "n 3").rows
     assert [line[0] for line in lines if line[-1].endswith("*")] == ["n 3"]
-    assert verdict(rows[3], "new").startswith("shown: +33.94 [+")
+    assert verdict(rows[3], "new").startswith("significant: +33.94 [+")
     weak = rows_of({"base": results["base"], "new": {n: Score(n, change - 0.3) for n in names}}, primary="n 3")
-    assert verdict(weak[3], "new").startswith("not shown: +3.94 [-")
+    assert verdict(weak[3], "new").startswith("not significant: +3.94 [-")
 
 
 def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(
         assert "no such number" in _run(*command, "--primary", f"{first}x")[2]
     status, said, errors = _run(*command, "--primary", first)
     assert status == 0, errors
-    assert f"primary: {first}" in said and "shown: " in said
+    assert f"primary: {first}" in said and "significant: " in said
     record = _record(tmp_path / "out")
     assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)

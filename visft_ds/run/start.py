@@ -84,7 +84,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     beginnings = ("backbone.", *(f"heads.{task}." for task in kept))
     return Start(
         place=checkpoint.path,
-        sha256=checkpoint.record["files"]["parameters.safetensors"]["sha256"],
+        sha256=checkpoint.record["files"]["parameters.safetensors"],
         tensors=Weights({name: one for name, one in file.items() if name.startswith(beginnings)}, values),
         base=checkpoint.identity("base weights"),
         note=f"started from step {checkpoint.step} of {run}; heads kept: {', '.join(kept) or 'none'}",
