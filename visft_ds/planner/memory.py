@@ -205,7 +205,7 @@ class MemoryPlan:
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
-    """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per stage behind it."""
+    """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later stage."""
     found, batches = trace_step(run, stream), run.batches
     zero = run.config.deepspeed["zero_optimization"]
     stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
