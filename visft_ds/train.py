@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
@@ -22,13 +23,15 @@ from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.run.evaluation import Validation, compare_with_training
+from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
-from visft_ds.run.start import open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,12 @@ def train(
     machine = check_machine(config, data.vocabulary_size)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = open_run(config, resume, data)
+    start_from = None
+    if config.visft.start is not None:
+        from visft_ds.run.start import open_start  # few runs have one
+
+        start_from = open_start(config.visft, data)
+    open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
     start_process_group()
@@ -111,7 +119,7 @@ def train(
             placement=machine.placement,
             start=start_from,
         )
-        features = keep_features(config.visft, data.sets, loader, prepared, precision)
+        keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
@@ -129,11 +137,11 @@ def train(
         with released(engine):
             # 8: continue where an earlier start of this run was left.
             state = RunState(config, engine, identity, data)
-            start = state.resume(resume)
+            start = state.resume()
             if distributed.is_main():
                 state.begin_export(prepared)
                 write_record(config, identity, command, start_from)
-                print_start(config, data, machine, prepared, features, start=start)
+                print_start(config, data, machine, prepared, start)
 
             # 9: what will not fit into memory fails now, not after hours.
             if config.visft.run.rehearsal and start < config.total_steps:
@@ -142,12 +150,15 @@ def train(
             # 10: train, then export.
             validation = None
             if data.validation is not None:
-                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.judged)
+                from visft_ds.run.evaluation import Validation  # metrics and drawing, which others need not import
+
+                given = (config.visft, data.streams, data.validation, data.vocabulary)
+                validation = Validation(*given, state.saver.judged)
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
                 open_log(config, start, machine.planned, callbacks, stop) as log,
-                state,
+                state.saver,
             ):
                 return _train_and_export(run, prepared, start, log)
 
@@ -176,11 +187,12 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
     if validation and finished:
         validation.poll(log, seconds=None)
         log.writer.event(step, "training images evaluated", **training)
-        for line in compare_with_training(training, log.writer.last):
+        for line in validation.compare(training, log.writer.last):
             log.message(line)
     elif validation:
         validation.leave(log)
-    state.delete_obsolete()
+    if distributed.is_main():
+        state.saver.delete_obsolete()
     return FitResult(Path(settings.out or ""), step, finished, stopped, log.writer.last)
 
 
@@ -225,7 +237,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             log.writer.event(step, guard.event, details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
-                guard.stop(message, state.saved)
+                guard.stop(message, state.saver.saved)
             log.message(message)
 
         seconds = time.perf_counter() - began

@@ -26,7 +26,7 @@ from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
-from visft_ds.run.record import RunRecord
+from visft_ds.run.record import write_run
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
@@ -121,7 +121,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         extra = {"base_weights": prepared.base.identity, **({"vocabulary": vocabulary.to_dict()} if words else {})}
         infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
-        record = RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
+        record = write_run(world.run(stage), config.to_dict(), 1, ["train.py"])
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)
         shutil.copyfile(record, world.run(stage) / "export" / EXPORT_RECORD_FILE)
         for task, head in heads.items():

@@ -58,26 +58,24 @@ def export_weights(
     """
     written, base = list[Path](), prepared.base
     backbone, names, identity = engine.module.backbone, trainable(engine), base.identity
-    base_names = [
-        name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
-    ]
-    if any(name in names for name in base_names):
-        written.append(_export_tower(engine, base_names, folder / TRAINED_BACKBONE_FILE, base))
+    own = [f"backbone.{name}" for name in base.parameters if f"backbone.{name}" in names]
+    if own:
+        written.append(folder / TRAINED_BACKBONE_FILE)
+        _export_tower(engine, list(base.parameters), written[0], base)
     # Heads and adapters: small.
-    trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
+    trained = gather_parameters(engine, tuple(name for name in names if name not in own))
     if not distributed.is_main():
         return []
     for task in infos:
-        head = _below(trained, f"heads.{task}.")
         given = prepared.heads[task].tensors if task in prepared.heads else {}  # a group may train a part of a head
-        written.append(save_head(head_file(folder, task), infos[task], {**_read(given), **head}))
-    tensors = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
-    if tensors and lora is not None:
-        if (trained_backbone := folder / TRAINED_BACKBONE_FILE) in written:  # the adapter belongs to that one
-            identity, repository = fingerprint_of(backbone, trained_backbone), None
+        head = {**_read(given), **_below(trained, f"heads.{task}.")}
+        written.append(save_head(head_file(folder, task), infos[task], head))
+    if lora is not None and (tensors := {n: v for n, v in _below(trained, "backbone.").items() if is_lora(n)}):
+        if own:  # the adapter belongs to that one
+            identity, repository = fingerprint_of(backbone, written[0]), None
         adapter, place = Adapter.of(backbone, lora, tensors, identity), folder / ADAPTER_FOLDER
         save_peft(adapter, place, repository)
-        write_text(place / README, card("LoRA adapter", "peft", adapter.model, adapter, base=repository))
+        write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
         written.append(place)
     return written
 
@@ -111,36 +109,29 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
     write_safetensors(path, tensors | more, {MODEL: json.dumps(model_of(backbone))})
 
 
-def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWeights) -> Path:
-    """Gather what trained of a tower, and write it whole, one tensor at a time. Collective; the main process writes.
+def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWeights) -> None:
+    """Gather what trained of a backbone, and write it whole, one tensor at a time. Collective; the main process writes.
 
     Args:
-        names: qualified, of all of its parameters.
-        base: see `export_weights`.
+        names: of all of its parameters.
     """
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     backbone, trained = engine.module.backbone, trainable(engine)
 
     def gather(name: str) -> Tensor:
         qualified = f"backbone.{name}"
-        return (
-            gather_parameters(engine, (qualified,))[qualified]
-            if qualified in trained
-            else base.weights.tensor(name, torch.float32)
-        )
+        if qualified not in trained:
+            return base.weights.tensor(name, torch.float32)
+        return gather_parameters(engine, (qualified,))[qualified]
 
-    inner = {name.removeprefix("backbone."): shapes[name] for name in names}
-    tensors = {name: Lazy(shape, torch.float32, partial(gather, name)) for name, shape in inner.items()}
-    if distributed.is_main():
-        # Statistics of batch norms are the same on every process, and as they were.
-        buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
-        stored = {name: Lazy.of(value.cpu()) for name, value in buffers.items()}
-        metadata = {MODEL: json.dumps(model_of(backbone)), BASE: base.identity}
-        write_safetensors(path, {**tensors, **stored}, metadata)
-    else:
-        for name in file_order({name: one for name, one in tensors.items() if f"backbone.{name}" in trained}):
+    tensors = {n: Lazy(tuple(base.parameters[n].shape), torch.float32, partial(gather, n)) for n in names}
+    if not distributed.is_main():
+        for name in file_order({n: one for n, one in tensors.items() if f"backbone.{n}" in trained}):
             gather_parameters(engine, (f"backbone.{name}",))  # which gives the main process alone the values
-    return path
+        return
+    # Statistics of batch norms are the same on every process, and as they were.
+    buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
+    stored = {name: Lazy.of(value.cpu()) for name, value in buffers.items()}
+    write_safetensors(path, {**tensors, **stored}, {MODEL: json.dumps(model_of(backbone)), BASE: base.identity})
 
 
 def describe_heads(

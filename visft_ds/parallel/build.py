@@ -10,7 +10,6 @@ from visft_ds.config.schema import OptimizerParams
 from visft_ds.models import require_eva_vit
 from visft_ds.parallel.engine import Engine, Schedule
 from visft_ds.parallel.partition import Partition
-from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.prepare.model import PreparedModel
 
 
@@ -44,6 +43,8 @@ def build_engine(
     if partition is None:
         engine = Engine(module, groups, deepspeed_config, **common)
     else:
+        from visft_ds.parallel.pipeline import PipelineEngine  # few runs have one
+
         engine = PipelineEngine(module, groups, deepspeed_config, bounds=partition.bounds, **common)
     if compile == "blocks":
         require_eva_vit(module.backbone).compile_blocks()

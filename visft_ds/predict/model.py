@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds.config.backbones import Named, named
@@ -82,8 +79,7 @@ def load(
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
     source, heads = Path(source), None if heads is None else Path(heads)
     run, words = run_of(source), None if vocabulary is None else Path(vocabulary)
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    weights = None if chosen is None else chosen.file(download=download)
+    chosen, weights = _chosen(backbone, download)
     if run is not None:
         parts = source_of_run(
             source,
@@ -98,9 +94,8 @@ def load(
             side=image_size,
         )
     else:
-        if not source.exists():
-            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
         if heads is None and not any(head_files(source, task) for task in TASKS if source.is_dir()):
+            _check_there(source)
             raise ValueError(f"{source} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
         heads = heads or source
         streams = streams_without_run(heads_in(heads), batch_size=DEFAULT_BATCH, side=image_size)
@@ -125,17 +120,12 @@ def load_backbone(
     Raises:
         ValueError: as `load`.
     """
-    source = Path(source)
-    run = run_of(source)
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    weights = None if chosen is None else chosen.file(download=download)
-    if run is not None:
+    source, (chosen, weights) = Path(source), _chosen(backbone, download)
+    if (run := run_of(source)) is not None:
         config = recorded_config(run).visft
         files = files_of_run(source, config, [], backbone=weights, adapter=adapter)
         parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
     else:
-        if not source.exists():
-            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
         parts = ModelSource(_files_at(source, chosen, weights, source, adapter), {}, precision=precision or "auto")
     return ImageFeatures(_build(parts, device)[0])
 
@@ -205,26 +195,9 @@ class Model:
             f"{self.precision} on {self.device})"
         )
 
-    @overload
-    def predict(  # type: ignore[overload-overlap]  # arrays and tensors can be iterated over, too
-        self,
-        images: Image.Image | npt.NDArray[np.uint8] | Tensor,
-        *,
-        threshold: float = ...,
-        batch_size: int | None = ...,
-    ) -> Prediction: ...
-
-    @overload
-    def predict(self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...) -> Any: ...
-
-    @overload
-    def predict(
-        self, images: Iterable[ImageInput], *, threshold: float = ..., batch_size: int | None = ...
-    ) -> list[Prediction]: ...
-
     def predict(
         self, images: ImageInput | Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int | None = None
-    ) -> Prediction | list[Prediction]:
+    ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
         Photographs are turned upright by their EXIF orientation. Images are resized as in the evaluation of the run.
@@ -238,8 +211,8 @@ class Model:
             batch_size: most images that pass through the model at once; default: the run's.
 
         Returns:
-            One prediction for one image; a list for a list, folder or pattern. It holds the pixels of every image:
-            give thousands in parts, or to `visft predict`.
+            One `Prediction` for one image; a list of them for a list, folder or pattern. It holds the pixels of every
+            image: give thousands in parts, or to `visft predict`.
 
         Raises:
             ValueError: what is no picture, by its name or place; a threshold or batch size out of range.
@@ -313,29 +286,35 @@ def check_options(threshold: float, batch_size: int | None) -> None:
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
-    place = _device(device)
+    place = distributed.local_device() if device is None else _device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is None:
-        return distributed.local_device()
-    refusal = f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(refusal) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(refusal)
+def _device(wanted: str | torch.device) -> torch.device:
+    if str(wanted).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N")
+    device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _chosen(backbone: str | Path | None, download: bool) -> tuple[Named | None, Path | None]:
+    """A backbone that replaces the source's, and its file."""
+    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
+    return chosen, None if chosen is None else chosen.file(download=download)
+
+
+def _check_there(source: Path) -> None:
+    if not source.exists():
+        raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
 
 
 def _files_at(
     source: Path, chosen: Named | None, backbone: Path | None, heads: Path, adapter: str | Path | None
 ) -> ModelFiles:
     """Files without a run: weights, perhaps in a folder that merging wrote, and heads."""
+    _check_there(source)
     if backbone is None and source.is_dir():
         name = weights_among(path.name for path in source.glob("*"))
         if name is None:

@@ -23,12 +23,8 @@ def adapter_at(path: Path) -> Adapter | None:
         if not (export / TRAINED_BACKBONE_FILE).is_file():
             raise ValueError(f"{path}: the run has trained nothing of its backbone")
         return None
-    if (path / RECORD_FILE).is_file():
-        from visft_ds.checkpoint.adapter import newest_checkpoint_folder  # imports deepspeed: costs seconds
-
-        path = newest_checkpoint_folder(path)
-    if (path / "state.json").is_file():
-        from visft_ds.checkpoint.adapter import adapter_of_checkpoint
+    if (path / RECORD_FILE).is_file() or (path / "state.json").is_file():
+        from visft_ds.checkpoint.adapter import adapter_of_checkpoint  # imports deepspeed: costs seconds
 
         return adapter_of_checkpoint(path)
     return read_adapter(path)

@@ -7,8 +7,8 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from visft_ds import CHECKOUT
@@ -22,40 +22,60 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.start import Start
 from visft_ds.pretrained import HUB
 from visft_ds.redaction import redacted, redacted_values
-from visft_ds.run.folder import RUN_SCHEMA, read_run, saved_something
-from visft_ds.run.start import record_of
+from visft_ds.run.folder import RUN_SCHEMA, Parent, RunFile, read_run, saved_something
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """Content of OUT/run.json, see `RunFile`."""
+def write_record(
+    config: ResolvedConfig, identity: Mapping[str, str], command: Sequence[str], start: Start | None
+) -> None:
+    """Write RUN/run.json, with paths that hold from any folder. Main process only.
 
-    config: Mapping[str, Any]  #: the resolved configuration
-    world_size: int
-    command: Sequence[str]
-    identity: Mapping[str, str] = field(default_factory=dict)  #: fingerprints of what it is made with
-    parent: Mapping[str, Any] | None = None  #: what it began with, as `Parent`; None: nothing
+    Args:
+        identity: what the checkpoints of the run are made with.
+        start: what the run begins with; None: drawn values, or it is resumed.
 
-    def write(self, out: str | Path) -> Path:
-        """Write it in one move. An earlier record (the run was resumed) is kept under "earlier"."""
-        path, earlier = Path(out) / RECORD_FILE, list[dict[str, Any]]()
-        if path.is_file():
-            previous = read_run(path.parent).model_dump(mode="json", by_alias=True, exclude_unset=True)
-            earlier = [*previous.pop("earlier", []), previous]
-        record = {
-            "schema": RUN_SCHEMA,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [redacted(word) for word in self.command],
-            "world_size": self.world_size,
-            "versions": versions(),
-            "commit": _commit(),
-            "config": redacted_values(self.config),
-            "identity": dict(self.identity),
-            "earlier": earlier,
-            **({} if self.parent is None else {"parent": self.parent}),
-        }
-        write_text(path, json.dumps(record, indent=2) + "\n")
-        return path
+    Raises:
+        OSError: a full disk, a read-only folder.
+    """
+    run, parent = Path(config.visft.run.out or ""), None
+    with explained("the record of the run", run, "The same command continues"):
+        if start is not None:
+            parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
+        if not saved_something(run):
+            (run / RECORD_FILE).unlink(missing_ok=True)  # of a start that saved nothing
+        elif start is None:
+            parent = read_run(run).parent
+        absolute = changed(config, [f"{key}={json.dumps(path)}" for key, path in _absolute_paths(config.visft).items()])
+        write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent)
+
+
+def write_run(
+    out: Path,
+    config: Mapping[str, Any],
+    world_size: int,
+    command: Sequence[str],
+    identity: Mapping[str, str] = MappingProxyType({}),
+    parent: Parent | None = None,
+) -> Path:
+    """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
+    path, earlier = out / RECORD_FILE, list[dict[str, Any]]()
+    if path.is_file():
+        previous = read_run(out).model_dump(mode="json", by_alias=True, exclude_unset=True)
+        earlier = [*previous.pop("earlier", []), previous]
+    record = RunFile(
+        schema=RUN_SCHEMA,
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=[redacted(word) for word in command],
+        world_size=world_size,
+        versions=versions(),
+        commit=_commit(),
+        config=redacted_values(config),
+        identity=dict(identity),
+        parent=parent,
+        earlier=earlier,
+    )
+    write_text(path, record.model_dump_json(indent=2, by_alias=True) + "\n")
+    return path
 
 
 def _commit() -> str:
@@ -67,30 +87,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def write_record(
-    config: ResolvedConfig, identity: Mapping[str, str], command: Sequence[str], start: Start | None
-) -> None:
-    """Write RUN/run.json, with paths that hold from any folder. Main process only.
-
-    Args:
-        identity: what the checkpoints of the run are made with.
-        start: what the run begins with; None: drawn values, or it goes on.
-
-    Raises:
-        OSError: a full disk, a read-only folder.
-    """
-    run = Path(config.visft.run.out or "")
-    with explained("the record of the run", run, "The same command goes on"):
-        parent = record_of(start)
-        if start is None and saved_something(run):  # it goes on, and has begun with what its record says
-            before = read_run(run).parent
-            parent = None if before is None else before.model_dump(mode="json")
-        elif not saved_something(run):
-            (run / RECORD_FILE).unlink(missing_ok=True)  # of a start that saved nothing
-        absolute = changed(config, [f"{key}={json.dumps(path)}" for key, path in _absolute_paths(config.visft).items()])
-        RunRecord(absolute.to_dict(), distributed.world_size(), list(command), identity, parent).write(run)
 
 
 def _absolute_paths(config: VisftConfig) -> dict[str, str]:

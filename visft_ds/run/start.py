@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
-from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import run_of
 from visft_ds.config.schema import LoraConfig, VisftConfig
 from visft_ds.interop.heads import check_heads, open_head
@@ -20,23 +18,22 @@ from visft_ds.models import build_empty
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.start import Start
-from visft_ds.run.folder import newest_step, open_run_folder, recorded_config
+from visft_ds.run.folder import newest_step, recorded_config
 
 
-def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | None:
-    """Open a run's folder, and the values that it begins with; None for one that goes on, or begins with drawn ones.
+def open_start(config: VisftConfig, data: RunData) -> Start | None:
+    """The values that a run of `visft.start` begins with; None for one that is resumed.
 
     Raises:
-        ValueError: as `open_run_folder`; nothing to start from; a run of other categories, words or adapters.
+        ValueError: nothing to start from; a run of other categories, words or adapters.
     """
-    config, out = resolved.visft, Path(resolved.visft.run.out or "")
-    run = None if config.start is None else run_of(Path(config.start.path))
+    assert config.start is not None
+    place, out = Path(config.start.path), Path(config.run.out or "")
+    run = run_of(place)
     if run is not None and run.resolve() == out.resolve():
-        raise ValueError(f"--out {out} is the run to start from, which goes on without --from: name another folder")
-    open_run_folder(out, resolved, resume)
-    if config.start is None or newest_step(out):
+        raise ValueError(f"--out {out} is the run to start from: name another folder, or resume it without --from")
+    if newest_step(out):
         return None
-    place = Path(config.start.path)
     if run is None:
         return _of_adapter(config, place)
     checkpoint, skipped = (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
@@ -48,24 +45,11 @@ def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | No
     return _of_run(config, data, run, checkpoint)
 
 
-def record_of(start: Start | None) -> dict[str, Any] | None:
-    """The parent of a run for its record: where it is, its step, the hash of what was read."""
-    if start is None:
-        return None
-    return {
-        "path": os.path.abspath(start.place),
-        "step": start.step,
-        "sha256": start.sha256,
-    }
-
-
 def _of_adapter(config: VisftConfig, place: Path) -> Start:
     if config.stage == 1 or config.lora is None:
         raise ValueError(f"visft.start: {place} is an adapter, and this run trains none: give it to stage 2")
-    adapter, backbone = (
-        read_adapter(place),
-        build_empty(config.model.preset, torch.float32, config.model.backbone_options()),
-    )
+    adapter = read_adapter(place)
+    backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
         raise ValueError(f"visft.start: the adapter in {place} is of {described(adapter.model)}, not of this model")
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
@@ -100,7 +84,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     beginnings = ("backbone.", *(f"heads.{task}." for task in kept))
     return Start(
         place=checkpoint.path,
-        sha256=checkpoint.record["files"]["parameters.safetensors"]["sha256"],
+        sha256=checkpoint.record["files"]["parameters.safetensors"],
         tensors=Weights({name: one for name, one in file.items() if name.startswith(beginnings)}, values),
         base=checkpoint.identity("base weights"),
         note=f"started from step {checkpoint.step} of {run}; heads kept: {', '.join(kept) or 'none'}",
