@@ -1,4 +1,4 @@
-"""What a checkpoint has of a run's backbone, for runs that have not written their export yet."""
+"""Backbone in a checkpoint, for runs that have not written their export yet."""
 
 from __future__ import annotations
 

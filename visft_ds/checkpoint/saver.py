@@ -33,7 +33,7 @@ class Retention:
     def obsolete(
         self, steps: Sequence[int], newest: int, scores: Mapping[int, float | None], to_be_judged: Callable[[int], bool]
     ) -> list[int]:
-        """Of steps that have a checkpoint, those to delete.
+        """Steps to delete among those that have a checkpoint.
 
         Args:
             newest: the one just written. Newer ones (damaged, passed over by a resume) push nothing out and stay.

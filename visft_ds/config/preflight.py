@@ -126,7 +126,7 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
 
 
 def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
-    """Why a task of the shipped recipe takes no part -> (its key, None): the shards that are here do not teach it.
+    """Reason why a task of the shipped recipe takes no part -> (its key, None): the shards do not teach it.
 
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.

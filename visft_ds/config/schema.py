@@ -115,7 +115,7 @@ class ModelConfig(Section):
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """What models of timm, and compiled blocks, do not take."""
+        """Settings that models of timm, and compiled blocks, do not take."""
         if self.compile != "none" and self.kernels == "triton":
             yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
         if self.timm is None:

@@ -1,4 +1,4 @@
-"""One rank's micro-batches, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
+"""Micro-batches of a rank, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
 
 Shape letters: B images.
 """
@@ -45,14 +45,14 @@ class Place:
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
-        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
         assert world_size % stages == 0, (world_size, stages)
         dp_size = world_size // stages
         return cls(rank // dp_size, stages, rank % dp_size, dp_size)
 
     @property
     def role(self) -> Role | None:
-        """What this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
+        """Part that this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
         roles: dict[int, Role] = {0: "images", self.stages - 1: "labels"}
         return "both" if self.stages == 1 else roles.get(self.stage)
 

@@ -91,7 +91,7 @@ class EvaluationModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """All that a model is built of, known before any weight is read."""
+    """Parts that a model is built of, known before any weight is read."""
 
     files: ModelFiles
     streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone

@@ -40,7 +40,7 @@ class HeadInfo:
 
     @property
     def published(self) -> bool:
-        """Whether ViSFT published it; such a head knows COCO's categories."""
+        """Return True if ViSFT published it; such a head knows COCO's categories."""
         return self.extra.get("format") == "visft"
 
     def names(self) -> dict[int, str]:
@@ -137,7 +137,7 @@ def open_head(path: str | Path, task: str) -> HeadFile:
 
 
 def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
-    """Why a head cannot read what these blocks of a backbone give (none: the last); None if it can."""
+    """Reason why a head cannot read the output of these blocks (none: the last); None if it can."""
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None

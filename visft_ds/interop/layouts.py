@@ -111,7 +111,7 @@ def prefix_of(file: Weights) -> str:
 
 
 def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
-    """All that a file has of a model, with what belongs to it beside the backbone, under our names."""
+    """Everything that a file has of a model, with what belongs to it beside the backbone, under our names."""
     return file if model["preset"].startswith(TIMM) else file.under(prefix_of(file))
 
 
@@ -202,7 +202,7 @@ def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Ten
 
 
 def fingerprint(tensors: Mapping[str, Lazy]) -> str:
-    """What two files have in common that hold the same weights of a backbone, in whatever layout, in fp32 or bf16.
+    """Fingerprint of the weights of a backbone, the same for every layout, in fp32 or bf16.
 
     A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep differently,
     are left out.

@@ -1,4 +1,4 @@
-"""What ViSFT published (https://huggingface.co/TencentARC/ViSFT), read: heads `eva_{e,g}_*_heads.ckpt`, LoRA
+"""Files that ViSFT published (https://huggingface.co/TencentARC/ViSFT): heads `eva_{e,g}_*_heads.ckpt`, LoRA
 `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
 
 Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds

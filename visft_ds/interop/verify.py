@@ -77,7 +77,7 @@ def difference(got: Features, wanted: nn.Module, side: int) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What rounding of the weights explains: 8 half-steps (0.4 to 3 were measured on towers of 2 to 64 blocks).
+    """Difference that rounding of the weights explains: 8 half-steps (0.4 to 3 were measured for 2 to 64 blocks).
 
     In fp32 the order of sums, B(Ax) against (BA)x, costs 1e-5.
     """

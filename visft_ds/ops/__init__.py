@@ -108,7 +108,7 @@ def interpreted() -> bool:
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on this device; None where they can."""
+    """Reason why Triton kernels cannot run on this device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type == "cpu" and interpreted():

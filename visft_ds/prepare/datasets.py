@@ -62,7 +62,7 @@ def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
 
 
 def cache_of(data: DataConfig) -> Cache:
-    """Where copies of remote shards are kept."""
+    """Folder for copies of remote shards."""
     return Cache(Cache.folder if data.cache is None else Path(data.cache), data.cache_bytes)
 
 

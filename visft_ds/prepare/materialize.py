@@ -31,7 +31,7 @@ from visft_ds.tasks import TASKS
 
 
 class Placement:
-    """All of the model in this process, on the host; engines place values in their ways, one tensor at a time.
+    """Holds the whole model in this process, on the host; engines place values in their ways, one tensor at a time.
 
     Every process asks in the same order.
     """
@@ -44,7 +44,7 @@ class Placement:
         """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
 
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """In this context each module inside has its own parameters whole while it runs, whoever holds them."""
+        """Let each module inside have its own parameters whole while it runs, whoever holds them."""
         return nullcontext()
 
 

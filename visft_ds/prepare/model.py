@@ -71,7 +71,7 @@ class PreparedModel:
     notes: tuple[str, ...] = ()  #: checks passed, one line each
 
     def identity(self) -> dict[str, str]:
-        """What weights it begins with, for its checkpoints."""
+        """Weights that it begins with, for its checkpoints."""
         heads = " ".join(sha256_file(head.tensors.path) for head in self.heads.values())
         return {"base weights": self.base.identity, "heads": heads or "trained here"}
 
@@ -219,7 +219,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """What shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
+    """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
     notes = []
     for task, info in infos.items():
         options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
@@ -241,7 +241,7 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
 
 
 def stage_name(config: VisftConfig) -> str:
-    """What a stage trains, as it is printed."""
+    """Name of a stage by what it trains, as it is printed."""
     if config.stage == 1:
         return "heads"
     return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])

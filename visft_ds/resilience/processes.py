@@ -75,7 +75,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
 
 
 def _status_of(codes: Sequence[int]) -> int:
-    """One exit status for all ranks: that of the rank which failed by itself, not of those that only lost it."""
+    """Exit status of all ranks together: that of the rank which failed by itself, not of those that only lost it."""
     killed = [code for code in codes if code < 0]
     for code in killed:
         print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ _LAUNCHER = "deepspeed.launcher.launch"
 
 
 class Stop(IntEnum):
-    """Why a run stops before its end; of several reasons the largest counts."""
+    """Reason why a run stops before its end; of several reasons the largest counts."""
 
     NOT = 0
     LAUNCHER_GONE = 1
@@ -98,7 +98,7 @@ class StopFlag:
         self.reason = max(self.reason, Stop.SIGPIPE)
 
     def why(self) -> str:
-        """Why this rank stops."""
+        """Reason why this rank stops, for a message."""
         if self.reason is Stop.LAUNCHER_GONE:
             return "the launcher is gone"
         return f"signal {self.reason.name}" if self.reason else "asked by another rank"

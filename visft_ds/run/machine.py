@@ -151,7 +151,7 @@ def folder_of_run(out: Path, config: ResolvedConfig, resume: str) -> Iterator[No
 
 
 def by_main_process(action: Callable[[], T]) -> T:
-    """What the main process gets by acting for all. Collective.
+    """Result of an action that the main process does for all. Collective.
 
     Raises:
         ValueError: on every rank, where the action raised that or an OSError.

@@ -47,7 +47,7 @@ _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stor
 
 @dataclass(frozen=True)
 class Options:
-    """What is built, from what."""
+    """Files and settings of a build."""
 
     images: Path
     instances: CocoFile | None
@@ -72,7 +72,7 @@ class Options:
             raise ValueError(f"the images folder {self.images} does not exist")
 
     def content(self) -> dict[str, Any]:
-        """What determines the bytes beside the files, for the manifest."""
+        """Settings that determine the bytes beside the files, for the manifest."""
         names = ("max_size", "limit", "seed", "exif", "masks_from_boxes")
         return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
 
@@ -141,7 +141,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
-    """Why images are left out: reason -> how many, the first few."""
+    """Reasons why images are left out: reason -> how many, the first few."""
     found = Findings()
     for name, reason in left_out:
         kind, _, detail = reason.partition(": ")

@@ -22,7 +22,7 @@ _EXAMPLES = 3
 
 
 class Findings(dict[str, tuple[int, list[str]]]):
-    """What was odd: kind -> (how often, the first few examples)."""
+    """Problems of the data: kind -> (how often, the first few examples)."""
 
     def add(self, kind: str, example: object) -> None:
         count, examples = self.get(kind, (0, []))

@@ -56,7 +56,7 @@ class ModelSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that its features depend on, in JSON's types; files by name, size and time."""
+        """Everything that its features depend on, in JSON's types; files by name, size and time."""
         paths = [Path(text) for text in (self.name, self.weights or "", self.adapter or "") if text]
         files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
         return asdict(self) | {"label": "", "adapter": "", "files": [f"{file.name} {stamp(file)}" for file in files]}
