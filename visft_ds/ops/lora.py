@@ -55,26 +55,21 @@ def lora_linear(
         lora_a: (G*r, K), stacked slice by slice.
         lora_b: (sum of the slices' widths, r), stacked slice by slice.
         scale: factor of the update, alpha / r.
-        backend: one of BACKENDS; None: `choose_backend`.
+        backend: one of BACKENDS; None: for 16 bit on GPUs that of `use_kernels`, else eager.
         wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
 
     Returns:
         (..., F).
     """
-    dtype = matmul_dtype(weight)
-    backend = backend or choose_backend(placed(weight.device), dtype)
+    dtype, device = matmul_dtype(weight), placed(weight.device)
+    if backend is None:
+        fused = device.type == "cuda" and dtype.itemsize == 2
+        backend = "eager" if not fused else "triton" if kernels(device) == "triton" else "augmented"
     if backend != "augmented" or wide is None or not wide.takes(weight, dtype, len(lora_a)):
         wide = None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, wide)
     return out
-
-
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for this device and dtype of computation; on CPUs updates below 16-bit resolution are rounded off."""
-    if device.type != "cuda" or dtype.itemsize != 2:
-        return "eager"
-    return "triton" if kernels(device) == "triton" else "augmented"
 
 
 def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
@@ -96,9 +91,6 @@ class WideWeight:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[WideWeight], tuple[()]]:
-        return WideWeight, ()  # copies keep nothing
 
     def takes(self, weight: Tensor, dtype: torch.dtype, width: int) -> bool:
         """Return True if the buffer holds this weight beside `width` columns; it takes the weight in where it may."""
