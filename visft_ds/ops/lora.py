@@ -55,21 +55,25 @@ def lora_linear(
         lora_a: (G*r, K), stacked slice by slice.
         lora_b: (sum of the slices' widths, r), stacked slice by slice.
         scale: factor of the update, alpha / r.
-        backend: one of BACKENDS; None: for 16 bit on GPUs that of `use_kernels`, else eager.
+        backend: one of BACKENDS; None: `choose_backend`.
         wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
 
     Returns:
         (..., F).
     """
-    dtype, device = matmul_dtype(weight), placed(weight.device)
-    if backend is None:
-        fused = device.type == "cuda" and dtype.itemsize == 2
-        backend = "eager" if not fused else "triton" if kernels(device) == "triton" else "augmented"
+    dtype = matmul_dtype(weight)
+    backend = backend or choose_backend(placed(weight.device), dtype)
     if backend != "augmented" or wide is None or not wide.takes(weight, dtype, len(lora_a)):
         wide = None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, wide)
     return out
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for this device and dtype of computation; on CPUs updates below 16-bit resolution are rounded off."""
+    fused = "triton" if kernels(device) == "triton" else "augmented"
+    return fused if device.type == "cuda" and dtype.itemsize == 2 else "eager"
 
 
 def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
