@@ -1,4 +1,4 @@
-"""Start a run again after it was lost: `python launchers/supervise.py --max-restarts 5 -- deepspeed ...`."""
+"""Start a run again after it was lost: `python launchers/supervise.py -- visft train --num_gpus 8`."""
 
 import sys
 from pathlib import Path

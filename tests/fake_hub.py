@@ -31,9 +31,7 @@ class FakeHub:
     """What the hub has, what goes wrong, and what it was asked for."""
 
     repositories: dict[str, Repository]
-    cut_after: int | None = None  #: bytes after which the next answer with a file breaks off, once
     portal: bool = False  #: every answer is a page that asks to log in
-    spoiled: bool = False  #: files are sent with another last byte
     requests: list[str] = field(default_factory=list)  #: "GET path range"
     url: str = ""
 
@@ -119,8 +117,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = repository.files[name]
         headers = {"ETag": f'"{_sha256(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if self.hub.spoiled:
-            data = data[:-1] + bytes([data[-1] ^ 1])
         status, whole = 200, len(data)
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
@@ -136,15 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        cut = self.hub.cut_after
-        if cut is not None and "X-Repo-Commit" in headers:
-            self.hub.cut_after = None
-            self.wfile.write(body[:cut])
-            self.close_connection = True
-            return
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def _sha256(data: bytes) -> str:

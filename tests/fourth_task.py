@@ -17,7 +17,7 @@ from visft_ds.config.task_schema import HeadConfig, TaskConfig
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
-from visft_ds.tasks.spec import Content, HeadSizes, ImageTargets, Task
+from visft_ds.tasks.spec import Content, ImageTargets, Task
 
 NAME, MOST = "classification", 91  # COCO's ids are below this
 
@@ -86,7 +86,6 @@ class Classification(Task):
     config = ClassificationTask
     head = ClassificationHead
     losses = ClassificationCriterion
-    sizes = HeadSizes(("classifier.weight", 1, 0), {"num_classes": ("classifier.weight", 0, 0)})
 
     def geometry(self, options: Mapping[str, Any]) -> Geometry:
         return Square(options["size"])

@@ -17,8 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: What gloo of torch 2.10 prints to standard output of each process group.
 _GLOO = re.compile(r"^\[Gloo\] Rank .*\n", re.MULTILINE)
@@ -149,12 +147,6 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
         if text in line:
             return seen
     raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
-
-
-def below(pid: int, program: str) -> list[psutil.Process]:
-    """Processes under `pid` that run a program of this name, in the order of their ranks."""
-    found = [p for p in psutil.Process(pid).children(recursive=True) if program in p.cmdline()]
-    return sorted(found, key=lambda process: int(process.environ().get("RANK", "-1")))
 
 
 def run_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False) -> list[str]:

@@ -1,15 +1,14 @@
-"""Weights by name: the hub's cache, a fake hub on loopback, and every refusal as one message."""
+"""Weights by name: the hub's cache, and a fake hub on loopback."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fake_hub import COMMIT, FakeHub, Repository, fake_hub
-from visft_ds.pretrained import PUBLISHED, HubFile, fetch, local, weights_among, weights_of_timm
+from visft_ds.pretrained import PUBLISHED, fetch, local, weights_of_timm
 
 WEIGHTS = bytes(range(256)) * 4096
 NAME = "hf-hub:some/model"
@@ -35,78 +34,44 @@ def test_what_is_fetched_is_found_again_without_a_network(hub: FakeHub, capsys: 
     assert len(hub.requests) == asked
 
 
-def test_a_cut_connection_goes_on_where_it_was(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100_000)
-    hub.cut_after = 350_000
-    assert fetch(NAME).read_bytes() == WEIGHTS
-    assert any(request.endswith("bytes=300000-") for request in hub.requests)
-
-
-def test_a_file_of_another_content_is_refused_and_removed(hub: FakeHub) -> None:
-    hub.spoiled = True
-    with pytest.raises(ValueError, match=r"is damaged and was removed: sha256 .*Fetch it again"):
-        fetch(NAME)
-    hub.spoiled = False
-    assert local(NAME) == Path(NAME)
-    assert fetch(NAME).read_bytes() == WEIGHTS
-
-
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "word"),
     [
-        ("hf-hub:some/other", r"^hf-hub:some/other: there is no http://\S+/some/other, or it is private"),
-        ("hf-hub:some/model@v2", "has no revision v2"),
-        ("hf-hub:some/model/x.pt", "some/model has README.md, model.safetensors, and not x.pt$"),
+        ("hf-hub:some/other", "Repository Not Found"),
+        ("hf-hub:some/model@v2", "RevisionNotFound"),
+        ("hf-hub:some/model/x.pt", "has README.md, model.safetensors"),
         ("hf-hub:some", "write hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION or"),
         ("hf-hub:some/model/../x.pt", "write hf-hub:ORG/NAME"),
     ],
 )
-def test_names_that_there_are_not(hub: FakeHub, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_names_that_there_are_not(hub: FakeHub, name: str, word: str) -> None:
+    with pytest.raises(ValueError, match=word) as caught:
         fetch(name)
+    assert str(caught.value).startswith(name)
 
 
 def test_a_licence_that_has_to_be_accepted(hub: FakeHub) -> None:
     hub.repositories["some/model"].gated = True
-    with pytest.raises(
-        ValueError,
-        match=r"^hf-hub:some/model: its licence has to be accepted first, at http://\S+/some/model;",
-    ):
+    with pytest.raises(ValueError, match="GatedRepo"):
         fetch(NAME)
     assert local(NAME) == Path(NAME)
-
-
-def test_no_weight_file_to_take(hub: FakeHub) -> None:
-    hub.repositories["some/model"].files = {"a.pt": b"1", "b.pt": b"2", "flax_model.msgpack": b"3"}
-    with pytest.raises(
-        ValueError, match=r"model has a\.pt, b\.pt, .*and not weights of a usual name; name a file of it"
-    ):
-        fetch(NAME)
 
 
 def test_a_file_that_was_fetched_by_its_name_is_not_that_of_the_repository(hub: FakeHub) -> None:
     hub.repositories["some/model"].files = {"a.pt": b"1", "b.pt": b"2"}
     assert fetch(f"{NAME}/a.pt") == local(f"{NAME}/a.pt") and local(NAME) == Path(NAME)
-    with pytest.raises(ValueError, match="name a file of it"):
-        fetch(NAME)
-
-
-def test_a_network_that_answers_for_the_hub(hub: FakeHub) -> None:
-    hub.portal = True
-    with pytest.raises(ValueError, match="does not answer as the hub does"):
+    with pytest.raises(ValueError, match="name a file"):
         fetch(NAME)
 
 
 def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(ValueError, match=r"^hf-hub:some/model: http://\S+ cannot be reached \(.*give its path$"):
+    hub.portal = True  # that of a hotel answers for the hub
+    with pytest.raises(ValueError, match="some/model: cannot be read"):
         fetch(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids to fetch it"):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         fetch(NAME)
 
 
@@ -120,16 +85,6 @@ def test_a_file_at_its_path_goes_before_the_cache(
     assert local(own) == cached
     own.write_bytes(b"x")
     assert local(own) == own
-
-
-def test_weights_among() -> None:
-    assert weights_among(["open_clip_model.safetensors", "model.safetensors", "x.pt"]) == "model.safetensors"
-    assert weights_among(["x.pt", "config.json"]) == "x.pt"
-    assert weights_among(["x.pt", "y.pt"]) is None and weights_among([]) is None
-
-
-def test_published_weights_have_names() -> None:
-    assert all(HubFile.parse(name).file for name in PUBLISHED.values())
 
 
 @pytest.mark.parametrize(

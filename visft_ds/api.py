@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
@@ -83,10 +82,7 @@ def fit(
         config = changed(config, [*(_text(key, at) for key, at in folders.items() if at is not None), *settings])
     if download:
         fetch_weights(config)
-    from visft_ds.prepare.places import located, of_parent
-
-    config = of_parent(config)
-    missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
+    missing = missing_inputs(config)
     if missing:
         raise ValueError(render_missing(missing))
 

@@ -127,7 +127,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 class Frame(NamedTuple):
-    """What the header of a picture says."""
+    """Facts in the header of a picture."""
 
     height: int  #: as stored
     width: int

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config import ResolvedConfig, derive_batches, missing_inputs, render_missing
@@ -53,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepared(words: Sequence[str]) -> tuple[argparse.Namespace, ResolvedConfig, str]:
     """The arguments, the configuration that they name, and which of its inputs are missing."""
     options, config = resolve_arguments(words)
-    from visft_ds.prepare.places import located, of_parent
-
-    config = of_parent(config)
-    missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
+    missing = missing_inputs(config)
     return options, config, render_missing(missing) if missing else ""
 
 

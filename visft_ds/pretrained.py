@@ -7,21 +7,16 @@ huggingface_hub itself reads HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from visft_ds.files import reading
 
 #: What a name begins with: on the hub; of a model of timm.
 HUB, TIMM = "hf-hub:", "timm:"
@@ -41,7 +36,6 @@ _USUAL = (
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
 _SHARD = re.compile(r".+-of-\d+\.safetensors")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 30.0  # seconds that the hub has to answer
 
 
@@ -63,14 +57,11 @@ class HubFile:
 
     def cached(self) -> Path | None:
         """The file in the hub's cache; None where it is not there."""
-        from huggingface_hub import constants
+        from huggingface_hub import try_to_load_from_cache
 
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
-        ref = folder / "refs" / self.revision
-        snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else self.revision)
-        # One of another name need not be the only one of the repository: it may have been fetched by that.
-        file = self.file or _usual_among({path.name for path in snapshot.glob("*")})
-        return snapshot / file if file is not None and (snapshot / file).is_file() else None
+        names = _USUAL if self.file is None else (self.file,)
+        found = (try_to_load_from_cache(self.repository, name, revision=self.revision) for name in names)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def weights_among(names: Iterable[str]) -> str | None:
@@ -103,81 +94,30 @@ def fetch(name: str) -> Path:
     up again where it was.
 
     Raises:
-        ValueError: a repository, revision or file that there is not, or that is not open to this user; no network; a
-            file that is not what the hub says it is.
+        ValueError: what huggingface_hub says: no such repository, revision or file, a licence that was not accepted, no
+            network.
         OSError: a full disk.
     """
     wanted = HubFile.parse(name)
     if (found := wanted.cached()) is not None:
         return found
-    with _asking(name, wanted) as api:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with reading(name, f"weights of {api.endpoint}"):
         told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=_PATIENCE)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in told.siblings or ()}
         file = wanted.file or _usual_among(sizes)
         if file is None or file not in sizes:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            missing = "weights of a usual name" if wanted.file is None else wanted.file
-            remedy = f"; name a file of it, {HUB}{wanted.repository}/FILE" if wanted.file is None else ""
-            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}{remedy}")
+            missing = wanted.file or f"weights of a usual name; name a file of it, {HUB}{wanted.repository}/FILE"
+            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data
             licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"
-            page = f"{api.endpoint}/{wanted.repository}"
-            print(
-                f"fetching {file} of {page}: {sizes[file] / 1e6:,.1f} MB, licence: {licence}",
-                file=sys.stderr,
-                flush=True,
-            )
-        found = Path(api.hf_hub_download(wanted.repository, file, revision=wanted.revision))
-        with found.open("rb") as content:
-            check_digest(found, hashlib.file_digest(content, "sha256").hexdigest())
-    return found
-
-
-def check_digest(path: Path, sha256: str) -> None:
-    """Refuse a file in the hub's cache that is not what the hub had, and remove it; others are not in its care.
-
-    Raises:
-        ValueError: another content.
-    """
-    blob = path.resolve()
-    if blob.parent.name != "blobs" or not _SHA256.fullmatch(blob.name) or blob.name == sha256:
-        return
-    blob.unlink()
-    path.unlink()
-    raise ValueError(f"{path} is damaged and was removed: sha256 {sha256}, on the hub {blob.name}. Fetch it again")
-
-
-@contextmanager
-def _asking(name: str, wanted: HubFile) -> Iterator[HfApi]:
-    """The hub's client; what it raises becomes one ValueError that says what to do."""
-    from huggingface_hub import HfApi, errors
-
-    api = HfApi()
-    page = f"{api.endpoint}/{wanted.repository}"
-    transport = errors.HfHubHTTPError.__bases__[0]  # of whichever library it speaks HTTP by
-    try:
-        yield api
-    except errors.GatedRepoError as error:
-        raise ValueError(
-            f"{name}: its licence has to be accepted first, at {page}; then log in (hf auth login, or HF_TOKEN) and "
-            "give the same command"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{name}: there is no {page}, or it is private: hf auth login, or HF_TOKEN") from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{name}: {page} has no revision {wanted.revision}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ValueError(f"{name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it") from error
-    except errors.HfHubHTTPError as error:
-        raise ValueError(f"{name}: the hub refuses it ({str(error).splitlines()[0]}); see {page}") from error
-    except (transport, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{name}: {api.endpoint} cannot be reached ({reason}). Bring the file here in another way and give its path"
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:  # a portal of a network, or a mirror
-        raise ValueError(f"{name}: {api.endpoint} does not answer as the hub does ({error!r})") from error
+            size, page = f"{sizes[file] / 1e6:,.1f} MB", f"{api.endpoint}/{wanted.repository}"
+            print(f"fetching {file} of {page}: {size}, licence: {licence}", file=sys.stderr, flush=True)
+        return Path(api.hf_hub_download(wanted.repository, file, revision=wanted.revision))
 
 
 def is_timm(name: str) -> bool:

@@ -29,7 +29,7 @@ _PATIENCE = ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0))  # seconds to save,
 
 @dataclass(frozen=True)
 class Step:
-    """One command of `visft`; `out` is what it makes."""
+    """Command of `visft`; `out` is what it makes."""
 
     name: str
     command: tuple[str, ...]
@@ -105,7 +105,7 @@ class Steps:
             print(f"# {step.name}{mark}\nvisft {shlex.join(map(redacted, step.command))}")
 
     def log(self, name: str) -> str:
-        """What a step printed."""
+        """Text that a step printed."""
         return self._path(name, "log").read_text(encoding="utf-8", errors="replace")
 
     def _finished(self, step: Step) -> bool:

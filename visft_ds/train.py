@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
@@ -16,20 +17,20 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
-from visft_ds.prepare.materialize import BaseWeights
-from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.run.evaluation import Validation, compare_with_training
-from visft_ds.run.folder import ENDED_FILE
+from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
-from visft_ds.run.record import keep_random_base, write_record
-from visft_ds.run.start import open_run
+from visft_ds.run.record import write_record
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,20 @@ def train(
         LostRank: another rank ended first.
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
-    config, data = open_data(config)
+    config, data = open_data(config, distributed.world_size())
     machine = check_machine(config, data.vocabulary_size)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = open_run(config, resume, data)
+    start_from = None
+    if config.visft.start is not None:
+        from visft_ds.run.start import open_start  # few runs have one
+
+        start_from = open_start(config.visft, data)
+    open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
     start_process_group()
-    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout, out / ENDED_FILE)
+    watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
     with folder_of_run(out, config, resume), watchdog.watching():
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         distributed.assert_same_on_all_ranks(
@@ -112,11 +118,10 @@ def train(
             placement=machine.placement,
             start=start_from,
         )
-        features = keep_features(config.visft, data.sets, loader, prepared, precision)
+        keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
-        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
+        identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
-        keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
         engine = build_engine(
@@ -131,10 +136,11 @@ def train(
         with released(engine):
             # 8: continue where an earlier start of this run was left.
             state = RunState(config, engine, identity, data)
-            start = state.resume(resume)
+            start = state.resume()
             if distributed.is_main():
-                write_record(config, data, command, start_from)
-                print_start(config, data, machine, prepared, features, start=start)
+                state.begin_export(prepared)
+                write_record(config, identity, command, start_from)
+                print_start(config, data, machine, prepared, start)
 
             # 9: what will not fit into memory fails now, not after hours.
             if config.visft.run.rehearsal and start < config.total_steps:
@@ -143,17 +149,20 @@ def train(
             # 10: train, then export.
             validation = None
             if data.validation is not None:
-                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.judged)
+                from visft_ds.run.evaluation import Validation  # metrics and drawing, which others need not import
+
+                given = (config.visft, data.streams, data.validation, data.vocabulary)
+                validation = Validation(*given, state.saver.judged)
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
                 open_log(config, start, machine.planned, callbacks, stop) as log,
-                state,
+                state.saver,
             ):
-                return _train_and_export(run, prepared.base, start, log)
+                return _train_and_export(run, prepared, start, log)
 
 
-def _train_and_export(run: Run, base: BaseWeights, start: int, log: RunLog) -> FitResult:
+def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
     """Run the loop; write the last checkpoint, the export and the last numbers."""
     state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
     try:
@@ -167,21 +176,22 @@ def _train_and_export(run: Run, base: BaseWeights, start: int, log: RunLog) -> F
         watchdog.begin("exporting", timed=False)
         if validation and settings.keep_best:
             validation.poll(log, seconds=None)
-        state.export(state.take_best(step, log), base)
+        state.export(state.take_best(step, log), prepared)
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
     stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))
     distributed.close()
-    watchdog.leave("done" if finished else f"stopped: {stopped.name}")
+    watchdog.leave()
     # After closing: the other ranks need not wait for the last numbers.
     if validation and finished:
         validation.poll(log, seconds=None)
         log.writer.event(step, "training images evaluated", **training)
-        for line in compare_with_training(training, log.writer.last):
+        for line in validation.compare(training, log.writer.last):
             log.message(line)
     elif validation:
         validation.leave(log)
-    state.delete_obsolete()
+    if distributed.is_main():
+        state.saver.delete_obsolete()
     return FitResult(Path(settings.out or ""), step, finished, stopped, log.writer.last)
 
 
@@ -226,7 +236,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             log.writer.event(step, guard.event, details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
-                guard.stop(message, state.saved)
+                guard.stop(message, state.saver.saved)
             log.message(message)
 
         seconds = time.perf_counter() - began

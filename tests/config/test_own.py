@@ -9,7 +9,7 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.run.evaluation import compare_with_training
+from visft_ds.run.evaluation import Validation
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
@@ -64,7 +64,7 @@ def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
     [(0.9, 0.1, ["by heart"]), (0.3, 0.0, ["not learnt yet"]), (0.9, 0.8, []), (0.9, None, [])],
 )
 def test_what_was_learnt_is_told(learnt: float, judged: float | None, words: Sequence[str]) -> None:
-    (line,) = compare_with_training({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
+    (line,) = Validation.compare({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
     assert f"{learnt:.2f} on training" in line
     assert [word for word in ("by heart", "not learnt yet") if word in line] == list(words)
 

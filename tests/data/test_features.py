@@ -17,7 +17,7 @@ from tests.options import alone
 from tests.parallel.engine_case import build, samples
 from visft_ds.config import resolve
 from visft_ds.data import dataset as reading
-from visft_ds.data.dataset import DataSet, SamplePipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
@@ -103,7 +103,7 @@ def test_samples_with_features_are_read_without_pixels(
     pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True, **sizes), collate_joint)}}
 
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
-        loader = StepLoader({"toy": DataSet(reader)}, plan_of(reader, 1), pipelines)
+        loader = StepLoader({"toy": reader}, plan_of(reader, 1), pipelines)
         if features is not None:
             loader.keep_features(features)
         return [batches[0] for _, batches in loader.steps(first, first + 2)]

@@ -19,7 +19,6 @@ from tests.data.test_loader import PIPELINES
 from tests.shard_server import Served, serve
 from visft_ds.config.schema import DataConfig
 from visft_ds.data import fetch
-from visft_ds.data.dataset import DataSet
 from visft_ds.data.fetch import Cache
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
@@ -162,7 +161,7 @@ def test_a_run_fetches_each_shard_once_an_epoch_and_ahead(local: Manifest, serve
     plan = Plan({"detection": TaskPlan({"toy": SetPlan(np.arange(40), 1, shards)}, 4)}, seed=1)
     bound = 8 * max(shard.bytes for shard in local.shards)
     remote = Manifest.load(served.url, "toy", Cache(tmp_path, bound))
-    both = [StepLoader({"toy": DataSet(ShardReader(one))}, plan, PIPELINES) for one in (remote, local)]
+    both = [StepLoader({"toy": ShardReader(one)}, plan, PIPELINES) for one in (remote, local)]
     for (step, (there,)), (_, (here,)) in zip(both[0].steps(0, 20), both[1].steps(0, 20), strict=True):
         assert torch.equal(there.images, here.images) and torch.equal(there.indices, here.indices)
         if step.step == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.coco_tree import Tree, write_tree
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
@@ -24,7 +26,7 @@ from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
-from visft_ds.run.record import RunRecord
+from visft_ds.run.record import write_run
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
@@ -116,19 +118,20 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
     for task, settings in first.visft.tasks.enabled().items():
         words = task == "captioning"
         options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
-        extra = {"base_weights": prepared.base_weights, **({"vocabulary": vocabulary.to_dict()} if words else {})}
+        extra = {"base_weights": prepared.base.identity, **({"vocabulary": vocabulary.to_dict()} if words else {})}
         infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
-        RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
+        record = write_run(world.run(stage), config.to_dict(), 1, ["train.py"])
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)
-    for task, head in heads.items():
-        save_head(head_file(world.run(1) / "export", task), infos[task], head.state_dict())
+        shutil.copyfile(record, world.run(stage) / "export" / EXPORT_RECORD_FILE)
+        for task, head in heads.items():
+            save_head(head_file(world.run(stage) / "export", task), infos[task], head.state_dict())
     adapted = prepare_model(second.visft, second.optimizer.params, vocabulary=vocabulary).module.backbone
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.2)
-    save_adapter(adapter_of(adapted, prepared.base_weights), world.adapter)
+    save_adapter(adapter_of(adapted, prepared.base.identity), world.adapter)
 
 
 def load_stage2(world: World) -> EvaluationModel:

@@ -31,6 +31,7 @@ from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.published import KINDS
+from visft_ds.parallel import distributed
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import BACKBONE_FILE
@@ -153,18 +154,15 @@ def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation
 
 def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
     """A fingerprint of content knows the base in another form, too, and merged weights say what they were made of."""
-    common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
-    apart = ["--heads", world.run(1) / "export", "--backbone"]
-    base = world.run(1) / "export" / BACKBONE_FILE
-    for name, file in {"base": base, "merged": world.merged}.items():
-        again = merge(file, None, tmp_path / f"{name}.safetensors", "--dtype", "bf16" if name == "base" else "fp32")
-        found = _finished(tmp_path / name, *apart, again, *common)
-        assert "warning" not in found.record["model"]
-
-
-def test_another_base_is_said(world: World, tmp_path: Path) -> None:
-    arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
-    found = _finished(tmp_path / "out", *arguments)
+    base, other = (
+        world.run(1) / "export" / BACKBONE_FILE,
+        _save_plain(tmp_path / "other.safetensors", "visft.model.weights_seed=1"),
+    )
+    again = merge(base, None, tmp_path / "bf16.safetensors", "--dtype", "bf16")
+    for name, file in {"base": again, "merged": world.merged, "other": other}.items():
+        files = ["--heads", world.run(1) / "export", "--backbone", file, "--data", world.shards]
+        found = _finished(tmp_path / name, *files, "--limit", 2, "--tasks", "detection")
+        assert ("warning" in found.record["model"]) == (name == "other")
     assert "the detection head was trained on other base weights" in found.record["model"]["warning"]
 
 
@@ -205,15 +203,6 @@ def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> N
     wanted = {name: value for name, value in whole.metrics.items() if not name.startswith("mask/")}
     assert some.metrics == wanted
     assert not (tmp_path / "some/segmentation_results.json").exists()
-    boxes = _finished(tmp_path / "boxes", "--run", world.run(1), "--tasks", "detection")
-    assert {name.split("/")[0] for name in boxes.metrics} == {"box"}
-    assert "caption_tokenizer" not in boxes.record
-    # Heads that replace the run's may be of some of its tasks.
-    (tmp_path / "heads").mkdir()
-    name = "captioning.safetensors"
-    (tmp_path / "heads" / name).write_bytes((world.run(1) / "export" / name).read_bytes())
-    captions = _finished(tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
-    assert _captions(captions) == _captions(whole) and captions.metrics.keys() < whole.metrics.keys()
 
 
 def test_from_python_nothing_is_written_unless_asked_for(world: World) -> None:
@@ -222,22 +211,35 @@ def test_from_python_nothing_is_written_unless_asked_for(world: World) -> None:
     assert found.out is None and sorted(path.name for path in world.run(2).iterdir()) == ["export", "run.json"]
 
 
+def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python with several ranks, too, whose process group stays open."""
+    done: list[str] = []
+    monkeypatch.setattr(distributed, "close", lambda: done.append("close"))
+    monkeypatch.setattr("visft_ds.evals.evaluate.measure", lambda *_, **__: done.append("measure") or ({}, []))
+    for name in ("barrier", "gather_objects", "broadcast_object"):
+        own = getattr(distributed, name)
+        monkeypatch.setattr(distributed, name, lambda *given, own=own, name=name: (done.append(name), own(*given))[1])
+    evaluate(world.run(2), tasks="detection", limit=2)
+    assert done[-2:] == ["close", "measure"] and "gather_objects" in done
+    done.clear()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr("visft_ds.evals.evaluate.collect", lambda *_, **__: None)
+    assert evaluate(world.run(2), tasks="detection", limit=2).metrics == {} and done == ["close"]
+
+
 def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
-    """The search of the command is the head's own; its captions are likelier than greedy ones."""
-    arguments = ["--run", world.run(2), "--tasks", "captioning", "--beam-size", 2]
-    searched = _finished(tmp_path / "out", *arguments)
+    """The search of the command is the head's own; tests of captioning say that its captions are likelier."""
+    searched = _finished(tmp_path / "out", "--run", world.run(2), "--tasks", "captioning", "--beam-size", 2)
     assert searched.record["decoding"]["captioning"] == {"beam_size": 2, "max_length": 6}
     model, stream = load_stage2(world), world.configs[2].visft.streams()["captioning"]
-    head = model.module.heads["captioning"]
     assert model.vocabulary is not None
     with ShardReader(Manifest.load(world.shards, "val")) as reader, torch.no_grad():
         pipeline = pipeline_of(stream, model.vocabulary, train=False)
-        for batch in evaluation_batches(reader, pipeline, 1, 0, 1, num_workers=0):
-            features = model.module.features(batch)
-            image = int(batch.image_ids[0])
-            for beams, evaluation in ((1, whole), (2, searched)):
-                (words,) = generated(head, *features, beam_size=beams, max_length=6)
-                assert model.vocabulary.decode(words) == _captions(evaluation)[image]
+        batch = next(iter(evaluation_batches(reader, pipeline, 1, 0, 1, num_workers=0)))
+        for beams, evaluation in ((1, whole), (2, searched)):
+            head = model.module.heads["captioning"]
+            (words,) = generated(head, *model.module.features(batch), beam_size=beams, max_length=6)
+            assert model.vocabulary.decode(words) == _captions(evaluation)[int(batch.image_ids[0])]
     assert _captions(searched) != _captions(whole)
 
 
@@ -263,23 +265,12 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
 
     status, _, errors = _evaluate(*common, "--out", tmp_path / "no")
     assert status == 2 and "give its word map" in errors and "--vocabulary FILE" in errors
-    boxes = _finished(tmp_path / "boxes", *common, "--tasks", "detection")
-    assert boxes.metrics.keys() < evaluation.metrics.keys()
-    word_map = {word: place for place, word in enumerate(["<pad>", *words, "two", "<unk>", "<start>", "<end>"])}
-    (tmp_path / "more.json").write_text(json.dumps(word_map))
-    status, _, errors = _evaluate(*common, "--vocabulary", tmp_path / "more.json", "--out", tmp_path / "no")
-    assert status == 2 and "head has 8 ids, the vocabulary 9" in errors
 
 
 def _save_plain(path: Path, setting: str) -> Path:
     config = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.tasks=detection", setting])
     save_backbone(prepare_model(config.visft, config.optimizer.params).module.backbone, path)
     return path
-
-
-def _heads_of_another_base(world: World, folder: Path) -> list[Any]:
-    other = _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
-    return ["--run", world.run(1), "--backbone", other]
 
 
 def _no_captions(world: World, folder: Path) -> list[Any]:
@@ -295,7 +286,7 @@ def _other_categories(world: World, folder: Path) -> list[Any]:
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no run in"),
+    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no such run"),
     "adapter on merged weights": (
         lambda world, folder: ["--run", world.run(2), "--backbone", world.merged, "--adapter", world.adapter],
         "twice",
@@ -309,9 +300,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "heads of other categories": (_other_categories, "stranger"),
     "no captions": (_no_captions, "no captions"),
-    "unknown task": (lambda world, folder: ["--run", world.run(1), "--tasks", "depth"], "depth"),
     "neither run nor files": (lambda world, folder: ["--heads", folder], "--backbone, --data"),
-    "no batch": (lambda world, folder: ["--run", world.run(1), "--batch-size", 0], "--batch-size"),
 }
 
 

@@ -24,6 +24,9 @@ from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
+from visft_ds.evals.model import ModelFiles, _load_backbone
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.efficientnet import installed
 from visft_ds.models.lora import inject_lora
 
 
@@ -50,18 +53,22 @@ def test_a_tower_of_ours_and_the_same_in_open_clip(tmp_path: Path) -> None:
         _read(f"{path}#7", images)
 
 
-@torch.no_grad()
-def test_adapted_and_merged_towers(tmp_path: Path) -> None:
-    """An adapter on both blocks, read in front of the second: base + adapter at a scale, and what is merged of it."""
-    path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
-    backbone: Any = load_encoder(parse_model(str(path)), "fp32").module.backbone
+def _adapted(tmp_path: Path, model: str) -> tuple[Any, Adapter]:
+    """The model's backbone with an adapter that does something, saved in the folder `adapter`."""
+    backbone: Any = load_encoder(parse_model(model), "fp32").module.backbone
     inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
     move_adapters(backbone, spread=0.5)
     adapter = adapter_of(backbone)
     save_adapter(adapter, tmp_path / "adapter")
+    return backbone, adapter
+
+
+@torch.no_grad()
+def test_adapted_and_merged_towers(tmp_path: Path) -> None:
+    """An adapter on both blocks, read in front of the second: base + adapter at a scale, and what is merged of it."""
+    path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
+    _, adapter = _adapted(tmp_path, str(path))
     merge(path, adapter.scaled(0.5), tmp_path / "merged.safetensors")
-    spec = parse_model(f"{path}+{tmp_path}/adapter#0@0.5")
-    assert (spec.label, spec.block, spec.scale) == ("clip+adapter#0", 0, 0.5)
     first = _read(f"{path}+{tmp_path}/adapter#0@0.5", images)["patches"]
     assert relative(_read(f"merged={tmp_path}/merged.safetensors#0", images)["patches"], first) < 1e-5
     assert relative(_read(f"{path}#0", images)["patches"], first) > 1e-3
@@ -71,19 +78,12 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
 def test_what_was_trained_up_to_a_block_is_read_there(tmp_path: Path) -> None:
     """By what adapter and header of the merged file say. No embedding: the projection reads the last block."""
     path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
-    backbone: Any = load_encoder(parse_model(f"{path}#0"), "fp32").module.backbone
-    inject_lora(backbone, rank=2, alpha=2, targets=("q", "v"))
-    move_adapters(backbone, spread=0.5)
-    adapter = adapter_of(backbone)
-    save_adapter(adapter, tmp_path / "adapter")
+    backbone, adapter = _adapted(tmp_path, f"{path}#0")
     merge(path, adapter, tmp_path / "merged.safetensors")
     wanted = backbone(images)
     for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/merged.safetensors"):
-        encoder = load_encoder(parse_model(model), "fp32")
-        assert encoder.kinds == KINDS_WITHOUT_TEXT
-        assert relative(encoder.module(images, ["patches"])["patches"], wanted) < 1e-5
-    behind = _read(f"{tmp_path}/merged.safetensors#1", images)["patches"]
-    assert relative(behind, wanted) > 1e-2
+        assert relative(_read(model, images)["patches"], wanted) < 1e-5
+    assert relative(_read(f"{tmp_path}/merged.safetensors#1", images)["patches"], wanted) > 1e-2
     with pytest.raises(ValueError, match="no block 1"):
         _read(f"{path}+{tmp_path}/adapter#1", images)
 
@@ -177,3 +177,10 @@ def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert (choice.block, choice.difference) == ("end", None)
     with pytest.raises(ValueError, match="too few test images"):
         choose({"end": {"n": Score("n", np.ones(3), np.zeros(3, dtype=np.int64))}})
+
+
+def test_a_base_is_read_where_its_run_read_it() -> None:
+    """Whatever the header of the base file holds."""
+    model = {"preset": "timm:tf_efficientnet_lite0", "layers": [4]}
+    backbone, _ = _load_backbone(ModelFiles(Path(installed()), Path("heads"), None, model), {}, torch.float32)
+    assert tuple(backbone.layers_read) == (4,) and backbone.width == 112

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.evals.test_benchmarks import _record, _run, world
+from tests.random_tower import save_adapter
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.experiments.dose import WITHIN, as_noise, scale_for
 from visft_ds.interop.adapter import Adapter
+
+__all__ = ["world"]  # the fixture
 
 
 @pytest.mark.parametrize(
@@ -27,6 +34,21 @@ def test_a_scale_is_found_for_any_dose(dose: Callable[[float], float], wanted: f
 def test_a_dose_that_no_scale_reaches_is_told() -> None:
     with pytest.raises(ValueError, match="no scale up to 1024 was found"):
         scale_for(lambda scale: min(scale, 0.1), 0.3)
+
+
+def test_equal_dose_is_equal_in_the_table(world: Path, tmp_path: Path) -> None:
+    """Measured on the same images and the same features as the column of the comparison."""
+    base, adapter, judge = world / "clip.safetensors", Adapter.load(world / "adapter"), f"zero_shot={world}/shapes"
+    save_adapter(as_noise(adapter, 1), tmp_path / "other")
+    like = f"{base}+{world}/adapter"
+    words = ["dose", "--model", f"{base}+{tmp_path}/other", "--like", like, "--benchmark", judge]
+    assert evaluate([*words, "--threads", "1", "--out", str(tmp_path / "equal")]) == 0
+    models = (f"base={base}", f"like={like}", f"other={base}+{tmp_path}/other", f"equal={base}+{tmp_path}/equal")
+    words = [word for model in models for word in ("--model", model)]
+    assert _run(*words, "--benchmark", judge, "--out", tmp_path / "out")[0] == 0
+    moved, dose = _record(tmp_path / "out")["moved"], json.loads((tmp_path / "equal/dose.json").read_text())
+    assert (moved["equal"], moved["like"]) == pytest.approx((dose["dose"], dose["wanted"]), rel=2e-3)
+    assert moved["equal"] == pytest.approx(moved["like"], rel=WITHIN) and abs(moved["other"] / moved["like"] - 1) > 0.03
 
 
 def test_noise_is_as_large_as_what_was_learnt() -> None:

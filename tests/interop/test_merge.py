@@ -96,6 +96,19 @@ def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None
     assert other_base("", adapter.base, bases_of(model, out)) is None, "it says what it was made of"
 
 
+def test_lavis_form_is_the_giants_tower_alone(tmp_path: Path) -> None:
+    """As LAVIS reads it, by torch.load: names without a prefix, with the class token; post-norm towers are refused."""
+    base, adapter, model = _case(tmp_path, post_norm=False)
+    out = merge(base, adapter, tmp_path / "out.pth", "--format", "lavis")
+    read = torch.load(out, weights_only=True)
+    assert {"cls_token", "blocks.1.mlp.fc2.bias"} <= read.keys() and not any(n.startswith("visual") for n in read)
+    fold_adapters(model)
+    assert all(torch.allclose(read[name], p, atol=1e-6) for name, p in model.named_parameters() if "lora" not in name)
+    (tmp_path / "post").mkdir()
+    base, adapter, _ = _case(tmp_path / "post")
+    assert _run("--base", base, "--out", tmp_path / "no.pth", "--format", "lavis") == 2
+
+
 def test_scale_and_mean(tmp_path: Path) -> None:
     base, adapter, model = _case(tmp_path)
     move_adapters(model)
@@ -199,7 +212,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
     base, adapter, _ = _case(tmp_path)
     folder = save_adapter(adapter, tmp_path / "adapter")
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
-    for path in (folder, folder / "adapter_model.safetensors", tmp_path / "eva_e_lora_5000.pt"):
+    for path in (folder, folder / "lora.safetensors", tmp_path / "eva_e_lora_5000.pt"):
         assert same_change(read_adapter(path), adapter)
     words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
     assert _run(*words, "--format", "peft") == 0
@@ -225,7 +238,7 @@ def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> P
     )
     config, run = resolve(stage=2, model="debug", settings=settings), folder / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps({"schema": 3, "config": config.to_dict()}), encoding="utf-8")
     parameters = {f"backbone.{name}": value for name, value in adapter.tensors.items()}
     parameters |= {name: torch.zeros(2) for name in more}
     moments = {key: {name: torch.zeros(1) for name in parameters} for key in ("exp_avg", "exp_avg_sq")}
@@ -252,6 +265,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     assert "datasets" not in front and front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
     other = adapter.scaled(3.0)
     save_adapter(other, run / "export" / "adapter")
+    (run / "export/export.json").write_text((run / "run.json").read_text())
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()

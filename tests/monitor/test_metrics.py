@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from visft_ds.monitor import metrics
@@ -27,22 +26,11 @@ def tensorboard(folder: Path) -> Any:
 def test_records_are_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss/detection": 2.5, "lr/lora": 1e-5})
-        writer.event(1, "saved", path="step_1")
+        writer.event(1, "saved", loss=math.nan)
         first, second = records(tmp_path)
     assert (first["kind"], first["step"], first["loss/detection"], first["lr/lora"]) == ("step", 1, 2.5, 1e-5)
-    assert (second["kind"], second["event"], second["path"]) == ("event", "saved", "step_1")
+    assert (second["kind"], second["event"], second["loss"]) == ("event", "saved", "nan"), "JSON has no such number"
     assert first["time"] <= second["time"]
-
-
-def test_a_diverged_loss_stays_valid_json(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
-        writer.step(1, {"loss": math.nan, "norm": math.inf})
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert (record["loss"], record["norm"]) == ("nan", "inf")
 
 
 def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
@@ -57,22 +45,6 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss": 7.0})
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(1, 7.0)]
-
-
-def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
-    picture = np.zeros((5, 7, 3), dtype=np.uint8)
-    with MetricsWriter(tmp_path) as writer:
-        writer.image(3, "detection/0", picture)
-    (image,) = tensorboard(tmp_path).Images("detection/0")
-    assert (image.step, image.height, image.width) == (3, 5, 7)
-    assert image.encoded_image_string.startswith(b"\x89PNG")
-
-
-def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "step", "st')
-    with MetricsWriter(tmp_path, resume_step=5) as writer:
-        writer.step(6, {"loss": 1.0})
-    assert [record["step"] for record in records(tmp_path)] == [1, 6]
 
 
 def test_a_failing_writer_warns_once_and_recovers(
@@ -97,27 +69,10 @@ def test_a_failing_writer_warns_once_and_recovers(
     assert warning.count("warning: metrics.jsonl is not being written") == 1 and "No space left" in warning
 
 
-def test_tensorboard_may_fail_without_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with MetricsWriter(tmp_path) as writer:
-
-        def fail(*_: Any, **__: Any) -> None:
-            raise OSError("gone")
-
-        for name in ("add_scalar", "add_image"):
-            monkeypatch.setattr(writer._events, name, fail)
-        writer.step(1, {"loss": 1.0})
-        writer.image(1, "x", np.zeros((2, 2, 3), dtype=np.uint8))
-    assert [record["step"] for record in records(tmp_path)] == [1]
-    assert capsys.readouterr().err.count("warning: TensorBoard") == 1
-
-
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "run", enabled=False) as writer:
         writer.step(1, {"loss": 1.0})
         writer.event(1, "saved")
-        writer.image(1, "x", np.zeros((2, 2, 3), dtype=np.uint8))
     assert list(tmp_path.iterdir()) == []
 
 

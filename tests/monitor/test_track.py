@@ -61,14 +61,3 @@ def test_an_error_of_a_tracker_ends_no_run(sent: list[Any], tmp_path: Path, caps
     assert [values[track.STEP] for values in sent[1:]] == [1, 2]
     said = capsys.readouterr().err
     assert said.count("warning: wandb gets nothing any more") == 1 and "secret" not in said
-
-
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install visft_ds[wandb]")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = Tracker(tmp_path, {"visft.seed": 1})
-    tracker.on_step(2, {"loss/loss": 2.0})
-    tracker.on_evaluation(1, {"box/AP": 0.5})
-    tracker.close()
-    assert "nothing any more" not in capsys.readouterr().err
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and (tmp_path / "tracker-wandb").read_text().strip()

@@ -214,8 +214,12 @@ def test_attention_is_planned_however_a_model_calls_it(device: str, named: dict[
 
 @pytest.mark.parametrize(
     ("model", "engine", "settings"),
-    [("debug", "zero1", ()), ("debug", "zero1", ("visft.mode=shared",)), ("debug", "pipeline", ())]
-    + [("debug_convnext", "zero3", ())],
+    [
+        ("debug", "zero1", ()),
+        ("debug", "zero1", ("visft.mode=shared",)),
+        ("debug", "pipeline", ()),
+        ("debug_convnext", "zero3", ()),
+    ],
 )
 def test_every_run_has_an_mfu(
     model: str, engine: str, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -74,12 +74,12 @@ def test_a_broken_file_is_named_and_skipped(place: Path, tmp_path: Path, capsys:
     for number in range(4):
         (folder / f"{number}.jpg").write_bytes(content if number else content[:700])
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(content)
-    assert _run(tmp_path / "out", tmp_path / "in", "--no-pictures", *ALL) == 0
+    assert _run(tmp_path / "out", tmp_path / "in", *ALL) == 0
     assert f"skipped {folder / '0.jpg'}" in capsys.readouterr().err
     whole = _results(tmp_path / "out")
     assert [one["file_name"] for one in whole["skipped"]] == ["deep/0.jpg"]
     assert [one["file_name"] for one in whole["images"]] == [*(f"deep/{n}.jpg" for n in (1, 2, 3)), r"deep/caf\xe9.jpg"]
-    assert not (tmp_path / "out/pictures").exists() and len(whole["captioning"]) == 4
+    assert len(whole["captioning"]) == 4
     assert _run(tmp_path / "out", tmp_path / "in") == 2 and "not empty" in capsys.readouterr().err
 
 
@@ -96,7 +96,7 @@ def test_pipes_devices_links_and_what_only_calls_itself_a_picture(
     (folder / "self.jpg").symlink_to(folder / "self.jpg")
     (folder / "drawing.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     for number, given in enumerate((folder, f"{folder}/**/*.jpg")):
-        assert _run(tmp_path / f"out{number}", given, "--no-pictures", *ALL) == 0
+        assert _run(tmp_path / f"out{number}", given, *ALL) == 0
         assert [one["file_name"] for one in _results(tmp_path / f"out{number}")["images"]] == ["dog.jpg"]
     capsys.readouterr()
     for name in ("pipe.jpg", "zero.jpg", "drawing.jpg"):

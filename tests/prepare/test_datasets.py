@@ -1,4 +1,4 @@
-"""Several data sets in one run: each teaches what it has labels for, in the ids of the first one."""
+"""Several data sets in one run: each teaches what it has labels for, in the categories of the first one."""
 
 from __future__ import annotations
 
@@ -12,40 +12,30 @@ import torch
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.prepare.datasets import captioned, data_identity, open_training_data
 from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.shards.build import Options, build
 
-#: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
-OTHER = {0: "sneakers", 7: "car", 200: "person"}
-TO_COCO = {"car": 3, "person": 8, "sneakers": None}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COCO-like shards, "objects" with boxes of other categories and no masks, "words" with captions only."""
+    """COCO-like shards, "objects" with boxes and no masks, "words" with captions only, "others" of other categories."""
     folder = tmp_path_factory.mktemp("sets")
     tree = write_tree(folder / "coco", 12)
     build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    tree = write_tree(folder / "objects", 12)
 
-    def rename(content: dict[str, Any]) -> None:
-        ids = dict(zip(sorted({c["id"] for c in content["categories"]}), OTHER, strict=True))
-        content["categories"] = [{"id": number, "name": name} for number, name in OTHER.items()]
+    def change(content: dict[str, Any]) -> None:
         for annotation in content["annotations"]:
-            annotation["category_id"] = ids[annotation["category_id"]]
             del annotation["segmentation"]
 
-    tree.edit(rename)
+    tree.edit(change)
     build(Options(tree.images, tree.instances, None, folder / "shards", "objects"))
-    tree = write_tree(folder / "words", 12)
+    tree.edit(lambda content: content["categories"][0].update(name="kettle"))
+    build(Options(tree.images, tree.instances, None, folder / "shards", "others"))
     tree.edit(lambda content: content.update(annotations=[]))
     build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "words"))
-    build(Options(tree.images, None, tree.captions, folder / "shards", "bare"))
-    (folder / "map.json").write_text(json.dumps(TO_COCO))
     return folder
 
 
@@ -53,9 +43,8 @@ def config_of(folder: Path, *settings: str, mode: str = "sampled", sets: Any = N
     own = [f"visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
     objects = {"name": "objects", "root": str(folder / "shards"), "split": "objects", "tasks": ["detection"]}
     words = {"name": "words", "root": str(folder / "shards"), "split": "words", "tasks": ["captioning"]}
-    chosen = [{**objects, "categories": str(folder / "map.json")}, words] if sets is None else sets
     given = [f"visft.data.root={folder / 'shards'}", f"visft.mode={mode}", "visft.shared.batch_size=2"]
-    given.append(f"visft.data.sets={json.dumps(chosen)}")
+    given.append(f"visft.data.sets={json.dumps([objects, words] if sets is None else sets)}")
     return resolve(stage=1, model="debug", settings=[*own, *given, *settings]).visft
 
 
@@ -63,7 +52,7 @@ def load(config: VisftConfig, steps: int) -> list[Any]:
     sets = open_training_data(config)
     vocabulary = vocabulary_of(config, *captioned(sets))
     loader = StepLoader(
-        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
+        {name: ShardReader(one.manifest) for name, one in sets.items()},
         plan_of(config, sets),
         pipelines_of(config, sets, vocabulary),
         num_workers=0,
@@ -71,7 +60,7 @@ def load(config: VisftConfig, steps: int) -> list[Any]:
     return [(whole, batches[0]) for whole, batches in loader.steps(0, steps)]
 
 
-def test_a_step_takes_labels_and_categories_from_the_set_it_draws(folder: Path) -> None:
+def test_a_step_takes_labels_from_the_set_it_draws(folder: Path) -> None:
     seen: dict[tuple[str, str], list[Any]] = {}
     for whole, batch in load(config_of(folder), 40):
         assert batch.tasks == (whole.task,)
@@ -84,9 +73,7 @@ def test_a_step_takes_labels_and_categories_from_the_set_it_draws(folder: Path) 
         ("captioning", "words"),
     }
     labels = torch.cat([batch.targets["detection"].labels for batch in seen["detection", "objects"]])
-    assert set(labels.tolist()) == {3, 8}, "sneakers are left out, the others have the ids of the first set"
-    whole_set = torch.cat([batch.targets["detection"].labels for batch in seen["detection", "train"]])
-    assert set(whole_set.tolist()) == {3, 8, 13}
+    assert set(labels.tolist()) == {3, 8, 13}
 
 
 def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path) -> None:
@@ -100,20 +87,8 @@ def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path)
 
 
 def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
-    config = config_of(
-        folder,
-        "visft.data.weight=3",
-        "visft.tasks=detection",
-        sets=[
-            {
-                "name": "objects",
-                "root": str(folder / "shards"),
-                "split": "objects",
-                "tasks": ["detection"],
-                "categories": str(folder / "map.json"),
-            }
-        ],
-    )
+    sets = [{"name": "objects", "root": str(folder / "shards"), "split": "objects", "tasks": ["detection"]}]
+    config = config_of(folder, "visft.data.weight=3", "visft.tasks=detection", sets=sets)
     plan = plan_of(config, open_training_data(config))
     drawn = [plan.step(step).dataset for step in range(400)]
     assert drawn.count("objects") == pytest.approx(100, abs=3)
@@ -127,15 +102,12 @@ def test_the_words_of_all_captions_are_known(folder: Path) -> None:
     assert words is not None and "picture" in words.words  # 24 times in each of the two
 
 
-def test_content_and_map_are_part_of_a_runs_identity(folder: Path, tmp_path: Path) -> None:
+def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> None:
     alone, with_sets = (open_training_data(config_of(folder, sets=sets)) for sets in ([], None))
-    assert data_identity(alone) == alone["train"].manifest.fingerprint
-    (tmp_path / "map.json").write_text(json.dumps({**TO_COCO, "sneakers": 13}))
-    other = open_training_data(config_of(folder, f"visft.data.sets.0.categories={tmp_path / 'map.json'}"))
-    assert len({data_identity(sets) for sets in (alone, with_sets, other)}) == 3
+    assert data_identity(alone) == alone["train"].manifest.fingerprint != data_identity(with_sets)
 
 
-def test_a_catch_all_leaves_the_rest_out(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "map.json").write_text(json.dumps({"car": 3, "*": None}))
-    sets = open_training_data(config_of(folder, f"visft.data.sets.0.categories={tmp_path / 'map.json'}"))
-    assert sets["objects"].categories == {0: None, 7: 3, 200: None}
+def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
+    sets = [{"name": "others", "root": str(folder / "shards"), "split": "others", "tasks": ["detection"]}]
+    with pytest.raises(ValueError, match="'kettle'"):
+        open_training_data(config_of(folder, sets=sets))

@@ -20,7 +20,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import base_parameters, buffers_in, open_backbone
 from visft_ds.model import MultiTaskModel
-from visft_ds.prepare.materialize import HOST, InHostMemory, Placement, open_base
+from visft_ds.prepare.materialize import HOST, Placement, open_base
 from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model
 from visft_ds.resilience.errors import RankError
 
@@ -56,7 +56,7 @@ class Alive(TorchDispatchMode):
         return result
 
 
-class Halves(InHostMemory):
+class Halves(Placement):
     """Keeps half of every tensor, as one of two ZeRO-3 processes does."""
 
     def place(self, parameter: nn.Parameter) -> None:
@@ -64,7 +64,7 @@ class Halves(InHostMemory):
         parameter.data = flat[: (flat.numel() + 1) // 2].clone()
 
 
-class Only(InHostMemory):
+class Only(Placement):
     """Holds what has a certain beginning, as a stage of a pipeline does."""
 
     def __init__(self, *beginnings: str) -> None:

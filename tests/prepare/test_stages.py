@@ -43,7 +43,7 @@ def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, mode: 
     infos = {}
     for task, settings in config.visft.tasks.enabled().items():
         options = settings.head.model_dump(mode="json")
-        extra: dict[str, Any] = {"base_weights": model.base_weights, "mode": mode, **more}
+        extra: dict[str, Any] = {"base_weights": model.base.identity, "mode": mode, **more}
         if task == "captioning":
             options["vocabulary_size"] = WORDS.size
             extra["vocabulary"] = WORDS.to_dict()
@@ -91,7 +91,7 @@ def test_random_base_weights_in_a_file_are_the_same_base(
     heads = write_own(tmp_path, first, config)
     save_base(first.base, first.module.backbone, tmp_path / "base.safetensors")
     second = prepared(configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads)
-    assert second.base_weights == first.base_weights and not any("warning" in note for note in second.notes)
+    assert second.base.identity == first.base.identity and not any("warning" in note for note in second.notes)
     other = prepared(configured(2, {**PUBLISHED, "visft.model.weights_seed": 1}), heads)
     assert sum("was trained on other base weights" in note for note in other.notes) == 3
 

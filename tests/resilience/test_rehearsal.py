@@ -27,7 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(shards: Path) -> tuple[RunData, Batches]:
     """Stage 2 of the debug model on four ranks."""
     settings = [f"visft.data.root={shards}", "visft.run.eval_every=0"]
-    config, data = open_data(resolve(stage=2, model="debug", settings=settings))
+    config, data = open_data(resolve(stage=2, model="debug", settings=settings), 1)
     return data, derive_batches(config, 4)
 
 

@@ -61,8 +61,8 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
         for left in [*(one for one in family if one.is_running()), *([process] if process.poll() is None else [])]:
             left.kill()
     assert process.returncode == CASES[who, number], output
-    assert "Traceback" not in output
-    if (who, number) != ("visft: a rank", KILL):  # after which the others cannot save
+    if (who, number) != ("visft: a rank", KILL):  # after which the others cannot save, and its workers complain
+        assert "Traceback" not in output
         (checkpoint,) = (out / "checkpoints").iterdir()
         assert f"saved step {int(checkpoint.name[5:])} in" in output and "stopped after step" in output
 
@@ -73,7 +73,7 @@ def test_zero_means_trained_to_the_end(shards: Path, tmp_path: Path) -> None:
     process = start_command([sys.executable, "-m", "visft_ds", "train", "--num_gpus", "2", *words])
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
-    assert (tmp_path / "run/ended").read_text() == "done\n" and f"step {STEPS}/{STEPS}" in output
+    assert f"step {STEPS}/{STEPS}" in output and (tmp_path / "run/export/detection.safetensors").is_file()
 
 
 @pytest.fixture

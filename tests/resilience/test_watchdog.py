@@ -15,10 +15,9 @@ from visft_ds.resilience.errors import LostRank
 from visft_ds.resilience.watchdog import Watchdog
 
 HANGS = """
-import sys, time
-from pathlib import Path
+import time
 from visft_ds.resilience.watchdog import Watchdog
-with Watchdog(1, 1.0, Path(sys.argv[1])).watching() as dog:
+with Watchdog(1, 1.0).watching() as dog:
     dog.begin("evaluating", timed=False)
     time.sleep(3)
     dog.begin("step 7: reading")
@@ -26,29 +25,25 @@ with Watchdog(1, 1.0, Path(sys.argv[1])).watching() as dog:
 """
 
 
-def test_no_progress_ends_the_process_with_its_stacks(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", HANGS, str(tmp_path / "ended")]
+def test_no_progress_ends_the_process_with_its_stacks() -> None:
+    words = [sys.executable, "-c", HANGS]
     done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, timeout=600)
     assert done.returncode == 3
     assert "[rank 1] stopped: no progress for" in done.stderr and "step 7: reading" in done.stderr
-    assert "most recent call first" in done.stderr and 'File "<string>", line 9' in done.stderr
+    assert "most recent call first" in done.stderr and 'File "<string>", line 8' in done.stderr
 
 
-def test_a_lost_peer_is_told_with_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_AFTER_YOU", 0.0)
-    dog = Watchdog(0, 0.0, tmp_path / "ended")
-    (tmp_path / "ended").write_text("done")
+    dog = Watchdog(0, 0.0)
 
     def lose() -> None:
         with dog.watching():
-            assert not (tmp_path / "ended").exists()
             dog.begin("step 3: saving")
             raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
 
     with pytest.raises(LostRank, match="step 3: saving"):
         lose()
-    dog.leave("stopped: signal SIGTERM")
-    assert (tmp_path / "ended").read_text() == "stopped: signal SIGTERM\n"
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def main(out: str) -> None:
     room = {0: needs("none"), 1: needs("block")}[rank]
     machine.memory_of = lambda device: room
     config = configured()
-    chosen, why = machine.choose_recompute(config, planned(config), None)
+    chosen, why = machine.recompute_that_fits(config, planned(config), None)
     Path(f"{out}.{rank}").write_text(json.dumps([chosen.visft.model.recompute, why]), encoding="utf-8")
     distributed.close()
 

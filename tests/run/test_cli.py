@@ -46,7 +46,7 @@ def test_heads_are_a_folder(shards: Path) -> None:
 
 
 def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) -> None:
-    config, data = open_data(given(shards))
+    config, data = open_data(given(shards), 1)
     (stream,) = config.visft.streams().values()
     assert stream.batch_size == data.plan.tasks["shared"].batch_size == 10
     assert "visft.shared.batch_size: 24 -> 10, because of the number of images" in config.adapted

@@ -13,8 +13,8 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.parallel.engine import Engine
-from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, RUN_SCHEMA, locked, open_run_folder, recorded_config
-from visft_ds.run.record import RunRecord
+from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, RUN_SCHEMA, Parent, locked, open_run_folder, recorded_config
+from visft_ds.run.record import write_run
 from visft_ds.run.state import RunState
 
 RECORDS = ("run.json", "metrics.jsonl", f"export/{BACKBONE_FILE}")
@@ -40,7 +40,7 @@ FIRST, OTHER = _config(), _config("optimizer.params.lr=1e-6")
 
 def _run(out: Path) -> Path:
     """What a run leaves that diverges before its first checkpoint; notes of the user beside it."""
-    RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(out)
+    write_run(out, FIRST.to_dict(), 1, ["train.py"])
     for name in (*RECORDS[1:], LOCK_FILE, "notes.txt"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
@@ -72,16 +72,14 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     open_run_folder(out, FIRST, "auto")  # a start that failed before its record
 
 
-@pytest.mark.parametrize("how", ["auto", "must"])
-def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: Path) -> None:
+def test_a_run_without_its_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
     """Its export would be replaced, and its metrics cut off."""
     out, engine = _run(tmp_path / "run"), cast(Engine, None)  # which is asked for nothing before a checkpoint is found
     state = RunState(_config(f"visft.run.out={out}"), engine, {}, cast(Any, None))
-    if how == "auto":
-        assert state.resume(how) == 0  # the random base alone is nothing that was trained
-    (out / "export/detection.safetensors").write_text("")
-    with pytest.raises(ValueError, match=r"has an export and no checkpoint to go on from: choose another --out, or"):
-        state.resume(how)
+    assert state.resume() == 0  # the random base alone is nothing that was trained
+    (out / "export/export.json").write_text("")
+    with pytest.raises(ValueError, match="has an export and no checkpoint"):
+        state.resume()
 
 
 @pytest.mark.parametrize(
@@ -89,8 +87,7 @@ def test_a_run_without_its_checkpoints_is_not_trained_over(how: str, tmp_path: P
     [
         "checkpoints/step_00000004/state.json",
         "checkpoints/step_00000004.old/state.json",
-        "export/detection.safetensors",
-        "export/adapter/adapter_model.safetensors",
+        "export/export.json",
     ],
 )
 def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) -> None:
@@ -105,7 +102,7 @@ def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) 
 
 
 def test_a_record_says_its_schema(tmp_path: Path) -> None:
-    path = RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(tmp_path)
+    path = write_run(tmp_path, FIRST.to_dict(), 1, ["train.py"])
     record = json.loads(path.read_text())
     assert record.pop("schema") == RUN_SCHEMA
     path.write_text(json.dumps({**record, "schema": RUN_SCHEMA + 1}))
@@ -114,9 +111,9 @@ def test_a_record_says_its_schema(tmp_path: Path) -> None:
 
 
 def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
-    RunRecord({"visft": {"seed": 1}}, world_size=2, command=["train.py", "--stage", "1"]).write(tmp_path)
-    RunRecord({"visft": {"seed": 1}}, world_size=4, command=["train.py"]).write(tmp_path)
-    path = RunRecord({"visft": {"seed": 1}}, world_size=8, command=["train.py"]).write(tmp_path)
+    write_run(tmp_path, {"visft": {"seed": 1}}, world_size=2, command=["train.py", "--stage", "1"])
+    write_run(tmp_path, {"visft": {"seed": 1}}, world_size=4, command=["train.py"])
+    path = write_run(tmp_path, {"visft": {"seed": 1}}, world_size=8, command=["train.py"])
     record = json.loads(path.read_text())
     assert (record["config"], record["world_size"]) == ({"visft": {"seed": 1}}, 8)
     assert {"python", "torch", "deepspeed", "visft_ds"} <= record["versions"].keys()
@@ -126,10 +123,10 @@ def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
 
 def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
     """An earlier start that saved nothing may have had another, or this one none."""
-    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
-    RunRecord({}, 1, [], parent=parent).write(tmp_path)
-    record = json.loads(RunRecord({}, 1, []).write(tmp_path).read_text())
-    assert "parent" not in record and record["earlier"][0]["parent"] == parent
+    parent = Parent(path="/there", step=2, sha256="0" * 64)
+    write_run(tmp_path, {}, 1, [], parent=parent)
+    record = json.loads(write_run(tmp_path, {}, 1, []).read_text())
+    assert record["parent"] is None and record["earlier"][0]["parent"] == parent.model_dump()
 
 
 def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +135,7 @@ def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        RunRecord({}, 1, []).write(tmp_path)
+        write_run(tmp_path, {}, 1, [])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from tests.run.recompute_case import configured, needs, planned
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.resilience import host_memory
 from visft_ds.run import machine
-from visft_ds.run.record import RunRecord
+from visft_ds.run.record import write_run
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig, out: Path | None) -> tuple[str, str]:
     """(policy, reason) of a start on a machine that has room for so many bytes."""
     monkeypatch.setattr(machine, "memory_of", lambda device: room)
-    chosen, why = machine.choose_recompute(config, planned(config), out)
+    chosen, why = machine.recompute_that_fits(config, planned(config), out)
     return chosen.visft.model.recompute, why
 
 
@@ -50,7 +50,7 @@ def test_a_stated_policy_stays_and_nothing_is_planned(monkeypatch: pytest.Monkey
 def test_a_run_keeps_its_policy_though_memory_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config, room = configured(), needs("block")
     assert settled(monkeypatch, room, config, tmp_path)[0] == "block"
-    RunRecord(changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"]).write(tmp_path)
+    write_run(tmp_path, changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"])
     assert settled(monkeypatch, 10**12, config, tmp_path)[0] == "none"  # that run has saved nothing to go on with
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     assert settled(monkeypatch, 10**12, config, tmp_path) == ("block", "as the run began")

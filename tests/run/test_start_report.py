@@ -83,17 +83,15 @@ def test_a_dry_run_opens_the_files_that_a_start_opens(
     capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
 ) -> None:
     """A page of a portal under the name of the weights is there, and no run can start with it."""
-    weights, heads = tmp_path / "weights.safetensors", tmp_path / "heads"
-    heads.mkdir()
-    for path in (weights, heads / "detection.safetensors"):
+    weights, head = tmp_path / "weights.safetensors", tmp_path / "detection.safetensors"
+    for path in (weights, head):
         path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
-    settings = {"visft.model.weights": weights, "visft.heads.path": heads, "visft.tasks": "detection"}
-    settings["visft.tasks.detection.batch_size"] = 8
     arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
-    arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    assert main(arguments) == 2
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("this run cannot start")]
-    assert len(told) == 2 and str(weights) in told[0] and "detection.safetensors" in told[1]
+    arguments += ["--set", "visft.tasks=detection", "--set", "visft.tasks.detection.batch_size=8"]
+    arguments += ["--heads", str(tmp_path)]
+    for wrong, more in ((weights, ["--set", f"visft.model.weights={weights}"]), (head, [])):
+        assert main([*arguments, *more]) == 2
+        assert f"this run cannot start: {wrong}" in capsys.readouterr().out
 
 
 def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -169,6 +169,9 @@ def test_a_split_built_otherwise_is_not_overwritten(tree: Tree, tmp_path: Path) 
     assert main([*command, f"--max-size={SMALL}"]) == 2 and digests(tmp_path / "out") == before
     assert main([*command, "--replace"]) == 0
     assert times(tmp_path / "out").keys() == {"toy-000000.tar"}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/toy-000000.tar").write_bytes(b"of another program")
+    assert main(["build", *tree.arguments(tmp_path / "theirs")]) == 2 and len(digests(tmp_path / "theirs")) == 1
     assert verify(Manifest.load(tmp_path / "out", "toy")) == []
 
 
@@ -227,10 +230,8 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("extra", "word"),
     [
         (["--images", "/nowhere"], "/nowhere"),
-        (["--instances", "/nowhere.json"], "/nowhere.json"),
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
-        (["--max-size", "12 apples"], "apples"),
         (["--workers", "0"], "--workers"),
         (["--seed", "-1"], "seed -1"),
         (["--out", "/proc/nothing"], "/proc/nothing"),

@@ -169,11 +169,19 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
     (tree.images / "picture.4.jpg").write_bytes(b"")
     assert main(command) == 2
     assert "5 of its 40 images cannot be used" in capsys.readouterr().err
-    assert not list((tmp_path / "out").rglob("*.tar")) and not (tmp_path / "out/.toy.build").exists()
+    assert not (tmp_path / "out/toy.manifest.json").exists()
     for place in range(5, 30):
         (tree.images / f"picture.{place}.jpg").unlink()
     assert main(command) == 2
     assert "26 of its 40" in capsys.readouterr().err, "missing files are found before anything is written"
+
+    def without_the_lost(content: dict[str, Any]) -> None:
+        content["images"] = content["images"][30:]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+
+    tree.edit(without_the_lost)
+    assert main(command) == 0, "what failed builds left is not in the way"
 
 
 def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:

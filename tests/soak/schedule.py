@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, Signals
 
-REQUEUE = 85  #: default of `visft.run.requeue_code`
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -21,33 +19,23 @@ class Kind:
 
     name: str
     action: str  #: name of a method of `injury.Injury`
-    target: str = "rank"  #: who gets the signal: "rank", "launcher" (the child of deepspeed), "deepspeed", "supervisor"
+    target: str = "rank"  #: who gets the signal: "rank" or "supervisor"
     number: Signals = SIGKILL
     code: int | None = None
     says: str = ""  #: what the output must contain, a regular expression
     lossless: bool = False  #: every step that was made is saved
 
 
-def _request(target: str, number: Signals) -> Kind:
-    """A request to stop; who passes it on, and with which exit code, see docs/training.md."""
-    heard = target in ("rank", "supervisor")
-    code = (REQUEUE if number == SIGUSR1 else 128 + number) if heard else None
-    says = r"stopped after step \d+"
-    return Kind(f"{number.name} to {target}", "send", target, number, code, says, lossless=True)
-
-
+STOPPED = r"stopped after step \d+"
 REQUESTS = [
     *(
-        _request(target, number)
-        for target in ("rank", "launcher", "deepspeed", "supervisor")
-        for number in (SIGTERM, SIGINT, SIGUSR1)
+        Kind(f"{number.name} to {target}", "send", target, number, code, STOPPED, lossless=True)
+        for target in ("rank", "supervisor")
+        for number, code in ((SIGTERM, 143), (SIGINT, 130), (SIGUSR1, 85))
     ),
-    *(
-        Kind(f"SIGKILL to {target}", "send", target, says=r"stopped after step \d+", lossless=True)
-        for target in ("launcher", "deepspeed")
-    ),
+    Kind("SIGKILL to supervisor", "send", "supervisor", code=-SIGKILL, says=STOPPED, lossless=True),
 ]
-_KILLED = r"another rank ended first|return code = -9"
+_KILLED = r"a process was ended by signal SIGKILL"
 HARM = [
     Kind("SIGKILL to rank", "send", says=_KILLED),
     Kind("SIGKILL in a save", "kill_in_save", says=_KILLED),

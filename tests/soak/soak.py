@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from tests.coco_tree import write_tree
-from tests.ranks import REPOSITORY, deepspeed
+from tests.ranks import REPOSITORY
 from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
 from tests.soak.schedule import Fault, schedule
-from tests.soak.trial import SoakFailed, Trial, supervised
+from tests.soak.trial import SoakFailed, Trial
 from tests.tiny import TINY
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.shards.build import Options, build
@@ -32,7 +32,6 @@ SETTINGS = {
     "visft.lora.rank": 8,
     "visft.run.save_every": SAVE_EVERY,
     "visft.run.log_every": 1,
-    "visft.run.ema": 0.99,
     "visft.run.keep_best": "box/AP50",
     "visft.run.step_timeout": 60.0,
     "visft.run.eval_every": EVAL_EVERY,
@@ -98,8 +97,7 @@ def soak(out: Path, plan: Plan) -> Report:
     began_disturbed = time.monotonic()
     with small_disk(out / "disk") as disk:
         folder = (disk or out) / "run"
-        command = partial(_supervised_command, run, folder, steps)
-        with Trial(command, folder, out / "disturbed.log") as trial:
+        with Trial(run(folder, steps), folder, out / "disturbed.log") as trial:
             try:
                 _disturb(trial, faults, shards, disk, report.faults)
                 report.differences = differences(out / "reference", folder, steps)
@@ -175,13 +173,10 @@ def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object])
 
 
 def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:
-    """Stage 2 on two processes of this machine."""
+    """Stage 2 on two processes of this machine, under a supervisor that never gives up for the number of restarts."""
     settings = {**SETTINGS, "visft.heads.path": str(heads), "scheduler.params.total_num_steps": steps}
-    return deepspeed(["launchers/train.py", *_arguments(2, shards, out, settings)])
-
-
-def _supervised_command(run: partial[list[str]], out: Path, steps: int) -> list[str]:
-    return supervised(run(out, steps))
+    supervised = [sys.executable, "launchers/supervise.py", "--max-restarts", "100000", "--backoff", "0.5", "--"]
+    return [*supervised, "visft", "train", "--num_gpus", "2", *_arguments(2, shards, out, settings)]
 
 
 def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
@@ -191,7 +186,7 @@ def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
         SoakFailed: it does not get through.
     """
     began = time.monotonic()
-    with Trial(lambda: run(out, steps), out, out.with_suffix(".log")) as trial:
+    with Trial(run(out, steps), out, out.with_suffix(".log")) as trial:
         trial.start()
         trial.wait_for(lambda: trial.ended, "the end of the undisturbed run", seconds=3600)
         if code := trial.wait_for_end():

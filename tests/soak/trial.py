@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,15 +28,15 @@ class SoakFailed(Exception):
 
 
 class Trial:
-    """A run under launchers/supervise.py, or plainly under `deepspeed`.
+    """A run under launchers/supervise.py.
 
     Args:
-        command: makes the command of one start (each needs a free port).
+        command: of each start.
         out: the run folder.
         log: gets the output of all starts.
     """
 
-    def __init__(self, command: Callable[[], Sequence[str]], out: Path, log: Path) -> None:
+    def __init__(self, command: Sequence[str], out: Path, log: Path) -> None:
         self._command, self.out, self.log = command, out, log
         self._mark = uuid.uuid4().hex
         self._file = log.open("ab")
@@ -55,7 +54,7 @@ class Trial:
         self.starts, self.step = self.starts + 1, 0
         environment = {**os.environ, MARK: self._mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            self._command(),
+            self._command,
             cwd=REPOSITORY,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -147,25 +146,17 @@ class Trial:
         return found
 
     def find(self, target: str, rank: int = 0) -> psutil.Process:
-        """The supervisor, deepspeed, its child ("launcher") or the training process of a rank.
+        """The supervisor, or the training process of a rank.
 
         Raises:
             SoakFailed: there is none.
         """
-        words = {"deepspeed": "deepspeed.launcher.runner", "launcher": "deepspeed.launcher.launch"}
         if target == "supervisor":
             return psutil.Process(self._started.pid)
-        for process in self.processes():
-            try:
-                command, variables = process.cmdline(), process.environ()
-            except psutil.NoSuchProcess:
-                continue
-            if "launchers/supervise.py" in command:
-                continue
-            if target == "rank" and f"--local_rank={rank}" in command and variables.get("RANK") == str(rank):
-                return process
-            if target != "rank" and words[target] in command:
-                return process
+        for process in psutil.Process(self._started.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK") == str(rank):
+                    return process
         raise SoakFailed(f"no process is the {target} {rank}. The last lines:\n{self.tail()}")
 
     def kill_all(self) -> None:
@@ -190,8 +181,3 @@ class Trial:
     def __exit__(self, *_: object) -> None:
         self.kill_all()
         self._file.close()
-
-
-def supervised(command: Sequence[str]) -> list[str]:
-    """`command` under the supervisor, which never gives up for the number of restarts."""
-    return [sys.executable, "launchers/supervise.py", "--max-restarts", "100000", "--backoff", "0.5", "--", *command]

@@ -14,7 +14,7 @@ from tests.options import criterion_of, head_of
 from tests.tasks.cases import batch_of, denominators
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, GeneratedCaptions, pool_valid
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, GeneratedCaptions
 from visft_ds.tasks.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
@@ -115,17 +115,6 @@ def test_equal_to_one_image_and_step_at_a_time() -> None:
     grads = {name: parameter.grad for name, parameter in plain.named_parameters()}
     expected = [copy.grad, *(grads[PUBLISHED_NAMES[name]] for name, _ in head.named_parameters())]
     torch.testing.assert_close(own_grads, expected, **EXACT)
-
-
-@pytest.mark.parametrize("size", [(18, 18), (14, 14), (5, 30), (1, 1), (73, 40)])
-def test_pooling_is_adaptive_average_pooling_of_the_valid_part(size: tuple[int, int]) -> None:
-    features = torch.randn(2, 3, 75, 42, dtype=torch.float64)
-    valid = torch.zeros(2, 75, 42, dtype=torch.bool)
-    valid[0, : size[0], : size[1]] = True
-    valid[1] = True
-    pooled = pool_valid(features, valid, 14)
-    for image, part in enumerate((features[0, :, : size[0], : size[1]], features[1])):
-        torch.testing.assert_close(pooled[image], F.adaptive_avg_pool2d(part, 14).flatten(1).T, **EXACT)
 
 
 def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> None:

@@ -24,15 +24,6 @@ def tokens(sample_of: ImageTransform, *captions: str, key: int = 0) -> list[int]
     return list(sample_of(raw(*captions), generator(key)).targets["captioning"]["tokens"].tolist())
 
 
-def test_image_becomes_a_square_and_references_stay_as_they_are() -> None:
-    sample = alone("captioning", True, vocabulary=VOCABULARY, size=28)(raw("A, b!", LONG, "..."), generator(0))
-    assert sample.image is not None
-    assert sample.image.shape == (3, 28, 28)
-    assert sample.size == (28, 28)
-    assert sample.original_size == (5, 9)
-    assert sample.targets["captioning"]["references"].tolist() == ["A, b!", LONG, "..."]
-
-
 def test_the_caption_belongs_to_the_key() -> None:
     transform = alone("captioning", True, vocabulary=VOCABULARY)
     captions = ("a", "b", "c", "d", "e")

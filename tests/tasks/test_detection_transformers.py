@@ -1,4 +1,4 @@
-"""Matcher, losses, layers and positions against the DETR of `transformers`.
+"""Matcher, losses and layers against the DETR of `transformers`.
 
 Its decoder as a whole is not compared: with auxiliary outputs it feeds the normed state of a layer into the next one.
 Layers and losses are compared one by one instead, on the same tensors.
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DetrConfig
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
-from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer, DetrSinePositionEmbedding
+from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer
 
 from tests.options import criterion_of
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.matching import match
-from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, sine_positions
+from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer
 
 LAYERS, QUERIES, CLASSES = 3, 20, 91
 COUNTS = [4, 0, 11, 25]  # none; more than there are queries
@@ -81,16 +81,6 @@ def _their_class_loss(logits: Tensor, boxes: Tensor, targets: DetectionTargets) 
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels"])
     each = zip(logits.split(1), boxes.split(1), _their_targets(targets), strict=True)
     return torch.stack([oracle({"logits": a, "pred_boxes": b}, [one])["loss_ce"] for a, b, one in each]).mean()
-
-
-def test_sine_positions_are_equal() -> None:
-    valid = torch.zeros(3, 9, 7, dtype=torch.bool)
-    for image, (height, width) in enumerate([(9, 7), (4, 7), (5, 3)]):
-        valid[image, :height, :width] = True
-    theirs = DetrSinePositionEmbedding(64, normalize=True)(torch.Size((3, 128, 9, 7)), "cpu", torch.float32, valid)
-    ours = sine_positions(valid, 128).permute(0, 3, 1, 2)
-    # the angles reach 2 pi, where float32 has steps of 5e-7
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
 def _their_names(layer: nn.Module, width: int, norms: dict[str, str]) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from tests.coco_tree import write_tree
 from tests.tasks.cases import batch_of
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.dataset import DataSet, coco_dataset
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
-from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
+from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
 from visft_ds.prepare.datasets import open_training_data, settle_classes
 from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
 from visft_ds.shards.build import Options, build
@@ -68,7 +68,7 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits
     sets = open_training_data(config.visft)
     reader = ShardReader(sets["train"].manifest)
     made = pipelines_of(config.visft, sets, None)
-    loader = StepLoader({"train": DataSet(reader)}, plan_of(config.visft, sets), made, num_workers=0)
+    loader = StepLoader({"train": reader}, plan_of(config.visft, sets), made, num_workers=0)
     classes = {name: one.classes for name, one in streams_of(config.visft, splits["own"]).items()}
     true: dict[int, list[int]] = {}
     for annotation in coco_dataset(reader)["annotations"]:
@@ -143,9 +143,9 @@ def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
     check_categories(heads, _table({12: "rust"}), "here", "Do it")  # what the data lacks does no harm in evaluation
     with pytest.raises(ValueError, match="5 'hole'"):
         check_categories(heads, _table({**OWN, 5: "hole"}), "here", "Do it")
-    check_classes(heads, {task: (0, 1, 2, 12)}, _table(OWN), "here")
-    with pytest.raises(ValueError, match="here lacks 0 'paint', 12 'rust'"):
-        check_classes(heads, {}, _table({1: "scratch", 2: "dent"}), "here")
+    check_heads(heads, {task: (0, 1, 2, 12)}, _table(OWN), None)
+    with pytest.raises(ValueError, match="lacks 0 'paint', 12 'rust'"):
+        check_heads(heads, {}, _table({1: "scratch", 2: "dent"}), None)
 
 
 @pytest.mark.parametrize("task", BOTH)

@@ -145,28 +145,3 @@ def test_a_perfect_prediction_costs_next_to_nothing() -> None:
     assert broken["dice"] > 0.3 and broken["bce"] > 2
     renamed = criterion(output, replace(targets, labels=torch.tensor([4, 0, 3])), divisors)
     assert renamed["ce"] > 1 and renamed["class_error"].item() == pytest.approx(100 / 3)
-
-
-def test_learns_one_picture() -> None:
-    """Head and criterion pull in the same direction: three objects are found in a few dozen steps."""
-    head, criterion = _head(num_queries=5, hidden_dim=64), _criterion(num_queries=5, num_points=256)
-    masks = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    masks[0, :16, :12], masks[1, 16:, :20], masks[2, 4:28, 22:] = 255, 255, 255
-    targets = replace(masks_of([3]), masks=masks, labels=torch.tensor([4, 0, 2]))
-    features, valid = torch.randn(1, CHANNELS, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
-    divisors = {name: value.float() for name, value in denominators("segmentation", criterion, targets).items()}
-    for step in range(60):
-        one = replace(targets, keys=torch.tensor([step]))
-        losses = criterion(head(features, valid), one, divisors)
-        optimizer.zero_grad()
-        sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
-        optimizer.step()
-    output = head(features, valid)
-    best = output.logits[-1].softmax(-1)[0, :, :-1].max(dim=-1)
-    found = {label: query for query, label in enumerate(best.indices.tolist()) if best.values[query] > 0.5}
-    assert set(found) == {4, 0, 2}
-    for row, label in enumerate((4, 0, 2)):
-        seen = F.interpolate(output.masks[-1, :, found[label]][None], size=(32, 32), mode="bilinear")[0, 0] > 0
-        wanted = masks[row] > 0
-        assert (seen & wanted).sum() / (seen | wanted).sum() > 0.75

@@ -18,7 +18,7 @@ from tests.options import criterion_of, head_of
 from tests.tasks.cases import masks_of
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, match_masks
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.segmentation.mask_points import draw_points
 from visft_ds.tasks.transformer import sine_positions
 
@@ -72,19 +72,12 @@ class Reference(nn.Module):
 
 
 def _head() -> SegmentationHead:
-    return head_of(
-        "segmentation",
-        CHANNELS,
-        num_classes=CLASSES,
-        num_queries=QUERIES,
-        hidden_dim=WIDTH,
-        encoder_layers=ENCODER_LAYERS,
-        decoder_layers=DECODER_LAYERS,
-        num_heads=HEADS,
-        num_points=POINTS,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=40,
+    ours = {"hidden_dim": WIDTH, "num_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40}
+    layers = {"encoder_layers": ENCODER_LAYERS, "decoder_layers": DECODER_LAYERS}
+    head: SegmentationHead = head_of(
+        "segmentation", CHANNELS, num_classes=CLASSES, num_queries=QUERIES, **ours, **layers
     )
+    return head
 
 
 #: Beginnings of their names -> ours, then the parts of layers; q, k and v of the queries are stacked.
@@ -188,7 +181,9 @@ def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
 def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
     """Random predictions of all sets and soft masks; blobs rather than noise, so that costs differ."""
     shape = (DECODER_LAYERS + 1, len(counts), QUERIES)
-    blobs = nn.functional.interpolate(3 * torch.randn(*shape[:2], QUERIES * 9).view(-1, QUERIES, 3, 3), size=(6, 9))
+    blobs = nn.functional.interpolate(
+        3 * torch.randn(*shape[:2], QUERIES * 9).view(-1, QUERIES, 3, 3), (6, 9), mode="bicubic"
+    )
     logits, masks = torch.randn(*shape, CLASSES + 1), blobs.view(*shape, 6, 9)
     targets = masks_of(counts, CLASSES, grid=(20, 28))
     return SegmentationOutput(logits.requires_grad_(), masks.requires_grad_()), targets
@@ -214,8 +209,11 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
-    """Every name of the losses. Theirs sees one image at a time, as the published code does on each GPU."""
-    counts = [3, 1, 5]
+    """Every name, with the same pairs; more objects than queries in one image.
+
+    Theirs sees one image at a time, as the published code does on each GPU.
+    """
+    counts = [3, 1, 9]
     out, targets = _case(counts)
     criterion = _criterion()
     sizes = (NUM_POINTS, 3 * NUM_POINTS, NUM_POINTS // 4)
@@ -225,7 +223,7 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
     for image, (count, masks, labels) in enumerate(each):
         for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
             same_draws.append(matching[image, layer][None])
-            same_draws += [drawn[image, layer].repeat(count, 1, 1) for drawn in (candidates, uniform)]
+            same_draws += [drawn[image, layer].repeat(min(count, QUERIES), 1, 1) for drawn in (candidates, uniform)]
         here = zip(out.masks[:, image : image + 1], out.logits[:, image : image + 1], strict=True)
         *auxiliary, last = ({"masks_queries_logits": m, "class_queries_logits": c} for m, c in here)
         found = theirs_loss(*last.values(), [masks.float() / 255], [labels], auxiliary)
@@ -233,7 +231,7 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
         for name, value in found.items():  # classes: the mean over images; masks: that over all objects
             share = 1 / len(counts) if "cross_entropy" in name else count / sum(counts)
             wanted[name] = wanted.get(name, torch.tensor(0.0)) + share * value
-    losses = criterion(out, targets, {"masks": torch.tensor(9.0), "images": torch.tensor(3.0)})
+    losses = criterion(out, targets, {"masks": torch.tensor(13.0), "images": torch.tensor(3.0)})
     names = {"ce": "loss_cross_entropy", "bce": "loss_mask", "dice": "loss_dice"}
     assert len(criterion.weights) == len(wanted) == 3 * (DECODER_LAYERS + 1)
     pairs = []
@@ -245,19 +243,3 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
     ours, expected = (torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True))
     for gradient, wanted_gradient in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
-
-
-def test_matching(same_draws: list[Tensor]) -> None:
-    """The same pairs, with our softplus form of the cost and more objects than queries in one image."""
-    counts = [3, 9]
-    out, targets = _case(counts)
-    drawn = torch.empty(2, 1, NUM_POINTS, 2).uniform_()
-    ours = match_masks(out.logits[-1:], out.masks[-1:], targets, targets.labels, drawn, (2, 5, 5))
-    same_draws += [drawn[0], drawn[1]]
-    matcher = theirs.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
-    masks = [part.float() / 255 for part in targets.masks.split(counts)]
-    pairs = matcher(out.masks[-1], out.logits[-1], masks, list(targets.labels.split(counts)))
-    for image, (queries, objects) in enumerate(pairs):
-        here = ours.images == image
-        found = zip(ours.queries[here].tolist(), (ours.objects[here] - sum(counts[:image])).tolist(), strict=True)
-        assert sorted(found) == sorted(zip(queries.tolist(), objects.tolist(), strict=True))

@@ -40,7 +40,7 @@ def install(folder: Path, *, nodes: int, tasks: int) -> dict[str, str]:
 def srun(arguments: Sequence[str]) -> int:
     """Start every task, pass SIGUSR1 on to all, kill all on SIGTERM, and return the largest exit code.
 
-    Of SLURM 24.11, as `tests/cluster` sees it: the variables for which sbatch left SLURM_EXPORT_ENV are all that tasks
+    Of SLURM 24.11: the variables for which sbatch left SLURM_EXPORT_ENV are all that tasks
     get, PATH excluded; and after the first task has ended, the others have `--wait` seconds.
     """
     first = next(place for place, word in enumerate(arguments) if not word.startswith("--"))

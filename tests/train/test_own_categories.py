@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.coco_tree import write_tree
-from tests.ranks import finish, start_ranks
-from tests.tiny import TINY
+from tests.ranks import run_ranks
+from tests.tiny import command
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.heads import open_head
@@ -18,8 +18,7 @@ from visft_ds.shards.build import Options, build
 
 OWN = {0: "paint", 1: "scratch", 12: "rust", 500: "hole"}  # no object is of the first
 INTO = {3: 1, 8: 12, 13: 500}
-SETTINGS: dict[str, Any] = {
-    **TINY,
+SETTINGS: dict[str, object] = {
     "visft.run.rehearsal": True,
     "visft.tasks.segmentation.head.num_queries": 12,
     "scheduler.params.warmup_num_steps": 1,
@@ -47,21 +46,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(stage: int, shards: Path, out: Path, *more: str) -> str:
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.items()]
-    command = [
-        "launchers/train.py",
-        "--stage",
-        str(stage),
-        "--model",
-        "debug",
-        "--data",
-        str(shards),
-        "--out",
-        str(out),
-    ]
-    (code,), (printed,) = finish(start_ranks([*command, *settings, *(f"--set={one}" for one in more)], world=1))
-    assert code == 0, printed
-    return printed
+    words = ["launchers/train.py", *command(shards, out, stage=stage, extra=SETTINGS)]
+    return run_ranks([*words, *(f"--set={one}" for one in more)], world=1)[0]
 
 
 @pytest.mark.slow

@@ -6,35 +6,25 @@ Each change goes through one function of `os`: a test can end the process, fill 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 #: Bytes that are hashed and written in one go: still in the processor's cache when they are written.
 _PIECE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Written:
-    """A file that is completely on disk."""
-
-    sha256: str  #: of what was meant to be written, not of what a faulty disk gives back
-    bytes: int
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
-    """Write a new file and wait until it is on disk.
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a new file and wait until it is on disk; returns the sha256 of what was meant to be written.
 
     Both hashing and writing let other threads work: this may run beside a training step.
 
     Raises:
         OSError: a full disk, a read-only folder, a file that is there already.
     """
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         for piece in pieces:
@@ -42,13 +32,12 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Written:
             for start in range(0, len(view), _PIECE):
                 part = view[start : start + _PIECE]
                 digest.update(part)
-                size += len(part)
                 while part:  # a write may take less than it was given
                     part = part[os.write(descriptor, part) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Written(digest.hexdigest(), size)
+    return digest.hexdigest()
 
 
 def remove_folder(path: Path, waste: Path) -> None:
@@ -71,15 +60,5 @@ def explained(what: str, folder: Path, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{what} cannot be written to {folder}: {reason(error, folder, 0)}. {then}") from error
-
-
-def reason(error: OSError, folder: Path, needed: int) -> str:
-    """Why writing into a folder failed and what helps, in one line; `needed` bytes were to be written, 0: not known."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        wanted = f"{needed / 1e6:,.1f} MB needed, " if needed else ""
-        return f"{error.strerror} ({wanted}{free / 1e6:,.1f} MB free); make room"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{error.strerror}; make the folder writable"
-    return f"{error.strerror or error}"
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder.is_dir() else "no such folder"
+        raise OSError(f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}") from error

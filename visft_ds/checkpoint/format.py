@@ -19,19 +19,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from visft_ds.checkpoint.disk import Written, reason, remove_folder, write_file
+from visft_ds.checkpoint.disk import explained, remove_folder, write_file
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, open_weights, safetensors_pieces, sha256_file
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 FORMAT = "visft_ds.checkpoint"
-VERSION = 2
+VERSION = 3
 _LARGEST_STATE = 2**24  # bytes
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 
@@ -86,30 +86,27 @@ def save_checkpoint(
         OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
     """
     final, temporary = checkpoint_path(folder, step), _temporary(folder, step)
-    files = _contents(state)
+    moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
+    kept = "Earlier checkpoints are untouched; the same command goes on from the newest"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
-        os.mkdir(temporary)
-        headers = {_PARAMETERS: header or {}}
-        written = {name: _write_tensors(temporary / name, files[name], headers.get(name, {})) for name in files}
-        # Last: a folder with this file is complete.
-        write_file(temporary / _STATE, [_state_json(step, state, identity, written)])
-        sync_folder(temporary)
-        _publish(temporary, final)
-    except OSError as error:
+        with explained(f"the checkpoint of step {step}", folder, kept):
+            folder.mkdir(parents=True, exist_ok=True)
+            _tidy(folder)
+            os.mkdir(temporary)
+            written = {
+                _PARAMETERS: _write_tensors(temporary / _PARAMETERS, state.parameters, header or {}),
+                _MOMENTS: _write_tensors(temporary / _MOMENTS, moments, {}),
+            }
+            record = {"format": FORMAT, "version": VERSION, "step": step, "updates": state.updates}
+            record |= {"loss_scale": dict(state.loss_scale), "identity": dict(identity), "files": written}
+            text = json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n"
+            write_file(temporary / _STATE, [text.encode()])  # last: a folder with this file is complete
+            sync_folder(temporary)
+            _publish(temporary, final)
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        why = reason(error, folder, size_of(state))
-        raise OSError(
-            f"the checkpoint of step {step} cannot be written to {folder}: {why}. Earlier "
-            "checkpoints are untouched; the same command goes on from the newest"
-        ) from error
+        raise
     return final
-
-
-def size_of(state: EngineState) -> int:
-    """Bytes of the tensors of a checkpoint."""
-    return sum(tensor.nbytes for tensors in _contents(state).values() for tensor in tensors.values())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -127,7 +124,7 @@ def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
         try:
             remove_folder(checkpoint_path(folder, step), _temporary(folder, step))
         except OSError as error:
-            raise OSError(f"{checkpoint_path(folder, step)} cannot be deleted: {reason(error, folder, 0)}") from error
+            raise OSError(f"{checkpoint_path(folder, step)} cannot be deleted: {error.strerror or error}") from error
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -159,14 +156,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 raise ValueError(f"it is {record['format']} {record['version']}; this release reads {FORMAT} {VERSION}")
             if record.pop("sha256") != _digest(record):
                 raise ValueError("content does not match its sha256; the file was changed or damaged")
-            files = {name: (one["sha256"], one["bytes"]) for name, one in record["files"].items()}
-        for name, (sha256, size) in files.items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-                raise ValueError(f"{file}: {found}, expected {size}")
-            if sha256_file(file) != sha256:
-                raise ValueError(f"{file}: content does not match its sha256; the file was changed or damaged")
+        for name, sha256 in record["files"].items():
+            if sha256_file(path / name) != sha256:
+                raise ValueError(f"{path / name}: content does not match its sha256; the file was changed or damaged")
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     return Checkpoint(path, record["step"], record)
@@ -188,32 +180,12 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
         )
 
 
-def _contents(state: EngineState) -> dict[str, dict[str, Tensor]]:
-    """File name -> its tensors."""
-    moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
-    return {_PARAMETERS: dict(state.parameters), _MOMENTS: moments}
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    file = open_weights(path)
-    return {name: one.read() for name, one in file.items()}
+    return {name: one.read() for name, one in open_weights(path).items()}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Written:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return write_file(path, safetensors_pieces({name: Lazy.of(tensor) for name, tensor in tensors.items()}, header))
-
-
-def _state_json(step: int, state: EngineState, identity: Mapping[str, str], files: Mapping[str, Written]) -> bytes:
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "updates": state.updates,
-        "loss_scale": dict(state.loss_scale),
-        "identity": dict(identity),
-        "files": {name: asdict(written) for name, written in files.items()},
-    }
-    return (json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n").encode()
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -33,21 +33,19 @@ class Retention:
     def obsolete(
         self, steps: Sequence[int], newest: int, scores: Mapping[int, float | None], to_be_judged: Callable[[int], bool]
     ) -> list[int]:
-        """Steps to delete.
+        """Steps to delete among those that have a checkpoint.
 
         Args:
-            steps: that have a checkpoint.
             newest: the one just written. Newer ones (damaged, passed over by a resume) push nothing out and stay.
             scores: step -> the metric; None where the evaluation gave none.
             to_be_judged: whether a step is one that gets evaluated. Numbers come later than the next save.
         """
         older = sorted(step for step in steps if step <= newest)
-        kept = set(older[-self.last :])
+        kept: set[int | None] = set(older[-self.last :])
         if self.best is not None:
             judged = max(scores, default=-1)
             kept |= {step for step in older if step > judged and to_be_judged(step)}
-            best = best_step({step: scores.get(step) for step in older})
-            kept |= {best} if best is not None else set()
+            kept.add(best_step({step: scores.get(step) for step in older}))
         return [step for step in older if step not in kept]
 
 
@@ -150,14 +148,10 @@ class Saver:
         Raises:
             OSError: a save failed; its earlier checkpoints are still there.
         """
-        if wait or self.finished_writing():
+        if wait or (self._writing is not None and self._writing.done()):
             self._join()
         reports, self._reports = self._reports, []
         return reports
-
-    def finished_writing(self) -> bool:
-        """Return True if no write is in progress."""
-        return self._writing is None or self._writing.done()
 
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the outcome of an evaluation into account. Returns whether `step` is the best so far."""
@@ -165,12 +159,8 @@ class Saver:
             return False
         self._scores[step] = score = _number(metrics.get(self.retention.best))
         if score is None and metrics:
-            print(
-                f"warning: visft.run.keep_best: the evaluation of step {step} gave no {self.retention.best!r}; it gave "
-                f"{', '.join(metrics)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"the evaluation of step {step} gave no {self.retention.best!r}; it gave {', '.join(metrics)}"
+            print(f"warning: visft.run.keep_best: {told}", file=sys.stderr, flush=True)
         return step == best_step(self._scores)
 
     def best(self) -> int | None:
@@ -218,8 +208,8 @@ class Saver:
         return SaveReport(step, stall, seconds)
 
     def _delete(self, newest: int, scores: Mapping[int, float | None]) -> None:
-        steps = saved_steps(self.folder)
-        delete_checkpoints(self.folder, self.retention.obsolete(steps, newest, scores, self._to_be_judged))
+        obsolete = self.retention.obsolete(saved_steps(self.folder), newest, scores, self._to_be_judged)
+        delete_checkpoints(self.folder, obsolete)
 
 
 def _number(value: object) -> float | None:

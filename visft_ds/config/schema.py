@@ -115,7 +115,7 @@ class ModelConfig(Section):
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """What models of timm, and compiled blocks, do not take."""
+        """Settings that models of timm, and compiled blocks, do not take."""
         if self.compile != "none" and self.kernels == "triton":
             yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
         if self.timm is None:
@@ -160,7 +160,7 @@ class StartConfig(StrictModel):
     """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
 
     path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
-    heads: Literal["keep", "remap", "reset"] = "keep"  #: of a run; remap: classes by the names of categories
+    heads: Literal["keep", "reset"] = "keep"  #: of a run; reset: drawn anew
 
 
 class DataSetConfig(StrictModel):
@@ -171,7 +171,6 @@ class DataSetConfig(StrictModel):
     split: Text = "train"
     weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
-    categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
 
 class DataConfig(Section):

@@ -140,7 +140,7 @@ class Stream:
 
     @property
     def key(self) -> str:
-        """Where its settings are."""
+        """Place of its settings."""
         return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
 
     def largest_side(self) -> int:

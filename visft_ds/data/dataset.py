@@ -1,4 +1,4 @@
-"""Data set as training reads it: shards, and the map from its categories to the heads' classes.
+"""Samples as training reads them.
 
 The label of a sample is the JSON file beside each image in a shard:
 {"image_id": 139, "file_name": "000000000139.jpg", "width": 640, "height": 426,
@@ -22,18 +22,6 @@ from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.transforms import Geometry, Op
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A split to train on.
-
-    `categories` maps the raw ids of the shards to those of the heads; an object whose id is mapped to None is left out.
-    None keeps all ids.
-    """
-
-    reader: ShardReader
-    categories: Mapping[int, int | None] | None = None
-
-
 class _Transform(Protocol):
     @property
     def geometry(self) -> Geometry: ...
@@ -51,13 +39,8 @@ class SamplePipeline:
     collate: Callable[[list[Sample]], Batch]
 
 
-def read_raw(
-    reader: ShardReader, index: int, role: Role = "both", categories: Mapping[int, int | None] | None = None
-) -> RawSample:
+def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
     """Read and decode one sample; `role` "images" leaves annotations and captions empty, "labels" the image None.
-
-    Args:
-        categories: see `DataSet`.
 
     Raises:
         DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
@@ -73,20 +56,14 @@ def read_raw(
         if image.shape[:2] != size:
             raise DamagedSample(f"{reader.describe(index)} has {image.shape[:2]} pixels, not {size} as in the index")
     label: Mapping[str, Any] = orjson.loads(label_file) if label_file is not None else {}
-    annotations = label.get("annotations", ())
     return RawSample(
         index=index,
         image_id=row["image_id"],
         size=size,
         image=image,
-        annotations=annotations if categories is None else _translated(annotations, categories),
+        annotations=label.get("annotations", ()),
         captions=label.get("captions", ()),
     )
-
-
-def _translated(annotations: Any, categories: Mapping[int, int | None]) -> list[Mapping[str, Any]]:
-    pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
-    return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
 
 def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One rank's micro-batches, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
+"""Micro-batches of a rank, made ahead of their use by torch's DataLoader: the plan says which, workers hold no state.
 
 Shape letters: B images.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from visft_ds.data.dataset import DataSet, SamplePipeline, read_raw
+from visft_ds.data.dataset import SamplePipeline, read_raw
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch
@@ -45,14 +45,14 @@ class Place:
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
-        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
         assert world_size % stages == 0, (world_size, stages)
         dp_size = world_size // stages
         return cls(rank // dp_size, stages, rank % dp_size, dp_size)
 
     @property
     def role(self) -> Role | None:
-        """What this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
+        """Part that this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
         roles: dict[int, Role] = {0: "images", self.stages - 1: "labels"}
         return "both" if self.stages == 1 else roles.get(self.stage)
 
@@ -61,7 +61,7 @@ class Place:
 class _BatchMaker(Dataset[Batch | Exception]):
     """Batches by the plan of each, as workers make them. Samples whose features are kept come without pixels."""
 
-    sets: Mapping[str, DataSet]
+    sets: Mapping[str, ShardReader]
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
     role: Role = "both"
     features: FeatureCache | None = None
@@ -73,11 +73,11 @@ class _BatchMaker(Dataset[Batch | Exception]):
             return error  # raised by the consumer: torch would wrap it into another message
 
     def _made(self, part: StepPlan) -> Batch:
-        dataset, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
+        reader, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
         samples = []
         for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
             view = None if self.features is None else self.features.get(key, index)
-            raw = read_raw(dataset.reader, index, self.role if view is None else "labels", dataset.categories)
+            raw = read_raw(reader, index, self.role if view is None else "labels")
             sample = pipeline.transform(raw, generator(key))
             if self.features is not None and view is None:
                 assert sample.image is not None
@@ -105,7 +105,7 @@ class StepLoader:
 
     def __init__(
         self,
-        sets: Mapping[str, DataSet],
+        sets: Mapping[str, ShardReader],
         plan: Plan,
         pipelines: Mapping[str, Mapping[str, SamplePipeline]],
         *,
@@ -131,7 +131,7 @@ class StepLoader:
         An error in a worker appears here, at its step. Leaving the loop in any way ends the workers.
         """
         planned: dict[int, StepPlan] = {}
-        remote = any(dataset.reader.manifest.remote for dataset in self._maker.sets.values())
+        remote = any(reader.manifest.remote for reader in self._maker.sets.values())
         fetching = ThreadPoolExecutor(1, "fetch") if remote and self._accumulation else None
 
         def parts() -> Iterator[StepPlan]:
@@ -158,13 +158,13 @@ class StepLoader:
 
     def close(self) -> None:
         """Close the shards. A later step opens them again."""
-        for dataset in self._maker.sets.values():
-            dataset.reader.close()
+        for reader in self._maker.sets.values():
+            reader.close()
 
     def _fetch(self, step: int) -> None:
         """Copy the shards of a step. An error appears where they are read, which tries again."""
         for part in self.plan.split(self.plan.step(step), *self._part):
-            manifest = self._maker.sets[part.dataset].reader.manifest
+            manifest = self._maker.sets[part.dataset].manifest
             for shard in np.unique(manifest.index["shard"][part.indices]).tolist():
                 manifest.fetch(shard)
 
@@ -189,7 +189,7 @@ def evaluation_batches(
     chunks = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
     parts = [StepPlan(0, name, name, 0, 0, chunk.clip(max=count - 1), np.zeros_like(chunk)) for chunk in chunks]
-    maker = _BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}})
+    maker = _BatchMaker({name: reader}, {name: {name: pipeline}})
     for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
         yield replace(batch, real=torch.from_numpy(chunk < count))
 

@@ -99,7 +99,7 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """What a run and its continuation must have in common, as a line of a checkpoint."""
+        """Line of a checkpoint: what a run and its continuation must have in common."""
         tasks = {}
         for name, task in self.tasks.items():
             sets = {key: [len(p.samples), p.weight, p.shards is not None] for key, p in sorted(task.sets.items())}

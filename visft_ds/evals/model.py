@@ -6,6 +6,7 @@ width of the features, the base an adapter was trained on, the categories a head
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.backbones import Named
+from visft_ds.config.backbones import named
 from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import folder_of_run, head_files, heads_inside
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, export_of, folder_of_run, head_files, run_of
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -45,14 +46,14 @@ from visft_ds.interop.layouts import (
     other_base,
 )
 from visft_ds.interop.published import read_adapter
+from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
 from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
-from visft_ds.prepare.model import trains_backbone
-from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.pretrained import local, weights_among
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -89,7 +90,7 @@ class EvaluationModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """All that a model is built of, known before any weight is read."""
+    """Parts that a model is built of, known before any weight is read."""
 
     files: ModelFiles
     streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone
@@ -141,40 +142,66 @@ class ModelSource:
         return EvaluationModel(module, device, precision, infos, words, facts), streams
 
 
-def source_of_run(
-    run: Path,
-    config: VisftConfig,
+def source_of(
+    place: Path | None,
     *,
-    where: Path,
     tasks: str | Sequence[str] | None = None,
-    backbone: Path | None = None,
-    heads: Path | None = None,
+    backbone: AnyPath | None = None,
+    download: bool = False,
+    heads: AnyPath | None = None,
     adapter: AnyPath | None = None,
-    vocabulary: Path | None = None,
+    vocabulary: AnyPath | None = None,
     beam_size: int | None = None,
     precision: str | None = None,
     side: int | None = None,
     batch_size: int | None = None,
+    alone: bool = False,
 ) -> ModelSource:
-    """Source of a finished run's model; what is given replaces what the run says.
+    """All that a model is built of; what is given replaces what a run says.
+
+    Args:
+        place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with `heads`.
+            None: `backbone` and `heads` are given.
+        alone: the backbone without heads.
 
     Raises:
-        ValueError: as `chosen_streams` (with `where`), `files_of_run` and `recorded_words`.
+        ValueError: as `chosen_streams` and `files_of_run`; no model there.
     """
-    streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
-    streams = chosen_streams(streams, tasks, heads, heads or where)
-    return ModelSource(
-        files_of_run(run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter),
-        streams,
-        vocabulary or recorded_words(folder_of_run(run), config),
-        decoding_of(config, beam_size),
-        precision or config.model.precision,
-        config.model.packed,
-    )
+    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
+    weights = None if chosen is None else chosen.file(download=download)
+    folder, words = (None if path is None else Path(path) for path in (heads, vocabulary))
+    if place is not None and (run := run_of(place)) is not None:
+        config = recorded_config(run).visft
+        streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
+        streams = {} if alone else chosen_streams(streams, tasks, folder, folder or place)
+        files = files_of_run(place, config, tasks_of(streams), backbone=weights, heads=folder, adapter=adapter)
+        decoding, own = decoding_of(config, beam_size), precision or config.model.precision
+        return ModelSource(files, streams, words, decoding, own, config.model.packed)
+    if place is not None and not place.exists():
+        raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
+    if folder is None and not alone:
+        raise ValueError(f"{place} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
+    streams = {}
+    if folder is not None and not alone:
+        streams = streams_without_run(heads_in(folder), batch_size=batch_size or DEFAULT_BATCH, side=side)
+        streams = chosen_streams(streams, tasks, folder, folder)
+    weights = weights or _weights_at(place)
+    files = ModelFiles(weights, folder or weights, _adapter_folder(adapter), chosen.description if chosen else None)
+    return ModelSource(files, streams, words, decoding_of(None, beam_size), precision or "auto")
+
+
+def _weights_at(place: Path | None) -> Path:
+    """The weight file that a place is, or the one in a folder that merging wrote."""
+    if place is None or place.is_file():
+        return Path() if place is None else place
+    name = weights_among(path.name for path in place.glob("*"))
+    if name is None:
+        raise ValueError(f"{place} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
+    return place / name
 
 
 def files_of_run(
-    run: Path,
+    place: Path,
     config: VisftConfig,
     tasks: Sequence[str],
     *,
@@ -182,49 +209,43 @@ def files_of_run(
     heads: Path | None = None,
     adapter: AnyPath | None = None,
 ) -> ModelFiles:
-    """The files a run wrote or was given, wherever it lies now: what it trained comes from its own export folder, or
-    from one of its checkpoints, heads that it was given from its copies of them, base weights from where
-    `prepare.places` finds them.
+    """The files of a run's model: all of its export, or of its checkpoint, but for base weights that have a name.
 
     Args:
-        run: its folder, or RUN/checkpoints/step_N.
+        place: a run, its export, or RUN/checkpoints/step_N.
         tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's; adapter "none" leaves it out. A backbone that has an adapter merged
             in takes none from the run.
 
     Raises:
-        ValueError: the run has not written what it trains yet, or a file is missing.
+        ValueError: the run has not exported anything yet, or a file is missing.
     """
-    place, run = run, folder_of_run(run)
-    export, own_adapter, of_checkpoint = run / "export", _adapter_folder(adapter), place != run
-    if adapter is None and (config.lora is not None or (of_checkpoint and trains_backbone(config))):
-        merged = backbone is not None and is_merged(open_model(backbone))
-        own_adapter = None if merged else place if of_checkpoint else export / ADAPTER_FOLDER
-    if trains_backbone(config) and not of_checkpoint:
-        own_backbone = export / TRAINED_BACKBONE_FILE
-    elif config.model.weights is None:
-        own_backbone = export / BACKBONE_FILE
-    else:  # one that is replaced need not be there any more
-        own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
-    own = place if of_checkpoint else export
-    complete = all(head_files(own, task) for task in tasks)
-    backbone = backbone or own_backbone
-    heads = heads or (own if complete or config.heads.path is None else find(run, config, HEADS))
-    own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
-    wanted = [backbone, *own_heads, *([own_adapter] if own_adapter else [])]
-    missing = [str(path) for path in wanted if not path.exists()]
-    if missing:
+    run = folder_of_run(place)
+    export, own_adapter, own_heads = export_of(run), None, None
+    own_backbone = export / BACKBONE_FILE if config.model.weights is None else local(config.model.weights)
+    if place != run:
+        trained = open_weights(place / "parameters.safetensors")
+        own_adapter = place if any(name.startswith("backbone.") for name in trained) else None
+        own_heads = place if all(head_files(place, task) for task in tasks) else None
+    elif not (export / EXPORT_RECORD_FILE).is_file():
         raise ValueError(
-            f"not found: {', '.join(missing)}. If the run in {run} was interrupted, continue it by the same training "
-            f"command; name files that were moved by --backbone FILE, --heads FOLDER and --adapter FOLDER"
+            f"the run in {run} has not exported what it trains: the same training command goes on with it, and its "
+            "checkpoints, RUN/checkpoints/step_N, are models, too"
         )
-    model = {"preset": config.model.preset, **config.model.backbone_options()}
-    return ModelFiles(backbone, heads, own_adapter, model)
-
-
-def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
-    """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
-    return ModelFiles(backbone, heads, _adapter_folder(adapter), chosen.description if chosen else None)
+    else:
+        own_adapter = export / ADAPTER_FOLDER if (export / ADAPTER_FOLDER).is_dir() else None
+        own_backbone = next((path for path in [export / TRAINED_BACKBONE_FILE] if path.is_file()), own_backbone)
+    if adapter is not None or (backbone is not None and is_merged(open_model(backbone))):
+        own_adapter = _adapter_folder(adapter)
+    backbone, heads = backbone or own_backbone, heads or own_heads or export
+    absent = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
+    wanted = [backbone, *absent, *([own_adapter] if own_adapter else [])]
+    if missing := [str(path) for path in wanted if not path.exists()]:
+        raise ValueError(
+            f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
+            "--adapter FOLDER"
+        )
+    return ModelFiles(backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()})
 
 
 def _adapter_folder(adapter: AnyPath | None) -> Path | None:
@@ -242,9 +263,8 @@ def heads_in(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{folder} is a file: give the folder that holds the heads")
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
-        inside = [inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)]
-        where = f"they are in {inside[0]}" if inside else "give RUN/export of stage 1, or the published files"
-        raise ValueError(f"{folder} holds no heads: {where}")
+        where = f"they are in {folder}/export" if (folder / "export").is_dir() else "give RUN/export"
+        raise ValueError(f"{folder} holds no heads: {where}, or the published files")
     return found
 
 
@@ -339,12 +359,6 @@ def chosen_streams(
         raise ValueError(f"{where} has no head for {lacking}; --tasks may name {allowed}")
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
-
-
-def recorded_words(run: Path, config: VisftConfig) -> Path | None:
-    """The word map that a run was given, where captioning is on. Raises ValueError as `find`."""
-    key = next((key for key in paths_of(config) if key.endswith(WORDS)), None)
-    return None if key is None else find(run, config, key)
 
 
 def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ def results_name(task: str) -> str:
 
 
 def counted(images: int | None, total: int | None) -> str:
-    """How many images numbers are of, in words: `16 of 200 images`."""
+    """Number of images that were evaluated, in words: `16 of 200 images`."""
     if images is None:
         return "all images" if total is None else f"{total} images"
     return f"{images} images" if total in (None, images) else f"{images} of {total} images"
@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def images(self) -> str:
-        """How many images the numbers are of, in words."""
+        """Number of images that were evaluated, in words."""
         data = self.record["data"]
         return counted(data["images"], data.get("total"))
 

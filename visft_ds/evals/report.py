@@ -25,7 +25,6 @@ from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
-from visft_ds.prepare.places import data_of_run
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import Picture, split_panels
@@ -137,8 +136,7 @@ def _total(run: _Run) -> int | None:
     """Images of the split that a run is evaluated on; None if they are not on this machine."""
     visft = run.config.visft
     try:
-        root = data_of_run(run.folder, visft, visft.data.val)
-        return None if is_url(root) else len(Manifest.load(root, visft.data.val))
+        return None if is_url(visft.data.root) else len(Manifest.load(visft.data.root, visft.data.val))
     except (ValueError, OSError):
         return None
 

@@ -34,7 +34,7 @@ HELD = "heart,arrow"  # shapes that no training image shows
 
 @dataclass(frozen=True)
 class Arm:
-    """How a training departs from the recipe. In settings, $heads is stage 1's rate, $mode its visft.mode, $hundredth a
+    """Training that departs from the recipe. In settings, $heads is stage 1's rate, $mode its visft.mode, $hundredth a
     hundredth of stage 2's rate."""
 
     settings: tuple[str, ...] = ()  #: --set of stage 2

@@ -19,7 +19,7 @@ from visft_ds.evals.benchmarks.command import settings_of
 from visft_ds.evals.benchmarks.judge import MOVED, SAMPLE, Settings, forward, moved, pictures, sample_of
 from visft_ds.evals.benchmarks.kinds import parse_benchmark
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, parse_model
-from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.evals.benchmarks.protocol import Benchmark
 from visft_ds.evals.model import adapter_for
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.peft_folder import save_peft
@@ -49,27 +49,32 @@ def run_dose(given: argparse.Namespace) -> None:
     like = _with_adapter(given.like)
     spec = like if given.model is None else _with_adapter(given.model)
     benchmark = parse_benchmark(given.benchmark)
-    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
     reference, adapter = _adapter(like), _adapter(spec)
-    wanted = measure(like, reference, images, settings)(like.scale)
+    wanted = measure(like, reference, benchmark, settings)(like.scale)
     if not wanted:
         raise ValueError(f"--like {given.like}: its adapter moves no feature")
     if given.noise is not None:
         adapter = as_noise(reference, given.noise)
-    dose = measure(spec, adapter, images, settings)
+    dose = measure(spec, adapter, benchmark, settings)
     scale = scale_for(dose, wanted)
     save_peft(adapter.scaled(scale), given.out)
-    record = {"scale": scale, "dose": dose(scale), "wanted": wanted, "images": min(SAMPLE, len(images))}
+    record = {"scale": scale, "dose": dose(scale), "wanted": wanted}
     write_text(given.out / RECORD, json.dumps(record, indent=1) + "\n")
     print_plan("visft_ds dose", [Section(str(given.out), [(name, f"{value:.4g}") for name, value in record.items()])])
 
 
-def measure(spec: ModelSpec, adapter: Adapter, images: ImageSet, settings: Settings) -> Callable[[float], float]:
-    """A function: scale of an adapter on the model's base -> how far it moves the features of the first images."""
+def measure(spec: ModelSpec, adapter: Adapter, benchmark: Benchmark, settings: Settings) -> Callable[[float], float]:
+    """A function: scale of an adapter on the model's base -> how far it moves the features of the first images.
+
+    Raises ValueError if the benchmark reads none of MOVED.
+    """
     encoder = load_encoder(spec, settings.precision)
+    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
     encoder.module.to(settings.device)
     batch = next(pictures(encoder, images, [range(min(SAMPLE, len(images)))], settings.threads))
-    kind = next(kind for kind in MOVED if kind in encoder.kinds)
+    read = [kind for kind in MOVED if kind in encoder.kinds and kind in benchmark.kinds]
+    if not read:
+        raise ValueError(f"{benchmark.label} reads no {', '.join(MOVED)} of {spec.label}: give another --benchmark")
     parameters = {name.partition(".")[2]: value for name, value in lora_parameters(encoder.module).items()}
 
     def features(scale: float) -> torch.Tensor:
@@ -77,7 +82,7 @@ def measure(spec: ModelSpec, adapter: Adapter, images: ImageSet, settings: Setti
             for name, value in adapter.scaled(scale).tensors.items():
                 if name in parameters:  # a tower may be cut behind some
                     parameters[name].copy_(value)
-        return sample_of({"test": forward(encoder, batch, [kind], settings)})
+        return sample_of({"test": forward(encoder, batch, read[:1], settings)})
 
     base = features(0.0)
     return lambda scale: moved(base, features(scale))

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import built, described
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm
-from visft_ds.pretrained import TIMM, HubFile, on_hub
+from visft_ds.interop.layouts import described, model_of
+from visft_ds.models import Backbone
+from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.pretrained import HubFile, on_hub
 
 README = "README.md"
 _TEXT = """\
@@ -29,7 +30,9 @@ _TEXT = """\
 
 ## How to load it
 
+```python
 {load}
+```{reading}
 
 The licence is that of the base weights.
 """
@@ -37,10 +40,11 @@ _PEFT = """\
 import timm
 from peft import PeftModel
 
-model = {model}  # the base
-{separate}model = PeftModel.from_pretrained(model, ".").eval()"""
-#: timm's EVA reads `qkv.weight` past the module: without this PEFT's adapter does nothing, and nothing warns.
-_SEPARATE = "for block in model.blocks:\n    block.attn.qkv_bias_separate = True\n"
+model = {model}
+for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
+    if hasattr(module, "qkv_bias_separate"):
+        module.qkv_bias_separate = True
+model = PeftModel.from_pretrained(model, ".").eval()"""
 _LOAD = {
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)',
     "transformers": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
@@ -74,7 +78,7 @@ def repository_of(weights: str | None) -> str | None:
 def card(
     title: str,
     form: str,
-    model: Mapping[str, object],
+    backbone: Backbone,
     adapter: Adapter | None,
     *,
     base: str | None,
@@ -85,22 +89,13 @@ def card(
 
     Args:
         form: one of the formats of `visft merge`.
-        model: as `layouts.model_of`.
         base: repository of the base weights on the hub, where it is known.
         facts: name -> value of what else is known of these weights.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
-        EvalResult(
-            task_type=one.task,
-            dataset_type="custom",
-            dataset_name=one.data,
-            dataset_split=one.split,
-            metric_type=one.name,
-            metric_value=one.value,
-        )
-        for one in measured
+        EvalResult(one.task, "custom", one.data, one.name, one.value, dataset_split=one.split) for one in measured
     ]
     front = ModelCardData(
         base_model=base,
@@ -111,48 +106,30 @@ def card(
         eval_results=results or None,
         **({} if base is None else {"base_model_relation": "adapter" if form == "peft" else "finetune"}),
     )
-    rows = {"model": described(model), "base weights": base or "a file that has no name on a hub"}
+    rows = {"model": described(model_of(backbone)), "base weights": base or "a file that has no name on a hub"}
     if adapter is not None:
         rows |= {"adapter": adapter.describe(), "fingerprint of the base weights": adapter.base or "not recorded"}
-    rows |= dict(facts or {})
-    rows |= {f"{one.name} ({one.split}, {one.data})": f"{one.value:.4f}" for one in measured}
-    load = f"```python\n{_peft(adapter, base) if form == 'peft' and adapter else _LOAD[form]}\n```"
-    if "layers" in model:
-        load += f"\n\n{_reading(model)}"
+    rows |= dict(facts or {}) | {f"{one.name} ({one.split}, {one.data})": f"{one.value:.4f}" for one in measured}
+    cells = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
+    reading = (
+        f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."
+    )
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
         what="The LoRA, without its base," if form == "peft" else f"Full weights for {form},",
-        facts="\n".join(
-            " | ".join(("", *(cell.replace("|", r"\|") for cell in row), "")).strip() for row in rows.items()
-        ),
-        load=load,
+        facts="\n".join(f"| {name} | {value} |" for name, value in cells),
+        load=_PEFT.format(model=_base(backbone, base)) if form == "peft" else _LOAD[form],
+        reading=reading if backbone.layers_read else "",
     )
 
 
-def _peft(adapter: Adapter, base: str | None) -> str:
-    """Python that puts a PEFT folder on top of timm's model."""
-    preset = str(adapter.model["preset"])
-    if not preset.startswith(TIMM):
-        make, separate = 'timm.create_model("local-dir:BASE", pretrained=True)', _SEPARATE
-        return "# BASE: a folder of visft merge --base FILE --format timm --out BASE\n" + _PEFT.format(
-            model=make, separate=separate
+def _base(backbone: Backbone, base: str | None) -> str:
+    """Python that makes timm's model under an adapter; BASE: base weights that only the user has."""
+    if not isinstance(backbone, TimmBackbone):
+        return (
+            'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
         )
-    name, size = preset.removeprefix(TIMM), adapter.model.get("image_size")
-    given = f"img_size={size}, " if size else ""
+    given = "".join(f"{name}={value}, " for name, value in backbone.options.items())
     source = "pretrained=True" if base else 'checkpoint_path="BASE"'
-    blocks = getattr(build_timm(name, device="meta"), "blocks", ())
-    past = any(hasattr(getattr(block, "attn", None), "qkv_bias_separate") for block in blocks)
-    make = f'timm.create_model("{name}", num_classes=0, {given}{source})'
-    return _PEFT.format(model=make, separate=_SEPARATE if past else "")
-
-
-def _reading(model: Mapping[str, object]) -> str:
-    """Where the features are of a model that was trained up to a block."""
-    backbone = built({**model, "preset": model["preset"]}) if str(model["preset"]).startswith(TIMM) else None
-    if isinstance(backbone, TimmBackbone):
-        return f"It was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."
-    return (
-        f"It was trained on what blocks {model['layers']} give, through the last norm: `model.forward_intermediates("
-        f"images, indices={model['layers']}, norm=True, intermediates_only=True)`."
-    )
+    return f'timm.create_model("{backbone.name}", num_classes=0, {given}{source})'

@@ -33,7 +33,7 @@ from visft_ds.interop.layouts import (
     tower_in,
 )
 from visft_ds.interop.peft_folder import save_peft
-from visft_ds.interop.weights import write_text
+from visft_ds.interop.weights import Weights, write_text
 from visft_ds.models import Backbone, build_empty
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
@@ -60,23 +60,23 @@ def merge_files(given: argparse.Namespace) -> int:
     """
     _check(given)
     found = [adapter_at(path) for path in given.adapter]
-    adapters = [adapter for adapter in found if adapter is not None]
     for path, one in zip(given.adapter, found, strict=True):
         print(f"adapter  {path}: {one.describe() if one else 'none, the run trained its backbone itself'}")
-    if len(adapters) < len(found) and (len(found) > 1 or given.scale != 1 or given.format == "peft"):
+    if None in found and (len(found) > 1 or given.scale != 1 or given.format == "peft"):
         raise ValueError("a run that trained its backbone itself has no adapter to average, scale or write alone")
+    adapters = [one for one in found if one is not None]
     adapter = average(adapters).scaled(given.scale) if adapters else None
     chosen = None if given.base is None else named(given.base, download=given.download)
     place = base_of(given.adapter[0]) if chosen is None else chosen.file(download=given.download)
-    model = _model(place, adapter, chosen)
+    file = open_model(place)
+    model = _model(file, adapter, chosen)
     backbone = build_empty(model["preset"], torch.float32, {k: v for k, v in model.items() if k != "preset"})
-    file, bases = open_model(place), bases_of(backbone, place)
     own = fingerprint_of(backbone, place)
     if adapter is not None:
         if is_merged(file):
             raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
         adapter.install(backbone)  # on the meta device: a check of shapes
-        if problem := other_base("the adapter", adapter.base, bases):
+        if problem := other_base("the adapter", adapter.base, bases_of(backbone, place)):
             print(f"warning: {problem}", file=sys.stderr)
     print(f"base     {place}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +110,10 @@ def merge_files(given: argparse.Namespace) -> int:
                 os.replace(path, given.out.with_name(path.name))
             os.replace(weights, given.out)
         else:
-            write_text(stage / README, _card(given, model, adapter, facts))
+            write_text(stage / README, _card(given, backbone, adapter, facts))
             os.replace(stage, given.out)
-    print(
-        f"out      {given.out} ({given.format}, {given.dtype})" + "; README.md: how to load it" * (not given.out.suffix)
-    )
+    told = "" if given.out.suffix else "; README.md: how to load it"
+    print(f"out      {given.out} ({given.format}, {given.dtype}){told}")
     return 0
 
 
@@ -136,17 +135,18 @@ def _check(given: argparse.Namespace) -> None:
         verify.check_library(given.format)
 
 
-def _model(place: Path, adapter: Adapter | None, chosen: Named | None) -> dict[str, Any]:
+def _model(file: Weights, adapter: Adapter | None, chosen: Named | None) -> dict[str, Any]:
     """Preset and options of the backbone in a base file: as the file, the adapter or the name says."""
-    file = open_model(place)
-    found = None if adapter is None else dict(adapter.model)
-    if MODEL in file.metadata or (found is not None and not found["preset"].startswith(TIMM)):
+    of_adapter = {} if adapter is None else dict(adapter.model)
+    if MODEL not in file.metadata and str(of_adapter.get("preset")).startswith(TIMM):
+        found = of_adapter
+    elif MODEL not in file.metadata and adapter is None and chosen is not None and chosen.description:
+        found = dict(chosen.description)
+    else:
         found = model_in(file)
-    elif found is None:
-        found = (chosen and chosen.description) or model_in(file)
     if not found["preset"].startswith(TIMM):
         found["class_token"] = "cls_token" in tower_in(file, found)
-    return found | ({"layers": adapter.model["layers"]} if adapter and "layers" in adapter.model else {})
+    return found | {name: of_adapter[name] for name in ("layers",) if name in of_adapter}
 
 
 def _as_trained(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,9 +186,8 @@ def _repository(given: argparse.Namespace) -> str | None:
     return repository_of(weights)
 
 
-def _card(given: argparse.Namespace, model: Mapping[str, Any], adapter: Adapter | None, facts: dict[str, str]) -> str:
-    run = run_around(given.adapter[0]) if len(given.adapter) == 1 else None
-    measured: list[Measurement] = []
+def _card(given: argparse.Namespace, backbone: Backbone, adapter: Adapter | None, facts: dict[str, str]) -> str:
+    run, measured = run_around(given.adapter[0]) if len(given.adapter) == 1 else None, list[Measurement]()
     if run is not None:
         config = recorded_config(run)
         facts |= {
@@ -200,23 +199,24 @@ def _card(given: argparse.Namespace, model: Mapping[str, Any], adapter: Adapter 
     if given.scale != 1:
         facts["scale of the adapter"] = f"{given.scale:g}"
     base = _repository(given)
-    return card(given.out.name, given.format, model, adapter, base=base, facts=facts, measured=measured)
+    return card(given.out.name, given.format, backbone, adapter, base=base, facts=facts, measured=measured)
 
 
 def _measured(run: Path, path: Path) -> list[Measurement]:
-    """Numbers of the evaluation of what a run exported; none of a part of the images, or of other values.
+    """Numbers of the evaluation of what a run, or the export in it, holds; none of a part of the images.
 
     -1 is COCO's mark for "nothing of this kind to find".
     """
     settings = recorded_config(run).visft
-    if settings.run.eval_limit is not None or path.name.startswith("step_") or not (run / METRICS_FILE).is_file():
+    file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
+    if settings.run.eval_limit is not None or path.name.startswith("step_") or file is None:
         return []
-    records = list(read_metrics(run / METRICS_FILE))
+    records = list(read_metrics(file))
     step = max((record["step"] for record in records), default=0)
     if settings.run.keep_best is not None:
         from visft_ds.checkpoint.saver import best_step, recorded_scores  # imports deepspeed: costs seconds
 
-        step = best_step(recorded_scores(run / METRICS_FILE, settings.run.keep_best)) or step
+        step = best_step(recorded_scores(file, settings.run.keep_best)) or step
     found = {name: value for record in records if record["step"] == step for name, value in record.items()}
     kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
     return [

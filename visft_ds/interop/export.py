@@ -37,7 +37,7 @@ _TEXT_HEAD = 64  #: width of a head in the text tower of every CLIP, which no te
 
 @dataclass
 class Share:
-    """How much of a wanted change D is in the written one E: <E, D> / |D|^2, and |E - D| / |D|.
+    """Share of a wanted change D in the written one E: <E, D> / |D|^2, and |E - D| / |D|.
 
     Both are needed: where the base is finer than the output, its own rounding acts as dither, the first stays near 1,
     and only the second shows that the change drowned.
@@ -96,7 +96,7 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
 
 
 def header(model: Mapping[str, Any], file: Weights, adapter: Adapter | None, base: str) -> dict[str, str]:
-    """What written weights say of themselves. `base`: fingerprint of the base weights."""
+    """Header of written weights. `base`: fingerprint of the base weights."""
     found = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
     if adapter is not None:
         merged = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
@@ -106,7 +106,7 @@ def header(model: Mapping[str, Any], file: Weights, adapter: Adapter | None, bas
 
 @dataclass(frozen=True)
 class Written:
-    """What a format consists of: weights under their library's names, and files of JSON beside them."""
+    """Content of a format: weights under their library's names, and files of JSON beside them."""
 
     name: str  #: of the file of weights
     tensors: Weights

@@ -15,7 +15,7 @@ from visft_ds.config.preflight import head_files
 from visft_ds.data.shards import Category
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.published import KINDS, published_head, published_task
+from visft_ds.interop.published import published_head, published_task
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
@@ -40,7 +40,7 @@ class HeadInfo:
 
     @property
     def published(self) -> bool:
-        """Whether ViSFT published it; such a head knows COCO's categories."""
+        """Return True if ViSFT published it; such a head knows COCO's categories."""
         return self.extra.get("format") == "visft"
 
     def names(self) -> dict[int, str]:
@@ -100,12 +100,10 @@ def find_head(folder: str | Path, task: str) -> Path:
     """
     get_task(task)
     found = head_files(Path(folder), task)
-    if len(found) != 1:
-        published = [f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg" if task in KINDS]
-        names = ", ".join([head_file("", task).name, *published])
-        raise ValueError(f"{folder} holds {len(found) or 'no'} {task} heads ({names}); stage 1 writes RUN/export")
-    if published_task(found[0]) not in (None, task):
-        raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
+    if len(found) != 1 or published_task(found[0]) not in (None, task):
+        raise ValueError(
+            f"{folder} holds {len(found) or 'no'} trained {task} heads; stage 1 writes them into RUN/export"
+        )
     return found[0]
 
 
@@ -139,7 +137,7 @@ def open_head(path: str | Path, task: str) -> HeadFile:
 
 
 def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
-    """Why a head cannot read what these blocks of a backbone give (none: the last); None if it can."""
+    """Reason why a head cannot read the output of these blocks (none: the last); None if it can."""
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None
@@ -173,15 +171,24 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
     return {task: classes for task, classes in found.items() if classes is not None}
 
 
-def check_classes(
-    heads: Mapping[str, HeadInfo], classes: Mapping[str, tuple[int, ...]], categories: Sequence[Category], where: str
+def check_heads(
+    heads: Mapping[str, HeadInfo],
+    classes: Mapping[str, tuple[int, ...]],
+    categories: Sequence[Category],
+    vocabulary: Vocabulary | None,
 ) -> None:
-    """Refuse heads whose classes stand for other categories than those of a run, as `classes_of_heads` gives them.
+    """Refuse heads that know other categories or words than the training data, or have other classes for them.
 
-    Raises ValueError naming the categories that the data set (called `where`) lacks.
+    Args:
+        classes: of the run, as `classes_of_heads` gives them.
+
+    Raises:
+        ValueError: naming what differs.
     """
+    where = "the training data"
+    check_categories(heads, categories, where, "Start new heads with stage 1 on this data")
     ids = {category.coco_id for category in categories}
-    for task, theirs in classes_of_heads(heads).items():
+    for task, theirs in classes_of_heads(heads).items() if categories else ():
         if theirs != classes.get(task):
             lacking = [f"{id_} {name!r}" for id_, name in heads[task].names().items() if id_ not in ids]
             number = heads[task].options["num_classes"]
@@ -189,6 +196,7 @@ def check_classes(
             if lacking:
                 remedy = f"{where} lacks {examples(lacking)}: list them in its instances file, with or without objects"
             raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
+    check_vocabulary(heads, vocabulary, where)
 
 
 def vocabulary_in(infos: Mapping[str, HeadInfo]) -> Vocabulary | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.files import reading
-from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
+from visft_ds.interop.efficientnet import under_timms_names
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
@@ -76,8 +76,7 @@ def built(model: Mapping[str, Any]) -> Backbone:
 
 def open_model(path: str | Path) -> Weights:
     """Open a file with a backbone; a published EfficientNet, which has other names, under timm's."""
-    file = open_weights(path)
-    return read_efficientnet(file) if holds_efficientnet(file) else file
+    return under_timms_names(open_weights(path))
 
 
 def model_in(file: Weights) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def prefix_of(file: Weights) -> str:
 
 
 def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
-    """All that a file has of a model, with what belongs to it beside the backbone, under our names."""
+    """Everything that a file has of a model, with what belongs to it beside the backbone, under our names."""
     return file if model["preset"].startswith(TIMM) else file.under(prefix_of(file))
 
 
@@ -203,7 +202,7 @@ def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Ten
 
 
 def fingerprint(tensors: Mapping[str, Lazy]) -> str:
-    """What two files have in common that hold the same weights of a backbone, in whatever layout, in fp32 or bf16.
+    """Fingerprint of the weights of a backbone, the same for every layout, in fp32 or bf16.
 
     A sha256 of values all over each tensor, rounded to bf16; class token and positions, which layouts keep differently,
     are left out.

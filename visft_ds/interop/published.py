@@ -1,4 +1,4 @@
-"""What ViSFT published (https://huggingface.co/TencentARC/ViSFT), read: heads `eva_{e,g}_*_heads.ckpt`, LoRA
+"""Files that ViSFT published (https://huggingface.co/TencentARC/ViSFT): heads `eva_{e,g}_*_heads.ckpt`, LoRA
 `eva_{e,g}_lora_*.pt`; and checkpoints of its training, which hold both.
 
 Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds
@@ -119,8 +119,6 @@ def read_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     if path.is_dir() or path.name == FILE:
         return Adapter.load(path)
-    if path.parent.joinpath(FILE).is_file() and path.name.startswith("adapter_"):  # PEFT's files beside ours
-        return Adapter.load(path.parent)
     return read_visft_lora(path)
 
 

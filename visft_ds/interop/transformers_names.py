@@ -56,7 +56,7 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """What `export.FORMATS` have for other formats. Raises ValueError for a model of no such class."""
+    """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such class."""
     known = _family(backbone)
     if known is None or not isinstance(backbone, TimmBackbone):
         raise ValueError(

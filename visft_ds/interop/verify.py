@@ -26,13 +26,11 @@ LIBRARIES = {
 
 def check_library(form: str) -> None:
     """Raise ValueError where no library loads a format, or it is not installed."""
-    module, package = LIBRARIES.get(form, ("", ""))
-    if not module or find_spec(module) is None:
-        raise ValueError(
-            f"--verify: --format {form} needs pip install {package}"
-            if module
-            else f"--verify: no library on PyPI loads --format {form}; those of {', '.join(LIBRARIES)} are verified"
-        )
+    if form not in LIBRARIES:
+        raise ValueError(f"--verify: no library on PyPI loads --format {form}, only {', '.join(LIBRARIES)}")
+    module, package = LIBRARIES[form]
+    if find_spec(module) is None:
+        raise ValueError(f"--verify: --format {form} needs pip install {package}")
 
 
 def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
@@ -79,7 +77,7 @@ def difference(got: Features, wanted: nn.Module, side: int) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What rounding of the weights explains: 8 half-steps (0.4 to 3 were measured on towers of 2 to 64 blocks).
+    """Difference that rounding of the weights explains: 8 half-steps (0.4 to 3 were measured for 2 to 64 blocks).
 
     In fp32 the order of sums, B(Ax) against (BA)x, costs 1e-5.
     """

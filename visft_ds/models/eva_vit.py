@@ -297,6 +297,7 @@ class EvaViT(nn.Module):
         if layers:
             del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
         self.depth = len(self.blocks)
+        self.pruning = f"model.prune_intermediate_layers([{self.depth - 1}])"  # of timm's model of the whole tower
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w) for images (B, 3, H, W)."""

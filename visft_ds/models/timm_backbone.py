@@ -24,7 +24,7 @@ _SMALLEST_GAIN = 1e-2  #: gains of a random model below this are taken for a sta
 
 
 class TimmBackbone(nn.Module):
-    """What a model of timm becomes by `as_backbone`: the same module with another forward."""
+    """Model of timm after `as_backbone`: the same module with another forward."""
 
     name: str  #: as timm knows it, with or without tag
     width: int  #: D

@@ -38,22 +38,28 @@ class MetricsWriter:
     def __init__(
         self, out: Path, *, resume_step: int = 0, enabled: bool = True, callbacks: Sequence[Callback] = ()
     ) -> None:
-        self.path, self.enabled = out / METRICS_FILE, enabled
+        self.path, self._enabled = out / METRICS_FILE, enabled
         self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._torn = False
-        self._events: Any = None
-
-        def open_events() -> None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
-
-            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
-
+        self._events: Any = None  # the SummaryWriter of TensorBoard
         if enabled:
             self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
-            self._attempt("TensorBoard", open_events)
+            self._attempt("TensorBoard", lambda: self._open_events(out / "tensorboard", resume_step))
+
+    def _resume(self, step: int) -> None:
+        for record in truncate_metrics(self.path, step):
+            if record["kind"] == "step":
+                self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
+            if is_evaluation(record):
+                self.evaluated.add(record["step"])
+
+    def _open_events(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
+
+        self._events = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -74,47 +80,31 @@ class MetricsWriter:
             callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened in `step`: "bad step", "loss scale"; details are JSON values."""
+        """Something that happened in `step`, such as a "bad step"; details are JSON values."""
         self._append({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """An image (H, W, 3) RGB for TensorBoard."""
-        self._attempt(
-            "TensorBoard", lambda: self._events and self._events.add_image(tag, image, step, dataformats="HWC")
-        )
+        self._show(lambda: self._events.add_image(tag, image, step, dataformats="HWC"))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard, which reads it as Markdown."""
-        self._attempt("TensorBoard", lambda: self._events and self._events.add_text(tag, text, step))
+        self._show(lambda: self._events.add_text(tag, text, step))
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._attempt("TensorBoard", lambda: self._events and self._events.close())
-        self._events = None
-
-    def _resume(self, step: int) -> None:
-        for record in truncate_metrics(self.path, step):
-            if record["kind"] == "step":
-                self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
-            if is_evaluation(record):
-                self.evaluated.add(record["step"])
+        self._show(lambda: self._events.close())
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        if self.enabled and kind == "step":
+        if self._enabled and kind == "step":
             self.last.update(values)
-
-        def add() -> None:
-            for tag, value in values.items() if self._events else ():
-                self._events.add_scalar(tag, value, step)
-
-        self._attempt("TensorBoard", add)
+        for tag, value in values.items():
+            self._show(lambda tag=tag, value=value: self._events.add_scalar(tag, value, step))  # type: ignore[misc]
 
     def _append(self, record: dict[str, Any]) -> None:
-        if not self.enabled:
-            return
         # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
@@ -126,14 +116,19 @@ class MetricsWriter:
                 file.write(line.encode())
             self._torn = False
 
-        self._attempt(METRICS_FILE, append)
+        if self._enabled:
+            self._attempt(METRICS_FILE, append)
+
+    def _show(self, action: Callable[[], object]) -> None:
+        if self._events is not None:
+            self._attempt("TensorBoard", action)
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
         except (OSError, ImportError, ValueError, RuntimeError) as error:  # anything else is a mistake of ours
             if what not in self._warned:
-                print(f"warning: {what} is not being written: {error}; training goes on", file=sys.stderr, flush=True)
+                print(f"warning: {what} is not being written: {error}; training continues", file=sys.stderr, flush=True)
             self._warned.add(what)
 
 

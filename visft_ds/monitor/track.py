@@ -1,7 +1,7 @@
-"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets.
+"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra `wandb`.
 
-An error of wandb is printed once, and training goes on. A start that goes on with a run goes on with its record there,
-too, whose name is kept in OUT/tracker-wandb.
+An error of wandb is printed once, and training continues. A resumed run continues its record there, whose name is kept
+in OUT/tracker-wandb.
 """
 
 from __future__ import annotations
@@ -27,31 +27,27 @@ class Tracker(Callback):
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        import wandb
-        from wandb.errors import Error
-
         self._run: Any = None
-        self._errors = (Error, OSError)
+        self._attempt(lambda: self._start(out, settings))
+
+    def _start(self, out: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
         known = out / "tracker-wandb"
-        # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
-        private = wandb.Settings(
-            console="off", disable_git=True, save_code=False, x_disable_meta=True, login_timeout=30
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "visft_ds"),
+            name=out.name,
+            id=known.read_text(encoding="utf-8").strip() if known.is_file() else None,
+            resume="allow",
+            dir=str(out),
+            config=dict(settings),
+            # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
+            settings=wandb.Settings(
+                console="off", disable_git=True, save_code=False, x_disable_meta=True, login_timeout=30
+            ),
         )
-
-        def start() -> None:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "visft_ds"),
-                name=out.name,
-                id=known.read_text(encoding="utf-8").strip() if known.is_file() else None,
-                resume="allow",
-                dir=str(out),
-                config=dict(settings),
-                settings=private,
-            )
-            self._run.define_metric("*", step_metric=STEP)
-            known.write_text(self._run.id + "\n", encoding="utf-8")
-
-        self._attempt(start)
+        self._run.define_metric("*", step_metric=STEP)
+        known.write_text(self._run.id + "\n", encoding="utf-8")
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """Send the numbers of a step."""
@@ -64,12 +60,13 @@ class Tracker(Callback):
     def close(self) -> None:
         """Send what is left, and end the record."""
         self._attempt(lambda: self._run and self._run.finish())
-        self._run = None
 
     def _attempt(self, action: Callable[[], object]) -> None:
+        from wandb.errors import Error
+
         try:
             action()
-        except self._errors as error:
-            text = f"warning: wandb gets nothing any more: {redacted(error)}; training goes on"
-            print(text, file=sys.stderr, flush=True)
+        except (Error, OSError) as error:
             self._run = None
+            text = f"warning: wandb gets nothing any more: {redacted(error)}; training continues"
+            print(text, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline_layers import owners
-from visft_ds.prepare.materialize import InHostMemory, Placement
+from visft_ds.prepare.materialize import Placement
 
 
 def placement_for(config: dict[str, Any], partition: Partition | None) -> Placement:
@@ -29,7 +29,7 @@ def placement_for(config: dict[str, Any], partition: Partition | None) -> Placem
     return Shards(config) if config["zero_optimization"]["stage"] == 3 else OnDevice()
 
 
-class OnDevice(InHostMemory):
+class OnDevice(Placement):
     """Placement of the whole model on this process's device (ZeRO 0-2); the host holds one tensor of it at a time."""
 
     def place(self, parameter: nn.Parameter) -> None:
@@ -53,7 +53,7 @@ class OwnLayers(OnDevice):
         return {name for name, owner in owners(module, self._bounds).items() if owner == stage}
 
 
-class Shards(InHostMemory):
+class Shards(Placement):
     """Placement of a share of every tensor in each process (ZeRO-3), on its device, or on the host when offloading.
 
     Each process holds the undivided tensor while it is divided; the values are the main process's.

@@ -63,7 +63,7 @@ class PlannedRun:
 
     @cached_property
     def partition(self) -> Partition | None:
-        """Who holds which layers of a pipeline; None without one."""
+        """Division of the layers among the stages of a pipeline; None without one."""
         visft, batches = self.config.visft, self.batches
         if batches.stages == 1:
             return None
@@ -195,7 +195,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Sum of all parts."""
         return sum(asdict(self).values())
 
     def rows(self) -> list[tuple[str, str]]:
@@ -205,7 +205,7 @@ class MemoryPlan:
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
-    """Of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch for each stage behind."""
+    """Plan of a stream's step. A pipeline's stage holds its share of the layers, and a micro-batch per later stage."""
     found, batches = trace_step(run, stream), run.batches
     zero = run.config.deepspeed["zero_optimization"]
     stage, stages, cpu = int(zero["stage"]), batches.stages, run.device.type == "cpu"
@@ -226,7 +226,7 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     update = 0 if cpu else FP32 * found.trained // divided // stages
 
     def plan(activations: int, *, arrived: bool) -> MemoryPlan:
-        """Of a moment; `arrived`: gradients are there, and the buckets that the first one has allocated."""
+        """Plan of a moment; `arrived`: gradients are there, and the buckets that the first one has allocated."""
         return MemoryPlan(
             weights=weights // stages,
             gradients=gradients // stages * arrived,

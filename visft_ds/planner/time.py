@@ -38,7 +38,7 @@ class PlannedTime:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Sum of all parts."""
         return self.compute + self.update + self.communication + self.waiting
 
 
@@ -69,7 +69,7 @@ def _rate(gpu: Gpu, dtype: torch.dtype) -> float:
 
 
 def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
-    """Of one kind of step."""
+    """Time of one kind of step."""
     found, batches, gpu = trace_step(run, stream), run.batches, cluster.gpu
     stage, stages = int(run.config.deepspeed["zero_optimization"]["stage"]), batches.stages
     again = CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0) * found.backbone_trains * found.blocks

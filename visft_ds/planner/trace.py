@@ -61,7 +61,7 @@ class Tracer(TorchDispatchMode):
 
     @property
     def operations(self) -> int:
-        """Of all work."""
+        """Operations of all work."""
         return sum(count * work.operations for work, count in self.work.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

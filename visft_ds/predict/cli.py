@@ -72,5 +72,4 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="least score of boxes and masks (default %(default)s)",
     )
-    out.add_argument("--no-pictures", action="store_true", help="write predictions.json alone")
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.predict.images import Found, OpenedImage, find_images, open_file, printable
+from visft_ds.predict.images import OpenedImage, find_images, open_file, printable
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import category_name
 from visft_ds.redaction import redacted
@@ -61,60 +61,50 @@ def _complain(text: str) -> int:
     return 2
 
 
-def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
-    rows = [*model.facts.items(), ("precision", f"{model.precision} on {model.device}")]
-    rows.append(("images", f"{len(found.files)} below {printable(found.root)}"))
+def _predict(given: argparse.Namespace, found: dict[str, Path], model: Model) -> int:
+    rows = [*model.facts.items(), ("precision", f"{model.precision} on {model.device}"), ("images", str(len(found)))]
     print_plan("visft_ds prediction", [Section("model and data", rows)])
-    whole: dict[str, Any] = {"images": [], "categories": [], "skipped": []}
-    for task in model.tasks:
-        whole[task] = []
-    ids = set(model.categories)
-    size = given.batch_size or model.batch_size
-    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found.files), unit=" images", disable=None) as bar:
-        decoded = _decoded(found.files, pool, ahead=2 * size)
+    whole: dict[str, Any] = {"images": [], "categories": [], "skipped": [], **{task: [] for task in model.tasks}}
+    ids, size = set(model.categories), given.batch_size or model.batch_size
+    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found), unit=" images", disable=None) as bar:
+        decoded = _decoded(found, pool, ahead=2 * size)
         while batch := list(islice(decoded, size)):
-            images = [image for _, image in batch if isinstance(image, OpenedImage)]
-            for file, problem in batch:
+            for name, problem in batch:
                 if isinstance(problem, Exception):
                     bar.write(f"skipped {redacted(printable(str(problem)))}", file=sys.stderr)
-                    whole["skipped"].append({"file_name": found.name(file), "reason": printable(str(problem))})
-            for prediction in model.predict_opened(images, threshold=given.threshold, batch_size=size):
-                assert prediction.path is not None
-                name, number = found.name(prediction.path), len(whole["images"]) + 1
-                height, width = prediction.image.shape[:2]
+                    whole["skipped"].append({"file_name": name, "reason": printable(str(problem))})
+            images = {name: image for name, image in batch if isinstance(image, OpenedImage)}
+            predictions = model.predict_opened([*images.values()], threshold=given.threshold, batch_size=size)
+            for name, prediction in zip(images, predictions, strict=True):
+                number, (height, width) = len(whole["images"]) + 1, prediction.image.shape[:2]
                 whole["images"].append({"id": number, "file_name": name, "width": width, "height": height})
                 for task, results in prediction.to_coco(number).items():
                     whole[task] += results
                     ids |= {result["category_id"] for result in results if "category_id" in result}
-                if not given.no_pictures:
-                    save_png(np.asarray(prediction.draw()), given.out / PICTURES / f"{name}.png")
+                save_png(np.asarray(prediction.draw()), given.out / PICTURES / f"{name}.png")
             bar.update(len(batch))
     if not whole["images"]:
-        return _complain(f"none of {len(found.files)} files could be predicted")
+        return _complain(f"none of {len(found)} files could be predicted")
     whole["categories"] = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in sorted(ids)]
     write_atomically(given.out / RESULTS, lambda file: file.write(orjson.dumps(whole)))
     rows = [("predicted", f"{len(whole['images'])} images")]
     rows += [("skipped", f"{len(whole['skipped'])} files, named in {RESULTS}")] if whole["skipped"] else []
-    rows.append(("written", f"{given.out}: {RESULTS}" + (f", {PICTURES}/" if not given.no_pictures else "")))
-    print_plan("done", [Section("results", rows)])
+    print_plan("done", [Section("results", [*rows, ("written", f"{given.out}: {RESULTS}, {PICTURES}/")])])
     return 0
 
 
 def _decoded(
-    files: Iterable[Path], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[Path, OpenedImage | Exception]]:
-    """Each file with its picture, or with why it has none; so many are decoded ahead."""
-    left, pending = iter(files), deque[tuple[Path, Future[OpenedImage]]]()
+    found: dict[str, Path], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[str, OpenedImage | Exception]]:
+    """Each name with its picture, or with why it has none; so many are decoded ahead."""
+    left, pending = iter(found.items()), deque[tuple[str, Future[OpenedImage]]]()
     while True:
-        for file in islice(left, ahead - len(pending)):
-            pending.append((file, pool.submit(open_file, file)))
+        for name, file in islice(left, ahead - len(pending)):
+            pending.append((name, pool.submit(open_file, file)))
         if not pending:
             return
-        file, future = pending.popleft()
-        problem = future.exception()
-        if problem is None:
-            yield file, future.result()
-        elif isinstance(problem, ValueError | OSError):
-            yield file, problem
-        else:
-            raise problem
+        name, future = pending.popleft()
+        try:
+            yield name, future.result()
+        except (ValueError, OSError) as error:
+            yield name, error

@@ -8,8 +8,8 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,24 +28,11 @@ _ALLOWED = (
 )
 
 
-@dataclass(frozen=True)
-class OpenedImage:
+class OpenedImage(NamedTuple):
     """Decoded picture, upright."""
 
     pixels: Pixels  #: (H, W, 3) RGB
     path: Path | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """Image files that paths, folders and patterns name."""
-
-    files: tuple[Path, ...]
-    root: Path  #: absolute folder that all of them lie below
-
-    def name(self, file: Path) -> str:
-        """Path below the root, with slashes: no two files have the same."""
-        return printable(Path(os.path.abspath(file)).relative_to(self.root).as_posix())
 
 
 def printable(path: str | Path) -> str:
@@ -53,9 +40,9 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> Found:
-    """Files as they are; of folders and patterns those that end as images do, sorted. Links to folders and hidden files
-    are passed over.
+def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> dict[str, Path]:
+    """Name -> file: files as they are; of folders and patterns those that end as images do, sorted. Links to folders
+    and hidden files are passed over. A name is the path below the folder that all of them lie in.
 
     Args:
         given: files, folders with all below them, and patterns with *, ?, [...] or ** for any folders.
@@ -82,7 +69,8 @@ def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> 
             raise ValueError(f"{place}: no image there (files that end in {', '.join(SUFFIXES)})")
         files |= {os.path.abspath(path): path for path in found}
         roots.append(os.path.abspath(root))
-    return Found(tuple(files.values()), Path(os.path.commonpath(roots)))
+    root = Path(os.path.commonpath(roots))
+    return {printable(Path(path).relative_to(root).as_posix()): file for path, file in files.items()}
 
 
 def _images(root: Path, pattern: str) -> list[Path]:
@@ -99,8 +87,7 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
         ValueError: what is no picture, by its path or its place in the list.
     """
     if isinstance(images, str | Path):
-        found = find_images([images])
-        return [open_file(file) for file in found.files], Path(images).is_file()
+        return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
     if isinstance(images, Image.Image | np.ndarray | Tensor):
         return [_of_memory(images, "the image")], True
     if not isinstance(images, Iterable):
@@ -108,7 +95,7 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     every: list[OpenedImage] = []
     for place, image in enumerate(images):
         if isinstance(image, str | Path):
-            every += [open_file(file) for file in find_images([image]).files]
+            every += [open_file(file) for file in find_images([image]).values()]
         else:
             every.append(_of_memory(image, f"image {place} of the list"))
     return every, False

@@ -5,37 +5,17 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from visft_ds.config.backbones import Named, named
-from visft_ds.config.preflight import head_files, run_of
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.evals.model import (
-    DEFAULT_BATCH,
-    EvaluationModel,
-    ModelFiles,
-    ModelSource,
-    chosen_streams,
-    decoding_of,
-    files_of_run,
-    files_without_run,
-    heads_in,
-    source_of_run,
-    streams_without_run,
-)
-from visft_ds.interop.layouts import is_merged
-from visft_ds.interop.weights import PICKLE_SUFFIXES, open_weights
+from visft_ds.evals.model import EvaluationModel, ModelFiles, ModelSource, source_of
 from visft_ds.model import normalise_pixels, pixel_scale
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -43,11 +23,8 @@ from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import pipeline_of
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.matching import at_least_float32
-
-_EXPORT = "export"
 
 
 def load(
@@ -66,8 +43,8 @@ def load(
     """Load a trained model for predictions.
 
     Args:
-        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, also without the run; or merged
-            weights (a file, or the folder that merging wrote) together with `heads`.
+        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, wherever that lies now; or
+            merged weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
         device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
@@ -83,33 +60,18 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
-    source, heads = Path(source), None if heads is None else Path(heads)
-    run, words = _run_at(source), None if vocabulary is None else Path(vocabulary)
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    weights = None if chosen is None else chosen.file(download=download)
-    if run is not None:
-        parts = source_of_run(
-            _place_in(run, source),
-            recorded_config(run).visft,
-            where=source,
-            tasks=tasks,
-            backbone=weights,
-            heads=heads,
-            adapter=adapter,
-            vocabulary=words,
-            precision=precision,
-            side=image_size,
-        )
-    else:
-        if not source.exists():
-            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
-        if heads is None and not any(head_files(source, task) for task in TASKS if source.is_dir()):
-            raise ValueError(f"{source} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
-        heads = heads or source
-        streams = streams_without_run(heads_in(heads), batch_size=DEFAULT_BATCH, side=image_size)
-        streams = chosen_streams(streams, tasks, heads, heads)
-        files = _files_at(source, chosen, weights, heads, adapter)
-        parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
+    source = Path(source)
+    parts = source_of(
+        source,
+        tasks=tasks,
+        backbone=backbone,
+        download=download,
+        heads=heads,
+        adapter=adapter,
+        vocabulary=vocabulary,
+        precision=precision,
+        side=image_size,
+    )
     loaded, streams = _build(parts, device)
     return Model(source, loaded, streams, parts.files)
 
@@ -128,18 +90,9 @@ def load_backbone(
     Raises:
         ValueError: as `load`.
     """
-    source = Path(source)
-    run = _run_at(source)
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    weights = None if chosen is None else chosen.file(download=download)
-    if run is not None:
-        config = recorded_config(run).visft
-        files = files_of_run(_place_in(run, source), config, [], backbone=weights, adapter=adapter)
-        parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
-    else:
-        if not source.exists():
-            raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
-        parts = ModelSource(_files_at(source, chosen, weights, source, adapter), {}, precision=precision or "auto")
+    parts = source_of(
+        Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
+    )
     return ImageFeatures(_build(parts, device)[0])
 
 
@@ -208,26 +161,9 @@ class Model:
             f"{self.precision} on {self.device})"
         )
 
-    @overload
-    def predict(  # type: ignore[overload-overlap]  # arrays and tensors can be iterated over, too
-        self,
-        images: Image.Image | npt.NDArray[np.uint8] | Tensor,
-        *,
-        threshold: float = ...,
-        batch_size: int | None = ...,
-    ) -> Prediction: ...
-
-    @overload
-    def predict(self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...) -> Any: ...
-
-    @overload
-    def predict(
-        self, images: Iterable[ImageInput], *, threshold: float = ..., batch_size: int | None = ...
-    ) -> list[Prediction]: ...
-
     def predict(
         self, images: ImageInput | Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int | None = None
-    ) -> Prediction | list[Prediction]:
+    ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
         Photographs are turned upright by their EXIF orientation. Images are resized as in the evaluation of the run.
@@ -241,8 +177,8 @@ class Model:
             batch_size: most images that pass through the model at once; default: the run's.
 
         Returns:
-            One prediction for one image; a list for a list, folder or pattern. It holds the pixels of every image:
-            give thousands in parts, or to `visft predict`.
+            One `Prediction` for one image; a list of them for a list, folder or pattern. It holds the pixels of every
+            image: give thousands in parts, or to `visft predict`.
 
         Raises:
             ValueError: what is no picture, by its name or place; a threshold or batch size out of range.
@@ -316,56 +252,14 @@ def check_options(threshold: float, batch_size: int | None) -> None:
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
-    place = _device(device)
+    place = distributed.local_device() if device is None else _device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is None:
-        return distributed.local_device()
-    refusal = f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(refusal) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(refusal)
+def _device(wanted: str | torch.device) -> torch.device:
+    if str(wanted).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N")
+    device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
     return device
-
-
-def _run_at(source: Path) -> Path | None:
-    """The run that a folder is, or is a checkpoint or the export of."""
-    if (run := run_of(source)) is not None:
-        return run
-    places = (source.absolute(), source.resolve())  # "." has no name, a link another one
-    return next((p.parent for p in places if p.name == _EXPORT and (p.parent / RECORD_FILE).is_file()), None)
-
-
-def _place_in(run: Path, source: Path) -> Path:
-    """The run itself, or its checkpoint where that was given."""
-    return source if source.parent.name == "checkpoints" else run
-
-
-def _files_at(
-    source: Path, chosen: Named | None, backbone: Path | None, heads: Path, adapter: str | Path | None
-) -> ModelFiles:
-    """Files of an export without its run, or of merged weights."""
-    exported = source / ADAPTER_FOLDER
-    if adapter is None and exported.is_dir() and not (backbone is not None and is_merged(open_weights(backbone))):
-        adapter = exported
-    return files_without_run(chosen, backbone or _weights_at(source), heads, adapter)
-
-
-def _weights_at(source: Path) -> Path:
-    """The one weight file of an export folder, or of a folder that merging wrote."""
-    if source.is_file():
-        return source
-    heads = {path for task in TASKS for path in head_files(source, task)}
-    exported = [source / name for name in (TRAINED_BACKBONE_FILE, BACKBONE_FILE) if (source / name).is_file()]
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    found = exported[:1] or sorted(path for path in source.glob("*") if path.suffix in suffixes and path not in heads)
-    if len(found) != 1:
-        raise ValueError(f"{source} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
-    return found[0]

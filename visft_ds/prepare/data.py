@@ -10,18 +10,20 @@ import orjson
 
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.fields import Precision
+from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.dataset import DataSet, SamplePipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import Place, StepLoader
 from visft_ds.data.plan import Plan
-from visft_ds.data.shards import Category, Manifest, ShardReader
+from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
     TrainingSet,
     cache_of,
     captioned,
+    check_same_categories,
     check_samples,
     data_identity,
     first_of,
@@ -30,7 +32,6 @@ from visft_ds.prepare.datasets import (
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.prepare.places import located, paths_of
 from visft_ds.prepare.streams import pipelines_of, plan_of, settle_batches, streams_of, vocabulary_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -39,7 +40,6 @@ from visft_ds.tasks.vocabulary import Vocabulary
 class RunData:
     """Data of a run."""
 
-    given: Mapping[str, str]  #: paths of its inputs as they were given, by dotted key
     sets: Mapping[str, TrainingSet]  #: the first one decides which categories there are
     streams: Mapping[str, Stream]  #: with the classes of the run's heads
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: stream -> set -> what makes its training batches
@@ -66,49 +66,42 @@ class RunData:
         }
 
 
-def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
-    """The data of a run, and its configuration with what the data decides: places, order, number of classes.
+def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, RunData]:
+    """The data of a run on so many processes, and its configuration with the batches and classes that it decides.
 
     Raises:
         ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
-    given, out = paths_of(config.visft), Path(config.visft.run.out or "")
-    config = located(config, out)
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))
-    config = settle_batches(config, sets, max(1, distributed.world_size() // config.pipeline_stages))
+    config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
     settings = config.visft
     vocabulary = vocabulary_of(settings, *captioned(sets))
     return config, RunData(
-        given=given,
         sets=sets,
         streams=streams_of(settings, first_of(sets)),
         pipelines=pipelines_of(settings, sets, vocabulary),
         plan=plan_of(settings, sets),
         vocabulary=vocabulary,
-        validation=open_validation(settings, first_of(sets)),
+        validation=_open_validation(settings, first_of(sets)),
     )
 
 
-def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
-    """The split for evaluation during training, where there is any; it fits the tasks and the training data.
-
-    Raises:
-        ValueError: a split without labels for a task, or of other categories.
-    """
+def is_here(config: VisftConfig) -> bool:
+    """Return True if all splits of a run lie on this machine, so that they can be looked at before it."""
     data = config.data
+    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    places += [(data.root, data.val)] if config.run.eval_every else []
+    return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
+
+
+def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
     if not config.run.eval_every:
         return None
-    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    validation = Manifest.load(config.data.root, config.data.val, cache=cache_of(config.data))
     check_samples(config.tasks.enabled(), validation)
-    names = {category.coco_id: category.name for category in training.categories}
-    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
-    if other:
-        raise ValueError(
-            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
-            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
-            "same categories"
-        )
+    check_same_categories(validation, training)
     return validation
 
 
@@ -116,7 +109,7 @@ def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoa
     """The loader of this rank's part of each global batch."""
     place = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
     return StepLoader(
-        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in data.sets.items()},
+        {name: ShardReader(one.manifest) for name, one in data.sets.items()},
         data.plan,
         data.pipelines,
         dp_rank=place.dp_rank,
@@ -137,41 +130,27 @@ def keep_features(
 ) -> FeatureCache | None:
     """Let loader and model keep the features of a frozen backbone; None where geometries do not repeat.
 
+    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
+
     Raises:
         ValueError: a backbone that trains, or a folder that holds something else.
     """
-    features = features_of(config, sets, prepared.base_weights, precision, distributed.local_device().type)
-    if features is None:
+    if config.features is None:
         return None
     if prepared.module.train_backbone:
         raise ValueError(
             "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
         )
-    prepared.module.feature_cache = features
-    loader.keep_features(features)
-    return features
-
-
-def features_of(
-    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
-) -> FeatureCache | None:
-    """Cache of the frozen backbone's features; None where geometries do not repeat.
-
-    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
-
-    Raises:
-        ValueError: a folder that holds something else.
-    """
-    if config.features is None:
-        return None
     shape = {"preset": config.model.preset, **config.model.backbone_options()}
     streams = {stream.name: stream.image for stream in config.streams().values()}
     identity = {
-        "base weights": base_weights,
+        "base weights": prepared.base.identity,
         "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
-        "precision": f"{precision} on {device}",
+        "precision": f"{precision} on {distributed.local_device().type}",
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
-    root = None if config.features.cache is None else Path(config.features.cache)
-    return FeatureCache(root, identity)
+    features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
+    prepared.module.feature_cache = features
+    loader.keep_features(features)
+    return features

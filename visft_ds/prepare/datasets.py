@@ -1,4 +1,4 @@
-"""The data sets a run trains on: which tasks each teaches, and what its categories mean to the heads."""
+"""The data sets a run trains on: which tasks each teaches, and the classes of the heads for their categories."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import is_url
-from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.fetch import Cache
-from visft_ds.data.shards import Category, Manifest, manifest_path
-from visft_ds.files import read_bytes, reading
+from visft_ds.data.shards import Category, Manifest
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import classes_of, have_ids_of_coco
@@ -30,35 +26,32 @@ class TrainingSet:
     manifest: Manifest
     tasks: tuple[str, ...]  #: those of the run that it teaches
     weight: float = 1.0
-    categories: Mapping[int, int | None] | None = None  #: raw id -> id of the heads, None: left out; None: as they are
-
-    def identity(self) -> str:
-        """Digest of what is learnt from it."""
-        if self.categories is None:
-            return self.manifest.fingerprint
-        return hashlib.sha256(f"{self.manifest.fingerprint} {sorted(self.categories.items())}".encode()).hexdigest()
 
 
 def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
     Raises:
-        ValueError: a split that is missing or damaged, that lacks what a task needs, or whose categories do not fit.
+        ValueError: a split that is missing or damaged, that lacks what a task needs, or has other categories.
     """
     data, enabled = config.data, tuple(config.tasks.enabled())
-    cache = cache_of(data)
-    first = Manifest.load(data.root, data.train, cache=cache)
-    others = [Manifest.load(one.root, one.split, cache=cache) for one in data.sets]
+    first = Manifest.load(data.root, data.train, cache=cache_of(data))
     sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
-    check_samples(sets[data.train].tasks, first)
-    _check_labels(first, sets[data.train].tasks, "leave {task} out of visft.tasks")
-    for one, manifest in zip(data.sets, others, strict=True):
+    for one in data.sets:
+        manifest = Manifest.load(one.root, one.split, cache=cache_of(data))
         tasks = tuple(task for task in enabled if task in one.tasks) if one.tasks else _taught(manifest, enabled)
-        check_samples(tasks, manifest)
-        if one.tasks is None:
-            _check_labels(manifest, tasks, f"state visft.data.sets.N.tasks of {one.name}, without it or with it")
-        categories = _categories(one, manifest, first) if needs_categories(tasks) else None
-        sets[one.name] = TrainingSet(manifest, tasks, one.weight, categories)
+        sets[one.name] = TrainingSet(manifest, tasks, one.weight)
+        if needs_categories(tasks):
+            check_same_categories(manifest, first)
+    stated = {one.name for one in data.sets if one.tasks}  # whose user knows better
+    for name, found in sets.items():
+        check_samples(found.tasks, found.manifest)
+        for task in found.tasks if name not in stated else ():
+            if lacking := TASKS[task].config.misleads(found.manifest.counts, found.manifest.findings):
+                raise ValueError(
+                    f"{found.manifest.root}/{found.manifest.split} has no {lacking}, which {task} would take for "
+                    f"background: leave {task} out of visft.tasks, or of visft.data.sets.N.tasks"
+                )
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
     return sets
 
@@ -69,15 +62,14 @@ def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
 
 
 def cache_of(data: DataConfig) -> Cache:
-    """Where copies of remote shards are kept."""
+    """Folder for copies of remote shards."""
     return Cache(Cache.folder if data.cache is None else Path(data.cache), data.cache_bytes)
 
 
 def data_identity(sets: Mapping[str, TrainingSet]) -> str:
     """Digest of the content of all sets, which a run must have been made with to be resumed."""
-    if len(sets) == 1:
-        return next(iter(sets.values())).identity()
-    return hashlib.sha256(json.dumps([[name, one.identity()] for name, one in sets.items()]).encode()).hexdigest()
+    content = [[name, one.manifest.fingerprint] for name, one in sets.items()]
+    return content[0][1] if len(sets) == 1 else hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def windowed(data: DataConfig, root: str) -> bool:
@@ -103,22 +95,27 @@ def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
 
 
 def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
-    """Refuse a split in which a task finds nothing.
-
-    Raises:
-        ValueError: naming the task and what the split lacks.
-    """
-    where = f"{manifest.root}/{manifest.split}"
+    """Raise ValueError for a split in which a task finds nothing, naming the task and what the split lacks."""
     for task in tasks:
-        if not len(manifest):
-            raise ValueError(f"{where} has no samples: make the shards anew")
         labels = TASKS[task].config.labels
         if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):
             option = {"annotations": "instances"}.get(labels, labels)
             raise ValueError(
-                f"{where} has no sample with {labels}, which {task} needs: make the shards "
+                f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the shards "
                 f"with --{option} FILE, or turn the task off with --set visft.tasks.{task}=null"
             )
+
+
+def check_same_categories(manifest: Manifest, first: Manifest) -> None:
+    """Raise ValueError for a split with a category, by id and name, that ROOT/TRAIN (`first`) lacks."""
+    known = _names(first.categories)
+    other = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
+    if other:
+        theirs = known.get(other[0].coco_id, "absent")
+        raise ValueError(
+            f"{manifest.root}/{manifest.split}: category {other[0].coco_id} {other[0].name!r} is {theirs!r} in "
+            f"{first.root}/{first.split} ({len(other)} such): make both from the same categories"
+        )
 
 
 def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
@@ -138,23 +135,14 @@ def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
     return settled
 
 
-def known_classes(config: ResolvedConfig) -> ResolvedConfig:
-    """`settle_classes` before a run: as it is where the shards are not there yet, or far away."""
-    data = config.visft.data
-    if is_url(data.root) or not manifest_path(Path(data.root), data.train).is_file():
-        return config
-    return settle_classes(config, Manifest.load(data.root, data.train))
-
-
 def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:
     """Task -> raw ids of the classes of its head, where they are not those of the published heads.
 
     Raises:
         ValueError: heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
-    names = _names(categories)
     found = {
-        name: classes_of(name, task.head.model_dump(), names)
+        name: classes_of(name, task.head.model_dump(), _names(categories))
         for name, task in config.tasks.enabled().items()
         if needs_categories([name])
     }
@@ -173,61 +161,3 @@ def _names(categories: Sequence[Category]) -> dict[int, str]:
 def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
     """The tasks that a split has labels for."""
     return tuple(task for task in enabled if TASKS[task].config.labels in manifest.labels)
-
-
-def _check_labels(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
-    """Raise ValueError for a split whose labels would teach a task something wrong."""
-    for task in tasks:
-        lacking = TASKS[task].config.misleads(manifest.counts, manifest.findings)
-        if lacking is not None:
-            where = f"{manifest.root}/{manifest.split} has no {lacking}"
-            raise ValueError(f"{where}, which {task} would take for background: {remedy.format(task=task)}")
-
-
-def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict[int, int | None] | None:
-    """Raw ids of a set -> ids of the first set."""
-    table, own = _names(first.categories), _names(manifest.categories)
-    where = f"data set {one.name} ({manifest.root}/{manifest.split})"
-    if not table:
-        raise ValueError(
-            f"{first.root}/{first.split} has no categories for {where}: make the set whose categories are those of the "
-            "heads ROOT/TRAIN (visft.data.root and train), and the other one an entry of visft.data.sets"
-        )
-    if one.categories is None:
-        other = [(number, name) for number, name in own.items() if table.get(number) != name]
-        if other:
-            number, name = other[0]
-            raise ValueError(
-                f"{where}: category {number} {name!r} is {table.get(number, 'absent')!r} in {first.root}/{first.split} "
-                f"({len(other)} such): give visft.data.sets.N.categories, a JSON file of its names -> ids there or null"
-            )
-        return None
-    given = _read_map(Path(one.categories))
-    rest = given.pop("*", "absent")
-    missing = [name for name in own.values() if name not in given] if rest == "absent" else []
-    unknown = sorted(given.keys() - set(own.values()))
-    wrong = sorted({target for target in given.values() if target is not None and target not in table})
-    if missing or unknown or wrong or rest not in ("absent", None):
-        problems = [
-            f"no entry for {', '.join(map(repr, missing[:3]))} ({len(missing)} such; '\"*\": null' leaves them out)"
-            * bool(missing),
-            f"no category {', '.join(map(repr, unknown[:3]))} in the set" * bool(unknown),
-            f"no id {', '.join(map(str, wrong[:3]))} in {first.root}/{first.split}" * bool(wrong),
-            f'"*" may only be null, not {rest!r}' * (rest not in ("absent", None)),
-        ]
-        raise ValueError(f"{where}: {one.categories}: {'; '.join(problem for problem in problems if problem)}")
-    mapped = {number: given.get(name) for number, name in own.items()}
-    if all(target is None for target in mapped.values()):
-        raise ValueError(f"{where}: {one.categories} leaves all its categories out: nothing would be learnt from it")
-    return mapped
-
-
-def _read_map(path: Path) -> dict[str, Any]:
-    with reading(path, "a map of categories"):
-        content = orjson.loads(read_bytes(path, 2**24))
-    good = isinstance(content, dict) and all(
-        target is None or (isinstance(target, int) and not isinstance(target, bool)) for target in content.values()
-    )
-    if not good:
-        raise ValueError(f'{path}: a map of categories is a JSON object, name -> id or null, such as {{"person": 1}}')
-    return dict(content)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.heads import HeadFile
 from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, is_lora, is_small, open_backbone
-from visft_ds.interop.weights import Lazy
+from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
@@ -30,64 +30,48 @@ from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
 
-class Placement(Protocol):
-    """Placement of values as they come in, one tensor at a time. Every process asks in the same order."""
+class Placement:
+    """Holds the whole model in this process, on the host; engines place values in their ways, one tensor at a time.
+
+    Every process asks in the same order.
+    """
 
     def held(self, module: MultiTaskModel) -> Container[str]:
         """Names of the parameters whose values this process needs; the others stay on the meta device."""
-        ...
-
-    def place(self, parameter: nn.Parameter) -> None:
-        """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
-        ...
-
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """In this context each module inside has its own parameters whole while it runs, whoever holds them."""
-        ...
-
-
-class InHostMemory:
-    """All of the model in this process, on the host."""
-
-    def held(self, module: MultiTaskModel) -> Container[str]:
-        """All names."""
         return {name for name, _ in module.named_parameters()}
 
     def place(self, parameter: nn.Parameter) -> None:
-        """It is where it belongs."""
+        """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
 
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """They always are."""
+        """Let each module inside have its own parameters whole while it runs, whoever holds them."""
         return nullcontext()
 
 
 #: The placement of tools and tests that need no engine.
-HOST = InHostMemory()
+HOST = Placement()
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The frozen tower under adapters and heads."""
+    """The frozen backbone under adapters and heads."""
 
     identity: str  #: fingerprint of the values
     note: str
-    parameters: Mapping[str, Tensor]  #: name in the tower -> its shape and its dtype in the run
-    load: Callable[[str], Tensor]  #: name -> value in the precision of the run, in memory of its own
-    exact: Callable[[str], Tensor]  #: name -> value as the file has it; of random weights as the run has it
-    buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
-    beside: Callable[[], Mapping[str, Tensor]] = dict  #: what a random model of timm has behind the backbone
+    drawn: bool  #: and in no file
+    weights: Weights  #: as a file has them, or as they are drawn
+    parameters: Mapping[str, Tensor]  #: name -> its shape and its dtype in the run
+    storage: torch.dtype  #: of matrices
+    buffers: Callable[[], Mapping[str, Tensor]]  #: values of the backbone's buffers
 
     def read(self, name: str) -> Tensor:
-        """A tensor's first value on the host. Raises ValueError for values that are not finite."""
-        return self.load(name).to(self.parameters[name].dtype)
+        """A tensor's first value on the host. Raises ValueError for values that are not finite.
 
-    def whole(self, name: str) -> Tensor:
-        """The same in fp32, not rounded to the precision of the run."""
-        return self.exact(name).float()
-
-    def tensors(self) -> dict[str, Lazy]:
-        """All of them as the run begins with them, unread."""
-        return {n: Lazy(tuple(p.shape), p.dtype, partial(self.read, n)) for n, p in self.parameters.items()}
+        Matrices that train pass through the dtype of storage, too: both stages start from the same values.
+        """
+        wanted = self.parameters[name]
+        stored = torch.float32 if is_small(name, tuple(wanted.shape)) else self.storage
+        return self.weights.tensor(name, stored).to(wanted.dtype)
 
 
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
@@ -95,13 +79,12 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
 
     Args:
         backbone: on any device, with every dtype as it will be.
-        storage: of matrices. Those that train pass through it as well, so that both stages start from the same values.
+        storage: of matrices.
 
     Raises:
         ValueError: a file of another model, see `open_backbone`.
     """
     parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
-    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
 
     @cache
     def drawn() -> TimmBackbone:
@@ -110,37 +93,25 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         size = model.overrides.image_size
         return build_timm(backbone.name, image_size=size, layers=model.layers, seed=model.weights_seed)
 
-    def buffers() -> dict[str, Tensor]:
-        return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
-
-    if model.weights is not None:
-        weights = open_backbone(backbone, local(model.weights))
-        count = sum(value.numel() for value in parameters.values())
-        return BaseWeights(
-            fingerprint({name: weights[name] for name in parameters}),
-            f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters",
-            parameters,
-            lambda name: weights.tensor(name, torch.float32 if is_small(name, shapes[name]) else storage),
-            lambda name: weights.tensor(name, torch.float32),
-            lambda: {**buffers(), **buffers_in(weights, parameters)},
-        )
-
     def draw(name: str) -> Tensor:
         if isinstance(backbone, TimmBackbone):
-            return drawn().get_parameter(name).detach().to(storage, copy=True)
-        return random_weight(name, shapes[name], model.weights_seed).to(storage)
+            return drawn().get_parameter(name).detach().to(storage)
+        return random_weight(name, parameters[name].shape, model.weights_seed).to(storage)
 
-    values = {name: Lazy(shape, storage, partial(draw, name)) for name, shape in shapes.items()}
-    note = f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"
-    beside = (lambda: drawn().left_out) if isinstance(backbone, TimmBackbone) else dict
-    return BaseWeights(fingerprint(values), note, parameters, draw, draw, buffers, beside)
+    def buffers() -> dict[str, Tensor]:
+        values = dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
+        return {**values, **buffers_in(weights, parameters)}
 
-
-def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
-    """Raise what `open_base` raises of the names in a file, without looking at its values."""
-    path = None if model.weights is None else local(model.weights)
-    if path is not None and path.is_file():
-        open_backbone(backbone, path)
+    if model.weights is None:
+        values = {name: Lazy(tuple(value.shape), storage, partial(draw, name)) for name, value in parameters.items()}
+        weights = Weights(values, Path("random weights"))
+        note = f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"
+    else:
+        weights = open_backbone(backbone, local(model.weights))
+        count = sum(value.numel() for value in parameters.values())
+        note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
+    identity = fingerprint({name: weights[name] for name in parameters})
+    return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
 
 
 def fill_model(
@@ -152,10 +123,9 @@ def fill_model(
     placement: Placement,
     start: Start | None = None,
 ) -> None:
-    """Give every parameter that this process holds its value, in the module's order.
+    """Give every parameter that this process holds its value, in the module's order: one tensor exists at a time.
 
-    Of the backbone one tensor exists at a time. Heads without a file draw from one generator, one head after the other,
-    so of these one head does (at most 14 million values, half of EVA-ViT-E's largest tensor).
+    Heads without a file draw from one generator, one head after the other, so of these one head exists at a time.
 
     Args:
         module: on the meta device, each parameter of the dtype it is to have.
@@ -166,15 +136,20 @@ def fill_model(
         ValueError: values that are not finite; a `RankError` from a process that does not hold all of them.
     """
     backbone, held = module.backbone, placement.held(module)
+    begun = Weights({}, Path()) if start is None else start.tensors
 
-    def of_backbone(name: str) -> Tensor:
-        def drawn() -> Tensor:
-            return first_value(backbone, name, config.seed) if is_lora(name) else base.read(name)
-
-        return drawn() if start is None else start.value(f"backbone.{name}", drawn)
+    def fill(part: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+        for name, shape in list(part.named_parameters()):
+            qualified = prefix + name
+            if qualified in held:
+                value = begun.tensor(qualified, torch.float32) if qualified in begun else read(name)
+                parameter = nn.Parameter(value.detach().to(shape.dtype), shape.requires_grad)
+                placement.place(parameter)
+                owner, _, leaf = name.rpartition(".")
+                part.get_submodule(owner).register_parameter(leaf, parameter)
 
     try:
-        _fill(backbone, "backbone.", of_backbone, held, placement)
+        fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
         if isinstance(backbone, TimmBackbone):
             backbone.set_buffers(base.buffers())
     except ValueError as error:
@@ -185,26 +160,8 @@ def fill_model(
         torch.manual_seed(config.seed)
         for task, head in module.heads.items():
             if task in heads:
-                _fill(head, f"heads.{task}.", partial(heads[task].read, dtype=torch.float32), held, placement)
+                fill(head, f"heads.{task}.", partial(heads[task].read, dtype=torch.float32))
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
             drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
-            _fill(head, f"heads.{task}.", _begun(f"heads.{task}.", drawn, start), held, placement)
-
-
-def _begun(prefix: str, drawn: dict[str, nn.Parameter], start: Start | None) -> Callable[[str], Tensor]:
-    if start is None:
-        return drawn.pop
-    return lambda name: start.value(prefix + name, partial(drawn.pop, name))
-
-
-def _fill(
-    module: nn.Module, prefix: str, read: Callable[[str], Tensor], held: Container[str], placement: Placement
-) -> None:
-    """Replace each parameter `prefix` + name that is held by one with its value."""
-    for name, shape in list(module.named_parameters()):
-        if prefix + name in held:
-            parameter = nn.Parameter(read(name).detach().to(shape.dtype), shape.requires_grad)
-            placement.place(parameter)
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner).register_parameter(leaf, parameter)
+            fill(head, f"heads.{task}.", drawn.pop)

@@ -1,14 +1,13 @@
 """Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
 
-Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2: the backbone trains, through low-rank
-adapters ("lora") as in arXiv 2401.10222, section 3, or itself ("backbone"); the heads are frozen unless a group says
-otherwise. What trains is decided by the parameter groups of the configuration; a stage only says what must be among it.
+Stage 1: the heads train on a frozen backbone. Stage 2: the backbone trains, through adapters (arXiv 2401.10222, section
+3) or itself; the heads are frozen. Parameter groups decide what trains, a stage what must be among it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -23,14 +22,12 @@ from visft_ds.data.shards import Category
 from visft_ds.interop.heads import (
     HeadFile,
     HeadInfo,
-    check_categories,
-    check_classes,
-    check_vocabulary,
+    check_heads,
     find_head,
     open_head,
     read_elsewhere,
 )
-from visft_ds.interop.layouts import is_lora, is_small, other_base
+from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone, build_empty
@@ -45,31 +42,6 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Requirements of a stage on the parameter groups.
-
-    Attributes:
-        name: as printed.
-        must_train: globs over qualified names; every parameter they match has to be in a group.
-        must_touch: glob over qualified names; some parameter that it matches has to be in a group.
-    """
-
-    name: str
-    must_train: tuple[str, ...]
-    must_touch: str
-
-
-def stage_of(config: VisftConfig) -> StageSpec:
-    """The stage of a configuration, with the adapters and the heads that it asks for."""
-    if config.stage == 1:
-        return StageSpec("heads", ("heads.*",), "heads.*")
-    lora, heads = config.lora is not None, config.heads.start == "random"
-    must_train = ("backbone.*.lora_*",) * lora + ("heads.*",) * heads
-    name = ("lora" if lora else "backbone") + " and heads" * heads
-    return StageSpec(name, must_train, "backbone.*")
 
 
 @dataclass(frozen=True)
@@ -95,12 +67,13 @@ class PreparedModel:
     module: MultiTaskModel
     groups: tuple[TrainedGroup, ...]
     base: BaseWeights
-    notes: tuple[str, ...] = field(default_factory=tuple)  #: checks passed, one line each
+    heads: Mapping[str, HeadFile]  #: that the run was given, by task
+    notes: tuple[str, ...] = ()  #: checks passed, one line each
 
-    @property
-    def base_weights(self) -> str:
-        """Fingerprint of the base weights."""
-        return self.base.identity
+    def identity(self) -> dict[str, str]:
+        """Weights that it begins with, for its checkpoints."""
+        heads = " ".join(sha256_file(head.tensors.path) for head in self.heads.values())
+        return {"base weights": self.base.identity, "heads": heads or "trained here"}
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The groups as torch optimisers take them."""
@@ -121,19 +94,15 @@ def prepare_model(
     placement: Placement = HOST,
     start: Start | None = None,
 ) -> PreparedModel:
-    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
-
-    Nothing is allocated before everything that follows from shapes and descriptions has been checked.
+    """The model of a stage; nothing is allocated before all that follows from shapes and descriptions is checked.
 
     Args:
-        config: the "visft" block.
         defaults: learning rate and weight decay of groups that set none.
-        precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
+        precision: storage of the frozen matrices. What trains is fp32 in any case.
         heads_from: folder of stage-1 heads; None starts them at random.
-        categories: of the data set; heads that know them by other ids are refused.
-        vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
+        categories, vocabulary: of the training data; heads that know other ones are refused.
         placement: what this process holds, and where.
-        start: values instead of drawn ones, and of what trains.
+        start: values instead of drawn ones.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -148,37 +117,19 @@ def prepare_model(
     if heads_from is not None:
         heads = {task: open_head(find_head(heads_from, task), task) for task in module.heads}
         infos = {task: head.info for task, head in heads.items()}
-        remedy = "Start new heads with stage 1 on this data, or train on data of the heads' categories"
-        check_categories(infos, categories, "the training data", remedy)
-        if categories:
-            check_classes(infos, classes_of_run(config, categories), categories, "the training data")
-        check_vocabulary(infos, vocabulary, "the training data")
+        check_heads(infos, classes_of_run(config, categories), categories, vocabulary)
         notes += _check_heads(infos, config, base)
         heads = {task: head.check(module.heads[task]) for task, head in heads.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     if start is not None:
         start.check(module, [name for group in planned for name in group.names], base.identity)
-        notes += start.notes
+        notes.append(start.note)
     fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:
         _check_reached(module.backbone, placement)
-    return PreparedModel(module, groups, base, tuple(notes))
-
-
-def heads_identity(config: VisftConfig) -> str:
-    """Identity of the heads that a run was given, for its checkpoints."""
-    if config.heads.path is None:
-        return "trained here"
-    return " ".join(sha256_file(find_head(Path(config.heads.path), task)) for task in config.tasks.enabled())
-
-
-def plan_groups(
-    config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
-) -> tuple[TrainedGroup, ...]:
-    """Parameter groups that would train, see `plan_model`."""
-    return plan_model(config, defaults, vocabulary_size)[1]
+    return PreparedModel(module, groups, base, heads, tuple(notes))
 
 
 def plan_model(
@@ -201,11 +152,17 @@ def plan_model(
     for name, parameter in backbone.named_parameters():
         if is_small(name, parameter.shape):
             parameter.data = parameter.data.float()
-    module = _build_module(config, backbone, vocabulary_size)
+    tasks = {}
+    for name, task in config.tasks.enabled().items():
+        with torch.device("meta"):
+            head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
+        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
+        tasks[name] = TaskModule(head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {})
+    module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
     groups = apply_groups(module, config.param_groups, defaults)
-    _check_stage(module, stage_of(config))
+    _check_stage(module, config)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     # What runs with a graph and with dropout, and what is recomputed in the backward pass.
@@ -215,12 +172,6 @@ def plan_model(
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.packed = config.model.packed
     return module, groups
-
-
-def trains_backbone(config: VisftConfig) -> bool:
-    """Return True if a parameter group holds anything of the backbone itself, apart from adapters."""
-    groups = plan_groups(config, OptimizerParams(lr=1.0, weight_decay=0.0))
-    return any(name.startswith("backbone.") and not is_lora(name) for group in groups for name in group.names)
 
 
 def apply_groups(
@@ -237,8 +188,8 @@ def apply_groups(
     for group in groups:
         found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
         for glob in (glob for glob, of_glob in found.items() if not of_glob):
-            examples = ", ".join(_prefixes(named))
-            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {examples})")
+            beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
+            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
         chosen = {name for of_glob in found.values() for name in of_glob}
         names = tuple(name for name in named if name in chosen)
         problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
@@ -254,51 +205,31 @@ def apply_groups(
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision of a run and why.
-
-    Raises:
-        ValueError: the hardware cannot do what was asked for, or there is no such precision.
-    """
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    """The precision of a run and why. Raises ValueError for one that there is not, or that the hardware has not."""
+    if requested not in ("auto", *get_args(Precision)):
+        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
+    if device.type == "cpu":
+        return ("fp32", "auto: a CPU") if requested == "auto" else (cast(Precision, requested), "as configured")
+    name, has_bf16 = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
     if requested == "auto":
-        if device.type == "cpu":
-            return "fp32", "auto: a CPU"
-        name = torch.cuda.get_device_name(device)
         return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
     if requested == "bf16" and not has_bf16:
-        raise ValueError(
-            f"visft.model.precision: bf16 asked for, {torch.cuda.get_device_name(device)} has none; use fp16 or auto"
-        )
-    if requested not in get_args(Precision):
-        raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
+        raise ValueError(f"visft.model.precision: bf16 asked for, {name} has none; use fp16 or auto")
     return cast(Precision, requested), "as configured"
 
 
-def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
-    """Backbone, heads on the meta device, and criteria."""
-    tasks = {}
-    for name, task in config.tasks.enabled().items():
-        with torch.device("meta"):
-            head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
-        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
-        decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
-        tasks[name] = TaskModule(head, criterion, decoding)
-    return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
-
-
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """Shapes alone do not show how a head was built (number of attention heads) or on which features it was trained.
-
-    Returns what is worth a note: heads that have learnt from other base weights, or images prepared in another way.
-    """
+    """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
     notes = []
     for task, info in infos.items():
-        options = config.tasks.enabled()[task].head.model_dump(mode="json")
-        built = info.options
-        names = sorted(n for n in options if n != "dropout" and n in built and options[n] != built[n])
-        if names:
-            told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
-            raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
+        other = [
+            f"{n} {built[n]} (here {options[n]})" for n in sorted(options.keys() & built) if options[n] != built[n]
+        ]
+        if other := [line for line in other if not line.startswith("dropout ")]:
+            raise ValueError(
+                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
+            )
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
@@ -309,35 +240,34 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     return notes
 
 
-def _check_stage(module: nn.Module, stage: StageSpec) -> None:
-    named = dict(module.named_parameters())
-    idle = [
-        name
-        for name, parameter in named.items()
-        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in stage.must_train)
-    ]
+def stage_name(config: VisftConfig) -> str:
+    """Name of a stage by what it trains, as it is printed."""
+    if config.stage == 1:
+        return "heads"
+    return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])
+
+
+def _check_stage(module: nn.Module, config: VisftConfig) -> None:
+    """Raise ValueError if no group holds what a stage has to train: drawn heads, adapters, some of the backbone."""
+    drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
+    must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]
+    trains = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    idle = [name for name in trains if not trains[name] and any(fnmatchcase(name, glob) for glob in must)]
     if idle:
         raise ValueError(
-            f"stage {stage.name!r} must train {', '.join(stage.must_train)}, but {len(idle)} of these parameters are "
-            f"in no group, e.g. {idle[0]}; widen a glob of visft.param_groups{_without_adapters(idle[0])}"
+            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
+            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
-    if not any(parameter.requires_grad and fnmatchcase(name, stage.must_touch) for name, parameter in named.items()):
+    part = "heads." if config.stage == 1 else "backbone."
+    if not any(trains[name] for name in trains if name.startswith(part)):
         raise ValueError(
-            f"stage {stage.name!r} must train something of {stage.must_touch}, but no group of visft.param_groups "
+            f"stage {stage_name(config)!r} must train something of {part}*, but no group of visft.param_groups "
             "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )
 
 
-def _without_adapters(idle: str) -> str:
-    return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
-
-
 def _check_reached(backbone: Backbone, placement: Placement) -> None:
-    """Refuse adapters that the forward bypasses, which would train nothing, silently.
-
-    Looks at the blocks that this process holds, one after the other as in the tower, or at the whole of a model of
-    timm.
-    """
+    """Refuse adapters that the forward bypasses: in the blocks that this process holds, or in a model of timm."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(backbone, TimmBackbone):
         run: nn.Module = backbone
@@ -350,7 +280,3 @@ def _check_reached(backbone: Backbone, placement: Placement) -> None:
             return
     with placement.whole(run):
         check_reached(run, inputs.to(next(run.parameters()).device))
-
-
-def _prefixes(named: Iterable[str]) -> list[str]:
-    return sorted({".".join(name.split(".")[:2]) for name in named})[:6]

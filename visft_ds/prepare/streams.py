@@ -10,20 +10,18 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config import ResolvedConfig, changed
-from visft_ds.config.preflight import is_url
-from visft_ds.config.schema import DataConfig, VisftConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.shards import Manifest, manifest_path
+from visft_ds.data.shards import Manifest
 from visft_ds.files import read_bytes, reading
-from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, windowed
+from visft_ds.prepare.datasets import TrainingSet, classes_of_run, first_of, windowed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
-#: Bytes of a word map.
-_LARGEST_WORDS = 2**28
+_LARGEST_WORDS = 2**28  # bytes of a word map
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
@@ -64,8 +62,7 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         stream.name: TaskPlan(_samples_of(config, stream, sets), stream.batch_size, stream.share)
         for stream in config.streams().values()
     }
-    views = None if config.features is None else config.features.views
-    return Plan(tasks, config.seed, views)
+    return Plan(tasks, config.seed, None if config.features is None else config.features.views)
 
 
 def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_size: int) -> ResolvedConfig:
@@ -103,51 +100,27 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
     """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
 
     Raises:
-        ValueError: shards without captions, a tokenizer of another release, or an unusable file.
+        ValueError: a tokenizer of another release, captions without words, or an unusable file.
     """
     words_of = config.tasks.with_words()
     if words_of is None:
         return None
-    name, task = words_of
-    if task.vocabulary.file is not None:
-        return read_vocabulary(Path(task.vocabulary.file))
+    settings = words_of[1].vocabulary
+    if settings.file is not None:
+        return read_vocabulary(Path(settings.file))
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
-    tokenizers = {str(manifest.options.get("tokenizer")) for manifest in manifests}
-    if tokenizers != {TOKENIZER}:
-        raise ValueError(f"{where}: captions cut into words by {' and '.join(sorted(tokenizers))}, not by {TOKENIZER}")
     words: Counter[str] = Counter()
     for manifest in manifests:
+        if manifest.options.get("tokenizer") != TOKENIZER:
+            raise ValueError(
+                f"{where}: captions cut into words by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
+            )
         words.update(manifest.vocabulary)
     try:
-        return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count)
+        return Vocabulary.from_counts(words, min_count=settings.min_count)
     except ValueError as error:
-        raise ValueError(
-            f"{where}, visft.tasks.{name}.vocabulary.min_count = {task.vocabulary.min_count}: {error}"
-        ) from error
-
-
-def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
-    """`vocabulary_of` before a run: None also where the shards, or the file of words, are not there yet.
-
-    Raises:
-        ValueError: as `vocabulary_of` and `open_training_data`.
-    """
-    words_of, data = config.tasks.with_words(), config.data
-    if words_of is None:
-        return None
-    task = words_of[1]
-    if task.vocabulary.file is not None:
-        path = Path(task.vocabulary.file)
-        return read_vocabulary(path) if path.is_file() else None
-    if not shards_are_here(data):
-        return None
-    return vocabulary_of(config, *captioned(open_training_data(config)))
-
-
-def shards_are_here(data: DataConfig) -> bool:
-    """Return True if all training sets lie on this machine, so that they can be looked at before a run."""
-    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
-    return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
+        key = f"visft.tasks.{words_of[0]}.vocabulary.min_count"
+        raise ValueError(f"{where}, {key} = {settings.min_count}: {error}") from error
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -156,8 +129,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises:
         ValueError: no such file, or neither of the two.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the word map of a captioning head, a JSON object word -> id")
     with reading(path, "the word map of a captioning head, a JSON object word -> id"):
         fields = orjson.loads(read_bytes(path, _LARGEST_WORDS))
         if fields.get("format") == FORMAT:

@@ -105,7 +105,7 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
         config = replace(config, visft=config.visft.model_copy(update={"run": run, "features": None}))
         if synthetic:
             config = with_random_weights(config, drawn_shards(config, Path(folder)))
-        yield open_data(config)
+        yield open_data(config, distributed.world_size())
 
 
 @contextmanager
@@ -210,7 +210,7 @@ class Session:
         )
 
     def trace(self, stream: str, folder: Path) -> None:
-        """One step under torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its operators."""
+        """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its operators."""
         cuda = self.engine.device.type == "cuda"
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
         loader = open_loader(self.config.visft, only(self.data, stream), self.machine.planned.batches)
@@ -237,7 +237,7 @@ class Session:
         return time.perf_counter() - began, len(step_plan.indices)
 
     def _step(self, stream: str, step_plan: StepPlan, batches: Sequence[Batch]) -> None:
-        """As the training loop makes it."""
+        """Make a step as the training loop does."""
         engine, what = self.engine, f"step {step_plan.step} of {stream}"
         agreement = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
         micro_batches = self.machine.planned.batches.micro_batches
@@ -279,7 +279,7 @@ class Stopwatch:
         return call
 
     def seconds(self) -> dict[str, float]:
-        """Of each part, from every odd mark to the even one behind it; waits for the device."""
+        """Seconds of each part, from every odd mark to the even one behind it; waits for the device."""
         synchronize(self._device)
 
         def between(first: Any, last: Any) -> float:

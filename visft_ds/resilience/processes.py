@@ -56,8 +56,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         for process in ranks:
             process.send_signal(number)
 
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     for rank in range(count):
         environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "visft_ds", *words]
@@ -70,11 +69,13 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             for process in ranks:
                 process.kill()
         time.sleep(0.1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return _status_of([process.returncode for process in ranks])
 
 
 def _status_of(codes: Sequence[int]) -> int:
-    """One exit status for all ranks: that of the rank which failed by itself, not of those that only lost it."""
+    """Exit status of all ranks together: that of the rank which failed by itself, not of those that only lost it."""
     killed = [code for code in codes if code < 0]
     for code in killed:
         print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Stopping cleanly: a signal, or a launcher or supervisor that is gone, sets one flag that ranks read before each step.
+"""Stopping cleanly: a signal, or a launcher that is gone, sets one flag that ranks read before each step.
 
 Imports nothing heavy: it is made before torch is imported, so that a launcher that dies during the start is missed.
 """
@@ -20,12 +20,10 @@ from visft_ds.resilience.errors import LOST_CODE
 
 #: The program between the `deepspeed` command and the ranks of a machine.
 _LAUNCHER = "deepspeed.launcher.launch"
-#: Process id of the supervisor, in the environment of its command.
-_SUPERVISOR = "VISFT_SUPERVISOR"
 
 
 class Stop(IntEnum):
-    """Why a run stops before its end; of several reasons the largest counts."""
+    """Reason why a run stops before its end; of several reasons the largest counts."""
 
     NOT = 0
     LAUNCHER_GONE = 1
@@ -44,13 +42,8 @@ class Stop(IntEnum):
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def supervised() -> dict[str, str]:
-    """Environment for a command that this process supervises: its ranks stop when this process is gone."""
-    return {**os.environ, _SUPERVISOR: str(os.getpid())}
-
-
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher or supervisor above this process is gone.
+    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher above this process is gone.
 
     The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans. So
     a rank watches its parent and, if that is DeepSpeed's launcher, its grandparent. The ranks agree on stopping in the
@@ -70,8 +63,6 @@ class StopFlag:
                 self._above.append(launcher := psutil.Process(os.getppid()))
                 if _LAUNCHER in launcher.cmdline():
                     self._above.append(psutil.Process(launcher.ppid()))
-            if _SUPERVISOR in os.environ:
-                self._above.append(psutil.Process(int(os.environ[_SUPERVISOR])))
         if self._above:
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
 
@@ -107,7 +98,7 @@ class StopFlag:
         self.reason = max(self.reason, Stop.SIGPIPE)
 
     def why(self) -> str:
-        """Why this rank stops."""
+        """Reason why this rank stops, for a message."""
         if self.reason is Stop.LAUNCHER_GONE:
             return "the launcher is gone"
         return f"signal {self.reason.name}" if self.reason else "asked by another rank"

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch._C import _distributed_c10d
@@ -30,12 +29,11 @@ class Watchdog:
     """Ends this process with `LOST_CODE` when a timed phase takes longer than `timeout` seconds; 0: never.
 
     Args:
-        rank: of this process; rank 0 writes `ended`.
-        ended: file of the run folder that says why a run ended in good order; the supervisor reads it.
+        rank: of this process.
     """
 
-    def __init__(self, rank: int, timeout: float, ended: Path) -> None:
-        self._rank, self._timeout, self._ended = rank, timeout, ended
+    def __init__(self, rank: int, timeout: float) -> None:
+        self._rank, self._timeout = rank, timeout
         self._doing, self._since, self._timed = "starting", time.monotonic(), False
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -44,17 +42,13 @@ class Watchdog:
         """Record the phase that begins; `timed=False` for what may take any time, such as an evaluation."""
         self._doing, self._timed, self._since = doing, timed, time.monotonic()
 
-    def leave(self, why: str) -> None:
-        """Stop watching: from here on this process needs no other. The main process records why the run ended."""
+    def leave(self) -> None:
+        """Stop watching: from here on this process needs no other."""
         self._leave.set()
-        if self._rank == 0:
-            self._ended.write_text(why + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watchdog]:
         """Watch everything inside; a backend's error about a lost peer becomes a `LostRank` that says where we were."""
-        if self._rank == 0:
-            self._ended.unlink(missing_ok=True)
         self._thread.start()
         try:
             yield self

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE, export_of, run_of
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.published import read_adapter
-from visft_ds.prepare.places import WEIGHTS, find
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.pretrained import local
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 
 
 def adapter_at(path: Path) -> Adapter | None:
@@ -15,36 +16,38 @@ def adapter_at(path: Path) -> Adapter | None:
 
     None for a run that trained its backbone itself, whose export is a base. Raises ValueError where there is none.
     """
-    if (path / RECORD_FILE).is_file():
-        if recorded_config(path).visft.lora is None and (path / "export" / TRAINED_BACKBONE_FILE).is_file():
-            return None
-        if (path / "export" / ADAPTER_FOLDER / FILE).is_file():
-            return Adapter.load(path / "export" / ADAPTER_FOLDER)
-        from visft_ds.checkpoint.adapter import newest_checkpoint_folder  # imports deepspeed: costs seconds
-
-        path = newest_checkpoint_folder(path)
-    if (path / "state.json").is_file():
-        from visft_ds.checkpoint.adapter import adapter_of_checkpoint
+    export = export_of(path)
+    if (export / EXPORT_RECORD_FILE).is_file():
+        if (export / ADAPTER_FOLDER).is_dir():
+            return Adapter.load(export / ADAPTER_FOLDER)
+        if not (export / TRAINED_BACKBONE_FILE).is_file():
+            raise ValueError(f"{path}: the run has trained nothing of its backbone")
+        return None
+    if (path / RECORD_FILE).is_file() or (path / "state.json").is_file():
+        from visft_ds.checkpoint.adapter import adapter_of_checkpoint  # imports deepspeed: costs seconds
 
         return adapter_of_checkpoint(path)
     return read_adapter(path)
 
 
 def run_around(path: Path) -> Path | None:
-    """The run that a path is, or lies inside of."""
+    """The run, or the export of one, that a path is or lies inside of."""
     path = path.resolve()
-    return next((folder for folder in (path, *path.parents) if (folder / RECORD_FILE).is_file()), None)
+    return next((folder for folder in (path, *path.parents) if run_of(folder) == folder), None)
 
 
 def base_of(path: Path) -> Path:
     """The weights under the adapter of a run, or of something inside its folder; those that trained are a base, too.
 
-    Raises ValueError for what belongs to no run, and where the weights are not found any more.
+    Raises ValueError for what belongs to no run, and if the weights are not where they were.
     """
     run = run_around(path)
     if run is None:
         raise ValueError(f"--base FILE is needed: {path} is not inside a run, which knows its base weights")
-    visft, export = recorded_config(run).visft, run / "export"
+    weights, export = recorded_config(run).visft.model.weights, export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
-    return export / BACKBONE_FILE if visft.model.weights is None else find(run, visft, WEIGHTS)
+    base = export / BACKBONE_FILE if weights is None else local(weights)
+    if not base.is_file():
+        raise ValueError(f"{base}, the base weights of {run}, is not there: name them by --base FILE")
+    return base

@@ -24,6 +24,7 @@ from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.log import RunLog
+from visft_ds.run.state import evaluation_is_due
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -134,6 +135,20 @@ class Validation:
         metrics, _ = _measure(reader, collected or {}, TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith("/AP50")}
 
+    @staticmethod
+    def compare(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
+        """Lines that compare AP50 on training images with the last validation, whose names begin with `val/`."""
+        lines = []
+        for name, value in training.items():
+            other = last.get(f"val/{name}", math.nan)
+            line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
+            if value < 0.5:
+                line += ": not learnt yet, more steps help (--steps)"
+            elif other < value / 2:
+                line += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
+            lines.append(line)
+        return lines
+
     def leave(self, log: RunLog) -> None:
         """Wait for the numbers, but not for long."""
         self.poll(log, seconds=_PATIENCE)
@@ -149,25 +164,6 @@ class Validation:
             self._pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.kill()
-
-
-def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
-    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
-    return every > 0 and (step == total_steps or step % every == 0)
-
-
-def compare_with_training(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
-    """Lines that compare AP50 on training images with the last validation, whose names begin with `val/`."""
-    lines = []
-    for name, value in training.items():
-        other = last.get(f"val/{name}", math.nan)
-        line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
-        if value < 0.5:
-            line += ": not learnt yet, more steps help (--steps)"
-        elif other < value / 2:
-            line += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
-        lines.append(line)
-    return lines
 
 
 class _StoppedError(Exception):

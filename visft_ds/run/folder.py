@@ -13,41 +13,27 @@ from pydantic import Field
 
 from visft_ds.config import ResolvedConfig, identity_differences, resolve
 from visft_ds.config.fields import Count, Positive, StrictModel
-from visft_ds.config.preflight import INPUTS_FOLDER
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
-#: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
+#: What a run leaves in <run>/export, beside heads and a copy of its record: its base (if it was random), a backbone
+#: that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
 LOCK_FILE = "run.lock"
-#: Says why a run ended in good order; there is none while it trains.
-ENDED_FILE = "ended"
-RECORD_FILE = "run.json"
-RUN_SCHEMA = 2  #: version of run.json
+RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
-_OF_A_START = {"export", "features", ENDED_FILE, INPUTS_FOLDER, METRICS_FILE, LOCK_FILE, "tensorboard"}
+_OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
 #: Largest run.json that is read, bytes.
 _MOST_BYTES = 1 << 26
 _SHOWN = 8  # names or differences in a message
-
-
-class Input(StrictModel):
-    """File or split that a run was given: where it lay, the way to it from the run, and what proves its content."""
-
-    path: str
-    beside: str
-    sha256: str = ""  #: of a file
-    split: str = ""  #: of shards
-    fingerprint: str = ""  #: of shards
-    masks: str = ""  #: of shards: how they were made, where they were not given
 
 
 class Parent(StrictModel):
     """Origin of a run: a checkpoint of another one, or an adapter."""
 
     path: str
-    beside: str  #: the way to it from the run
     step: Count | None
     sha256: str  #: of what was read
 
@@ -62,7 +48,7 @@ class RunFile(StrictModel):
     command: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     commit: str = ""  #: of the checkout, with "-dirty" where files differ from it; empty where it is none
-    inputs: dict[str, Input] = Field(default_factory=dict)
+    identity: dict[str, str] = Field(default_factory=dict)  #: fingerprints of what it was made with
     parent: Parent | None = None
     earlier: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -103,10 +89,10 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
 
 
 def saved_something(out: Path) -> bool:
-    """Return True if a run in `out` has left a checkpoint, damaged ones too, or exported more than its random base."""
+    """Return True if a run in `out` has left a checkpoint, damaged ones too, or a whole export."""
     checkpoints = (path for path in (out / "checkpoints").glob("step_*") if path.suffix != ".tmp")
-    exported = (path for path in (out / "export").glob("[!.]*") if path.name != BACKBONE_FILE)
-    return (out / RECORD_FILE).is_file() and any(True for _ in (*checkpoints, *exported))
+    exported = (out / "export" / EXPORT_RECORD_FILE).is_file()
+    return (out / RECORD_FILE).is_file() and (exported or any(True for _ in checkpoints))
 
 
 @contextlib.contextmanager
@@ -143,8 +129,8 @@ def recorded_config(out: Path) -> ResolvedConfig:
 
 
 def read_run(out: Path) -> RunFile:
-    """The record of the run in `out`. Raises ValueError: no run there, or one of another schema."""
-    record = out / RECORD_FILE
+    """The record of the run, or of the export, in `out`. Raises ValueError: none there, or one of another schema."""
+    record = out / (EXPORT_RECORD_FILE if (out / EXPORT_RECORD_FILE).is_file() else RECORD_FILE)
     if not record.is_file():
         raise ValueError(f"there is no run in {out}: {record} does not exist")
     with reading(record, "the record of a run"):
@@ -152,14 +138,6 @@ def read_run(out: Path) -> RunFile:
         if (schema := json.loads(data)["schema"]) != RUN_SCHEMA:
             raise ValueError(f"schema {schema}; this release reads {RUN_SCHEMA}")
         return RunFile.model_validate_json(data)
-
-
-def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
-    """Dotted key -> where the run in `out` had an input and what proves it; empty for an unreadable record."""
-    try:
-        return {key: given.model_dump(exclude_unset=True) for key, given in read_run(out).inputs.items()}
-    except ValueError:
-        return {}
 
 
 def refuse_filled(out: Path) -> None:

@@ -20,8 +20,6 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
-from visft_ds.planner.search import MEMORY_SHARE, fitting_settings
-from visft_ds.planner.search import choose_recompute as choose_policy
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.host_memory import host_memory
@@ -68,6 +66,8 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
 def memory_of(device: torch.device) -> int:
     """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's memory."""
     if device.type == "cuda":
+        from visft_ds.planner.search import MEMORY_SHARE
+
         return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return int(0.8 * host_memory()) // distributed.processes_here()
 
@@ -76,17 +76,17 @@ def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[Resolved
     """Decide what visft.model.recompute = "auto" means, the same on all ranks; a stated policy stays. Collective.
 
     Raises:
-        ValueError: on every rank, as `choose_recompute`.
+        ValueError: on every rank, as `recompute_that_fits`.
     """
     if config.visft.model.recompute != "auto":
         return config, machine
-    config, why = choose_recompute(config, machine.planned, Path(config.visft.run.out or ""))
+    config, why = recompute_that_fits(config, machine.planned, Path(config.visft.run.out or ""))
     run = machine.planned.changed(config)
     placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
     return config, replace(machine, planned=run, why_recompute=why, placement=placement)
 
 
-def choose_recompute(
+def recompute_that_fits(
     config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
 ) -> tuple[ResolvedConfig, str]:
     """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
@@ -100,6 +100,8 @@ def choose_recompute(
     Raises:
         ValueError: on every rank: no policy fits; says what helps.
     """
+    from visft_ds.planner.search import choose_recompute, fitting_settings  # the whole planner
+
     rooms = distributed.gather_objects(memory_of(run.device))
 
     def choose() -> tuple[str, str]:
@@ -108,7 +110,7 @@ def choose_recompute(
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps nothing"
         room = min(rooms or ())
-        chosen, needed = choose_policy(run, room)
+        chosen, needed = choose_recompute(run, room)
         policy = chosen.config.visft.model.recompute
         if must_fit and needed > room:
             raise ValueError(
@@ -148,7 +150,7 @@ def folder_of_run(out: Path, config: ResolvedConfig, resume: str) -> Iterator[No
 
 
 def by_main_process(action: Callable[[], T]) -> T:
-    """What the main process gets by acting for all. Collective.
+    """Result of an action that the main process does for all. Collective.
 
     Raises:
         ValueError: on every rank, where the action raised that or an OSError.

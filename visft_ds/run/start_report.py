@@ -2,95 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from torch import nn
 
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.features import FeatureCache
 from visft_ds.interop.heads import find_head, open_head
+from visft_ds.interop.layouts import open_backbone
 from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
-from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
-from visft_ds.prepare.materialize import check_base_file
+from visft_ds.prepare.data import RunData, is_here, open_data
+from visft_ds.prepare.datasets import classes_of_run, workers_of
 from visft_ds.prepare.model import (
     PUBLISHED_VOCABULARY,
     PreparedModel,
     TrainedGroup,
     choose_precision,
     plan_model,
-    stage_of,
+    stage_name,
 )
-from visft_ds.prepare.streams import known_vocabulary, plan_of, settle_batches, shards_are_here
-from visft_ds.run.machine import Machine, choose_recompute, memory_of
+from visft_ds.pretrained import local
+from visft_ds.run.machine import Machine, memory_of, recompute_that_fits
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
-def print_start(
-    config: ResolvedConfig,
-    data: RunData,
-    machine: Machine,
-    prepared: PreparedModel,
-    features: FeatureCache | None,
-    *,
-    start: int,
-) -> None:
-    """The plan of a run that is about to train, after `start` steps. Main process only."""
-    module, run = prepared.module, machine.planned
+def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int) -> None:
+    """Print the plan of a run that is about to train, after `start` steps. Main process only."""
     for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
         print(line, flush=True)
+    module, model = prepared.module, config.visft.model
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
-    model = config.visft.model
     facts = [
         ("backbone", f"{model.name}: {module.backbone.describe()}"),
         ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
-        ("precision", f"{run.precision} ({machine.why_precision})"),
-        ("kernels", model.kernels),
-        ("compiled", model.compile),
-        ("padding", "none, images are packed" if model.packed else "up to the largest image"),
+        ("precision", f"{machine.planned.precision} ({machine.why_precision})"),
         ("recompute", f"{model.recompute}, {machine.why_recompute}"),
     ]
-    sections = [
-        Section("model", facts),
-        _groups_section(prepared.groups),
-        *_batch_sections(config, run),
-        _data_section(config.visft, data, features),
+    between = [
+        Section("data", list(_data_rows(config.visft, data))),
         Section("checks passed", [("-", note) for note in prepared.notes]),
-        _run_section(config, start),
     ]
-    print_plan(_title(config), sections)
-
-
-def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | None) -> Section:
-    """Table of the data: sets, order, readers."""
-    sets, plan, rows = data.sets, data.plan, []
-    for name, one in sets.items():
-        manifest = one.manifest
-        shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if len(sets) > 1 else ""
-        mapped = "" if one.categories is None else ", categories mapped"
-        where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
-        rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
-    for task, classes in classes_of_run(config, data.categories).items():
-        rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
-    for task, part in plan.tasks.items():
-        epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
-        rows.append((f"epoch, {task}", ", ".join(epochs)))
-    number = workers_of(config.data)
-    rows.append(("workers", f"{number} for each training process" if number else "none: each training process reads"))
-    if config.features is not None and features is not None:
-        kept = f"kept in {features.folder}" if features.folder else "not kept (visft.features.cache)"
-        rows.append(("features", f"views of each image: {plan.views}, {kept}"))
-    return Section("data", rows)
+    _print(config, machine.planned, prepared.groups, [Section("model", facts)], between, start=start)
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
@@ -108,18 +66,16 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
             captions give no vocabulary.
     """
     check_zero(config.deepspeed["zero_optimization"])
-    config = known_classes(config)
-    vocabulary = known_vocabulary(config.visft)
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
-    if shards_are_here(config.visft.data):
-        sets = open_training_data(config.visft)
-        config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
+    vocabulary, why = None, "as configured"
+    if is_here(config.visft):
+        config, data = open_data(config, processes)
+        vocabulary = data.vocabulary
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
-    why = "as configured"
     if config.visft.model.recompute == "auto":
-        config, why = choose_recompute(config, run, Path(config.visft.run.out or ""), must_fit=False)
+        config, why = recompute_that_fits(config, run, Path(config.visft.run.out or ""), must_fit=False)
         run = run.changed(config)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
@@ -130,75 +86,91 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> int:
         ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})"),
         ("recompute", f"{config.visft.model.recompute}, {why}"),
     ]
-    assumed = "" if vocabulary else f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)"
-    sections = [
-        _groups_section(groups, assumed if any(TASKS[task].uses_vocabulary for task in module.heads) else ""),
-        *_batch_sections(config, run),
-        Section("memory of a process at its fullest, predicted", memory),
-        _run_section(config, 0),
-    ]
-    print_plan(_title(config) + " (dry run: nothing is started)", sections)
+    assumed = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)"
+    note = "" if vocabulary or not any(TASKS[task].uses_vocabulary for task in module.heads) else assumed
+    between = [Section("memory of a process at its fullest, predicted", memory)]
+    _print(config, run, groups, [], between, note=note, title=" (dry run: nothing is started)")
     print("\n".join(reasons), end="\n" if reasons else "")
     return 2 if reasons else 0
 
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:
-    """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
-    checks: list[Callable[[], object]] = [lambda: check_base_file(config.model, module.backbone)]
-    if shards_are_here(config.data):
-        checks.insert(0, lambda: plan_of(config, open_training_data(config)))
-    for task, head in module.heads.items():
-        known = vocabulary is not None or not TASKS[task].uses_vocabulary  # else nobody knows its number of words
-        if known and config.heads.path is not None and head_files(Path(config.heads.path), task):
-            checks.append(partial(_open_head, config.heads.path, head, task))
-    for check in checks:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            yield f"this run cannot start: {error}"
+    """The first reason why a file that is there could not be read; only names and shapes are looked at."""
+    heads, weights = config.heads.path, config.model.weights
+    try:
+        if weights is not None and local(weights).is_file():
+            open_backbone(module.backbone, local(weights))
+        for task, head in module.heads.items():
+            known = vocabulary is not None or not TASKS[task].uses_vocabulary  # else nobody knows its number of words
+            if known and heads is not None and head_files(Path(heads), task):
+                open_head(find_head(heads, task), task).check(head)
+    except (ValueError, OSError) as error:
+        yield f"this run cannot start: {error}"
 
 
-def _open_head(place: str, head: nn.Module, task: str) -> None:
-    open_head(find_head(place, task), task).check(head)
+def _data_rows(config: VisftConfig, data: RunData) -> Iterator[tuple[str, str]]:
+    several = len(data.sets) > 1
+    for name, one in data.sets.items():
+        manifest = one.manifest
+        shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if several else ""
+        where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
+        yield name if several else "shards", f"{where}{shares}"
+    for task, classes in classes_of_run(config, data.categories).items():
+        yield f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"
+    for task, part in data.plan.tasks.items():
+        for name in part.sets:
+            yield f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps{f' of {name}' if several else ''}"
+    number = workers_of(config.data)
+    yield "workers", f"{number} for each training process" if number else "none: each training process reads"
+    if config.features is not None:
+        cache = config.features.cache
+        kept = f"kept in {cache}" if cache else "not kept (visft.features.cache)"
+        yield "features", f"views of each image: {data.plan.views}, {kept}"
 
 
-def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
-
-
-def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:
-    rows = [
+def _print(
+    config: ResolvedConfig,
+    run: PlannedRun,
+    groups: Sequence[TrainedGroup],
+    before: Sequence[Section],
+    between: Sequence[Section],
+    *,
+    start: int = 0,
+    note: str = "",
+    title: str = "",
+) -> None:
+    """Print a plan: sections of one's own, what trains, batches, more sections of one's own, the run."""
+    trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups
     ]
-    return Section(f"what trains{note}", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
-
-
-def _batch_sections(config: ResolvedConfig, run: PlannedRun) -> list[Section]:
     streams, batches = config.visft.streams().values(), run.batches
-    total = sum(stream.share for stream in streams)
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine = f"ZeRO-{zero} on {batches.dp} processes"
     if batches.stages > 1:
         engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
-    rows = [("engine", engine), *(("batch", line) for line in batches.equations())]
+    learnt = [("engine", engine), *(("batch", line) for line in batches.equations())]
     for stream in streams:
-        rows.append(
-            (stream.name, f"{100 * stream.share / total:.0f} % of the steps, learnt by {', '.join(stream.tasks)}")
-        )
-    pipeline = [Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []
-    return [Section("batches", rows), *pipeline]
-
-
-def _run_section(config: ResolvedConfig, start: int) -> Section:
-    schedule, run, steps = config.scheduler, config.visft.run, config.total_steps
-    best = f" and the best by {run.keep_best}" if run.keep_best else ""
+        share = 100 * stream.share / sum(other.share for other in streams)
+        learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))
+    schedule, settings = config.scheduler, config.visft.run
+    best = f" and the best by {settings.keep_best}" if settings.keep_best else ""
+    kept = f"every {settings.save_every} steps in {settings.out}/checkpoints, kept: the last {settings.keep_last}{best}"
     rows = [
         *(("adapted", line) for line in config.adapted),
-        ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
+        ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
         ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
         ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
-        ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, kept: the last {run.keep_last}{best}"),
-        ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
+        ("saved", kept),
+        ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
     ]
-    return Section("run", rows)
+    sections = [
+        *before,
+        Section(f"what trains{note}", trained, ("group", "tensors", "values", "lr", "weight decay", "first")),
+        Section("batches", learnt),
+        *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),
+        *between,
+        Section("run", rows),
+    ]
+    stage = f"stage {config.visft.stage} ({stage_name(config.visft)})"
+    print_plan(f"visft_ds {stage}, {config.visft.model.name}{title}", sections)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
 import tarfile
 import threading
 import warnings
@@ -48,7 +47,7 @@ _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stor
 
 @dataclass(frozen=True)
 class Options:
-    """What is built, from what."""
+    """Files and settings of a build."""
 
     images: Path
     instances: CocoFile | None
@@ -73,7 +72,7 @@ class Options:
             raise ValueError(f"the images folder {self.images} does not exist")
 
     def content(self) -> dict[str, Any]:
-        """What determines the bytes beside the files, for the manifest."""
+        """Settings that determine the bytes beside the files, for the manifest."""
         names = ("max_size", "limit", "seed", "exif", "masks_from_boxes")
         return {name: getattr(self, name) for name in names} | {"tokenizer": TOKENIZER}
 
@@ -108,13 +107,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         _claim(options, work, {"version": VERSION, **options.content(), "sources": source.files}, len(plan), replace)
         records = _write_all(options, work, plan, workers)
     left_out += [(name, reason) for record in records for name, reason in record["left_out"]]
-    try:
-        reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
-    except ValueError:  # nothing stays, so that the corrected input may be built
-        for record in records:
-            (options.out / record["name"]).unlink()
-        shutil.rmtree(work)
-        raise
+    reasons(left_out).refuse_above_a_tenth(len(chosen), options.images, "images")
     for kind, name in (one for record in records for one in record["odd"]):
         source.findings.add(kind, name)
     index = np.array([(n, *row) for n, record in enumerate(records) for row in record["rows"]], dtype=INDEX_DTYPE)
@@ -148,7 +141,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
 
 
 def reasons(left_out: Sequence[Sequence[str]]) -> Findings:
-    """Why images are left out: reason -> how many, the first few."""
+    """Reasons why images are left out: reason -> how many, the first few."""
     found = Findings()
     for name, reason in left_out:
         kind, _, detail = reason.partition(": ")
@@ -171,10 +164,14 @@ def _cut(images: Sequence[SourceImage], options: Options) -> list[list[SourceIma
 
 
 def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, replace: bool) -> None:
-    """Bind the output to these options and files, so that two builds never mix; with `replace` an old one goes."""
+    """Bind the output to these options and files, so that two builds never mix.
+
+    Shards of other options or files go with `replace` alone, unless they are of a build of ours that was not finished.
+    """
     shards = sorted(options.out.glob(f"{options.split}-{'[0-9]' * 6}.tar"))
     same = _record(work / "options.json") == wanted
-    if shards and not same and not replace:
+    unfinished = (work / "options.json").exists() and not manifest_path(options.out, options.split).exists()
+    if shards and not same and not unfinished and not replace:
         there = f"{options.out} holds a split {options.split!r} of other files or options"
         raise ValueError(f"{there}: use another --out, or --replace to throw it away")
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
@@ -238,7 +235,11 @@ def _write(
                 except ValueError as error:
                     left_out.append((image.file_name, str(error)))
                 else:
-                    rows.append(_add(tar, image, suffix, data))
+                    row, key = list[int](), f"{image.image_id:012d}"
+                    for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", image.label())):
+                        row += tar.add(name, part), len(part), crc32(part)
+                    row += image.width, image.height, image.image_id, image.trainable, len(image.captions)
+                    rows.append(row)  # the columns of INDEX_DTYPE behind the shard
                     odd += [(kind, image.file_name)] if kind else []
             tar.close()
             file.flush()
@@ -297,14 +298,3 @@ class TarWriter:
         self._file.write(data)
         self.digest.update(data)
         self.offset += len(data)
-
-
-def _add(tar: TarWriter, image: SourceImage, suffix: str, data: bytes) -> list[int]:
-    """Append both members; returns the columns of INDEX_DTYPE behind the shard."""
-    key, label = f"{image.image_id:012d}", image.label()
-    places = [
-        number
-        for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", label))
-        for number in (tar.add(name, part), len(part), crc32(part))
-    ]
-    return [*places, image.width, image.height, image.image_id, image.trainable, len(image.captions)]

@@ -22,7 +22,7 @@ _EXAMPLES = 3
 
 
 class Findings(dict[str, tuple[int, list[str]]]):
-    """What was odd: kind -> (how often, the first few examples)."""
+    """Problems of the data: kind -> (how often, the first few examples)."""
 
     def add(self, kind: str, example: object) -> None:
         count, examples = self.get(kind, (0, []))
@@ -33,6 +33,17 @@ class Findings(dict[str, tuple[int, list[str]]]):
         total = sum(count for count, _ in self.values())
         if total > of / 10:
             raise ValueError("\n".join([f"{where}: {total} of its {of} {what} cannot be used:", *lines_of(self)]))
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Inputs of a build that a folder has for a split."""
+
+    name: str
+    images: Path
+    instances: CocoFile | None
+    captions: CocoFile | None
+    odd: Findings = field(default_factory=Findings)  #: what was odd in the layout
 
 
 def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -156,7 +167,7 @@ def _add_captions(entries: Any, images: Mapping[int, SourceImage], findings: Fin
     """
     lost, unknown = Findings(), Findings()
     for entry in entries:
-        image, text = _image_of(entry, images), entry.get("caption")
+        image, text = images.get(entry.get("image_id")), entry.get("caption")
         if image is None:
             unknown.add("caption without image", f"caption {entry.get('id')}")
         elif not isinstance(text, str) or not text.strip():
@@ -176,7 +187,7 @@ def _add_annotations(
     for entry in entries:
         number, category, crowd = (entry.get(key) for key in ("id", "category_id", "iscrowd"))
         box: Any = entry.get("bbox")
-        image, where = _image_of(entry, images), f"annotation {number}"
+        image, where = images.get(entry.get("image_id")), f"annotation {number}"
         if image is None:
             lost.add("annotation without image", where)
         elif type(category) is not int or category not in categories:
@@ -219,11 +230,6 @@ def _add_annotations(
     for example in apart if len(apart) > masks / 10 else ():
         findings.add("mask more than a pixel from its box", example)
     return lost
-
-
-def _image_of(entry: Mapping[str, Any], images: Mapping[int, SourceImage]) -> SourceImage | None:
-    number = entry.get("image_id")
-    return images.get(number) if type(number) is int else None
 
 
 def _is_box(box: Any) -> bool:

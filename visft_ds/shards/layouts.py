@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import orjson
 
 from visft_ds.files import read_bytes, reading
 from visft_ds.names import checked_name
-from visft_ds.shards.coco import CocoFile, Findings
-from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_mapping, read_yolo
+from visft_ds.shards.coco import FolderSplit
+from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
 _COCO_FILE = re.compile(r"(?:(instances|captions)_)?(.+)\.json")
@@ -25,20 +24,9 @@ _BESIDE_IMAGES = {"Roboflow": ("_annotations.coco.json",), "captions": ("metadat
 _LOOKED_FOR = """looked for
   COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/; images in SPLIT/, images/
   Roboflow  SPLIT/_annotations.coco.json beside the images
-  YOLO      data.yaml (names, train, val), images/ and labels/
+  YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name
   captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/"""
 _SHOWN = 8  # names in a message
-
-
-@dataclass(frozen=True)
-class FolderSplit:
-    """Inputs of a build that a folder has for a split."""
-
-    name: str
-    images: Path
-    instances: CocoFile | None
-    captions: CocoFile | None
-    odd: Findings = field(default_factory=Findings)  #: what was odd in the layout
 
 
 def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tuple[str, list[FolderSplit], list[Path]]:
@@ -65,8 +53,7 @@ def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tupl
     if kind == "COCO":
         splits = _coco(place, files, wanted)
     elif kind == "YOLO":
-        made = read_yolo(files[0], wanted, exif)
-        splits = [FolderSplit(name, images, content, None, odd) for name, images, content, odd in made]
+        splits = read_yolo(files[0], wanted, exif)
     else:
         splits = []
         for path in files:
@@ -113,7 +100,7 @@ def _few(names: Sequence[str]) -> str:
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """(kind, files by which it was recognised) of each data set that a folder holds."""
     json_files = sorted((*folder.glob("*.json"), *folder.glob("annotations/*.json")))
-    if coco := [path for path in json_files if _of_coco(folder, path) is not None]:
+    if coco := [path for path in json_files if _of_coco(folder, path)[0]]:
         yield "COCO", coco
     for kind, names in _BESIDE_IMAGES.items():
         tried = [part / name for name in names for part in (folder, *(folder / split for split in SPLITS))]
@@ -121,14 +108,6 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             yield kind, beside
     if (folder / "data.yaml").is_file():
         yield "YOLO", [folder / "data.yaml"]
-        return
-    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
-        try:
-            values = read_mapping(path)
-        except (ValueError, OSError):  # of something else: it stands among what was found
-            continue
-        if "names" in values and any(key in values for key in SPLITS):
-            yield "YOLO", [path]
 
 
 def _split_of(name: str) -> str:
@@ -137,23 +116,21 @@ def _split_of(name: str) -> str:
     return SPLITS.get(name, name if all(sign.isalnum() or sign in "-_" for sign in name) else "")
 
 
-def _of_coco(folder: Path, path: Path) -> tuple[str, str, Path | None] | None:
-    """(role, split, folder of the images) of an annotation file of COCO; None for any other file."""
+def _of_coco(folder: Path, path: Path) -> tuple[str, str, Path | None]:
+    """(role, split, folder of the images) of an annotation file of COCO; the role is "" for any other file."""
     found = _COCO_FILE.fullmatch(path.name)
     if found is None or (found[1] is None and found[2] not in SPLITS):
-        return None
+        return "", "", None
     name, short = found[2], _split_of(found[2])
     tried = (name, f"images/{name}", f"{name}/images", short, f"images/{short}", f"{short}/images", "images")
     images = next((folder / one for one in tried if one and (folder / one).is_dir()), None)
-    return None if found[1] is None and images is None else (found[1] or "instances", short, images)
+    return found[1] or ("instances" if images else ""), short, images
 
 
 def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[FolderSplit]:
     found: dict[str, dict[str, Path]] = {}
     for path in files:
-        what = _of_coco(folder, path)
-        assert what is not None  # as it was recognised
-        role, split, images = what
+        role, split, images = _of_coco(folder, path)
         if wanted not in (None, split):
             continue
         if not split or images is None:

@@ -17,7 +17,7 @@ import yaml
 
 from visft_ds.files import image_frame, read_bytes, reading
 from visft_ds.names import shown_name, wrong_name
-from visft_ds.shards.coco import Findings
+from visft_ds.shards.coco import Findings, FolderSplit
 from visft_ds.tasks.classes import COCO_NAMES
 
 #: Name of a split in a data set -> its name among the shards.
@@ -25,7 +25,6 @@ SPLITS: Mapping[str, str] = {"train": "train", "val": "val", "valid": "val", "va
 #: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the annotations.
 Exif = Literal["apply", "ignore"] | None
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-_NO_LABELS = frozenset(("classes.txt",))  # what annotation tools leave beside them
 _MOST_OF_A_DESCRIPTION, _MOST_OF_A_TEXT = 1 << 20, 1 << 28  # bytes
 _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
@@ -46,27 +45,17 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, all of whose scalars are text. Raises ValueError for another content."""
-    with reading(path, "a data.yaml of YOLO"):
-        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)
-        if not isinstance(values, dict):
-            raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
-        return values
-
-
-def read_yolo(
-    path: Path, wanted: str | None = None, exif: Exif = None
-) -> list[tuple[str, Path, dict[str, Any], Findings]]:
-    """(name, folder of the images, their objects as a COCO file, labels without an image) of the splits in a data.yaml,
-    or of the split `wanted` alone.
+def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[FolderSplit]:
+    """The splits in a data.yaml, or the split `wanted` alone; what is odd are labels without an image.
 
     Raises:
         ValueError: no data.yaml, or one of images that are nowhere; no label for any image of a split; a line of a
             label that is wrong; a name that leads out of the data set; more than a tenth of labels without an image.
     """
-    values = read_mapping(path)
     with reading(path, "a data.yaml of YOLO"):
+        values = yaml.load(read_bytes(path, _MOST_OF_A_DESCRIPTION), Loader=_Loader)  # all scalars are text
+        if not isinstance(values, dict):
+            raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
         here = Path(os.path.abspath(path.parent))
         root = Path(os.path.normpath(here / values.get("path", "")))
         roots = (root, here) if root.is_dir() and root != here else (here,)
@@ -109,10 +98,11 @@ def read_yolo(
                     annotations.append({"id": len(annotations) + 1, "image_id": number, **entry, "iscrowd": 0})
         beside = {file for label in used for file in label.parent.glob("*.txt") if "labels" in label.parts} - used
         for label in sorted(beside) if all(place.is_dir() for place in places) else ():
-            if label.name not in _NO_LABELS:
+            if label.name != "classes.txt":  # annotation tools leave it
                 odd.add("label without image", label)
         odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
-        made.append((split, folder, {"images": images, "annotations": annotations, "categories": categories}, odd))
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        made.append(FolderSplit(split, folder, content, None, odd))
     return made
 
 

@@ -57,15 +57,6 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     raise ValueError(f"{key} is {number}, and the data has {len(names)} categories: give {allowed}")
 
 
-def ids_of_classes(task: str, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """The raw id of each class of a head that has those of the published heads; -1 for one that stands for none."""
-    number = options["num_classes"]
-    if task != "segmentation":
-        return tuple(range(number))
-    shift = (-1,) if options["labelling"] == "published" else ()
-    return (*shift, *COCO_CATEGORY_IDS, *[-1] * number)[:number]
-
-
 def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     """Refuse a head whose categories are not known and whose classes are too few to be those of the published heads."""
     enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_NAMES)

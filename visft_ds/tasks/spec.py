@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -46,17 +46,6 @@ class Criterion(Protocol):
         ranks and micro-batches is the loss of the global batch in one process. `image_ids` (B,) are for errors only.
         """
         ...
-
-
-@dataclass(frozen=True)
-class HeadSizes:
-    """Options of a head in the shapes of its parameters: (parameter, axis, summand) each."""
-
-    in_channels: tuple[str, int, int]
-    options: Mapping[str, tuple[str, int, int]]
-    layers: Mapping[str, str] = field(default_factory=dict)  #: option -> beginning of the names of a stack of layers
-    attributes: tuple[str, ...] = ()  #: options that leave no trace in a shape and are attributes of the head
-    points: str | None = None  #: parameter whose rows are attention heads times `num_points`
 
 
 @dataclass(frozen=True)
@@ -111,7 +100,6 @@ class Task(ABC):
     config: ClassVar[type[TaskConfig]]
     head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
     losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
-    sizes: ClassVar[HeadSizes]
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod

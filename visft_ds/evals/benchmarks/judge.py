@@ -43,7 +43,7 @@ _AHEAD = 3  # batches that are decoded before they are needed
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are run, and where scores are kept."""
+    """Settings by which models are run, and the place of scores."""
 
     device: torch.device
     precision: Precision
@@ -112,7 +112,7 @@ def _kinds(encoder: Encoder, benchmark: Benchmark) -> list[str]:
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:
-    """All that a benchmark reads of a model, on the main process. Collective."""
+    """Everything that a benchmark reads of a model, on the main process. Collective."""
     kinds, found = _kinds(encoder, benchmark), {}
     for name, images in benchmark.sets.items():
         # Texts are compared with what is judged alone.

@@ -1,13 +1,11 @@
 """The models of a comparison, as a command line names them.
 
-    [LABEL=]FILE[+ADAPTER][@SCALE]     weights of a tower of ours in any known layout, with an adapter or merged
-    [LABEL=]RUN[@SCALE]                what a finished training leaves: its base and, after stage 2, its adapter
-    [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
-    [LABEL=]timm:NAME[:FILE]           without a file timm's own weights
-    ...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
-    LABEL=MODEL,MODEL,...              one arm: trainings that differ by their seed
-
-An #BLOCK or @SCALE behind the last model of a list counts for those without one.
+[LABEL=]FILE[+ADAPTER][@SCALE]     weights of a tower of ours in any known layout, with an adapter or merged
+[LABEL=]RUN[@SCALE]                what a finished training leaves: its base and, after stage 2, its adapter
+[LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
+[LABEL=]timm:NAME[:FILE]           without a file timm's own weights
+...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
+LABEL=MODEL,MODEL,...              one arm: trainings that differ by their seed
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class ModelSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that its features depend on, in JSON's types; files by name, size and time."""
+        """Everything that its features depend on, in JSON's types; files by name, size and time."""
         paths = [Path(text) for text in (self.name, self.weights or "", self.adapter or "") if text]
         files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
         return asdict(self) | {"label": "", "adapter": "", "files": [f"{file.name} {stamp(file)}" for file in files]}
@@ -83,10 +81,7 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     base, first = arms[0]
     for label, models in arms:
         if len(models) > 1 and len(first) > 1 and len(models) != len(first):
-            raise ValueError(
-                f"{label} has {len(models)} seeds and {base}, which it is compared with, {len(first)}: give as many, "
-                f"in the same order, or one"
-            )
+            raise ValueError(f"{label} has {len(models)} seeds and {base} {len(first)}: give as many, or one")
     return dict(arms)
 
 
@@ -99,16 +94,8 @@ def _arm(text: str) -> tuple[str, tuple[ModelSpec, ...]]:
     listed = rest.split(",")
     if match is None or not all(listed):
         raise ValueError(f"--model {text}: several models are one arm: write LABEL=MODEL,MODEL")
-    _, end, scale = _parts(listed[-1])
-    ended = [path + (own or end) + (factor or scale) for path, own, factor in map(_parts, listed)]
     label = match[1].strip()
-    return label, tuple(replace(parse_model(path), label=f"{label} {number}") for number, path in enumerate(ended, 1))
-
-
-def _parts(text: str) -> tuple[str, str, str]:
-    """(a model, its #BLOCK, its @SCALE); a name that exists as a whole is never cut."""
-    match = _END.fullmatch(text)
-    return (text, "", "") if match is None or Path(text).exists() else (match[1], match[2] or "", match[3] or "")
+    return label, tuple(replace(parse_model(path), label=f"{label} {number}") for number, path in enumerate(listed, 1))
 
 
 def parse_model(text: str) -> ModelSpec:
@@ -119,7 +106,8 @@ def parse_model(text: str) -> ModelSpec:
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
-    rest, end, factor = _parts(given)
+    parts = None if Path(given).exists() else _END.fullmatch(given)  # a name that exists as a whole is never cut
+    rest, end, factor = parts.groups("") if parts else (given, "", "")
     block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):

@@ -152,6 +152,5 @@ def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = No
 
 
 def verdict(row: Row, label: str) -> str:
-    """A decided difference in words: "not shown: +0.40 [-1.90, +2.70]"."""
-    shown = "shown" if row.shown[label] else "not shown"
-    return f"{shown}: {row.differences[label].text()}"
+    """A decided difference in words: "not significant: +0.40 [-1.90, +2.70]"."""
+    return f"{'' if row.shown[label] else 'not '}significant: {row.differences[label].text()}"

@@ -17,7 +17,7 @@ from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.spec import Classes, Content, Example, HeadSizes, ImageTargets, Options, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
@@ -29,16 +29,6 @@ class Captioning(Task):
     head = CaptioningHead
     losses = CaptioningCriterion
     facts: ClassVar[Mapping[str, Any]] = {"caption_tokenizer": TOKENIZER}
-    sizes = HeadSizes(
-        in_channels=("encoder_att.weight", 1, 0),
-        options={
-            "vocabulary_size": ("embedding.weight", 0, 0),
-            "attention_dim": ("encoder_att.weight", 0, 0),
-            "embed_dim": ("embedding.weight", 1, 0),
-            "decoder_dim": ("init_h.weight", 0, 0),
-        },
-        attributes=("grid",),
-    )
 
     def geometry(self, options: Options) -> Geometry:
         return Square(options["size"])

@@ -19,7 +19,7 @@ from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detectio
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Classes, Content, Criterion, Example, HeadSizes, ImageTargets, Options, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Task, Words
 
 
 class Detection(Task):
@@ -28,17 +28,6 @@ class Detection(Task):
     name = "detection"
     config = DetectionTask
     head = DetectionHead
-    sizes = HeadSizes(
-        in_channels=("input_proj.weight", 1, 0),
-        options={
-            "num_classes": ("class_embed.weight", 0, -1),  # the last row is "no object"
-            "num_queries": ("query_embed.weight", 0, 0),
-            "encoder_dim": ("input_proj.weight", 0, 0),
-            "decoder_dim": ("class_embed.weight", 1, 0),
-            "ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
-        },
-        layers={"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
-    )
 
     def geometry(self, options: Options) -> Geometry:
         return CropRecipe(of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"])

@@ -20,7 +20,7 @@ from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTarge
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.spec import Classes, Content, Example, HeadSizes, ImageTargets, Options, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
 
 
 class Segmentation(Task):
@@ -30,19 +30,6 @@ class Segmentation(Task):
     config = SegmentationTask
     head = SegmentationHead
     losses = SegmentationCriterion
-    sizes = HeadSizes(
-        in_channels=("pixel_decoder.input_proj.weight", 1, 0),
-        options={
-            "num_classes": ("decoder.class_embed.weight", 0, -1),
-            "num_queries": ("decoder.query_feat.weight", 0, 0),
-            "hidden_dim": ("decoder.class_embed.weight", 1, 0),
-            "encoder_ffn_dim": ("pixel_decoder.layers.0.linear1.weight", 0, 0),
-            "decoder_ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
-        },
-        layers={"encoder_layers": "pixel_decoder.layers.", "decoder_layers": "decoder.layers."},
-        attributes=("labelling",),
-        points="pixel_decoder.layers.0.self_attn.attention_weights.weight",  # of the one feature level
-    )
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)

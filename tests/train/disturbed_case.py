@@ -1,6 +1,6 @@
-"""One rank of launchers/train.py on which, in one step, the loss of rank 1 is no number.
+"""One rank of launchers/train.py whose loss is FACTOR times as large on rank RANK in steps FIRST to LAST (from 0).
 
-RANK=0 WORLD_SIZE=2 ... python -m tests.train.bad_step_case BAD ARGUMENTS OF launchers/train.py
+RANK=0 WORLD_SIZE=2 ... python -m tests.train.disturbed_case FIRST LAST FACTOR RANK ARGUMENTS OF launchers/train.py
 """
 
 from __future__ import annotations
@@ -13,12 +13,6 @@ from visft_ds.launch import main
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline import PipelineEngine
-
-
-def disturb(factor: Callable[[int], float]) -> None:
-    """From now on engines multiply the loss of a step, which counts from 0, by `factor` of it."""
-    for kind in (Engine, PipelineEngine):
-        _disturb(kind, factor)
 
 
 def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
@@ -38,6 +32,10 @@ def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
 
 
 if __name__ == "__main__":
-    bad = int(sys.argv[1])
-    disturb(lambda step: float("nan") if step == bad and distributed.rank() == 1 else 1.0)
-    sys.exit(main(sys.argv[2:]))
+    first, last, factor, rank = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    for engine_kind in (Engine, PipelineEngine):
+        _disturb(
+            engine_kind,
+            lambda step: factor if first <= step <= last and rank in ("all", str(distributed.rank())) else 1.0,
+        )
+    sys.exit(main(sys.argv[5:]))
