@@ -24,6 +24,7 @@ from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import DamagedSample, Manifest, ShardReader
+from visft_ds.resilience.errors import RankError
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
@@ -140,7 +141,7 @@ def test_damage_surfaces_at_its_step_and_ends_the_workers(
     for _ in range(first):
         step_plan, (batch,) = next(loop)
         got.append((step_plan, batch))
-    with pytest.raises(DamagedSample, match=f"{row['image_id']:012d}") as caught:
+    with pytest.raises(RankError, match=f"{row['image_id']:012d}") as caught:
         next(loop)
     assert "Traceback" not in str(caught.value), "the message is the same without workers"
     assert torch.equal(torch.get_rng_state(), untouched), "dropout draws from the global generator"

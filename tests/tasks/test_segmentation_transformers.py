@@ -181,7 +181,9 @@ def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
 def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
     """Random predictions of all sets and soft masks; blobs rather than noise, so that costs differ."""
     shape = (DECODER_LAYERS + 1, len(counts), QUERIES)
-    blobs = nn.functional.interpolate(3 * torch.randn(*shape[:2], QUERIES * 9).view(-1, QUERIES, 3, 3), size=(6, 9))
+    blobs = nn.functional.interpolate(
+        3 * torch.randn(*shape[:2], QUERIES * 9).view(-1, QUERIES, 3, 3), (6, 9), mode="bicubic"
+    )
     logits, masks = torch.randn(*shape, CLASSES + 1), blobs.view(*shape, 6, 9)
     targets = masks_of(counts, CLASSES, grid=(20, 28))
     return SegmentationOutput(logits.requires_grad_(), masks.requires_grad_()), targets
