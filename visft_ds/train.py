@@ -233,7 +233,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             if guard.ends:
                 begin(f"step {step}: looking for the first value that is not finite")
                 message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
-            log.writer.event(step, guard.event, details=message)
+            log.writer.event(step, "bad step", details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
                 guard.stop(message, state.saver.saved)

@@ -23,7 +23,7 @@ from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import PlannedRun, model_operations
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
-from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.resilience.memory import peak_memory
 from visft_ds.resilience.stop import StopFlag
 
 

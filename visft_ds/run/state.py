@@ -64,8 +64,10 @@ class RunState:
         checkpoint = open_checkpoint(Path(place))
         check_identity(checkpoint, self._identity)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
-        best = self.saver.retention.best
-        self.saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
+        best, scores = self.saver.retention.best, dict[int, float | None]()
+        if best and distributed.is_main():
+            scores = recorded_scores(self._out / METRICS_FILE, best)
+        self.saver.resume(checkpoint.step, scores)
         return checkpoint.step
 
     def _newest(self) -> str | None:
