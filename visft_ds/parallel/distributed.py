@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.ops import to_device
-from visft_ds.resilience.errors import RanksDiffer
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
@@ -150,7 +149,7 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:
             told = ", ".join(f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone))
-            raise RanksDiffer(f"the ranks do not agree on {name}: {told}")
+            raise ValueError(f"the ranks do not agree on {name}: {told}")
 
 
 def keep_open() -> None:
