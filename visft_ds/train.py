@@ -54,7 +54,7 @@ class FitResult:
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
+    finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
