@@ -148,8 +148,7 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:
     """Refuse a head for categories it was not trained on; ones that the data lacks do no harm.
 
-    Raises:
-        ValueError: naming categories of the data set (called `where`) that a head does not know, and the `remedy`.
+    Raises ValueError naming categories of the data set (called `where`) that a head does not know, and the `remedy`.
     """
     for task, info in heads.items():
         known = info.names()
