@@ -55,7 +55,7 @@ class FitResult:
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
+    finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
@@ -234,7 +234,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             if guard.ends:
                 begin(f"step {step}: looking for the first value that is not finite")
                 message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
-            log.writer.event(step, guard.event, details=message)
+            log.writer.event(step, "bad step", details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
                 guard.stop(message, state.saver.saved)

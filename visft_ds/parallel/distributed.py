@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.ops.copies import to_device
-from visft_ds.resilience.errors import RanksDiffer
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
@@ -73,7 +72,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
 
     Raises:
-        RanksDiffer: on every rank, when the ranks are not about to do the same.
+        ValueError: on every rank, when the ranks are not about to do the same.
     """
     assert len(counts) <= _COUNT_SLOTS, counts
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
@@ -85,7 +84,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     stops, tokens, squares, *sums = vector.cpu().tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         assert_same_on_all_ranks({"what the next step is": what})
-        raise RanksDiffer(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+        raise ValueError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
 
 
@@ -147,7 +146,7 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
 
     Raises:
-        RanksDiffer: on every rank, naming what differs and the value of each rank.
+        ValueError: on every rank, naming what differs and the value of each rank.
     """
     if not dist.is_initialized():
         return
@@ -158,7 +157,7 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         told = [
             f"{n}: " + ", ".join(f"rank {r} has {v.get(n)}" for r, v in enumerate(everyone)) for n in differing[:_SHOWN]
         ]
-        raise RanksDiffer(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
+        raise ValueError(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
 
 
 def keep_open() -> None:

@@ -35,8 +35,7 @@ from visft_ds.planner.memory import model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
 from visft_ds.pretrained import local
-from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.memory import memory_explained
+from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco

@@ -21,10 +21,6 @@ class RankError(ValueError):
     """Mistake that a user can mend and that one rank alone meets; a plain ValueError is met by all."""
 
 
-class RanksDiffer(ValueError):
-    """Ranks that ought to have or do the same do not; every rank knows and stops."""
-
-
 class LostRank(RuntimeError):
     """Another rank died or ended with an error; this one cannot go on."""
 

@@ -42,11 +42,6 @@ class LossGuard:
         """Return True if the run has to stop after the last step."""
         return self.bad > self._allowed or self.collapsed
 
-    @property
-    def event(self) -> str:
-        """Kind of the last step's event, where `observe` returned a message."""
-        return "loss scale" if self.collapsed else "bad step"
-
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take a finished step into account. Returns the message for the log, "" for none."""
         where = f"step {step_plan.step + 1} ({step_plan.task})"
@@ -54,10 +49,7 @@ class LossGuard:
         scale = report.loss_scale or LEAST_SCALE
         if report.skipped and scale <= LEAST_SCALE:
             self.collapsed = True
-            return (
-                f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least; bf16 and fp32 hold "
-                "such gradients (visft.model.precision), or smaller loss weights give smaller ones"
-            )
+            return f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least: use bf16 or fp32"
         if not report.refused:
             return ""
         what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {report.losses['loss']}"

@@ -54,10 +54,11 @@ def supervise(
         ended = f"attempt {attempt} ended with {code}, its newest checkpoint is of step {max(now, default=0)}"
         if fruitless > FRUITLESS or attempt > max_restarts:
             why = f"{fruitless} attempts in a row saved nothing" if fruitless > FRUITLESS else "no restart is left"
-            _tell(f"given up: {ended}; {why}")
+            print(f"[supervisor] given up: {ended}; {why}", file=sys.stderr, flush=True)
             break
         seconds = backoff * 2 ** min(fruitless, 6)
-        _tell(f"{ended}; restart {attempt} of {max_restarts} in {seconds:g} s")
+        restart = f"restart {attempt} of {max_restarts} in {seconds:g} s"
+        print(f"[supervisor] {ended}; {restart}", file=sys.stderr, flush=True)
         time.sleep(seconds)
     return GAVE_UP
 
@@ -69,11 +70,6 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
             return command[place + 2 :]
     given = " ".join(command) or "no command"
     raise ValueError(f"{given}: give a training after --, for example visft train --num_gpus 8 --stage 2")
-
-
-def _tell(text: str) -> None:
-    """Write a line to the log of the job."""
-    print(f"[supervisor] {text}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
-from visft_ds.resilience.host_memory import host_memory
+from visft_ds.resilience.memory import host_memory
 from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
 
 T = TypeVar("T")
