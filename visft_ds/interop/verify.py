@@ -63,7 +63,7 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
         if isinstance(backbone, TimmBackbone):
             return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
     if backbone.layers_read:
-        trunk.prune_intermediate_layers([backbone.depth - 1])
+        trunk.prune_intermediate_layers([max(backbone.layers_read)])
     return lambda images: _map(trunk.forward_features(images), images, backbone)
 
 
