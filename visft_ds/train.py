@@ -14,8 +14,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import PreparedModel, prepare_model

@@ -64,7 +64,7 @@ def disagree() -> str:
     """What a rank hears where the next step is another one on each; a step before is the same and goes through."""
     device = torch.device("cpu")
     assert distributed.agree_on_step("step 0 detection", {}, distributed.rank() == 1, device).stop
-    assert distributed.any_rank(distributed.rank() == 1, device) and not distributed.any_rank(False, device)
+    assert distributed.largest(distributed.rank(), device) == 1
     try:
         distributed.agree_on_step(f"step 1 {('detection', 'captioning')[distributed.rank()]}", {}, False, device)
     except ValueError as error:

@@ -49,8 +49,7 @@ from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
-from visft_ds.ops import DTYPES
-from visft_ds.ops.numerics import use_numerics
+from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.pretrained import local, weights_among

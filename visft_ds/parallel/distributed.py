@@ -15,11 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
-_SHOWN = 8  # differences in a message
 
 _kept_open = False
 
@@ -88,11 +87,6 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return True, on every rank, if `flag` is set on any rank."""
-    return bool(largest(int(flag), device))
-
-
 def largest(value: int, device: torch.device) -> int:
     """The largest `value` of all ranks, on every rank."""
     vector = torch.tensor([float(value)], device=device)
@@ -152,12 +146,10 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         return
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, dict(named))
-    differing = [name for name in named if len({other.get(name) for other in everyone}) > 1]
-    if differing:
-        told = [
-            f"{n}: " + ", ".join(f"rank {r} has {v.get(n)}" for r, v in enumerate(everyone)) for n in differing[:_SHOWN]
-        ]
-        raise ValueError(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
+    for name in named:
+        if len({other.get(name) for other in everyone}) > 1:
+            told = ", ".join(f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone))
+            raise ValueError(f"the ranks do not agree on {name}: {told}")
 
 
 def keep_open() -> None:

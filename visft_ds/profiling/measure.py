@@ -27,8 +27,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import model_operations, plan_stream
