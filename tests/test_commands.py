@@ -19,7 +19,6 @@ from visft_ds.cli import COMMANDS, main
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import Manifest
 from visft_ds.parallel import engine
-from visft_ds.resilience.supervisor import flags_of_training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,17 +73,6 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(split: Manifest, words
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["python", "-m", "visft_ds", "train"],
-        ["--", "bin/visft", "train"],
-    ],
-)
-def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
-    assert flags_of_training([*words, "--stage", "2"]) == ["--stage", "2"]
 
 
 def test_every_configuration_is_installed_and_has_one_copy() -> None:

@@ -11,8 +11,6 @@ from visft_ds.redaction import redacted
 
 #: Exit code of a rank that stops because another one, or its launcher, was killed or hangs.
 LOST_CODE = 3
-#: Exit code after a Ctrl-C.
-INTERRUPTED = 130
 #: What gloo and NCCL say to a rank whose peer is gone.
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
@@ -31,7 +29,7 @@ def exit_code(error: BaseException) -> int:
     codes: dict[type[BaseException], int] = {
         LostRank: LOST_CODE,
         FloatingPointError: 4,
-        KeyboardInterrupt: INTERRUPTED,
+        KeyboardInterrupt: 128 + signal.SIGINT,
         BrokenPipeError: 128 + signal.SIGPIPE,
         ValueError: 2,
         OSError: 2,

@@ -25,10 +25,6 @@ GAVE_UP = 1
 FINAL_CODES = (0, 2, 4, 130, 143)
 #: Restarts in a row that may end before anything new is saved.
 FRUITLESS = 2
-_EPILOG = """example:
-  visft supervise --max-restarts 5 -- visft train --num_gpus 8 --stage 2
-A signal to this command is passed on to the run, which saves and ends; no restart follows.
-"""
 
 
 def supervise(
@@ -76,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
     parser = Parser(
         prog=program("supervise"),
-        description="Run a training and start it again after it was lost.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run a training and restart it after it was lost: visft supervise -- visft train --num_gpus 8 ... "
+        "A signal is passed on to the run, which saves and ends; no restart follows.",
         allow_abbrev=False,
     )
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in all (3)")
