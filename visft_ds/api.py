@@ -50,7 +50,7 @@ def fit(
         data: folder or URL of the shards.
         out: run folder.
         settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
-        resume: "auto" goes on from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
         callbacks: listeners to the run.
 
     Raises:

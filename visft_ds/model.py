@@ -18,8 +18,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
-from visft_ds.ops import no_autocast
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import no_autocast, to_device
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion
 

@@ -14,8 +14,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import PreparedModel, prepare_model
@@ -55,7 +54,7 @@ class FitResult:
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
+    finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
@@ -234,7 +233,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             if guard.ends:
                 begin(f"step {step}: looking for the first value that is not finite")
                 message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
-            log.writer.event(step, guard.event, details=message)
+            log.writer.event(step, "bad step", details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
                 guard.stop(message, state.saver.saved)

@@ -286,7 +286,7 @@ def _other_categories(world: World, folder: Path) -> list[Any]:
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no run in"),
+    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no such run"),
     "adapter on merged weights": (
         lambda world, folder: ["--run", world.run(2), "--backbone", world.merged, "--adapter", world.adapter],
         "twice",

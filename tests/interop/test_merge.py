@@ -96,6 +96,19 @@ def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None
     assert other_base("", adapter.base, bases_of(model, out)) is None, "it says what it was made of"
 
 
+def test_lavis_form_is_the_giants_tower_alone(tmp_path: Path) -> None:
+    """As LAVIS reads it, by torch.load: names without a prefix, with the class token; post-norm towers are refused."""
+    base, adapter, model = _case(tmp_path, post_norm=False)
+    out = merge(base, adapter, tmp_path / "out.pth", "--format", "lavis")
+    read = torch.load(out, weights_only=True)
+    assert {"cls_token", "blocks.1.mlp.fc2.bias"} <= read.keys() and not any(n.startswith("visual") for n in read)
+    fold_adapters(model)
+    assert all(torch.allclose(read[name], p, atol=1e-6) for name, p in model.named_parameters() if "lora" not in name)
+    (tmp_path / "post").mkdir()
+    base, adapter, _ = _case(tmp_path / "post")
+    assert _run("--base", base, "--out", tmp_path / "no.pth", "--format", "lavis") == 2
+
+
 def test_scale_and_mean(tmp_path: Path) -> None:
     base, adapter, model = _case(tmp_path)
     move_adapters(model)
@@ -199,7 +212,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
     base, adapter, _ = _case(tmp_path)
     folder = save_adapter(adapter, tmp_path / "adapter")
     save_published_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
-    for path in (folder, folder / "adapter_model.safetensors", tmp_path / "eva_e_lora_5000.pt"):
+    for path in (folder, folder / "lora.safetensors", tmp_path / "eva_e_lora_5000.pt"):
         assert same_change(read_adapter(path), adapter)
     words = ("--base", base, "--adapter", tmp_path / "eva_e_lora_5000.pt", "--out", tmp_path / "out")
     assert _run(*words, "--format", "peft") == 0

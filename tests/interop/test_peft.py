@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
 from visft_ds.interop.adapter import FILE, Adapter
-from visft_ds.interop.card import README
+from visft_ds.interop.card import README, card
 from visft_ds.interop.export import timm_model
-from visft_ds.interop.peft_folder import CONFIG
+from visft_ds.interop.peft_folder import CONFIG, WEIGHTS
+from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, open_weights
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -113,3 +114,17 @@ def test_other_folders_are_no_adapters(tmp_path: Path) -> None:
         save_file(changed, folder / FILE, metadata)
         with pytest.raises(ValueError, match=FILE):
             Adapter.load(folder)
+
+
+def test_a_card_keeps_its_table_whole() -> None:
+    """A bare pipe would end a cell, and the value fall out of the table."""
+    text = card("x", "timm", random_tower(), None, base=None, facts={"|missing| / |change|": "0.5"})
+    (row,) = (line for line in text.splitlines() if "missing" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
+def test_magnitudes_alone_are_no_adapter(tmp_path: Path) -> None:
+    save_file({"base_model.model.a.lora_magnitude_vector": torch.ones(3)}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "use_dora": true}')
+    with pytest.raises(ValueError, match=FILE):
+        read_adapter(tmp_path)

@@ -18,7 +18,7 @@ from tools.merge_lora import main as merge
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.schema import OptimizerParams
-from visft_ds.evals.model import ModelFiles, ModelSource, files_without_run
+from visft_ds.evals.model import ModelFiles, ModelSource
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
@@ -176,13 +176,13 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
     """Without a run nothing else tells."""
-    assert (files_without_run(named("lite0"), tmp_path, tmp_path, None).model or {})["layers"] == [5]
+    assert (named("lite0").description or {})["layers"] == [5]
     save_backbone(build_backbone("debug", **{**SMALL, "width": 16}), tmp_path / "base.safetensors")
     stored = finished.runs() / "stage1/export/detection.safetensors"
     head, base = open_head(stored, "detection"), tmp_path / "base.safetensors"
     info = replace(head.info, extra={"layers": [1]})
     save_head(tmp_path / "moved/detection.safetensors", info, head.build().state_dict())
-    assert "layers" in load(tmp_path / "moved", backbone=base).facts["backbone"]
+    assert "layers" in load(base, heads=tmp_path / "moved").facts["backbone"]
 
 
 def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:

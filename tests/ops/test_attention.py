@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from visft_ds.ops import use_numerics
 from visft_ds.ops.attention import Packing, attention, attention_packed, has_packed_kernel
-from visft_ds.ops.numerics import use_numerics
 
 BF16 = torch.bfloat16
 

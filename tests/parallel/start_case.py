@@ -51,8 +51,7 @@ def engine_of(
     config: ResolvedConfig, prepared: PreparedModel, for_deepspeed: dict[str, Any], partition: Partition | None = None
 ) -> Engine:
     """The engine that a run of this configuration has."""
-    from visft_ds.parallel.build import build_engine
-    from visft_ds.parallel.engine import Schedule
+    from visft_ds.parallel.engine import Schedule, build_engine
 
     schedule, seed = Schedule.of(config.scheduler, config.total_steps), config.visft.seed
     return build_engine(prepared, for_deepspeed, config.optimizer.params, schedule, seed=seed, partition=partition)

@@ -70,7 +70,7 @@ def test_equal_stages_wait_as_the_textbook_says() -> None:
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(ValueError, match="at most 4"):
+    with pytest.raises(ValueError, match="has 4 layers"):
         planned(stages=9)
 
 

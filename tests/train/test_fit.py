@@ -51,7 +51,7 @@ EARLY: dict[str, Any] = {
     "visft.run.eval_limit": 2,
     "visft.run.pictures": 0,
     "visft.run.keep_best": "box/AP50",
-    "visft.run.stop_after": 2,
+    "visft.run.patience": 2,
 }
 #: A script of one's own: both stages, under the ranks of a launcher as well. `seen` is what its callback was told.
 SCRIPT = f"""
@@ -246,8 +246,8 @@ def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
 def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """`visft.run.stop_after`; the last start finds nothing left to do."""
-    told = "ends after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.stop_after)"
+    """`visft.run.patience`; the last start finds nothing left to do."""
+    told = "ends after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
     for number in range(3):
         if number == 1:  # it was killed before it saved the last one
             shutil.rmtree(tmp_path / "checkpoints/step_00000003")

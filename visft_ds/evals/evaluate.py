@@ -12,21 +12,13 @@ from typing import Any
 
 import orjson
 
-from visft_ds.config.backbones import named
 from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
-    DEFAULT_BATCH,
-    ModelSource,
-    chosen_streams,
-    decoding_of,
-    files_without_run,
-    heads_in,
-    source_of_run,
-    streams_without_run,
+    source_of,
 )
 from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted, results_name
 from visft_ds.evals.runner import as_metrics, collect, measure
@@ -100,38 +92,30 @@ def evaluate(
     for name, number in {"limit": limit, "batch-size": batch_size, "beam-size": beam_size}.items():
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number} is not allowed: give at least 1")
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    file = None if chosen is None else chosen.file(download=download)
-    heads, vocabulary, out = (None if path is None else Path(path) for path in (heads, vocabulary, out))
-    cache = None
-    if run is not None:
-        place = folder_of_run(Path(run))
-        visft = recorded_config(place).visft
-        source = source_of_run(
-            Path(run),
-            visft,
-            where=Path(run),
-            tasks=tasks,
-            backbone=file,
-            heads=heads,
-            adapter=adapter,
-            vocabulary=vocabulary,
-            beam_size=beam_size,
-            batch_size=batch_size,
-        )
-        split, cache = split or visft.data.val, cache_of(visft.data)
-        data = data or visft.data.root
-        if command and out is None:
-            out = place / "-".join(["evaluation", split, *([Path(run).name] if Path(run) != place else [])])
-    else:
+    out, cache = None if out is None else Path(out), None
+    if run is None:
         needed = {"--backbone": backbone, "--heads": heads, "--data": data, **({"--out": out} if command else {})}
         if missing := [flag for flag, value in needed.items() if value is None]:
             raise ValueError(f"without --run these are needed: {', '.join(missing)}")
-        assert heads is not None and file is not None and data is not None
-        streams = streams_without_run(heads_in(heads), batch_size=batch_size or DEFAULT_BATCH, side=None)
-        streams = chosen_streams(streams, tasks, heads, heads)
-        files, split = files_without_run(chosen, file, heads, adapter), split or "val"
-        source = ModelSource(files, streams, vocabulary, decoding_of(None, beam_size))
+    source = source_of(
+        None if run is None else Path(run),
+        tasks=tasks,
+        backbone=backbone,
+        download=download,
+        heads=heads,
+        adapter=adapter,
+        vocabulary=vocabulary,
+        beam_size=beam_size,
+        batch_size=batch_size,
+    )
+    if run is not None:
+        place = folder_of_run(Path(run))
+        visft = recorded_config(place).visft
+        split, cache, data = split or visft.data.val, cache_of(visft.data), data or visft.data.root
+        if command and out is None:
+            out = place / "-".join(["evaluation", split, *([Path(run).name] if Path(run) != place else [])])
+    split = split or "val"
+    assert data is not None
     if out is not None:
         refuse_filled(out)
     if not command:

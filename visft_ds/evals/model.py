@@ -6,6 +6,7 @@ width of the features, the base an adapter was trained on, the categories a head
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.backbones import Named
+from visft_ds.config.backbones import named
 from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, export_of, folder_of_run, head_files
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, export_of, folder_of_run, head_files, run_of
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -48,12 +49,11 @@ from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
-from visft_ds.ops import DTYPES
-from visft_ds.ops.numerics import use_numerics
+from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.streams import read_vocabulary
-from visft_ds.pretrained import local
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.pretrained import local, weights_among
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -142,36 +142,62 @@ class ModelSource:
         return EvaluationModel(module, device, precision, infos, words, facts), streams
 
 
-def source_of_run(
-    run: Path,
-    config: VisftConfig,
+def source_of(
+    place: Path | None,
     *,
-    where: Path,
     tasks: str | Sequence[str] | None = None,
-    backbone: Path | None = None,
-    heads: Path | None = None,
+    backbone: AnyPath | None = None,
+    download: bool = False,
+    heads: AnyPath | None = None,
     adapter: AnyPath | None = None,
-    vocabulary: Path | None = None,
+    vocabulary: AnyPath | None = None,
     beam_size: int | None = None,
     precision: str | None = None,
     side: int | None = None,
     batch_size: int | None = None,
+    alone: bool = False,
 ) -> ModelSource:
-    """Source of a finished run's model; what is given replaces what the run says.
+    """All that a model is built of; what is given replaces what a run says.
+
+    Args:
+        place: a run, its export or a checkpoint; or weights, or a folder that merging wrote, together with `heads`.
+            None: `backbone` and `heads` are given.
+        alone: the backbone without heads.
 
     Raises:
-        ValueError: as `chosen_streams` (with `where`) and `files_of_run`.
+        ValueError: as `chosen_streams` and `files_of_run`; no model there.
     """
-    streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
-    streams = chosen_streams(streams, tasks, heads, heads or where)
-    return ModelSource(
-        files_of_run(run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter),
-        streams,
-        vocabulary,
-        decoding_of(config, beam_size),
-        precision or config.model.precision,
-        config.model.packed,
-    )
+    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
+    weights = None if chosen is None else chosen.file(download=download)
+    folder, words = (None if path is None else Path(path) for path in (heads, vocabulary))
+    if place is not None and (run := run_of(place)) is not None:
+        config = recorded_config(run).visft
+        streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
+        streams = {} if alone else chosen_streams(streams, tasks, folder, folder or place)
+        files = files_of_run(place, config, tasks_of(streams), backbone=weights, heads=folder, adapter=adapter)
+        decoding, own = decoding_of(config, beam_size), precision or config.model.precision
+        return ModelSource(files, streams, words, decoding, own, config.model.packed)
+    if place is not None and not place.exists():
+        raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
+    if folder is None and not alone:
+        raise ValueError(f"{place} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
+    streams = {}
+    if folder is not None and not alone:
+        streams = streams_without_run(heads_in(folder), batch_size=batch_size or DEFAULT_BATCH, side=side)
+        streams = chosen_streams(streams, tasks, folder, folder)
+    weights = weights or _weights_at(place)
+    files = ModelFiles(weights, folder or weights, _adapter_folder(adapter), chosen.description if chosen else None)
+    return ModelSource(files, streams, words, decoding_of(None, beam_size), precision or "auto")
+
+
+def _weights_at(place: Path | None) -> Path:
+    """The weight file that a place is, or the one in a folder that merging wrote."""
+    if place is None or place.is_file():
+        return Path() if place is None else place
+    name = weights_among(path.name for path in place.glob("*"))
+    if name is None:
+        raise ValueError(f"{place} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
+    return place / name
 
 
 def files_of_run(
@@ -220,11 +246,6 @@ def files_of_run(
             "--adapter FOLDER"
         )
     return ModelFiles(backbone, heads, own_adapter, {"preset": config.model.preset, **config.model.backbone_options()})
-
-
-def files_without_run(chosen: Named | None, backbone: Path, heads: Path, adapter: AnyPath | None) -> ModelFiles:
-    """Files that are given one by one, the backbone perhaps by name, which tells what its file does not."""
-    return ModelFiles(backbone, heads, _adapter_folder(adapter), chosen.description if chosen else None)
 
 
 def _adapter_folder(adapter: AnyPath | None) -> Path | None:

@@ -55,8 +55,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 def merge_files(given: argparse.Namespace) -> int:
     """Write what the flags of `visft_ds.interop.cli` ask for; returns the exit status.
 
-    Raises:
-        ValueError: files or flags that do not fit each other.
+    Raises ValueError for files or flags that do not fit each other.
     """
     _check(given)
     found = [adapter_at(path) for path in given.adapter]

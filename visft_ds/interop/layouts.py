@@ -139,8 +139,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
 def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
     """The tensors of a file that a module has; names that begin as in `behind` are passed over.
 
-    Raises:
-        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
     problems = [f"{name} is missing" for name in wanted if name not in file]
     problems += [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]

@@ -119,8 +119,6 @@ def read_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     if path.is_dir() or path.name == FILE:
         return Adapter.load(path)
-    if path.parent.joinpath(FILE).is_file() and path.name.startswith("adapter_"):  # PEFT's files beside ours
-        return Adapter.load(path.parent)
     return read_visft_lora(path)
 
 

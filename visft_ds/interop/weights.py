@@ -75,16 +75,14 @@ class Weights(dict[str, Lazy]):
 
 
 def finite(value: Tensor, what: str) -> Tensor:
-    """The tensor itself. Raises ValueError for NaN and infinity in it."""
-    if value.is_floating_point() and not all_finite(value):
-        raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
+    """The tensor itself. Raises ValueError for NaN and infinity in it.
+
+    Both survive a sum, which reads the values once; torch makes an fp32 copy for it, so it is taken in pieces.
+    """
+    for piece in value.detach().flatten().split(_PIECE) if value.is_floating_point() else ():
+        if not (piece.sum(dtype=torch.float32).isfinite() or piece.isfinite().all()):
+            raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
     return value
-
-
-def all_finite(values: Tensor) -> bool:
-    """Return True if nothing is NaN or infinite; both survive a sum, for which torch makes an fp32 copy: in pieces."""
-    pieces = values.detach().flatten().split(_PIECE)
-    return all(bool(piece.sum(dtype=torch.float32).isfinite() or piece.isfinite().all()) for piece in pieces)
 
 
 def examples(names: Iterable[str], limit: int = 4) -> str:
@@ -119,20 +117,15 @@ def _safetensors(path: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _pickled(path: Path) -> dict[str, Lazy]:
-    content = load_pickled(path)
+    try:  # the only `torch.load` of this package: no code is run; files since torch 1.6 are mapped
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:  # of a zip that is cut, too: it names no file
+        raise ValueError(str(error)) from error
     while nest := next((name for name in _NESTS if isinstance(content.get(name), Mapping)), None):
         content = content[nest]
     if foreign := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"it holds more than tensors: {examples(foreign)}")
     return {name: Lazy.of(value.detach()) for name, value in content.items()}
-
-
-def load_pickled(path: Path) -> Any:
-    """The only `torch.load` of this package: code in the pickle is not run; files since torch 1.6 are mapped."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:  # of a zip that is cut, too: it names no file
-        raise ValueError(str(error)) from error
 
 
 def sha256_file(path: str | Path) -> str:

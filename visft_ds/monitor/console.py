@@ -138,7 +138,7 @@ class Progress:
             "step": f"step {step}/{self._total}",
             "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
             "lr": f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.2e}",
-            "grad_norm": f"grad_norm {values['gradient_norm']:.3g}",
+            "grad_norm": f"grad_norm {values['grad_norm']:.3g}",
             "speed": f"{images / seconds:.3g} img/s",
             "data": f"data {100 * waiting / seconds:.0f}%",
             "mem": f"mem {values['memory/peak_gib']:.2f} GiB",

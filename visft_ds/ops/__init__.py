@@ -78,43 +78,58 @@ def movable(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-#: Kernels of adapted layers for tensors on this kind of device: "library" (cuBLAS and the like) or "triton" (our own).
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. From the host to a GPU it goes through pinned memory: the host goes on at once.
+
+    A copy from other memory is made in parts by the host itself, which waits for the copies before.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
+    """Choose for the whole process, once at its start. On a CPU nothing is set: there everything is in one order.
+
+    Args:
+        tf32: round the factors of float32 products and convolutions to 10 bits, where the GPU has TF32.
+        deterministic: an operator that has no version with one order of its sums is an error.
+    """
+    if device.type != "cuda":
+        return
+    # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and parts of
+    # its compiler do.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False  # it would choose anew for each size of image, by the clock
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every number of tokens, a second each time
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums of cuBLAS in one order; read once
+    torch.use_deterministic_algorithms(deterministic)
+
+
+#: What adapted layers run on, "library" (cuBLAS and the like) or "triton" (our own), on this kind of device: a model
+#: that is checked on the CPU first takes the library.
 _chosen = ("library", "cpu")
 
 
 def use_kernels(name: str, device: torch.device) -> None:
-    """Choose for the whole process, once at its start, what adapted layers run on.
-
-    The choice holds for tensors on this kind of device: a model that is checked on the CPU first takes the library.
-
-    Raises:
-        ValueError: Triton where it cannot run.
-    """
+    """Choose for the whole process, once at its start. Raises ValueError: Triton where it cannot run."""
     global _chosen
-    if name == "triton" and (reason := why_no_triton(device)) is not None:
-        raise ValueError(f"visft.model.kernels=triton cannot run here: {reason}; use library")
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("visft.model.kernels=triton: the package triton is not installed; use library")
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        if old or (device.type != "cuda" and not interpreted()):
+            raise ValueError("visft.model.kernels=triton cannot run here: it needs a GPU from sm_80 on; use library")
     _chosen = (name, device.type)
 
 
 def kernels(device: torch.device) -> str:
     """Name of the kernels that `use_kernels` chose for tensors on this device."""
-    name, where = _chosen
-    return name if device.type == where else "library"
+    return _chosen[0] if device.type == _chosen[1] else "library"
 
 
 def interpreted() -> bool:
     """Return True if Triton kernels run in Triton's interpreter, on a CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_no_triton(device: torch.device) -> str | None:
-    """Reason why Triton kernels cannot run on this device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cpu" and interpreted():
-        return None
-    if device.type != "cuda":
-        return f"Triton has no code for {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is too old; sm_80 or later is needed"
-    return None

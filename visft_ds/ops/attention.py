@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -72,9 +72,8 @@ def lora_linear(
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this device and dtype of computation; on CPUs updates below 16-bit resolution are rounded off."""
-    if device.type != "cuda" or dtype.itemsize != 2:
-        return "eager"
-    return "triton" if kernels(device) == "triton" else "augmented"
+    fused = "triton" if kernels(device) == "triton" else "augmented"
+    return fused if device.type == "cuda" and dtype.itemsize == 2 else "eager"
 
 
 def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
@@ -96,9 +95,6 @@ class WideWeight:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[WideWeight], tuple[()]]:
-        return WideWeight, ()  # copies keep nothing
 
     def takes(self, weight: Tensor, dtype: torch.dtype, width: int) -> bool:
         """Return True if the buffer holds this weight beside `width` columns; it takes the weight in where it may."""

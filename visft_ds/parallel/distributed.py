@@ -15,12 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
-from visft_ds.resilience.errors import RanksDiffer
+from visft_ds.ops import to_device
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
-_SHOWN = 8  # differences in a message
 
 _kept_open = False
 
@@ -73,7 +71,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
 
     Raises:
-        RanksDiffer: on every rank, when the ranks are not about to do the same.
+        ValueError: on every rank, when the ranks are not about to do the same.
     """
     assert len(counts) <= _COUNT_SLOTS, counts
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
@@ -85,13 +83,8 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     stops, tokens, squares, *sums = vector.cpu().tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         assert_same_on_all_ranks({"what the next step is": what})
-        raise RanksDiffer(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+        raise ValueError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return True, on every rank, if `flag` is set on any rank."""
-    return bool(largest(int(flag), device))
 
 
 def largest(value: int, device: torch.device) -> int:
@@ -147,18 +140,16 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
 
     Raises:
-        RanksDiffer: on every rank, naming what differs and the value of each rank.
+        ValueError: on every rank, naming what differs and the value of each rank.
     """
     if not dist.is_initialized():
         return
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, dict(named))
-    differing = [name for name in named if len({other.get(name) for other in everyone}) > 1]
-    if differing:
-        told = [
-            f"{n}: " + ", ".join(f"rank {r} has {v.get(n)}" for r, v in enumerate(everyone)) for n in differing[:_SHOWN]
-        ]
-        raise RanksDiffer(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
+    for name in named:
+        if len({other.get(name) for other in everyone}) > 1:
+            told = ", ".join(f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone))
+            raise ValueError(f"the ranks do not agree on {name}: {told}")
 
 
 def keep_open() -> None:

@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from torch.distributed import DistNetworkError, DistStoreError
 
 from visft_ds import DEEPSPEED
-from visft_ds.config.schema import SchedulerConfig
+from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.models import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
+from visft_ds.parallel.partition import Partition
+from visft_ds.prepare.model import PreparedModel
 from visft_ds.resilience.errors import LostRank
 
 #: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT is added.
@@ -100,7 +103,9 @@ def start_process_group() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", _free_port())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     # Torch's flight recorder, from which the watchdog names the last collective.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
     if distributed.local_device().type == "cuda":
@@ -112,10 +117,8 @@ def start_process_group() -> None:
             raise LostRank(f"another rank ended while the processes met at {os.environ['MASTER_ADDR']}") from error
         if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
-        raise ValueError(
-            f"port {os.environ['MASTER_PORT']}, on which the processes meet, is in use: give another one, deepspeed "
-            "--master_port N (or MASTER_PORT)"
-        ) from error
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(f"port {port}, on which the processes meet, is in use: deepspeed --master_port N") from error
 
 
 @contextlib.contextmanager
@@ -150,28 +153,10 @@ def released(engine: Engine) -> Iterator[Engine]:
             deepspeed.utils.groups.mpu = None  # of a pipeline: ZeRO would ask it for ranks
 
 
-def _free_port() -> str:
-    """A port for a process that was started without a launcher and talks to itself only."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of the random numbers (dropout) of a step: a pure function, so that a resumed run draws the same."""
     # Differs between all steps below 1,000,003 and ranks below 4,099.
     return ((seed * 1_000_003 + step) * 4_099 + rank) % (1 << 63)
-
-
-def faults_of_all(module: MultiTaskModel, sums: Mapping[str, Tensor]) -> dict[int, Sequence[str]]:
-    """Faults that each rank has found in a refused step, gathered on all ranks. Collective.
-
-    Args:
-        sums: this rank's losses.
-    """
-    here = [*(module.faults or ()), *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite())]
-    everywhere = distributed.broadcast_object(distributed.gather_objects(here))
-    return {rank: found for rank, found in enumerate(everywhere) if found}
 
 
 def add_losses(sums: dict[str, Tensor], losses: Mapping[str, Tensor], parts: int) -> None:
@@ -292,8 +277,14 @@ class Engine:
         refused: Refused,
     ) -> StepReport:
         """Report a step. Of a refused one every rank learns the faults that the others have found. Collective."""
-        skipped = not refused and not math.isfinite(norm)
-        faults = faults_of_all(self.module, sums) if refused else {}
+        skipped, faults = not refused and not math.isfinite(norm), dict[int, Sequence[str]]()
+        if refused:
+            here = [
+                *(self.module.faults or ()),
+                *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite()),
+            ]
+            everywhere = distributed.broadcast_object(distributed.gather_objects(here))
+            faults = {rank: found for rank, found in enumerate(everywhere) if found}
         losses = {"loss": means["loss"]} if refused else means
         return StepReport(
             losses, norm / scale, rates, skipped, refused, faults, scale if self.loss_scale.dynamic else None
@@ -312,3 +303,38 @@ class Engine:
     def _dense_gradient_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def build_engine(
+    prepared: PreparedModel,
+    config: dict[str, Any],
+    optimizer: OptimizerParams,
+    schedule: Schedule,
+    *,
+    seed: int,
+    partition: Partition | None = None,
+    compile: str = "none",
+) -> Engine:
+    """The engine of a prepared model: a pipeline where a partition is given, else ZeRO over the whole model.
+
+    Args:
+        config: from `deepspeed_dict`.
+        optimizer: of AdamW; groups of the model may have rates of their own.
+        seed: of dropout and of sampled points.
+        compile: "blocks": those of the backbone run through torch.compile, which is done once for all of them.
+    """
+    from visft_ds.parallel.pipeline import PipelineEngine
+
+    def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, **optimizer.model_dump())
+
+    module, groups = prepared.module, prepared.optimizer_groups()
+    common: dict[str, Any] = {"build_optimizer": build_optimizer, "schedule": schedule, "seed": seed}
+    engine: Engine
+    if partition is None:
+        engine = Engine(module, groups, config, **common)
+    else:
+        engine = PipelineEngine(module, groups, config, bounds=partition.bounds, **common)
+    if compile == "blocks":
+        require_eva_vit(module.backbone).compile_blocks()
+    return engine

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,18 +48,12 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        total = sum(self.costs)
-        lines = []
-        for number, cost in enumerate(self.stage_costs()):
-            names = self.names[self.bounds[number] : self.bounds[number + 1]]
-            span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            share = f"{100 * cost / total:.1f} % of the operations"
-            lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
-        idle = (
-            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
-            "a step; a smaller micro_batch gives more of them, which wait less"
-        )
-        return [*lines, ("waiting", idle)]
+        lines, total = [], sum(self.costs)
+        for number, ((start, stop), cost) in enumerate(zip(pairwise(self.bounds), self.stage_costs(), strict=True)):
+            span = " to ".join(dict.fromkeys((self.names[start], self.names[stop - 1])))
+            lines.append((f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations"))
+        idle = f"{self.bubble(micro_batches):.0%} of the time, as predicted for {micro_batches} micro-batches to a step"
+        return [*lines, ("waiting", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
 
 
 def plan_partition(
@@ -83,10 +77,7 @@ def plan_partition(
     depth = require_eva_vit(module.backbone).depth
     names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
     if stages > len(names):
-        raise ValueError(
-            f"pipeline.stages = {stages}: {name} has {len(names)} layers (embedding, {depth} blocks, heads); give at "
-            f"most {len(names)}"
-        )
+        raise ValueError(f"pipeline.stages = {stages}: {name} has {len(names)} layers; give at most as many")
     shares = sum(stream.share for stream in streams.values())
     costs = [0.0] * len(names)
     for stream in streams.values():
@@ -97,17 +88,16 @@ def plan_partition(
 
 def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible."""
-    count, sums = len(costs), [0.0, *accumulate(costs)]
 
     @cache
     def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
         """(cost of the most expensive run, sum of squares, bounds): of equal divisions the most even one."""
         if parts == 1:
-            last = sums[count] - sums[start]
-            return last, last**2, (start, count)
+            last = sum(costs[start:])
+            return last, last**2, (start, len(costs))
         options = []
-        for stop in range(start + 1, count - parts + 2):
-            first, (most, squares, bounds) = sums[stop] - sums[start], best(stop, parts - 1)
+        for stop in range(start + 1, len(costs) - parts + 2):
+            first, (most, squares, bounds) = sum(costs[start:stop]), best(stop, parts - 1)
             options.append((max(first, most), first**2 + squares, (start, *bounds)))
         return min(options)
 

@@ -140,8 +140,12 @@ class PipelineEngine(Engine):
         compares = self._steps_here == 0 or step % CHECK_EVERY == 0
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
-            if compares:
-                check_same_samples(step, received, batch)
+            # The host waits for the device.
+            if compares and (ours := int(sample_checksum(batch))) != (theirs := int(received)):
+                raise RuntimeError(
+                    f"step {step}: the last pipeline stage has labels of other samples (checksum {ours:08x}, of the "
+                    f"pixels {theirs:08x}): the stages do not follow the same plan"
+                )
             add_losses(self._sums, losses, self.accumulation)
 
         self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
@@ -327,22 +331,3 @@ def sample_checksum(batch: Batch) -> Tensor:
     for tensor in (batch.indices, batch.image_ids, batch.random_keys):
         value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
     return torch.tensor([value])
-
-
-def check_same_samples(step: int, received: Tensor, batch: Batch) -> None:
-    """Compare the checksum that came with activations with that of the labels; the host waits for the device.
-
-    Args:
-        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
-        batch: what this stage has read.
-
-    Raises:
-        RuntimeError: activations and labels belong to different samples.
-    """
-    ours, theirs = int(sample_checksum(batch)), int(received)
-    if ours != theirs:
-        raise RuntimeError(
-            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
-            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
-            "follow the same plan"
-        )

@@ -5,7 +5,6 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.config.backbones import Named, named
-from visft_ds.config.preflight import head_files, run_of
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.evals.model import (
-    DEFAULT_BATCH,
-    EvaluationModel,
-    ModelFiles,
-    ModelSource,
-    chosen_streams,
-    decoding_of,
-    files_of_run,
-    files_without_run,
-    heads_in,
-    source_of_run,
-    streams_without_run,
-)
+from visft_ds.evals.model import EvaluationModel, ModelFiles, ModelSource, source_of
 from visft_ds.model import normalise_pixels, pixel_scale
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -38,8 +23,6 @@ from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import pipeline_of
-from visft_ds.pretrained import weights_among
-from visft_ds.run.folder import recorded_config
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.matching import at_least_float32
 
@@ -77,31 +60,18 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
-    source, heads = Path(source), None if heads is None else Path(heads)
-    run, words = run_of(source), None if vocabulary is None else Path(vocabulary)
-    chosen, weights = _chosen(backbone, download)
-    if run is not None:
-        parts = source_of_run(
-            source,
-            recorded_config(run).visft,
-            where=source,
-            tasks=tasks,
-            backbone=weights,
-            heads=heads,
-            adapter=adapter,
-            vocabulary=words,
-            precision=precision,
-            side=image_size,
-        )
-    else:
-        if heads is None and not any(head_files(source, task) for task in TASKS if source.is_dir()):
-            _check_there(source)
-            raise ValueError(f"{source} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
-        heads = heads or source
-        streams = streams_without_run(heads_in(heads), batch_size=DEFAULT_BATCH, side=image_size)
-        streams = chosen_streams(streams, tasks, heads, heads)
-        files = _files_at(source, chosen, weights, heads, adapter)
-        parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
+    source = Path(source)
+    parts = source_of(
+        source,
+        tasks=tasks,
+        backbone=backbone,
+        download=download,
+        heads=heads,
+        adapter=adapter,
+        vocabulary=vocabulary,
+        precision=precision,
+        side=image_size,
+    )
     loaded, streams = _build(parts, device)
     return Model(source, loaded, streams, parts.files)
 
@@ -117,16 +87,11 @@ def load_backbone(
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it; heads are neither needed nor read. Arguments as `load`.
 
-    Raises:
-        ValueError: as `load`.
+    Raises ValueError as `load`.
     """
-    source, (chosen, weights) = Path(source), _chosen(backbone, download)
-    if (run := run_of(source)) is not None:
-        config = recorded_config(run).visft
-        files = files_of_run(source, config, [], backbone=weights, adapter=adapter)
-        parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
-    else:
-        parts = ModelSource(_files_at(source, chosen, weights, source, adapter), {}, precision=precision or "auto")
+    parts = source_of(
+        Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
+    )
     return ImageFeatures(_build(parts, device)[0])
 
 
@@ -297,27 +262,3 @@ def _device(wanted: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
     return device
-
-
-def _chosen(backbone: str | Path | None, download: bool) -> tuple[Named | None, Path | None]:
-    """A backbone that replaces the source's, and its file."""
-    chosen = None if backbone is None else named(os.fspath(backbone), download=download)
-    return chosen, None if chosen is None else chosen.file(download=download)
-
-
-def _check_there(source: Path) -> None:
-    if not source.exists():
-        raise ValueError(f"{source}: no such run, checkpoint, export folder or weight file")
-
-
-def _files_at(
-    source: Path, chosen: Named | None, backbone: Path | None, heads: Path, adapter: str | Path | None
-) -> ModelFiles:
-    """Files without a run: weights, perhaps in a folder that merging wrote, and heads."""
-    _check_there(source)
-    if backbone is None and source.is_dir():
-        name = weights_among(path.name for path in source.glob("*"))
-        if name is None:
-            raise ValueError(f"{source} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
-        source = source / name
-    return files_without_run(chosen, backbone or source, heads, adapter)

@@ -19,14 +19,7 @@ from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import (
-    HeadFile,
-    HeadInfo,
-    check_heads,
-    find_head,
-    open_head,
-    read_elsewhere,
-)
+from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, find_head, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
@@ -179,19 +172,16 @@ def apply_groups(
 ) -> tuple[TrainedGroup, ...]:
     """Match groups to parameters by glob and make exactly the matched ones trainable.
 
-    Raises:
-        ValueError: all problems at once: groups that match nothing, parameters in more than one group.
+    Raises ValueError for all problems at once: groups that match nothing, parameters in more than one group.
     """
-    named = dict(module.named_parameters())
-    owner: dict[str, str] = {}
+    named, owner = dict(module.named_parameters()), dict[str, str]()
+    beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
     problems, matched = [], []
     for group in groups:
-        found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
-        for glob in (glob for glob, of_glob in found.items() if not of_glob):
-            beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
-            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
-        chosen = {name for of_glob in found.values() for name in of_glob}
-        names = tuple(name for name in named if name in chosen)
+        for glob in group.globs():
+            if not any(fnmatchcase(name, glob) for name in named):
+                problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
+        names = tuple(name for name in named if any(fnmatchcase(name, glob) for glob in group.globs()))
         problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
