@@ -276,19 +276,6 @@ class Stopwatch:
         return {part: sum(map(between, marks[::2], marks[1::2])) for part, marks in self._marks.items()}
 
 
-class _TimedCriterion:
-    """A criterion whose calls are counted."""
-
-    def __init__(self, criterion: Any, watch: Stopwatch) -> None:
-        self._criterion, self._call = criterion, watch.marked(criterion, "criteria")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._criterion, name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._call(*arguments, **named)
-
-
 @contextmanager
 def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
     """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to do."""
@@ -306,8 +293,8 @@ def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
                 after = owner.register_forward_hook(lambda *_, part=part: watch.mark(part))
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            criteria = {task: _TimedCriterion(criterion, watch) for task, criterion in module.criteria.items()}
-            stack.enter_context(patch.dict(module.criteria, criteria))
+            for kind in {type(criterion) for criterion in module.criteria.values()}:
+                stack.enter_context(patch.object(kind, "__call__", watch.marked(kind.__call__, "criteria")))
             for name, part in (("backward", "backward"), ("step", "optimizer")):
                 timed = watch.marked(getattr(engine.deepspeed, name), part)
                 stack.enter_context(patch.object(engine.deepspeed, name, timed))
