@@ -122,9 +122,9 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
         files = export.export_weights(
             engine,
             folder,
+            prepared,
             lora=None,
             infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
-            base=prepared.base,
         )
     finally:
         export.gather_parameters = original
