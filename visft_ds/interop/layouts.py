@@ -97,11 +97,6 @@ def model_in(file: Weights) -> dict[str, Any]:
     return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
 
 
-def is_merged(file: Weights) -> bool:
-    """Return True if the header records that an adapter was merged in."""
-    return MERGED in file.metadata
-
-
 def prefix_of(file: Weights) -> str:
     """The prefix of a tower of EVA. Raises ValueError where there is none."""
     for prefix in PREFIXES:
