@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visft_ds.ops import interpreted
 from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.triton_lora import interpreted
 
 assert interpreted(), "run by tests/ops/test_triton.py"
 
