@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
-from visft_ds.config.cli import DEFAULT_ENGINE, RESUME, fetch_weights, resolve_with_data
+from visft_ds.config.cli import DEFAULT_ENGINE, KEYS, RESUME, fetch_weights, resolve_with_data
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
@@ -62,6 +62,7 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
+    folders = {"data": data, "out": out}
     if isinstance(settings, Mapping):
         settings = [_text(key, value) for key, value in settings.items()]
     if config is None:
@@ -71,15 +72,14 @@ def fit(
             engine=engine,
             backbone=None if backbone is None else os.fspath(backbone),
             download=download,
-            data=data,
-            out=out,
+            flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
             settings=settings,
         )
     elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
         raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
     else:
-        folders = {"visft.data.root": data, "visft.run.out": out}
-        config = changed(config, [*(_text(key, at) for key, at in folders.items() if at is not None), *settings])
+        given = [_text(KEYS[name], at) for name, at in folders.items() if at is not None]
+        config = changed(config, [*given, *settings])
     if download:
         fetch_weights(config)
     missing = missing_inputs(config)

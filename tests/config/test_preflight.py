@@ -78,15 +78,6 @@ def test_where_nothing_would_be_left_nothing_is_decided(tmp_path: Path) -> None:
     assert len(_tasks(*flags)) == 3
 
 
-def test_a_run_whose_shards_have_moved_goes_on_with_its_tasks(tmp_path: Path) -> None:
-    flags = [*_shards(tmp_path, annotations=7, trainable=7, captions=0), "--out", str(tmp_path / "run")]
-    config = resolve_arguments(flags)[1]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text(json.dumps({"schema": 2, "config": config.to_dict()}))
-    (tmp_path / "train.manifest.json").unlink()
-    assert resolve_arguments(flags)[1].identity() == config.identity()
-
-
 def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = json.loads((CONFIG_ROOT / "models/debug.json").read_text())

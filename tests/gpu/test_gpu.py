@@ -210,7 +210,7 @@ def told(*run: Any, task: str = "", saved: int = 0, **more: Any) -> Values:
     lines = map(json.loads, (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     steps = {line["step"]: line for line in lines if "loss/loss" in line}
     if not task:
-        names, numbers = ("loss/loss", "gradient_norm"), range(saved + 1, 7)
+        names, numbers = ("loss/loss", "grad_norm"), range(saved + 1, 7)
         return [{f"{name} of step {step}": [steps[step][name]] for step in numbers} for name in names]
     moments = load_file(place / "checkpoints" / "step_00000001" / "moments.safetensors")  # a tenth of the gradients
     part = ".*lora_B" if task == "loss" else f"heads.{task}"  # those of A are 0

@@ -239,9 +239,7 @@ class RunConfig(Section):
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
-    requeue_code: Annotated[int, Field(ge=0, lt=126)] = (
-        85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
-    )
+    requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""

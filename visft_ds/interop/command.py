@@ -21,11 +21,11 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, Measurement, card, repository_of
 from visft_ds.interop.export import FORMATS, Share, header, merge, write
 from visft_ds.interop.layouts import (
+    MERGED,
     MODEL,
     base_parameters,
     bases_of,
     fingerprint_of,
-    is_merged,
     load_backbone,
     model_in,
     open_model,
@@ -72,7 +72,7 @@ def merge_files(given: argparse.Namespace) -> int:
     backbone = build_empty(model["preset"], torch.float32, {k: v for k, v in model.items() if k != "preset"})
     own = fingerprint_of(backbone, place)
     if adapter is not None:
-        if is_merged(file):
+        if MERGED in file.metadata:
             raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
         adapter.install(backbone)  # on the meta device: a check of shapes
         if problem := other_base("the adapter", adapter.base, bases_of(backbone, place)):

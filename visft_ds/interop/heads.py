@@ -80,12 +80,8 @@ class HeadFile:
         with reading(path, f"a {self.info.task} head"), torch.device("meta"):
             head = get_task(self.info.task).build_head(self.info.in_channels, options, words)
         self.check(head)
-        head.load_state_dict({name: self.read(name, torch.float32) for name in self.tensors}, assign=True)
+        head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
         return head.eval()
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in memory of its own."""
-        return self.tensors.tensor(name, dtype)
 
 
 def head_file(folder: str | Path, task: str) -> Path:

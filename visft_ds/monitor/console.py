@@ -32,11 +32,10 @@ class Section:
     columns: Sequence[str] = ()
 
 
-def print_plan(title: str, sections: Sequence[Section], *, enabled: bool = True, stream: TextIO | None = None) -> None:
-    """Print what is about to run. `enabled` is False on every process but the main one."""
-    if enabled:
-        lines = [f"== {title}", *(line for section in sections for line in _table(section))]
-        print("\n".join(lines), file=stream or sys.stdout, flush=True)
+def print_plan(title: str, sections: Sequence[Section], *, stream: TextIO | None = None) -> None:
+    """Print what is about to run."""
+    lines = [f"== {title}", *(line for section in sections for line in _table(section))]
+    print("\n".join(lines), file=stream or sys.stdout, flush=True)
 
 
 def _table(section: Section) -> list[str]:

@@ -266,12 +266,13 @@ def _inputs(batches: Sequence[Batch], device: torch.device, *, first: bool) -> I
 
 
 def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of heads (dataclasses of tensors) on the CPU."""
-    tensors = {
-        task: {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-        for task, output in outputs.items()
-    }
-    return {task: replace(output, **tensors[task]) for task, output in outputs.items()}
+    """Outputs of heads (dataclasses of tensors) on the CPU, without earlier layers, which are for losses only."""
+    moved = {}
+    for task, output in outputs.items():
+        output = output.last() if hasattr(output, "last") else output
+        tensors = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+        moved[task] = replace(output, **tensors)
+    return moved
 
 
 def sample_checksum(batch: Batch) -> Tensor:

@@ -256,8 +256,8 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     return max(moments, key=lambda moment: moment.total)
 
 
-def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
-    """Peak memory of a rank, by part: of a stream, or of the largest one of the run."""
-    streams = run.config.visft.streams()
-    chosen = streams.values() if task is None else [streams[task]]
-    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
+def plan_largest(run: PlannedRun) -> MemoryPlan:
+    """Peak memory of a rank, by part, in the largest kind of step."""
+    return max(
+        (plan_stream(run, stream) for stream in run.config.visft.streams().values()), key=lambda plan: plan.total
+    )

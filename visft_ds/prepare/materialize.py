@@ -160,7 +160,7 @@ def fill_model(
         torch.manual_seed(config.seed)
         for task, head in module.heads.items():
             if task in heads:
-                fill(head, f"heads.{task}.", partial(heads[task].read, dtype=torch.float32))
+                fill(head, f"heads.{task}.", partial(heads[task].tensors.tensor, dtype=torch.float32))
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
             drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
