@@ -6,8 +6,7 @@ system may drop at any time; and each finds a damaged value at the same tensor a
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,22 +68,3 @@ class Shards(Placement):
             self._first = parameter
         else:  # as DeepSpeed itself adds parameters to a divided model; another `Init` would read the config again
             self._first.convert_to_zero_parameters(param_list=[parameter])
-
-    @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Gather the parameters that each module inside owns itself before it runs, and drop them after. Collective."""
-        gathered: dict[nn.Module, Any] = {}
-
-        def gather(part: nn.Module, _: Any) -> None:
-            gathered[part] = deepspeed.zero.GatheredParameters(list(part.parameters(recurse=False)))
-            gathered[part].__enter__()
-
-        def drop(part: nn.Module, *_: Any) -> None:
-            gathered.pop(part).__exit__(None, None, None)
-
-        with ExitStack() as hooks:
-            for part in module.modules():
-                if any(True for _ in part.parameters(recurse=False)):
-                    hooks.callback(part.register_forward_pre_hook(gather).remove)
-                    hooks.callback(part.register_forward_hook(drop, always_call=True).remove)
-            yield
