@@ -132,14 +132,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
-    """Stop every rank when a value that must be equal on all of them is not.
-
-    Args:
-        named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
-
-    Raises:
-        ValueError: on every rank, naming what differs and the value of each rank.
-    """
+    """Raise ValueError on every rank for what must agree and does not, e.g. {"configuration": its fingerprint}."""
     everyone = from_all_ranks(dict(named))
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:

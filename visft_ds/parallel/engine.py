@@ -126,12 +126,6 @@ def released(engine: Engine) -> Iterator[Engine]:
             deepspeed.utils.groups.mpu = None  # of a pipeline: ZeRO would ask it for ranks
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the random numbers (dropout) of a step: a pure function, so that a resumed run draws the same."""
-    # Differs between all steps below 1,000,003 and ranks below 4,099.
-    return ((seed * 1_000_003 + step) * 4_099 + rank) % (1 << 63)
-
-
 class Engine:
     """ZeRO stages 0-3, with or without offload, over a plain module.
 
@@ -191,7 +185,8 @@ class Engine:
 
         Of a refused step every rank learns the faults that the others have found.
         """
-        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
+        # For dropout: a function of the step alone, so that a resumed run draws the same.
+        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
         clear_stale_gradients(self.deepspeed.optimizer)
         self.module.faults = []
         groups = self.deepspeed.optimizer.param_groups

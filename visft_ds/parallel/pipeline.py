@@ -101,13 +101,12 @@ class PipelineEngine(Engine):
         **others: Any,
     ) -> None:
         self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         stage_of = owners(module, bounds)
+        #: The first stage with something to train: no gradient flows into it or into those before.
+        first_trained = min(stage_of[name] for name, value in module.named_parameters() if value.requires_grad)
         self._stages = StagesModule(module, bounds)
         super().__init__(module, stage_groups(self._stages, groups), config, inside=self._stages, **others)
         assert not self.deepspeed.using_bf16_optimizer, "it wipes gradients of the heads; precision comes by autocast"
-        #: The first stage with something to train: no gradient flows into it or into those before.
-        first_trained = min(stage_of[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
         self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._end_step)
         self.holders = {name: stage * self.place.dp_size for name, stage in stage_of.items()}
@@ -239,8 +238,7 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
             engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = None
 
     def forward(engine: Any, buffer_id: int) -> None:
-        heads = engine.module.heads
-        if heads is not None:
+        if (heads := engine.module.heads) is not None:
             heads.batch = engine.pipe_buffers["labels"][buffer_id]
         DeepSpeedPipeline._exec_forward_pass(engine, buffer_id)
 

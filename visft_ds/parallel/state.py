@@ -14,14 +14,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
@@ -170,18 +162,14 @@ def prepare_moments(engine: Engine, updates: int | None = None) -> None:
 
 
 def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """Gather an undivided tensor on this rank's device, fp32 where it trains. Collective.
-
-    Returns:
-        None if another pipeline stage holds it.
-    """
+    """An undivided tensor on this rank's device, fp32 where it trains; None if another stage holds it. Collective."""
     if parameter.is_meta:
         return None
     if what == VALUE:
         trains_divided = engine.stage == 3 and parameter.requires_grad
-        return safe_get_full_fp32_param(parameter) if trains_divided else gathered(parameter)
+        return deepspeed.utils.safe_get_full_fp32_param(parameter) if trains_divided else gathered(parameter)
     if engine.stage:
-        return safe_get_full_optimizer_state(parameter, what)
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, what)
     moment: Tensor = base_optimizer(engine).state[parameter][what]
     return moment
 
@@ -225,13 +213,13 @@ def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE
         flat = tensor.flatten()
         shard = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
         if what == VALUE:
-            safe_set_local_fp32_param(parameter, shard)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, shard, what)
+            deepspeed.utils.safe_set_local_optimizer_state(parameter, shard, what)
     elif what == VALUE:
-        safe_set_full_fp32_param(parameter, tensor)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, tensor)
     else:
-        safe_set_full_optimizer_state(parameter, tensor, what)
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, tensor, what)
 
 
 def refresh_module(engine: Engine) -> None:
