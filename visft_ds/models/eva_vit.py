@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.ops import autocast_dtype, autocast_to, gelu, matmul_dtype, movable
+from visft_ds.ops import autocast_dtype, autocast_to, gelu, matmul_dtype
 from visft_ds.ops.attention import Packing, attention_packed
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
@@ -189,7 +189,9 @@ def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
     last = list(block.mlp.fc2.parameters())
-    if any(map(movable, last)) or not (block.post_norm or any(each.requires_grad for each in last)):
+    if any(hasattr(each, "ds_id") for each in last) or not (
+        block.post_norm or any(each.requires_grad for each in last)
+    ):
         return _checkpoint(block, x, packing)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)

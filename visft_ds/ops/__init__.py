@@ -19,7 +19,7 @@ from visft_ds.config.fields import Precision
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _stand_in(device: torch.device) -> Any:
+def stand_in(device: torch.device) -> Any:
     """The innermost torch dispatch mode that replaces a meta device by another one, `stands_for`, which need not exist
     here, and whose autocast to `autocast` (None: it is off) replaces torch's; None on every other device."""
     if device.type != "meta":  # torch.compile cannot look any further
@@ -28,16 +28,10 @@ def _stand_in(device: torch.device) -> Any:
     return next((mode for mode in reversed(modes) if hasattr(mode, "stands_for")), None)
 
 
-def placed(device: torch.device) -> torch.device:
-    """The device itself, or the one that the meta device stands in for."""
-    replaced: torch.device = getattr(_stand_in(device), "stands_for", device)
-    return replaced
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta alone."""
     if device.type == "meta":
-        found: torch.dtype | None = getattr(_stand_in(device), "autocast", None)
+        found: torch.dtype | None = getattr(stand_in(device), "autocast", None)
         return found
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -51,19 +45,13 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """Autocast to this dtype inside, as `autocast_dtype` returned it elsewhere; off for None, for code that casts by
-    hand."""
+    """Autocast to what `autocast_dtype` returned elsewhere inside; for None it is off, for code that casts by hand."""
     if dtype == autocast_dtype(device):
         return nullcontext()
-    if mode := _stand_in(device):
+    if mode := stand_in(device):
         off: AbstractContextManager[None] = mode.no_autocast()
         return off
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def movable(parameter: Tensor) -> bool:
-    """Return True if what is derived from a parameter may not be kept: the storage behind it changes under ZeRO-3."""
-    return hasattr(parameter, "ds_id")
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -115,6 +103,5 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        dense = dy.is_contiguous() and x.is_contiguous()
-        into = dy if dense else torch.empty_like(x)
+        into = dy if dy.is_contiguous() and x.is_contiguous() else torch.empty_like(x)
         return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)

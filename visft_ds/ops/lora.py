@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import autocast_to, matmul_dtype, movable, placed
+from visft_ds.ops import autocast_to, matmul_dtype, stand_in
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
@@ -45,7 +45,7 @@ def lora_linear(
     backend: str | None = None,
     wide: WideWeight | None = None,
 ) -> Tensor:
-    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else the weight's.
+    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else the weight's: (..., F).
 
     Gradients arrive in the dtype of their tensor, so fp32 adapters over 16-bit weights get fp32 gradients.
 
@@ -58,12 +58,9 @@ def lora_linear(
         scale: factor of the update, alpha / r.
         backend: "eager", "augmented" or "triton"; None: `choose_backend`.
         wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
-
-    Returns:
-        (..., F).
     """
     dtype = matmul_dtype(weight)
-    backend = backend or choose_backend(placed(weight.device), dtype)
+    backend = backend or choose_backend(weight.device, dtype)
     kept = wide.beside(weight, dtype, len(lora_a)) if wide and backend == "augmented" else None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, kept)
@@ -72,6 +69,7 @@ def lora_linear(
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this device and dtype of computation; on CPUs updates below 16-bit resolution are rounded off."""
+    device = getattr(stand_in(device), "stands_for", device)
     return _on_gpus if device.type == "cuda" and dtype.itemsize == 2 else "eager"
 
 
@@ -113,7 +111,7 @@ class WideWeight:
         buffer = self._buffer
         # `.to()`, a merge and the like give the weight another storage.
         if buffer is None or weight.untyped_storage()._cdata != buffer.untyped_storage()._cdata:
-            if movable(weight) or weight.is_meta or not torch.is_grad_enabled():
+            if hasattr(weight, "ds_id") or weight.is_meta or not torch.is_grad_enabled():
                 return None
             with torch.no_grad():
                 # Rows of a multiple of 16 bytes, which matrix units read fastest.
@@ -156,16 +154,13 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x if need_weight or need_a else None, u if need_b else None, weight, lora_a, lora_b)
         ctx.scale, ctx.slices, ctx.backend, ctx.x_shape = scale, slices, backend, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
         # To autograd no view: timm's EVA adds a bias in place.
         shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
         return shaped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 9
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dw = db = da = dlb = None  # gradients of x, weight, bias, lora_a, lora_b

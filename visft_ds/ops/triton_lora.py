@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Tile sizes and launch options: of a GPU before sm_90 and from there on, and of the interpreter, where small tiles
 #: make several of them out of a small problem. tests/ops/compiled_kernels.json has what they compile to.
 TILES: dict[str, dict[str, int]] = {
@@ -29,11 +30,6 @@ TILES: dict[str, dict[str, int]] = {
 }
 #: Tiles of rows that share a stripe of the right factor while it is in the L2 cache.
 GROUP = 8
-
-
-def interpreted() -> bool:
-    """Return True in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
@@ -92,13 +88,13 @@ def kernel(
 @torch.library.custom_op("visft_ds::sum_of_products", mutates_args=())  # one node of torch.compile
 def sum_of_products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """left (M, K) @ right (K, N) + low (M, D) @ up (D, N) + bias (N,), of one dtype -> (M, N)."""
-    if interpreted() and left.dtype == torch.bfloat16:
+    if INTERPRETED and left.dtype == torch.bfloat16:
         left, right, low, up = (tensor.float() for tensor in (left, right, low, up))
         return sum_of_products(left, right, low, up, None if bias is None else bias.float()).bfloat16()
     left, low = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, low))
     out = left.new_empty(len(left), right.shape[1])
     name = "interpreter"
-    if not interpreted():
+    if not INTERPRETED:
         name = "sm_90" if torch.cuda.get_device_capability(left.device) >= (9, 0) else "sm_80"
     tiles = TILES[name]
     grid = (triton.cdiv(len(out), tiles["BM"]) * triton.cdiv(out.shape[1], tiles["BN"]),)
