@@ -136,8 +136,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 def fetch_weights(config: ResolvedConfig) -> None:
     """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
     weights = config.visft.model.weights
-    name = None if weights is None or local(weights).is_file() else on_hub(weights)
-    if name is not None:
+    if weights is not None and not local(weights).is_file() and (name := on_hub(weights)):
         fetch(name)
 
 
