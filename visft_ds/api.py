@@ -87,15 +87,16 @@ def fit(
         raise ValueError(render_missing(missing))
 
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.engine import environment_as_found
     from visft_ds.train import train
 
     distributed.keep_open()
+    launched = "LOCAL_RANK" in os.environ
     gc.collect()  # a run that failed before may still hold its model: in a cycle, which only this breaks
     try:
-        with environment_as_found():
-            return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
+        return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
     finally:
+        if not launched:  # a program that is started later must not think that a launcher started it
+            os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
 

@@ -128,7 +128,7 @@ def train(
             prepared,
             machine.deepspeed_config,
             config.optimizer.params,
-            Schedule.of(config.scheduler, config.total_steps),
+            Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
@@ -179,7 +179,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         state.export(state.take_best(step, log), prepared)
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
-    stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))
+    stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
     distributed.close()
     watchdog.leave()
     # After closing: the other ranks need not wait for the last numbers.
@@ -223,9 +223,9 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
         counts = counts_of(engine.module, batches)
-        agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
+        summed, asked_to_stop = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
+        loss_denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
@@ -241,7 +241,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
 
         seconds = time.perf_counter() - began
         log.step(step_plan, report, seconds=seconds, wait_seconds=run.loader.wait_seconds, device=engine.device)
-        stopping = agreement.stop
+        stopping = asked_to_stop
         if step == total_steps or stopping or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.ops import use_kernels
-from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.lora import Slices, lora_linear, use_kernels
 
 LIBRARY = ("eager", "augmented")
 QV: Slices = ((0, 8), (16, 24))

@@ -53,7 +53,7 @@ def engine_of(
     """The engine that a run of this configuration has."""
     from visft_ds.parallel.engine import Schedule, build_engine
 
-    schedule, seed = Schedule.of(config.scheduler, config.total_steps), config.visft.seed
+    schedule, seed = Schedule(config.scheduler, config.total_steps), config.visft.seed
     return build_engine(prepared, for_deepspeed, config.optimizer.params, schedule, seed=seed, partition=partition)
 
 
@@ -65,7 +65,7 @@ def precision_of(config: ResolvedConfig) -> Precision:
 
 def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
     """Names of what is not bit for bit what one process has, or not trained as there. Collective."""
-    from visft_ds.parallel.state import _gathered
+    from visft_ds.parallel.state import gathered
 
     plain, ours = prepare(config, HOST), prepare(config, placement)
     found = []
@@ -73,7 +73,7 @@ def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
         parameter = ours.module.get_parameter(name)
         if parameter.is_meta:
             continue
-        value = _gathered(parameter)
+        value = gathered(parameter)
         same = value.dtype == expected.dtype and torch.equal(value, expected)
         if not same or parameter.requires_grad != expected.requires_grad:
             found.append(name)

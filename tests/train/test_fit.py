@@ -121,7 +121,7 @@ def _as_it_was() -> Any:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    distributed._kept_open = False
+    distributed.kept_open = False
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ those of the engines are in `parallel.placement`. A value is the same whatever t
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,10 +41,6 @@ class Placement:
 
     def place(self, parameter: nn.Parameter) -> None:
         """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
-
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Let each module inside have its own parameters whole while it runs, whoever holds them."""
-        return nullcontext()
 
 
 #: The placement of tools and tests that need no engine.

@@ -23,9 +23,8 @@ from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, find_head, o
 from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models import Backbone, build_empty
+from visft_ds.models import build_empty
 from visft_ds.models.lora import check_reached, inject_lora
-from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, open_base
@@ -104,6 +103,9 @@ def prepare_model(
     storage = DTYPES[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
+    if config.lora is not None:
+        side = min(module.backbone.image_size, 4 * module.backbone.patch_size)
+        check_reached(module.backbone, torch.empty(1, 3, side, side, device="meta"))
     base = open_base(config.model, module.backbone, storage)
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
@@ -120,8 +122,6 @@ def prepare_model(
     fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    if config.lora is not None:
-        _check_reached(module.backbone, placement)
     return PreparedModel(module, groups, base, heads, tuple(notes))
 
 
@@ -254,19 +254,3 @@ def _check_stage(module: nn.Module, config: VisftConfig) -> None:
             f"stage {stage_name(config)!r} must train something of {part}*, but no group of visft.param_groups "
             "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )
-
-
-def _check_reached(backbone: Backbone, placement: Placement) -> None:
-    """Refuse adapters that the forward bypasses: in the blocks that this process holds, or in a model of timm."""
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(backbone, TimmBackbone):
-        run: nn.Module = backbone
-        side = min(backbone.image_size, 4 * backbone.patch_size)  # cheap even for the largest model
-        inputs = torch.randn(1, 3, side, side, generator=generator)
-    else:
-        run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
-        inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
-        if not run:
-            return
-    with placement.whole(run):
-        check_reached(run, inputs.to(next(run.parameters()).device))

@@ -121,7 +121,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             prepared,
             machine.deepspeed_config,
             config.optimizer.params,
-            Schedule.of(config.scheduler, config.total_steps),
+            Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
@@ -225,9 +225,9 @@ class Session:
         began = time.perf_counter()
         step_plan, batches = next(steps)
         what = f"step {step_plan.step} of {stream}"
-        agreement = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
+        summed, _ = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
         micro_batches = self.machine.planned.batches.micro_batches
-        denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
+        denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(what, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)
         synchronize(engine.device)

@@ -12,7 +12,9 @@ from visft_ds.redaction import redacted
 #: Exit code of a rank that stops because another one, or its launcher, was killed or hangs.
 LOST_CODE = 3
 #: What gloo and NCCL say to a rank whose peer is gone.
-LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+LOST_PEER = re.compile(
+    r"Connection (closed by|reset by|was likely closed)|remote process exited|Broken pipe|recvValue failed"
+)
 
 
 class RankError(ValueError):

@@ -82,7 +82,7 @@ def first_non_finite(
         engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
     with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)
-    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(found[:_SHOWN]))
+    everyone: list[list[str]] = distributed.from_all_ranks(found[:_SHOWN])
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
     return "".join(lines[:_SHOWN]) or "\n  made again, everything is finite: faulty hardware?"
 

@@ -153,8 +153,8 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
             watchdog.begin(f"rehearsal of {name}")
             with memory_explained(f"the rehearsal of {name}", name, micro, device):
                 counts = counts_of(engine.module, micro)
-                agreement = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
-                engine.train_step(0, micro, loss_denominators_of(agreement.counts, batches.micro_batches, device))
+                summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
+                engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))
             peak = f"{peak_memory(device) / 2**30:.2f} GiB"
             rows.append((name, largest_shape(micro), f"{time.perf_counter() - began:.1f} s", peak))
     if device.type == "cuda":

@@ -15,7 +15,8 @@ from visft_ds.config import ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
-from visft_ds.ops import use_kernels, use_numerics
+from visft_ds.ops import use_numerics
+from visft_ds.ops.lora import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
