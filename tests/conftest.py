@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from visft_ds.data.shards import Manifest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ.get("VISFT_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "VISFT_DEVICE" in os.environ:  # `make gpu DEVICE=cpu`: before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", str(int(os.environ["VISFT_DEVICE"] == "cpu")))
 # Where it is forbidden to keep byte code, each of the many processes that tests start would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
@@ -75,12 +78,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and say so."""
+    """Skip tests marked `gpu` where there is no CUDA device, and say so; `make gpu DEVICE=cpu` tries them out."""
     import torch
 
     torch.set_num_threads(1)
+    absent = not torch.cuda.is_available() and os.environ.get("VISFT_DEVICE") != "cpu"
     for item in items:
-        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
+        if absent and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 

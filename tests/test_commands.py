@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -18,12 +19,11 @@ from visft_ds.cli import COMMANDS, main
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import Manifest
 from visft_ds.parallel import engine
-from visft_ds.resilience.supervisor import flags_of_training
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def metadata() -> dict[str, object]:
+def packages() -> dict[str, object]:
     """What setup.py hands to setuptools."""
     with mock.patch("setuptools.setup") as setup:
         exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": ROOT / "setup.py"})
@@ -75,20 +75,9 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(split: Manifest, words
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["python", "-m", "visft_ds", "train"],
-        ["--", "bin/visft", "train"],
-    ],
-)
-def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
-    assert flags_of_training([*words, "--stage", "2"]) == ["--stage", "2"]
-
-
 def test_every_configuration_is_installed_and_has_one_copy() -> None:
     """setup.py lists the folders of ds_configs/: one that it forgot would be missing in a wheel."""
-    found = metadata()
+    found = packages()
     folders = found["package_dir"]
     assert isinstance(folders, dict)
     listed = {path for folder in folders.values() for path in (ROOT / folder).glob("*.json")}
@@ -99,12 +88,10 @@ def test_every_configuration_is_installed_and_has_one_copy() -> None:
     assert ROOT / "ds_configs" == CONFIG_ROOT and not (ROOT / "visft_ds/ds_configs").exists()
 
 
-def test_version_and_range_of_deepspeed_stand_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = metadata()
-    assert found["version"] == visft_ds.__version__ and f"version: {found['version']}\n" in (
-        ROOT / "CITATION.cff"
-    ).read_text(encoding="utf-8")
-    [needed] = [one for one in map(Requirement, found["install_requires"]) if one.name == "deepspeed"]
+def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"version: {visft_ds.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    [needed] = [one for one in map(Requirement, project["dependencies"]) if one.name == "deepspeed"]
     assert needed.specifier == SpecifierSet(visft_ds.DEEPSPEED) and needed.specifier.contains(deepspeed.__version__)
     for version in ("0.19.7", "0.20.0"):
         monkeypatch.setattr(deepspeed, "__version__", version)

@@ -12,7 +12,6 @@ import pytest
 from tests.shard_server import serve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.data.fetch import Cache, RemoteFolder
-from visft_ds.flags import Parser
 from visft_ds.redaction import redacted, redacted_values, refuse_secrets
 
 
@@ -55,13 +54,6 @@ def test_a_secret_on_the_command_line_is_refused_without_a_word_of_it(words: lis
     with pytest.raises(ValueError, match=r"token|api_key") as refused:
         resolve_arguments(["--stage", "1", "--model", "debug", *words])
     assert "hidden" not in str(refused.value)
-
-
-def test_other_commands_do_not_repeat_it_either(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        Parser(prog="visft x", allow_abbrev=False).parse_args(["--token", "hidden", "--key=hidden"])
-    said = capsys.readouterr().err
-    assert "--token" in said and "hidden" not in said
 
 
 def test_errors_of_a_server_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

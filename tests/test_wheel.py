@@ -1,4 +1,4 @@
-"""The wheel, from the sdist, in an empty folder: every command is there and a small demo runs without the checkout."""
+"""The wheel, from the sdist, in an empty folder: every command is there without the checkout."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def test_every_command_answers_in_an_empty_folder(installed: Installed) -> None:
     for name in COMMANDS:
         assert installed.visft(name, "--help").startswith(f"usage: visft {name} ")
     assert installed.run([sys.executable, "-m", "visft_ds", "--version"]) == f"visft {visft_ds.__version__}\n"
+    assert "fits" in installed.visft("plan", "--cluster", "8xA100-80GB", "--model", "eva_e", "--stage", "2")
     assert list(installed.empty.iterdir()) == []
 
 
@@ -114,24 +115,11 @@ def test_a_training_starts_by_every_way(installed: Installed) -> None:
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "0"]
     for start, code in (  # of a run that has no shards; torchrun has a code of its own
-        ([str(installed.site / "bin/visft"), "train"], 3),
-        ([sys.executable, "-m", "visft_ds", "train"], 3),
-        ([*deepspeed, "--module", "visft_ds.launch"], 3),
-        ([*deepspeed, "--module", "visft_ds", "train"], 3),
+        ([str(installed.site / "bin/visft"), "train"], 2),
+        ([sys.executable, "-m", "visft_ds", "train"], 2),
+        ([*deepspeed, "--module", "visft_ds.launch"], 2),
+        ([*deepspeed, "--module", "visft_ds", "train"], 2),
         ([*torchrun, "-m", "visft_ds.launch"], 1),
     ):
         said = installed.run([*start, *DRY], code)
-        assert "8 -> 24 by ds_configs/models/debug.json (override)" in said and "visft shards build" in said, start
-    assert "type: visft train" in installed.run([sys.executable, "-m", "visft_ds.train"], 2)
-
-
-@pytest.mark.slow
-def test_a_small_demo_runs_from_it(installed: Installed) -> None:
-    settings = {"total_num_steps": 4, "warmup_num_steps": 1}
-    words = [word for name, value in settings.items() for word in ("--set", f"scheduler.params.{name}={value}")]
-    said = installed.visft("demo", "--train", "40", "--val", "8", *words)
-    assert "[10/10] report" in said and (installed.empty / "demo/report.html").is_file()
-    commands = [line for line in said.splitlines() if line.startswith("  $ ")]
-    assert len(commands) == 9 and not any(".py" in line or str(ROOT) in line.split("-m", 1)[1] for line in commands)
-    assert "--stage 2" in installed.visft("ablate", "heads", "--dry-run")
-    assert "fits" in installed.visft("plan", "--cluster", "8xA100-80GB", "--model", "eva_e", "--stage", "2")
+        assert "what trains" in said and "visft shards build" in said, start

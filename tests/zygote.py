@@ -24,7 +24,6 @@ import numpy as np
 import tensorboard.summary  # noqa: F401
 from deepspeed.ops import __compatible_ops__  # noqa: F401 - asks a compiler
 
-import visft_ds.parallel.build
 import visft_ds.parallel.pipeline
 import visft_ds.train  # noqa: F401
 

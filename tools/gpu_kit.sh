@@ -12,7 +12,7 @@ platforms=(--platform manylinux1_x86_64 --platform manylinux2014_x86_64)
 for libc in 17 24 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${libc}_x86_64"); done
 "$python" -m pip download --quiet --only-binary=:all: --implementation cp --python-version "$version" "${platforms[@]}" \
     --dest "$folder" einops faster-coco-eval hjson isal msgpack ninja orjson packaging psutil py-cpuinfo 'pydantic>=2.8' \
-    rich safetensors scipy simplejpeg tqdm
+    pytest pytest-timeout pytest-xdist safetensors scipy simplejpeg tqdm
 rm -f "$folder"/numpy-*.whl # torch's own stays
 # Without its CUDA operators, of which none is used, DeepSpeed is a package of plain Python.
 deepspeed=deepspeed$(sed -n 's/^DEEPSPEED = "\(.*\)"$/\1/p' visft_ds/__init__.py)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from visft_ds.predict.results import Prediction as Prediction
     from visft_ds.train import FitResult as FitResult
 
-__version__ = "0.2.0"  # setup.py reads these two lines without an import
+__version__ = "0.2.0"  # pyproject.toml reads it without an import
 
 #: The engine and the checkpoints use private names of exactly these releases.
 DEEPSPEED = ">=0.19.8,<0.20"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
-from visft_ds.config.cli import DEFAULT_ENGINE, RESUME, fetch_weights, resolve_with_data
+from visft_ds.config.cli import DEFAULT_ENGINE, KEYS, RESUME, fetch_weights, resolve_with_data
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
@@ -50,7 +50,7 @@ def fit(
         data: folder or URL of the shards.
         out: run folder.
         settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
-        resume: "auto" goes on from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
         callbacks: listeners to the run.
 
     Raises:
@@ -62,6 +62,7 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
+    folders = {"data": data, "out": out}
     if isinstance(settings, Mapping):
         settings = [_text(key, value) for key, value in settings.items()]
     if config is None:
@@ -71,15 +72,14 @@ def fit(
             engine=engine,
             backbone=None if backbone is None else os.fspath(backbone),
             download=download,
-            data=data,
-            out=out,
+            flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
             settings=settings,
         )
     elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
         raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
     else:
-        folders = {"visft.data.root": data, "visft.run.out": out}
-        config = changed(config, [*(_text(key, at) for key, at in folders.items() if at is not None), *settings])
+        given = [_text(KEYS[name], at) for name, at in folders.items() if at is not None]
+        config = changed(config, [*given, *settings])
     if download:
         fetch_weights(config)
     missing = missing_inputs(config)
@@ -87,15 +87,16 @@ def fit(
         raise ValueError(render_missing(missing))
 
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.engine import environment_as_found
     from visft_ds.train import train
 
     distributed.keep_open()
+    launched = "LOCAL_RANK" in os.environ
     gc.collect()  # a run that failed before may still hold its model: in a cycle, which only this breaks
     try:
-        with environment_as_found():
-            return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
+        return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
     finally:
+        if not launched:  # a program that is started later must not think that a launcher started it
+            os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
 

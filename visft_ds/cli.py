@@ -23,19 +23,19 @@ class Program(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Program("visft_ds.demo", "the whole way in small: drawings, both stages, evaluation, report"),
+    "demo": Program("visft_ds.demo", "the full pipeline at small scale: drawings, both stages, evaluation, report"),
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
-    "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),
+    "supervise": Program("visft_ds.resilience.supervisor", "restart a training that was lost"),
     "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions; `evaluate benchmarks`: out of domain"),
-    "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for images of your own"),
+    "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for your own images"),
     "report": Program("visft_ds.evals.cli", "a page about one run, or several side by side", "report"),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
-    "plan": Program("visft_ds.planner.command", "does a configuration fit a cluster, and how fast is it there?"),
+    "plan": Program("visft_ds.planner.command", "predict memory and time of a training on a cluster"),
     "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
     "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
-    "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
+    "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
 #: Those that several processes do together.
 PARALLEL = ("train", "evaluate", "profile")
@@ -62,15 +62,17 @@ def _run(words: list[str]) -> int:
         print(f"visft {__version__}")
         return 0
     if not words or words[0] not in COMMANDS:
-        print(_refusal(words), file=sys.stderr)
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
+        hint = f" did you mean {near[0]}?" if near else ""
+        refusal = f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _usage()
+        print(refusal, file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
     if words[0] in PARALLEL and words[0] != "train" and "RANK" not in os.environ:
         try:
             others, count = without_num_gpus(words)
         except ValueError as error:
-            print(f"visft {words[0]}: {error}", file=sys.stderr)
-            return 2
+            return tell(error, f"visft {words[0]}")
         if count is not None:
             return start_ranks(others, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))
@@ -81,22 +83,13 @@ def _usage() -> str:
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         (
-            "usage: visft COMMAND ...          visft COMMAND --help tells its flags",
+            "usage: visft COMMAND ...          visft COMMAND --help lists its flags",
             "",
             *lines,
             "",
-            "`python -m visft_ds COMMAND` is the same. On the GPUs of this machine:",
-            f"  visft train --num_gpus 8 --stage 2        likewise {', '.join(PARALLEL[1:])}",
-            "or through a launcher, also on several machines:",
-            "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2        torchrun -m visft_ds.launch --stage 2",
+            f"On the GPUs of this machine: visft train --num_gpus 8 --stage 2, likewise {', '.join(PARALLEL[1:])}.",
+            "Through a launcher, also on several machines (torchrun -m takes the same modules):",
+            "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2",
             "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
         )
     )
-
-
-def _refusal(words: Sequence[str]) -> str:
-    if not words:
-        return _usage()
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-    hint = f" did you mean {near[0]}?" if near else ""
-    return f"visft: no command {words[0]!r};{hint} visft --help lists them"

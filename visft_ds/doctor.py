@@ -79,21 +79,19 @@ def check_packages() -> Iterator[Finding]:
     """Compare the requirements of setup.py with the installed packages."""
     from packaging.requirements import Requirement
 
-    versions = {name: _version(name) for name in ("visft_ds", "torch", "deepspeed")}
-    if versions["visft_ds"] is None:
+    if _version("visft_ds") is None:
         yield Finding(WARNING, "packages", f"visft_ds itself is not installed: {install_command()}")
+        return
+    needed = [Requirement(text) for text in importlib.metadata.requires("visft_ds") or []]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    found = {str(one): _version(one.name) for one in needed}
+    wrong = [one for one in needed if not one.specifier.contains(found[str(one)] or "0", prereleases=True)]
+    if wrong:
+        told = "; ".join(f"{one} (here: {found[str(one)] or 'not installed'})" for one in wrong)
+        yield Finding(PROBLEM, "packages", f"{told}. {install_command()} brings the right ones")
     else:
-        needed = [Requirement(text) for text in importlib.metadata.requires("visft_ds") or []]
-        wrong = [
-            f"{one} (here: {_version(one.name) or 'not installed'})"
-            for one in needed
-            if (one.marker is None or one.marker.evaluate({"extra": ""}))
-            and not one.specifier.contains(_version(one.name) or "0", prereleases=True)
-        ]
-        if wrong:
-            yield Finding(PROBLEM, "packages", f"{'; '.join(wrong)}. {install_command()} brings the right ones")
-    for name, version in versions.items():
-        yield Finding(OK, name, version) if version else Finding(PROBLEM, name, f"not installed: {install_command()}")
+        told = f"torch {_version('torch')}, deepspeed {_version('deepspeed')}"
+        yield Finding(OK, "packages", f"all {len(needed)} that visft_ds asks for; {told}")
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ from visft_ds import CHECKOUT, program
 
 _UNKNOWN = "unrecognized arguments: "
 #: Packages of the extra `eval`, as they are imported.
-EVAL = ("open_clip", "sklearn")
+EVAL = ("open_clip", "sklearn", "matplotlib")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

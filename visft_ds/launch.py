@@ -5,13 +5,12 @@ Torch and DeepSpeed are imported only when the run can really start.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from visft_ds import program
-from visft_ds.config import ResolvedConfig, derive_batches, missing_inputs, render_missing
+from visft_ds.config import derive_batches, missing_inputs, render_missing
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.resilience.errors import RankError, exit_code, tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
@@ -22,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 trained to the end, as `Stop.status` after a stop, else `exit_code`."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        ranked = {name: _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
-        rank, world_size = ranked["RANK"], ranked["WORLD_SIZE"]
-        _number("MASTER_PORT", 0)
+        rank, world_size, _ = (_number(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 0)))
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
-        options, config, missing = _prepared(words)
+        options, config = resolve_arguments(words)
+        lacking = missing_inputs(config)
+        missing = render_missing(lacking) if lacking else ""
         if options.dry_run:
             from visft_ds.run.start_report import print_dry_run
 
@@ -47,13 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         return tell(error)
-
-
-def _prepared(words: Sequence[str]) -> tuple[argparse.Namespace, ResolvedConfig, str]:
-    """The arguments, the configuration that they name, and which of its inputs are missing."""
-    options, config = resolve_arguments(words)
-    missing = missing_inputs(config)
-    return options, config, render_missing(missing) if missing else ""
 
 
 def _number(name: str, default: int) -> int:

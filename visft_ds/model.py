@@ -18,8 +18,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
-from visft_ds.ops import no_autocast
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import autocast_to, to_device
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion
 
@@ -200,7 +199,7 @@ class MultiTaskModel(nn.Module):
     ) -> dict[str, Any]:
         """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
         # Heads and losses stay in float32 whatever the backbone computes in.
-        with no_autocast(features.device):
+        with autocast_to(features.device, None):
             if loss_denominators is None:
                 wanted = batch.tasks or tuple(self.heads)
                 predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}

@@ -14,8 +14,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import PreparedModel, prepare_model
@@ -55,7 +54,7 @@ class FitResult:
 
     out: Path  #: the run folder
     step: int  #: optimiser steps done, those of earlier starts included
-    finished: bool  #: trained to the end or early stopping, and exported; else the same call goes on
+    finished: bool  #: trained to the end or early stopping, and exported; else the same call continues
     stopped: Stop  #: why it ended before everything was done; `Stop.NOT`: it was done
     metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
@@ -129,7 +128,7 @@ def train(
             prepared,
             machine.deepspeed_config,
             config.optimizer.params,
-            Schedule.of(config.scheduler, config.total_steps),
+            Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
@@ -180,7 +179,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         state.export(state.take_best(step, log), prepared)
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
-    stopped = Stop.NOT if complete else Stop(distributed.largest(run.stop.reason, run.engine.device))
+    stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
     distributed.close()
     watchdog.leave()
     # After closing: the other ranks need not wait for the last numbers.
@@ -224,9 +223,9 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
         counts = counts_of(engine.module, batches)
-        agreement = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
+        summed, asked_to_stop = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
+        loss_denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
@@ -234,7 +233,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             if guard.ends:
                 begin(f"step {step}: looking for the first value that is not finite")
                 message += first_non_finite(engine, step - 1, batches, loss_denominators, report)
-            log.writer.event(step, guard.event, details=message)
+            log.writer.event(step, "bad step", details=message)
             if guard.ends:
                 state.report_saves(log, wait=True)  # the last good checkpoint may be on its way
                 guard.stop(message, state.saver.saved)
@@ -242,7 +241,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
 
         seconds = time.perf_counter() - began
         log.step(step_plan, report, seconds=seconds, wait_seconds=run.loader.wait_seconds, device=engine.device)
-        stopping = agreement.stop
+        stopping = asked_to_stop
         if step == total_steps or stopping or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)

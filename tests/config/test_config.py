@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from visft_ds.config import (
     ResolvedConfig,
@@ -70,19 +68,6 @@ def test_unreadable_file(tmp_path: Path, text: str) -> None:
 )
 def test_values_of_set_are_json_or_text(text: str, value: Any) -> None:
     assert parse_assignment(f"a={text}") == ("a", value)
-
-
-def test_set_reaches_defaults_lists_and_null_objects() -> None:
-    config = debug(
-        "visft.data.num_workers=9",
-        "visft.param_groups.0.lr=0.5",
-        "visft.model.overrides.depth=2",
-        "visft.seed=1",
-        "visft.seed=2",
-    )
-    assert config.visft.data.num_workers == 9 and config.visft.param_groups[0].lr == 0.5
-    assert config.visft.model.backbone_options()["depth"] == 2
-    assert config.visft.seed == 2  # the last one counts
 
 
 @pytest.mark.parametrize(
@@ -207,21 +192,6 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
         assert changed.fingerprint() != base.fingerprint(), other
         assert len(identity_differences(base.identity(), changed.identity())) == 1
     assert identity_differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == ['b: 2 -> "(absent)"', 'c: "(absent)" -> 3']
-
-
-@settings(deadline=None)
-@given(share=st.integers(1, 40), micro=st.integers(1, 12), world=st.integers(1, 9))
-def test_batches_divide_evenly_and_accumulate_as_little_as_possible(share: int, micro: int, world: int) -> None:
-    config = debug(
-        "visft.tasks=detection",
-        f"visft.tasks.detection.batch_size={share * world}",
-        f"visft.tasks.detection.micro_batch={micro}",
-    )
-    batches = derive_batches(config, world)
-    assert batches.dp * batches.accumulation * batches.micro["detection"] == share * world
-    assert batches.micro["detection"] <= micro
-    fewer = [a for a in range(1, batches.accumulation) if share % a == 0]
-    assert all(share // a > micro for a in fewer)
 
 
 def test_batches_that_do_not_divide_name_what_does() -> None:

@@ -115,6 +115,13 @@ def _other_version(path: Path) -> None:
     path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
 
 
+def _other_samples(path: Path) -> None:
+    """As many samples as the index has, but in one shard."""
+    content = json.loads(path.read_text())
+    content["shards"] = [{**content["shards"][0], "count": 12}]
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "word"),
     [
@@ -129,6 +136,7 @@ def _other_version(path: Path) -> None:
         ("toy.manifest.json", lambda path: path.write_text('{"format": 1}'), "manifest"),
         ("toy.manifest.json", lambda path: path.write_text(path.read_text().replace("toy-", "../")), "shards"),
         ("toy.manifest.json", _other_version, "version 3"),
+        ("toy.manifest.json", _other_samples, "belong"),
     ],
 )
 def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], None], word: str) -> None:

@@ -202,7 +202,7 @@ def test_the_kept_wide_weight_computes_what_a_new_one_does(
 ) -> None:
     backbone = _frozen_but_adapters(targets=targets)
     with monkeypatch.context() as patch:
-        patch.setattr(ops.WideWeight, "takes", lambda *_: False)
+        patch.setattr(ops.WideWeight, "beside", lambda *_: None)
         made_anew = _trained(backbone, images)
     assert all(layer.weight.is_contiguous() for layer in lora_layers(backbone).values())
     names, values = list(backbone.state_dict()), {n: v.clone() for n, v in backbone.state_dict().items()}

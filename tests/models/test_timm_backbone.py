@@ -15,11 +15,9 @@ from tests.random_tower import adapter_of, fold_adapters, header_of, move_adapte
 from tests.random_tower import merge as merged_by_tool
 from tools.merge_lora import main
 from visft_ds.config.schema import ModelConfig
-from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.layouts import load_backbone, model_of, open_backbone
-from visft_ds.interop.peft_folder import WEIGHTS
-from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import check_reached, inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -213,25 +211,6 @@ def test_peft_computes_it(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
 
 
-def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:
-    """Its rows come first: only the length of the fused layer tells them from all rows."""
-    backbone = _adapted("test_vit", targets=("q",))
-    adapter = adapter_of(backbone, targets=("q",))
-    written = load_file(save_adapter(adapter, tmp_path / "adapter") / WEIGHTS)
-    a, b = (written[f"base_model.model.blocks.0.attn.qkv.lora_{part}.weight"] for part in "AB")
-    weight = backbone.get_parameter("blocks.0.attn.qkv.weight")
-    assert b.shape == (len(weight), 3) and not b[len(weight) // 3 :].any()
-    assert torch.allclose(adapter.delta("blocks.0.attn.qkv.weight"), 0.5 * (b @ a), atol=1e-6)
-
-
-def test_our_own_file_of_an_adapter_is_no_lora_of_visft(tmp_path: Path) -> None:
-    adapter = adapter_of(_adapted("test_vit", targets=("q", "v")), targets=("q", "v"))
-    file = save_adapter(adapter, tmp_path / "adapter") / FILE
-    assert read_adapter(file).model["preset"] == "timm:test_vit"
-    save_file({f"visual.{name}": value for name, value in load_file(file).items()}, tmp_path / "other.safetensors")
-    assert read_adapter(tmp_path / "other.safetensors").model["preset"] == "debug"
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -286,19 +265,6 @@ def test_timm_loads_the_folder_by_itself(
             assert relative(_map_of(model, images), ours(images)) < TOLERANCE
         if classes:
             assert torch.equal(loaded.get_classifier().weight, whole.get_classifier().weight)
-
-
-def test_a_base_without_what_timms_model_has_is_said_to_be_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A backbone that trained itself is written without the norm that ConvNeXt has behind its feature map."""
-    base, ours = tmp_path / "base.safetensors", _adapted("test_convnext")
-    save_tensors(base, build_timm("test_convnext").state_dict(), {})
-    folder = save_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
-    out = tmp_path / "out"
-    assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out)]) == 0
-    assert "head.norm.weight" in capsys.readouterr().out
-    assert not (out / "config.json").exists()
 
 
 def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ LOSSES = {"captioning": 2.34567, "detection": 12.3456, "segmentation": 23.4567}
 
 def values(seconds: float = 0.5) -> dict[str, float]:
     speeds = {"images_per_second": 32 / seconds, "data_wait_seconds": 0.05}
-    return {"lr/lora": 1e-3, "gradient_norm": 3.25, "memory/peak_gib": 1.5, **speeds}
+    return {"lr/lora": 1e-3, "grad_norm": 3.25, "memory/peak_gib": 1.5, **speeds}
 
 
 def test_a_plan_is_aligned_text_and_no_line_is_too_long() -> None:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visft_ds.ops import interpreted
 from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.triton_lora import INTERPRETED
 
-assert interpreted(), "run by tests/ops/test_triton.py"
+assert INTERPRETED, "run by tests/ops/test_triton.py"
 
 #: Relative error in the Frobenius norm. fp32: sums of a hundred terms; 16 bit: u and each result are rounded once.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from visft_ds.ops.numerics import use_numerics
+from visft_ds.ops import use_numerics
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

@@ -2,7 +2,7 @@
 
 One rank (see `test_packed_engines.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.packed_case OUT.pt ENGINE STAGE:OPTION [STAGE:OPTION ...]
-ENGINE is one of ds_configs, or pipeline2. OPTION is packed, padded, or compiled (padded, blocks through torch.compile).
+ENGINE is one of ds_configs. OPTION is packed, or compiled (padded, blocks through torch.compile).
 The main process writes all results.
 """
 
@@ -20,17 +20,13 @@ from tests.parallel import engine_case as case
 from tests.parallel import pipeline_case
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import LossDenominators
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import start_process_group
 
 #: (height, width) of the images of a step: every micro-batch has two sizes.
 SIZES = ((56, 112), (112, 56), (28, 112), (84, 70))
 ORDER = (("detection",), ("segmentation",), case.TASKS, ("captioning",), ("detection",))
 MICRO = 2
-
-
-def compilations() -> tuple[int, int]:
-    """Graphs that this process has compiled so far, and places where a graph had to be broken up."""
-    counters = torch._dynamo.utils.counters
-    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
 @contextmanager
@@ -60,53 +56,30 @@ def mixed_sizes() -> Iterator[None]:
 
 
 def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
-    """This rank's micro-batches of a step; in a pipeline as far as its stage reads them."""
-    from visft_ds.parallel import distributed
-
+    """This rank's micro-batch of a step."""
+    first = distributed.rank() * MICRO
     whole = case.loss_denominators(engine.module, case.global_batch(step, ORDER), case.GLOBAL_BATCH // MICRO)
-    if not hasattr(engine, "place"):
-        first = distributed.rank() * MICRO
-        return [case.part(step, first, first + MICRO, ORDER)], whole
-    batches = [case.part(step, first, first + MICRO, ORDER) for first in range(0, case.GLOBAL_BATCH, MICRO)]
-    if engine.place.role == "images":
-        return [replace(batch, targets={}) for batch in batches], {}
-    return [replace(batch, images=torch.zeros((MICRO, 3, 0, 0), dtype=torch.uint8)) for batch in batches], whole
-
-
-def start(engine_name: str, stage: int, option: str) -> Any:
-    """The engine over the tiny model."""
-    if engine_name == "pipeline2":
-        plain = pipeline_case.pipeline_config
-        pipeline_case.pipeline_config = lambda *given: {**plain(*given), "gradient_accumulation_steps": 2}
-        engine = pipeline_case.build_engine(stage, "fp32", 2)
-        pipeline_case.pipeline_config = plain
-    else:
-        engine = case.start_engine(stage, engine_name, "fp32", accumulation=1)
-    engine.module.packed = option == "packed"
-    if option == "compiled":
-        engine.module.backbone.compile_blocks(backend="aot_eager")
-    return engine
+    return [case.part(step, first, first + MICRO, ORDER)], whole
 
 
 def one_run(engine_name: str, name: str) -> dict[str, Any]:
     """What STAGE:OPTION asks for, and in a packed run what is predicted for images that lie in one batch."""
-    from visft_ds.parallel import distributed
-
     stage, option = name.split(":")
     with mixed_sizes():
-        engine = start(engine_name, int(stage), option)
+        engine = case.start_engine(int(stage), engine_name, "fp32", accumulation=1)
+        engine.module.packed = option == "packed"
+        if option == "compiled":
+            engine.module.backbone.compile_blocks(backend="aot_eager")
         results = case.run_steps(engine, 0, len(ORDER), None, fed)
         if option == "packed":
             outputs = engine.predict(replace(case.global_batch(distributed.rank(), ORDER), targets={}))
             results["predicted"] = distributed.gather_objects(pipeline_case.tensors_of(outputs))
-    return {**results, "compilations": compilations()}
+    counters = torch._dynamo.utils.counters
+    return {**results, "compiled": (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))}
 
 
 def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     """One rank of all runs."""
-    from visft_ds.parallel import distributed
-    from visft_ds.parallel.engine import start_process_group
-
     torch.set_num_threads(1)
     start_process_group()
     results = {name: one_run(engine_name, name) for name in names}

@@ -136,10 +136,11 @@ def predicted(engine: Any) -> list[Any]:
 
 
 def tensors_of(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """ "task/name" -> tensor of each head's output."""
+    """ "task/name" -> tensor of each head's answer."""
+    answers = {task: output.last() if hasattr(output, "last") else output for task, output in outputs.items()}
     return {
         f"{task}/{name}": value
-        for task, output in outputs.items()
+        for task, output in answers.items()
         for name, value in vars(output).items()
         if isinstance(value, torch.Tensor)
     }

@@ -51,10 +51,9 @@ def engine_of(
     config: ResolvedConfig, prepared: PreparedModel, for_deepspeed: dict[str, Any], partition: Partition | None = None
 ) -> Engine:
     """The engine that a run of this configuration has."""
-    from visft_ds.parallel.build import build_engine
-    from visft_ds.parallel.engine import Schedule
+    from visft_ds.parallel.engine import Schedule, build_engine
 
-    schedule, seed = Schedule.of(config.scheduler, config.total_steps), config.visft.seed
+    schedule, seed = Schedule(config.scheduler, config.total_steps), config.visft.seed
     return build_engine(prepared, for_deepspeed, config.optimizer.params, schedule, seed=seed, partition=partition)
 
 
@@ -66,7 +65,7 @@ def precision_of(config: ResolvedConfig) -> Precision:
 
 def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
     """Names of what is not bit for bit what one process has, or not trained as there. Collective."""
-    from visft_ds.parallel.state import _gathered
+    from visft_ds.parallel.state import gathered
 
     plain, ours = prepare(config, HOST), prepare(config, placement)
     found = []
@@ -74,7 +73,7 @@ def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
         parameter = ours.module.get_parameter(name)
         if parameter.is_meta:
             continue
-        value = _gathered(parameter)
+        value = gathered(parameter)
         same = value.dtype == expected.dtype and torch.equal(value, expected)
         if not same or parameter.requires_grad != expected.requires_grad:
             found.append(name)
@@ -123,9 +122,9 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
         files = export.export_weights(
             engine,
             folder,
+            prepared,
             lora=None,
             infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
-            base=prepared.base,
         )
     finally:
         export.gather_parameters = original

@@ -15,6 +15,8 @@ from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
 from tests.parallel.test_pipeline import runs
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def plain(stage: int, *, parts: int) -> dict[str, Any]:
     with mixed_sizes():
@@ -23,13 +25,8 @@ def plain(stage: int, *, parts: int) -> dict[str, Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(("zero1", ["2:packed", "2:compiled"]), id="zero1", marks=pytest.mark.slow),
-        pytest.param(("zero1", ["1:packed"]), id="zero1-heads", marks=pytest.mark.slow),
-        pytest.param(("zero2", ["2:packed", "2:compiled"]), id="zero2", marks=pytest.mark.slow),
-        pytest.param(("zero3", ["1:packed", "2:packed"]), id="zero3", marks=pytest.mark.slow),
-        pytest.param(("pipeline2", ["2:compiled"]), id="pipeline2", marks=pytest.mark.slow),
-    ],
+    params=[("zero1", ["1:packed", "2:packed", "2:compiled"]), ("zero3", ["1:packed", "2:packed"])],
+    ids=["zero1", "zero3"],
 )
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     engine, names = request.param
@@ -66,5 +63,5 @@ def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str,
 def test_compiled_blocks_are_whole_and_few(trained: dict[str, dict[str, Any]]) -> None:
     """Five steps of two shapes a rank: an input with a gradient and one without, forward only once each."""
     for run in runs(trained, "compiled").values():
-        graphs, breaks = run["compilations"]
+        graphs, breaks = run["compiled"]
         assert graphs <= 4 and breaks == 0

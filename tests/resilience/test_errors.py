@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from visft_ds.resilience.errors import LostRank, RankError, RanksDiffer, tell
+from visft_ds.resilience.errors import LostRank, RankError, tell
 
 CODES = {
     ValueError("a typo"): 2,
     OSError(28, "No space left"): 2,
     RankError("crc32"): 2,
     FloatingPointError("nan"): 4,
-    RanksDiffer("seeds"): 2,
     LostRank("rank 1 was killed"): 3,
     RuntimeError("Connection closed by peer [127.0.0.1]:4242"): 3,
 }

@@ -12,7 +12,8 @@ import torch
 from tests.ranks import finish, start_ranks
 from tests.tiny import command
 from visft_ds.data.samples import Batch
-from visft_ds.resilience.memory import OutOfMemory, largest_shape, memory_explained
+from visft_ds.resilience.errors import RankError
+from visft_ds.resilience.memory import largest_shape, memory_explained
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.detection.data import DetectionTargets
 
@@ -29,7 +30,7 @@ ERRORS = [
 
 def message(error: BaseException, device: str = "cpu") -> str:
     explained = memory_explained("step 7 (detection)", "detection", [], torch.device(device))
-    with pytest.raises(OutOfMemory) as raised, explained:
+    with pytest.raises(RankError) as raised, explained:
         raise error
     return str(raised.value)
 

@@ -11,7 +11,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.run.recompute_case import configured, needs, planned
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.resilience import host_memory
+from visft_ds.resilience import memory
 from visft_ds.run import machine
 from visft_ds.run.record import write_run
 
@@ -75,10 +75,10 @@ def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.
         (folder / "memory.max").write_text(limit + "\n", encoding="utf-8")
     own = tmp_path / "cgroup"
     own.write_text("0::/slurm/job_7/step_0\n", encoding="utf-8")
-    monkeypatch.setattr(host_memory, "_OWN_GROUP", own)
-    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Memory())
-    assert host_memory.host_memory() == 8 * 2**30
+    monkeypatch.setattr(memory, "_OWN_GROUP", own)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Memory())
+    assert memory.host_memory() == 8 * 2**30
     monkeypatch.setenv("LOCAL_SIZE", "2")
     assert machine.memory_of(CPU) == int(0.8 * 8 * 2**30) // 2
 

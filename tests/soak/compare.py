@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from visft_ds.checkpoint.format import newest_checkpoint, saved_steps
+from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.run.folder import locked
 
@@ -51,7 +52,11 @@ def _of_checkpoints(reference: Path, run: Path, total_steps: int) -> Iterator[st
 
 def _of_exports(reference: Path, run: Path) -> Iterator[str]:
     expected, found = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        {
+            path.relative_to(root): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file() and path.name != EXPORT_RECORD_FILE  # says when and where
+        }
         for root in (reference, run)
     )
     for path in sorted(expected.keys() ^ found.keys()):

@@ -73,17 +73,6 @@ def test_losses_of_a_prediction_that_is_known() -> None:
     assert criterion.weights == {"ce": 1.0, "l1": 5.0, "giou": 2.0}
 
 
-def test_degenerate_boxes_give_finite_gradients() -> None:
-    """A predicted and a wanted box without area at the same point: 0/0 in the usual formula."""
-    boxes = torch.tensor([[[[0.5, 0.5, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]]]], requires_grad=True)
-    targets = DetectionTargets(boxes.detach()[0, 0, :1], torch.tensor([1]), torch.tensor([1]))
-    criterion = criterion_of("detection", num_queries=2, decoder_layers=1)
-    output = DetectionOutput(torch.zeros(1, 1, 2, 7), boxes)
-    losses = criterion(output, targets, denominators("detection", criterion, targets))
-    (losses["l1"] + losses["giou"]).backward()
-    assert boxes.grad is not None and torch.isfinite(boxes.grad).all()
-
-
 def test_postprocess() -> None:
     """Pixels of the stored image (not square), raw ids, never "no object", and no result for a repeated image."""
     logits = torch.full((1, 2, 2, 7), -20.0)

@@ -12,7 +12,6 @@ from typing import Any
 from visft_ds.launch import main
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.pipeline import PipelineEngine
 
 
 def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
@@ -33,9 +32,8 @@ def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
 
 if __name__ == "__main__":
     first, last, factor, rank = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-    for engine_kind in (Engine, PipelineEngine):
-        _disturb(
-            engine_kind,
-            lambda step: factor if first <= step <= last and rank in ("all", str(distributed.rank())) else 1.0,
-        )
+    _disturb(
+        Engine,  # a pipeline has its `train_step`
+        lambda step: factor if first <= step <= last and rank in ("all", str(distributed.rank())) else 1.0,
+    )
     sys.exit(main(sys.argv[5:]))

@@ -71,7 +71,7 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     assert record["config"]["visft"]["lora"]["targets"] == list(known.lora.targets if known.lora else ())
     assert evaluate(tmp_path / "2", data=str(shards), split="train", limit=2).metrics
     named: dict[str, Any] = {"backbone": f"timm:{name}", "heads": first.export, "tasks": ["detection"]}
-    assert evaluate(**named, data=str(shards), split="train", limit=2, image_size=64).metrics
+    assert evaluate(**named, data=str(shards), split="train", limit=2).metrics
 
     merged = tmp_path / "merged"
     assert merge(["--adapter", str(tmp_path / "2"), "--out", str(merged), "--verify"]) == 0

@@ -115,11 +115,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
-    """Delete the checkpoints of these steps, oldest first.
-
-    Raises:
-        OSError: one that cannot be deleted.
-    """
+    """Delete the checkpoints of these steps, oldest first. Raises OSError for one that cannot be deleted."""
     for step in sorted(steps):
         try:
             remove_folder(checkpoint_path(folder, step), _temporary(folder, step))

@@ -129,8 +129,7 @@ class Saver:
     def save(self, step: int, gather: Callable[[ToHost], EngineState | None]) -> None:
         """Take a snapshot and hand it to the thread. Collective: `gather` gives the state on the main process.
 
-        Raises:
-            OSError: the save before this one failed.
+        Raises OSError if the save before this one failed.
         """
         began = time.perf_counter()
         self._join()
@@ -145,8 +144,7 @@ class Saver:
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
         """Saves that are on disk by now and were not returned before; with `wait`, all of them.
 
-        Raises:
-            OSError: a save failed; its earlier checkpoints are still there.
+        Raises OSError if a save failed; earlier checkpoints are still there.
         """
         if wait or (self._writing is not None and self._writing.done()):
             self._join()

@@ -74,10 +74,7 @@ class Named:
         if path.is_file() or name is None:
             return path
         if not download:
-            raise ValueError(
-                f"{name} is not in the hub's cache: --download fetches it and says its size and licence before; or "
-                "give a file"
-            )
+            raise ValueError(f"{name} is not in the hub's cache: --download fetches it; or give a file")
         return fetch(name)
 
 
@@ -124,11 +121,8 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tup
         model = found.recipe or _nearest(found)
     if model in available("models") and all(_model_file(model).get(key) == found.model[key] for key in found.model):
         return model, {}
-    given = {"name": found.name} if found.name is not None else {}
-    return model, {
-        f"--backbone {found.text} ({key})": (f"visft.model.{key}", value)
-        for key, value in {**given, **found.model}.items()
-    }
+    values = found.model if found.name is None else {"name": found.name, **found.model}
+    return model, {f"--backbone {found.text} ({key})": (f"visft.model.{key}", value) for key, value in values.items()}
 
 
 def _keys(preset: str, weights: str | None, image_size: int | None = None) -> dict[str, Any]:
@@ -163,11 +157,8 @@ def _described(path: Path, text: str, weights: str) -> dict[str, Any]:
 
 def _nearest(found: Named) -> str:
     """The file in ds_configs/models, among those of published weights, whose backbone has the nearest name."""
-    presets = {
-        values["preset"]: name
-        for name in available("models")
-        if on_hub((values := _model_file(name))["weights"] or "") is not None
-    }
+    files = {name: _model_file(name) for name in available("models")}
+    presets = {values["preset"]: name for name, values in files.items() if on_hub(values["weights"] or "")}
     (near,) = difflib.get_close_matches(found.model["preset"], presets, n=1, cutoff=0.0)
     return presets[near]
 

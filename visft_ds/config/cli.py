@@ -19,7 +19,7 @@ from visft_ds.config.preflight import (
     tasks_without_labels,
     without_classes_of_data,
 )
-from visft_ds.config.resolve import AnyPath, ResolvedConfig, available, display, resolve, with_engine
+from visft_ds.config.resolve import ResolvedConfig, available, display, resolve, with_engine
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 from visft_ds.pretrained import fetch, local, on_hub
@@ -29,7 +29,9 @@ RESUME = ("auto", "must", "no")
 BACKBONE_HELP = "other weights: a file, timm:NAME, hf-hub:ORG/NAME, a name of ds_configs/models, a folder for timm"
 DOWNLOAD_HELP = "fetch weights that have a name and are not here, from the Hugging Face hub"
 #: Flag -> the key that it is a word for.
-_KEYS = {
+KEYS = {
+    "data": "visft.data.root",
+    "out": "visft.run.out",
     "heads": "visft.heads.path",
     "steps": "scheduler.params.total_num_steps",
     "lr": "optimizer.params.lr",
@@ -70,7 +72,7 @@ def build_parser() -> Command:
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
-    add("--trace", type=_numbers, metavar="FIRST:LAST", help="trace these steps for Perfetto (visft.run.trace)")
+    add("--trace", type=_steps, metavar="FIRST:LAST", help="trace these steps for Perfetto (visft.run.trace)")
     add("--resume", default="auto", choices=RESUME, help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
@@ -79,8 +81,11 @@ def build_parser() -> Command:
     return parser
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(":")]
+def _steps(text: str) -> list[int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text}: give the first and the last step, such as 20:25")
+    return [int(first), int(last)]
 
 
 def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ResolvedConfig]:
@@ -109,7 +114,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     others = ("model", "backbone", "deepspeed_config" if fork else "engine")
     if whole and (doubled := [f"--{name}" for name in others if getattr(given, name) is not None]):
         raise ValueError(f"{whole} is a complete configuration: leave out {' and '.join(doubled)}")
-    values = {name: value for name in _KEYS if (value := getattr(given, name)) is not None}
+    flags |= {f"--{name}": (key, value) for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
     config = resolve_with_data(
         stage=given.stage,
         model=given.model,
@@ -118,9 +123,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         download=given.download,
         recorded=fork and (with_engine(fork[0], given.engine), fork[1]),
         file=given.deepspeed_config,
-        data=given.data,
-        out=given.out,
-        flags=flags | {f"--{name}": (_KEYS[name], value) for name, value in values.items()},
+        flags=flags,
         settings=[*([] if given.tasks is None else [f"visft.tasks={given.tasks}"]), *given.set],
         batch_size=given.batch_size,
         epochs=given.epochs,
@@ -133,8 +136,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 def fetch_weights(config: ResolvedConfig) -> None:
     """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
     weights = config.visft.model.weights
-    name = None if weights is None or local(weights).is_file() else on_hub(weights)
-    if name is not None:
+    if weights is not None and not local(weights).is_file() and (name := on_hub(weights)):
         fetch(name)
 
 
@@ -145,10 +147,8 @@ def resolve_with_data(
     engine: str,
     backbone: str | None,
     download: bool,
-    data: AnyPath | None,
-    out: AnyPath | None,
+    flags: own.Flags,
     settings: Sequence[str],
-    flags: own.Flags | None = None,
     file: str | None = None,
     recorded: tuple[dict[str, Any], str] | None = None,
     batch_size: int | None = None,
@@ -166,12 +166,9 @@ def resolve_with_data(
     Raises:
         ValueError: as `resolve`; epochs of data whose number of images is not known yet.
     """
-    given = dict(flags or {})
-    folders = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
-    given |= {flag: (key, os.fspath(place)) for flag, (key, place) in folders.items() if place is not None}
-    whole = recorded is not None or file is not None
+    given, whole = dict(flags), recorded is not None or file is not None
     if not whole and stage is None:
-        if model not in (None, own.MODEL) or data is None:
+        if model not in (None, own.MODEL) or "--data" not in flags:
             raise ValueError("--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it")
         stage, model = 1, own.MODEL
     if backbone is not None:

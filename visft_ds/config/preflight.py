@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
-from visft_ds.files import read_bytes
+from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import BUILT_IN, config_class, entries
 
@@ -51,22 +50,21 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     data = config.visft.data
-    splits = [data.train, *([data.val] if config.visft.run.eval_every else [])]
-    absent = [split for split in splits if not (Path(data.root) / f"{split}.manifest.json").is_file()]
-    if absent and not is_url(data.root):
-        what, command = "shards (or name their folder with --data)", f"visft shards FOLDER --out {quote(data.root)}"
-        folder = data.root.rstrip("/")
-        if data.train not in absent:
+    wanted = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    there = (Path(data.root) / f"{data.train}.manifest.json").is_file()
+    if config.visft.run.eval_every and there:  # else the same command makes both
+        wanted.append((data.root, data.val))
+    for root, split in wanted:
+        manifest, folder = Path(root) / f"{split}.manifest.json", root.rstrip("/")
+        if is_url(root) or manifest.is_file():
+            continue
+        what, command = "shards (or name their folder with --data)", f"visft shards FOLDER --out {quote(root)}"
+        if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
         elif Path(folder).is_dir():
             what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
             command = f"visft shards {quote(folder)}"
-        yield Missing(what, ", ".join(f"{data.root}/{split}.manifest.json" for split in absent), command)
-    for one in data.sets:
-        manifest = Path(one.root) / f"{one.split}.manifest.json"
-        if not is_url(one.root) and not manifest.is_file():
-            command = f"visft shards FOLDER --out {quote(one.root)}"
-            yield Missing(f"shards of the data set {one.name}", str(manifest), command)
+        yield Missing(what, str(manifest), command)
 
 
 def is_url(place: str | Path) -> bool:
@@ -133,52 +131,36 @@ def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
     """
     data, tasks = config.visft.data, config.visft.tasks.enabled()
     recipe, found = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json", dict[str, tuple[str, None]]()
-    manifest = Path(data.root) / f"{data.train}.manifest.json"
-    counts, findings = _values(manifest, "counts"), _values(manifest, "findings")
-    run = Path(config.visft.run.out or "") / "run.json"
-    if not manifest.is_file() and run.is_file():  # the shards were moved along with the run
-        recorded = _values(run, "config", "visft", "tasks")
-        return {f"the run's beginning ({t})": (f"visft.tasks.{t}", None) for t in tasks if recorded.get(t, t) is None}
-    for task in tasks if counts and not data.sets else ():
+    manifest = {} if data.sets else _manifest(data.root, data.train)
+    for task in tasks if manifest else ():
         sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{task}.")}
         if recipe not in sources or any(source.startswith("--") for source in sources):
             continue
-        try:
-            lacks = config_class(task).lacks(counts, findings)
-        except (ValueError, TypeError, AttributeError):
-            return {}  # it is damaged: whoever opens it says so
+        with reading(f"{data.root}/{data.train}.manifest.json", "a manifest of shards"):
+            lacks = config_class(task).lacks(manifest["counts"], manifest.get("findings", {}))
         if lacks is not None:
             found[f"the data, which has no {lacks} ({task})"] = (f"visft.tasks.{task}", None)
     return found if len(found) < len(tasks) else {}
 
 
 def number_of_images(config: ResolvedConfig) -> int:
-    """Number of images of all training sets. Raises ValueError: shards not on this machine, or not readable."""
+    """Number of images of all training sets. Raises ValueError: shards that are not on this machine."""
     data, total = config.visft.data, 0
     for root, split in [(data.root, data.train), *((one.root, one.split) for one in data.sets)]:
-        shards = _values(Path(root) / f"{split}.manifest.json", "shards")
-        images = sum(shard.get("count", 0) for shard in shards if isinstance(shard, dict))
+        images = sum(shard["count"] for shard in _manifest(root, split).get("shards", ()))
         if not images:
             raise ValueError(f"--epochs needs shards in a folder of this machine, {root}/{split} is none: give --steps")
         total += images
     return total
 
 
-def _values(file: Path, *keys: str) -> Any:
-    """The object or list at the end of a chain of keys in a JSON file; empty where there is none, or no file."""
+def _manifest(root: str, split: str) -> dict[str, Any]:
+    """Content of a manifest; empty where there is none, or none that can be read: whoever opens it says so."""
     try:
-        value = _parsed(str(file), file.stat().st_mtime_ns)
-        for key in keys:
-            value = value[key]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = json.loads(read_bytes(Path(root) / f"{split}.manifest.json"))
+    except (OSError, ValueError):
         return {}
-    return value
-
-
-@cache
-def _parsed(file: str, written: int) -> Any:
-    """The JSON in a file, which is read once while a command starts. Raises OSError and ValueError."""
-    return json.loads(read_bytes(file))
+    return found if isinstance(found, dict) else {}
 
 
 def folder_of_run(place: Path) -> Path:
@@ -196,7 +178,7 @@ def without_classes_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded configuration of a run without the numbers of classes that its data decided."""
     found = copy.deepcopy(dict(values))
     data = found["visft"]["data"]
-    number = len(_values(Path(data["root"]) / f"{data['train']}.manifest.json", "categories"))
+    number = len(_manifest(data["root"], data["train"]).get("categories", ()))
     for name, task in found["visft"]["tasks"].items():
         if name in entries() and task is not None and "num_classes" in task["head"]:
             usual = config_class(name).model_fields["head"].default.num_classes
@@ -219,9 +201,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
         return [folder]
     values = folder / "parameters.safetensors"
     if values.is_file():
-        from safetensors import safe_open  # these cost what --help has not
-
-        from visft_ds.files import reading
+        from safetensors import safe_open  # it costs what --help has not
 
         with reading(values, "values of a checkpoint"), safe_open(values, framework="numpy") as file:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []

@@ -228,7 +228,7 @@ class RunConfig(Section):
     save_every: Positive = 500
     keep_last: Positive = 3  #: newest checkpoints kept
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
-    stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
+    patience: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
@@ -239,9 +239,7 @@ class RunConfig(Section):
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
-    requeue_code: Annotated[int, Field(ge=0, lt=126)] = (
-        85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
-    )
+    requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""
@@ -249,8 +247,8 @@ class RunConfig(Section):
             yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
         elif self.keep_best is not None and self.eval_every % self.save_every:
             yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
-        if self.stop_after and self.keep_best is None:
-            yield "stop_after", "needs a metric: set visft.run.keep_best"
+        if self.patience and self.keep_best is None:
+            yield "patience", "needs a metric: set visft.run.keep_best"
         if self.trace is not None and self.trace[0] > self.trace[1]:
             yield "trace", f"its first step {self.trace[0]} comes after its last, {self.trace[1]}"
 

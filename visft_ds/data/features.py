@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.files import reading
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
 VERSION = "2"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.features import View
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with all that a model needs on `device`; the host does not wait (`ops.copies.to_device`)."""
+        """The batch with all that a model needs on `device`; the host does not wait (`ops.to_device`)."""
         images, sizes = to_device(self.images, device), to_device(self.sizes, device)
         targets = {task: target.to(device) for task, target in self.targets.items()}
         views = None if self.views is None else tuple(view.to(device) for view in self.views)

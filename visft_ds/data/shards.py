@@ -118,11 +118,14 @@ class Manifest:
                 raise ValueError(f"its shards are not {tar_name(split, 0)} and so on")
             if not all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in (*manifest.shards, _index_of(manifest))):
                 raise ValueError("a digest is not a sha256")
+            counts = np.array([shard.count for shard in manifest.shards], dtype=np.int64)
         for shard in manifest.shards if remote is None else ():
             file = Path(root, shard.name)
             if not file.is_file() or file.stat().st_size != shard.bytes:
                 raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
-        if len(manifest.index) != len(manifest) or (remote is None and not _whole(manifest, _index_of(manifest))):
+        of, numbers = manifest.index["shard"], np.arange(len(counts))
+        same = len(of) == len(manifest) == counts.sum() and np.array_equal(of, np.repeat(numbers, counts))
+        if not same or (remote is None and not _whole(manifest, _index_of(manifest))):
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, check_extra
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
@@ -137,10 +137,12 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--benchmarks", type=Path, metavar="DIR", help="what visft evaluate benchmarks wrote")
     parser.add_argument("--out", type=Path, metavar="FILE", help="name it .html (default, of one run: RUN/report.html)")
     given = parser.parse_args(arguments)
-    from visft_ds.evals.report import report_runs
     from visft_ds.resilience.errors import tell
 
     try:
+        check_extra("visft report", "report", ["matplotlib"])
+        from visft_ds.evals.report import report_runs
+
         print(f"wrote {report_runs(given.runs, given.benchmarks, given.out)}")
     except (ValueError, OSError) as error:
         return tell(error, "report")

@@ -58,7 +58,7 @@ def charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
         ],
         "Learning rate and gradient": [
             _rates(histories),
-            _chart(histories, "gradient_norm", "gradient norm", "L2 norm, before clipping"),
+            _chart(histories, "grad_norm", "gradient norm", "L2 norm, before clipping"),
         ],
         "Speed and memory": [
             _chart(histories, "images_per_second", "images per second", "images/s", linear=True),

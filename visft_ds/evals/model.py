@@ -38,7 +38,6 @@ from visft_ds.interop.layouts import (
     MODEL,
     bases_of,
     described,
-    is_merged,
     load_backbone,
     model_in,
     model_of,
@@ -49,8 +48,7 @@ from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
-from visft_ds.ops import DTYPES
-from visft_ds.ops.numerics import use_numerics
+from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.pretrained import local, weights_among
@@ -236,7 +234,7 @@ def files_of_run(
     else:
         own_adapter = export / ADAPTER_FOLDER if (export / ADAPTER_FOLDER).is_dir() else None
         own_backbone = next((path for path in [export / TRAINED_BACKBONE_FILE] if path.is_file()), own_backbone)
-    if adapter is not None or (backbone is not None and is_merged(open_model(backbone))):
+    if adapter is not None or (backbone is not None and MERGED in open_model(backbone).metadata):
         own_adapter = _adapter_folder(adapter)
     backbone, heads = backbone or own_backbone, heads or own_heads or export
     absent = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
@@ -285,7 +283,7 @@ def _load_backbone(
         model["layers"] = adapter.model["layers"]
     backbone: Backbone = load_backbone(files.backbone, model, storage)
     facts = {"backbone": f"{files.backbone}: {described(model_of(backbone))}"}
-    facts["adapter"] = "merged into the weights" if is_merged(file) else "none"
+    facts["adapter"] = "merged into the weights" if MERGED in file.metadata else "none"
     trained_on = {f"the {task} head": info.extra.get("base_weights") for task, info in infos.items()}
     if adapter is not None:
         facts["adapter"], trained_on["the adapter"] = f"{files.adapter}: {adapter.describe()}", adapter.base
@@ -382,7 +380,7 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
-    if is_merged(open_model(backbone)):
+    if MERGED in open_model(backbone).metadata:
         raise ValueError(f"{backbone} has an adapter merged in, and {path} would count twice: leave it out")
     return read_adapter(path)
 

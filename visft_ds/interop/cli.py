@@ -40,33 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_argument_group("from")
-    source.add_argument("--base", metavar="NAME|FILE", help="weights the change comes on top of (a run knows its own)")
-    source.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
-    source.add_argument(
-        "--adapter",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form",
-    )
-    source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
-    out = parser.add_argument_group("to")
-    out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
-    out.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="timm",
-        help="full weights as a library names them, a graph (onnx), or the adapter alone (peft) (%(default)s)",
-    )
-    out.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
-    )
-    out.add_argument(
-        "--verify",
-        action="store_true",
-        help="timm, transformers, open_clip or onnxruntime loads the result; exit 1 if its outputs are not those of "
-        "base + adapter",
-    )
+    add = parser.add_argument
+    add("--base", metavar="NAME|FILE", help="weights the change comes on top of (a run knows its own)")
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
+    adapter = "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form"
+    add("--adapter", type=Path, action="append", default=[], metavar="PATH", help=adapter)
+    add("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
+    add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
+    form = "full weights as a library names them, a graph (onnx), or the adapter alone (peft) (%(default)s)"
+    add("--format", choices=FORMATS, default="timm", help=form)
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)")
+    verify = "the library of the format loads the result; exit 1 if its outputs are not those of base + adapter"
+    add("--verify", action="store_true", help=verify)
     return parser

@@ -21,11 +21,11 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, Measurement, card, repository_of
 from visft_ds.interop.export import FORMATS, Share, header, merge, write
 from visft_ds.interop.layouts import (
+    MERGED,
     MODEL,
     base_parameters,
     bases_of,
     fingerprint_of,
-    is_merged,
     load_backbone,
     model_in,
     open_model,
@@ -55,8 +55,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 def merge_files(given: argparse.Namespace) -> int:
     """Write what the flags of `visft_ds.interop.cli` ask for; returns the exit status.
 
-    Raises:
-        ValueError: files or flags that do not fit each other.
+    Raises ValueError for files or flags that do not fit each other.
     """
     _check(given)
     found = [adapter_at(path) for path in given.adapter]
@@ -73,7 +72,7 @@ def merge_files(given: argparse.Namespace) -> int:
     backbone = build_empty(model["preset"], torch.float32, {k: v for k, v in model.items() if k != "preset"})
     own = fingerprint_of(backbone, place)
     if adapter is not None:
-        if is_merged(file):
+        if MERGED in file.metadata:
             raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
         adapter.install(backbone)  # on the meta device: a check of shapes
         if problem := other_base("the adapter", adapter.base, bases_of(backbone, place)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import BASE, MERGED, MODEL, classifier_names, prefix_of
+from visft_ds.interop.layouts import BASE, MERGED, MODEL, prefix_of
 from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_atomically, write_safetensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
@@ -117,9 +117,7 @@ class Written:
 def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
     """(name, arguments) by which `timm.create_model` makes the model that has all tensors of a tower."""
     if not isinstance(backbone, EvaViT):
-        shapes = [
-            tower[f"{n}.weight"].shape[0] for n in classifier_names(backbone.classifier_names) if f"{n}.weight" in tower
-        ]
+        shapes = [tower[f"{n}.weight"].shape[0] for n in backbone.classifier_names if f"{n}.weight" in tower]
         return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
     config = backbone.config
     arguments: dict[str, Any] = {"num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0}

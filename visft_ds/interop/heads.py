@@ -80,12 +80,8 @@ class HeadFile:
         with reading(path, f"a {self.info.task} head"), torch.device("meta"):
             head = get_task(self.info.task).build_head(self.info.in_channels, options, words)
         self.check(head)
-        head.load_state_dict({name: self.read(name, torch.float32) for name in self.tensors}, assign=True)
+        head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
         return head.eval()
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in memory of its own."""
-        return self.tensors.tensor(name, dtype)
 
 
 def head_file(folder: str | Path, task: str) -> Path:
@@ -100,10 +96,10 @@ def find_head(folder: str | Path, task: str) -> Path:
     """
     get_task(task)
     found = head_files(Path(folder), task)
-    if len(found) != 1 or published_task(found[0]) not in (None, task):
-        raise ValueError(
-            f"{folder} holds {len(found) or 'no'} trained {task} heads; stage 1 writes them into RUN/export"
-        )
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
+    if published_task(found[0]) not in (None, task):
+        raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
     return found[0]
 
 
@@ -148,8 +144,7 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:
     """Refuse a head for categories it was not trained on; ones that the data lacks do no harm.
 
-    Raises:
-        ValueError: naming categories of the data set (called `where`) that a head does not know, and the `remedy`.
+    Raises ValueError naming categories of the data set (called `where`) that a head does not know, and the `remedy`.
     """
     for task, info in heads.items():
         known = info.names()

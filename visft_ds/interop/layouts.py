@@ -97,11 +97,6 @@ def model_in(file: Weights) -> dict[str, Any]:
     return {"preset": presets[0], **({} if side == PRESETS[presets[0]].image_size else {"image_size": side})}
 
 
-def is_merged(file: Weights) -> bool:
-    """Return True if the header records that an adapter was merged in."""
-    return MERGED in file.metadata
-
-
 def prefix_of(file: Weights) -> str:
     """The prefix of a tower of EVA. Raises ValueError where there is none."""
     for prefix in PREFIXES:
@@ -131,7 +126,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
         _restore_class_position(tower, wanted["pos_embed"].shape)
         behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
     else:
-        classifiers = {name.partition(".")[0] for name in classifier_names(backbone.classifier_names)}
+        classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
         behind = (*backbone.left_out, *(f"{name}." for name in (*classifiers, *backbone.unused)))
     return fitted(tower, wanted, behind=(*_BESIDE, *behind), what=backbone.describe())
 
@@ -139,8 +134,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
 def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ...], what: str) -> Weights:
     """The tensors of a file that a module has; names that begin as in `behind` are passed over.
 
-    Raises:
-        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
     problems = [f"{name} is missing" for name in wanted if name not in file]
     problems += [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
@@ -161,11 +155,6 @@ def _restore_class_position(tower: Weights, shape: torch.Size) -> None:
     if one is not None and len(one.shape) == 3 and one.shape[1] == shape[1] - 1:
         read = one.read
         tower["pos_embed"] = Lazy(tuple(shape), one.dtype, lambda: torch.cat([(rest := read())[:, :1] * 0, rest], 1))
-
-
-def classifier_names(classifier: str | tuple[str, ...] | None) -> list[str]:
-    """Names of the classifiers that timm's configuration of a model tells."""
-    return [classifier] if isinstance(classifier, str) else list(classifier or ())
 
 
 def load_backbone(

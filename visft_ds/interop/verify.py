@@ -62,10 +62,9 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
         trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if isinstance(backbone, TimmBackbone):
             return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
-    if not backbone.layers_read:
-        return lambda images: _map(trunk.forward_features(images), images, backbone)
-    ends: dict[str, Any] = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
-    return lambda images: trunk.forward_intermediates(images, **ends)[0]
+    if backbone.layers_read:
+        trunk.prune_intermediate_layers([max(backbone.layers_read)])
+    return lambda images: _map(trunk.forward_features(images), images, backbone)
 
 
 @torch.no_grad()

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.ops import autocast_as, autocast_dtype, matmul_dtype, movable, no_autocast
-from visft_ds.ops.attention import Packing, attention, attention_packed
-from visft_ds.ops.gelu import gelu
+from visft_ds.ops import autocast_dtype, autocast_to, gelu, matmul_dtype
+from visft_ds.ops.attention import Packing, attention_packed
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -69,7 +68,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm in the dtype of its input, also under autocast, which would keep an fp32 copy of a 16-bit input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with no_autocast(x.device):
+        with autocast_to(x.device, None):
             return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -111,7 +110,8 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
         if packing is None:
-            mixed = attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
             mixed = attention_packed(q[0], k[0], v[0], packing)
         return mixed.reshape(batch, length, width)
@@ -179,7 +179,7 @@ class _Recomputed(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         need_x = ctx.needs_input_grad[1]
         x = kept.detach().requires_grad_(need_x)
-        with torch.enable_grad(), autocast_as(x.device, ctx.autocast):
+        with torch.enable_grad(), autocast_to(x.device, ctx.autocast):
             out = ctx.run(x)
         found = torch.autograd.grad(out, [*([x] if need_x else []), *ctx.trained], grad, allow_unused=True)
         return None, *(found if need_x else (None, *found))
@@ -189,7 +189,9 @@ def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
     last = list(block.mlp.fc2.parameters())
-    if any(map(movable, last)) or not (block.post_norm or any(each.requires_grad for each in last)):
+    if any(hasattr(each, "ds_id") for each in last) or not (
+        block.post_norm or any(each.requires_grad for each in last)
+    ):
         return _checkpoint(block, x, packing)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)

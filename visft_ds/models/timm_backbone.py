@@ -34,7 +34,7 @@ class TimmBackbone(nn.Module):
     options: dict[str, int]  #: with which timm's model was made, beyond what all are made with
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
-    classifier_names: str | tuple[str, ...]
+    classifier_names: tuple[str, ...]
     unused: tuple[str, ...]  #: children that the map does not need
     left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
     layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
@@ -129,6 +129,11 @@ class TimmBackbone(nn.Module):
             setattr(self.get_submodule(owner), leaf, value)
 
 
+def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classifiers that timm's configuration of a model tells."""
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+
+
 def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()) -> TimmBackbone:
     """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone` comes in
     front of its class. Raises ValueError for one without a map that follows the size of its image, or no such block."""
@@ -139,7 +144,7 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     backbone.name, backbone.options, backbone.left_out, backbone.pruning = name, dict(options), {}, ""
     backbone.image_size = options.get("img_size", int(config["input_size"][-1]))
     backbone.pixel_mean, backbone.pixel_std = tuple(config["mean"]), tuple(config["std"])
-    backbone.classifier_names = config.get("classifier") or ()
+    backbone.classifier_names = classifier_names(config.get("classifier"))
     plain = hasattr(model, "num_prefix_tokens") and hasattr(embed, "patch_size")
     backbone.patch = int(embed.patch_size[0]) if plain else None  # type: ignore[union-attr]
     backbone.train()

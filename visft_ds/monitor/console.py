@@ -32,11 +32,10 @@ class Section:
     columns: Sequence[str] = ()
 
 
-def print_plan(title: str, sections: Sequence[Section], *, enabled: bool = True, stream: TextIO | None = None) -> None:
-    """Print what is about to run. `enabled` is False on every process but the main one."""
-    if enabled:
-        lines = [f"== {title}", *(line for section in sections for line in _table(section))]
-        print("\n".join(lines), file=stream or sys.stdout, flush=True)
+def print_plan(title: str, sections: Sequence[Section], *, stream: TextIO | None = None) -> None:
+    """Print what is about to run."""
+    lines = [f"== {title}", *(line for section in sections for line in _table(section))]
+    print("\n".join(lines), file=stream or sys.stdout, flush=True)
 
 
 def _table(section: Section) -> list[str]:
@@ -138,7 +137,7 @@ class Progress:
             "step": f"step {step}/{self._total}",
             "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
             "lr": f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.2e}",
-            "grad_norm": f"grad_norm {values['gradient_norm']:.3g}",
+            "grad_norm": f"grad_norm {values['grad_norm']:.3g}",
             "speed": f"{images / seconds:.3g} img/s",
             "data": f"data {100 * waiting / seconds:.0f}%",
             "mem": f"mem {values['memory/peak_gib']:.2f} GiB",

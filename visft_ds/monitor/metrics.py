@@ -46,7 +46,9 @@ class MetricsWriter:
         self._torn = False
         self._events: Any = None  # the SummaryWriter of TensorBoard
         if enabled:
-            self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
+            out.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
             self._attempt("TensorBoard", lambda: self._open_events(out / "tensorboard", resume_step))
 
     def _resume(self, step: int) -> None:
@@ -146,14 +148,11 @@ def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the records up to and including `step`, reading back from the end no further than that; makes the folder.
+    """Keep the records up to and including `step`, reading back from the end no further than that.
 
     Returns the newest kept records, at least those since the last step that was trained: numbers of evaluations and
     saves come late, and all that stands before the record of a trained step is older.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return []
     with path.open("r+b") as file:
         end, size, start = file.seek(0, 2), _BLOCK, -1
         kept: list[tuple[bytes, dict[str, Any]]] = []

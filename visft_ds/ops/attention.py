@@ -1,6 +1,6 @@
-"""Softmax attention without a mask: images of one length by torch's fused kernels, packed ones by kernels for them.
+"""Softmax attention without a mask within each of several images of different lengths, packed in one row of tokens.
 
-Letters: B images, N tokens of an image, T tokens of all packed images, d width of a head.
+Letters: T tokens of all packed images, d width of a head.
 """
 
 from __future__ import annotations
@@ -13,16 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, (B, heads, N, d) each, any strides -> (B, heads, N, d).
-
-    Torch chooses: flash attention in 16 bit from sm_80 on, its memory-efficient kernel elsewhere on GPUs. cuDNN plans
-    anew for every number of tokens, so `use_numerics` excludes it.
-    """
-    return F.scaled_dot_product_attention(q, k, v)
+from visft_ds.ops import to_device
 
 
 @dataclass(frozen=True)
@@ -42,11 +33,11 @@ class Packing:
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """`attention` within each image, (T, heads, d) each, any strides, the images one after another -> (T, heads, d)."""
+    """softmax(q k^T / sqrt(d)) v of each image, (T, heads, d) each, any strides, one after another -> (T, heads, d)."""
     assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
     if not has_packed_kernel(q):
         parts = zip(*(tensor.split(packing.lengths) for tensor in (q, k, v)), strict=True)
-        done = [attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts]
+        done = [F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts]
         return torch.cat([image[0].transpose(0, 1) for image in done])
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func as kernel

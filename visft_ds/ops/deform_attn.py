@@ -48,7 +48,6 @@ def cell_centres(shapes: Sequence[tuple[int, int]], device: torch.device, dtype:
     """(S, 2) x and y in [0, 1] of the centre of every cell, in the order of `value`: where each query looks from."""
     centres = []
     for height, width in shapes:
-        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+        y, x = ((torch.arange(size, device=device, dtype=dtype) + 0.5) / size for size in (height, width))
         centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1))
     return torch.cat(centres)

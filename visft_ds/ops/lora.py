@@ -18,6 +18,7 @@ Letters: K inputs, F outputs, G slices, r rank, M tokens (all leading dimensions
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels, matmul_dtype, movable, no_autocast, placed
+from visft_ds.ops import autocast_to, matmul_dtype, stand_in
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
-BACKENDS = ("eager", "augmented", "triton")
+_on_gpus = "augmented"  #: as `use_kernels` chose
 
 
 def lora_linear(
@@ -44,7 +45,7 @@ def lora_linear(
     backend: str | None = None,
     wide: WideWeight | None = None,
 ) -> Tensor:
-    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else the weight's.
+    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else the weight's: (..., F).
 
     Gradients arrive in the dtype of their tensor, so fp32 adapters over 16-bit weights get fp32 gradients.
 
@@ -55,26 +56,31 @@ def lora_linear(
         lora_a: (G*r, K), stacked slice by slice.
         lora_b: (sum of the slices' widths, r), stacked slice by slice.
         scale: factor of the update, alpha / r.
-        backend: one of BACKENDS; None: `choose_backend`.
+        backend: "eager", "augmented" or "triton"; None: `choose_backend`.
         wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
-
-    Returns:
-        (..., F).
     """
     dtype = matmul_dtype(weight)
-    backend = backend or choose_backend(placed(weight.device), dtype)
-    if backend != "augmented" or wide is None or not wide.takes(weight, dtype, len(lora_a)):
-        wide = None
+    backend = backend or choose_backend(weight.device, dtype)
+    kept = wide.beside(weight, dtype, len(lora_a)) if wide and backend == "augmented" else None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
-    out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, wide)
+    out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, kept)
     return out
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this device and dtype of computation; on CPUs updates below 16-bit resolution are rounded off."""
-    if device.type != "cuda" or dtype.itemsize != 2:
-        return "eager"
-    return "triton" if kernels(device) == "triton" else "augmented"
+    device = getattr(stand_in(device), "stands_for", device)
+    return _on_gpus if device.type == "cuda" and dtype.itemsize == 2 else "eager"
+
+
+def use_kernels(name: str, device: torch.device) -> None:
+    """Choose what adapted layers run on in 16 bit on GPUs, once for the process: "library" (cuBLAS and the like), or
+    "triton", our own. Raises ValueError: Triton where it cannot run."""
+    global _on_gpus
+    runs = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "triton" and not (runs and importlib.util.find_spec("triton")):
+        raise ValueError("visft.model.kernels=triton needs the package triton and a GPU from sm_80 on; use library")
+    _on_gpus = "triton" if name == "triton" else "augmented"
 
 
 def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
@@ -88,7 +94,7 @@ def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice
 class WideWeight:
     """[W | B] of a layer in the dtype of computation, kept from pass to pass, with the frozen W as a view into it.
 
-    So there is no second W: `takes` moves the values of the parameter and lets it look at them there; its name, shape
+    So there is no second W: `beside` moves the values of the parameter and lets it look at them there; its name, shape
     and values stay. Each forward writes B, so no stale value is multiplied, whoever changed it. Not for a W that trains
     or that ZeRO-3 divides: their storage belongs to the engine. Nor without a graph: before DeepSpeed starts, it
     broadcasts weights, which have to be contiguous for that, and only checks run until then.
@@ -97,30 +103,22 @@ class WideWeight:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[WideWeight], tuple[()]]:
-        return WideWeight, ()  # copies keep nothing
-
-    def takes(self, weight: Tensor, dtype: torch.dtype, width: int) -> bool:
-        """Return True if the buffer holds this weight beside `width` columns; it takes the weight in where it may."""
+    def beside(self, weight: Tensor, dtype: torch.dtype, width: int) -> Tensor | None:
+        """[W | B] (F, K + width), of which B is as the last pass left it; None where it is not kept."""
         if weight.dtype != dtype or weight.requires_grad or torch.compiler.is_compiling():
-            return False
-        buffer, storage = self._buffer, weight.untyped_storage()
-        if buffer is not None and storage._cdata == buffer.untyped_storage()._cdata:
-            return True  # `.to()`, a merge and the like give the weight another storage
-        if movable(weight) or weight.is_meta or not torch.is_grad_enabled():
-            return False
+            return None
         rows, fan_in = weight.shape
-        with torch.no_grad():
-            # Rows of a multiple of 16 bytes, which matrix units read fastest.
-            buffer = weight.new_zeros(rows, -(-(fan_in + width) // 8) * 8)
-            buffer[:, :fan_in] = weight
-            self._buffer, weight.data = buffer, buffer[:, :fan_in]
-        return True
-
-    def columns(self, width: int) -> Tensor:
-        """[W | B] (F, width), of which B is as the last pass left it."""
-        assert self._buffer is not None
-        return self._buffer[:, :width]
+        buffer = self._buffer
+        # `.to()`, a merge and the like give the weight another storage.
+        if buffer is None or weight.untyped_storage()._cdata != buffer.untyped_storage()._cdata:
+            if hasattr(weight, "ds_id") or weight.is_meta or not torch.is_grad_enabled():
+                return None
+            with torch.no_grad():
+                # Rows of a multiple of 16 bytes, which matrix units read fastest.
+                buffer = self._buffer = weight.new_zeros(rows, -(-(fan_in + width) // 8) * 8)
+                buffer[:, :fan_in] = weight
+                weight.data = buffer[:, :fan_in]
+        return buffer[:, : fan_in + width]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -137,66 +135,58 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         slices: Slices,
         backend: str,
-        wide: WideWeight | None,
+        kept: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        u = _product(rows, _cast(lora_a, x).t(), scale)
-        w, b = _cast(weight, x), _cast(lora_b, x)
-        added = None if bias is None else _cast(bias, x)
+        w, a, b = (tensor.to(x.dtype) for tensor in (weight, lora_a, lora_b))
+        added = None if bias is None else bias.to(x.dtype)
+        u = _product(rows, a.t(), scale)
         if backend == "eager":
             y = _small_products(rows, u, w, added, b, slices)
         elif backend == "augmented":
-            y = _one_product(rows, u, w, added, b, slices, wide)
+            y = _one_product(rows, u, w, added, b, slices, kept)
         else:
             from visft_ds.ops.triton_lora import sum_of_products
 
             y = sum_of_products(rows, w.t(), u, _spread(b, slices, b.new_zeros(len(w), u.shape[1])).t(), added)
-        ctx.scale, ctx.slices, ctx.backend = scale, slices, backend
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
         ctx.save_for_backward(x if need_weight or need_a else None, u if need_b else None, weight, lora_a, lora_b)
+        ctx.scale, ctx.slices, ctx.backend, ctx.x_shape = scale, slices, backend, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.x_shape = x.shape
-        ctx.set_materialize_grads(False)
         # To autograd no view: timm's EVA adds a bias in place.
         shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
         return shaped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 9
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dw = db = da = dlb = None  # gradients of x, weight, bias, lora_a, lora_b
-        with no_autocast(grad.device):  # the backward pass may run under another state of autocast than the forward
+        with autocast_to(
+            grad.device, None
+        ):  # the backward pass may run under another state of autocast than the forward
             dy = grad.reshape(-1, grad.shape[-1])
-            groups = list(parts_of(ctx.slices, lora_b.shape[1]))
+            a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+            parts = list(parts_of(ctx.slices, b.shape[1]))
+            # Sums over tokens below: on CPUs it is faster to leave the wider tensor as it lies, and to transpose the
+            # small result.
+            xt: Any = None if x is None else x.reshape(-1, x.shape[-1]).t()
             if need_x or need_a:
-                b = _cast(lora_b, dy)
-                du = dy.new_empty(len(dy), len(groups) * b.shape[1])
-                for lo, hi, cols, part in groups:
-                    du[:, cols] = _product(dy[:, lo:hi], b[part], ctx.scale)
-            if need_x:
-                w, a = _cast(weight, dy), _cast(lora_a, dy)
-                if ctx.backend == "triton":
-                    from visft_ds.ops.triton_lora import sum_of_products
+                du = torch.cat([_product(dy[:, lo:hi], b[part], ctx.scale) for lo, hi, _, part in parts], dim=1)
+            if need_x and ctx.backend == "triton":
+                from visft_ds.ops.triton_lora import sum_of_products
 
-                    dx = sum_of_products(dy, w, du, a, None).view(ctx.x_shape)
-                else:  # in place: the sum needs no second tensor of the size of x; the small product first
-                    dx = (du @ a).addmm_(dy, w).view(ctx.x_shape)
-            # Sums over tokens. On CPUs it is faster to leave the wider tensor as it lies, and to transpose the small
-            # result in the copy that casts it.
+                dx = sum_of_products(dy, weight.to(dy.dtype), du, a, None).view(ctx.x_shape)
+            elif need_x:  # in place: the sum needs no second tensor of the size of x; the small product first
+                dx = (du @ a).addmm_(dy, weight.to(dy.dtype)).view(ctx.x_shape)
             if need_a:
-                da = dy.new_empty(lora_a.shape, dtype=lora_a.dtype)
-                da.copy_((x.reshape(-1, x.shape[-1]).t() @ du).t())
+                da = (xt @ du).t().to(lora_a.dtype).contiguous()
             if need_b:
-                dlb = dy.new_empty(lora_b.shape, dtype=lora_b.dtype)
-                for lo, hi, cols, part in groups:
-                    dlb[part] = (u[:, cols].t() @ dy[:, lo:hi]).t()
+                dlb = torch.cat([(u[:, cols].t() @ dy[:, lo:hi]).t() for lo, hi, cols, _ in parts]).to(lora_b.dtype)
             if need_weight:
-                dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+                dw = (dy.t() @ xt.t()).to(weight.dtype)
             if need_bias:
                 db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, da, dlb, None, None, None, None
@@ -211,12 +201,11 @@ def _small_products(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Ten
 
 
 def _one_product(
-    x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices, kept: WideWeight | None
+    x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices, kept: Tensor | None
 ) -> Tensor:
     """[x | u] [W | B]^T: every number is rounded once."""
-    fan_in, width = w.shape[1], w.shape[1] + u.shape[1]
-    wide = torch.cat([w, w.new_zeros(len(w), u.shape[1])], dim=1) if kept is None else kept.columns(width)
-    _spread(b, slices, wide[:, fan_in:])
+    wide = torch.cat([w, w.new_zeros(len(w), u.shape[1])], dim=1) if kept is None else kept
+    _spread(b, slices, wide[:, w.shape[1] :])
     rows = torch.cat([x, u], dim=1)
     return rows @ wide.t() if bias is None else torch.addmm(bias, rows, wide.t())
 
@@ -231,7 +220,3 @@ def _spread(b: Tensor, slices: Slices, out: Tensor) -> Tensor:
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right in one pass and with one rounding. With beta = 0 the empty tensor is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
-def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(like.dtype)

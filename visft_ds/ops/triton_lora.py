@@ -11,6 +11,7 @@ at 1024 px.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visft_ds.ops import interpreted
-
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Tile sizes and launch options: of a GPU before sm_90 and from there on, and of the interpreter, where small tiles
 #: make several of them out of a small problem. tests/ops/compiled_kernels.json has what they compile to.
 TILES: dict[str, dict[str, int]] = {
@@ -33,20 +33,7 @@ GROUP = 8
 
 
 @triton.jit
-def _add_product(
-    total: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    left_row: tl.tensor,
-    right_row: tl.tensor,
-    right_column: tl.tensor,
-    BK: tl.constexpr,
-) -> tl.tensor:
+def _add_product(total, left, right, row, column, M, N, K, left_row, right_row, right_column, BK: tl.constexpr):  # type: ignore[no-untyped-def]
     """total + left @ right for a tile of rows and columns; the columns of left lie side by side."""
     for start in range(0, K, BK):
         inner = start + tl.arange(0, BK)
@@ -101,22 +88,20 @@ def kernel(
 @torch.library.custom_op("visft_ds::sum_of_products", mutates_args=())  # one node of torch.compile
 def sum_of_products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """left (M, K) @ right (K, N) + low (M, D) @ up (D, N) + bias (N,), of one dtype -> (M, N)."""
-    given = [left, right, low, up, bias]
-    if interpreted() and left.dtype == torch.bfloat16:
-        given = [None if tensor is None else tensor.float() for tensor in given]
-    one, two, thin, high, added = given
-    assert one is not None and two is not None and thin is not None and high is not None
-    one, thin = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (one, thin))
-    out = one.new_empty(len(one), two.shape[1])
+    if INTERPRETED and left.dtype == torch.bfloat16:
+        left, right, low, up = (tensor.float() for tensor in (left, right, low, up))
+        return sum_of_products(left, right, low, up, None if bias is None else bias.float()).bfloat16()
+    left, low = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, low))
+    out = left.new_empty(len(left), right.shape[1])
     name = "interpreter"
-    if not interpreted():
+    if not INTERPRETED:
         name = "sm_90" if torch.cuda.get_device_capability(left.device) >= (9, 0) else "sm_80"
     tiles = TILES[name]
     grid = (triton.cdiv(len(out), tiles["BM"]) * triton.cdiv(out.shape[1], tiles["BN"]),)
-    sizes = (*out.shape, one.shape[1], thin.shape[1], one.stride(0), *two.stride(), thin.stride(0), *high.stride())
-    bias_given = None if added is None else added.contiguous()
-    kernel[grid](one, two, thin, high, bias_given, out, *sizes, HAS_BIAS=added is not None, **tiles, GROUP=GROUP)
-    return out.to(left.dtype)
+    sizes = (*out.shape, left.shape[1], low.shape[1], left.stride(0), *right.stride(), low.stride(0), *up.stride())
+    added = None if bias is None else bias.contiguous()
+    kernel[grid](left, right, low, up, added, out, *sizes, HAS_BIAS=added is not None, **tiles, GROUP=GROUP)
+    return out
 
 
 @sum_of_products.register_fake

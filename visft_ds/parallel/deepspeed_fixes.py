@@ -101,20 +101,15 @@ def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> No
         optimizer.overflow = True
         return True
 
-    # The names under which the optimisers look for an overflow; an attribute of the object goes before its class's.
-    if stage == 3:
-        optimizer._overflow_check_and_loss_scale_update = overflow
-    else:
-        checks = optimizer.check_grad_overflow
-        optimizer.check_grad_overflow, optimizer.check_overflow = True, overflow
+    # The names under which ZeRO-1 and 2, and ZeRO-3, look for an overflow; an attribute goes before that of the class.
+    checks = getattr(optimizer, "check_grad_overflow", True)
+    optimizer.check_grad_overflow = True
+    optimizer.check_overflow = optimizer._overflow_check_and_loss_scale_update = overflow
     try:
         step()
     finally:
-        if stage == 3:
-            del optimizer._overflow_check_and_loss_scale_update
-        else:
-            optimizer.check_grad_overflow = checks
-            del optimizer.check_overflow
+        optimizer.check_grad_overflow = checks
+        del optimizer.check_overflow, optimizer._overflow_check_and_loss_scale_update
 
 
 def clear_stale_gradients(optimizer: Any) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
-from visft_ds.resilience.errors import RanksDiffer
+from visft_ds.ops import to_device
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
-_SHOWN = 8  # differences in a message
 
-_kept_open = False
+#: The process may go on with something else after a run (`keep_open`).
+kept_open = False
 
 
 def rank() -> int:
@@ -58,22 +56,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-@dataclass(frozen=True)
-class StepAgreement:
-    """Agreement of all ranks before they compute a step."""
-
-    counts: Mapping[str, float]  #: summed over ranks
-    stop: bool  #: some rank was asked to stop
-
-
-def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: torch.device) -> StepAgreement:
+def agree_on_step(
+    what: str, counts: Mapping[str, float], stop: bool, device: torch.device
+) -> tuple[dict[str, float], bool]:
     """Sum counts and requests to stop by one all-reduce before a step, and check that all ranks do the same.
 
     Ranks that run different tasks in one step add one head's gradients to another's under ZeRO-1/2, silently. So every
     rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
 
+    Returns:
+        The counts, summed over ranks, and if some rank was asked to stop.
+
     Raises:
-        RanksDiffer: on every rank, when the ranks are not about to do the same.
+        ValueError: on every rank, when the ranks are not about to do the same.
     """
     assert len(counts) <= _COUNT_SLOTS, counts
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
@@ -85,21 +80,8 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     stops, tokens, squares, *sums = vector.cpu().tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         assert_same_on_all_ranks({"what the next step is": what})
-        raise RanksDiffer(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
-    return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return True, on every rank, if `flag` is set on any rank."""
-    return bool(largest(int(flag), device))
-
-
-def largest(value: int, device: torch.device) -> int:
-    """The largest `value` of all ranks, on every rank."""
-    vector = torch.tensor([float(value)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
-    return int(vector.item())
+        raise ValueError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+    return dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0
 
 
 def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -131,6 +113,15 @@ def gather_objects(value: Any) -> list[Any] | None:
     return gathered
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """`value` of every rank in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The `value` of one rank, of the main process unless another is named, on every rank."""
     if not dist.is_initialized():
@@ -141,45 +132,27 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
-    """Stop every rank when a value that must be equal on all of them is not.
-
-    Args:
-        named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
-
-    Raises:
-        RanksDiffer: on every rank, naming what differs and the value of each rank.
-    """
-    if not dist.is_initialized():
-        return
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, dict(named))
-    differing = [name for name in named if len({other.get(name) for other in everyone}) > 1]
-    if differing:
-        told = [
-            f"{n}: " + ", ".join(f"rank {r} has {v.get(n)}" for r, v in enumerate(everyone)) for n in differing[:_SHOWN]
-        ]
-        raise RanksDiffer(f"the ranks do not agree on {len(differing)} things: {'; '.join(told)}")
+    """Raise ValueError on every rank for what must agree and does not, e.g. {"configuration": its fingerprint}."""
+    everyone = from_all_ranks(dict(named))
+    for name in named:
+        if len({other.get(name) for other in everyone}) > 1:
+            told = ", ".join(f"rank {number} has {other.get(name)}" for number, other in enumerate(everyone))
+            raise ValueError(f"the ranks do not agree on {name}: {told}")
 
 
 def keep_open() -> None:
     """Let `close` leave the group to the end of the process, for a script that trains more than once: DeepSpeed keeps
     groups in globals, so a process that has left one cannot train in another."""
-    global _kept_open
-    if not _kept_open:
-        _kept_open = True
-        atexit.register(_leave)
-
-
-def kept_open() -> bool:
-    """Return True in a script that may go on with something else after a run."""
-    return _kept_open
+    global kept_open
+    kept_open = True
+    atexit.register(_leave)
 
 
 def close() -> None:
     """Leave the process group; without this, a process may die in a destructor at exit (code -6, a flaky launch)."""
     if dist.is_initialized():
         dist.barrier()
-        if not _kept_open:
+        if not kept_open:
             _leave()
 
 

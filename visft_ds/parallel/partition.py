@@ -1,34 +1,25 @@
-"""Partition of a model into pipeline stages: places of ranks, cost of each layer, bounds between layers.
+"""Partition of a model into pipeline stages: the cost of each layer, and bounds between layers.
 
 Costs are operations, not trained parameters: frozen blocks have none and are most of the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate, pairwise
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from visft_ds.config.task_schema import Stream
-from visft_ds.model import MultiTaskModel
-from visft_ds.models import require_eva_vit
-from visft_ds.planner.trace import META, Tracer, fused_attention
-from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content
-
-#: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
-_CAPTION_IDS = 13
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.planner.trace import Tracer
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Layers divided over stages."""
+    """Layers divided over stages: "embedding", "blocks.0", ..., "heads"."""
 
-    names: tuple[str, ...]  #: of the layers, in order
     costs: tuple[float, ...]  #: of each layer, operations of an average micro-batch, forward and backward
     bounds: tuple[int, ...]  #: first layer of each stage, and the number of layers
 
@@ -48,119 +39,50 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        total = sum(self.costs)
-        lines = []
-        for number, cost in enumerate(self.stage_costs()):
-            names = self.names[self.bounds[number] : self.bounds[number + 1]]
-            span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            share = f"{100 * cost / total:.1f} % of the operations"
-            lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
-        idle = (
-            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
-            "a step; a smaller micro_batch gives more of them, which wait less"
-        )
-        return [*lines, ("waiting", idle)]
-
-
-def plan_partition(
-    module: MultiTaskModel,
-    stages: int,
-    streams: Mapping[str, Stream],
-    micro: Mapping[str, int],
-    *,
-    name: str,
-) -> Partition:
-    """Divide the layers of a model such that the slowest stage has as little work as possible.
-
-    Args:
-        module: from `plan_model`, on the meta device; what trains in it is known.
-        micro: images of a micro-batch, by stream.
-        name: of the model, for messages.
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    depth = require_eva_vit(module.backbone).depth
-    names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
-    if stages > len(names):
-        raise ValueError(
-            f"pipeline.stages = {stages}: {name} has {len(names)} layers (embedding, {depth} blocks, heads); give at "
-            f"most {len(names)}"
-        )
-    shares = sum(stream.share for stream in streams.values())
-    costs = [0.0] * len(names)
-    for stream in streams.values():
-        for index, cost in enumerate(_stream_costs(module, stream, micro[stream.name])):
-            costs[index] += cost * stream.share / shares
-    return Partition(names, tuple(costs), divide(costs, stages))
+        names = ["embedding", *(f"blocks.{index}" for index in range(len(self.costs) - 2)), "heads"]
+        lines, total = [], sum(self.costs)
+        for number, ((start, stop), cost) in enumerate(zip(pairwise(self.bounds), self.stage_costs(), strict=True)):
+            span = " to ".join(dict.fromkeys((names[start], names[stop - 1])))
+            lines.append((f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations"))
+        idle = f"{self.bubble(micro_batches):.0%} of the time, as predicted for {micro_batches} micro-batches to a step"
+        return [*lines, ("waiting", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
 
 
 def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible."""
-    count, sums = len(costs), [0.0, *accumulate(costs)]
 
     @cache
     def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
         """(cost of the most expensive run, sum of squares, bounds): of equal divisions the most even one."""
         if parts == 1:
-            last = sums[count] - sums[start]
-            return last, last**2, (start, count)
+            last = sum(costs[start:])
+            return last, last**2, (start, len(costs))
         options = []
-        for stop in range(start + 1, count - parts + 2):
-            first, (most, squares, bounds) = sums[stop] - sums[start], best(stop, parts - 1)
+        for stop in range(start + 1, len(costs) - parts + 2):
+            first, (most, squares, bounds) = sum(costs[start:stop]), best(stop, parts - 1)
             options.append((max(first, most), first**2 + squares, (start, *bounds)))
         return min(options)
 
     return best(0, stages)[2]
 
 
-def _stream_costs(module: MultiTaskModel, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for a micro-batch of a stream, with images of the largest size, on shapes alone.
+@contextmanager
+def operations_by_layer(tracer: Tracer, backbone: EvaViT) -> Iterator[list[int]]:
+    """Count the operations of each layer, as `Partition` has them, while a step is traced: a layer's part of the
+    backward pass begins with the gradient of what the next one read."""
+    costs, here, counted = [0] * (len(backbone.blocks) + 2), 0, 0
 
-    Blocks are alike, so two are counted: one in front of all that trains, and one that gradients go through.
-    """
-    backbone = require_eva_vit(module.backbone)
-    side = stream.largest_side() // backbone.patch_size or 1
-    pixels = torch.empty(images, 3, side * backbone.patch_size, side * backbone.patch_size, device=META)
-    with Tracer(META) as embedding, torch.no_grad():
-        tokens = backbone.embed(pixels)
-    trains = [any(p.requires_grad for p in block.parameters()) for block in backbone.blocks]
-    first = trains.index(True) if any(trains) else len(trains)
-    cost: dict[bool, float] = {}
-    for flows, block in ((False, backbone.blocks[0]), (True, backbone.blocks[-1])):
-        with Tracer(META) as counted, fused_attention(META), torch.set_grad_enabled(flows and first < len(trains)):
-            out = backbone.run_block(block, tokens.detach().requires_grad_(torch.is_grad_enabled()))
-            if out.requires_grad:
-                out.sum().backward()
-        cost[flows] = float(counted.operations)
-    blocks = [cost[index >= first] for index in range(len(trains))]
-    heads = sum(_head_operations(module, task, stream, images, side, flows=any(trains)) for task in stream.tasks)
-    return [float(embedding.operations), *blocks, float(heads)]
+    def enter(layer: int, *_: Any) -> None:
+        nonlocal here, counted
+        costs[here] += tracer.operations - counted
+        here, counted = layer, tracer.operations
 
+    def begin(layer: int, _: Any, inputs: tuple[Any, ...]) -> None:
+        enter(layer)
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(partial(enter, layer - 1))
 
-def _head_operations(module: MultiTaskModel, task: str, stream: Stream, images: int, side: int, *, flows: bool) -> int:
-    """Operations of a head's forward and backward, without criteria.
-
-    Args:
-        side: of the feature map, in patches.
-        flows: the features need a gradient.
-    """
-    features = torch.empty(images, module.backbone.width, side, side, device=META, requires_grad=flows)
-    valid = torch.empty(images, side, side, dtype=torch.bool, device=META)
-    pixels = side * module.backbone.patch_size
-    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), stream.image)
-    inputs = {name: value.to(META) for name, value in blank.head_inputs().items()}
-    with Tracer(META) as counted, fused_attention(META):
-        output = module.heads[task](features, valid, **inputs)
-        ends = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
-        if ends:
-            torch.stack(ends).sum().backward()
-    return counted.operations
-
-
-def _tensors(output: object) -> list[Tensor]:
-    """Tensors of a head's output: a dataclass, its fields, and what those hold."""
-    if isinstance(output, Tensor):
-        return [output]
-    items = output if isinstance(output, tuple) else getattr(output, "__dict__", {}).values()
-    return [tensor for item in items for tensor in _tensors(item)]
+    for layer, part in enumerate([*backbone.blocks, backbone.norm], 1):
+        part.register_forward_pre_hook(partial(begin, layer))
+    yield costs
+    enter(0)

@@ -27,7 +27,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import step_without_update
-from visft_ds.parallel.engine import Engine, StepReport, add_losses, loss_slots
+from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -50,12 +50,13 @@ class StagesModule(PipelineModule):
         layers = pipeline_layers(model)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers and seeds
             super().__init__(
-                [layer for _, layer in layers],
+                layers,
                 num_stages=len(bounds) - 1,
-                loss_fn=_loss_of,
+                # The heads, and so the losses, are part of the module; predictions have no loss.
+                loss_fn=lambda output, batch: output.get("loss", torch.zeros(())),
                 dynamic_shape=True,  # images change their size from step to step
             )
-        for index, (_, layer) in enumerate(layers):
+        for index, layer in enumerate(layers):
             if not self._local_start <= index < self._local_stop:
                 release(model, layer)
 
@@ -76,12 +77,6 @@ class StagesModule(PipelineModule):
         """The layer with the heads; None where another stage has it."""
         last = self.forward_funcs[-1]
         return last if isinstance(last, HeadsLayer) else None
-
-
-def _loss_of(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-    """The scalar whose backward pass DeepSpeed runs. The heads ran inside the module; predictions have no loss."""
-    loss = outputs.get("loss")
-    return loss if isinstance(loss, Tensor) else torch.zeros(())
 
 
 class PipelineEngine(Engine):
@@ -106,26 +101,23 @@ class PipelineEngine(Engine):
         **others: Any,
     ) -> None:
         self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._owners = owners(module, bounds)
+        stage_of = owners(module, bounds)
+        #: The first stage with something to train: no gradient flows into it or into those before.
+        first_trained = min(stage_of[name] for name, value in module.named_parameters() if value.requires_grad)
         self._stages = StagesModule(module, bounds)
         super().__init__(module, stage_groups(self._stages, groups), config, inside=self._stages, **others)
         assert not self.deepspeed.using_bf16_optimizer, "it wipes gradients of the heads; precision comes by autocast"
-        #: The first stage with something to train: no gradient flows into it or into those before.
-        first_trained = min(self._owners[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
         self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._end_step)
+        self.holders = {name: stage * self.place.dp_size for name, stage in stage_of.items()}
         self._steps_here = 0
-        self._sums: dict[str, Tensor] = {}  # of the micro-batches of a step, where the losses are
-        self._losses: dict[str, float] = {}
+        self._losses: Mapping[str, float] = {}
         self._accepted = True
 
-    def holder(self, name: str) -> int:
-        """The rank that reads a parameter for checkpoints: the first one of the stage that holds it."""
-        return self._owners[name] * self.place.dp_size
-
-    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
-        """Run an optimiser step over this pipeline's micro-batches (as many as `accumulation`, none in the middle).
+    def _step(
+        self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators
+    ) -> tuple[Mapping[str, float], float, bool]:
+        """`Engine._step` over this pipeline's micro-batches, of which stages in the middle have none.
 
         Args:
             loss_denominators: as the last stage has counted them; other stages ignore them.
@@ -133,32 +125,35 @@ class PipelineEngine(Engine):
         Raises:
             RuntimeError: labels and pixels of different samples.
         """
-        expected = self.accumulation if self.place.role else 0  # stages in the middle read nothing
+        expected = self.accumulation if self.place.role else 0
         assert len(batches) == expected, (len(batches), expected)
-        rates, scale = self._begin(step)
-        self._sums = {}
         compares = self._steps_here == 0 or step % CHECK_EVERY == 0
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
-            if compares:
-                check_same_samples(step, received, batch)
-            add_losses(self._sums, losses, self.accumulation)
+            # The host waits for the device.
+            if compares and (ours := int(sample_checksum(batch))) != (theirs := int(received)):
+                raise RuntimeError(
+                    f"step {step}: the last pipeline stage has labels of other samples (checksum {ours:08x}, of the "
+                    f"pixels {theirs:08x}): the stages do not follow the same plan"
+                )
+            self._add(losses)
 
-        self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
+        if (heads := self._stages.heads) is not None:
+            heads.loss_denominators, heads.on_output = loss_denominators, add
+        self.deepspeed.train_batch(_inputs(batches, self.device, first=self.place.stage == 0))
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
-        refused = self._judge(norm) if self._accepted else "loss"
-        return self._report(self._losses, self._sums, norm, rates, scale, refused)
+        return self._losses, norm, self._accepted
 
     def _end_step(self, engine: Any) -> None:
         """End a step in every stage: make the update, unless `should_update` refuses the loss.
 
         The last stages know the losses, means over the pipelines, and the loss scale; all ranks get them from there.
         """
-        losses: dict[str, float] = {}
+        losses: Mapping[str, float] = {}
         if self._stages.heads is not None:
             group = self.deepspeed.grid.get_data_parallel_group()
-            losses = distributed.mean_losses(self._sums, loss_slots(self.module), group)
+            losses = distributed.mean_losses(self._sums, self._most_losses, group)
         last = (self.place.stages - 1) * self.place.dp_size
         self._losses, scale = distributed.broadcast_object((losses, self.loss_scale.value), source=last)
         # The last stage's scale multiplied the gradients that came from there; no stage may divide by another one.
@@ -179,40 +174,17 @@ class PipelineEngine(Engine):
         """
         group = self.deepspeed.grid.get_pipe_parallel_group()
         ranks = self.deepspeed.grid.pp_group
-        batches = _exchange(batch, ranks, group)
+        batches: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(batches, batch, group=group)
         outputs: list[dict[str, Any]] = []
-        self._run(
-            lambda fed: self.deepspeed.eval_batch(
-                fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks)
-            ),
-            batches,
-            None,
-            lambda predicted, received, _: outputs.append(to_host(predicted)),
-        )
+        if (heads := self._stages.heads) is not None:
+            heads.loss_denominators = None
+            heads.on_output = lambda predicted, received, _: outputs.append(to_host(predicted))
+        fed = _inputs(batches, self.device, first=self.place.stage == 0)
+        self.deepspeed.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks))
         returned: list[Any] = [None]
         dist.scatter_object_list(returned, outputs or None, src=ranks[-1], group=group)
         return dict(returned[0])
-
-    def _run(
-        self,
-        start: Callable[[Iterator[Any]], Any],
-        batches: Sequence[Batch],
-        loss_denominators: LossDenominators | None,
-        on_output: Callable[[Any, Tensor, Batch], None],
-    ) -> None:
-        """Send micro-batches through the stages; `on_output` gets (output, label, batch) on the last one."""
-        heads = self._stages.heads
-        self.deepspeed.module.loss_fn = _loss_of
-        if heads is not None:
-            heads.loss_denominators = loss_denominators
-
-            def loss(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-                assert heads is not None and heads.received is not None
-                on_output(outputs, heads.received, batch)
-                return _loss_of(outputs, batch)
-
-            self.deepspeed.module.loss_fn = loss
-        start(_inputs(batches, self.device, first=self.place.stage == 0))
 
 
 def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -266,8 +238,7 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
             engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = None
 
     def forward(engine: Any, buffer_id: int) -> None:
-        heads = engine.module.heads
-        if heads is not None:
+        if (heads := engine.module.heads) is not None:
             heads.batch = engine.pipe_buffers["labels"][buffer_id]
         DeepSpeedPipeline._exec_forward_pass(engine, buffer_id)
 
@@ -292,33 +263,14 @@ def _inputs(batches: Sequence[Batch], device: torch.device, *, first: bool) -> I
             yield (), batch
 
 
-def _exchange(batch: Batch, ranks: Sequence[int], group: Any) -> list[Batch]:
-    """The batches of all ranks of a pipeline: with pixels on the first one, without targets anywhere."""
-    unlabelled = replace(batch, targets={task: _NoTargets() for task in batch.tasks})
-    without_pixels = replace(unlabelled, images=batch.images[..., :0, :0])
-    here = dist.get_rank()
-    with_pixels: list[Any] | None = [None] * len(ranks) if here == ranks[0] else None
-    dist.gather_object(unlabelled, with_pixels, dst=ranks[0], group=group)
-    everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, without_pixels, group=group)
-    return list(with_pixels if with_pixels is not None else everyone)
-
-
-class _NoTargets:
-    """Stand-in for the targets of a task that is to be predicted: `Batch.tasks` names it."""
-
-    def to(self, device: torch.device) -> _NoTargets:
-        """Itself: there is nothing in it."""
-        return self
-
-
 def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of heads (dataclasses of tensors) on the CPU."""
-    tensors = {
-        task: {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-        for task, output in outputs.items()
-    }
-    return {task: replace(output, **tensors[task]) for task, output in outputs.items()}
+    """Outputs of heads (dataclasses of tensors) on the CPU, without earlier layers, which are for losses only."""
+    moved = {}
+    for task, output in outputs.items():
+        output = output.last() if hasattr(output, "last") else output
+        tensors = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+        moved[task] = replace(output, **tensors)
+    return moved
 
 
 def sample_checksum(batch: Batch) -> Tensor:
@@ -327,22 +279,3 @@ def sample_checksum(batch: Batch) -> Tensor:
     for tensor in (batch.indices, batch.image_ids, batch.random_keys):
         value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
     return torch.tensor([value])
-
-
-def check_same_samples(step: int, received: Tensor, batch: Batch) -> None:
-    """Compare the checksum that came with activations with that of the labels; the host waits for the device.
-
-    Args:
-        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
-        batch: what this stage has read.
-
-    Raises:
-        RuntimeError: activations and labels belong to different samples.
-    """
-    ours, theirs = int(sample_checksum(batch)), int(received)
-    if ours != theirs:
-        raise RuntimeError(
-            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
-            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
-            "follow the same plan"
-        )

@@ -1,14 +1,13 @@
 """Placements of a model's values for each engine (`visft_ds.prepare.materialize.Placement`).
 
 Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which the
-system may drop at any time; and each finds a damaged value at the same tensor as all others. A reader for each host
-that sends tensors to the others would read no less, and leave them waiting where it fails.
+system may drop at any time; and each finds a damaged value at the same tensor as all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -37,20 +36,16 @@ class OnDevice(Placement):
         parameter.data = parameter.data.to(distributed.local_device())
 
 
+@dataclass
 class OwnLayers(OnDevice):
-    """Placement of the layers of this process's pipeline stage, on its device.
+    """Placement of the layers of this process's pipeline stage, on its device."""
 
-    Args:
-        bounds: first layer of each stage, and the number of layers.
-    """
-
-    def __init__(self, bounds: Sequence[int]) -> None:
-        self._bounds = bounds
+    bounds: Sequence[int]  #: first layer of each stage, and the number of layers
 
     def held(self, module: MultiTaskModel) -> Container[str]:
         """Names in the layers of the stage."""
-        stage = Place.of_rank(distributed.rank(), distributed.world_size(), len(self._bounds) - 1).stage
-        return {name for name, owner in owners(module, self._bounds).items() if owner == stage}
+        stage = Place.of_rank(distributed.rank(), distributed.world_size(), len(self.bounds) - 1).stage
+        return {name for name, owner in owners(module, self.bounds).items() if owner == stage}
 
 
 class Shards(Placement):
@@ -73,22 +68,3 @@ class Shards(Placement):
             self._first = parameter
         else:  # as DeepSpeed itself adds parameters to a divided model; another `Init` would read the config again
             self._first.convert_to_zero_parameters(param_list=[parameter])
-
-    @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Gather the parameters that each module inside owns itself before it runs, and drop them after. Collective."""
-        gathered: dict[nn.Module, Any] = {}
-
-        def gather(part: nn.Module, _: Any) -> None:
-            gathered[part] = deepspeed.zero.GatheredParameters(list(part.parameters(recurse=False)))
-            gathered[part].__enter__()
-
-        def drop(part: nn.Module, *_: Any) -> None:
-            gathered.pop(part).__exit__(None, None, None)
-
-        with ExitStack() as hooks:
-            for part in module.modules():
-                if any(True for _ in part.parameters(recurse=False)):
-                    hooks.callback(part.register_forward_pre_hook(gather).remove)
-                    hooks.callback(part.register_forward_hook(drop, always_call=True).remove)
-            yield

@@ -11,16 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
@@ -60,7 +53,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     Args:
         keep: copies each tensor to the host.
     """
-    ensure_moments(engine)
+    prepare_moments(engine)
     found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
         for what, named in found.items():
@@ -69,8 +62,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
                 named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
         return None
-    parameters = found.pop(VALUE)
-    return EngineState(parameters, found, updates_done(engine), engine.loss_scale.state())
+    return EngineState(found.pop(VALUE), found, updates_done(engine), engine.loss_scale.state())
 
 
 def updates_done(engine: Engine) -> int:
@@ -84,14 +76,9 @@ def gather_parameters(engine: Engine, names: tuple[str, ...] | None = None) -> d
     Args:
         names: which; all trainable ones by default.
     """
-    chosen = dict(engine.module.named_parameters())
-    wanted = trainable(engine) if names is None else {name: chosen[name] for name in names}
     values: dict[str, Tensor] = {}
-    for name, parameter in wanted.items():
-        value = safe_get_full_fp32_param(parameter) if engine.stage == 3 and parameter.requires_grad else None
-        if value is None and not parameter.is_meta:
-            value = _gathered(parameter)
-        value = on_main(engine, name, value)
+    for name in trainable(engine) if names is None else names:
+        value = on_main(engine, name, gather_tensor(engine, engine.module.get_parameter(name), VALUE))
         if value is not None:
             values[name] = to_host(name, value)
     return values
@@ -112,7 +99,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
             f"the checkpoint trains something else: {len(differing)} tensors differ (another LoRA rank, other "
             "targets, tasks or head sizes?)\n" + "\n".join(lines)
         )
-    _create_moments(engine, state.updates)
+    prepare_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
         set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
@@ -136,7 +123,7 @@ def unchanged(engine: Engine) -> Iterator[None]:
     Everything else happens, but every step ends as one whose loss is refused. The moments, which AdamW allocates in its
     first update, exist from here on.
     """
-    ensure_moments(engine)
+    prepare_moments(engine)
     counted = {name: getattr(engine.deepspeed, name) for name in _COUNTED}
     ours = dict(vars(engine))  # `should_update` and counters, which a step may rebind
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
@@ -154,58 +141,54 @@ def base_optimizer(engine: Engine) -> Any:
     return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
 
-def _relink(engine: Engine) -> None:
-    """Let the accessors find the moments of every group: DeepSpeed links those of the first group only."""
-    optimizer = engine.deepspeed.optimizer
+def prepare_moments(engine: Engine, updates: int | None = None) -> None:
+    """Let every accessor find Adam's moments, which it makes in its first update only: here they are zero before.
+
+    Args:
+        updates: forget the moments there are, and begin anew after so many updates.
+    """
+    base, optimizer = base_optimizer(engine), engine.deepspeed.optimizer
+    # What the optimiser really steps: flat partitions in ZeRO-3, else its parameters.
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    for stepped in flat or [parameter for group in base.param_groups for parameter in group["params"]]:
+        state = base.state[stepped]
+        if updates is not None or MOMENTS[0] not in state:
+            state.update({key: torch.zeros_like(stepped.detach()) for key in MOMENTS})
+            state["step"] = torch.tensor(float(updates or 0))
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed links the moments of the first group only.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def flat_parameters(engine: Engine) -> list[Tensor]:
-    """The fp32 tensors of this rank that the optimiser really steps: flat partitions, under ZeRO-0 the parameters."""
-    partitions = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
-    return partitions or [p for group in base_optimizer(engine).param_groups for p in group["params"]]
-
-
-def ensure_moments(engine: Engine) -> None:
-    """Moments that can be read: before the first update (every step so far may have been skipped) they are zero."""
-    state = base_optimizer(engine).state
-    if any(MOMENTS[0] not in state[flat] for flat in flat_parameters(engine)):
-        _create_moments(engine, 0)
-    else:
-        _relink(engine)
-
-
-def _create_moments(engine: Engine, updates: int) -> None:
-    """Allocate Adam's moments, which it makes in its first update only, for reading or restoring them before."""
-    base = base_optimizer(engine)
-    for flat in flat_parameters(engine):
-        base.state[flat].update(
-            step=torch.tensor(float(updates)), **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}
-        )
-    _relink(engine)
-
-
 def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """Gather an undivided fp32 tensor on this rank's device; None if another pipeline stage holds it. Collective."""
+    """An undivided tensor on this rank's device, fp32 where it trains; None if another stage holds it. Collective."""
     if parameter.is_meta:
         return None
-    if engine.stage == 0:
-        moments = base_optimizer(engine).state[parameter]
-        return parameter.detach() if what == VALUE else moments[what]
     if what == VALUE:
-        return safe_get_full_fp32_param(parameter)
-    return safe_get_full_optimizer_state(parameter, what)
+        trains_divided = engine.stage == 3 and parameter.requires_grad
+        return deepspeed.utils.safe_get_full_fp32_param(parameter) if trains_divided else gathered(parameter)
+    if engine.stage:
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, what)
+    moment: Tensor = base_optimizer(engine).state[parameter][what]
+    return moment
+
+
+def gathered(parameter: nn.Parameter) -> Tensor:
+    """The undivided value of a parameter as the forward reads it. Collective."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
-    """A tensor of a parameter on the main process, sent by its `Engine.holder`; None elsewhere. Collective.
+    """A tensor of a parameter on the main process, sent by the rank in `Engine.holders`; None elsewhere. Collective.
 
     Args:
         held: the undivided tensor, of the parameter's shape and dtype; None if another pipeline stage holds it.
     """
-    source = engine.holder(name)
+    source = engine.holders.get(name, 0)
     if distributed.rank() == source != 0:
         assert held is not None
         dist.send(held.detach().contiguous(), dst=0)
@@ -230,13 +213,13 @@ def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE
         flat = tensor.flatten()
         shard = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
         if what == VALUE:
-            safe_set_local_fp32_param(parameter, shard)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, shard, what)
+            deepspeed.utils.safe_set_local_optimizer_state(parameter, shard, what)
     elif what == VALUE:
-        safe_set_full_fp32_param(parameter, tensor)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, tensor)
     else:
-        safe_set_full_optimizer_state(parameter, tensor, what)
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, tensor, what)
 
 
 def refresh_module(engine: Engine) -> None:
@@ -252,12 +235,3 @@ def refresh_module(engine: Engine) -> None:
             persistent[0].all_gather(persistent)
     elif engine.stage:
         optimizer.update_lp_params()
-
-
-def _gathered(parameter: nn.Parameter) -> Tensor:
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()

@@ -7,6 +7,8 @@ Libraries' workspaces, the CUDA context and fragmentation are not in it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,9 +20,10 @@ from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
 from visft_ds.config.fields import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
-from visft_ds.parallel.partition import Partition, plan_partition
+from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, fused_attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
@@ -64,11 +67,16 @@ class PlannedRun:
     @cached_property
     def partition(self) -> Partition | None:
         """Division of the layers among the stages of a pipeline; None without one."""
-        visft, batches = self.config.visft, self.batches
-        if batches.stages == 1:
+        stages = self.batches.stages
+        if stages == 1:
             return None
-        module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
-        return plan_partition(module, batches.stages, visft.streams(), batches.micro, name=visft.model.name)
+        streams = self.config.visft.streams().values()
+        layers = [[stream.share * cost for cost in trace_step(self, stream).layers] for stream in streams]
+        costs = [sum(shares) / sum(stream.share for stream in streams) for shares in zip(*layers, strict=True)]
+        if stages > len(costs):
+            name = self.config.visft.model.name
+            raise ValueError(f"pipeline.stages = {stages}: {name} has {len(costs)} layers; give at most as many")
+        return Partition(tuple(costs), divide(costs, stages))
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class TracedStep:
     backbone_trains: bool
     blocks: int  #: of the backbone that are recomputed one by one, where any are
     tokens: int  #: values of the activations between two blocks
+    layers: Sequence[int]  #: operations of each layer that a pipeline divides; none of timm's models
 
 
 _TRACED: dict[tuple[Any, ...], TracedStep] = {}
@@ -153,9 +162,12 @@ def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
 
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(arrived)
-    with tracer, fused_attention(run.device, keeping_linear=run.keeping_linear):
-        torch.autograd.backward(module(batch, denominators)["loss"])
     backbone = module.backbone
+    by_layer: AbstractContextManager[list[int]] = nullcontext([])
+    if isinstance(backbone, EvaViT):
+        by_layer = operations_by_layer(tracer, backbone)
+    with tracer, fused_attention(run.device, keeping_linear=run.keeping_linear), by_layer as layers:
+        torch.autograd.backward(module(batch, denominators)["loss"])
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     patch, (height, width) = getattr(backbone, "patch_size", 1), batch.images.shape[-2:]
@@ -172,6 +184,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
         # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
         blocks=len(list(getattr(backbone, "blocks", getattr(backbone, "stages", ())))),
         tokens=images * (height // patch) * (width // patch) * backbone.width,
+        layers=layers,
     )
 
 
@@ -243,8 +256,8 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     return max(moments, key=lambda moment: moment.total)
 
 
-def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
-    """Peak memory of a rank, by part: of a stream, or of the largest one of the run."""
-    streams = run.config.visft.streams()
-    chosen = streams.values() if task is None else [streams[task]]
-    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
+def plan_largest(run: PlannedRun) -> MemoryPlan:
+    """Peak memory of a rank, by part, in the largest kind of step."""
+    return max(
+        (plan_stream(run, stream) for stream in run.config.visft.streams().values()), key=lambda plan: plan.total
+    )

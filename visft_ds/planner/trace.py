@@ -32,7 +32,7 @@ class Work(NamedTuple):
 class Tracer(TorchDispatchMode):
     """Sums up the work of operators, and the bytes of storages that live at the fullest moment.
 
-    Inside, ops choose kernels as on the device it stands for (`visft_ds.ops.StandIn`).
+    Inside, `visft_ds.ops` chooses as on the device it stands for.
 
     Attributes:
         work: cost -> number of calls.

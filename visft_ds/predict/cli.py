@@ -37,39 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE|FOLDER|PATTERN",
-        help="JPEG, PNG, WebP, BMP, GIF or TIFF; folders with all below them; patterns with *, ?, [...] or **",
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a run, RUN/checkpoints/step_N, RUN/export, or merged weights",
-    )
-    model.add_argument("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
-    model.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
-    model.add_argument(
-        "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
-    )
-    model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
-    model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
-    model.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
-    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
-    model.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: the run's, or 8)")
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default %(default)s")
-    out.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="least score of boxes and masks (default %(default)s)",
-    )
+    add = parser.add_argument
+    images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders with all below them; patterns with *, ?, [...] or **"
+    add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
+    model = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
+    add("--model", type=Path, required=True, metavar="RUN", help=model)
+    add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
+    add("--download", action="store_true", help=DOWNLOAD_HELP)
+    add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
+    add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    add("--tasks", metavar="A,B", help="default: every task that has a head")
+    add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
+    add("--batch-size", type=int, metavar="N", help="images at once (default: the run's, or 8)")
+    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default %(default)s")
+    score = "least score of boxes and masks (default %(default)s)"
+    add("--threshold", type=float, default=0.5, metavar="SCORE", help=score)
     return parser

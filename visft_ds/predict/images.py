@@ -83,8 +83,7 @@ def _images(root: Path, pattern: str) -> list[Path]:
 def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage], bool]:
     """All pictures that a user gave, and whether it was a single one rather than a list, folder or pattern.
 
-    Raises:
-        ValueError: what is no picture, by its path or its place in the list.
+    Raises ValueError for what is no picture, by its path or its place in the list.
     """
     if isinstance(images, str | Path):
         return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
@@ -104,9 +103,7 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 def open_file(path: Path) -> OpenedImage:
     """Decode a file, of several pictures the first, upright by its EXIF.
 
-    Raises:
-        ValueError: naming the file: no picture, damaged, too large, or not a regular file.
-        OSError: it may not be read.
+    Raises ValueError naming a file that is no picture, damaged, too large, or not a regular one.
     """
     return OpenedImage(np.array(open_image(path)), path)  # torch asks for pixels that can be written to
 

@@ -87,8 +87,7 @@ def load_backbone(
 ) -> ImageFeatures:
     """Load the backbone alone, with the adapter in it; heads are neither needed nor read. Arguments as `load`.
 
-    Raises:
-        ValueError: as `load`.
+    Raises ValueError as `load`.
     """
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True

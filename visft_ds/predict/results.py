@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,11 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def shape(self, place: int) -> list[float]:
+        """Left, top, width, height of one of them."""
+        x0, y0, x1, y1 = self.xyxy[place].tolist()
+        return [x0, y0, x1 - x0, y1 - y0]
+
 
 @dataclass(frozen=True, eq=False)
 class Masks:
@@ -59,6 +65,10 @@ class Masks:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def shape(self, place: int) -> npt.NDArray[np.bool_]:
+        """(H, W), one of them."""
+        return self.masks[place]
 
 
 def _labels(results: Results, categories: Mapping[int, str]) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
@@ -102,17 +112,14 @@ class Prediction:
         colours = palette([*self.categories.values(), *_names(self.boxes), *_names(self.masks)])
         lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
         panels = [(with_text(self.image, lines, side), "image")]
-        if self.boxes is not None:
-            xywh = np.concatenate([self.boxes.xyxy[:, :2], self.boxes.xyxy[:, 2:] - self.boxes.xyxy[:, :2]], axis=1)
-            shown = self.boxes.scores >= threshold
-            names, tags = _tags(self.boxes, shown)
-            picture = draw_objects(self.image, names, tags, colours, boxes=xywh[shown].tolist(), side=side)
-            panels.append((picture, f"boxes: {len(names)}"))
-        if self.masks is not None:
-            shown = self.masks.scores >= threshold
-            names, tags = _tags(self.masks, shown)
-            picture = draw_objects(self.image, names, tags, colours, masks=list(self.masks.masks[shown]), side=side)
-            panels.append((picture, f"masks: {len(names)}"))
+        for kind, objects in (("boxes", self.boxes), ("masks", self.masks)):
+            if objects is not None:
+                shown = [place for place, score in enumerate(objects.scores) if score >= threshold]
+                names = [objects.names[place] for place in shown]
+                tags = [f"{objects.names[place]} {objects.scores[place]:.2f}" for place in shown]
+                shapes: dict[str, Any] = {kind: [objects.shape(place) for place in shown]}
+                picture = draw_objects(self.image, names, tags, colours, **shapes, side=side)
+                panels.append((picture, f"{kind}: {len(names)}"))
         return Image.fromarray(side_by_side(*panels))
 
     def _lines(self) -> list[str]:
@@ -123,10 +130,11 @@ class Prediction:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
         found: dict[str, Results] = {}
         if self.boxes is not None:
-            boxes = zip(self.boxes.xyxy.tolist(), self.boxes.scores.tolist(), self.boxes.ids.tolist(), strict=True)
             found["detection"] = [
-                {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-                for (x0, y0, x1, y1), score, id_ in boxes
+                {"image_id": image_id, "category_id": id_, "bbox": self.boxes.shape(place), "score": score}
+                for place, (id_, score) in enumerate(
+                    zip(self.boxes.ids.tolist(), self.boxes.scores.tolist(), strict=True)
+                )
             ]
         if self.masks is not None:
             codes = coco_mask.encode(self.masks.masks.transpose(1, 2, 0).astype(np.uint8, order="F"))
@@ -150,9 +158,3 @@ class Prediction:
 
 def _names(objects: Boxes | Masks | None) -> tuple[str, ...]:
     return () if objects is None else objects.names
-
-
-def _tags(objects: Boxes | Masks, shown: npt.NDArray[np.bool_]) -> tuple[list[str], list[str]]:
-    """Names of the shown objects, and the same with their scores."""
-    pairs = [(objects.names[place], float(objects.scores[place])) for place in np.flatnonzero(shown)]
-    return [name for name, _ in pairs], [f"{name} {score:.2f}" for name, score in pairs]

@@ -69,8 +69,7 @@ class RunData:
 def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, RunData]:
     """The data of a run on so many processes, and its configuration with the batches and classes that it decides.
 
-    Raises:
-        ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
+    Raises ValueError for a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))

@@ -31,8 +31,7 @@ class TrainingSet:
 def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
 
-    Raises:
-        ValueError: a split that is missing or damaged, that lacks what a task needs, or has other categories.
+    Raises ValueError for a split that is missing or damaged, that lacks what a task needs, or has other categories.
     """
     data, enabled = config.data, tuple(config.tasks.enabled())
     first = Manifest.load(data.root, data.train, cache=cache_of(data))
@@ -138,8 +137,7 @@ def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
 def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:
     """Task -> raw ids of the classes of its head, where they are not those of the published heads.
 
-    Raises:
-        ValueError: heads that cannot have classes for `categories`, those of ROOT/TRAIN.
+    Raises ValueError for heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
     found = {
         name: classes_of(name, task.head.model_dump(), _names(categories))

@@ -7,7 +7,6 @@ those of the engines are in `parallel.placement`. A value is the same whatever t
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,10 +41,6 @@ class Placement:
 
     def place(self, parameter: nn.Parameter) -> None:
         """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
-
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Let each module inside have its own parameters whole while it runs, whoever holds them."""
-        return nullcontext()
 
 
 #: The placement of tools and tests that need no engine.
@@ -160,7 +155,7 @@ def fill_model(
         torch.manual_seed(config.seed)
         for task, head in module.heads.items():
             if task in heads:
-                fill(head, f"heads.{task}.", partial(heads[task].read, dtype=torch.float32))
+                fill(head, f"heads.{task}.", partial(heads[task].tensors.tensor, dtype=torch.float32))
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
             drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())

@@ -19,20 +19,12 @@ from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import (
-    HeadFile,
-    HeadInfo,
-    check_heads,
-    find_head,
-    open_head,
-    read_elsewhere,
-)
+from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, find_head, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models import Backbone, build_empty
+from visft_ds.models import build_empty
 from visft_ds.models.lora import check_reached, inject_lora
-from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, open_base
@@ -111,6 +103,9 @@ def prepare_model(
     storage = DTYPES[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
+    if config.lora is not None:
+        side = min(module.backbone.image_size, 4 * module.backbone.patch_size)
+        check_reached(module.backbone, torch.empty(1, 3, side, side, device="meta"))
     base = open_base(config.model, module.backbone, storage)
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
@@ -127,8 +122,6 @@ def prepare_model(
     fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    if config.lora is not None:
-        _check_reached(module.backbone, placement)
     return PreparedModel(module, groups, base, heads, tuple(notes))
 
 
@@ -179,19 +172,16 @@ def apply_groups(
 ) -> tuple[TrainedGroup, ...]:
     """Match groups to parameters by glob and make exactly the matched ones trainable.
 
-    Raises:
-        ValueError: all problems at once: groups that match nothing, parameters in more than one group.
+    Raises ValueError for all problems at once: groups that match nothing, parameters in more than one group.
     """
-    named = dict(module.named_parameters())
-    owner: dict[str, str] = {}
+    named, owner = dict(module.named_parameters()), dict[str, str]()
+    beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
     problems, matched = [], []
     for group in groups:
-        found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
-        for glob in (glob for glob, of_glob in found.items() if not of_glob):
-            beginnings = ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})[:6])
-            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
-        chosen = {name for of_glob in found.values() for name in of_glob}
-        names = tuple(name for name in named if name in chosen)
+        for glob in group.globs():
+            if not any(fnmatchcase(name, glob) for name in named):
+                problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {beginnings})")
+        names = tuple(name for name in named if any(fnmatchcase(name, glob) for glob in group.globs()))
         problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
@@ -264,19 +254,3 @@ def _check_stage(module: nn.Module, config: VisftConfig) -> None:
             f"stage {stage_name(config)!r} must train something of {part}*, but no group of visft.param_groups "
             "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )
-
-
-def _check_reached(backbone: Backbone, placement: Placement) -> None:
-    """Refuse adapters that the forward bypasses: in the blocks that this process holds, or in a model of timm."""
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(backbone, TimmBackbone):
-        run: nn.Module = backbone
-        side = min(backbone.image_size, 4 * backbone.patch_size)  # cheap even for the largest model
-        inputs = torch.randn(1, 3, side, side, generator=generator)
-    else:
-        run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
-        inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
-        if not run:
-            return
-    with placement.whole(run):
-        check_reached(run, inputs.to(next(run.parameters()).device))

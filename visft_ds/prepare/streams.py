@@ -32,8 +32,7 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
     """The streams of a run with the classes of its heads, which the categories of ROOT/TRAIN (`first`) decide.
 
-    Raises:
-        ValueError: see `visft_ds.tasks.classes.classes_of`.
+    Raises ValueError, see `visft_ds.tasks.classes.classes_of`.
     """
     found = classes_of_run(config, first.categories)
     return {
@@ -55,8 +54,7 @@ def pipelines_of(
 def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     """The order of a run's samples.
 
-    Raises:
-        ValueError: fewer samples that a stream can learn from than its batch size.
+    Raises ValueError for fewer samples that a stream can learn from than its batch size.
     """
     tasks = {
         stream.name: TaskPlan(_samples_of(config, stream, sets), stream.batch_size, stream.share)
@@ -99,8 +97,7 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
 def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
     """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
 
-    Raises:
-        ValueError: a tokenizer of another release, captions without words, or an unusable file.
+    Raises ValueError for a tokenizer of another release, captions without words, or an unusable file.
     """
     words_of = config.tasks.with_words()
     if words_of is None:
@@ -126,8 +123,7 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
 def read_vocabulary(path: Path) -> Vocabulary:
     """A vocabulary of ours (JSON), or the word map of a published head (JSON, word -> id).
 
-    Raises:
-        ValueError: no such file, or neither of the two.
+    Raises ValueError for neither of the two.
     """
     with reading(path, "the word map of a captioning head, a JSON object word -> id"):
         fields = orjson.loads(read_bytes(path, _LARGEST_WORDS))

@@ -57,14 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if options.loader:
             record = measure.measure_loader(config, options.steps, options.warmup, synthetic=options.synthetic)
-            text = render_loader(record)
+            found = record["loader"].items()
+            text = "\n".join(f"{name:16}{one['samples'] / one['seconds']:10.1f} samples/s" for name, one in found)
         else:
-            found = measure.measure(
-                config, options.steps, options.warmup, synthetic=options.synthetic, trace=options.trace
-            )
-            if found is None:
+            trace = options.trace
+            record = measure.measure(config, options.steps, options.warmup, synthetic=options.synthetic, trace=trace)
+            if not record:
                 return 0
-            record, text = found, render(found)
+            text = render(record)
         print(text, flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -74,30 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def render(record: dict[str, Any]) -> str:
-    """A line for each stream, its slowest rank's; below it the time by part and the planned memory by part."""
+    """A line for each stream, of its slowest rank; below it the time by part and the planned memory by part."""
     lines = [f"{'':16}{'images/s':>10}{'ms/step':>10}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}{'planned':>9}"]
     for name in record["ranks"][0]:
         one = max((rank[name] for rank in record["ranks"]), key=lambda found: statistics.median(found["seconds"]))
         peak = max(rank[name]["peak"] for rank in record["ranks"])
         seconds, planned = statistics.median(one["seconds"]), sum(one["planned"].values())
         mfu = "" if one["utilisation"] is None else f"{one['utilisation']:.1%}"
-        rate = one["operations"] / seconds / 1e12
-        lines.append(
-            f"{name:16}{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{rate:10.3g}{mfu:>8}"
-            f"{peak / 2**30:10.2f}{planned / 2**30:9.2f}"
+        speed = (
+            f"{one['images'] / seconds:10.2f}{1e3 * seconds:10.1f}{one['operations'] / seconds / 1e12:10.3g}{mfu:>8}"
         )
+        lines.append(f"{name:16}{speed}{peak / 2**30:10.2f}{planned / 2**30:9.2f}")
         hooked = sum(one["parts"].values())
         lines += [f"  {part:14}{1e3 * spent:20.1f}{spent / hooked:10.1%}" for part, spent in one["parts"].items()]
         lines += [f"  {part:14}{size / 2**30:57.2f}" for part, size in one["planned"].items() if size]
-    return "\n".join(lines)
-
-
-def render_loader(record: dict[str, Any]) -> str:
-    """Samples a second of each stream, and milliseconds of a sample."""
-    lines = [f"{'':16}{'samples/s':>10}{'ms/sample':>11}"]
-    for name, one in record["loader"].items():
-        each = 1e3 / max(1, one["samples"])
-        lines.append(f"{name:16}{one['samples'] / one['seconds']:10.1f}{each * one['seconds']:11.2f}")
     return "\n".join(lines)
 
 

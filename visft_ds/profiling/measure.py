@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,27 +22,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from visft_ds.config import ResolvedConfig, changed
+from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
 from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
 from visft_ds.prepare.model import prepare_model
 from visft_ds.pretrained import local
-from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.memory import memory_explained
+from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.coco import write_toy_coco
 
 _IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
-_ROWS = 15  #: of the table of a trace
 #: Instruction of a pipeline -> part of a step.
 _INSTRUCTIONS = {"ForwardPass": "forward", "BackwardPass": "backward", "OptimizerStep": "optimizer"}
 
@@ -60,10 +58,8 @@ class StreamProfile:
     utilisation: float | None  #: of the GPU's dense peak (MFU); None: it is not known
 
 
-def measure(
-    config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool, trace: Path | None
-) -> dict[str, Any] | None:
-    """The record of all streams on the main process, None elsewhere. Collective."""
+def measure(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool, trace: Path | None) -> dict[str, Any]:
+    """The record of all streams on the main process, empty elsewhere. Collective."""
     with open_session(config, synthetic=synthetic) as session:
         found = {}
         for name in session.config.visft.streams():
@@ -73,7 +69,7 @@ def measure(
         ranks = distributed.gather_objects(found)
         record = {"config": session.config.to_dict(), "versions": versions(), "ranks": ranks}
     distributed.close()
-    return None if ranks is None else record
+    return {} if ranks is None else record
 
 
 def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool) -> dict[str, Any]:
@@ -82,20 +78,15 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
     with open_run_data(config, synthetic=synthetic) as (opened, data):
         machine = check_machine(opened, data.vocabulary_size)
         for name in opened.visft.streams():
-            loader = open_loader(opened.visft, only(data, name), machine.planned.batches)
-            samples, began = 0, 0.0
-            for number, (_, batches) in enumerate(loader.steps(0, warmup + steps)):
-                if number >= warmup:
-                    samples += sum(len(batch.images) for batch in batches)
-                elif number == warmup - 1:
-                    began = time.perf_counter()
-            seconds = time.perf_counter() - began
-            loader.close()
+            with loading(opened, data, name, machine) as loader:
+                read = loader.steps(0, warmup + steps)
+                for _ in range(warmup):
+                    next(read)
+                began = time.perf_counter()
+                samples = sum(len(batch.images) for _, batches in read for batch in batches)
+                seconds = time.perf_counter() - began
             found[name] = {"samples": samples, "seconds": seconds}
     return {"config": opened.to_dict(), "versions": versions(), "loader": found}
-
-
-# ------------------------------------------------------------------------------------------------------ session
 
 
 @contextmanager
@@ -130,7 +121,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             prepared,
             machine.deepspeed_config,
             config.optimizer.params,
-            Schedule.of(config.scheduler, config.total_steps),
+            Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
@@ -161,13 +152,14 @@ def with_random_weights(config: ResolvedConfig, shards: Path) -> ResolvedConfig:
     return changed(config, settings)
 
 
-def only(data: RunData, stream: str) -> RunData:
-    """The data of a run that has this stream only: its batches in the order in which training meets them."""
+@contextmanager
+def loading(config: ResolvedConfig, data: RunData, stream: str, machine: Machine) -> Iterator[StepLoader]:
+    """The loader of a run that has this stream only: its batches in the order in which training meets them."""
     plan = data.plan
-    return replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
-
-
-# ---------------------------------------------------------------------------------------------------- measuring
+    alone = replace(data, plan=Plan({stream: plan.tasks[stream]}, plan.seed, plan.views))
+    loader = open_loader(config.visft, alone, machine.planned.batches)
+    yield loader
+    loader.close()
 
 
 @dataclass(frozen=True)
@@ -182,22 +174,21 @@ class Session:
     def measure(self, stream: str, count: int, warmup: int) -> StreamProfile:
         """Whole steps, in turn with steps by part. Collective."""
         device, planned = self.engine.device, self.machine.planned
-        loader = open_loader(self.config.visft, only(self.data, stream), planned.batches)
-        steps = loader.steps(0, warmup + 2 * count)
         plain: list[float] = []
         parts: list[dict[str, float]] = []
-        for _ in range(warmup):
-            self._step(stream, *next(steps))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(count):
-            seconds, images = self._timed(stream, steps)
-            plain.append(seconds)
-            with timed_parts(self.engine) as watch:
-                seconds, images = self._timed(stream, steps)
-            found = {"data wait": loader.wait_seconds, **watch.seconds()}
-            parts.append({**found, "rest": seconds - sum(found.values())})
-        loader.close()
+        with loading(self.config, self.data, stream, self.machine) as loader:
+            steps = loader.steps(0, warmup + 2 * count)
+            for _ in range(warmup):
+                self._step(stream, steps)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            for _ in range(count):
+                seconds, images = self._step(stream, steps)
+                plain.append(seconds)
+                with timed_parts(self.engine) as watch:
+                    seconds, images = self._step(stream, steps)
+                found = {"data wait": loader.wait_seconds, **watch.seconds()}
+                parts.append({**found, "rest": seconds - sum(found.values())})
         kind = self.config.visft.streams()[stream]
         operations, rate = model_operations(planned, kind), peak_rate(device, planned.precision)
         return StreamProfile(
@@ -214,37 +205,33 @@ class Session:
         """Trace a step by torch.profiler: FOLDER/STREAM-rankN.json.gz for Perfetto, and a table of its operators."""
         cuda = self.engine.device.type == "cuda"
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
-        loader = open_loader(self.config.visft, only(self.data, stream), self.machine.planned.batches)
-        steps = loader.steps(0, 2)
-        self._step(stream, *next(steps))
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profile(activities=activities, acc_events=True) as profiler:
-            self._timed(stream, steps)
-        loader.close()
+        with loading(self.config, self.data, stream, self.machine) as loader:
+            steps = loader.steps(0, 2)
+            self._step(stream, steps)
+            with profile(activities=activities, acc_events=True) as profiler:
+                self._step(stream, steps)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stream}-rank{distributed.rank()}.json.gz"
         profiler.export_chrome_trace(str(path))
         if distributed.is_main():
             by = "self_device_time_total" if cuda else "self_cpu_time_total"
-            print(f"{stream}: {path}\n{profiler.key_averages().table(sort_by=by, row_limit=_ROWS)}", flush=True)
+            print(f"{stream}: {path}\n{profiler.key_averages().table(sort_by=by, row_limit=15)}", flush=True)
 
-    def _timed(self, stream: str, steps: Iterator[tuple[StepPlan, list[Batch]]]) -> tuple[float, int]:
-        """(seconds from asking for the data to the end of the step, images of all ranks)."""
-        synchronize(self.engine.device)
+    def _step(self, stream: str, steps: Iterator[tuple[StepPlan, list[Batch]]]) -> tuple[float, int]:
+        """A step as the training loop makes it: seconds from asking for the data to its end, images of all ranks."""
+        engine = self.engine
+        synchronize(engine.device)
         began = time.perf_counter()
         step_plan, batches = next(steps)
-        self._step(stream, step_plan, batches)
-        synchronize(self.engine.device)
-        return time.perf_counter() - began, len(step_plan.indices)
-
-    def _step(self, stream: str, step_plan: StepPlan, batches: Sequence[Batch]) -> None:
-        """Make a step as the training loop does."""
-        engine, what = self.engine, f"step {step_plan.step} of {stream}"
-        agreement = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
+        what = f"step {step_plan.step} of {stream}"
+        summed, _ = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
         micro_batches = self.machine.planned.batches.micro_batches
-        denominators = loss_denominators_of(agreement.counts, micro_batches, engine.device)
+        denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(what, stream, batches, engine.device):
             engine.train_step(step_plan.step, batches, denominators)
+        synchronize(engine.device)
+        return time.perf_counter() - began, len(step_plan.indices)
 
 
 def synchronize(device: torch.device) -> None:
@@ -289,19 +276,6 @@ class Stopwatch:
         return {part: sum(map(between, marks[::2], marks[1::2])) for part, marks in self._marks.items()}
 
 
-class _TimedCriterion:
-    """A criterion whose calls are counted."""
-
-    def __init__(self, criterion: Any, watch: Stopwatch) -> None:
-        self._criterion, self._call = criterion, watch.marked(criterion, "criteria")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._criterion, name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._call(*arguments, **named)
-
-
 @contextmanager
 def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
     """Marks around the parts of a step, removed at the end; of a pipeline, around what this stage is told to do."""
@@ -319,8 +293,8 @@ def timed_parts(engine: Engine) -> Iterator[Stopwatch]:
                 after = owner.register_forward_hook(lambda *_, part=part: watch.mark(part))
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            criteria = {task: _TimedCriterion(criterion, watch) for task, criterion in module.criteria.items()}
-            stack.enter_context(patch.dict(module.criteria, criteria))
+            for kind in {type(criterion) for criterion in module.criteria.values()}:
+                stack.enter_context(patch.object(kind, "__call__", watch.marked(kind.__call__, "criteria")))
             for name, part in (("backward", "backward"), ("step", "optimizer")):
                 timed = watch.marked(getattr(engine.deepspeed, name), part)
                 stack.enter_context(patch.object(engine.deepspeed, name, timed))

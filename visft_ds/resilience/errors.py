@@ -11,18 +11,14 @@ from visft_ds.redaction import redacted
 
 #: Exit code of a rank that stops because another one, or its launcher, was killed or hangs.
 LOST_CODE = 3
-#: Exit code after a Ctrl-C.
-INTERRUPTED = 130
 #: What gloo and NCCL say to a rank whose peer is gone.
-LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+LOST_PEER = re.compile(
+    r"Connection (closed by|reset by|was likely closed)|remote process exited|Broken pipe|recvValue failed"
+)
 
 
 class RankError(ValueError):
     """Mistake that a user can mend and that one rank alone meets; a plain ValueError is met by all."""
-
-
-class RanksDiffer(ValueError):
-    """Ranks that ought to have or do the same do not; every rank knows and stops."""
 
 
 class LostRank(RuntimeError):
@@ -35,7 +31,7 @@ def exit_code(error: BaseException) -> int:
     codes: dict[type[BaseException], int] = {
         LostRank: LOST_CODE,
         FloatingPointError: 4,
-        KeyboardInterrupt: INTERRUPTED,
+        KeyboardInterrupt: 128 + signal.SIGINT,
         BrokenPipeError: 128 + signal.SIGPIPE,
         ValueError: 2,
         OSError: 2,

@@ -1,7 +1,4 @@
-"""Guard of the loss: NaN and infinity are counted; too many end the run on every rank, and where they begin is named.
-
-Shape letters: B images of a micro-batch.
-"""
+"""Guard of the loss: NaN and infinity are counted; too many end the run on every rank, which names where they begin."""
 
 from __future__ import annotations
 
@@ -42,11 +39,6 @@ class LossGuard:
         """Return True if the run has to stop after the last step."""
         return self.bad > self._allowed or self.collapsed
 
-    @property
-    def event(self) -> str:
-        """Kind of the last step's event, where `observe` returned a message."""
-        return "loss scale" if self.collapsed else "bad step"
-
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take a finished step into account. Returns the message for the log, "" for none."""
         where = f"step {step_plan.step + 1} ({step_plan.task})"
@@ -54,10 +46,7 @@ class LossGuard:
         scale = report.loss_scale or LEAST_SCALE
         if report.skipped and scale <= LEAST_SCALE:
             self.collapsed = True
-            return (
-                f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least; bf16 and fp32 hold "
-                "such gradients (visft.model.precision), or smaller loss weights give smaller ones"
-            )
+            return f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least: use bf16 or fp32"
         if not report.refused:
             return ""
         what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {report.losses['loss']}"
@@ -65,15 +54,7 @@ class LossGuard:
         return f"{where}: {what}, no update was made on any rank{''.join(faults)}"
 
     def stop(self, message: str, saved: int) -> None:
-        """End the run, on every rank.
-
-        Args:
-            message: of the last step.
-            saved: step of the newest checkpoint, 0 for none.
-
-        Raises:
-            FloatingPointError: always.
-        """
+        """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for none."""
         after = f" after {self._allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
         raise FloatingPointError(
@@ -92,10 +73,8 @@ def first_non_finite(
     """Make a refused step once more, without an update, and name what is not finite first. Collective.
 
     It runs through the engine, at the loss scale of that step, so that every rank and pipeline stage sees what it saw.
-    The run has to stop afterwards: the engine's counters are not right any more.
-
-    Returns:
-        For each rank the first modules, parameters and images, as they came to be; the same on every rank.
+    The run has to stop afterwards: the engine's counters are not right any more. Returns the first modules, parameters
+    and images of each rank, the same on every rank.
     """
     found: list[str] = []
     engine.should_update = lambda loss: False
@@ -103,10 +82,9 @@ def first_non_finite(
         engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
     with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)
-    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(found[:_SHOWN]))
+    everyone: list[list[str]] = distributed.from_all_ranks(found[:_SHOWN])
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
-    more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
-    return "".join(lines[:_SHOWN] + more) or "\n  made again, everything is finite: faulty hardware?"
+    return "".join(lines[:_SHOWN]) or "\n  made again, everything is finite: faulty hardware?"
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ days. In the rehearsal it comes first, and its result is discarded. Only pixels 
 from __future__ import annotations
 
 import errno
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from visft_ds.config import Batches
@@ -28,20 +31,35 @@ from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.streams import parts_of
 from visft_ds.resilience.errors import RankError
-from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.resilience.watchdog import Watchdog
 
 #: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
 _SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-class OutOfMemory(RankError):
-    """A step that does not fit. The message says what to try."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes at this process's peak: of the allocator on a GPU, of all its memory (libraries too) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def host_memory() -> int:
+    """Bytes that this process's machine has, or fewer where its control group (version 2) or one around it says so.
+
+    In a container the own group is the root; a scheduler such as SLURM limits one in the middle of the path.
+    """
+    listed = _OWN_GROUP.read_text(encoding="utf-8").splitlines() if _OWN_GROUP.is_file() else []
+    own = next((Path(line[4:]) for line in listed if line.startswith("0::/")), Path())
+    files = [_GROUPS / group / "memory.max" for group in (own, *own.parents)]
+    limits = [file.read_text(encoding="utf-8").strip() for file in files if file.is_file()]
+    return min([int(psutil.virtual_memory().total), *(int(limit) for limit in limits if limit != "max")])
 
 
 @contextmanager
 def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
-    """Turn the error of an allocator into `OutOfMemory`: what was done, its shapes, what was counted, what to try.
+    """Turn the error of an allocator into a `RankError`: what was done, its shapes, what was counted, what to try.
 
     Args:
         what: is done within.
@@ -49,7 +67,7 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
         batches: that it is done with.
 
     Raises:
-        OutOfMemory: an allocator failed, on a GPU or on the host.
+        RankError: an allocator failed, on a GPU or on the host.
     """
     try:
         yield
@@ -63,7 +81,7 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
             counted["allocated"] = torch.cuda.memory_allocated(device)
             counted["reserved"] = torch.cuda.memory_reserved(device)
             counted["on the device"] = torch.cuda.get_device_properties(device).total_memory
-        raise OutOfMemory(
+        raise RankError(
             f"out of memory in {what}: {largest_shape(batches)}\n"
             f"  {(str(error).splitlines() or [type(error).__name__])[0]}\n"
             f"  measured: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in counted.items())}\n"
@@ -125,7 +143,7 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
     """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
     Raises:
-        OutOfMemory: it does not fit.
+        RankError: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     device, rows = engine.device, []
@@ -135,8 +153,8 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
             watchdog.begin(f"rehearsal of {name}")
             with memory_explained(f"the rehearsal of {name}", name, micro, device):
                 counts = counts_of(engine.module, micro)
-                agreement = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
-                engine.train_step(0, micro, loss_denominators_of(agreement.counts, batches.micro_batches, device))
+                summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
+                engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))
             peak = f"{peak_memory(device) / 2**30:.2f} GiB"
             rows.append((name, largest_shape(micro), f"{time.perf_counter() - began:.1f} s", peak))
     if device.type == "cuda":

@@ -76,15 +76,12 @@ def start_ranks(words: Sequence[str], count: int) -> int:
 
 def _status_of(codes: Sequence[int]) -> int:
     """Exit status of all ranks together: that of the rank which failed by itself, not of those that only lost it."""
-    killed = [code for code in codes if code < 0]
-    for code in killed:
-        print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-    own = [code for code in codes if code > 0 and code != LOST_CODE]
-    if own:
-        return own[0]
-    if killed and -killed[0] in SIGNALS:  # before the first step signals end a rank as they end any process
-        return 128 - killed[0]
-    return LOST_CODE if any(codes) else 0
+    for code in codes:
+        if code < 0:
+            print(f"a process was ended by signal {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+    # Before the first step signals end a rank as they end any process.
+    own = [*(code for code in codes if code > 0), *(128 - code for code in codes if -code in SIGNALS)]
+    return next((code for code in own if code != LOST_CODE), LOST_CODE if any(codes) else 0)
 
 
 def same_code() -> dict[str, str]:

@@ -25,10 +25,6 @@ GAVE_UP = 1
 FINAL_CODES = (0, 2, 4, 130, 143)
 #: Restarts in a row that may end before anything new is saved.
 FRUITLESS = 2
-_EPILOG = """example:
-  visft supervise --max-restarts 5 -- visft train --num_gpus 8 --stage 2
-A signal to this command is passed on to the run, which saves and ends; no restart follows.
-"""
 
 
 def supervise(
@@ -54,10 +50,11 @@ def supervise(
         ended = f"attempt {attempt} ended with {code}, its newest checkpoint is of step {max(now, default=0)}"
         if fruitless > FRUITLESS or attempt > max_restarts:
             why = f"{fruitless} attempts in a row saved nothing" if fruitless > FRUITLESS else "no restart is left"
-            _tell(f"given up: {ended}; {why}")
+            print(f"[supervisor] given up: {ended}; {why}", file=sys.stderr, flush=True)
             break
         seconds = backoff * 2 ** min(fruitless, 6)
-        _tell(f"{ended}; restart {attempt} of {max_restarts} in {seconds:g} s")
+        restart = f"restart {attempt} of {max_restarts} in {seconds:g} s"
+        print(f"[supervisor] {ended}; {restart}", file=sys.stderr, flush=True)
         time.sleep(seconds)
     return GAVE_UP
 
@@ -71,18 +68,12 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
     raise ValueError(f"{given}: give a training after --, for example visft train --num_gpus 8 --stage 2")
 
 
-def _tell(text: str) -> None:
-    """Write a line to the log of the job."""
-    print(f"[supervisor] {text}", file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
     parser = Parser(
         prog=program("supervise"),
-        description="Run a training and start it again after it was lost.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run a training and restart it after it was lost: visft supervise -- visft train --num_gpus 8 ... "
+        "A signal is passed on to the run, which saves and ends; no restart follows.",
         allow_abbrev=False,
     )
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in all (3)")

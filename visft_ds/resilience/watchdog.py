@@ -26,11 +26,7 @@ _AFTER_YOU = 3.0
 
 
 class Watchdog:
-    """Ends this process with `LOST_CODE` when a timed phase takes longer than `timeout` seconds; 0: never.
-
-    Args:
-        rank: of this process.
-    """
+    """Ends this process, which is `rank`, when a timed phase takes longer than `timeout` seconds; 0: never."""
 
     def __init__(self, rank: int, timeout: float) -> None:
         self._rank, self._timeout = rank, timeout
@@ -79,5 +75,4 @@ def last_collective() -> str:
         return "no collective recorded"
     last = entries[-1]
     sizes = f" of {last['input_sizes'][0]}" if last["input_sizes"] else ""
-    state = "" if last["state"] == "scheduled" else f", {last['state']}"
-    return f"last collective: number {last['record_id'] + 1}, {last['profiling_name']}{sizes}{state}"
+    return f"last collective: number {last['record_id'] + 1}, {last['profiling_name']}{sizes}, {last['state']}"

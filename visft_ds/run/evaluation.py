@@ -172,7 +172,7 @@ class _StoppedError(Exception):
 
 def _predict_unless_stopped(predict: Predict, stop: StopFlag, batch: Batch) -> Mapping[str, Any]:
     """Predict a batch, which all ranks do equally often, until one of them is asked to stop."""
-    if distributed.any_rank(bool(stop), distributed.local_device()):
+    if any(distributed.from_all_ranks(bool(stop))):
         raise _StoppedError
     return predict(batch)
 

@@ -76,7 +76,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
     if not saved_something(out) and not (metrics.is_file() and metrics.stat().st_size):
         return
     if resume == "no":
-        raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to go on with it")
+        raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
     differences = identity_differences(recorded_config(out).identity(), config.identity())
     if differences:
         shown = [f"  {line}" for line in differences[:_SHOWN]]

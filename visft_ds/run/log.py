@@ -23,7 +23,7 @@ from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import PlannedRun, model_operations
 from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
-from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.resilience.memory import peak_memory
 from visft_ds.resilience.stop import StopFlag
 
 
@@ -56,7 +56,7 @@ class RunLog:
         if report.loss_scale is not None:
             values["loss_scale"] = report.loss_scale
         values |= {
-            "gradient_norm": report.gradient_norm,
+            "grad_norm": report.gradient_norm,
             "images_per_second": images / seconds,
             # Tasks that share a step share its images.
             **{f"images_per_second/{one}": images / seconds for one in self.tasks if step_plan.task in (one, SHARED)},
@@ -78,7 +78,7 @@ class RunLog:
 def open_log(
     config: ResolvedConfig, start: int, planned: PlannedRun, callbacks: Sequence[Callback], stop: StopFlag
 ) -> Iterator[RunLog]:
-    """The log of a run that goes on after `start` of its steps.
+    """The log of a run that is resumed after `start` of its steps.
 
     Args:
         planned: of the run, for the MFU.
@@ -116,10 +116,10 @@ def seconds_at_peak(run: PlannedRun) -> dict[str, float]:
 
 @contextmanager
 def traced(out: Path, steps: tuple[int, int], start: int, tell: Callable[[str], None]) -> Iterator[profile | None]:
-    """Trace steps (first, last) of a run that goes on after `start`, into OUT/trace-FIRST-LAST-rankN.json.gz.
+    """Trace steps (first, last) of a run that is resumed after `start`, into OUT/trace-FIRST-LAST-rankN.json.gz.
 
     Perfetto (ui.perfetto.dev) and chrome://tracing show it. The step before the first one warms the profiler up. A
-    trace that cannot be written is told, and the run goes on. Yields what has to `step` at the end of each step.
+    trace that cannot be written is told, and the run continues. Yields what has to `step` at the end of each step.
     """
     first, last = steps
     path = out / f"trace-{first}-{last}-rank{distributed.rank()}.json.gz"
@@ -128,7 +128,7 @@ def traced(out: Path, steps: tuple[int, int], start: int, tell: Callable[[str], 
         try:
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            tell(f"warning: no trace in {path}: {error}; training goes on")
+            tell(f"warning: no trace in {path}: {error}; training continues")
         else:
             tell(f"wrote {path}: open it at https://ui.perfetto.dev")
 

@@ -15,15 +15,15 @@ from visft_ds.config import ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
-from visft_ds.ops import use_kernels
-from visft_ds.ops.numerics import use_numerics
+from visft_ds.ops import use_numerics
+from visft_ds.ops.lora import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
-from visft_ds.resilience.host_memory import host_memory
+from visft_ds.resilience.memory import host_memory
 from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
 
 T = TypeVar("T")

@@ -64,8 +64,10 @@ class RunState:
         checkpoint = open_checkpoint(Path(place))
         check_identity(checkpoint, self._identity)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
-        best = self.saver.retention.best
-        self.saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
+        best, scores = self.saver.retention.best, dict[int, float | None]()
+        if best and distributed.is_main():
+            scores = recorded_scores(self._out / METRICS_FILE, best)
+        self.saver.resume(checkpoint.step, scores)
         return checkpoint.step
 
     def _newest(self) -> str | None:
@@ -81,7 +83,7 @@ class RunState:
         return None
 
     def save(self, step: int) -> None:
-        """Take a snapshot; it is written while training goes on. Collective.
+        """Take a snapshot; it is written while training continues. Collective.
 
         Raises:
             OSError: the save before this one failed.
@@ -97,26 +99,26 @@ class RunState:
         for save in self.saver.finished(wait=wait):
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
             log.message(
-                f"saved step {save.step} in {self.saver.folder} (training stood still for {save.stall_seconds:.2f} s; "
+                f"saved step {save.step} in {self.saver.folder} (training paused for {save.stall_seconds:.2f} s; "
                 f"written in {save.write_seconds:.2f} s)"
             )
             log.writer.save(save.step, seconds, checkpoint_path(self.saver.folder, save.step))
 
     def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
-        """Return True if `visft.run.stop_after` evaluations in a row gave no better metric. Collective.
+        """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
 
         It waits for the numbers of all evaluations so far: a run that is resumed ends at the same step.
         """
         run = self._config.visft.run
-        if not run.stop_after:
+        if not run.patience:
             return False
         validation.poll(log, seconds=None)
         count, best = distributed.broadcast_object(self.saver.since_best())
-        if best is None or count < run.stop_after:
+        if best is None or count < run.patience:
             return False
         log.message(
             f"ends after step {step}: {count} evaluations without a better {run.keep_best} than that of step {best} "
-            "(visft.run.stop_after)"
+            "(visft.run.patience)"
         )
         return True
 
@@ -149,7 +151,7 @@ class RunState:
     def begin_export(self, prepared: PreparedModel) -> None:
         """Write what of the export is known before training. Main process only. Raises OSError: a full disk."""
         folder = self._out / "export"
-        with explained("what the run does not train", folder, "The same command goes on"):
+        with explained("what the run does not train", folder, "The same command continues"):
             begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 from visft_ds.tasks.detection.data import DetectionTargets
 
 # Areas and unions are divided by no less than this. Relative boxes of one pixel in a million pixels have area 1e-6, so

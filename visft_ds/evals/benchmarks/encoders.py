@@ -25,9 +25,8 @@ from torchvision.transforms import v2 as transforms
 from visft_ds.evals.benchmarks.dense_sets import CELLS
 from visft_ds.evals.benchmarks.text import TextTower
 from visft_ds.files import reading
-from visft_ds.interop.layouts import classifier_names
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.models.timm_backbone import TimmBackbone, classifier_names
 
 KINDS = ("pooled", "clip", "patches", "clip_patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")

@@ -20,10 +20,10 @@ from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.model import adapter_for
 from visft_ds.files import reading
-from visft_ds.interop.layouts import classifier_names, model_in, open_model
+from visft_ds.interop.layouts import model_in, open_model
 from visft_ds.interop.weights import examples, open_weights
 from visft_ds.models.lora import inject_lora, lora_parameters
-from visft_ds.models.timm_backbone import build_model
+from visft_ds.models.timm_backbone import build_model, classifier_names
 from visft_ds.pretrained import TIMM
 
 KIND = "answers"  #: (images,), the number of the class that a classifier says

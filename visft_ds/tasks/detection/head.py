@@ -38,6 +38,10 @@ class DetectionOutput:
     logits: Tensor  #: (L, B, Q, C + 1), the last class is "no object"
     boxes: Tensor  #: (L, B, Q, 4) cxcywh in [0, 1], relative to the valid (unpadded) image
 
+    def last(self) -> DetectionOutput:
+        """The answer without what only losses look at."""
+        return DetectionOutput(self.logits[-1:], self.boxes[-1:])
+
 
 class DetectionHead(nn.Module):
     """Feature map -> a fixed set of Q boxes with classes, from every decoder layer.

@@ -10,7 +10,7 @@ is at least one half. The queries predict masks before the first layer already, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class SegmentationOutput:
     #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
     #: batch in pixels is meant.
     extents: Tensor | None = None
+
+    def last(self) -> SegmentationOutput:
+        """The answer without what only losses look at."""
+        return replace(self, logits=self.logits[-1:], masks=self.masks[-1:])
 
 
 class SegmentationHead(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.plan import generator
-from visft_ds.ops.copies import to_device
+from visft_ds.ops import to_device
 
 
 def draw_points(keys: Sequence[int], layers: int, counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
