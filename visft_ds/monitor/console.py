@@ -1,7 +1,4 @@
-"""Console output: tables, the line of a training step, and the progress of other work (tqdm's).
-
-No line is longer than WIDTH, unless a path or a command in it is: those stay whole, to be copied.
-"""
+"""Console output: tables, the line of a training step, and the progress of other work (tqdm's)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-#: Columns that lines are made to fit in where no terminal says how wide it is.
+#: Columns of a table; paths and commands that are longer stay whole, to be copied.
 WIDTH = 100
 #: Share of a new loss in its smoothed value once ten steps of that task were seen; before, all count the same.
 SMOOTHING = 0.1
@@ -32,10 +29,9 @@ class Section:
     columns: Sequence[str] = ()
 
 
-def print_plan(title: str, sections: Sequence[Section], *, stream: TextIO | None = None) -> None:
+def print_plan(title: str, sections: Sequence[Section]) -> None:
     """Print what is about to run."""
-    lines = [f"== {title}", *(line for section in sections for line in _table(section))]
-    print("\n".join(lines), file=stream or sys.stdout, flush=True)
+    print("\n".join([f"== {title}", *(line for section in sections for line in _table(section))]), flush=True)
 
 
 def _table(section: Section) -> list[str]:
@@ -43,14 +39,14 @@ def _table(section: Section) -> list[str]:
     rows = [list(row) for row in ([section.columns] if section.columns else []) + list(section.rows)]
     depth = max(map(len, rows), default=1) - 1
     widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
-    lines = wrapped("-- ", section.title)
+    lines = _wrapped("-- ", section.title)
     for row in rows:
         cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
-        lines += wrapped("   " + "".join(cells), row[-1])
+        lines += _wrapped("   " + "".join(cells), row[-1])
     return lines
 
 
-def wrapped(before: str, text: str) -> list[str]:
+def _wrapped(before: str, text: str) -> list[str]:
     """Lines of `before` and a text with a hanging indent; words, such as paths, are not cut."""
     room = max(WIDTH - len(before), 30)
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if len(text) > room else [text]
@@ -84,7 +80,6 @@ class Progress:
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)  # images, seconds, those waiting for data
         self._losses, self._seen = dict[str, float](), dict[str, int]()
         live = enabled and self._stream.isatty()
-        self._width = shutil.get_terminal_size((WIDTH, 24)).columns - 1 if live else WIDTH
         self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
 
     def __enter__(self) -> Progress:
@@ -112,8 +107,8 @@ class Progress:
         text = self._text(step, values)
         if step % self._log_every == 0 or step in (self._start + 1, self._total):
             self.message(text)
-        if self._bar is not None:
-            self._bar.set_description_str(text)
+        if self._bar is not None:  # a line that is wrapped would leave a copy of itself at each refresh
+            self._bar.set_description_str(text[: shutil.get_terminal_size().columns - 1])
 
     def message(self, text: str) -> None:
         """Print a line of its own, e.g. that a checkpoint was saved."""
@@ -130,24 +125,14 @@ class Progress:
             self._gone()
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
-        """The newest step; what does not fit the width is shortened or left out, since metrics.jsonl has all of it."""
         images, seconds, waiting = (sum(column) for column in zip(*self._recent, strict=True))
-        losses = sorted(self._losses.items())
-        parts = {
-            "step": f"step {step}/{self._total}",
-            "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
-            "lr": f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.2e}",
-            "grad_norm": f"grad_norm {values['grad_norm']:.3g}",
-            "speed": f"{images / seconds:.3g} img/s",
-            "data": f"data {100 * waiting / seconds:.0f}%",
-            "mem": f"mem {values['memory/peak_gib']:.2f} GiB",
-            "eta": f"eta {tqdm.format_interval((self._total - step) * seconds / len(self._recent))}",
-        }
-        short = "  ".join(f"{task[:3]} {loss:.3g}" for task, loss in losses)
-        for name, instead in (("losses", short), ("lr", ""), ("mem", ""), ("data", ""), ("grad_norm", "")):
-            if len("  ".join(filter(None, parts.values()))) > self._width:
-                parts[name] = instead
-        return "  ".join(filter(None, parts.values()))
+        left = tqdm.format_interval((self._total - step) * seconds / len(self._recent))
+        losses = (f"{task} {loss:.4g}" for task, loss in sorted(self._losses.items()))
+        rate = next(value for name, value in values.items() if name.startswith("lr/"))
+        parts = [f"step {step}/{self._total}", f"eta {left}", *losses, f"{images / seconds:.3g} img/s"]
+        parts += [f"lr {rate:.2e}", f"grad_norm {values['grad_norm']:.3g}"]
+        parts += [f"data {100 * waiting / seconds:.0f}%", f"mem {values['memory/peak_gib']:.2f} GiB"]
+        return "  ".join(parts)
 
 
 def gauge(

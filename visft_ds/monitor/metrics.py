@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from visft_ds import __version__
 from visft_ds.monitor.callbacks import Callback
 
-#: Packages whose version decides results.
-RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
+#: Other packages whose version decides results.
+RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
 METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
@@ -28,7 +29,7 @@ class MetricsWriter:
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to OUT/tensorboard/.
 
     Args:
-        out: the run folder; made if absent.
+        out: the run folder.
         resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
             and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
         enabled: False on every process but the main one: nothing is written.
@@ -47,21 +48,20 @@ class MetricsWriter:
         self._events: Any = None  # the SummaryWriter of TensorBoard
         if enabled:
             out.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file():
-                self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
-            self._attempt("TensorBoard", lambda: self._open_events(out / "tensorboard", resume_step))
+            self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
+            self._attempt("TensorBoard", lambda: self._open_events(resume_step))
 
     def _resume(self, step: int) -> None:
-        for record in truncate_metrics(self.path, step):
+        for record in truncate_metrics(self.path, step) if self.path.is_file() else ():
             if record["kind"] == "step":
                 self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
             if is_evaluation(record):
                 self.evaluated.add(record["step"])
 
-    def _open_events(self, folder: Path, step: int) -> None:
+    def _open_events(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
 
-        self._events = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -87,24 +87,24 @@ class MetricsWriter:
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """An image (H, W, 3) RGB for TensorBoard."""
-        self._show(lambda: self._events.add_image(tag, image, step, dataformats="HWC"))
+        self._show("add_image", tag, image, step, dataformats="HWC")
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard, which reads it as Markdown."""
-        self._show(lambda: self._events.add_text(tag, text, step))
+        self._show("add_text", tag, text, step)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._show(lambda: self._events.close())
+        self._show("close")
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
         if self._enabled and kind == "step":
             self.last.update(values)
         for tag, value in values.items():
-            self._show(lambda tag=tag, value=value: self._events.add_scalar(tag, value, step))  # type: ignore[misc]
+            self._show("add_scalar", tag, value, step)
 
     def _append(self, record: dict[str, Any]) -> None:
         # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
@@ -121,9 +121,9 @@ class MetricsWriter:
         if self._enabled:
             self._attempt(METRICS_FILE, append)
 
-    def _show(self, action: Callable[[], object]) -> None:
+    def _show(self, method: str, *arguments: Any, **named: Any) -> None:
         if self._events is not None:
-            self._attempt("TensorBoard", action)
+            self._attempt("TensorBoard", lambda: getattr(self._events, method)(*arguments, **named))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -179,18 +179,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line as a record; None for one that is torn."""
     try:
         record = json.loads(line)
-        whole = isinstance(record, dict) and isinstance(record["kind"], str) and type(record["step"]) is int
-    except (ValueError, KeyError, RecursionError):
+        return record if isinstance(record["kind"], str) and type(record["step"]) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if whole else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the system and the packages that decide results; absent packages are left out."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Versions of Python, the system and the packages that decide results."""
+    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__, **packages}

@@ -24,7 +24,6 @@ from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.log import RunLog
-from visft_ds.run.state import evaluation_is_due
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -56,10 +55,6 @@ class Validation:
         self._reader = ShardReader(manifest)
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[int, Future[Measured]]] = deque()
-
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Return True if `step` (of `total_steps`) is followed by an evaluation."""
-        return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
 
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`.

@@ -40,19 +40,19 @@ class Machine:
     placement: Placement  #: who holds which parameters
 
 
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machine:
-    """Choose precision, kernels, batches and layers for the processes that there are.
-
-    Nothing is allocated. What is recomputed is chosen later, by all ranks together.
+def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_size: int | None = None) -> Machine:
+    """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
         vocabulary_size: of the captions; None where no task works with words.
+        world_size: of a run that is only planned.
 
     Raises:
         ValueError: hardware that cannot do what is asked, or batches that cannot be divided.
     """
     check_zero(config.deepspeed["zero_optimization"])
-    model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
+    model, device = config.visft.model, distributed.local_device()
+    world_size = world_size or distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
     use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
@@ -60,8 +60,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
         check_extra("visft.run.track", tracker, [tracker])
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)
-    placement = placement_for(for_deepspeed, run.partition)
-    return Machine(run, why_precision, "as configured", for_deepspeed, placement)
+    return Machine(run, why_precision, "as configured", for_deepspeed, placement_for(for_deepspeed, run.partition))
 
 
 def memory_of(device: torch.device) -> int:
@@ -73,43 +72,31 @@ def memory_of(device: torch.device) -> int:
     return int(0.8 * host_memory()) // distributed.processes_here()
 
 
-def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[ResolvedConfig, Machine]:
-    """Decide what visft.model.recompute = "auto" means, the same on all ranks; a stated policy stays. Collective.
-
-    Raises:
-        ValueError: on every rank, as `recompute_that_fits`.
-    """
-    if config.visft.model.recompute != "auto":
-        return config, machine
-    config, why = recompute_that_fits(config, machine.planned, Path(config.visft.run.out or ""))
-    run = machine.planned.changed(config)
-    placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
-    return config, replace(machine, planned=run, why_recompute=why, placement=placement)
-
-
-def recompute_that_fits(
-    config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
-) -> tuple[ResolvedConfig, str]:
-    """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
+def settle_recompute(
+    config: ResolvedConfig, machine: Machine, *, must_fit: bool = True
+) -> tuple[ResolvedConfig, Machine]:
+    """Replace visft.model.recompute = "auto" by the first policy that fits every rank. Collective.
 
     A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
     Args:
-        out: folder of a run that may be resumed; None: of none.
-        must_fit: False: where none fits, that which needs least.
+        must_fit: False: where none fits, take that which needs least.
 
     Raises:
         ValueError: on every rank: no policy fits; says what helps.
     """
-    from visft_ds.planner.search import choose_recompute, fitting_settings  # the whole planner
-
+    if config.visft.model.recompute != "auto":
+        return config, machine
+    out, run = Path(config.visft.run.out or ""), machine.planned
     rooms = distributed.gather_objects(memory_of(run.device))
 
     def choose() -> tuple[str, str]:
-        if out is not None and saved_something(out):
+        if saved_something(out):
             return recorded_config(out).visft.model.recompute, "as the run began"
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps nothing"
+        from visft_ds.planner.search import choose_recompute, fitting_settings  # the whole planner
+
         room = min(rooms or ())
         chosen, needed = choose_recompute(run, room)
         policy = chosen.config.visft.model.recompute
@@ -123,14 +110,16 @@ def recompute_that_fits(
         return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 
     policy, why = by_main_process(choose)
-    return replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft), why
+    config = replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft)
+    run = run.changed(config)
+    placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
+    return config, replace(machine, planned=run, why_recompute=why, placement=placement)
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides results."""
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
-    installed = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
-    return {**facts, **installed}
+    return facts | {f"version of {name}": version for name, version in versions().items() if name != "platform"}
 
 
 @contextlib.contextmanager
@@ -156,13 +145,14 @@ def by_main_process(action: Callable[[], T]) -> T:
     Raises:
         ValueError: on every rank, where the action raised that or an OSError.
     """
-    result: tuple[T | None, str] = (None, "")
+    result: T | None = None
+    problem = ""
     if distributed.is_main():
         try:
-            result = action(), ""
+            result = action()
         except (ValueError, OSError) as error:
-            result = None, str(error)
-    found, problem = distributed.broadcast_object(result)
+            problem = str(error)
+    result, problem = distributed.broadcast_object((result, problem))
     if problem:
         raise ValueError(problem)
-    return cast(T, found)
+    return cast(T, result)

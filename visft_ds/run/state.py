@@ -45,12 +45,19 @@ class RunState:
         run = config.visft.run
         self._identity = dict(identity)
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
-        due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
-        retention = Retention(run.keep_last, run.keep_best)
         #: Its context waits for a save that is on its way.
         self.saver = Saver(
-            self._out / "checkpoints", self._identity, retention, due, lambda step: described(self._heads(step))
+            self._out / "checkpoints",
+            self._identity,
+            Retention(run.keep_last, run.keep_best),
+            self.is_evaluated,
+            lambda step: described(self._heads(step)),
         )
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return True if this step of a run with a validation split is followed by an evaluation."""
+        every = self._config.visft.run.eval_every
+        return every > 0 and (step == self._config.total_steps or step % every == 0)
 
     def resume(self) -> int:
         """Continue from the newest whole checkpoint. Collective. Returns the steps done, 0 for a fresh start.
@@ -58,29 +65,28 @@ class RunState:
         Raises:
             ValueError: damaged checkpoints only, none although there is an export, one of another run.
         """
-        place = by_main_process(self._newest)
+        place, scores = by_main_process(self._newest)
         if place is None:
             return 0
-        checkpoint = open_checkpoint(Path(place))
+        checkpoint = open_checkpoint(place)
         check_identity(checkpoint, self._identity)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
-        best, scores = self.saver.retention.best, dict[int, float | None]()
-        if best and distributed.is_main():
-            scores = recorded_scores(self._out / METRICS_FILE, best)
         self.saver.resume(checkpoint.step, scores)
         return checkpoint.step
 
-    def _newest(self) -> str | None:
+    def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
+        """Where to continue, and what its evaluations gave by the metric that chooses the best."""
         checkpoint, skipped = newest_checkpoint(self.saver.folder)
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
         if checkpoint is not None:
-            return str(checkpoint.path)
+            best = self.saver.retention.best
+            return checkpoint.path, recorded_scores(self._out / METRICS_FILE, best) if best else {}
         if skipped:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
         if saved_something(self._out):
             raise ValueError(f"{self._out} has an export and no checkpoint to continue from: choose another --out")
-        return None
+        return None, {}
 
     def save(self, step: int) -> None:
         """Take a snapshot; it is written while training continues. Collective.
@@ -97,12 +103,10 @@ class RunState:
             OSError: one could not be written.
         """
         for save in self.saver.finished(wait=wait):
-            seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            log.message(
-                f"saved step {save.step} in {self.saver.folder} (training paused for {save.stall_seconds:.2f} s; "
-                f"written in {save.write_seconds:.2f} s)"
-            )
-            log.writer.save(save.step, seconds, checkpoint_path(self.saver.folder, save.step))
+            path, stall, write = checkpoint_path(self.saver.folder, save.step), save.stall_seconds, save.write_seconds
+            took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
+            log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
+            log.writer.save(save.step, {"save/stall_seconds": stall, "save/write_seconds": write}, path)
 
     def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
@@ -116,28 +120,21 @@ class RunState:
         count, best = distributed.broadcast_object(self.saver.since_best())
         if best is None or count < run.patience:
             return False
-        log.message(
-            f"ends after step {step}: {count} evaluations without a better {run.keep_best} than that of step {best} "
-            "(visft.run.patience)"
-        )
+        since = f"without a better {run.keep_best} than that of step {best}"
+        log.message(f"ends after step {step}: {count} evaluations {since} (visft.run.patience)")
         return True
 
     def take_best(self, step: int, log: RunLog) -> int:
         """Let the engine have the values of the best checkpoint by `visft.run.keep_best`, to be exported. Collective.
 
-        Args:
-            step: that the engine has made, and keeps where no metric was named or measured.
-
-        Returns:
-            The step whose values the engine has now.
+        Returns the step whose values the engine has now: `step`, its own, where no metric was named or measured.
         """
-        metric = self.saver.retention.best
-        best = distributed.broadcast_object(self.saver.best()) if metric else None
+        best = distributed.broadcast_object(self.saver.best())
         if best is None:
             return step
         if best != step:
             restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
-        log.message(f"exports step {best}, the best by {metric}")
+        log.message(f"exports step {best}, the best by {self.saver.retention.best}")
         return int(best)
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
@@ -155,32 +152,16 @@ class RunState:
             begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export what has trained, and then the record of the run. Collective.
-
-        Args:
-            prepared: what the run started from.
-
-        Raises:
-            OSError: a full disk.
-        """
-        folder, lora = self._out / "export", self._config.visft.lora
+        """Export what has trained, and then the record of the run. Collective. Raises OSError: a full disk."""
+        folder, visft = self._out / "export", self._config.visft
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             if distributed.is_main():
                 remove_unfinished(folder)
-            paths = export_weights(
-                self._engine,
-                folder,
-                prepared,
-                lora=lora,
-                infos=self._heads(step),
-                repository=repository_of(self._config.visft.model.weights),
-            )
+            repository = repository_of(visft.model.weights)
+            infos = self._heads(step)
+            for path in export_weights(
+                self._engine, folder, prepared, lora=visft.lora, infos=infos, repository=repository
+            ):
+                print(f"wrote {path}", flush=True)
             if distributed.is_main():
                 write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
-            for path in paths:
-                print(f"wrote {path}", flush=True)
-
-
-def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
-    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
-    return every > 0 and (step == total_steps or step % every == 0)
