@@ -18,9 +18,6 @@ import numpy.typing as npt
 from visft_ds import __version__
 from visft_ds.monitor.callbacks import Callback
 
-#: Other packages whose version decides results.
-RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
-
 METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 
@@ -30,8 +27,7 @@ class MetricsWriter:
 
     Args:
         out: the run folder.
-        resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
-            and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
+        resume_step: optimiser steps already done; later records of an interrupted run are removed.
         enabled: False on every process but the main one: nothing is written.
         callbacks: called with each record after it was written.
     """
@@ -44,7 +40,6 @@ class MetricsWriter:
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
-        self._torn = False
         self._events: Any = None  # the SummaryWriter of TensorBoard
         if enabled:
             out.mkdir(parents=True, exist_ok=True)
@@ -89,10 +84,6 @@ class MetricsWriter:
         """An image (H, W, 3) RGB for TensorBoard."""
         self._show("add_image", tag, image, step, dataformats="HWC")
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """A text for TensorBoard, which reads it as Markdown."""
-        self._show("add_text", tag, text, step)
-
     def __enter__(self) -> MetricsWriter:
         return self
 
@@ -101,8 +92,7 @@ class MetricsWriter:
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        if self._enabled and kind == "step":
-            self.last.update(values)
+        self.last.update(values if self._enabled and kind == "step" else {})
         for tag, value in values.items():
             self._show("add_scalar", tag, value, step)
 
@@ -111,12 +101,8 @@ class MetricsWriter:
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
         def append() -> None:
-            # A line that a full disk cut off must not swallow the next one.
-            line = ("\n" if self._torn else "") + json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-            self._torn = True
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-            self._torn = False
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
         if self._enabled:
             self._attempt(METRICS_FILE, append)
@@ -135,15 +121,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out.
-
-    Args:
-        having: only those with this in their text, such as "val/"; the others need not be parsed.
-    """
-    wanted = having.encode()
+    """Records of a metrics.jsonl in order that have a text such as "val/" in them; torn lines are left out."""
     with path.open("rb") as file:
         for line in file:
-            if wanted in line and (record := _record(line)) is not None:
+            if having.encode() in line and (record := _record(line)) is not None:
                 yield record
 
 
@@ -155,19 +136,18 @@ def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """
     with path.open("r+b") as file:
         end, size, start = file.seek(0, 2), _BLOCK, -1
-        kept: list[tuple[bytes, dict[str, Any]]] = []
-        while start and not any(record["kind"] == "step" and not is_evaluation(record) for _, record in kept):
+        kept: list[dict[str, Any]] = []
+        while start and not any(record["kind"] == "step" and not is_evaluation(record) for record in kept):
             start, size = max(0, end - size), 2 * size
             file.seek(start)
             lines = file.read(end - start).split(b"\n")
             if start:
                 start += len(lines.pop(0)) + 1  # it begins before the block
-            records = [(line, _record(line)) for line in lines]
-            kept = [(line, record) for line, record in records if record is not None and record["step"] <= step]
+            kept = [record for record in map(_record, lines) if record is not None and record["step"] <= step]
         file.seek(max(0, start))
         file.truncate()
-        file.write(b"".join(line + b"\n" for line, _ in kept))
-    return [record for _, record in kept]
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
 
 def is_evaluation(record: Mapping[str, Any]) -> bool:
@@ -186,5 +166,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that decide results."""
-    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-    return {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__, **packages}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__}
+    packages = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
+    return found | {name: importlib.metadata.version(name) for name in packages}

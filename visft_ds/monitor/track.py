@@ -21,26 +21,21 @@ class Tracker(Callback):
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        self._attempt(lambda: self._start(out, settings))
-
-    def _start(self, out: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
         known = out / "tracker-wandb"
         # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
         private = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "visft_ds"),
-            name=out.name,
-            id=known.read_text(encoding="utf-8") if known.is_file() else None,
-            resume="allow",
-            dir=str(out),
-            config=dict(settings),
-            settings=wandb.Settings(**private, login_timeout=30),
-        )
-        self._run.define_metric("*", step_metric=STEP)
-        known.write_text(self._run.id, encoding="utf-8")
+        given = {"project": os.environ.get("WANDB_PROJECT", "visft_ds"), "name": out.name, "config": dict(settings)}
+        given |= {"dir": str(out), "settings": wandb.Settings(**private, login_timeout=30), "resume": "allow"}
+        self._run: Any = None
+
+        def start() -> None:
+            self._run = wandb.init(id=known.read_text(encoding="utf-8") if known.is_file() else None, **given)
+            self._run.define_metric("*", step_metric=STEP)
+            known.write_text(self._run.id, encoding="utf-8")
+
+        self._attempt(start)
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         self._attempt(lambda: self._run and self._run.log({STEP: step, **values}))

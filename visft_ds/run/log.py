@@ -1,14 +1,11 @@
-"""Log of a run: lines on the console, numbers in metrics.jsonl and TensorBoard, a trace of chosen steps."""
+"""Log of a run: lines on the console, numbers in metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch.profiler import ProfilerAction, profile
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
@@ -31,7 +28,6 @@ class RunLog:
     writer: MetricsWriter
     progress: Progress
     tasks: Sequence[str] = ()
-    profiler: profile | None = None  #: of every process
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -58,8 +54,6 @@ class RunLog:
         losses = {task: value for task, value in report.losses.items() if task in self.tasks}
         self.progress.update(plan.step + 1, losses, values, images)
         self.writer.step(plan.step + 1, values)
-        if self.profiler is not None:
-            self.profiler.step()
 
 
 @contextmanager
@@ -71,47 +65,10 @@ def open_log(config: ResolvedConfig, start: int, callbacks: Sequence[Callback], 
         if main and run.track is not None:
             from visft_ds.monitor.track import Tracker  # few runs have one
 
-            tracker = Tracker(out, redacted_values(config.identity()))
-            stack.callback(tracker.close)
+            tracker = stack.enter_context(closing(Tracker(out, redacted_values(config.identity()))))
             callbacks = [*callbacks, tracker]
         progress = stack.enter_context(
             Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main, gone=stop.output_gone)
         )
-        profiler = stack.enter_context(traced(out, run.trace, start, progress.message)) if run.trace else None
         writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
-        settings = json.dumps(redacted_values(config.to_dict()), indent=2).splitlines()
-        writer.text(start, "configuration", "".join(f"    {line}\n" for line in settings))  # code, in Markdown
-        yield RunLog(writer, progress, tuple(config.visft.tasks.enabled()), profiler)
-
-
-@contextmanager
-def traced(out: Path, steps: tuple[int, int], start: int, tell: Callable[[str], None]) -> Iterator[profile | None]:
-    """Trace steps (first, last) of a run that is resumed after `start`, into OUT/trace-FIRST-LAST-rankN.json.gz.
-
-    Perfetto (ui.perfetto.dev) and chrome://tracing show it. The step before the first one warms the profiler up. A
-    trace that cannot be written is told, and the run continues. Yields what has to `step` at the end of each step.
-    """
-    first, last = steps
-    path = out / f"trace-{first}-{last}-rank{distributed.rank()}.json.gz"
-
-    def write(profiler: profile) -> None:
-        try:
-            profiler.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as error:
-            tell(f"warning: no trace in {path}: {error}; training continues")
-        else:
-            tell(f"wrote {path}: open it at https://ui.perfetto.dev")
-
-    def action(done: int) -> ProfilerAction:
-        step = start + 1 + done
-        if first <= step <= last:
-            return ProfilerAction.RECORD_AND_SAVE if step == last else ProfilerAction.RECORD
-        return ProfilerAction.WARMUP if step == first - 1 else ProfilerAction.NONE
-
-    if start >= first:
-        tell(f"no trace: step {first}, its first one, was done before this start")
-        yield None
-    else:
-        # acc_events: there is one cycle, and without it torch warns that those before would be lost.
-        with profile(schedule=action, on_trace_ready=write, acc_events=True) as profiler:
-            yield profiler
+        yield RunLog(writer, progress, tuple(config.visft.tasks.enabled()))

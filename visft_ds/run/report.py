@@ -13,7 +13,7 @@ from visft_ds.interop.layouts import open_backbone
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.planner.memory import PlannedRun, plan_largest
 from visft_ds.prepare.data import RunData, is_here, open_data
-from visft_ds.prepare.datasets import classes_of_run, workers_of
+from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, PreparedModel, TrainedGroup, plan_model, stage_name
 from visft_ds.pretrained import local
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
@@ -35,10 +35,9 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     ]
     sections = [
         Section("model", facts),
-        *_common(config, machine.planned, prepared.groups),
+        *_sections(config, machine.planned, prepared.groups, start=start),
         Section("data", list(_data_rows(config.visft, data))),
         Section("checks passed", [("-", note) for note in prepared.notes]),
-        _run_section(config, start),
     ]
     print_plan(_title(config), sections)
 
@@ -69,9 +68,8 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
     sections = [
-        *_common(config, run, groups, note),
+        *_sections(config, run, groups, note),
         Section("memory of a process at its fullest, predicted", memory),
-        _run_section(config, 0),
     ]
     print_plan(f"{_title(config)} (dry run: nothing is started)", sections)
     # Of the files that are there, names and shapes are looked at.
@@ -88,8 +86,10 @@ def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
 
 
-def _common(config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "") -> list[Section]:
-    """What trains, in which batches, and where a pipeline is divided."""
+def _sections(
+    config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
+) -> list[Section]:
+    """What trains, in which batches, where a pipeline is divided, and what becomes of the run."""
     trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups
@@ -103,10 +103,21 @@ def _common(config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGro
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
         learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))
+    schedule, settings = config.scheduler, config.visft.run
+    best = f" and the best by {settings.keep_best}" if settings.keep_best else ""
+    kept = f"every {settings.save_every} steps in {settings.out}/checkpoints, kept: the last {settings.keep_last}{best}"
+    rows = [
+        *(("adapted", line) for line in config.adapted),
+        ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
+        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+        ("saved", kept),
+        ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
+    ]
     return [
         Section(f"what trains{note}", trained, ("group", "tensors", "values", "lr", "weight decay", "first")),
         Section("batches", learnt),
         *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),
+        Section("run", rows),
     ]
 
 
@@ -119,21 +130,6 @@ def _data_rows(config: VisftConfig, data: RunData) -> Iterator[tuple[str, str]]:
     for task, part in data.plan.tasks.items():
         for name in part.sets:
             yield f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps of {name}"
-    yield "workers", f"{workers_of(config.data)} for each training process"
     if config.features is not None:
         kept = f"kept in {config.features.cache}" if config.features.cache else "not kept (visft.features.cache)"
         yield "features", f"views of each image: {data.plan.views}, {kept}"
-
-
-def _run_section(config: ResolvedConfig, start: int) -> Section:
-    schedule, run = config.scheduler, config.visft.run
-    best = f" and the best by {run.keep_best}" if run.keep_best else ""
-    rows = [
-        *(("adapted", line) for line in config.adapted),
-        ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
-        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
-        ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
-        ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, kept: the last {run.keep_last}{best}"),
-        ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
-    ]
-    return Section("run", rows)

@@ -46,13 +46,8 @@ class RunState:
         self._identity = dict(identity)
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
-        self.saver = Saver(
-            self._out / "checkpoints",
-            self._identity,
-            Retention(run.keep_last, run.keep_best),
-            self.is_evaluated,
-            lambda step: described(self._heads(step)),
-        )
+        kept = (self._out / "checkpoints", self._identity, Retention(run.keep_last, run.keep_best))
+        self.saver = Saver(*kept, self.is_evaluated, lambda step: described(self._heads(step)))
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
@@ -60,10 +55,9 @@ class RunState:
         return every > 0 and (step == self._config.total_steps or step % every == 0)
 
     def resume(self) -> int:
-        """Continue from the newest whole checkpoint. Collective. Returns the steps done, 0 for a fresh start.
+        """Continue from the newest whole checkpoint, if any. Collective. Returns the steps done.
 
-        Raises:
-            ValueError: damaged checkpoints only, none although there is an export, one of another run.
+        Raises ValueError: damaged checkpoints only, none although there is an export, one of another run.
         """
         place, scores = by_main_process(self._newest)
         if place is None:
@@ -89,19 +83,11 @@ class RunState:
         return None, {}
 
     def save(self, step: int) -> None:
-        """Take a snapshot; it is written while training continues. Collective.
-
-        Raises:
-            OSError: the save before this one failed.
-        """
+        """Take a snapshot; it is written while training continues. Collective. Raises OSError: the one before failed."""
         self.saver.save(step, partial(gather_state, self._engine))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
-        """Record the saves that are on disk by now; with `wait`, all of them.
-
-        Raises:
-            OSError: one could not be written.
-        """
+        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError: one failed."""
         for save in self.saver.finished(wait=wait):
             path, stall, write = checkpoint_path(self.saver.folder, save.step), save.stall_seconds, save.write_seconds
             took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
@@ -157,11 +143,9 @@ class RunState:
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             if distributed.is_main():
                 remove_unfinished(folder)
-            repository = repository_of(visft.model.weights)
-            infos = self._heads(step)
-            for path in export_weights(
-                self._engine, folder, prepared, lora=visft.lora, infos=infos, repository=repository
-            ):
+            infos, repository = self._heads(step), repository_of(visft.model.weights)
+            given = (self._engine, folder, prepared)
+            for path in export_weights(*given, lora=visft.lora, infos=infos, repository=repository):
                 print(f"wrote {path}", flush=True)
             if distributed.is_main():
                 write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
