@@ -62,9 +62,8 @@ class Validation:
         Returns False where a rank was asked to stop: launchers do not wait so long, and a resume evaluates anew.
         """
         given = (partial(_predict_unless_stopped, predict, stop), self._reader, self._streams, self._vocabulary)
-        limit, num_workers = self._config.run.eval_limit, workers_of(self._config.data)
         try:
-            collected = collect(*given, limit=limit, num_workers=num_workers)
+            collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:
             return False
         if collected is not None:

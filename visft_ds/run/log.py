@@ -16,7 +16,6 @@ from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport
 from visft_ds.redaction import redacted_values
-from visft_ds.resilience.guard import is_finite
 from visft_ds.resilience.memory import peak_memory
 from visft_ds.resilience.stop import StopFlag
 
@@ -48,8 +47,6 @@ class RunLog:
             "memory/peak_gib": peak_memory(distributed.local_device()) / 2**30,
             "data_wait_seconds": waiting,
             "skipped": float(report.skipped),
-            "refused": float(bool(report.refused)),
-            "not_finite": float(not is_finite(report)),
         }
         losses = {task: value for task, value in report.losses.items() if task in self.tasks}
         self.progress.update(plan.step + 1, losses, values, images)

@@ -29,9 +29,7 @@ def write_record(
 ) -> None:
     """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full disk.
 
-    Args:
-        identity: what the checkpoints of the run are made with.
-        start: what the run begins with; None: drawn values, or it is resumed.
+    `start` is what the run begins with; None: drawn values, or it is resumed.
     """
     run, parent = Path(config.visft.run.out or ""), None
     with explained("the record of the run", run, "The same command continues"):

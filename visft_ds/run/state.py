@@ -42,8 +42,7 @@ class RunState:
     """
 
     def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData) -> None:
-        run = config.visft.run
-        self._identity = dict(identity)
+        run, self._identity = config.visft.run, identity
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
         kept = (self._out / "checkpoints", self._identity, Retention(run.keep_last, run.keep_best))
@@ -83,7 +82,7 @@ class RunState:
         return None, {}
 
     def save(self, step: int) -> None:
-        """Take a snapshot; it is written while training continues. Collective. Raises OSError: the one before failed."""
+        """Take a snapshot, written while training continues. Collective. Raises OSError: the one before failed."""
         self.saver.save(step, partial(gather_state, self._engine))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
