@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
@@ -97,42 +96,6 @@ def started(engine: str) -> dict[str, Any]:
             placement = placement_for(deepspeed_dict(config, world, precision), partition)
             results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, placement))
     return results
-
-
-def exported(engine_name: str, folder: Path) -> dict[str, Any]:
-    """Export of a tower of which one block trained, and how many tensors were gathered at once. Collective."""
-    from visft_ds.checkpoint import export
-    from visft_ds.parallel import distributed
-    from visft_ds.parallel.placement import placement_for
-
-    groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
-    config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
-    for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
-    prepared = prepare(config, placement_for(for_deepspeed, None))
-    engine = engine_of(config, prepared, for_deepspeed)
-    expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
-    sizes = []
-
-    def gather(engine: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        sizes.append(sum(name.startswith("backbone.") for name in names))
-        return original(engine, names)
-
-    original, export.gather_parameters = export.gather_parameters, gather  # type: ignore[assignment]
-    try:
-        files = export.export_weights(
-            engine,
-            folder,
-            prepared,
-            lora=None,
-            infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
-        )
-    finally:
-        export.gather_parameters = original
-    if not files:
-        return {}
-    written = load_file(files[0])
-    wrong = [n for n, value in expected.items() if not torch.equal(written[n.removeprefix("backbone.")], value)]
-    return {"differing": wrong, "files": len(files), "gathered": max(sizes)}
 
 
 def anonymous() -> int:

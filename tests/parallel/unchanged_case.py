@@ -15,7 +15,7 @@ from tests.checkpoint.matrix_case import start
 from tests.parallel.engine_case import STEPS, Feed
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import start_process_group
-from visft_ds.parallel.state import gather_parameters, gather_state, unchanged, updates_done
+from visft_ds.parallel.state import gather_state, unchanged, updates_done
 
 #: Before these steps others are made without a trace; at 0 there are no moments yet.
 BEFORE = (0, 4)
@@ -40,7 +40,7 @@ def trained(engine: Any, feed: Feed, before: tuple[int, ...]) -> dict[str, Any]:
     state = gather_state(engine)
     return {
         "reports": distributed.gather_objects(reports),
-        "values": gather_parameters(engine),
+        "values": state and state.parameters,
         "moments": state and dict(state.moments),
         "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps, engine.deepspeed.global_samples),
         "scaler": engine.loss_scale.state(),
