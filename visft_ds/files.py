@@ -112,14 +112,7 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
         if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
             raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
         image.load()
-        return upright_rgb(image) if upright else to_rgb(image)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture as RGB, turned as its EXIF says; EXIF that cannot be read turns nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other tags
-        turn, rgb = _orientation(image), to_rgb(image)
+        turn, rgb = _orientation(image) if upright else 1, to_rgb(image)
     if turn == 1:
         return rgb
     rgb.getexif()[_ORIENTATION] = turn
@@ -170,15 +163,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Pixels of 16 bits keep their upper 8; wider ones and floats are scaled from their own range, as they state none.
     """
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    elif image.mode in ("I", "F"):
+    if image.mode.startswith(("I", "F")):
+        image = image.convert("I") if image.mode.startswith("I;16") else image
         low, high = (float(value) for value in np.asarray(image.getextrema()))
         if image.mode == "I" and low >= 0 and high < 2**16:  # PNGs of 16 bits come as these
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-        else:
-            scale = 255 / (high - low) if high > low else 0.0
-            image = image.point(lambda value: value * scale + -low * scale).convert("L")
+            low, high = 0.0, 255 * 256.0
+        scale = 255 / (high - low) if high > low else 0.0
+        image = image.point(lambda value: value * scale + -low * scale).convert("L")
     # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
     return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
 
