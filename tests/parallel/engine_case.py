@@ -24,7 +24,7 @@ from tests.options import criterion_of, head_of
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule
+from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule, counts_of
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
@@ -151,7 +151,7 @@ def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = 
 def loss_denominators(module: MultiTaskModel, whole: Batch, parts: int) -> LossDenominators:
     """What the trainer derives from the counts of all ranks."""
     result: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in module.count(whole).items():
+    for name, value in counts_of(module, [whole]).items():
         task, _, count = name.partition("/")
         result.setdefault(task, {})[count] = torch.tensor(max(value, 1.0) / parts)
     return result

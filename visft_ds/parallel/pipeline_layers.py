@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
+from visft_ds.model import LossDenominators, MultiTaskModel, normalise_pixels, valid_region
 from visft_ds.models import require_eva_vit
 from visft_ds.tasks.matching import at_least_float32
 
@@ -40,8 +40,9 @@ class EmbeddingLayer(Layer):
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
         """(images (B, 3, H, W) uint8, sizes (B, 2), checksum) -> what travels."""
         images, sizes, checksum = fed
-        model, backbone = self._whole
-        return backbone.embed(model.pixels(images, sizes)).contiguous(), checksum  # a transposed view cannot be sent
+        _, backbone = self._whole
+        tokens = backbone.embed(normalise_pixels(backbone, images, sizes))
+        return tokens.contiguous(), checksum  # a transposed view cannot be sent
 
 
 class BlockLayer(Layer):
