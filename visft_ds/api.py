@@ -29,7 +29,7 @@ def fit(
     engine: str = DEFAULT_ENGINE,
     data: AnyPath | None = None,
     out: AnyPath | None = None,
-    settings: Mapping[str, Any] | Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
@@ -49,7 +49,7 @@ def fit(
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
-        settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
+        settings: dotted key -> value, applied last.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
         callbacks: listeners to the run.
 
@@ -62,9 +62,8 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
-    folders = {"data": data, "out": out}
-    if isinstance(settings, Mapping):
-        settings = [_text(key, value) for key, value in settings.items()]
+    flags = {f"--{name}": (KEYS[name], at) for name, at in (("data", data), ("out", out)) if at is not None}
+    texts = [_text(key, value) for key, value in (settings or {}).items()]
     if config is None:
         config = resolve_with_data(
             stage=stage,
@@ -72,18 +71,16 @@ def fit(
             engine=engine,
             backbone=None if backbone is None else os.fspath(backbone),
             download=download,
-            flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
-            settings=settings,
+            flags={flag: (key, os.fspath(at)) for flag, (key, at) in flags.items()},
+            settings=texts,
         )
     elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
         raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
     else:
-        given = [_text(KEYS[name], at) for name, at in folders.items() if at is not None]
-        config = changed(config, [*given, *settings])
+        config = changed(config, [*(_text(*flag) for flag in flags.values()), *texts])
     if download:
         fetch_weights(config)
-    missing = missing_inputs(config)
-    if missing:
+    if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))
 
     from visft_ds.parallel import distributed

@@ -144,9 +144,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
 
     more = {"visft.heads.path": heads.export, "visft.lora.rank": 2}
     config = resolve(stage=2, model="debug", settings=texts(more))
-    tuned = fit(
-        config, data=SHARDS, out=tmp_path / "tuned", settings=[f"{k}={json.dumps(v)}" for k, v in SETTINGS.items()]
-    )
+    tuned = fit(config, data=SHARDS, out=tmp_path / "tuned", settings=SETTINGS)
     assert tuned.finished and (tuned.export / "adapter" / "adapter_config.json").is_file()
     assert models_alive() == alive
     assert os.environ == environment

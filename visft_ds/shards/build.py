@@ -94,7 +94,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     left_out = list[tuple[str, str]]()
     for image in chosen:
         path = options.images / image.file_name
-        if reason := wrong_name(image.file_name, folders=True):
+        if reason := wrong_name(image.file_name):
             left_out.append((image.file_name, f"name not allowed: {reason}"))
         elif not os.path.isfile(path):
             left_out.append((image.file_name, "no such file in the images folder"))

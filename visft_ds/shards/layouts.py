@@ -79,7 +79,7 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
             if line.strip():
                 with reading(f"line {place}", "a caption"):
                     entry = orjson.loads(line)
-                    name = checked_name(entry["file_name"], "it", folders=True)
+                    name = checked_name(entry["file_name"], "it")
                     given = [entry[key] for key in ("text", "caption", "captions") if key in entry]
                     texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
                     if not given or not all(isinstance(text, str) for text in texts):

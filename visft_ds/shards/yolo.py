@@ -88,7 +88,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, file in enumerate(paths, 1):
             name = str(file.relative_to(folder))
-            if reason := wrong_name(name, folders=True):
+            if reason := wrong_name(name):
                 raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
             images.append(listed_image(folder, name, number, exif))
             height, width = images[-1]["height"], images[-1]["width"]

@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
 def inside(folder: Path, name: Any, listed: Path) -> Path:
     """The file of a name that stands in the file `listed`. Raises ValueError for one that leaves the folder."""
-    return folder / checked_name(str(name), listed, folders=True)
+    return folder / checked_name(str(name), listed)
 
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
