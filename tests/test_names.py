@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.coco_tree import write_tree
-from visft_ds.names import wrong_name
+from visft_ds.files import wrong_name
 from visft_ds.shards.build import Options, build
 
 WRONG = ("../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "..", "", "a\0.jpg", "a\n.jpg", "a\x1b[2J.jpg")

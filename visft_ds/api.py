@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
+from visft_ds.config import missing_inputs, render_missing
 from visft_ds.config.cli import DEFAULT_ENGINE, KEYS, RESUME, fetch_weights, resolve_with_data
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def fit(
-    config: ResolvedConfig | None = None,
     *,
     stage: int | None = None,
     model: str | None = None,
@@ -40,7 +39,6 @@ def fit(
     it, and one that fails ends the others.
 
     Args:
-        config: from `visft_ds.config.resolve`; replaces stage, model, backbone and engine.
         stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for photographs of one's own.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
@@ -62,22 +60,16 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
-    flags = {f"--{name}": (KEYS[name], at) for name, at in (("data", data), ("out", out)) if at is not None}
-    texts = [_text(key, value) for key, value in (settings or {}).items()]
-    if config is None:
-        config = resolve_with_data(
-            stage=stage,
-            model=model,
-            engine=engine,
-            backbone=None if backbone is None else os.fspath(backbone),
-            download=download,
-            flags={flag: (key, os.fspath(at)) for flag, (key, at) in flags.items()},
-            settings=texts,
-        )
-    elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
-        raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
-    else:
-        config = changed(config, [*(_text(*flag) for flag in flags.values()), *texts])
+    folders = {"data": data, "out": out}
+    config = resolve_with_data(
+        stage=stage,
+        model=model,
+        engine=engine,
+        backbone=None if backbone is None else os.fspath(backbone),
+        download=download,
+        flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
+        settings=[_text(key, value) for key, value in (settings or {}).items()],
+    )
     if download:
         fetch_weights(config)
     if missing := missing_inputs(config):

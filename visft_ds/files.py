@@ -1,6 +1,7 @@
 """The door for files from outside: parsers' errors become one ValueError, reads are bounded, pictures are upright RGB.
 
-Letters: H W pixels.
+Names of files that stand in other files may not lead out of their folder; what a user has put there under such a name,
+a link to another disk among it, is followed. Letters: H W pixels.
 """
 
 from __future__ import annotations
@@ -56,21 +57,17 @@ def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
     """A regular file, open for reading.
 
     Raises:
-        ValueError: a pipe, device or folder, or more than `most` bytes.
-        OSError: it is not there, or may not be read.
+        ValueError: a pipe or device, or more than `most` bytes.
+        OSError: it is not there, is a folder, or may not be read.
     """
     # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = os.fstat(descriptor)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path}: not a regular file")
         if found.st_size > most:
             raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
-        with open(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(descriptor)
+        yield file
 
 
 def sync_folder(path: Path) -> None:
@@ -182,3 +179,22 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001  damaged EXIF raises anything, and says nothing about the orientation
         return 1
     return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
+def wrong_name(name: str) -> str | None:
+    """Reason why a name, with folders divided by "/", may not be used; None for a good one."""
+    if not name or not name.isprintable():
+        return "it is empty or has control characters"
+    return "it leads out of its folder" if name.startswith("/") or ".." in name.split("/") else None
+
+
+def checked_name(name: str, where: object) -> str:
+    """The name, which stands in the file `where`. Raises ValueError, naming both, as `wrong_name` says."""
+    if reason := wrong_name(name):
+        raise ValueError(f"{where}: the file name {name[:80]!r} is not allowed: {reason}")
+    return name
+
+
+def shown_name(name: str) -> str:
+    """The name for a message: signs that would end its line or move a terminal's cursor are written as escapes."""
+    return name if name.isprintable() else repr(name)

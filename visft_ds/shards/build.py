@@ -29,8 +29,7 @@ from tqdm import tqdm
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
-from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
-from visft_ds.names import wrong_name
+from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words

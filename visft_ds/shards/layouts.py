@@ -13,8 +13,7 @@ from typing import Any
 
 import orjson
 
-from visft_ds.files import read_bytes, reading
-from visft_ds.names import checked_name
+from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.coco import FolderSplit
 from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
 

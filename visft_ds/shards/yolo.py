@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from visft_ds.files import image_frame, read_bytes, reading
-from visft_ds.names import shown_name, wrong_name
+from visft_ds.files import image_frame, read_bytes, reading, shown_name, wrong_name
 from visft_ds.shards.coco import Findings, FolderSplit
 from visft_ds.tasks.classes import COCO_NAMES
 
