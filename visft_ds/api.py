@@ -68,7 +68,7 @@ def fit(
         backbone=None if backbone is None else os.fspath(backbone),
         download=download,
         flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
-        settings=[_text(key, value) for key, value in (settings or {}).items()],
+        settings=[f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()],
     )
     if download:
         fetch_weights(config)
@@ -88,13 +88,3 @@ def fit(
             os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
-
-
-def _text(key: str, value: Any) -> str:
-    """A setting as behind --set. Raises ValueError for a value of a kind that JSON has not."""
-    try:
-        return f"{key}={json.dumps(value, default=os.fspath)}"
-    except TypeError as error:
-        raise ValueError(
-            f"settings: {key} is {value!r}, which JSON has not: give a plain number, text, path, list or mapping"
-        ) from error

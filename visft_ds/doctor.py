@@ -61,15 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
-    """Run every check in the order in which a person reads it.
-
-    Args:
-        folder: where runs will be written.
-        model: as for visft train; None: nothing in particular.
-
-    Raises:
-        ValueError: an unknown model, or a folder that does not exist.
-    """
+    """Run every check, for runs in a folder. Raises ValueError for an unknown model and a folder that is not there."""
     if not folder.is_dir():
         raise ValueError(f"--folder {folder} is no folder; make it, or name another one")
     for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes()):

@@ -6,7 +6,7 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -20,9 +20,7 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
 from visft_ds.ops import autocast_to, to_device
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.spec import Criterion
-
-LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+from visft_ds.tasks.spec import Criterion, LossDenominators
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,9 @@ class MultiTaskModel(nn.Module):
             features = at_least_float32(features)
         if frames is None:
             return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
-        parts = []
-        for size, (height, width) in zip(batch.sizes, frames, strict=True):
-            grid = (height // self.backbone.patch_size, width // self.backbone.patch_size)
-            parts.append(valid_region(size[None], (height, width), grid)[0])
-        return features, stack_padded(parts)
+        grids = [(height // self.backbone.patch_size, width // self.backbone.patch_size) for height, width in frames]
+        parts = zip(batch.sizes, frames, grids, strict=True)
+        return features, stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
 
     def frames(self, batch: Batch) -> Grids | None:
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
@@ -226,28 +222,3 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | tuple | list):
         items = value.values() if isinstance(value, Mapping) else value
         yield from (tensor for item in items for tensor in tensors_of(item))
-
-
-def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
-    sums: dict[str, float] = {}
-    for batch in batches:
-        for task in batch.tasks:
-            for name, value in module.criteria[task].count(batch).items():
-                sums[f"{task}/{name}"] = sums.get(f"{task}/{name}", 0.0) + value
-    return sums
-
-
-def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.device) -> LossDenominators:
-    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
-
-    Args:
-        counts: summed over ranks.
-        parts: data-parallel ranks times micro-batches, over which the engine averages.
-    """
-    result: dict[str, dict[str, Tensor]] = {}
-    for name, total in counts.items():
-        task, _, count = name.partition("/")
-        total = max(total, 1.0)  # a step may have no object at all
-        result.setdefault(task, {})[count] = torch.full((), total / parts, device=device)
-    return result

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
-from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
@@ -29,6 +28,7 @@ from visft_ds.run.record import write_record
 from visft_ds.run.start import open_start
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
+from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     for step_plan, batches in run.loader.steps(start, total_steps):
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
-        counts = counts_of(engine.module, batches)
+        counts = counts_of(engine.module.criteria, batches)
         before = f"step {step - 1} {task}"
         summed, stopping = distributed.agree_on_step(before, counts, bool(run.stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")

@@ -24,11 +24,12 @@ from tests.options import criterion_of, head_of
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule, counts_of
+from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups
+from visft_ds.tasks.spec import LossDenominators, counts_of
 from visft_ds.tasks.transform import collate_joint
 
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
@@ -151,7 +152,7 @@ def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = 
 def loss_denominators(module: MultiTaskModel, whole: Batch, parts: int) -> LossDenominators:
     """What the trainer derives from the counts of all ranks."""
     result: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in counts_of(module, [whole]).items():
+    for name, value in counts_of(module.criteria, [whole]).items():
         task, _, count = name.partition("/")
         result.setdefault(task, {})[count] = torch.tensor(max(value, 1.0) / parts)
     return result

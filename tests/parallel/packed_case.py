@@ -19,9 +19,9 @@ import torch
 from tests.parallel import engine_case as case
 from tests.parallel import pipeline_case
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import LossDenominators
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import start_process_group
+from visft_ds.tasks.spec import LossDenominators
 
 #: (height, width) of the images of a step: every micro-batch has two sizes.
 SIZES = ((56, 112), (112, 56), (28, 112), (84, 70))

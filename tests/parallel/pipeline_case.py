@@ -23,7 +23,7 @@ from tests.parallel import engine_case as case
 from tests.parallel.start_case import started
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators
+from visft_ds.tasks.spec import LossDenominators
 
 #: Images change their shape from step to step, except where a run of another engine is to go on.
 SIDES, SQUARE = ((56, 56), (28, 84), (84, 56)), ((case.SIDE, case.SIDE),)

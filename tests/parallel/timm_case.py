@@ -15,11 +15,12 @@ import torch
 from tests.parallel import engine_case as case
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.prepare.materialize import is_small
 from visft_ds.prepare.model import TrainedGroup, apply_groups
+from visft_ds.tasks.spec import LossDenominators
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel, normalise_pixels, valid_region
+from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
 from visft_ds.models import require_eva_vit
 from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.spec import LossDenominators
 
 Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), checksum (1,)
 

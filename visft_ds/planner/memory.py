@@ -20,7 +20,6 @@ from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
 from visft_ds.config.fields import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
-from visft_ds.model import counts_of
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
@@ -28,7 +27,7 @@ from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, fused_attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content
+from visft_ds.tasks.spec import Content, counts_of
 
 FP32 = 4  #: bytes
 
@@ -147,7 +146,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
     module.train()
     on_host = blank_batch(stream, images, run.content)
     denominators: dict[str, dict[str, Tensor]] = {}
-    for name in counts_of(module, [on_host]):
+    for name in counts_of(module.criteria, [on_host]):
         task, _, count = name.partition("/")
         denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
