@@ -60,14 +60,14 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
-    folders = {"data": data, "out": out}
+    places = {"data": data, "out": out}
     config = resolve_with_data(
         stage=stage,
         model=model,
         engine=engine,
         backbone=None if backbone is None else os.fspath(backbone),
         download=download,
-        flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
+        flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in places.items() if at is not None},
         settings=[f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()],
     )
     if download:

@@ -67,11 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
         words[:2] = reversed(words[:2])
-    if words[:1] in (["-h"], ["--help"]):
-        print(_USAGE)
-        return 0
-    if words[:1] == ["--version"]:
-        print(f"visft {__version__}")
+    told = {"-h": _USAGE, "--help": _USAGE, "--version": f"visft {__version__}"}
+    if words and words[0] in told:
+        print(told[words[0]])
         return 0
     if not words or words[0] not in COMMANDS:
         near = difflib.get_close_matches("".join(words[:1]), COMMANDS, n=1)

@@ -143,8 +143,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     if 2 * _GB <= free < 60 * _GB:
         yield Finding(WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file")
     else:
-        helps = "A checkpoint may not fit: free some, or use another --folder"
-        yield judged(free >= 2 * _GB, "disk", found, helps)
+        yield judged(free >= 2 * _GB, "disk", found, "A checkpoint may not fit: free some, or use another --folder")
 
 
 _MEMBER = """

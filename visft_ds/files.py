@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 #: More than a photograph of 50 megapixels, and below what Pillow warns of.
 MAX_PIXELS = 80_000_000
@@ -26,8 +26,6 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
-_START_OF_SCAN = b"\xff\xda"
-_ORIENTATION = 0x0112  # EXIF
 
 
 @contextmanager
@@ -103,16 +101,15 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
         ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular file.
         OSError: it is not there, or may not be read.
     """
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with _opened(io.BytesIO(data), name) as image:
-        if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+    with _opened(io.BytesIO(data), source, name) as image:
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:  # a JPEG, where a scan begins
             raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
         image.load()
         turn, rgb = _orientation(image) if upright else 1, to_rgb(image)
     if turn == 1:
         return rgb
-    rgb.getexif()[_ORIENTATION] = turn
+    rgb.getexif()[ExifTags.Base.Orientation] = turn
     return ImageOps.exif_transpose(rgb)
 
 
@@ -132,15 +129,15 @@ class Frame(NamedTuple):
 
 def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
     """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
-        with _opened(file, name) as image:
+        with _opened(file, source, name) as image:
             return Frame(image.height, image.width, _orientation(image), image.format or "")
 
 
 @contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[Image.Image]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
+    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
         try:
@@ -175,7 +172,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 if it cannot be read."""
     try:
         # Not image.getexif(): for a PNG it decodes all pixels again to find what may stand behind them.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001  damaged EXIF raises anything, and says nothing about the orientation
         return 1
     return value if isinstance(value, int) and 2 <= value <= 8 else 1

@@ -6,8 +6,8 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
 from visft_ds.ops import autocast_to, to_device
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.spec import Criterion, LossDenominators
+from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,3 @@ class MultiTaskModel(nn.Module):
         grids = pixels // self.backbone.patch_size
         share = grids / grids.amax(dim=0) / pixels
         return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in the output of a module, or in targets."""
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
-    elif isinstance(value, Mapping | tuple | list):
-        items = value.values() if isinstance(value, Mapping) else value
-        yield from (tensor for item in items for tensor in tensors_of(item))

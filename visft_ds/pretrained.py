@@ -98,8 +98,7 @@ def fetch(name: str) -> Path:
         file = next((one for one in names if one in sizes), None)
         if file is None:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            missing = wanted.file or f"weights of a usual name; name a file of it, {HUB}{wanted.repository}/FILE"
-            raise ValueError(f"{name}: {page} has {there}, and not {missing}")
+            raise ValueError(f"{name}: {page} has {there}, and no {' or '.join(names)}; name a file of it")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data or {}
             licence = card.get("license_name") or card.get("license") or "not stated"

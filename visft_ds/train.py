@@ -193,7 +193,6 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     """The training loop. Returns the steps done, and False where a request to stop left steps or an evaluation."""
     engine, state, validation, begin = run.engine, run.state, run.validation, run.watchdog.begin
     settings, total_steps = run.config.visft.run, run.config.total_steps
-    micro_batches = run.machine.planned.batches.micro_batches
     saved, step = start, start
     run.stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
@@ -213,10 +212,9 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
         counts = counts_of(engine.module.criteria, batches)
-        before = f"step {step - 1} {task}"
-        summed, stopping = distributed.agree_on_step(before, counts, bool(run.stop), engine.device)
+        summed, stopping = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(run.stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(summed, micro_batches, engine.device)
+        loss_denominators = loss_denominators_of(summed, run.machine.planned.batches.micro_batches, engine.device)
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -73,6 +73,17 @@ def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.
         total = max(total, 1.0)  # a step may have no object at all
         result.setdefault(task, {})[count] = torch.full((), total / parts, device=device)
     return result
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in the output of a module, or in targets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from (tensor for item in items for tensor in tensors_of(item))
 
 
 @dataclass(frozen=True)
