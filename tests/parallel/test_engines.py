@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from tests.parallel.engine_case import CLIP, GLOBAL_BATCH, REFUSING, SAVED_AT, SCALE, STEPS, train_plain
-from tests.parallel.test_refusal import check as check_refusal
-from tests.parallel.test_unchanged import check as check_unchanged
+from tests.parallel.test_traceless import check as check_traceless
 from tests.ranks import run_ranks
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.parallel.state import EngineState
@@ -187,20 +186,16 @@ def test_stale_gradients_need_their_remedy(
     assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
 
 
-def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace(trained: tuple[str, dict[str, Any]]) -> None:
+def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace_nor_does_a_rehearsal(
+    trained: tuple[str, dict[str, Any]],
+) -> None:
     name, results = trained
     if name != REFUSING:
-        pytest.skip(f"{name}: in test_refusal.py, for every kind of fault and precision")
-    check_refusal(results["refusals"]["fp32-fault"], "fp32", "fault")
+        pytest.skip(f"{name}: in test_traceless.py, for every kind of fault and precision")
+    for case, found in results["traceless"].items():
+        check_traceless(found, *case.split("-"))
     expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"
     assert len(results["disagree"]) == 2 and all(expected in said for said in results["disagree"])
-
-
-def test_steps_without_a_trace(trained: tuple[str, dict[str, Any]]) -> None:
-    name, results = trained
-    if name != REFUSING:
-        pytest.skip(f"{name}: in test_unchanged.py, in every precision")
-    check_unchanged(results["unchanged"])
 
 
 def test_the_reference_clips(plain: dict[str, dict[str, Any]]) -> None:
