@@ -81,12 +81,15 @@ def differences(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, fl
     return {**relative, "values": weights}
 
 
+def check_equal(ours: dict[str, Any], reference: dict[str, Any], name: str = "", *, norm: float = NORM) -> None:
+    """Both made the same steps, but for rounding in fp32."""
+    found = differences(ours, reference)
+    assert found["losses"] <= LOSS and found["norms"] <= norm and found["values"] <= WEIGHTS, (name, found)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_equals_one_process(trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str) -> None:
-    found = differences(trained[1][stage], plain[stage])
-    assert found["losses"] <= LOSS
-    assert found["norms"] <= NORM
-    assert found["values"] <= WEIGHTS
+    check_equal(trained[1][stage], plain[stage])
 
 
 @pytest.mark.parametrize("world", [pytest.param(world, marks=pytest.mark.slow) for world in (1, 4)])
@@ -95,10 +98,7 @@ def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, pl
     run_ranks(["-m", "tests.parallel.engine_case", str(tmp_path / "results.pt"), "zero1", "straight"], world)
     results = torch.load(tmp_path / "results.pt")
     for stage in ("stage1", "stage2"):
-        found = differences(results[stage], plain[stage])
-        assert found["losses"] <= LOSS, stage
-        assert found["norms"] <= NORM, stage
-        assert found["values"] <= WEIGHTS, stage
+        check_equal(results[stage], plain[stage], stage)
 
 
 @pytest.mark.parametrize("stage", ["stage1-bf16", "stage2-bf16"])
@@ -108,10 +108,7 @@ def test_equals_one_process_in_bf16(
     name, results = trained
     if (name, stage) == ("zero3", "stage2-bf16"):
         pytest.skip("zero3_offload, which shares its code, is tested")
-    found = differences(results[stage], plain[stage])
-    assert found["losses"] <= LOSS
-    assert found["norms"] <= ONE_BY_ONE_BF16_NORM
-    assert found["values"] <= WEIGHTS
+    check_equal(results[stage], plain[stage], norm=ONE_BY_ONE_BF16_NORM)
 
 
 def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
@@ -126,10 +123,7 @@ def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
     if name == "zero3_offload":
         pytest.skip("the loss scaler under offload is that of zero3, which is tested")
     run = results["stage1-fp16"]
-    found = differences(run, plain["stage1-fp16"])
-    assert found["losses"] <= LOSS
-    assert found["norms"] <= NORM
-    assert found["values"] <= WEIGHTS
+    check_equal(run, plain["stage1-fp16"])
     assert run["scales"] == [[SCALE * 2 ** (step // 2) for step in range(STEPS + 1)]] * 2
 
 
@@ -151,10 +145,7 @@ def test_goes_on_from_a_checkpoint_of_plain_pytorch(
     """Any engine takes up what any other has left: the matrix of all pairs is in `tests/checkpoint/test_matrix.py`."""
     if trained[0] != FROM_PLAIN:
         pytest.skip(f"{trained[0]} takes up foreign checkpoints in the slow matrix of all pairs")
-    found = differences(trained[1]["stage1-from-plain"], plain["stage1"])
-    assert found["losses"] <= LOSS
-    assert found["norms"] <= NORM
-    assert found["values"] <= WEIGHTS
+    check_equal(trained[1]["stage1-from-plain"], plain["stage1"])
 
 
 def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: tuple[str, dict[str, Any]]) -> None:

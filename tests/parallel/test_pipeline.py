@@ -18,14 +18,7 @@ import torch
 
 from tests.parallel import engine_case as case
 from tests.parallel.pipeline_case import ORDERS, prediction_batch, tensors_of
-from tests.parallel.test_engines import (
-    BF16_LOSS,
-    BF16_NORM,
-    LOSS,
-    NORM,
-    WEIGHTS,
-    differences,
-)
+from tests.parallel.test_engines import BF16_LOSS, BF16_NORM, LOSS, NORM, WEIGHTS, check_equal, differences
 from tests.parallel.test_traceless import check as check_traceless
 from tests.ranks import finish, run_ranks, start_ranks
 
@@ -80,10 +73,7 @@ def runs(trained: dict[str, dict[str, Any]], part: str) -> dict[str, dict[str, A
 
 def test_equals_one_process(trained: dict[str, dict[str, Any]]) -> None:
     for name, run in runs(trained, "fp32").items():
-        found = differences(run, reference(name))
-        assert found["losses"] <= LOSS, name
-        assert found["norms"] <= NORM, name
-        assert found["values"] <= WEIGHTS, name
+        check_equal(run, reference(name), name)
 
 
 def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
@@ -93,10 +83,7 @@ def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
     whole batch at once, losses and norms stay within what the ZeRO engines are allowed.
     """
     for name, run in runs(trained, "bf16").items():
-        found = differences(run, reference(name, case.GLOBAL_BATCH))
-        assert found["losses"] <= LOSS, name
-        assert found["norms"] <= NORM, name
-        assert found["values"] <= WEIGHTS, name
+        check_equal(run, reference(name, case.GLOBAL_BATCH), name)
         whole = differences(run, reference(name))
         assert whole["losses"] <= BF16_LOSS and whole["norms"] <= BF16_NORM, name
 
