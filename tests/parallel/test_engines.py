@@ -39,6 +39,9 @@ WEIGHTS = 8e-6
 ONLY_ROUNDING = "heads.captioning.recurrence.full_att_bias"
 #: Once weights differ by rounding in fp32, an activation in bf16 may take its other neighbour, 2**-9 away: seen 3.9e-6.
 ONE_BY_ONE_BF16_NORM = 1e-5
+#: The weights of that layer follow: under ZeRO-3 with offload 5 of 256 were off by up to 2.2e-5, the median by 1.5e-8.
+#: A gradient that is lost moves them by 2e-2 in one step.
+ONE_BY_ONE_BF16_WEIGHTS = 5e-5
 #: In bf16 the gradient of A over four images is rounded once, over four micro-batches four times (2**-9 each).
 #: At a rate of 2e-2 a gradient that is lost moves a weight by ten times this bound in one step.
 BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-5, 4e-3, 2e-3
@@ -81,10 +84,12 @@ def differences(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, fl
     return {**relative, "values": weights}
 
 
-def check_equal(ours: dict[str, Any], reference: dict[str, Any], name: str = "", *, norm: float = NORM) -> None:
+def check_equal(
+    ours: dict[str, Any], reference: dict[str, Any], name: str = "", *, norm: float = NORM, weights: float = WEIGHTS
+) -> None:
     """Both made the same steps, but for rounding in fp32."""
     found = differences(ours, reference)
-    assert found["losses"] <= LOSS and found["norms"] <= norm and found["values"] <= WEIGHTS, (name, found)
+    assert found["losses"] <= LOSS and found["norms"] <= norm and found["values"] <= weights, (name, found)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -108,7 +113,8 @@ def test_equals_one_process_in_bf16(
     name, results = trained
     if (name, stage) == ("zero3", "stage2-bf16"):
         pytest.skip("zero3_offload, which shares its code, is tested")
-    check_equal(results[stage], plain[stage], norm=ONE_BY_ONE_BF16_NORM)
+    bounds = {"norm": ONE_BY_ONE_BF16_NORM, "weights": ONE_BY_ONE_BF16_WEIGHTS}
+    check_equal(results[stage], plain[stage], **bounds)
 
 
 def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
