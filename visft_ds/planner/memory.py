@@ -27,7 +27,7 @@ from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, fused_attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content
+from visft_ds.tasks.spec import Content, counts_of
 
 FP32 = 4  #: bytes
 
@@ -146,7 +146,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
     module.train()
     on_host = blank_batch(stream, images, run.content)
     denominators: dict[str, dict[str, Tensor]] = {}
-    for name in module.count(on_host):
+    for name in counts_of(module.criteria, [on_host]):
         task, _, count = name.partition("/")
         denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]

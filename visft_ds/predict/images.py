@@ -13,10 +13,10 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from visft_ds.files import open_image, reading, upright_rgb
+from visft_ds.files import open_image, reading, to_rgb
 
 Pixels = npt.NDArray[np.uint8]
 ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -104,8 +104,7 @@ def open_file(path: Path) -> OpenedImage:
 def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
         with reading(what, "a picture"):
-            image.load()
-            return OpenedImage(np.array(upright_rgb(image)), None)
+            return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
     array = image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) else image
     if not isinstance(array, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
