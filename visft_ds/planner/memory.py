@@ -27,7 +27,7 @@ from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, operators_of
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content
+from visft_ds.tasks.spec import Content, counts_of
 
 FP32 = 4  #: bytes
 
@@ -124,7 +124,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
     module.train()
     on_host = blank_batch(stream, images, run.content)
     denominators: dict[str, dict[str, Tensor]] = {}
-    for name in module.count(on_host):
+    for name in counts_of(module.criteria, [on_host]):
         task, _, count = name.partition("/")
         denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]

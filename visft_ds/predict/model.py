@@ -16,7 +16,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.evals.model import EvaluationModel, ModelFiles, ModelSource, source_of
-from visft_ds.model import normalise_pixels, pixel_scale
+from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
@@ -131,7 +131,7 @@ class ImageFeatures(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-        pixels = normalise_pixels(images, sizes, pixel_scale(self.backbone, images.device))
+        pixels = normalise_pixels(self.backbone, images, sizes)
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return at_least_float32(self.backbone(pixels))
 
