@@ -6,15 +6,12 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
-from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
-from visft_ds.interop.card import repository_of
 from visft_ds.interop.heads import HeadInfo, described
 from visft_ds.interop.weights import remove_unfinished, write_text
 from visft_ds.monitor.metrics import METRICS_FILE
@@ -23,12 +20,10 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.run.evaluation import Validation
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.machine import by_main_process
-
-if TYPE_CHECKING:
-    from visft_ds.run.evaluation import Validation
 
 
 class RunState:
@@ -45,8 +40,8 @@ class RunState:
         run, self._identity = config.visft.run, identity
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
-        kept = (self._out / "checkpoints", self._identity, Retention(run.keep_last, run.keep_best))
-        self.saver = Saver(*kept, self.is_evaluated, lambda step: described(self._heads(step)))
+        retention = Retention(run.keep_last, run.keep_best)
+        self.saver = Saver(self._out / "checkpoints", self._identity, retention, self.is_evaluated)
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
@@ -83,7 +78,7 @@ class RunState:
 
     def save(self, step: int) -> None:
         """Take a snapshot, written while training continues. Collective. Raises OSError: the one before failed."""
-        self.saver.save(step, partial(gather_state, self._engine))
+        self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError: one failed."""
@@ -127,8 +122,8 @@ class RunState:
         visft = self._config.visft
         facts = {"step": step, "base_weights": self._identity["base weights"], "mode": visft.mode}
         heads = {name.split(".")[1] for name in trainable(self._engine) if name.startswith("heads.")}
-        tasks, data = {name: task for name, task in visft.tasks.enabled().items() if name in heads}, self._data
-        return describe_heads(self._engine.module.backbone, tasks, facts, data.categories, data.vocabulary)
+        tasks = {name: task for name, task in visft.tasks.enabled().items() if name in heads}
+        return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
 
     def begin_export(self, prepared: PreparedModel) -> None:
         """Write what of the export is known before training. Main process only. Raises OSError: a full disk."""
@@ -137,14 +132,11 @@ class RunState:
             begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export what has trained, and then the record of the run. Collective. Raises OSError: a full disk."""
-        folder, visft = self._out / "export", self._config.visft
+        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError: a full disk."""
+        folder = self._out / "export"
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
-            if distributed.is_main():
-                remove_unfinished(folder)
-            infos, repository = self._heads(step), repository_of(visft.model.weights)
-            given = (self._engine, folder, prepared)
-            for path in export_weights(*given, lora=visft.lora, infos=infos, repository=repository):
-                print(f"wrote {path}", flush=True)
-            if distributed.is_main():
-                write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
+            remove_unfinished(folder)
+            trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
+            export_weights(trained, folder, prepared, self._config.visft, self._heads(step))
+            write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
+            print(f"wrote {folder}", flush=True)
