@@ -22,11 +22,8 @@ IMAGES, FEATURES = "images", "features"
 _LARGEST = 1_900_000_000
 
 
-def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
-    """Write a backbone (fp32, on the CPU) for images of its `image_size`; returns the files, the graph last.
-
-    Raises ValueError where torch cannot write it.
-    """
+def write_onnx(backbone: Backbone, path: Path) -> None:
+    """Write a backbone (fp32, on the CPU) for images of its `image_size`. Raises ValueError where torch cannot."""
     side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
     try:
@@ -46,4 +43,3 @@ def write_onnx(backbone: Backbone, path: Path) -> list[Path]:
         raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
     assert program is not None
     program.save(path, external_data=size > _LARGEST)
-    return [*path.parent.glob(f"{path.name}.data"), path]
