@@ -25,7 +25,6 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.peft_folder import save_peft
 from visft_ds.interop.weights import Lazy, file_order, write_safetensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -74,7 +73,7 @@ def export_weights(
         if own:  # the adapter belongs to that one
             identity, repository = fingerprint_of(backbone, written[0]), None
         adapter, place = Adapter.of(backbone, lora, tensors, identity), folder / ADAPTER_FOLDER
-        save_peft(adapter, place, repository)
+        adapter.save(place, repository)
         write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
         written.append(place)
     return written

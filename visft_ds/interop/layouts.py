@@ -158,17 +158,26 @@ def _restore_class_position(tower: Weights, shape: torch.Size) -> None:
 
 
 def load_backbone(
-    path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
+    path: str | Path,
+    model: Mapping[str, Any] | None = None,
+    storage: torch.dtype = torch.float32,
+    *,
+    with_class_token: bool = False,
 ) -> Any:
     """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32.
 
     Args:
         model: what the file is of, if it is known; else the file says it.
+        with_class_token: of a tower of EVA, which trains and is read without it, if the file has one.
 
     Raises:
         ValueError: as `open_backbone`; values that are not finite.
     """
-    backbone = built(model or model_in(open_model(path)))
+    file = open_model(path)
+    model = dict(model or model_in(file))
+    if with_class_token and not model["preset"].startswith(TIMM):
+        model["class_token"] = "cls_token" in tower_in(file, model)
+    backbone = built(model)
     fill(backbone, open_backbone(backbone, path), storage)
     return backbone
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.interop.onnx_file import FEATURES, IMAGES
+from visft_ds.interop.export import FEATURES, IMAGES
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
