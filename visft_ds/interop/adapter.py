@@ -152,7 +152,8 @@ class Adapter:
             layers = {
                 name: (rows, tuple((lo, hi) for lo, hi in slices)) for name, (rows, slices) in told["layers"].items()
             }
-            tensors = {name: file.tensor(name, torch.float32) for name in file}
+            names = [f"{name}.{kind}" for name in layers for kind in KINDS]
+            tensors = {name: file.tensor(name, torch.float32) for name in names}
             return cls(**{**told, "targets": tuple(told["targets"]), "layers": layers}, tensors=tensors)
 
 

@@ -47,13 +47,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _MAKE = {**FORMATS, "transformers": transformers_names.written}
-#: Suffixes of an --out that is a file, where they are not those of safetensors.
-_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "peft": (),
-    "onnx": (".onnx",),
-    "lavis": (".pth",),
-    "eva_clip": (".pt", ".safetensors"),
-}
+#: Suffix of an --out that is a file, where it is not that of safetensors.
+_SUFFIX = {"peft": "", "onnx": ".onnx", "lavis": ".pth", "eva_clip": ".pt"}
 
 
 def merge_files(given: argparse.Namespace) -> int:
@@ -94,7 +89,6 @@ def merge_files(given: argparse.Namespace) -> int:
         else:
             written = _MAKE[given.format](merge(tower_in(file, model), adapter, dtype, names, share), file, backbone)
             weights = stage / written.name
-            weights = weights.with_suffix(given.out.suffix or weights.suffix)
             write(written, weights, header(model, file, adapter, own))
             if written.note:
                 print(f"note: {written.note}")
@@ -135,7 +129,7 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError("--scale must be a finite number")
     if not given.adapter and (given.base is None or given.scale != 1 or given.format == "peft"):
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
-    if given.out.suffix not in ("", *_SUFFIXES.get(given.format, (".safetensors",))):
+    if given.out.suffix not in ("", _SUFFIX.get(given.format, ".safetensors")):
         raise ValueError(f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder")
     if given.format in ("peft", "onnx") and given.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")

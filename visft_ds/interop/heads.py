@@ -45,15 +45,6 @@ class HeadInfo:
             return dict(COCO_NAMES)
         return {int(one.get("coco_id", one["id"])): one["name"] for one in self.categories}
 
-    def classes(self) -> tuple[int, ...] | None:
-        """Raw id of each class, where they are not those of the published heads. Raises ValueError if nobody knows."""
-        if TASKS[self.task].uses_vocabulary:
-            return None
-        if not self.categories:
-            check_unnamed(self.task, self.options)
-            return None
-        return classes_of(self.task, self.options, self.names())
-
     def vocabulary(self) -> Vocabulary | None:
         """The words that it brings along."""
         return Vocabulary.from_dict(self.extra["vocabulary"]) if "vocabulary" in self.extra else None
@@ -156,7 +147,15 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
 
     Raises ValueError for a head whose classes nobody knows.
     """
-    return {task: classes for task, info in heads.items() if (classes := info.classes()) is not None}
+    found: dict[str, tuple[int, ...]] = {}
+    for task, info in heads.items():
+        if TASKS[task].uses_vocabulary:
+            continue
+        if not info.categories:
+            check_unnamed(task, info.options)
+        elif (classes := classes_of(task, info.options, info.names())) is not None:
+            found[task] = classes
+    return found
 
 
 def check_heads(

@@ -113,10 +113,7 @@ def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
 def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """The weights of a backbone (on any device) in a file, with statistics of batch norms, and nothing else.
 
-    Names and shapes are checked, values are not read.
-
-    Raises:
-        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    Names and shapes are checked, values are not read. Raises ValueError as `fitted`.
     """
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
@@ -164,14 +161,11 @@ def load_backbone(
     *,
     with_class_token: bool = False,
 ) -> Any:
-    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32.
+    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if known.
 
-    Args:
-        model: what the file is of, if it is known; else the file says it.
-        with_class_token: of a tower of EVA, which trains and is read without it, if the file has one.
+    Towers of EVA train and are read without class token; `with_class_token` keeps that of the file, if it has one.
 
-    Raises:
-        ValueError: as `open_backbone`; values that are not finite.
+    Raises ValueError as `open_backbone`, and for values that are not finite.
     """
     file = open_model(path)
     model = dict(model or model_in(file))
