@@ -20,10 +20,10 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.export import FORMATS, ONNX_PACKAGES, Share, header, merge, write, write_onnx
 from visft_ds.interop.layouts import (
+    BASE,
     MERGED,
     MODEL,
     base_parameters,
-    bases_of,
     built,
     fill,
     fingerprint_of,
@@ -71,7 +71,7 @@ def merge_files(given: argparse.Namespace) -> int:
         if MERGED in file.metadata:
             raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
         adapter.install(backbone)  # on the meta device: a check of shapes
-        if problem := other_base("the adapter", adapter.base, bases_of(backbone, place)):
+        if problem := other_base("the adapter", adapter.base, {own, file.metadata.get(BASE, own)}):
             print(f"warning: {problem}", file=sys.stderr)
     print(f"base     {place}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def merge_files(given: argparse.Namespace) -> int:
             if adapter is not None:
                 adapter.install(wanted)
             got, allowed = verify.by_library(given.format, stage, wanted), verify.tolerance(dtype)
-            found, library = verify.difference(got, wanted, wanted.image_size), verify.LIBRARIES[given.format][0]
+            found, library = verify.difference(got, wanted), verify.LIBRARIES[given.format][0]
             print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
             if found > allowed:
                 print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)

@@ -181,6 +181,8 @@ def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     from open_clip import get_model_config
 
     written = _whole_clip("visual.trunk.", "open_clip_model.safetensors", tower, file, backbone)
+    if "text.positional_embedding" not in file:
+        raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
     assert isinstance(backbone, EvaViT)
     config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
     config["vision_cfg"]["image_size"] = backbone.image_size

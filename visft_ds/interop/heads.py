@@ -83,7 +83,6 @@ def find_head(folder: str | Path, task: str) -> Path:
 
     Raises ValueError where there is none, or published ones of both backbones.
     """
-    get_task(task)
     found = head_files(Path(folder), task)
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
@@ -107,7 +106,6 @@ def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
 def open_head(path: str | Path, task: str) -> HeadFile:
     """Open the head of a task: ours, in a checkpoint of ours, or a published one. Raises ValueError without one."""
     file = open_weights(path)
-    get_task(task)
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
     if told is None:
         width, options, tensors = published_head(task, file)

@@ -63,9 +63,9 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
 
 
 @torch.no_grad()
-def difference(got: Features, wanted: nn.Module, side: int) -> float:
+def difference(got: Features, wanted: Backbone) -> float:
     """|got - wanted| / |wanted| on two images of seeded noise."""
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
     want: Tensor = wanted.eval()(images)
     return float((got(images).float() - want).norm() / want.norm())
 
