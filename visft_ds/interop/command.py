@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from visft_ds.config.backbones import named
 from visft_ds.evals.records import MAIN
 from visft_ds.flags import check_extra
@@ -35,7 +33,6 @@ from visft_ds.interop.layouts import (
     tower_in,
 )
 from visft_ds.interop.weights import write_text
-from visft_ds.models import build_empty
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
@@ -65,7 +62,7 @@ def merge_files(given: argparse.Namespace) -> int:
     model = dict(told) if told and MODEL not in file.metadata else model_in(file)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
-    backbone = build_empty(model["preset"], torch.float32, {k: v for k, v in model.items() if k != "preset"})
+    backbone = built(model, "meta")
     own = fingerprint_of(backbone, place)
     if adapter is not None:
         if MERGED in file.metadata:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from visft_ds.files import reading
 from visft_ds.interop.efficientnet import under_timms_names
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
-from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.models import Backbone, build_empty
+from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import TIMM
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
@@ -66,12 +66,10 @@ def described(model: Mapping[str, Any]) -> str:
     return ", ".join([model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")])
 
 
-def built(model: Mapping[str, Any]) -> Backbone:
+def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
     """A backbone of a description, for weights that are loaded next."""
     options = {name: value for name, value in model.items() if name != "preset"}
-    if model["preset"].startswith(TIMM):
-        return build_timm(model["preset"].removeprefix(TIMM), **options)
-    return build_backbone(model["preset"], seed=None, **options)
+    return build_empty(model["preset"], torch.float32, options, device)
 
 
 def open_model(path: str | Path) -> Weights:
