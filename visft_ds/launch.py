@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.train import train
 
         command = [*program("train").split(), *words]
-        return train(config, resume=options.resume, command=command, stop=stop).stopped.status(
-            config.visft.run.requeue_code
-        )
+        result = train(config, resume=options.resume, command=command, stop=stop)
+        return result.stopped.status(config.visft.run.requeue_code)
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
