@@ -130,7 +130,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file whole or not at all; each tensor is read once, in the order of `file_order`, and dropped.
+    """Write a file whole or not at all; each tensor is read once and dropped.
 
     The header gains `format`, which transformers and PEFT ask for, and our version.
     """
@@ -143,15 +143,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_safetensors(path, {name: Lazy.of(value) for name, value in tensors.items()}, metadata)
 
 
-def file_order(tensors: Mapping[str, Lazy]) -> list[str]:
-    """Names as they follow each other in a file: the largest elements first, so that all are aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
 def safetensors_pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor."""
+    """The bytes of a safetensors file, tensor by tensor: the largest elements first, so that all are aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order, end = file_order(tensors), 0
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
     for name in order:
         one, start, end = tensors[name], end, end + tensors[name].nbytes
         header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
