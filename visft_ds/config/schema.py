@@ -20,7 +20,6 @@ from visft_ds.config.fields import (
     Positive,
     Probability,
     Rate,
-    Section,
     StrictModel,
     Text,
     nearest,
@@ -90,7 +89,7 @@ class BackboneOverrides(StrictModel):
     post_norm: bool | None = None
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
     name: Name  #: names run folders
@@ -143,17 +142,12 @@ class LoraConfig(StrictModel):
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
 
 
-class HeadsConfig(Section):
+class HeadsConfig(StrictModel):
     """`visft.heads`: the heads that stage 2 learns from."""
 
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Heads from nowhere, and from a place."""
-        if self.start == "random" and self.path is not None:
-            yield "path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
 
 
 class StartConfig(StrictModel):
@@ -173,7 +167,7 @@ class DataSetConfig(StrictModel):
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     root: Text = "data/coco"
@@ -221,7 +215,7 @@ class ParamGroup(StrictModel):
         return tuple(glob.strip() for glob in self.params.split(","))
 
 
-class RunConfig(Section):
+class RunConfig(StrictModel):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
@@ -253,7 +247,7 @@ class RunConfig(Section):
             yield "trace", f"its first step {self.trace[0]} comes after its last, {self.trace[1]}"
 
 
-class VisftConfig(Section):
+class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
     stage: Literal[1, 2]
@@ -277,6 +271,8 @@ class VisftConfig(Section):
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.stage == 1 and self.heads.path is not None:
             yield "heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
+        if self.heads.start == "random" and self.heads.path is not None:
+            yield "heads.path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
         for number, target in enumerate(self.lora.targets if self.lora and model.timm is None else ()):
             if target not in ROLES:
                 yield f"lora.targets.{number}", f"must be one of {', '.join(ROLES)} with preset {model.preset}"
@@ -331,10 +327,10 @@ class Offload(StrictModel):
 
     model_config = ConfigDict(**{**STRICT, "extra": "allow"})
 
-    device: Literal["none", "cpu", "nvme"] = "none"
+    device: Literal["none", "cpu"] = "none"
 
 
-class ZeroOptimization(Section):
+class ZeroOptimization(StrictModel):
     """`zero_optimization`: keys that are not listed are DeepSpeed's, which checks them."""
 
     model_config = ConfigDict(**{**STRICT, "extra": "allow"})
@@ -359,7 +355,7 @@ class PipelineKeys(StrictModel):
     stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """A whole configuration: the keys that this project reads, and DeepSpeed's, which it gets as they stand.
 
     Batch sizes, precision and checkpoints are not among them: they follow from `visft`.
@@ -369,13 +365,6 @@ class Recipe(Section):
     pipeline: PipelineKeys | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
-    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
-    prescale_gradients: bool | None = None
-    gradient_predivide_factor: Above | None = None
-    wall_clock_breakdown: bool | None = None
-    memory_breakdown: bool | None = None
-    comms_logger: dict[str, Any] | None = None
-    aio: dict[str, Any] | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Above, Fraction, Positive, Section, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.
@@ -32,11 +32,11 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
-class HeadConfig(Section):
+class HeadConfig(StrictModel):
     """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
 
 
-class TaskConfig(Section):
+class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
     The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword

@@ -125,7 +125,7 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
 
 def recorded_config(out: Path) -> ResolvedConfig:
     """The resolved configuration of the run in `out`. Raises ValueError as `read_run`."""
-    return resolve(recorded=(read_run(out).config, str(out / RECORD_FILE)))
+    return resolve(whole=(read_run(out).config, str(out / RECORD_FILE)))
 
 
 def read_run(out: Path) -> RunFile:
