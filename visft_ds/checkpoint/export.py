@@ -26,7 +26,6 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.peft_folder import save_peft
 from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors, write_text
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.lora import inject_lora
@@ -61,7 +60,7 @@ def export_weights(
     if config.lora is not None:
         tensors = _read({name: one for name, one in of_backbone.items() if is_lora(name)})
         adapter, place = Adapter.of(backbone, config.lora, tensors, identity), folder / ADAPTER_FOLDER
-        save_peft(adapter, place, repository)
+        adapter.save(place, repository)
         write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
 
 
