@@ -26,7 +26,6 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.peft_folder import save_peft
 from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors, write_text
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.lora import inject_lora
@@ -61,7 +60,7 @@ def export_weights(
     if config.lora is not None:
         tensors = _read({name: one for name, one in of_backbone.items() if is_lora(name)})
         adapter, place = Adapter.of(backbone, config.lora, tensors, identity), folder / ADAPTER_FOLDER
-        save_peft(adapter, place, repository)
+        adapter.save(place, repository)
         write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
 
 
@@ -82,12 +81,11 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
 
 
 def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None) -> None:
-    """Write a backbone whole: base weights as a run starts with them, read or drawn once more, and what it trained."""
-    stored = backbone.state_dict().keys()
-    tensors = {
-        name: Lazy(tuple(one.shape), torch.float32, partial(base.weights.tensor, name, torch.float32))
-        for name, one in base.parameters.items()
-    }
+    """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a time."""
+    stored, tensors = backbone.state_dict().keys(), dict[str, Lazy]()
+    for name, one in base.parameters.items():
+        read = partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
+        tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
     tensors |= {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
     header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
     write_safetensors(path, {**tensors, **(trained or {})}, header)
