@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
-        lacking = missing_inputs(config)
-        missing = render_missing(lacking) if lacking else ""
+        missing = render_missing(lacking) if (lacking := missing_inputs(config)) else ""
         if options.dry_run:
             from visft_ds.run.start_report import print_dry_run
 

@@ -98,7 +98,8 @@ def fetch(name: str) -> Path:
         file = next((one for one in names if one in sizes), None)
         if file is None:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            raise ValueError(f"{name}: {page} has {there}, and no {' or '.join(names)}; name a file of it")
+            hint = "" if wanted.file else f"; name a file of it, {HUB}{wanted.repository}/FILE"
+            raise ValueError(f"{name}: {page} has {there}, and no {' or '.join(names)}{hint}")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             card = told.card_data or {}
             licence = card.get("license_name") or card.get("license") or "not stated"

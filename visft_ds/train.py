@@ -23,7 +23,7 @@ from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.evaluation import Validation
 from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
+from visft_ds.run.machine import Machine, by_main_process, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.start import open_start
 from visft_ds.run.start_report import print_start
@@ -170,7 +170,8 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         watchdog.begin("exporting", timed=False)
         if validation and settings.keep_best:
             validation.poll(log, seconds=None)
-        state.export(state.take_best(step, log), prepared)
+        exported = state.take_best(step, log)
+        by_main_process(lambda: state.export(exported, prepared))
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
     stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))

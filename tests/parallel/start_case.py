@@ -16,10 +16,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
 
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
@@ -96,32 +94,6 @@ def started(engine: str) -> dict[str, Any]:
         config = configured(engine, {"visft.model.precision": precision}, stage)
         results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config))
     return results
-
-
-def exported(engine_name: str, folder: Path) -> dict[str, Any]:
-    """Export of a tower of which one block trained, and how many tensors were gathered at once. Collective."""
-    from visft_ds.checkpoint import export
-
-    groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
-    config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
-    prepared, build = prepared_for_engine(config)
-    engine = build()
-    expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
-    sizes = []
-
-    def gather(engine: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        sizes.append(sum(name.startswith("backbone.") for name in names))
-        return original(engine, names)
-
-    original = export.gather_parameters
-    infos = export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS)
-    with patch.object(export, "gather_parameters", gather):
-        files = export.export_weights(engine, folder, prepared, lora=None, infos=infos)
-    if not files:
-        return {}
-    written = load_file(files[0])
-    wrong = [n for n, value in expected.items() if not torch.equal(written[n.removeprefix("backbone.")], value)]
-    return {"differing": wrong, "files": len(files), "gathered": max(sizes)}
 
 
 def anonymous() -> int:

@@ -162,15 +162,6 @@ def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: tuple[s
     assert results["start"] == {f"{stage}:{precision}": [[], []] for stage in (1, 2) for precision in ("fp32", "bf16")}
 
 
-def test_a_trained_tower_is_exported_tensor_by_tensor(trained: tuple[str, dict[str, Any]]) -> None:
-    """All of it as it was, but for what was given instead; never more than one tensor gathered for it."""
-    name, results = trained
-    if not name.startswith("zero3"):
-        pytest.skip(f"{name} divides no parameters")
-    assert results["export"]["differing"] == [] and results["export"]["files"] == 4
-    assert results["export"]["gathered"] == 1
-
-
 def test_stale_gradients_need_their_remedy(
     trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]]
 ) -> None:

@@ -16,7 +16,7 @@ from tests.checkpoint.matrix_case import start
 from tests.parallel.engine_case import ORDER, Feed
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, start_process_group
-from visft_ds.parallel.state import gather_parameters, unchanged, updates_done
+from visft_ds.parallel.state import gather_state, unchanged, updates_done
 
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and leaves no trace in others.
 STEPS, BAD = (0, 1, 2, 3), 2
@@ -75,7 +75,8 @@ def run(engine: Any, feed: Feed, mode: str) -> tuple[dict[str, Tensor], list[Ste
         reports.append(engine.train_step(step, *feed(engine, step)))
         engine.module.criteria.update(criteria)
         engine.should_update = accept
-    return gather_parameters(engine), reports
+    state = gather_state(engine)
+    return dict(state.parameters) if state else {}, reports
 
 
 def disagree() -> str:

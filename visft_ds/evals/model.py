@@ -289,9 +289,10 @@ def _load_backbone(
         facts["adapter"], trained_on["the adapter"] = f"{files.adapter}: {adapter.describe()}", adapter.base
         adapter.install(backbone)
     elif of_checkpoint and files.adapter is not None:
-        from visft_ds.checkpoint.adapter import install_checkpoint  # imports deepspeed: costs seconds
+        from visft_ds.checkpoint.export import install_checkpoint  # imports deepspeed: costs seconds
 
-        facts["adapter"] = f"{files.adapter}: {install_checkpoint(backbone, files.adapter)}"
+        _, installed = install_checkpoint(backbone, files.adapter)
+        facts["adapter"] = f"{files.adapter}: {len(installed)} tensors that trained"
     bases = bases_of(backbone, files.backbone)
     if problems := [line for what, base in trained_on.items() if (line := other_base(what, base, bases))]:
         facts["warning"] = "; ".join(problems)

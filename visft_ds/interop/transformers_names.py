@@ -6,12 +6,11 @@ Other models need nothing: transformers loads timm's folder itself (TimmWrapperM
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.interop.export import Written
 from visft_ds.interop.weights import Lazy, Weights
@@ -112,7 +111,8 @@ def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy
     if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
         shape = (one.shape[0] // 3, *one.shape[1:])
         for index, part in enumerate("qkv"):
-            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, _third(one, index))
+            third = partial(lambda index: one.read().chunk(3)[index], index)
+            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, third)
     elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
         both, shape = (one, tower[f"attn_pool.kv.{match[1]}"]), (3 * one.shape[0], *one.shape[1:])
         joined = Lazy(shape, one.dtype, lambda: torch.cat([part.read() for part in both]))
@@ -122,10 +122,6 @@ def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy
         yield name, Lazy(shape, one.dtype, lambda: one.read().reshape(shape))
     elif not name.startswith("attn_pool.kv."):
         yield name, one
-
-
-def _third(one: Lazy, index: int) -> Callable[[], Tensor]:
-    return lambda: one.read().chunk(3)[index]
 
 
 def _renamed(name: str, rules: Mapping[str, str]) -> str:

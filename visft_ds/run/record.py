@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from visft_ds import CHECKOUT
-from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.format import explained
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.config.preflight import RECORD_FILE
 from visft_ds.config.schema import VisftConfig

@@ -86,7 +86,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
         place=checkpoint.path,
         sha256=checkpoint.record["files"]["parameters.safetensors"],
         tensors=Weights({name: one for name, one in file.items() if name.startswith(beginnings)}, values),
-        base=checkpoint.identity("base weights"),
+        base=checkpoint.record["identity"]["base weights"],
         note=f"started from step {checkpoint.step} of {run}; heads kept: {', '.join(kept) or 'none'}",
         step=checkpoint.step,
     )

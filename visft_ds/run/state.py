@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
-from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
-from visft_ds.interop.card import repository_of
 from visft_ds.interop.heads import HeadInfo, described
 from visft_ds.interop.weights import remove_unfinished, write_text
 from visft_ds.monitor.metrics import METRICS_FILE
@@ -48,9 +46,7 @@ class RunState:
         due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
         retention = Retention(run.keep_last, run.keep_best)
         #: Its context waits for a save that is on its way.
-        self.saver = Saver(
-            self._out / "checkpoints", self._identity, retention, due, lambda step: described(self._heads(step))
-        )
+        self.saver = Saver(self._out / "checkpoints", self._identity, retention, due)
 
     def resume(self) -> int:
         """Continue from the newest whole checkpoint. Collective. Returns the steps done, 0 for a fresh start.
@@ -88,7 +84,7 @@ class RunState:
         Raises:
             OSError: the save before this one failed.
         """
-        self.saver.save(step, partial(gather_state, self._engine))
+        self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them.
@@ -145,8 +141,8 @@ class RunState:
         visft = self._config.visft
         facts = {"step": step, "base_weights": self._identity["base weights"], "mode": visft.mode}
         heads = {name.split(".")[1] for name in trainable(self._engine) if name.startswith("heads.")}
-        tasks, data = {name: task for name, task in visft.tasks.enabled().items() if name in heads}, self._data
-        return describe_heads(self._engine.module.backbone, tasks, facts, data.categories, data.vocabulary)
+        tasks = {name: task for name, task in visft.tasks.enabled().items() if name in heads}
+        return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
 
     def begin_export(self, prepared: PreparedModel) -> None:
         """Write what of the export is known before training. Main process only. Raises OSError: a full disk."""
@@ -155,7 +151,7 @@ class RunState:
             begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export what has trained, and then the record of the run. Collective.
+        """Export what has trained, out of the checkpoint of `step`, and then the record of the run. Main process only.
 
         Args:
             prepared: what the run started from.
@@ -163,22 +159,13 @@ class RunState:
         Raises:
             OSError: a full disk.
         """
-        folder, lora = self._out / "export", self._config.visft.lora
+        folder = self._out / "export"
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
-            if distributed.is_main():
-                remove_unfinished(folder)
-            paths = export_weights(
-                self._engine,
-                folder,
-                prepared,
-                lora=lora,
-                infos=self._heads(step),
-                repository=repository_of(self._config.visft.model.weights),
-            )
-            if distributed.is_main():
-                write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
-            for path in paths:
-                print(f"wrote {path}", flush=True)
+            remove_unfinished(folder)
+            trained = open_checkpoint(checkpoint_path(self.saver.folder, step)).weights()
+            export_weights(trained, folder, prepared, self._config.visft, self._heads(step))
+            write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
+            print(f"wrote {folder}", flush=True)
 
 
 def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
