@@ -81,12 +81,11 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
 
 
 def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None) -> None:
-    """Write a backbone whole: base weights as a run starts with them, read or drawn once more, and what it trained."""
-    stored = backbone.state_dict().keys()
-    tensors = {
-        name: Lazy(tuple(one.shape), torch.float32, partial(base.weights.tensor, name, torch.float32))
-        for name, one in base.parameters.items()
-    }
+    """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a time."""
+    stored, tensors = backbone.state_dict().keys(), dict[str, Lazy]()
+    for name, one in base.parameters.items():
+        read = partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
+        tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
     tensors |= {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
     header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
     write_safetensors(path, {**tensors, **(trained or {})}, header)
