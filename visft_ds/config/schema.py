@@ -14,7 +14,6 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
 from visft_ds.config.fields import (
-    STRICT,
     Above,
     Count,
     Positive,
@@ -305,24 +304,20 @@ class VisftConfig(StrictModel):
             shared = self.shared
             image = shared.image.model_dump()
             return {SHARED: Stream(SHARED, tuple(tasks), 1.0, shared.batch_size, shared.micro_batch, image)}
-        return {
-            name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
-            for name, task in tasks.items()
-        }
+        return {name: task.stream(name) for name, task in tasks.items()}
 
     def updates(self) -> int | None:
         """Optimiser steps that give every task its `updates`; None where a task states none."""
         updates = [task.updates for task in self.tasks.enabled().values()]
         stated = [number for number in updates if number is not None]
-        if not stated or len(stated) < len(updates):
-            return None
-        return max(stated) if self.mode == "shared" else sum(stated)
+        whole = max if self.mode == "shared" else sum
+        return whole(stated) if stated and len(stated) == len(updates) else None
 
 
 class Offload(StrictModel):
     """`zero_optimization.offload_param` and `offload_optimizer`."""
 
-    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    model_config = ConfigDict(extra="allow")
 
     device: Literal["none", "cpu"] = "none"
 
@@ -330,7 +325,7 @@ class Offload(StrictModel):
 class ZeroOptimization(StrictModel):
     """`zero_optimization`: keys that are not listed are DeepSpeed's, which checks them."""
 
-    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    model_config = ConfigDict(extra="allow")
 
     stage: Literal[0, 1, 2, 3]
     reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained numbers

@@ -62,6 +62,11 @@ class TaskConfig(StrictModel):
     head: HeadConfig
     loss: BaseModel
 
+    def stream(self, name: str) -> Stream:
+        """Steps of the task alone; their share is 0 where `updates` is null."""
+        share, image = float(self.updates or 0), self.image.model_dump()
+        return Stream(name, (name,), share, self.batch_size, self.micro_batch, image)
+
     @classmethod
     def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
@@ -72,11 +77,6 @@ class TaskConfig(StrictModel):
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what labels lack that would therefore teach something wrong; None: nothing."""
         return None
-
-    @property
-    def share(self) -> float:
-        """Share of the steps, relative to the other tasks; 0 where `updates` is null."""
-        return float(self.updates or 0)
 
 
 class WordsConfig(TaskConfig):

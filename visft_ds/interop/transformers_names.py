@@ -56,8 +56,9 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such class."""
-    known = _family(backbone)
-    if known is None or not isinstance(backbone, TimmBackbone):
+    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
+    known = next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
+    if known is None:
         raise ValueError(
             f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
             "--format timm, whose folder AutoModel loads"
@@ -98,11 +99,6 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
     return Written("model.safetensors", Weights(tensors, tower.path), files)
-
-
-def _family(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | None:
-    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
-    return next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
 
 
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:

@@ -139,17 +139,15 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
         dropout_p: float = 0.0,
         *rest: Any,
         **named: Any,
-    ) -> Tensor:
+    ) -> Any:
         if not q.is_meta:
             return attend(q, k, v, attn_mask, dropout_p, *rest, **named)
         if device.type == "cuda" and attn_mask is None and q.dtype != torch.float32:
-            out: Tensor = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)[0]
-            return out
+            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)[0]
         bias = attn_mask  # which torch makes of a mask
         if bias is not None:
             bias = torch.zeros_like(bias, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
-        out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, *rest, **named)[0]
-        return out
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, *rest, **named)[0]
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not x.is_meta:
