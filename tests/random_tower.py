@@ -14,7 +14,6 @@ from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
-from visft_ds.interop.peft_folder import save_peft
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT, build_backbone
@@ -80,7 +79,7 @@ def adapter_of(model: Backbone, base: str | None = None, targets: tuple[str, ...
 
 def save_adapter(adapter: Adapter, folder: Path) -> Path:
     """Write it as a run exports it; returns the folder."""
-    save_peft(adapter, folder)
+    adapter.save(folder)
     return folder
 
 

@@ -103,10 +103,7 @@ def test_timm_says_where_its_weights_are(name: str, found: str) -> None:
     ("name", "message"),
     [
         ("vit_base_patch16_dinov4.lvd1689m", "has no model .* did you mean timm:vit_base_patch16_dinov3"),
-        (
-            "vit_base_patch16_clip_224.opena",
-            "did you mean timm:vit_base_patch16_clip_224.openai[?] there are: ",
-        ),
+        ("vit_base_patch16_clip_224.opena", "there are: .*vit_base_patch16_clip_224.openai,"),
         ("legacy_senet154.in1k", "no weights of legacy_senet154.in1k on the hub"),
     ],
 )

@@ -31,20 +31,16 @@ _ABOVE = Path(__file__).resolve().parents[1]
 CHECKOUT = _ABOVE if (_ABOVE / "setup.py").is_file() else None
 _SHELLS = {_ABOVE / folder for folder in ("tools", "launchers")}
 
-#: Public name -> the module that has it, which is imported when the name is used: torch alone takes seconds.
-_PUBLIC = {
-    "Boxes": "visft_ds.predict.results",
-    "Callback": "visft_ds.monitor.callbacks",
-    "EvaluationResult": "visft_ds.evals.evaluate",
-    "FitResult": "visft_ds.train",
-    "Masks": "visft_ds.predict.results",
-    "Model": "visft_ds.predict.model",
-    "Prediction": "visft_ds.predict.results",
-    "evaluate": "visft_ds.evals.evaluate",
-    "fit": "visft_ds.api",
-    "load": "visft_ds.predict.model",
-    "load_backbone": "visft_ds.predict.model",
+_MODULES = {
+    "api": ("fit",),
+    "evals.evaluate": ("EvaluationResult", "evaluate"),
+    "monitor.callbacks": ("Callback",),
+    "predict.model": ("Model", "load", "load_backbone"),
+    "predict.results": ("Boxes", "Masks", "Prediction"),
+    "train": ("FitResult",),
 }
+#: Public name -> the module that has it, which is imported when the name is used: torch alone takes seconds.
+_PUBLIC = {name: f"visft_ds.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

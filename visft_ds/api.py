@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
+from visft_ds.config import missing_inputs, render_missing
 from visft_ds.config.cli import DEFAULT_ENGINE, KEYS, RESUME, fetch_weights, resolve_with_data
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def fit(
-    config: ResolvedConfig | None = None,
     *,
     stage: int | None = None,
     model: str | None = None,
@@ -29,7 +28,7 @@ def fit(
     engine: str = DEFAULT_ENGINE,
     data: AnyPath | None = None,
     out: AnyPath | None = None,
-    settings: Mapping[str, Any] | Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
@@ -40,7 +39,6 @@ def fit(
     it, and one that fails ends the others.
 
     Args:
-        config: from `visft_ds.config.resolve`; replaces stage, model, backbone and engine.
         stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for photographs of one's own.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
@@ -49,7 +47,7 @@ def fit(
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
-        settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
+        settings: dotted key -> value, applied last.
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
         callbacks: listeners to the run.
 
@@ -62,28 +60,19 @@ def fit(
     stop = StopFlag(launched="RANK" in os.environ)
     if resume not in RESUME:
         raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
-    folders = {"data": data, "out": out}
-    if isinstance(settings, Mapping):
-        settings = [_text(key, value) for key, value in settings.items()]
-    if config is None:
-        config = resolve_with_data(
-            stage=stage,
-            model=model,
-            engine=engine,
-            backbone=None if backbone is None else os.fspath(backbone),
-            download=download,
-            flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in folders.items() if at is not None},
-            settings=settings,
-        )
-    elif (stage, model, backbone, engine) != (None, None, None, DEFAULT_ENGINE):
-        raise ValueError("config is a complete configuration: leave out stage, model, backbone and engine")
-    else:
-        given = [_text(KEYS[name], at) for name, at in folders.items() if at is not None]
-        config = changed(config, [*given, *settings])
+    places = {"data": data, "out": out}
+    config = resolve_with_data(
+        stage=stage,
+        model=model,
+        engine=engine,
+        backbone=None if backbone is None else os.fspath(backbone),
+        download=download,
+        flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in places.items() if at is not None},
+        settings=[f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()],
+    )
     if download:
         fetch_weights(config)
-    missing = missing_inputs(config)
-    if missing:
+    if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))
 
     from visft_ds.parallel import distributed
@@ -99,13 +88,3 @@ def fit(
             os.environ.pop("LOCAL_RANK", None)
         stop.restore()
         gc.collect()
-
-
-def _text(key: str, value: Any) -> str:
-    """A setting as behind --set. Raises ValueError for a value of a kind that JSON has not."""
-    try:
-        return f"{key}={json.dumps(value, default=os.fspath)}"
-    except TypeError as error:
-        raise ValueError(
-            f"settings: {key} is {value!r}, which JSON has not: give a plain number, text, path, list or mapping"
-        ) from error

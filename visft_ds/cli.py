@@ -37,8 +37,20 @@ COMMANDS = {
     "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
-#: Those that several processes do together.
-PARALLEL = ("train", "evaluate", "profile")
+#: Those that several processes do together; `visft train` looks at its configuration before it starts them.
+PARALLEL = ("evaluate", "profile")
+_USAGE = "\n".join(
+    (
+        "usage: visft COMMAND ...          visft COMMAND --help lists its flags",
+        "",
+        *(f"  {name:9}  {command.help}" for name, command in COMMANDS.items()),
+        "",
+        f"On the GPUs of this machine: visft train --num_gpus 8 --stage 2, likewise {', '.join(PARALLEL)}.",
+        "Through a launcher, also on several machines (torchrun -m takes the same modules):",
+        "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2",
+        "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
+    )
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,20 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
         words[:2] = reversed(words[:2])
-    if words[:1] in (["-h"], ["--help"]):
-        print(_usage())
-        return 0
-    if words[:1] == ["--version"]:
-        print(f"visft {__version__}")
+    told = {"-h": _USAGE, "--help": _USAGE, "--version": f"visft {__version__}"}
+    if words and words[0] in told:
+        print(told[words[0]])
         return 0
     if not words or words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
+        near = difflib.get_close_matches("".join(words[:1]), COMMANDS, n=1)
         hint = f" did you mean {near[0]}?" if near else ""
-        refusal = f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _usage()
-        print(refusal, file=sys.stderr)
+        print(f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE, file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
-    if words[0] in PARALLEL and words[0] != "train" and "RANK" not in os.environ:
+    if words[0] in PARALLEL and "RANK" not in os.environ:
         try:
             others, count = without_num_gpus(words)
         except ValueError as error:
@@ -76,20 +85,3 @@ def _run(words: list[str]) -> int:
         if count is not None:
             return start_ranks(others, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        (
-            "usage: visft COMMAND ...          visft COMMAND --help lists its flags",
-            "",
-            *lines,
-            "",
-            f"On the GPUs of this machine: visft train --num_gpus 8 --stage 2, likewise {', '.join(PARALLEL[1:])}.",
-            "Through a launcher, also on several machines (torchrun -m takes the same modules):",
-            "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2",
-            "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
-        )
-    )

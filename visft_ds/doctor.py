@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,11 @@ class Finding(NamedTuple):
     found: str  #: and what to do about it
 
 
+def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
+    """What was found, with what helps where it is not good."""
+    return Finding(OK, subject, found) if good else Finding(PROBLEM, subject, f"{found}. {helps}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
     parser = Parser(prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,15 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
-    """Run every check in the order in which a person reads it.
-
-    Args:
-        folder: where runs will be written.
-        model: as for visft train; None: nothing in particular.
-
-    Raises:
-        ValueError: an unknown model, or a folder that does not exist.
-    """
+    """Run every check, for runs in a folder. Raises ValueError for an unknown model and a folder that is not there."""
     if not folder.is_dir():
         raise ValueError(f"--folder {folder} is no folder; make it, or name another one")
     for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes()):
@@ -84,14 +80,10 @@ def check_packages() -> Iterator[Finding]:
         return
     needed = [Requirement(text) for text in importlib.metadata.requires("visft_ds") or []]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    found = {str(one): _version(one.name) for one in needed}
-    wrong = [one for one in needed if not one.specifier.contains(found[str(one)] or "0", prereleases=True)]
-    if wrong:
-        told = "; ".join(f"{one} (here: {found[str(one)] or 'not installed'})" for one in wrong)
-        yield Finding(PROBLEM, "packages", f"{told}. {install_command()} brings the right ones")
-    else:
-        told = f"torch {_version('torch')}, deepspeed {_version('deepspeed')}"
-        yield Finding(OK, "packages", f"all {len(needed)} that visft_ds asks for; {told}")
+    wrong = [one for one in needed if not one.specifier.contains(_version(one.name) or "0", prereleases=True)]
+    told = "; ".join(f"{one} (here: {_version(one.name) or 'not installed'})" for one in wrong)
+    well = f"all {len(needed)} that visft_ds asks for; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
+    yield judged(not wrong, "packages", told or well, f"{install_command()} brings the right ones")
 
 
 def _version(name: str) -> str | None:
@@ -116,10 +108,8 @@ def check_device() -> Iterator[Finding]:
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
-        if any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list()):
-            yield Finding(OK, f"GPU {index}", found)
-        else:
-            yield Finding(PROBLEM, f"GPU {index}", f"{found}. torch {torch.__version__} has no code for it")
+        runs = any(re.fullmatch(rf"sm_{properties.major}\d", arch) for arch in torch.cuda.get_arch_list())
+        yield judged(runs, f"GPU {index}", found, f"torch {torch.__version__} has no code for it")
     precision, why = choose_precision("auto", torch.device("cuda", 0) if count else torch.device("cpu"))
     yield Finding(OK, "precision", f"{precision} ({why})")
 
@@ -142,59 +132,41 @@ def check_memory(model: str | None) -> Iterator[Finding]:
         precision, _ = choose_precision(config.visft.model.precision, device)
         needed = plan_largest(run_of(config, 1, precision, None, device)).total
         found = f"a process needs {needed / _GIB:.2f} of {room / _GIB:.2f} GiB, as predicted"
-        if needed <= room:
-            yield Finding(OK, f"{model}, stage {stage}", found)
-        else:
-            helps = f"See what helps: visft plan --stage {stage} --model {model}"
-            yield Finding(PROBLEM, f"{model}, stage {stage}", f"{found}. {helps}")
+        helps = f"See what helps: visft plan --stage {stage} --model {model}"
+        yield judged(needed <= room, f"{model}, stage {stage}", found, helps)
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Look at the room for weights, shards and checkpoints."""
     free = shutil.disk_usage(folder).free
     found = f"{free / _GB:.0f} GB free in {folder.resolve()}"
-    if free < 2 * _GB:
-        yield Finding(PROBLEM, "disk", f"{found}. A checkpoint may not fit: free some, or use another --folder")
-    elif free < 60 * _GB:
+    if 2 * _GB <= free < 60 * _GB:
         yield Finding(WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file")
     else:
-        yield Finding(OK, "disk", found)
+        yield judged(free >= 2 * _GB, "disk", found, "A checkpoint may not fit: free some, or use another --folder")
 
 
 _MEMBER = """
-import datetime, sys
-import deepspeed, torch, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, sys.argv[1] == "0", datetime.timedelta(seconds=30))
-dist.init_process_group("gloo", store=store, rank=int(sys.argv[1]), world_size=2)
-value = torch.tensor([float(sys.argv[1]) + 1])
+import datetime, deepspeed, torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+value = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(value)
-dist.barrier()
 dist.destroy_process_group()
 assert value.item() == 3.0, value
 """
 
 
 def check_processes() -> Iterator[Finding]:
-    """Let two processes import DeepSpeed, meet over gloo and add their numbers, within a minute."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """Let two processes import DeepSpeed, meet over gloo and add their numbers, within two minutes."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    words += [sys.executable, "-c", _MEMBER]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    commands = [[sys.executable, "-c", _MEMBER, str(rank), port] for rank in range(2)]
-    members = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
     try:
-        said = [member.communicate(timeout=60)[1].strip() for member in members]
-        failed = ["".join(text.splitlines()[-1:]) for text, one in zip(said, members, strict=True) if one.returncode]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+        failed = done.returncode != 0 and (errors or [f"exit status {done.returncode}"])[0]
     except subprocess.TimeoutExpired:
-        failed = ["no answer within a minute"]
-    finally:
-        for member in members:
-            member.kill()
-    if failed:
-        helps = "If a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
-        yield Finding(PROBLEM, "two processes", f"cannot add two numbers over gloo: {failed[0]}. {helps}")
-    else:
-        yield Finding(OK, "two processes", "imported DeepSpeed and agreed over gloo")
+        failed = "no answer within two minutes"
+    found = f"cannot add two numbers over gloo: {failed}" if failed else "imported DeepSpeed and agreed over gloo"
+    helps = "If a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
+    yield judged(not failed, "two processes", found, helps)

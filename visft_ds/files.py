@@ -1,6 +1,7 @@
 """The door for files from outside: parsers' errors become one ValueError, reads are bounded, pictures are upright RGB.
 
-Letters: H W pixels.
+Names of files that stand in other files may not lead out of their folder; what a user has put there under such a name,
+a link to another disk among it, is followed. Letters: H W pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 #: More than a photograph of 50 megapixels, and below what Pillow warns of.
 MAX_PIXELS = 80_000_000
@@ -25,8 +26,6 @@ MAX_BYTES = 12 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: A progressive JPEG has about ten scans; each one decodes the whole image again.
 _MAX_SCANS = 200
-_START_OF_SCAN = b"\xff\xda"
-_ORIENTATION = 0x0112  # EXIF
 
 
 @contextmanager
@@ -56,21 +55,17 @@ def open_regular(path: Path | str, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
     """A regular file, open for reading.
 
     Raises:
-        ValueError: a pipe, device or folder, or more than `most` bytes.
-        OSError: it is not there, or may not be read.
+        ValueError: a pipe or device, or more than `most` bytes.
+        OSError: it is not there, is a folder, or may not be read.
     """
     # Without O_NONBLOCK, opening a pipe waits for whoever writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = os.fstat(descriptor)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path}: not a regular file")
         if found.st_size > most:
             raise ValueError(f"{path}: {found.st_size:,} bytes; at most {most:,} are read")
-        with open(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(descriptor)
+        yield file
 
 
 def sync_folder(path: Path) -> None:
@@ -106,23 +101,15 @@ def open_image(source: Path | str | bytes, name: str | None = None, *, upright: 
         ValueError: not one of `FORMATS`, damaged or cut, of more than `MAX_PIXELS` pixels, or not a regular file.
         OSError: it is not there, or may not be read.
     """
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else read_bytes(source)
-    with _opened(io.BytesIO(data), name) as image:
-        if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+    with _opened(io.BytesIO(data), source, name) as image:
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:  # a JPEG, where a scan begins
             raise ValueError(f"a JPEG of more than {_MAX_SCANS} scans")
         image.load()
-        return upright_rgb(image) if upright else to_rgb(image)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture as RGB, turned as its EXIF says; EXIF that cannot be read turns nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other tags
-        turn, rgb = _orientation(image), to_rgb(image)
+        turn, rgb = _orientation(image) if upright else 1, to_rgb(image)
     if turn == 1:
         return rgb
-    rgb.getexif()[_ORIENTATION] = turn
+    rgb.getexif()[ExifTags.Base.Orientation] = turn
     return ImageOps.exif_transpose(rgb)
 
 
@@ -142,15 +129,15 @@ class Frame(NamedTuple):
 
 def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
     """The frame of a picture; no pixel is decoded. Arguments and errors are those of `open_image`."""
-    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with nullcontext(io.BytesIO(source)) if isinstance(source, bytes) else open_regular(source) as file:
-        with _opened(file, name) as image:
+        with _opened(file, source, name) as image:
             return Frame(image.height, image.width, _orientation(image), image.format or "")
 
 
 @contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[Image.Image]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
+    name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF and metadata that are odd; damaged pixels are errors
         try:
@@ -170,15 +157,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Pixels of 16 bits keep their upper 8; wider ones and floats are scaled from their own range, as they state none.
     """
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    elif image.mode in ("I", "F"):
+    if image.mode.startswith(("I", "F")):
+        image = image.convert("I") if image.mode.startswith("I;16") else image
         low, high = (float(value) for value in np.asarray(image.getextrema()))
         if image.mode == "I" and low >= 0 and high < 2**16:  # PNGs of 16 bits come as these
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-        else:
-            scale = 255 / (high - low) if high > low else 0.0
-            image = image.point(lambda value: value * scale + -low * scale).convert("L")
+            low, high = 0.0, 255 * 256.0
+        scale = 255 / (high - low) if high > low else 0.0
+        image = image.point(lambda value: value * scale + -low * scale).convert("L")
     # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
     return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
 
@@ -187,7 +172,26 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 if it cannot be read."""
     try:
         # Not image.getexif(): for a PNG it decodes all pixels again to find what may stand behind them.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001  damaged EXIF raises anything, and says nothing about the orientation
         return 1
     return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
+def wrong_name(name: str) -> str | None:
+    """Reason why a name, with folders divided by "/", may not be used; None for a good one."""
+    if not name or not name.isprintable():
+        return "it is empty or has control characters"
+    return "it leads out of its folder" if name.startswith("/") or ".." in name.split("/") else None
+
+
+def checked_name(name: str, where: object) -> str:
+    """The name, which stands in the file `where`. Raises ValueError, naming both, as `wrong_name` says."""
+    if reason := wrong_name(name):
+        raise ValueError(f"{where}: the file name {name[:80]!r} is not allowed: {reason}")
+    return name
+
+
+def shown_name(name: str) -> str:
+    """The name for a message: signs that would end its line or move a terminal's cursor are written as escapes."""
+    return name if name.isprintable() else repr(name)

@@ -25,23 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
-        lacking = missing_inputs(config)
-        missing = render_missing(lacking) if lacking else ""
-        if options.dry_run:
-            from visft_ds.run.start_report import print_dry_run
+        if options.dry_run and rank == 0:
+            from visft_ds.run.report import print_dry_run
 
-            return print_dry_run(config, count or world_size, missing) if rank == 0 else 0
-        if missing:
-            raise ValueError(missing)
+            print_dry_run(config, count or world_size)
+        if lacking := missing_inputs(config):
+            raise ValueError(render_missing(lacking))
+        if options.dry_run:
+            return 0
         if count is not None and "RANK" not in os.environ:
             derive_batches(config, count)
             return start_ranks(["train", *words], count)
         from visft_ds.train import train
 
         command = [*program("train").split(), *words]
-        return train(config, resume=options.resume, command=command, stop=stop).stopped.status(
-            config.visft.run.requeue_code
-        )
+        result = train(config, resume=options.resume, command=command, stop=stop)
+        return result.stopped.status(config.visft.run.requeue_code)
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:

@@ -6,8 +6,8 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
 from visft_ds.ops import autocast_to, to_device
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.spec import Criterion
-
-LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
 
 
 @dataclass(frozen=True)
@@ -34,25 +32,22 @@ class TaskModule:
     decoding: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the head in evaluation (beams)
 
 
-def pixel_scale(backbone: Backbone, device: torch.device) -> Tensor:
-    """Mean and standard deviation of each channel of uint8 images, as a backbone wants them: (2, 3, 1, 1) float32."""
-    channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
-    return to_device(channels, device).view(2, 3, 1, 1) * 255.0
-
-
-def normalise_pixels(images: Tensor, sizes: Tensor, scale: Tensor) -> Tensor:
-    """Normalise uint8 images by channel; padding becomes 0, the mean colour.
+def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tensor:
+    """Input of a backbone: images normalised by channel; padding becomes 0, the mean colour, and at least one patch.
 
     Args:
-        images: (B, 3, H, W) uint8, padded right and bottom.
+        backbone: whose mean and standard deviation of a channel are meant.
+        images: (B, 3, H, W) uint8, padded right and bottom. A panorama of 2000 x 20 pixels may have a height of 7.
         sizes: (B, 2) int64, height and width of the valid part.
-        scale: `pixel_scale` on the same device.
 
     Returns:
-        (B, 3, H, W) float32.
+        (B, 3, H, W) float32, H and W at least one patch.
     """
-    mean, std = scale
-    return (images.float() - mean) / std * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
+    channels = torch.tensor([backbone.pixel_mean, backbone.pixel_std])
+    mean, std = to_device(channels, images.device).view(2, 3, 1, 1) * 255.0
+    pixels = (images.float() - mean) / std * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
+    short = [max(0, backbone.patch_size - side) for side in images.shape[-2:]]
+    return F.pad(pixels, (0, short[1], 0, short[0]))
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -106,9 +101,6 @@ class MultiTaskModel(nn.Module):
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
         self.packed = False
-        # By device, copied there once. Buffers of the model would not reach a stage of a pipeline, which has its layers
-        # alone, nor the GPU of a model that ZeRO-3 divided as it came in.
-        self._scales: dict[torch.device, Tensor] = {}
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -121,17 +113,15 @@ class MultiTaskModel(nn.Module):
         """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
         if batch.views is not None:
             return self._features_of_views(batch)
-        pixels, frames = self.pixels(batch.images, batch.sizes), self.frames(batch)
+        pixels, frames = normalise_pixels(self.backbone, batch.images, batch.sizes), self.frames(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames)
             features = at_least_float32(features)
         if frames is None:
             return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
-        parts = []
-        for size, (height, width) in zip(batch.sizes, frames, strict=True):
-            grid = (height // self.backbone.patch_size, width // self.backbone.patch_size)
-            parts.append(valid_region(size[None], (height, width), grid)[0])
-        return features, stack_padded(parts)
+        grids = [(height // self.backbone.patch_size, width // self.backbone.patch_size) for height, width in frames]
+        parts = zip(batch.sizes, frames, grids, strict=True)
+        return features, stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
 
     def frames(self, batch: Batch) -> Grids | None:
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
@@ -156,9 +146,9 @@ class MultiTaskModel(nn.Module):
             height, width = (max(side, self.backbone.patch_size) for side in view.frame)
             size, stored = batch.sizes[place : place + 1], view.features
             if stored is None:
-                pixels = self.pixels(batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]], size)
+                image = batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]]
                 with torch.no_grad():
-                    features = self.backbone(pixels)[0].permute(1, 2, 0)
+                    features = self.backbone(normalise_pixels(self.backbone, image, size))[0].permute(1, 2, 0)
                 stored = features.bfloat16()
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
@@ -166,17 +156,6 @@ class MultiTaskModel(nn.Module):
             images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
         features, valid = (stack_padded(parts) for parts in zip(*images, strict=True))
         return features.permute(0, 3, 1, 2), valid
-
-    def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Input of the backbone: `normalise_pixels`, padded to at least one patch.
-
-        A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
-        """
-        if images.device not in self._scales:
-            self._scales[images.device] = pixel_scale(self.backbone, images.device)
-        pixels = normalise_pixels(images, sizes, self._scales[images.device])
-        short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
-        return F.pad(pixels, (0, short[1], 0, short[0]))
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions where no denominators are given.
@@ -232,44 +211,3 @@ class MultiTaskModel(nn.Module):
         grids = pixels // self.backbone.patch_size
         share = grids / grids.amax(dim=0) / pixels
         return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
-        return {
-            f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
-        }
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in the output of a module, or in targets."""
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
-    elif isinstance(value, Mapping | tuple | list):
-        items = value.values() if isinstance(value, Mapping) else value
-        yield from (tensor for item in items for tensor in tensors_of(item))
-
-
-def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Sum `MultiTaskModel.count` over this rank's micro-batches of a step; the loop then sums it over ranks."""
-    sums: dict[str, float] = {}
-    for batch in batches:
-        for name, value in module.count(batch).items():
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
-
-
-def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.device) -> LossDenominators:
-    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
-
-    Args:
-        counts: summed over ranks.
-        parts: data-parallel ranks times micro-batches, over which the engine averages.
-    """
-    result: dict[str, dict[str, Tensor]] = {}
-    for name, total in counts.items():
-        task, _, count = name.partition("/")
-        total = max(total, 1.0)  # a step may have no object at all
-        result.setdefault(task, {})[count] = torch.full((), total / parts, device=device)
-    return result

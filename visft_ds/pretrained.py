@@ -10,10 +10,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.files import reading
@@ -27,16 +25,9 @@ PUBLISHED = {
     "vit_base_patch16_clip_224.openai.safetensors": "hf-hub:timm/vit_base_patch16_clip_224.openai/model.safetensors",
 }
 #: Weights of a repository, as timm, transformers and open_clip name them; the first that is there is taken.
-_USUAL = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-)
+_USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
-_SHARD = re.compile(r".+-of-\d+\.safetensors")
-_PATIENCE = 30.0  # seconds that the hub has to answer
 
 
 @dataclass(frozen=True)
@@ -66,13 +57,9 @@ class HubFile:
 
 def weights_among(names: Iterable[str]) -> str | None:
     """The weight file among the files of a folder; None where there is none, or several are."""
-    known = set(names)
-    others = [name for name in known if name.endswith(WEIGHT_SUFFIXES) and not _SHARD.fullmatch(name)]
-    return _usual_among(known) or (others[0] if len(others) == 1 else None)
-
-
-def _usual_among(names: Container[str]) -> str | None:
-    return next((name for name in _USUAL if name in names), None)
+    found = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    usual = [name for name in _USUAL if name in found]
+    return usual[0] if usual else found[0] if len(found) == 1 else None
 
 
 def on_hub(weights: str) -> str | None:
@@ -105,40 +92,30 @@ def fetch(name: str) -> Path:
 
     api = HfApi()
     with reading(name, f"weights of {api.endpoint}"):
-        told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=_PATIENCE)
+        told = api.model_info(wanted.repository, revision=wanted.revision, files_metadata=True, timeout=30.0)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in told.siblings or ()}
-        file = wanted.file or _usual_among(sizes)
-        if file is None or file not in sizes:
+        page, names = f"{api.endpoint}/{wanted.repository}", _USUAL if wanted.file is None else (wanted.file,)
+        file = next((one for one in names if one in sizes), None)
+        if file is None:
             there = ", ".join(sorted(sizes)[:12]) or "nothing"
-            missing = wanted.file or f"weights of a usual name; name a file of it, {HUB}{wanted.repository}/FILE"
-            raise ValueError(f"{name}: {api.endpoint}/{wanted.repository} has {there}, and not {missing}")
+            hint = "" if wanted.file else f"; name a file of it, {HUB}{wanted.repository}/FILE"
+            raise ValueError(f"{name}: {page} has {there}, and no {' or '.join(names)}{hint}")
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            card = told.card_data
-            licence = (card and (card.get("license_name") or card.get("license"))) or "not stated"
-            size, page = f"{sizes[file] / 1e6:,.1f} MB", f"{api.endpoint}/{wanted.repository}"
+            card = told.card_data or {}
+            licence = card.get("license_name") or card.get("license") or "not stated"
+            size = f"{sizes[file] / 1e6:,.1f} MB"
             print(f"fetching {file} of {page}: {size}, licence: {licence}", file=sys.stderr, flush=True)
         return Path(api.hf_hub_download(wanted.repository, file, revision=wanted.revision))
 
 
-def is_timm(name: str) -> bool:
-    """Return True for a model of the installed timm, with a tag or without."""
-    if find_spec("timm") is None:
-        return False
-    import timm
-
-    return bool(timm.is_model(name))
-
-
 def check_timm(name: str) -> None:
     """Raise ValueError for a name that the installed timm has no model of, with the nearest ones."""
-    if find_spec("timm") is None:
-        raise ValueError(f"preset {TIMM}{name} needs timm, which is not installed: pip install timm")
     import timm
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(TIMM + known for known in near)}?" if near else "see timm.list_models()"
-        raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; {hint}")
 
 
 def weights_of_timm(name: str) -> str:
@@ -153,10 +130,7 @@ def weights_of_timm(name: str) -> str:
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tagged:
-        near = difflib.get_close_matches(name, tagged, n=1)
-        hint = f"did you mean {TIMM}{near[0]}? " if near else ""
-        known = ", ".join(one.partition(".")[2] for one in tagged) or "none"
-        raise ValueError(f"timm has no weights {tag!r} of {architecture}; {hint}there are: {known}")
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; there are: {', '.join(tagged) or 'none'}")
     settings = timm.get_pretrained_cfg(name)
     if not tagged or settings is None or not settings.hf_hub_id:
         raise ValueError(f"timm has no weights of {name} on the hub: name a file, --set visft.model.weights=FILE")
@@ -175,11 +149,9 @@ def timm_name(
     import timm
 
     tagged = timm.list_pretrained(f"{architecture}.*")
-    own = f"{architecture}.{tag}"
-    for name in [*([own] if own in tagged else []), architecture, *tagged]:
+    own = [name for name in tagged if name == f"{architecture}.{tag}"]
+    for name in (*own, architecture, *tagged):
         settings = timm.get_pretrained_cfg(name)
         if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
             return name, None if settings.input_size[-1] == image_size else image_size
-    raise ValueError(
-        f"its images are normalised by {mean} and {std}, those of no weights that timm has of {architecture}"
-    )
+    raise ValueError(f"its images are normalised by {mean} and {std}, as no weights of {architecture} in timm want it")

@@ -54,8 +54,7 @@ def refuse_secrets(url: str) -> None:
 def _known_secrets() -> Iterator[str]:
     """Values of the environment and of fsspec's configuration, which an error of a library may show."""
     yield from (value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST)
-    configured = sys.modules.get("fsspec.config")
-    yield from _texts(configured.conf) if configured is not None else ()
+    yield from _texts(getattr(sys.modules.get("fsspec.config"), "conf", None))
 
 
 def _texts(options: Any) -> Iterator[str]:

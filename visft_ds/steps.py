@@ -24,7 +24,6 @@ from visft_ds.resilience.processes import same_code
 
 OUT = "{OUT}"  #: stands in the words of a command for the file or folder that it makes
 TAIL = 12  #: lines of a log that show why a step failed
-_PATIENCE = ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0))  # seconds to save, and to end at all
 
 
 @dataclass(frozen=True)
@@ -67,36 +66,35 @@ class Steps:
                 signal.signal(sign, signal.default_int_handler)
         from visft_ds.run.folder import locked  # takes a second, which --help would, too
 
-        failed: dict[str, str] = {}
-        running: dict[str, subprocess.Popen[bytes]] = {}
         with locked(self.root, patience=1.0):
-            try:
-                self._run(jobs, failed, running)
-            finally:
-                for process in running.values():
-                    _stop(process)
-        return failed
+            return self._run(jobs)
 
-    def _run(self, jobs: int, failed: dict[str, str], running: dict[str, subprocess.Popen[bytes]]) -> None:
+    def _run(self, jobs: int) -> dict[str, str]:
         waiting = [step for step in self.steps.values() if not self._finished(step)]
-        while waiting or running:
-            pending = {step.name for step in waiting} | running.keys()
-            for step in [step for step in waiting if not pending.intersection(step.needs)][: jobs - len(running)]:
-                waiting.remove(step)
-                if lost := [need for need in step.needs if need in failed]:
-                    failed[step.name] = f"needs {lost[0]}, which failed"
-                else:
-                    running[step.name] = self._start(step, jobs)
-            time.sleep(0.1)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                if status := running.pop(name).returncode:
-                    failed[name] = f"exit status {status}"
-                    end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
-                    print(f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:", *end, sep="\n")
-                else:
-                    self._path(name, "done").touch()
-                    seconds = time.time() - self._path(name, "command").stat().st_mtime
-                    print(f"  {name}: {seconds:.0f} s", flush=True)
+        failed, running = dict[str, str](), dict[str, subprocess.Popen[bytes]]()
+        try:
+            while waiting or running:
+                pending = {step.name for step in waiting} | running.keys()
+                for step in [step for step in waiting if not pending.intersection(step.needs)][: jobs - len(running)]:
+                    waiting.remove(step)
+                    if lost := [need for need in step.needs if need in failed]:
+                        failed[step.name] = f"needs {lost[0]}, which failed"
+                    else:
+                        running[step.name] = self._start(step, jobs)
+                time.sleep(0.1)
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    if status := running.pop(name).returncode:
+                        failed[name] = f"exit status {status}"
+                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
+                        print(f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:", *end, sep="\n")
+                    else:
+                        self._path(name, "done").touch()
+                        seconds = time.time() - self._path(name, "command").stat().st_mtime
+                        print(f"  {name}: {seconds:.0f} s", flush=True)
+        finally:
+            for process in running.values():
+                _stop(process)
+        return failed
 
     def show(self) -> None:
         """Print the commands, in order."""
@@ -146,7 +144,7 @@ def _names(word: str, made: Path) -> bool:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a command to save and end (one of several ranks waits for them), then end what is left of it."""
-    for sign, patience in _PATIENCE:
+    for sign, seconds in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
-            process.wait(patience)
+            process.wait(seconds)

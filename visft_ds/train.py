@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
-from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
@@ -22,15 +20,15 @@ from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.evaluation import Validation
 from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import Machine, check_machine, folder_of_run, rank_facts, settle_recompute
+from visft_ds.run.machine import Machine, by_main_process, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
-from visft_ds.run.start_report import print_start
+from visft_ds.run.report import print_start
+from visft_ds.run.start import open_start
 from visft_ds.run.state import RunState
-
-if TYPE_CHECKING:
-    from visft_ds.run.evaluation import Validation
+from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,7 @@ def train(
     machine = check_machine(config, data.vocabulary_size)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
-    start_from = None
-    if config.visft.start is not None:
-        from visft_ds.run.start import open_start  # few runs have one
-
-        start_from = open_start(config.visft, data)
+    start_from = None if config.visft.start is None else open_start(config.visft, data)
     open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
@@ -149,14 +143,12 @@ def train(
             # 10: train, then export.
             validation = None
             if data.validation is not None:
-                from visft_ds.run.evaluation import Validation  # metrics and drawing, which others need not import
-
-                given = (config.visft, data.streams, data.validation, data.vocabulary)
-                validation = Validation(*given, state.saver.judged)
+                judged = state.saver.judged
+                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, judged)
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
-                open_log(config, start, machine.planned, callbacks, stop) as log,
+                open_log(config, start, callbacks, stop) as log,
                 state.saver,
             ):
                 return _train_and_export(run, prepared, start, log)
@@ -167,6 +159,8 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
     state, validation, watchdog, settings = run.state, run.validation, run.watchdog, run.config.visft.run
     try:
         step, complete = _loop(run, start, log)
+        if not complete:
+            log.message(f"stopped after step {step} ({run.stop.why()}); the same command continues")
         watchdog.begin("writing the last checkpoint", timed=False)
         state.report_saves(log, wait=True)
     finally:
@@ -176,7 +170,8 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         watchdog.begin("exporting", timed=False)
         if validation and settings.keep_best:
             validation.poll(log, seconds=None)
-        state.export(state.take_best(step, log), prepared)
+        exported = state.take_best(step, log)
+        by_main_process(lambda: state.export(exported, prepared))
         if validation:
             training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
     stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
@@ -196,24 +191,19 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the number of steps done, and whether nothing is left to do.
-
-    After a request to stop, steps or the last evaluation are left; the same command makes up for them.
-    """
-    engine, state, validation, stop, begin = run.engine, run.state, run.validation, run.stop, run.watchdog.begin
+    """The training loop. Returns the steps done, and False where a request to stop left steps or an evaluation."""
+    engine, state, validation, begin = run.engine, run.state, run.validation, run.watchdog.begin
     settings, total_steps = run.config.visft.run, run.config.total_steps
-    micro_batches = run.machine.planned.batches.micro_batches
     saved, step = start, start
-    stop.listen()
+    run.stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
-    if validation and start and validation.is_due(start, total_steps):
+    if validation and start and state.is_evaluated(start):
         # An earlier start may have ended between saving this step and evaluating it.
         evaluated = distributed.broadcast_object(start in log.writer.evaluated)
-        if not evaluated and not validation.evaluate(engine.predict, start, log, stop):
-            log.message(f"stopped after step {start} ({stop.why()}); the same command continues")
+        if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop):
             return start, False
         if state.ends_early(start, validation, log):
             return start, True
@@ -222,10 +212,10 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     for step_plan, batches in run.loader.steps(start, total_steps):
         step, task = step_plan.step + 1, step_plan.task
         begin(f"step {step} ({task}): agreeing on it")
-        counts = counts_of(engine.module, batches)
-        summed, asked_to_stop = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(stop), engine.device)
+        counts = counts_of(engine.module.criteria, batches)
+        summed, stopping = distributed.agree_on_step(f"step {step - 1} {task}", counts, bool(run.stop), engine.device)
         begin(f"step {step} ({task}): forward, backward, update")
-        loss_denominators = loss_denominators_of(summed, micro_batches, engine.device)
+        loss_denominators = loss_denominators_of(summed, run.machine.planned.batches.micro_batches, engine.device)
         with memory_explained(f"step {step} ({task})", task, batches, engine.device):
             report = engine.train_step(step - 1, batches, loss_denominators)
 
@@ -239,9 +229,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 guard.stop(message, state.saver.saved)
             log.message(message)
 
-        seconds = time.perf_counter() - began
-        log.step(step_plan, report, seconds=seconds, wait_seconds=run.loader.wait_seconds, device=engine.device)
-        stopping = asked_to_stop
+        log.step(step_plan, report, time.perf_counter() - began, run.loader.wait_seconds)
         if step == total_steps or stopping or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)
@@ -250,16 +238,15 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
 
         if validation:
             validation.poll(log)
-        evaluates = validation is not None and validation.is_due(step, total_steps)
-        if validation and evaluates:
+        if validation and state.is_evaluated(step):
             begin(f"evaluating after step {step}", timed=False)
-            stopping = not validation.evaluate(engine.predict, step, log, stop)
-            if stopping and saved < step:
-                state.save(step)  # a resume evaluates it
-            if not stopping and state.ends_early(step, validation, log):
+            if not validation.evaluate(engine.predict, step, log, run.stop):
+                if saved < step:
+                    state.save(step)  # a resume evaluates it
+                return step, False
+            if state.ends_early(step, validation, log):
                 return step, True
-        if stopping and (evaluates or step < total_steps):
-            log.message(f"stopped after step {step} ({stop.why()}); the same command continues")
+        elif stopping and step < total_steps:
             return step, False
         began = time.perf_counter()
         begin(f"step {step + 1}: reading")

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from visft_ds.checkpoint.format import delete_checkpoints, newest_checkpoint, open_checkpoint, save_checkpoint
+from visft_ds.checkpoint.format import delete_checkpoint, newest_checkpoint, open_checkpoint, save_checkpoint
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 CHANGES = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir")
@@ -89,7 +89,7 @@ class FaultyDisk:
     def _fail(self, name: str, args: tuple[Any, ...], *, first: bool) -> None:
         if isinstance(self.kind, int):
             if name in ("open", "write", "mkdir", "fsync") or self.kind == errno.EROFS:
-                raise OSError(self.kind, os.strerror(self.kind))
+                raise OSError(self.kind, os.strerror(self.kind), args[0])
             return
         if not first:
             return
@@ -149,7 +149,7 @@ def save(folder: Path, scene: str) -> None:
     """The save that fails somewhere: step 8 with the value 9, then the oldest is deleted."""
     save_checkpoint(folder, 8, state(9), {"data": "x"})
     if scene == "next":
-        delete_checkpoints(folder, [2])
+        delete_checkpoint(folder / "step_00000002")
 
 
 def check_after_crash(folder: Path, scene: str, where: str) -> None:

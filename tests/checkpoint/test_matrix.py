@@ -14,10 +14,12 @@ import torch
 
 from tests.checkpoint.matrix_case import KINDS, PLACES
 from tests.parallel.engine_case import GROUPS, SAVED_AT, STEPS, factor, train_plain
-from tests.parallel.test_engines import FP16_LOSS, FP16_NORM, LOSS, NORM, WEIGHTS, differences
+from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
+#: fp16 products of the frozen backbone against fp32 ones; a bound that is off by the scale gives 0.07 after four steps.
+FP16_LOSS, FP16_NORM = 5e-3, 5e-2
 Results = dict[str, dict[str, Any]]  #: "<engine>-<ranks>" -> what its runs gave
 
 

@@ -15,7 +15,7 @@ import torch
 from tests.checkpoint.faulty_disk import state
 from visft_ds.checkpoint import saver as saving
 from visft_ds.checkpoint.format import newest_checkpoint, save_checkpoint, saved_steps
-from visft_ds.checkpoint.saver import HostBuffers, Retention, Saver, best_step, recorded_scores
+from visft_ds.checkpoint.saver import Retention, Saver, best_step, recorded_scores
 from visft_ds.parallel.state import EngineState, ToHost
 
 
@@ -49,16 +49,17 @@ def test_the_best_stays(scores: dict[int, float | None], deleted: list[int]) -> 
 
 
 def test_no_number_is_the_best() -> None:
-    assert best_step({1: None, 2: float("nan")}) is None
-    assert best_step({1: float("nan"), 3: -1.0}) == 3
+    assert best_step({1: None}) is None
+    assert best_step({1: None, 3: -1.0}) == 3
 
 
 def test_scores_of_an_earlier_process(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert recorded_scores(path, "box/AP") == {}
     records = [{"step": 4, "loss/loss": 1.0}, {"step": 4, "val/box/AP": 0.5}, {"step": 8, "val/mask/AP": 0.1}]
+    records.append({"step": 12, "val/box/AP": "nan"})
     path.write_text("".join(json.dumps({"kind": "step", **record}) + "\n" for record in records))
-    assert recorded_scores(path, "box/AP") == {4: 0.5, 8: None}
+    assert recorded_scores(path, "box/AP") == {4: 0.5, 8: None, 12: None}
 
 
 class Gate:
@@ -180,10 +181,9 @@ def test_the_best_checkpoint_outlives_later_ones(tmp_path: Path, capsys: pytest.
     assert saved_steps(tmp_path) == [4, 14]
 
 
-def test_host_copies_reuse_their_memory() -> None:
-    buffers = HostBuffers()
-    first = buffers("value/a", torch.ones(3, dtype=torch.bfloat16))
-    assert first.dtype == torch.float32 and first.tolist() == [1, 1, 1]
-    second = buffers("value/a", torch.zeros(3))
-    buffers.finish()
+def test_host_copies_reuse_their_memory(tmp_path: Path) -> None:
+    with Saver(tmp_path, {}, Retention(last=1)) as saver:
+        first = saver.to_host("value/a", torch.ones(3, dtype=torch.bfloat16))
+        assert first.dtype == torch.float32 and first.tolist() == [1, 1, 1]
+        second = saver.to_host("value/a", torch.zeros(3))
     assert second.data_ptr() == first.data_ptr() and second.tolist() == [0, 0, 0]

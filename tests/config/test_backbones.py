@@ -92,13 +92,13 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "has model.safetensors, and not config.json"),
+        (None, "has model.safetensors, and no config.json"),
         (b'{"model_type": "dinov3_vit"}', "cannot be read as timm.*--set visft.model.weights="),
         (described(architecture="vit_base_patch16_clop_224"), "did you mean timm:vit_base_patch16_clip_224"),
         (described(model_args={"img_size": [224, 448]}), "only squares"),
         (described(model_args={"embed_dim": 9}), "with other embed_dim than timm's"),
         (described(pretrained_cfg={"tag": "x"}), "cannot be read as timm"),
-        (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "those of no weights that timm has"),
+        (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "as no weights of"),
     ],
 )
 def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, message: str) -> None:

@@ -183,7 +183,7 @@ def test_the_common_accumulation_is_the_smallest_that_exists(
 )
 def test_a_recorded_configuration_is_the_same_run(given: list[str], stage: int) -> None:
     first = debug(*given, stage=stage)
-    second = resolve(recorded=(first.to_dict(), "run.json"))
+    second = resolve(whole=(first.to_dict(), "run.json"))
     assert second.to_dict() == first.to_dict()
     assert second.visft == first.visft and second.visft.streams() == first.visft.streams()
     assert (second.fingerprint(), second.total_steps) == (first.fingerprint(), first.total_steps)

@@ -30,12 +30,11 @@ from visft_ds.evals.cli import main
 from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.published import KINDS
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import BACKBONE_FILE
-from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks import TASKS, Results, config_class
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.classes import COCO_NAMES
@@ -250,7 +249,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     torch.manual_seed(0)
     for task in TASKS:
         head = TASKS[task].build_head(32, {}, len(words) + 4)
-        save_published_head(head, task, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt")
+        save_published_head(head, task, tmp_path / f"heads/eva_e_{config_class(task).published}_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     tree = write_tree(tmp_path / "tree", 5)
     tree.edit(lambda content: [one.update(name=COCO_NAMES[one["id"]]) for one in content["categories"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from tests.clip_case import SIDE, make_clip, save_clip
+from tests.clip_case import CONFIG, SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
 from tools.merge_lora import main
 from visft_ds.interop.export import FORMATS
@@ -39,7 +40,10 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(
     inject_lora(ours, rank=4, alpha=2.0)
     move_adapters(ours, spread=0.2)
     # open_clip takes the name of timm's model and nothing of its sizes.
-    with mock.patch("timm.create_model", lambda name, **options: build(name, **{**options, **_SIZES})):
+    with (
+        mock.patch("timm.create_model", lambda name, **options: build(name, **{**options, **_SIZES})),
+        mock.patch("open_clip.get_model_config", return_value=deepcopy(CONFIG)),
+    ):
         out = merge(base, adapter_of(ours), tmp_path / "merged", "--format", "open_clip", "--verify")
         got: Any = open_clip.create_model(f"local-dir:{out}", require_pretrained=True).eval()
     with torch.no_grad():

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
-from visft_ds.interop.adapter import FILE, Adapter
+from visft_ds.interop.adapter import FILE, PEFT_CONFIG, PEFT_WEIGHTS, Adapter
 from visft_ds.interop.card import README, card
 from visft_ds.interop.export import timm_model
-from visft_ds.interop.peft_folder import CONFIG, WEIGHTS
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, open_weights
 from visft_ds.models.eva_vit import EvaViT
@@ -97,7 +96,7 @@ def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str
     folder = _export(ours, tmp_path)
     adapter = Adapter.load(folder)
     assert (adapter.rank, adapter.alpha, adapter.targets, adapter.base) == (3, 1.5, targets, "0" * 64)
-    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] is None
+    assert json.loads((folder / PEFT_CONFIG).read_text())["base_model_name_or_path"] is None
     other = random_tower()
     adapter.install(other)
     expected = lora_parameters(ours)
@@ -124,7 +123,7 @@ def test_a_card_keeps_its_table_whole() -> None:
 
 
 def test_magnitudes_alone_are_no_adapter(tmp_path: Path) -> None:
-    save_file({"base_model.model.a.lora_magnitude_vector": torch.ones(3)}, tmp_path / WEIGHTS)
-    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "use_dora": true}')
+    save_file({"base_model.model.a.lora_magnitude_vector": torch.ones(3)}, tmp_path / PEFT_WEIGHTS)
+    (tmp_path / PEFT_CONFIG).write_text('{"peft_type": "LORA", "use_dora": true}')
     with pytest.raises(ValueError, match=FILE):
         read_adapter(tmp_path)

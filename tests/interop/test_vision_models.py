@@ -14,10 +14,10 @@ import torch
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
-from visft_ds.interop import onnx_file, transformers_names
+from visft_ds.interop import export, transformers_names
+from visft_ds.interop.adapter import PEFT_CONFIG
 from visft_ds.interop.card import README, repository_of
 from visft_ds.interop.layouts import load_backbone, model_of
-from visft_ds.interop.peft_folder import CONFIG, save_peft
 from visft_ds.interop.verify import by_library
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.lora import inject_lora
@@ -181,8 +181,8 @@ def test_a_folder_for_peft_names_its_base(tmp_path: Path) -> None:
 
     _, adapter = adapted("test_vit", random_base("test_vit", tmp_path))
     for repository in (None, "timm/test_vit.r160_in1k"):
-        save_peft(adapter, tmp_path / "adapter", repository)
-        assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["base_model_name_or_path"] == repository
+        adapter.save(tmp_path / "adapter", repository)
+        assert json.loads((tmp_path / "adapter" / PEFT_CONFIG).read_text())["base_model_name_or_path"] == repository
         assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == repository
 
 
@@ -231,9 +231,9 @@ def test_weights_beyond_the_bound_of_protobuf_lie_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(onnx_file, "_LARGEST", 1000)
+    monkeypatch.setattr(export, "_LARGEST_GRAPH", 1000)
     ours = random_tower(1)
-    files = onnx_file.write_onnx(ours, tmp_path / "tower.onnx")
-    assert [path.name for path in files] == ["tower.onnx.data", "tower.onnx"]
+    export.write_onnx(ours, tmp_path / "tower.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tower.onnx", "tower.onnx.data"]
     with torch.no_grad():
         assert relative(by_library("onnx", tmp_path, ours)(_images(28)), ours(_images(28))) < TOLERANCE

@@ -9,73 +9,55 @@ The main process writes all results.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tests.parallel import engine_case as case
 from tests.parallel import pipeline_case
-from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import LossDenominators
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import start_process_group
 
 #: (height, width) of the images of a step: every micro-batch has two sizes.
-SIZES = ((56, 112), (112, 56), (28, 112), (84, 70))
+SIZES = (((56, 112), (112, 56), (28, 112), (84, 70)),)
 ORDER = (("detection",), ("segmentation",), case.TASKS, ("captioning",), ("detection",))
-MICRO = 2
 
 
-@contextmanager
-def mixed_sizes() -> Iterator[None]:
-    """`engine_case` gives the images of a step other sizes than one another, and moves a head off its kink.
+def compilations() -> tuple[int, int]:
+    """Graphs that this process has compiled so far, and places where a graph had to be broken up."""
+    counters = torch._dynamo.utils.counters
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
+
+
+def build(*given: Any, **named: Any) -> Any:
+    """`engine_case.build`, with a head off its kink.
 
     A new segmentation head looks exactly at the cells, where bilinear sampling has a kink: rounding, which is another
     one in a padded map, would decide which of two gradients its offsets get.
     """
-    plain, build = case.samples, case.build
-
-    def samples(step: int, order: case.Order = ORDER, sides: case.Sides = ()) -> list[Sample]:
-        return [plain(step, order, (size,))[place] for place, size in enumerate(SIZES)]
-
-    def moved(*given: Any, **named: Any) -> Any:
-        built = build(*given, **named)
-        for name, parameter in built[0].named_parameters():
-            if name.endswith("sampling_offsets.bias"):
-                parameter.data += 0.3
-        return built
-
-    case.samples, case.build = samples, moved
-    try:
-        yield
-    finally:
-        case.samples, case.build = plain, build
-
-
-def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
-    """This rank's micro-batch of a step."""
-    first = distributed.rank() * MICRO
-    whole = case.loss_denominators(engine.module, case.global_batch(step, ORDER), case.GLOBAL_BATCH // MICRO)
-    return [case.part(step, first, first + MICRO, ORDER)], whole
+    built = case.build(*given, **named)
+    for name, parameter in built[0].named_parameters():
+        if name.endswith("sampling_offsets.bias"):
+            parameter.data += 0.3
+    return built
 
 
 def one_run(engine_name: str, name: str) -> dict[str, Any]:
     """What STAGE:OPTION asks for, and in a packed run what is predicted for images that lie in one batch."""
     stage, option = name.split(":")
-    with mixed_sizes():
-        engine = case.start_engine(int(stage), engine_name, "fp32", accumulation=1)
-        engine.module.packed = option == "packed"
-        if option == "compiled":
-            engine.module.backbone.compile_blocks(backend="aot_eager")
-        results = case.run_steps(engine, 0, len(ORDER), None, fed)
-        if option == "packed":
-            outputs = engine.predict(replace(case.global_batch(distributed.rank(), ORDER), targets={}))
-            results["predicted"] = distributed.gather_objects(pipeline_case.tensors_of(outputs))
-    counters = torch._dynamo.utils.counters
-    return {**results, "compiled": (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))}
+    engine = case.start_engine(int(stage), engine_name, "fp32", accumulation=1, build=build)
+    engine.module.packed = option == "packed"
+    if option == "compiled":
+        engine.module.backbone.compile_blocks(backend="aot_eager")
+    feed = partial(case.fed, order=ORDER, sides=SIZES)
+    results = {**case.run_steps(engine, 0, len(ORDER), None, feed), "compilations": compilations()}
+    if option == "packed":
+        outputs = engine.predict(replace(case.global_batch(distributed.rank(), ORDER, SIZES), targets={}))
+        results["predicted"] = distributed.gather_objects(pipeline_case.tensors_of(outputs))
+    return results
 
 
 def main(out: str, engine_name: str, names: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 One rank (see `test_pipeline.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.pipeline_case OUT.pt ENGINE RUN [RUN ...]
 ENGINE is pipeline2 or pipeline4 (stages). RUN is stage:precision:order[:option], e.g. 1:fp32:mixed or
-2:fp32:mixed:resume; or "refusals", what `refusal_case` finds. The main process writes all results.
+2:fp32:mixed:resume; or "traceless", what `traceless_case` finds. The main process writes all results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.parallel import engine_case as case
 from tests.parallel.start_case import started
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators
+from visft_ds.tasks.spec import LossDenominators
 
 #: Images change their shape from step to step, except where a run of another engine is to go on.
 SIDES, SQUARE = ((56, 56), (28, 84), (84, 56)), ((case.SIDE, case.SIDE),)
@@ -233,7 +233,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
 
 def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     """One rank of all runs."""
-    from tests.parallel.refusal_case import refusals
+    from tests.parallel.traceless_case import compared
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
 
@@ -241,8 +241,8 @@ def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     start_process_group()
     results = {}
     for name in names:
-        if name == "refusals":
-            results[name] = refusals(engine_name, ["fp32"], ["loss", "leap"])
+        if name == "traceless":
+            results[name] = compared(engine_name, ["fp32"], ["loss", "leap", "rehearsal"])
             continue
         results[name] = one_run(engine_name, name, Path(out).parent)
         if results[name].get("other"):

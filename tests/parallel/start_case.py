@@ -10,24 +10,23 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
-from visft_ds.config.fields import Precision
 from visft_ds.prepare.materialize import HOST, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary
 
-if TYPE_CHECKING:  # importing them costs seconds
+if TYPE_CHECKING:  # importing it costs seconds
     from visft_ds.parallel.engine import Engine
-    from visft_ds.parallel.partition import Partition
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 #: Seconds between two looks at the memory; copying the largest tensor takes longer.
@@ -41,33 +40,37 @@ def configured(engine: str, extra: Mapping[str, Any], stage: int = 2) -> Resolve
 
 
 def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
-    """The model of a configuration."""
+    """The model of a configuration that says its precision."""
+    precision = config.visft.model.precision
+    assert precision != "auto"
     return prepare_model(
-        config.visft, config.optimizer.params, precision=precision_of(config), vocabulary=WORDS, placement=placement
+        config.visft, config.optimizer.params, precision=precision, vocabulary=WORDS, placement=placement
     )
 
 
-def engine_of(
-    config: ResolvedConfig, prepared: PreparedModel, for_deepspeed: dict[str, Any], partition: Partition | None = None
-) -> Engine:
-    """The engine that a run of this configuration has."""
+def prepared_for_engine(config: ResolvedConfig) -> tuple[PreparedModel, Callable[[], Engine]]:
+    """This rank's part of the model, and what makes the engine of it that a run of this configuration has."""
+    from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import Schedule, build_engine
+    from visft_ds.parallel.placement import placement_for
+    from visft_ds.planner.memory import run_of
 
-    schedule, seed = Schedule(config.scheduler, config.total_steps), config.visft.seed
-    return build_engine(prepared, for_deepspeed, config.optimizer.params, schedule, seed=seed, partition=partition)
+    precision, world = config.visft.model.precision, distributed.world_size()
+    assert precision != "auto"
+    partition = run_of(config, world, precision, WORDS.size, None).partition
+    for_deepspeed = deepspeed_dict(config, world, precision)
+    prepared = prepare(config, placement_for(for_deepspeed, partition))
+    schedule = Schedule(config.scheduler, config.total_steps)
+    return prepared, partial(
+        build_engine, prepared, for_deepspeed, config.optimizer.params, schedule, seed=0, partition=partition
+    )
 
 
-def precision_of(config: ResolvedConfig) -> Precision:
-    """That of a configuration which says it."""
-    assert config.visft.model.precision != "auto"
-    return config.visft.model.precision
-
-
-def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
+def differing(config: ResolvedConfig) -> list[str]:
     """Names of what is not bit for bit what one process has, or not trained as there. Collective."""
     from visft_ds.parallel.state import gathered
 
-    plain, ours = prepare(config, HOST), prepare(config, placement)
+    plain, (ours, _) = prepare(config, HOST), prepared_for_engine(config)
     found = []
     for name, expected in plain.module.named_parameters():
         parameter = ours.module.get_parameter(name)
@@ -83,56 +86,14 @@ def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
 
 
 def started(engine: str) -> dict[str, Any]:
-    """Both stages in two precisions: {"stage:precision": what differs here}, and what this rank holds. Collective."""
+    """Both stages in two precisions: {"stage:precision": what differs on each rank}. Collective."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.memory import run_of
 
     results: dict[str, Any] = {}
-    for stage in (1, 2):
-        for precision in ("fp32", "bf16"):
-            config = configured(engine, {"visft.model.precision": precision}, stage)
-            world, precision = distributed.world_size(), precision_of(config)
-            partition = run_of(config, world, precision, WORDS.size, None).partition
-            placement = placement_for(deepspeed_dict(config, world, precision), partition)
-            results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, placement))
+    for stage, precision in product((1, 2), ("fp32", "bf16")):
+        config = configured(engine, {"visft.model.precision": precision}, stage)
+        results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config))
     return results
-
-
-def exported(engine_name: str, folder: Path) -> dict[str, Any]:
-    """Export of a tower of which one block trained, and how many tensors were gathered at once. Collective."""
-    from visft_ds.checkpoint import export
-    from visft_ds.parallel import distributed
-    from visft_ds.parallel.placement import placement_for
-
-    groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
-    config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
-    for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
-    prepared = prepare(config, placement_for(for_deepspeed, None))
-    engine = engine_of(config, prepared, for_deepspeed)
-    expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
-    sizes = []
-
-    def gather(engine: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        sizes.append(sum(name.startswith("backbone.") for name in names))
-        return original(engine, names)
-
-    original, export.gather_parameters = export.gather_parameters, gather  # type: ignore[assignment]
-    try:
-        files = export.export_weights(
-            engine,
-            folder,
-            prepared,
-            lora=None,
-            infos=export.describe_heads(engine.module.backbone, config.visft.tasks.enabled(), {}, (), WORDS),
-        )
-    finally:
-        export.gather_parameters = original
-    if not files:
-        return {}
-    written = load_file(files[0])
-    wrong = [n for n, value in expected.items() if not torch.equal(written[n.removeprefix("backbone.")], value)]
-    return {"differing": wrong, "files": len(files), "gathered": max(sizes)}
 
 
 def anonymous() -> int:
@@ -178,29 +139,15 @@ def main(out: str, engine: str, settings: str) -> None:
     """One rank starts twice: small, so that everything is imported and set up, then in the given size, measured."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
-    from visft_ds.parallel.placement import placement_for
-    from visft_ds.planner.memory import run_of
 
     torch.set_num_threads(1)
     start_process_group()
-    world = distributed.world_size()
-
-    def parts(extra: Mapping[str, Any]) -> tuple[ResolvedConfig, dict[str, Any], Partition | None]:
-        config = configured(engine, extra)
-        run = run_of(config, world, precision_of(config), WORDS.size, None)
-        return config, deepspeed_dict(config, world, run.precision), run.partition
-
-    config, for_deepspeed, partition = parts({"visft.model.precision": "fp32"})
-    engine_of(config, prepare(config, placement_for(for_deepspeed, partition)), for_deepspeed, partition)
-    config, for_deepspeed, partition = parts(json.loads(settings))
+    prepared_for_engine(configured(engine, {"visft.model.precision": "fp32"}))[1]()
     sizes: dict[str, int] = {}
-    began = time.monotonic()
     with peak(sizes, "model"):
-        prepared = prepare(config, placement_for(for_deepspeed, partition))
-    sizes["seconds"] = round(time.monotonic() - began)
+        prepared, build = prepared_for_engine(configured(engine, json.loads(settings)))
     sizes["held"], sizes["whole"], sizes["largest"] = held(prepared)
-    with peak(sizes, "engine"):
-        engine_of(config, prepared, for_deepspeed, partition)
+    build()
     everyone = distributed.gather_objects(sizes)
     if distributed.is_main():
         Path(out).write_text(json.dumps(everyone))

@@ -33,22 +33,6 @@ def test_it_grows_after_so_many_steps_and_falls_at_an_overflow() -> None:
     assert values == [8, 8, 8, 4, 4, 4, 8, 4] and scale.value == 2  # an overflow begins the count anew
 
 
-def test_groups_that_take_a_step_move_nothing() -> None:
-    """DeepSpeed lets the scaler update after each group of a step."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    scale = LossScale(engine(scaler, stage=0))
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    for _ in range(3):
-        weight.grad = torch.full((2,), 8.0)
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 8
-    assert torch.equal(weight.detach(), torch.full((2,), -2.0))
-    scale.move(overflow=False)
-    assert scaler.get_scale() == scale.value == 16
-
-
 def test_its_state_goes_on_elsewhere_and_other_precisions_have_none() -> None:
     scale = LossScale(engine(torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)))
     scale.move(overflow=False)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.parallel import engine_case as case
-from tests.parallel.packed_case import ORDER, mixed_sizes
+from tests.parallel.packed_case import ORDER, SIZES, build
 from tests.parallel.pipeline_case import tensors_of
-from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
+from tests.parallel.test_engines import check_equal
 from tests.parallel.test_pipeline import runs
 from tests.ranks import run_ranks
 
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def plain(stage: int, *, parts: int) -> dict[str, Any]:
-    with mixed_sizes():
-        return case.train_plain(stage, "fp32", ORDER, parts=parts)
+    return case.train_plain(stage, "fp32", ORDER, SIZES, parts, build)
 
 
 @pytest.fixture(
@@ -41,21 +40,19 @@ def test_two_ranks_equal_one_process(trained: dict[str, dict[str, Any]]) -> None
         stage, option = name.split(":")
         packed = option == "packed"
         # Padding is a matter of who lies in one micro-batch, so compiled runs are compared with the same micro-batches.
-        found = differences(run, plain(int(stage), parts=case.GLOBAL_BATCH if packed else 2))
-        assert found["losses"] <= LOSS and found["norms"] <= NORM and found["values"] <= WEIGHTS, (name, found)
+        check_equal(run, plain(int(stage), parts=case.GLOBAL_BATCH if packed else 2), name)
 
 
 def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str, dict[str, Any]]) -> None:
     for name, run in runs(trained, "packed").items():
-        with mixed_sizes():
-            module, _ = case.build(int(name[0]))
+        module, _ = build(int(name[0]))
         for parameter, value in run["values"].items():
             module.get_parameter(parameter).data.copy_(value)
         module.packed = True
         module.eval()
-        with mixed_sizes(), torch.no_grad():
+        with torch.no_grad():
             for rank, found in enumerate(run["predicted"]):
-                expected = tensors_of(module(case.global_batch(rank, ORDER)))
+                expected = tensors_of(module(case.global_batch(rank, ORDER, SIZES)))
                 for output, value in expected.items():
                     torch.testing.assert_close(found[output], value, rtol=1e-4, atol=1e-4, msg=f"{name} {output}")
 
@@ -63,5 +60,5 @@ def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str,
 def test_compiled_blocks_are_whole_and_few(trained: dict[str, dict[str, Any]]) -> None:
     """Five steps of two shapes a rank: an input with a gradient and one without, forward only once each."""
     for run in runs(trained, "compiled").values():
-        graphs, breaks = run["compiled"]
+        graphs, breaks = run["compilations"]
         assert graphs <= 4 and breaks == 0

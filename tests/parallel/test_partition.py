@@ -6,14 +6,11 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from visft_ds.config import derive_batches, resolve
 from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.loader import Place
 from visft_ds.parallel.partition import Partition, divide
-from visft_ds.parallel.pipeline import stage_groups
 from visft_ds.planner.memory import run_of
 
 COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
@@ -79,21 +76,6 @@ def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
     assert [(place.stage, place.dp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [place.role for place in places] == ["images", "images", None, None, "labels", "labels"]
     assert Place.of_rank(1, 2, 1) == Place(0, 1, 1, 2) and Place.of_rank(1, 2, 1).role == "both"
-
-
-def test_a_stage_without_a_group_gets_an_anchor() -> None:
-    """Every stage has all groups, in order: ZeRO-1 runs collectives for each, and has none for an empty one."""
-    stages = [nn.ModuleDict({"a": nn.Linear(2, 2)}), nn.ModuleDict({"b": nn.Linear(2, 2)})]
-    groups = [
-        {"params": list(stage.parameters()), "lr": 1.0, "weight_decay": 0.0, "name": name}
-        for name, stage in zip("ab", stages, strict=True)
-    ]
-    for number, stage in enumerate(stages):
-        divided = stage_groups(stage, groups)
-        assert [group["name"] for group in divided] == ["a", "b"]
-        assert divided[number]["params"] == groups[number]["params"]
-        (anchor,) = divided[1 - number]["params"]
-        assert anchor is stage.get_parameter(f"anchor{1 - number}") and not torch.count_nonzero(anchor)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.planner.hardware import parse_cluster
 from visft_ds.planner.time import BANDWIDTH_SHARE, UPDATE_BYTES, work_seconds
-from visft_ds.planner.trace import Tracer, fused_attention
+from visft_ds.planner.trace import Tracer, operators_of
 
 _ISSUES = "https://github.com/NVIDIA/nccl-tests/issues"
 
@@ -90,7 +90,7 @@ def planned_images(training: Training) -> float:
     width, depth, ratio, patch, side = training.shape
     shape: dict[str, Any] = {"width": width, "depth": depth, "mlp_ratio": ratio, "patch_size": patch}
     tower = build_backbone("eva_g", device="meta", seed=None, num_heads=16, image_size=side, class_token=True, **shape)
-    with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, fused_attention(tracer.stands_for):
+    with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, operators_of(tracer.stands_for):
         out = tower(torch.empty(training.images, 3, side, side, device="meta"))
         torch.autograd.backward(out, torch.empty_like(out))
     update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)

@@ -15,9 +15,8 @@ from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
-from visft_ds.interop.published import KINDS
 from visft_ds.prepare.model import PreparedModel, prepare_model
-from visft_ds.tasks import BUILT_IN, TASKS
+from visft_ds.tasks import BUILT_IN, TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
@@ -62,7 +61,7 @@ def stage1() -> tuple[ResolvedConfig, PreparedModel]:
 def test_published_heads_start_stage_2(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
     _, first = stage1
     for task, head in first.module.heads.items():
-        save_published_head(head, task, tmp_path / f"eva_g_{KINDS[task]}_heads.ckpt")
+        save_published_head(head, task, tmp_path / f"eva_g_{config_class(task).published}_heads.ckpt")
     second = prepared(configured(2, PUBLISHED), tmp_path)
     theirs, ours = first.module.heads.state_dict(), second.module.heads.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], value) for name, value in ours.items())

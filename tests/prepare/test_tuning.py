@@ -57,7 +57,7 @@ def test_random_heads_train_along_and_need_no_stage_1() -> None:
     config = configured("visft.heads.start=random")
     assert config.visft.heads.path is None and stage_name(config.visft) == "lora and heads"
     assert [(group.name, group.params) for group in config.visft.param_groups][1:] == [("heads", "heads.*")]
-    again = resolve(recorded=(config.to_dict(), "the record"))
+    again = resolve(whole=(config.to_dict(), "the record"))
     assert again.fingerprint() == config.fingerprint()
     own = configured("visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.*", "lr": 1e-3}')
     assert [group.lr for group in own.visft.param_groups] == [None, 1e-3]

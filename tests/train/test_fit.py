@@ -22,7 +22,6 @@ from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
 from tests.run.test_evaluation import Here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
-from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
 from visft_ds.resilience.stop import Stop
 from visft_ds.shards.build import Options, build
@@ -99,10 +98,6 @@ class Told(Callback):
         self.saves.append((step, (folder / "state.json").is_file()))
 
 
-def texts(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
-
-
 def stage1(out: Path, told: Callback | None = None, **more: Any) -> FitResult:
     callbacks = [told] if told else []
     return fit(stage=1, model="debug", data=SHARDS, out=out, settings=SETTINGS | more, callbacks=callbacks)
@@ -143,10 +138,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     assert models_alive() == alive, "the next run would not find its memory"
 
     more = {"visft.heads.path": heads.export, "visft.lora.rank": 2}
-    config = resolve(stage=2, model="debug", settings=texts(more))
-    tuned = fit(
-        config, data=SHARDS, out=tmp_path / "tuned", settings=[f"{k}={json.dumps(v)}" for k, v in SETTINGS.items()]
-    )
+    tuned = fit(stage=2, model="debug", data=SHARDS, out=tmp_path / "tuned", settings=SETTINGS | more)
     assert tuned.finished and (tuned.export / "adapter" / "adapter_config.json").is_file()
     assert models_alive() == alive
     assert os.environ == environment

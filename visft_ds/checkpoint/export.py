@@ -2,13 +2,14 @@
 
 It holds `<task>.safetensors` for every head, the adapter of stage 2 (also for PEFT), base weights that were drawn, and
 a copy of the run's record, which is written last: with the base weights at hand it is a whole model. A backbone that
-trained itself is written whole, beside its base; no process holds more than one tensor of it.
+trained itself is written whole, beside its base. What trained is read out of a checkpoint, one tensor at a time.
+The backbone in a checkpoint is found here, too, for runs that have no export yet.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,76 +18,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
 from visft_ds.config.preflight import EXPORT_RECORD_FILE
-from visft_ds.config.schema import LoraConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import TaskConfig
-from visft_ds.data.shards import Category
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.card import README, card
+from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import BASE, MODEL, fingerprint_of, is_lora, model_of
-from visft_ds.interop.peft_folder import save_peft
-from visft_ds.interop.weights import Lazy, file_order, write_safetensors, write_text
-from visft_ds.models import Backbone
-from visft_ds.models.timm_backbone import TimmBackbone
-from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.state import gather_parameters, trainable
+from visft_ds.interop.weights import Lazy, Weights, examples, write_safetensors, write_text
+from visft_ds.models import Backbone, build_empty
+from visft_ds.models.lora import inject_lora
+from visft_ds.prepare.data import RunData
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def export_weights(
-    engine: Engine,
-    folder: Path,
-    prepared: PreparedModel,
-    *,
-    lora: LoraConfig | None,
-    infos: Mapping[str, HeadInfo],
-    repository: str | None = None,
-) -> list[Path]:
-    """Write everything that trained. Collective; returns the paths on the main process.
+    trained: Weights, folder: Path, prepared: PreparedModel, config: VisftConfig, infos: Mapping[str, HeadInfo]
+) -> None:
+    """Write everything that trained. Main process only.
 
     Args:
-        prepared: has the values of what is frozen, which the engine holds in the precision of the run alone.
-        lora: settings of the adapters, where the backbone has some.
+        trained: values by qualified name, see `Checkpoint.weights`.
+        prepared: has the values of what is frozen.
         infos: descriptions of the heads that train, see `describe_heads`.
-        repository: of the base weights on the hub, where it is known.
     """
-    written, base = list[Path](), prepared.base
-    backbone, names, identity = engine.module.backbone, trainable(engine), base.identity
-    own = [f"backbone.{name}" for name in base.parameters if f"backbone.{name}" in names]
-    if own:
-        written.append(folder / TRAINED_BACKBONE_FILE)
-        _export_tower(engine, list(base.parameters), written[0], base)
-    # Heads and adapters: small.
-    trained = gather_parameters(engine, tuple(name for name in names if name not in own))
-    if not distributed.is_main():
-        return []
-    for task in infos:
+    base, backbone = prepared.base, prepared.module.backbone
+    identity, repository = base.identity, repository_of(config.model.weights)
+    of_backbone = trained.under("backbone.")
+    if own := {name: one for name, one in of_backbone.items() if not is_lora(name)}:
+        save_base(base, backbone, folder / TRAINED_BACKBONE_FILE, own)
+        # Adapters belong to that one.
+        identity, repository = fingerprint_of(backbone, folder / TRAINED_BACKBONE_FILE), None
+    for task, info in infos.items():
         given = prepared.heads[task].tensors if task in prepared.heads else {}  # a group may train a part of a head
-        head = {**_read(given), **_below(trained, f"heads.{task}.")}
-        written.append(save_head(head_file(folder, task), infos[task], head))
-    if lora is not None and (tensors := {n: v for n, v in _below(trained, "backbone.").items() if is_lora(n)}):
-        if own:  # the adapter belongs to that one
-            identity, repository = fingerprint_of(backbone, written[0]), None
-        adapter, place = Adapter.of(backbone, lora, tensors, identity), folder / ADAPTER_FOLDER
-        save_peft(adapter, place, repository)
+        save_head(head_file(folder, task), info, _read({**given, **trained.under(f"heads.{task}.")}))
+    if config.lora is not None:
+        tensors = _read({name: one for name, one in of_backbone.items() if is_lora(name)})
+        adapter, place = Adapter.of(backbone, config.lora, tensors, identity), folder / ADAPTER_FOLDER
+        adapter.save(place, repository)
         write_text(place / README, card("LoRA adapter", "peft", backbone, adapter, base=repository))
-        written.append(place)
-    return written
 
 
 def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary | None) -> None:
     """Write what a run does not train and no other folder is sure to have: drawn base weights, heads of stage 1.
 
-    Without its record, which is written last, the folder is no export yet. Main process only.
-
-    Args:
-        vocabulary: for heads that work with words and whose file (a published one) has none.
+    Without its record, which is written last, the folder is no export yet. Heads that work with words, and whose file
+    (a published one) has none, get those of `vocabulary`. Main process only.
     """
     (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
     if prepared.base.drawn:
@@ -98,71 +80,69 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
         save_head(head_file(folder, task), replace(head.info, extra=extra), _read(head.tensors))
 
 
-def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
-    """Write base weights of a backbone as a run starts with them, reading or drawing one tensor at a time once more.
+def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None) -> None:
+    """Write a backbone whole: as a run starts with it, or in fp32 with what trained of it; one tensor at a time."""
+    stored, tensors = backbone.state_dict().keys(), dict[str, Lazy]()
+    for name, one in base.parameters.items():
+        read = partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
+        tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
+    tensors |= {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
+    header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
+    write_safetensors(path, {**tensors, **(trained or {})}, header)
 
-    So they need not be gathered from whoever holds them.
+
+def adapter_of_checkpoint(folder: Path) -> Adapter:
+    """The adapter in `<run>/checkpoints/step_N`, or in the newest whole checkpoint of a run.
+
+    Raises ValueError for a damaged checkpoint, and for one of a run that trains more of its backbone, or nothing.
     """
-    stored = backbone.stored_buffers().keys() if isinstance(backbone, TimmBackbone) else ()
-    more = {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
-    tensors = {n: Lazy(tuple(p.shape), p.dtype, partial(base.read, n)) for n, p in base.parameters.items()}
-    write_safetensors(path, tensors | more, {MODEL: json.dumps(model_of(backbone))})
+    if not (folder / "state.json").is_file():
+        checkpoint, skipped = newest_checkpoint(folder / "checkpoints")
+        if checkpoint is None:
+            raise ValueError(f"{folder} has no whole checkpoint and no export yet: {examples(skipped)}")
+        folder = checkpoint.path
+    visft = recorded_config(folder.resolve().parents[1]).visft
+    empty = build_empty(visft.model.preset, torch.float32, visft.model.backbone_options())
+    checkpoint, tensors = install_checkpoint(empty, folder)
+    if visft.lora is None or not all(map(is_lora, tensors)):
+        raise ValueError(f"{folder}: the run trains its backbone itself: let it finish, its export has whole weights")
+    return Adapter.of(empty, visft.lora, tensors, checkpoint.record["identity"]["base weights"])
 
 
-def _export_tower(engine: Engine, names: Sequence[str], path: Path, base: BaseWeights) -> None:
-    """Gather what trained of a backbone, and write it whole, one tensor at a time. Collective; the main process writes.
-
-    Args:
-        names: of all of its parameters.
-    """
-    backbone, trained = engine.module.backbone, trainable(engine)
-
-    def gather(name: str) -> Tensor:
-        qualified = f"backbone.{name}"
-        if qualified not in trained:
-            return base.weights.tensor(name, torch.float32)
-        return gather_parameters(engine, (qualified,))[qualified]
-
-    tensors = {n: Lazy(tuple(base.parameters[n].shape), torch.float32, partial(gather, n)) for n in names}
-    if not distributed.is_main():
-        for name in file_order({n: one for n, one in tensors.items() if f"backbone.{n}" in trained}):
-            gather_parameters(engine, (f"backbone.{name}",))  # which gives the main process alone the values
-        return
-    # Statistics of batch norms are the same on every process, and as they were.
-    buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
-    stored = {name: Lazy.of(value.cpu()) for name, value in buffers.items()}
-    write_safetensors(path, {**tensors, **stored}, {MODEL: json.dumps(model_of(backbone)), BASE: base.identity})
+@torch.no_grad()
+def install_checkpoint(backbone: Backbone, folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """Put what a checkpoint has of the backbone into one with the base weights; returns it, too."""
+    checkpoint, lora = open_checkpoint(folder.resolve()), recorded_config(folder.resolve().parents[1]).visft.lora
+    tensors = _read(checkpoint.weights().under("backbone."))
+    if not tensors:
+        raise ValueError(f"{folder}: the run trains nothing of its backbone")
+    if lora is not None:
+        inject_lora(backbone, **lora.model_dump())
+    for name, value in tensors.items():
+        backbone.get_parameter(name).copy_(value)
+    return checkpoint, tensors
 
 
 def describe_heads(
-    backbone: Backbone,
-    tasks: Mapping[str, TaskConfig],
-    facts: Mapping[str, Any],
-    categories: Sequence[Category],
-    vocabulary: Vocabulary | None,
+    backbone: Backbone, tasks: Mapping[str, TaskConfig], facts: Mapping[str, Any], data: RunData
 ) -> dict[str, HeadInfo]:
     """Description of each head of a run, by which its file alone is enough to build it again.
 
     Args:
         facts: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
-        vocabulary: goes along with heads that work with words.
+        data: categories, and the words that go along with heads that work with words.
     """
     extra = {**facts, **({"layers": list(backbone.layers_read)} if backbone.layers_read else {})}
     infos = {}
     for name, task in tasks.items():
-        options = task.head.model_dump(mode="json")
+        options, known, more = task.head.model_dump(mode="json"), [asdict(one) for one in data.categories], dict(extra)
         if TASKS[name].uses_vocabulary:  # its classes are words, not categories
-            assert vocabulary is not None
-            options["vocabulary_size"] = vocabulary.size
-            infos[name] = HeadInfo(name, backbone.width, options, [], {**extra, "vocabulary": vocabulary.to_dict()})
-        else:
-            infos[name] = HeadInfo(name, backbone.width, options, [asdict(c) for c in categories], extra)
+            assert data.vocabulary is not None
+            options["vocabulary_size"], known = data.vocabulary.size, []
+            more["vocabulary"] = data.vocabulary.to_dict()
+        infos[name] = HeadInfo(name, backbone.width, options, known, more)
     return infos
 
 
 def _read(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
     return {name: one.read() for name, one in tensors.items()}
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -6,7 +6,8 @@
 
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
-does: it is half written or half deleted, and the next save removes it.
+does: it is half written or half deleted, and the next save removes it. Each change goes through one function of `os`: a
+test ends the process, fills the disk or cuts the power at every one.
 Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
 (seed, step, rank), and the seed is in the fingerprint of the configuration. The step is also the position in the data.
 """
@@ -18,26 +19,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors.torch import load_file
 
-from visft_ds.checkpoint.disk import explained, remove_folder, write_file
 from visft_ds.files import read_bytes, reading, sync_folder
-from visft_ds.interop.weights import Lazy, open_weights, safetensors_pieces, sha256_file
+from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces, sha256_file
 from visft_ds.parallel.state import MOMENTS, EngineState
 
-FORMAT = "visft_ds.checkpoint"
-VERSION = 3
-_LARGEST_STATE = 2**24  # bytes
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged or does not belong to this run."""
+_CHANGED = "content does not match its sha256; the file was changed or damaged"
 
 
 @dataclass(frozen=True)
@@ -50,26 +45,17 @@ class Checkpoint:
 
     def load(self) -> EngineState:
         """The tensors. Every rank reads them; they are small (what trains, three times)."""
-        parameters, found = self.parameters(), _read_tensors(self.path / _MOMENTS)
-        if found.keys() != {f"{key}/{name}" for key in MOMENTS for name in parameters}:
-            raise CheckpointError(f"{self.path / _MOMENTS}: its moments are not those of {_PARAMETERS}")
+        parameters, moments = load_file(self.path / _PARAMETERS), load_file(self.path / _MOMENTS)
         return EngineState(
             parameters=parameters,
-            moments={key: {name: found[f"{key}/{name}"] for name in parameters} for key in MOMENTS},
+            moments={key: {name: moments[f"{key}/{name}"] for name in parameters} for key in MOMENTS},
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
         )
 
-    def parameters(self) -> dict[str, Tensor]:
-        """The fp32 values alone, by qualified name."""
-        return _read_tensors(self.path / _PARAMETERS)
-
-    def identity(self, name: str) -> str:
-        """An entry of what it was made with. Raises CheckpointError where there is none."""
-        if name not in self.record["identity"]:
-            raise CheckpointError(f"{self.path / _STATE}: does not say with which {name} it was made")
-        found: str = self.record["identity"][name]
-        return found
+    def weights(self) -> Weights:
+        """The fp32 values alone, by qualified name, none of them read yet."""
+        return open_weights(self.path / _PARAMETERS)
 
 
 def save_checkpoint(
@@ -79,28 +65,29 @@ def save_checkpoint(
 
     Args:
         folder: <run>/checkpoints.
-        identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base_weights": ...}.
+        identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base weights": ...}.
         header: metadata of the file of values, which describe the heads in it.
 
     Raises:
         OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
     """
-    final, temporary = checkpoint_path(folder, step), _temporary(folder, step)
+    final = checkpoint_path(folder, step)
+    temporary = final.with_suffix(".tmp")
     moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
+    written = {}
     kept = "Earlier checkpoints are untouched; the same command goes on from the newest"
     try:
         with explained(f"the checkpoint of step {step}", folder, kept):
             folder.mkdir(parents=True, exist_ok=True)
             _tidy(folder)
             os.mkdir(temporary)
-            written = {
-                _PARAMETERS: _write_tensors(temporary / _PARAMETERS, state.parameters, header or {}),
-                _MOMENTS: _write_tensors(temporary / _MOMENTS, moments, {}),
-            }
-            record = {"format": FORMAT, "version": VERSION, "step": step, "updates": state.updates}
-            record |= {"loss_scale": dict(state.loss_scale), "identity": dict(identity), "files": written}
+            for name, tensors, metadata in ((_PARAMETERS, state.parameters, header or {}), (_MOMENTS, moments, {})):
+                pieces = safetensors_pieces({key: Lazy.of(one) for key, one in tensors.items()}, metadata)
+                written[name] = _write_file(temporary / name, pieces)
+            record = {"step": step, "updates": state.updates, "loss_scale": dict(state.loss_scale)}
+            record |= {"identity": dict(identity), "files": written}
             text = json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n"
-            write_file(temporary / _STATE, [text.encode()])  # last: a folder with this file is complete
+            _write_file(temporary / _STATE, [text.encode()])  # last: a folder with this file is complete
             sync_folder(temporary)
             _publish(temporary, final)
     except OSError:
@@ -114,13 +101,10 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
-    """Delete the checkpoints of these steps, oldest first. Raises OSError for one that cannot be deleted."""
-    for step in sorted(steps):
-        try:
-            remove_folder(checkpoint_path(folder, step), _temporary(folder, step))
-        except OSError as error:
-            raise OSError(f"{checkpoint_path(folder, step)} cannot be deleted: {error.strerror or error}") from error
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts."""
+    os.replace(path, path.with_suffix(".tmp"))
+    shutil.rmtree(path.with_suffix(".tmp"))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -134,7 +118,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for _, _, path in reversed(_folders(folder)):
         try:
             return open_checkpoint(path), skipped
-        except CheckpointError as error:
+        except (ValueError, OSError) as error:
             skipped.append(str(error))
     return None, skipped
 
@@ -142,46 +126,60 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Check one checkpoint's files against their sha256.
 
-    Raises:
-        CheckpointError: missing, cut or changed files, or another format.
+    Raises ValueError or OSError for missing, cut or changed files.
     """
-    try:
-        with reading(path / _STATE, "the state of a checkpoint"):
-            record = json.loads(read_bytes(path / _STATE, _LARGEST_STATE))
-            if (record["format"], record["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"it is {record['format']} {record['version']}; this release reads {FORMAT} {VERSION}")
-            if record.pop("sha256") != _digest(record):
-                raise ValueError("content does not match its sha256; the file was changed or damaged")
-        for name, sha256 in record["files"].items():
-            if sha256_file(path / name) != sha256:
-                raise ValueError(f"{path / name}: content does not match its sha256; the file was changed or damaged")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
+    with reading(path / _STATE, "the state of a checkpoint"):
+        record = json.loads(read_bytes(path / _STATE))
+        if record.pop("sha256") != _digest(record):
+            raise ValueError(_CHANGED)
+    for name, sha256 in record["files"].items():
+        if sha256_file(path / name) != sha256:
+            raise ValueError(f"{path / name}: {_CHANGED}")
     return Checkpoint(path, record["step"], record)
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Refuse to go on from a checkpoint of another configuration, data set or base model.
-
-    Raises:
-        CheckpointError: naming each difference.
-    """
+    """Raise ValueError, naming each difference, for a checkpoint of another configuration, data set or base model."""
     recorded = checkpoint.record["identity"]
-    names = sorted(name for name in recorded.keys() | identity.keys() if recorded.get(name) != identity.get(name))
-    if names:
-        lines = [f"  {name}: this run {identity.get(name)}, the checkpoint {recorded.get(name)}" for name in names]
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\nchoose another --out, or give the "
-            "settings of that run (its resolved configuration is in run.json)"
+    other = [
+        f"  {name}: this run {identity.get(name)}, the checkpoint {recorded.get(name)}\n"
+        for name in sorted(recorded.keys() | identity.keys())
+        if recorded.get(name) != identity.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{checkpoint.path} belongs to another run:\n{''.join(other)}choose another --out, or give the settings of "
+            "that run (its resolved configuration is in run.json)"
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    return {name: one.read() for name, one in open_weights(path).items()}
+@contextmanager
+def explained(what: str, folder: Path, then: str) -> Iterator[None]:
+    """Turn an OSError within into a line: what could not be written into a folder, why, and then where things stand."""
+    try:
+        yield
+    except OSError as error:
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder.is_dir() else "no such folder"
+        raise OSError(f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}") from error
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    return write_file(path, safetensors_pieces({name: Lazy.of(tensor) for name, tensor in tensors.items()}, header))
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a new file and wait until it is on disk; returns the sha256 of what was meant to be written.
+
+    Both hashing and writing let other threads work: this runs beside a training step.
+    """
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            left = memoryview(piece)
+            while left:  # a write may take less than it was given
+                left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -190,33 +188,27 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 def _publish(temporary: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name. At every moment one of this step can be loaded."""
-    replaced = final.with_name(f"{final.name}.old")
+    replaced = final.with_suffix(".old")
     if final.exists():  # saved again after a resume from an earlier step, because this one was damaged
         os.replace(final, replaced)
     os.replace(temporary, final)
     sync_folder(final.parent)
     if replaced.exists():
-        remove_folder(replaced, temporary)
+        delete_checkpoint(replaced)
 
 
 def _tidy(folder: Path) -> None:
     """Remove or put back what a process left that was killed while it saved."""
-    for path in folder.glob("step_*"):
-        if re.fullmatch(r"step_\d{8,}\.tmp", path.name):
-            shutil.rmtree(path)
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
     for path in folder.glob("step_*.old"):
         if path.with_suffix("").exists():
-            remove_folder(path, path.with_suffix(".tmp"))
+            delete_checkpoint(path)
         else:
             os.replace(path, path.with_suffix(""))
-
-
-def _temporary(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}.tmp"
 
 
 def _folders(folder: Path) -> list[tuple[int, bool, Path]]:
     """(step, whether it has its final name, path) of what may be a checkpoint; the last one is the first to try."""
     found = [(re.fullmatch(r"step_(\d{8,})(\.old)?", path.name), path) for path in folder.glob("step_*")]
-    named = [(int(match[1]), not match[2], path) for match, path in found if match and path.is_dir()]
-    return sorted((step, final, path) for step, final, path in named)
+    return sorted((int(match[1]), not match[2], path) for match, path in found if match and path.is_dir())

@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps
-from visft_ds.monitor.metrics import read_metrics
+from visft_ds.checkpoint.format import checkpoint_path, delete_checkpoint, save_checkpoint, saved_steps
+from visft_ds.monitor.metrics import is_evaluation, read_metrics
 from visft_ds.parallel.state import EngineState, ToHost
 
 
@@ -40,26 +39,27 @@ class Retention:
             scores: step -> the metric; None where the evaluation gave none.
             to_be_judged: whether a step is one that gets evaluated. Numbers come later than the next save.
         """
-        older = sorted(step for step in steps if step <= newest)
-        kept: set[int | None] = set(older[-self.last :])
+        older = [step for step in steps if step <= newest]
+        kept = {*older[-self.last :], best_step({step: scores.get(step) for step in older})}
         if self.best is not None:
-            judged = max(scores, default=-1)
-            kept |= {step for step in older if step > judged and to_be_judged(step)}
-            kept.add(best_step({step: scores.get(step) for step in older}))
+            kept |= {step for step in older if step > max(scores, default=-1) and to_be_judged(step)}
         return [step for step in older if step not in kept]
 
 
 def best_step(scores: Mapping[int, float | None]) -> int | None:
     """The step of the highest score, the earliest of equal ones; None where there is no number."""
-    numbers = {step: score for step, score in scores.items() if score is not None and math.isfinite(score)}
+    numbers = {step: score for step, score in scores.items() if score is not None}
     return max(numbers, key=lambda step: (numbers[step], -step), default=None)
 
 
 def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
     """Step -> validation metric, out of the metrics.jsonl of a run; a record without that metric gives None."""
     records = read_metrics(path, "val/") if path.is_file() else ()
-    judged = [record for record in records if any(name.startswith("val/") for name in record)]
-    return {record["step"]: _number(record.get(f"val/{metric}")) for record in judged}
+    return {record["step"]: _number(record.get(f"val/{metric}")) for record in records if is_evaluation(record)}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -71,36 +71,13 @@ class SaveReport:
     write_seconds: float  #: writing, beside the training
 
 
-class HostBuffers:
-    """Host copies of tensors, in the same memory at every save: pinned where they come from a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the host as fp32; complete only after `finish`."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape:
-            buffer = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        buffer.copy_(tensor.detach(), non_blocking=True)
-        return buffer
-
-    def finish(self) -> None:
-        """Wait for copies that are still on their way."""
-        if any(buffer.is_pinned() for buffer in self._buffers.values()):
-            torch.cuda.synchronize()
-
-
 class Saver:
     """Saves of one run; a context manager that lets none get lost at the end.
 
     Args:
         folder: <run>/checkpoints.
         identity: see `save_checkpoint`.
-        retention: which checkpoints stay.
         to_be_judged: see `Retention.obsolete`.
-        header: step -> what `save_checkpoint` writes beside the values.
     """
 
     def __init__(
@@ -109,43 +86,54 @@ class Saver:
         identity: Mapping[str, str],
         retention: Retention,
         to_be_judged: Callable[[int], bool] = lambda step: False,
-        header: Callable[[int], Mapping[str, str]] = lambda step: {},
     ) -> None:
         self.folder, self.identity, self.retention = folder, dict(identity), retention
-        self.saved = 0  #: step of the newest checkpoint that this rank knows to be on disk
-        self._asked = 0
-        self._to_be_judged, self._header = to_be_judged, header
+        self.saved = 0  #: step of the newest checkpoint, on disk as far as this rank knows
+        self._to_be_judged = to_be_judged
         self._scores: dict[int, float | None] = {}
-        self._buffers = HostBuffers()
+        self._buffers: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._writing: Future[SaveReport] | None = None
         self._reports: list[SaveReport] = []
 
     def resume(self, step: int, scores: Mapping[int, float | None]) -> None:
         """Take up a run whose checkpoint of `step` is on disk, with what its evaluations gave."""
-        self.saved, self._asked = step, step
+        self.saved = step
         self._scores = {judged: score for judged, score in scores.items() if judged <= step}
 
-    def save(self, step: int, gather: Callable[[ToHost], EngineState | None]) -> None:
+    def save(
+        self, step: int, gather: Callable[[ToHost], EngineState | None], header: Mapping[str, str] | None = None
+    ) -> None:
         """Take a snapshot and hand it to the thread. Collective: `gather` gives the state on the main process.
 
         Raises OSError if the save before this one failed.
         """
         began = time.perf_counter()
         self._join()
-        state = gather(self._buffers)
-        if state is None:  # the main process has taken part, so its save before is finished
-            self.saved, self._asked = self._asked, step
+        state = gather(self.to_host)
+        if state is None:
+            self.saved = step
             return
-        self._buffers.finish()
-        stall = time.perf_counter() - began
-        self._writing = self._pool.submit(self._write, step, state, stall, dict(self._scores))
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+            torch.cuda.synchronize()  # copies may be on their way
+        gathered, scores = time.perf_counter(), dict(self._scores)
+
+        def write() -> SaveReport:
+            save_checkpoint(self.folder, step, state, self.identity, header)
+            self.saved, written = step, time.perf_counter()
+            self.delete_obsolete(scores)
+            return SaveReport(step, gathered - began, written - gathered)
+
+        self._writing = self._pool.submit(write)
+
+    def to_host(self, name: str, tensor: Tensor) -> Tensor:
+        """Begin to copy a tensor to the host as fp32, into the same memory at every save, pinned if it is on a GPU."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+        return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
 
     def finished(self, *, wait: bool = False) -> list[SaveReport]:
-        """Saves that are on disk by now and were not returned before; with `wait`, all of them.
-
-        Raises OSError if a save failed; earlier checkpoints are still there.
-        """
+        """Saves that are on disk and were not returned before; with `wait`, all. Raises OSError if one failed."""
         if wait or (self._writing is not None and self._writing.done()):
             self._join()
         reports, self._reports = self._reports, []
@@ -163,25 +151,24 @@ class Saver:
 
     def best(self) -> int | None:
         """The best of the steps that have a checkpoint; None without one, or without a metric to choose by."""
-        saved = set(saved_steps(self.folder))
-        return best_step({step: score for step, score in self._scores.items() if step in saved})
+        return best_step({step: self._scores.get(step) for step in saved_steps(self.folder)})
 
     def since_best(self) -> tuple[int, int | None]:
         """(evaluations that gave the metric after the best one, its step). None before the first."""
         best = best_step(self._scores)
         return sum(step > (best or 0) and score is not None for step, score in self._scores.items()), best
 
-    def delete_obsolete(self) -> None:
-        """Delete what need not stay now that all evaluations are known. Main process, nothing being written."""
-        if self.saved:
-            self._delete(self.saved, self._scores)
+    def delete_obsolete(self, scores: Mapping[int, float | None] | None = None) -> None:
+        """Delete what need not stay by these scores, or by all that are known. Main process, nothing being written."""
+        scores = self._scores if scores is None else scores
+        steps = saved_steps(self.folder)
+        for step in self.retention.obsolete(steps, self.saved, scores, self._to_be_judged):
+            delete_checkpoint(checkpoint_path(self.folder, step))
 
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self._join()
         except OSError as failed:
@@ -196,19 +183,3 @@ class Saver:
         if self._writing is not None:
             writing, self._writing = self._writing, None  # a failure is raised once
             self._reports.append(writing.result())
-
-    def _write(self, step: int, state: EngineState, stall: float, scores: Mapping[int, float | None]) -> SaveReport:
-        began = time.perf_counter()
-        save_checkpoint(self.folder, step, state, self.identity, self._header(step))
-        self.saved = step
-        seconds = time.perf_counter() - began
-        self._delete(step, scores)
-        return SaveReport(step, stall, seconds)
-
-    def _delete(self, newest: int, scores: Mapping[int, float | None]) -> None:
-        obsolete = self.retention.obsolete(saved_steps(self.folder), newest, scores, self._to_be_judged)
-        delete_checkpoints(self.folder, obsolete)
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

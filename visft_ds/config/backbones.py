@@ -27,7 +27,6 @@ from visft_ds.pretrained import (
     WEIGHT_SUFFIXES,
     HubFile,
     fetch,
-    is_timm,
     local,
     on_hub,
     timm_name,
@@ -104,11 +103,11 @@ def named(text: str, *, download: bool = False) -> Named:
         return Named(text, _slug(path.resolve().name), _described(path / "config.json", text, str(path / inside)))
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         return Named(text, None, {"weights": text})
-    if is_timm(text):
+    try:
         return named(f"{TIMM}{text}")
-    raise ValueError(
-        f"--backbone {text}: no file, folder, {TIMM}NAME, {HUB}ORG/NAME or model{nearest(text, available('models'))}"
-    )
+    except ValueError as error:
+        other = nearest(text, available("models"))
+        raise ValueError(f"--backbone {text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
 
 
 def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tuple[str, Any]]]:

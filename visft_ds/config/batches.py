@@ -61,17 +61,18 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     parts = "processes" if stages == 1 else f"pipelines of {stages} processes"
     if uneven := [stream for stream in streams.values() if stream.batch_size % dp]:
         raise ValueError("\n".join(_uneven(stream, dp, stages, parts) for stream in uneven))
-    shares = {name: stream.batch_size // dp for name, stream in streams.items()}
-    common = math.gcd(*shares.values())
-    for accumulation in (a for a in range(1, common + 1) if common % a == 0):
-        if all(share // accumulation <= streams[name].micro_batch for name, share in shares.items()):
-            micro = {name: share // accumulation for name, share in shares.items()}
+    common, micro = math.gcd(*(stream.batch_size // dp for stream in streams.values())), dict[str, int]()
+    for accumulation in range(1, common + 1):
+        micro = {name: stream.batch_size // dp // accumulation for name, stream in streams.items()}
+        fits = all(micro[name] <= stream.micro_batch for name, stream in streams.items())
+        if fits and not common % accumulation:
             return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
     lines = [f"no accumulation suits every task on {dp} {parts} (batch_size = processes x accumulation x micro):"]
     for name, stream in streams.items():
-        smallest = shares[name] // common
-        verdict = "" if smallest <= stream.micro_batch else f"; state {stream.key}.micro_batch = {smallest} or more"
-        equation = f"{stream.batch_size} = {dp} x {common} x {smallest}"
+        verdict = (
+            "" if micro[name] <= stream.micro_batch else f"; state {stream.key}.micro_batch = {micro[name]} or more"
+        )
+        equation = f"{stream.batch_size} = {dp} x {common} x {micro[name]}"
         lines.append(f"{name}: {equation}, at most {stream.micro_batch}{verdict}")
     raise ValueError("\n  ".join(lines))
 
@@ -84,9 +85,6 @@ def _uneven(stream: Stream, dp: int, stages: int, parts: str) -> str:
         f"{stream.key}.batch_size = {total} on {dp} {parts}: its shares would not be whole. Use batch_size "
         f"{' or '.join(sizes)}, or {', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
     )
-
-
-_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:
@@ -112,8 +110,8 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
         "train_batch_size": micro * batches.accumulation * batches.dp,
         "steps_per_print": 10**9,
     }
-    if precision in _AUTOCAST:
+    if precision != "fp32":
         # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is fp32.
-        autocast = {"enabled": True, "dtype": _AUTOCAST[precision], "lower_precision_safe_modules": []}
-        result["torch_autocast"] = autocast
+        dtype = "bfloat16" if precision == "bf16" else "float16"
+        result["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return result

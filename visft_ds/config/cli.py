@@ -19,7 +19,7 @@ from visft_ds.config.preflight import (
     tasks_without_labels,
     without_classes_of_data,
 )
-from visft_ds.config.resolve import ResolvedConfig, available, display, resolve, with_engine
+from visft_ds.config.resolve import ResolvedConfig, available, display, load_json, resolve, with_engine
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 from visft_ds.pretrained import fetch, local, on_hub
@@ -36,7 +36,6 @@ KEYS = {
     "steps": "scheduler.params.total_num_steps",
     "lr": "optimizer.params.lr",
     "track": "visft.run.track",
-    "trace": "visft.run.trace",
 }
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
@@ -72,20 +71,12 @@ def build_parser() -> Command:
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
-    add("--trace", type=_steps, metavar="FIRST:LAST", help="trace these steps for Perfetto (visft.run.trace)")
     add("--resume", default="auto", choices=RESUME, help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
     add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     return parser
-
-
-def _steps(text: str) -> list[int]:
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text}: give the first and the last step, such as 20:25")
-    return [int(first), int(last)]
 
 
 def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ResolvedConfig]:
@@ -97,23 +88,22 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     given = build_parser().parse_args(argv)
     if given.reset_heads is not None and given.start is None:
         raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give that, too")
-    flags, fork = dict[str, tuple[str, Any]](), None
+    flags, whole = dict[str, tuple[str, Any]](), None
     if given.start is not None:
-        fork = _fork_of(given.start, given.out)
+        whole = _fork_of(given.start, given.out)
         flags["--from"] = ("visft.start", {"path": given.start, "heads": given.reset_heads or "keep"})
-    if fork is not None:
+    if whole is not None:
         flags["--from (folder)"] = ("visft.run.out", f"{folder_of_run(Path(given.start))}-fork")
-        if given.stage not in (None, recorded := fork[0]["visft"].get("stage")):
-            raise ValueError(
-                f"--stage {given.stage}: {given.start} is of stage {recorded}, and --from goes on in the same; "
-                f"stage 2 learns from the heads of stage 1 by --heads {given.start}/export"
-            )
     elif given.reset_heads is not None:
         raise ValueError(f"--reset-heads is for --from RUN: {given.start} is an adapter, which has no heads")
-    whole = f"--from {given.start}" if fork else "--deepspeed_config" if given.deepspeed_config else None
-    others = ("model", "backbone", "deepspeed_config" if fork else "engine")
-    if whole and (doubled := [f"--{name}" for name in others if getattr(given, name) is not None]):
-        raise ValueError(f"{whole} is a complete configuration: leave out {' and '.join(doubled)}")
+    complete = f"--from {given.start}" if whole else "--deepspeed_config" if given.deepspeed_config else None
+    others = ("model", "backbone", "deepspeed_config" if whole else "engine")
+    if complete and (doubled := [f"--{name}" for name in others if getattr(given, name) is not None]):
+        raise ValueError(f"{complete} is a complete configuration: leave out {' and '.join(doubled)}")
+    if whole is not None:
+        whole = with_engine(whole[0], given.engine), whole[1]
+    elif given.deepspeed_config is not None:
+        whole = load_json(Path(given.deepspeed_config)), display(Path(given.deepspeed_config))
     flags |= {f"--{name}": (key, value) for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
     config = resolve_with_data(
         stage=given.stage,
@@ -121,8 +111,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         engine=given.engine or DEFAULT_ENGINE,
         backbone=given.backbone,
         download=given.download,
-        recorded=fork and (with_engine(fork[0], given.engine), fork[1]),
-        file=given.deepspeed_config,
+        whole=whole,
         flags=flags,
         settings=[*([] if given.tasks is None else [f"visft.tasks={given.tasks}"]), *given.set],
         batch_size=given.batch_size,
@@ -149,8 +138,7 @@ def resolve_with_data(
     download: bool,
     flags: own.Flags,
     settings: Sequence[str],
-    file: str | None = None,
-    recorded: tuple[dict[str, Any], str] | None = None,
+    whole: tuple[dict[str, Any], str] | None = None,
     batch_size: int | None = None,
     epochs: int | None = None,
 ) -> ResolvedConfig:
@@ -166,20 +154,20 @@ def resolve_with_data(
     Raises:
         ValueError: as `resolve`; epochs of data whose number of images is not known yet.
     """
-    given, whole = dict(flags), recorded is not None or file is not None
-    if not whole and stage is None:
+    given = dict(flags)
+    if whole is None and stage is None:
         if model not in (None, own.MODEL) or "--data" not in flags:
             raise ValueError("--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it")
         stage, model = 1, own.MODEL
+    of_backbone: own.Flags = {}
     if backbone is not None:
-        model, of_model = model_of(named(backbone, download=download), model)
-        given = of_model | own.of_backbone(model or "", of_model, settings) | given
-    elif not whole:
-        given = own.of_backbone(model or "", {}, settings) | given
+        model, of_backbone = model_of(named(backbone, download=download), model)
+    if whole is None:
+        given = of_backbone | own.of_backbone(model or "", of_backbone, settings) | given
 
     def resolved() -> ResolvedConfig:
-        layers: dict[str, Any] = {"stage": stage, "model": model or DEFAULT_MODEL, "engine": engine}
-        return resolve(**layers, file=file, recorded=recorded, flags=given, settings=settings)
+        name = model or DEFAULT_MODEL
+        return resolve(stage=stage, model=name, engine=engine, whole=whole, flags=given, settings=settings)
 
     config = resolved()
     if not any(text.startswith("visft.tasks=") for text in settings):
@@ -197,7 +185,7 @@ def resolve_with_data(
             given |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
         given["--epochs"] = ("scheduler.params.total_num_steps", None)
         config = resolved()
-    if model == own.MODEL and not whole:
+    if model == own.MODEL and whole is None:
         given = own.chosen(config) | given
         config = resolved()
     return config

@@ -9,18 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
 
 class StrictModel(BaseModel):
-    """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer, and nothing
-    changes."""
+    """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer, nothing
+    changes, and values that are right alone may be refused together."""
 
-    model_config = STRICT
-
-
-class Section(StrictModel):
-    """Part of a configuration with values that may be right alone and wrong together."""
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Pairs (key in this section, problem)."""

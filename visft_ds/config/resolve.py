@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -168,12 +169,12 @@ def shorten(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
-@dataclass
 class Tree:
     """Nested values, and the file or flag behind each leaf."""
 
-    values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
 
     def lay(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
         """Lay values over those that there are, object by object; a list is replaced as a whole."""
@@ -188,20 +189,19 @@ class Tree:
 
         Whether the key exists is checked by the schema. Raises ValueError for a key through a value without keys.
         """
-        node: Any = self.values
         *parents, last = key.split(".")
+        node: Any = self.values
         for part in parents:
             if isinstance(node, dict) and node.get(part) is None:  # a default, or a task that was off
                 node[part] = {}
-            node = self._inner(node, part)
-            if not isinstance(node, dict | list):
-                raise ValueError(f"{source} {key}: {part} is {shorten(node)} and has no keys")
+            node = _below(node, part)
         if isinstance(node, dict):
             node[last] = copy.deepcopy(value)
-        elif last.isdigit() and int(last) <= len(node):
+        elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
             node[int(last) : int(last) + 1] = [copy.deepcopy(value)]
         else:
-            raise ValueError(f"{source} {key}: a list of {len(node)}; give a position up to {len(node)}")
+            kind = f"a list of {len(node)}" if isinstance(node, list) else f"{shorten(node)} and has no keys"
+            raise ValueError(f"{source} {key}: {'.'.join(parents)} is {kind}")
         self.sources |= {inner: source for inner, _ in flatten(value, f"{key}.")}
 
     def source(self, key: str) -> str | None:
@@ -212,16 +212,13 @@ class Tree:
 
     def value(self, key: str) -> Any:
         """The value of a dotted key; None if there is none."""
-        node: Any = self.values
-        for part in key.split("."):
-            node = self._inner(node, part)
-        return node
+        return functools.reduce(_below, key.split("."), self.values)
 
-    @staticmethod
-    def _inner(node: Any, part: str) -> Any:
-        if isinstance(node, list):
-            return node[int(part)] if part.isdigit() and int(part) < len(node) else None
-        return node.get(part) if isinstance(node, dict) else None
+
+def _below(node: Any, part: str) -> Any:
+    if isinstance(node, list):
+        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+    return node.get(part) if isinstance(node, dict) else None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -240,19 +237,17 @@ def resolve(
     stage: int | None = None,
     engine: str = "zero1",
     model: str = "eva_e",
-    file: str | Path | None = None,
-    recorded: tuple[Mapping[str, Any], str] | None = None,
+    whole: tuple[Mapping[str, Any], str] | None = None,
     flags: Mapping[str, tuple[str, Any]] | None = None,
     settings: Sequence[str] = (),
 ) -> ResolvedConfig:
     """Merge, set, validate.
 
     Args:
-        stage: 1 or 2; may be None with `file`, which states it.
+        stage: 1 or 2; may be None with `whole`, which states it.
         engine: name of a file in ds_configs/engines, or path of one.
         model: name of a file in ds_configs/models, or path of one.
-        file: one complete file that replaces the three layers.
-        recorded: what `to_dict()` gave, such as that of a run's record, and its origin, in place of the three layers.
+        whole: a complete configuration, such as `to_dict()` gives, and its origin, in place of the three layers.
         flags: flag -> (dotted key, value).
         settings: "dotted.key=value" texts, applied last and in order.
 
@@ -260,14 +255,13 @@ def resolve(
         ValueError: everything that is wrong with the configuration, one line each.
     """
     tree = Tree()
-    if recorded is not None:
-        tree.lay(*recorded)
-    elif file is not None:
-        tree.lay(load_json(Path(file)), display(Path(file)))
-        if stage is not None and tree.value("visft.stage") != stage:
-            raise ValueError(f"--stage {stage}: {file} states another visft.stage; leave one of them out")
-    elif stage not in (1, 2):
-        raise ValueError(f"--stage {stage}: must be 1 (train the heads) or 2 (train the backbone's adapters)")
+    if whole is not None:
+        tree.lay(*whole)
+        if stage not in (None, stated := tree.value("visft.stage")):
+            raise ValueError(
+                f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it; stage 2 takes the heads of "
+                "stage 1 by --heads RUN/export"
+            )
     else:
         for path in (CONFIG_ROOT / f"stage{stage}.json", _layer_file("engines", engine), _layer_file("models", model)):
             values, source = load_json(path), display(path)
@@ -278,14 +272,13 @@ def resolve(
                     tree.assign(key, value, f"{source} (override)")
     for flag, (key, value) in (flags or {}).items():
         tree.assign(key, value, flag)
-    for text in settings:
-        key, value = parse_assignment(text)
+    for key, value in map(parse_assignment, settings):
         if key == "visft.tasks" and not isinstance(value, dict):
             _keep_tasks(tree, value)
-            continue
-        if key == "visft.param_groups" and isinstance(value, str):
-            value = [{"name": "trained", "params": value}]
-        tree.assign(key, value, "--set")
+        elif key == "visft.param_groups" and isinstance(value, str):
+            tree.assign(key, [{"name": "trained", "params": value}], "--set")
+        else:
+            tree.assign(key, value, "--set")
     return _typed(tree)
 
 
@@ -295,10 +288,11 @@ def _keep_tasks(tree: Tree, value: Any) -> None:
     given, known = f"--set visft.tasks={value if isinstance(value, str) else json.dumps(value)}", list(entries())
     if not isinstance(names, list) or not names:
         raise ValueError(f"{given}: give names of tasks, such as {known[0]},{known[-1]}")
-    if unknown := [str(name) for name in names if name not in known]:
-        raise ValueError(f"{given}: there is no task {unknown[0]}{nearest(unknown[0].lower(), known)}")
-    if absent := [name for name in names if tree.value(f"visft.tasks.{name}") is None]:
-        raise ValueError(f"{given}: {' and '.join(absent)} is off, or without settings, in what comes before")
+    for name in map(str, names):
+        if name not in known:
+            raise ValueError(f"{given}: there is no task {name}{nearest(name.lower(), known)}")
+        if tree.value(f"visft.tasks.{name}") is None:
+            raise ValueError(f"{given}: {name} is off, or without settings, in what comes before")
     for name in known:
         if name not in names:
             tree.assign(f"visft.tasks.{name}", None, given)
@@ -310,7 +304,7 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     Raises:
         ValueError: as `resolve`.
     """
-    return resolve(recorded=(with_engine(config.to_dict(), engine), "the configuration"), settings=settings)
+    return resolve(whole=(with_engine(config.to_dict(), engine), "the configuration"), settings=settings)
 
 
 def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
@@ -336,8 +330,8 @@ def _typed(tree: Tree) -> ResolvedConfig:
         title = f"the configuration has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
         raise ValueError("\n  ".join([title, *lines])) from error
     visft, params, adapted = _filled(recipe.visft), recipe.scheduler.params, tuple[str, ...]()
-    total = params.total_num_steps or visft.updates() or 0
-    warmup = params.warmup_num_steps
+    total, warmup = params.total_num_steps or visft.updates(), params.warmup_num_steps
+    assert total is not None  # checked by validation
     if warmup > total:
         adapted = (f"warm-up: {warmup} -> {total // 10} steps, because of the length of the run",)
         warmup = total // 10

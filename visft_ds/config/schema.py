@@ -14,13 +14,11 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
 from visft_ds.config.fields import (
-    STRICT,
     Above,
     Count,
     Positive,
     Probability,
     Rate,
-    Section,
     StrictModel,
     Text,
     nearest,
@@ -90,7 +88,7 @@ class BackboneOverrides(StrictModel):
     post_norm: bool | None = None
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
     name: Name  #: names run folders
@@ -143,17 +141,12 @@ class LoraConfig(StrictModel):
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
 
 
-class HeadsConfig(Section):
+class HeadsConfig(StrictModel):
     """`visft.heads`: the heads that stage 2 learns from."""
 
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Heads from nowhere, and from a place."""
-        if self.start == "random" and self.path is not None:
-            yield "path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
 
 
 class StartConfig(StrictModel):
@@ -173,7 +166,7 @@ class DataSetConfig(StrictModel):
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     root: Text = "data/coco"
@@ -221,7 +214,7 @@ class ParamGroup(StrictModel):
         return tuple(glob.strip() for glob in self.params.split(","))
 
 
-class RunConfig(Section):
+class RunConfig(StrictModel):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
@@ -234,7 +227,6 @@ class RunConfig(Section):
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
     track: Literal["wandb"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
-    trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
@@ -242,18 +234,16 @@ class RunConfig(Section):
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""
+        """A best checkpoint that is never measured or saved."""
         if self.keep_best is not None and not self.eval_every:
             yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
         elif self.keep_best is not None and self.eval_every % self.save_every:
             yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
         if self.patience and self.keep_best is None:
             yield "patience", "needs a metric: set visft.run.keep_best"
-        if self.trace is not None and self.trace[0] > self.trace[1]:
-            yield "trace", f"its first step {self.trace[0]} comes after its last, {self.trace[1]}"
 
 
-class VisftConfig(Section):
+class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
     stage: Literal[1, 2]
@@ -277,6 +267,8 @@ class VisftConfig(Section):
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.stage == 1 and self.heads.path is not None:
             yield "heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
+        if self.heads.start == "random" and self.heads.path is not None:
+            yield "heads.path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
         for number, target in enumerate(self.lora.targets if self.lora and model.timm is None else ()):
             if target not in ROLES:
                 yield f"lora.targets.{number}", f"must be one of {', '.join(ROLES)} with preset {model.preset}"
@@ -312,32 +304,28 @@ class VisftConfig(Section):
             shared = self.shared
             image = shared.image.model_dump()
             return {SHARED: Stream(SHARED, tuple(tasks), 1.0, shared.batch_size, shared.micro_batch, image)}
-        return {
-            name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
-            for name, task in tasks.items()
-        }
+        return {name: task.stream(name) for name, task in tasks.items()}
 
     def updates(self) -> int | None:
         """Optimiser steps that give every task its `updates`; None where a task states none."""
         updates = [task.updates for task in self.tasks.enabled().values()]
         stated = [number for number in updates if number is not None]
-        if not stated or len(stated) < len(updates):
-            return None
-        return max(stated) if self.mode == "shared" else sum(stated)
+        whole = max if self.mode == "shared" else sum
+        return whole(stated) if stated and len(stated) == len(updates) else None
 
 
 class Offload(StrictModel):
     """`zero_optimization.offload_param` and `offload_optimizer`."""
 
-    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    model_config = ConfigDict(extra="allow")
 
-    device: Literal["none", "cpu", "nvme"] = "none"
+    device: Literal["none", "cpu"] = "none"
 
 
-class ZeroOptimization(Section):
+class ZeroOptimization(StrictModel):
     """`zero_optimization`: keys that are not listed are DeepSpeed's, which checks them."""
 
-    model_config = ConfigDict(**{**STRICT, "extra": "allow"})
+    model_config = ConfigDict(extra="allow")
 
     stage: Literal[0, 1, 2, 3]
     reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained numbers
@@ -359,7 +347,7 @@ class PipelineKeys(StrictModel):
     stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """A whole configuration: the keys that this project reads, and DeepSpeed's, which it gets as they stand.
 
     Batch sizes, precision and checkpoints are not among them: they follow from `visft`.
@@ -369,13 +357,6 @@ class Recipe(Section):
     pipeline: PipelineKeys | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
-    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
-    prescale_gradients: bool | None = None
-    gradient_predivide_factor: Above | None = None
-    wall_clock_breakdown: bool | None = None
-    memory_breakdown: bool | None = None
-    comms_logger: dict[str, Any] | None = None
-    aio: dict[str, Any] | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
@@ -398,11 +379,8 @@ class Recipe(Section):
             yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
         if visft.features is not None and (piped or zero.stage == 3):
             yield "visft.features", "must be null with a pipeline and ZeRO-3, which wait for all: use --engine zero1"
-        total, trace = self.scheduler.params.total_num_steps or visft.updates(), visft.run.trace
-        if total is None:
+        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
             yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
-        elif trace is not None and trace[0] > total:
-            yield "visft.run.trace", f"its first step {trace[0]} comes after the last one of the run, {total}"
 
 
 _BATCH, _PRECISION = "visft.tasks.<task>.batch_size and .micro_batch", "visft.model.precision"

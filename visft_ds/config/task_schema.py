@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from visft_ds.config.fields import Above, Fraction, Positive, Section, Sides, StrictModel, Text
+from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel, Text
 
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.
@@ -32,11 +32,11 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
-class HeadConfig(Section):
+class HeadConfig(StrictModel):
     """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
 
 
-class TaskConfig(Section):
+class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
     The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
@@ -62,6 +62,11 @@ class TaskConfig(Section):
     head: HeadConfig
     loss: BaseModel
 
+    def stream(self, name: str) -> Stream:
+        """Steps of the task alone; their share is 0 where `updates` is null."""
+        share, image = float(self.updates or 0), self.image.model_dump()
+        return Stream(name, (name,), share, self.batch_size, self.micro_batch, image)
+
     @classmethod
     def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
@@ -72,11 +77,6 @@ class TaskConfig(Section):
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what labels lack that would therefore teach something wrong; None: nothing."""
         return None
-
-    @property
-    def share(self) -> float:
-        """Share of the steps, relative to the other tasks; 0 where `updates` is null."""
-        return float(self.updates or 0)
 
 
 class WordsConfig(TaskConfig):

@@ -289,9 +289,10 @@ def _load_backbone(
         facts["adapter"], trained_on["the adapter"] = f"{files.adapter}: {adapter.describe()}", adapter.base
         adapter.install(backbone)
     elif of_checkpoint and files.adapter is not None:
-        from visft_ds.checkpoint.adapter import install_checkpoint  # imports deepspeed: costs seconds
+        from visft_ds.checkpoint.export import install_checkpoint  # imports deepspeed: costs seconds
 
-        facts["adapter"] = f"{files.adapter}: {install_checkpoint(backbone, files.adapter)}"
+        _, installed = install_checkpoint(backbone, files.adapter)
+        facts["adapter"] = f"{files.adapter}: {len(installed)} tensors that trained"
     bases = bases_of(backbone, files.backbone)
     if problems := [line for what, base in trained_on.items() if (line := other_base(what, base, bases))]:
         facts["warning"] = "; ".join(problems)
@@ -313,11 +314,7 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     """
     settings_of_each = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
     settings = {name: config_class(name).model_validate(settings_of_each) for name in tasks}
-    streams = {
-        name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
-        for name, task in settings.items()
-    }
-    return {name: resized(stream, side=side) for name, stream in streams.items()}
+    return {name: resized(task.stream(name), side=side) for name, task in settings.items()}
 
 
 def resized(stream: Stream, *, side: int | None = None, batch_size: int | None = None) -> Stream:

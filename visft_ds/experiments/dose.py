@@ -22,7 +22,6 @@ from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, parse_mode
 from visft_ds.evals.benchmarks.protocol import Benchmark
 from visft_ds.evals.model import adapter_for
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.peft_folder import save_peft
 from visft_ds.interop.weights import write_text
 from visft_ds.models.lora import lora_parameters
 from visft_ds.monitor.console import Section, print_plan
@@ -57,7 +56,7 @@ def run_dose(given: argparse.Namespace) -> None:
         adapter = as_noise(reference, given.noise)
     dose = measure(spec, adapter, benchmark, settings)
     scale = scale_for(dose, wanted)
-    save_peft(adapter.scaled(scale), given.out)
+    adapter.scaled(scale).save(given.out)
     record = {"scale": scale, "dose": dose(scale), "wanted": wanted}
     write_text(given.out / RECORD, json.dumps(record, indent=1) + "\n")
     print_plan("visft_ds dose", [Section(str(given.out), [(name, f"{value:.4g}") for name, value in record.items()])])

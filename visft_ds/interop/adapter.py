@@ -3,12 +3,17 @@
 Letters: r rank, G adapted slices of a layer. Linear layers have `lora_A` (G*r, in) and `lora_B` (adapted rows, r),
 stacked slice by slice; convolutions `lora_A` (r, in, k, k) and `lora_B` (out, r). The change of a weight is
 alpha / r * B A.
+
+A folder holds it twice, in a file of ours and as PEFT reads it. PEFT has no LoRA on slices of a fused qkv. Ours becomes
+its plain one on the whole qkv: of G slices rank G*r, A as it is, B (3D, G*r) block by block and zero elsewhere, alpha G
+times as large. That is exact.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +25,13 @@ from torch import Tensor
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
 from visft_ds.interop.layouts import described, model_of
-from visft_ds.interop.weights import examples, open_weights, save_tensors
+from visft_ds.interop.weights import examples, open_weights, save_tensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
-from visft_ds.ops.lora import Slices
+from visft_ds.ops.lora import Slices, parts_of
 
 FILE = "lora.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = "visft_adapter"
 
 
@@ -96,14 +102,45 @@ class Adapter:
             digest.update(name.encode() + self.tensors[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: Path) -> Path:
-        """Write our own file into a folder; returns its path."""
+    def save(self, folder: Path, base_model: str | None = None) -> None:
+        """Write our own file and PEFT's two; the configuration last, without which the folder is no adapter.
+
+        Args:
+            base_model: repository of the base weights on the hub.
+        """
+        (folder / PEFT_CONFIG).unlink(missing_ok=True)
         names = ("model", "rank", "alpha", "targets", "layers", "base")
         settings = json.dumps({name: getattr(self, name) for name in names})
-        save_tensors(
-            folder / FILE, {name: value.contiguous() for name, value in self.tensors.items()}, {_KEY: settings}
-        )
-        return folder / FILE
+        save_tensors(folder / FILE, self.tensors, {_KEY: settings})
+        save_tensors(folder / PEFT_WEIGHTS, self._peft_tensors(), {})
+        several = {re.escape(layer): len(slices) for layer, (_, slices) in self.layers.items() if len(slices) > 1}
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "rank_pattern": {layer: self.rank * count for layer, count in several.items()},
+            "alpha_pattern": {layer: self.alpha * count for layer, count in several.items()},
+            # Whole names: "conv1" alone would be that of every block.
+            "target_modules": "|".join(re.escape(layer) for layer in self.layers),
+            "lora_dropout": 0.0,
+            "bias": "none",
+        }
+        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def _peft_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for layer, (rows, slices) in self.layers.items():
+            a, b = (self.tensors[f"{layer}.{kind}"] for kind in KINDS)
+            if slices != ((0, rows),):
+                dense = b.new_zeros(rows, len(slices) * self.rank)
+                for lo, hi, columns, rows_of_b in parts_of(slices, self.rank):
+                    dense[lo:hi, columns] = b[rows_of_b]
+                b = dense
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = a
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = b[:, :, None, None] if a.ndim == 4 else b
+        return tensors
 
     @classmethod
     def load(cls, path: Path) -> Adapter:
@@ -116,8 +153,6 @@ class Adapter:
                 name: (rows, tuple((lo, hi) for lo, hi in slices)) for name, (rows, slices) in told["layers"].items()
             }
             names = [f"{name}.{kind}" for name in layers for kind in KINDS]
-            if not names or set(names) != set(file):
-                raise ValueError("its tensors are not those of the layers in its header")
             tensors = {name: file.tensor(name, torch.float32) for name in names}
             return cls(**{**told, "targets": tuple(told["targets"]), "layers": layers}, tensors=tensors)
 

@@ -6,13 +6,16 @@ It holds hashes, settings and numbers of whole evaluations, never folders or nam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import described, model_of
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import HubFile, on_hub
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 README = "README.md"
 _TEXT = """\
@@ -58,17 +61,6 @@ _LOAD = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Number of the evaluation of a whole split, of a task as the hub names it."""
-
-    task: str
-    name: str
-    value: float
-    data: str
-    split: str
-
-
 def repository_of(weights: str | None) -> str | None:
     """The repository on the hub of what `visft.model.weights` may be."""
     name = None if weights is None else on_hub(weights)
@@ -80,10 +72,9 @@ def card(
     form: str,
     backbone: Backbone,
     adapter: Adapter | None,
-    *,
     base: str | None,
     facts: Mapping[str, str] | None = None,
-    measured: Sequence[Measurement] = (),
+    measured: Sequence[EvalResult] = (),
 ) -> str:
     """The text.
 
@@ -91,25 +82,25 @@ def card(
         form: one of the formats of `visft merge`.
         base: repository of the base weights on the hub, where it is known.
         facts: name -> value of what else is known of these weights.
+        measured: numbers of whole splits.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    results = [
-        EvalResult(one.task, "custom", one.data, one.name, one.value, dataset_split=one.split) for one in measured
-    ]
     front = ModelCardData(
         base_model=base,
         library_name=form,
         pipeline_tag="image-feature-extraction",
         tags=["vision", "visft", *(["lora"] if form == "peft" else [])],
-        model_name=title if results else None,
-        eval_results=results or None,
+        model_name=title if measured else None,
+        eval_results=list(measured) or None,
         **({} if base is None else {"base_model_relation": "adapter" if form == "peft" else "finetune"}),
     )
     rows = {"model": described(model_of(backbone)), "base weights": base or "a file that has no name on a hub"}
     if adapter is not None:
         rows |= {"adapter": adapter.describe(), "fingerprint of the base weights": adapter.base or "not recorded"}
-    rows |= dict(facts or {}) | {f"{one.name} ({one.split}, {one.data})": f"{one.value:.4f}" for one in measured}
+    rows |= dict(facts or {})
+    for one in measured:
+        rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
     cells = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
     reading = (
         f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."

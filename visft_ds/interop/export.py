@@ -1,4 +1,4 @@
-"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor.
+"""Base weights + adapter -> full weights in the form that a library loads, tensor by tensor; or a graph of ONNX.
 
 A change by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight, and then the file hardly
 differs from the base. So sums are fp32, and `Share` says how much of the change is in the file.
@@ -7,8 +7,9 @@ differs from the base. So sums are fp32, and `Share` says how much of the change
 from __future__ import annotations
 
 import json
+import logging
 import math
-import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +25,16 @@ from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_atom
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 
-# Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
-_LEAST_SHARE, _MOST_ERROR = 0.9, 0.5
-#: Of what timm knows of pretrained weights, what holds for trained ones too; the last while positions keep their size.
-_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
+#: Packages of the extra `onnx`, as they are imported: torch needs two of them to write a graph, the last one checks it.
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+IMAGES, FEATURES = "images", "features"
+#: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
+_LARGEST_GRAPH = 1_900_000_000
+#: Of what timm knows of pretrained weights, what holds for trained ones too.
 _SETTINGS = (
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
-    *("first_conv", "classifier", *_SIZES),
+    *("first_conv", "classifier", "pool_size"),
 )
-_TEXT_HEAD = 64  #: width of a head in the text tower of every CLIP, which no tensor shows
 
 
 @dataclass
@@ -56,17 +58,17 @@ class Share:
     @property
     def retained(self) -> float:
         """Along D; 1: all of it."""
-        return self.along / self.wanted if self.wanted else math.nan
+        return self.along / self.wanted
 
     @property
     def error(self) -> float:
         """Norm of what is missing over that of the change; 0: exact."""
-        return math.sqrt(self.missed / self.wanted) if self.wanted else math.nan
+        return math.sqrt(self.missed / self.wanted)
 
     @property
     def lost(self) -> bool:
         """Return True if too little of the change is left to speak of the same model."""
-        return self.wanted > 0 and (self.retained < _LEAST_SHARE or self.error > _MOST_ERROR)
+        return self.retained < 0.9 or self.error > 0.5
 
 
 def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share) -> Weights:
@@ -148,10 +150,10 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if differing := sorted(model.state_dict().keys() ^ tower.keys()):
         note = f"timm does not load this by itself: its {name} and the base differ by {examples(differing)}"
         return Written("model.safetensors", tower, {}, note)
-    known, side = model.pretrained_cfg, arguments.get("img_size")
+    known = model.pretrained_cfg
     kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
-    if side:
-        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
+    if "img_size" in arguments:
+        kept["input_size"] = [3, arguments["img_size"], arguments["img_size"]]
     config = {
         "architecture": known["architecture"],
         "num_classes": arguments["num_classes"],
@@ -175,7 +177,7 @@ def _whole_clip(prefix: str, name: str, tower: Weights, file: Weights, backbone:
 
 
 def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """The same with the configuration that open_clip has of EVA's towers, in the sizes of the text tower."""
+    """The same with the configuration that open_clip has of EVA's two models."""
     from open_clip import get_model_config
 
     written = _whole_clip("visual.trunk.", "open_clip_model.safetensors", tower, file, backbone)
@@ -183,11 +185,7 @@ def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
     assert isinstance(backbone, EvaViT)
     config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
-    context, width = file["text.positional_embedding"].shape
-    blocks = {match[1] for name in file if (match := re.match(r"text\.transformer\.resblocks\.(\d+)\.", name))}
-    config["embed_dim"], config["vision_cfg"]["image_size"] = tower["head.weight"].shape[0], backbone.image_size
-    config["text_cfg"] |= {"context_length": context, "width": width, "heads": max(1, width // _TEXT_HEAD)}
-    config["text_cfg"] |= {"vocab_size": file["text.token_embedding.weight"].shape[0], "layers": len(blocks)}
+    config["vision_cfg"]["image_size"] = backbone.image_size
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": mean, "std": std}}
     return Written(written.name, written.tensors, {"open_clip_config.json": whole})
@@ -218,3 +216,29 @@ def write(written: Written, path: Path, metadata: Mapping[str, str]) -> None:
         write_atomically(path, lambda file: torch.save(tensors, file))
     for name, content in written.files.items():
         write_text(path.with_name(name), json.dumps(content, indent=2) + "\n")
+
+
+def write_onnx(backbone: Backbone, path: Path) -> None:
+    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature map, for any B.
+
+    torch's own exporter writes it (torch.export, `dynamo=True`). Raises ValueError where it cannot.
+    """
+    side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch about its own parts
+            program = torch.onnx.export(
+                backbone.eval(),
+                (torch.zeros(2, 3, side, side),),
+                dynamo=True,
+                input_names=[IMAGES],
+                output_names=[FEATURES],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        first = str(error.__cause__ or error).split("\n")[0]
+        raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
+    assert program is not None
+    program.save(path, external_data=size > _LARGEST_GRAPH)

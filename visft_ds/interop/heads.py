@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,10 @@ from visft_ds.config.preflight import head_files
 from visft_ds.data.shards import Category
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.published import published_head, published_task
+from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
-from visft_ds.tasks import TASKS, get_task
-from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
+from visft_ds.tasks import TASKS, config_class, get_task
+from visft_ds.tasks.classes import COCO_NAMES, check_unnamed, classes_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _KEY = "visft_head"
@@ -38,23 +39,11 @@ class HeadInfo:
     categories: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def published(self) -> bool:
-        """Return True if ViSFT published it; such a head knows COCO's categories."""
-        return self.extra.get("format") == "visft"
-
     def names(self) -> dict[int, str]:
-        """The categories it was trained on, id -> name; empty where its file does not record them."""
+        """The categories it was trained on, id -> name; COCO's of a published one, none where nobody recorded them."""
+        if self.extra.get("format") == "visft" and not TASKS[self.task].uses_vocabulary:
+            return dict(COCO_NAMES)
         return {int(one.get("coco_id", one["id"])): one["name"] for one in self.categories}
-
-    def classes(self) -> tuple[int, ...] | None:
-        """Raw id of each class, where they are not those of the published heads. Raises ValueError if nobody knows."""
-        if TASKS[self.task].uses_vocabulary:
-            return None
-        if not self.categories:
-            check_unnamed(self.task, self.options)
-            return None
-        return classes_of(self.task, self.options, self.names())
 
     def vocabulary(self) -> Vocabulary | None:
         """The words that it brings along."""
@@ -94,11 +83,11 @@ def find_head(folder: str | Path, task: str) -> Path:
 
     Raises ValueError where there is none, or published ones of both backbones.
     """
-    get_task(task)
     found = head_files(Path(folder), task)
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
-    if published_task(found[0]) not in (None, task):
+    published = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)
+    if published and published[1] != config_class(task).published:
         raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
     return found[0]
 
@@ -117,19 +106,17 @@ def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
 def open_head(path: str | Path, task: str) -> HeadFile:
     """Open the head of a task: ours, in a checkpoint of ours, or a published one. Raises ValueError without one."""
     file = open_weights(path)
-    get_task(task)
-    of_checkpoint = f"{_KEY}.{task}" in file.metadata
-    key = f"{_KEY}.{task}" if of_checkpoint else _KEY
-    if key not in file.metadata:
+    told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
+    if told is None:
         width, options, tensors = published_head(task, file)
         return HeadFile(HeadInfo(task, width, options, extra={"format": "visft"}), tensors)
     with reading(file.path, "a head of visft_ds"):
-        info = HeadInfo(**json.loads(file.metadata[key]))
+        info = HeadInfo(**json.loads(told))
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()
         info.vocabulary()
-    return HeadFile(info, file.under(f"heads.{task}.") if of_checkpoint else file)
+    return HeadFile(info, file if _KEY in file.metadata else file.under(f"heads.{task}."))
 
 
 def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
@@ -149,11 +136,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
     for task, info in heads.items():
         known = info.names()
         unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
-        if info.published and not TASKS[task].uses_vocabulary:
-            unknown = [f"{c.coco_id} {c.name!r}" for c in categories if not are_of_coco({c.coco_id: c.name})]
-        elif not known:
-            continue
-        if unknown:
+        if known and unknown:
             raise ValueError(f"the {task} head does not know {examples(unknown)} of {where}. {remedy}")
 
 
@@ -162,8 +145,15 @@ def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]
 
     Raises ValueError for a head whose classes nobody knows.
     """
-    found = {task: info.classes() for task, info in heads.items()}
-    return {task: classes for task, classes in found.items() if classes is not None}
+    found: dict[str, tuple[int, ...]] = {}
+    for task, info in heads.items():
+        if TASKS[task].uses_vocabulary:
+            continue
+        if not info.categories:
+            check_unnamed(task, info.options)
+        elif (classes := classes_of(task, info.options, info.names())) is not None:
+            found[task] = classes
+    return found
 
 
 def check_heads(
@@ -172,13 +162,9 @@ def check_heads(
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
 ) -> None:
-    """Refuse heads that know other categories or words than the training data, or have other classes for them.
+    """Refuse heads that know other categories or words than the training data, or have other `classes` than the run.
 
-    Args:
-        classes: of the run, as `classes_of_heads` gives them.
-
-    Raises:
-        ValueError: naming what differs.
+    Raises ValueError naming what differs.
     """
     where = "the training data"
     check_categories(heads, categories, where, "Start new heads with stage 1 on this data")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from visft_ds.files import reading
 from visft_ds.interop.efficientnet import under_timms_names
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
-from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
-from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.models import Backbone, build_empty
+from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.pretrained import TIMM
 
 #: Prefix of the tower in files of open_clip, EVA-CLIP, ViSFT and LAVIS, of our checkpoints, and of timm.
@@ -66,12 +66,10 @@ def described(model: Mapping[str, Any]) -> str:
     return ", ".join([model["preset"], *(f"{name}={value}" for name, value in model.items() if name != "preset")])
 
 
-def built(model: Mapping[str, Any]) -> Backbone:
+def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
     """A backbone of a description, for weights that are loaded next."""
     options = {name: value for name, value in model.items() if name != "preset"}
-    if model["preset"].startswith(TIMM):
-        return build_timm(model["preset"].removeprefix(TIMM), **options)
-    return build_backbone(model["preset"], seed=None, **options)
+    return build_empty(model["preset"], torch.float32, options, device)
 
 
 def open_model(path: str | Path) -> Weights:
@@ -113,10 +111,7 @@ def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
 def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """The weights of a backbone (on any device) in a file, with statistics of batch norms, and nothing else.
 
-    Names and shapes are checked, values are not read.
-
-    Raises:
-        ValueError: naming tensors that are missing, unexpected, of another shape or quantised.
+    Names and shapes are checked, values are not read. Raises ValueError as `fitted`.
     """
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
@@ -158,17 +153,23 @@ def _restore_class_position(tower: Weights, shape: torch.Size) -> None:
 
 
 def load_backbone(
-    path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
+    path: str | Path,
+    model: Mapping[str, Any] | None = None,
+    storage: torch.dtype = torch.float32,
+    *,
+    with_class_token: bool = False,
 ) -> Any:
-    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32.
+    """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if known.
 
-    Args:
-        model: what the file is of, if it is known; else the file says it.
+    Towers of EVA train and are read without class token; `with_class_token` keeps that of the file, if it has one.
 
-    Raises:
-        ValueError: as `open_backbone`; values that are not finite.
+    Raises ValueError as `open_backbone`, and for values that are not finite.
     """
-    backbone = built(model or model_in(open_model(path)))
+    file = open_model(path)
+    model = dict(model or model_in(file))
+    if with_class_token and not model["preset"].startswith(TIMM):
+        model["class_token"] = "cls_token" in tower_in(file, model)
+    backbone = built(model)
     fill(backbone, open_backbone(backbone, path), storage)
     return backbone
 

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
+from visft_ds.files import reading
 from visft_ds.interop.adapter import FILE, Adapter
 from visft_ds.interop.weights import Weights, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.tasks import BUILT_IN, config_class, get_task
+from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 
 PREFIX = "visft_heads."
-#: Task -> its word in the names of the published files.
-KINDS: Mapping[str, str] = {name: config_class(name).published for name in BUILT_IN}
 #: Parameter whose second axis is the width of the features.
 _ANCHORS = {
     "detection": "input_proj.weight",
@@ -92,34 +91,25 @@ def published_head(task: str, file: Weights) -> tuple[int, dict[str, Any], Weigh
     Raises ValueError for a file without one.
     """
     anchor = published_name(task, _ANCHORS[task]) if task in _ANCHORS else ""
-    if anchor not in file or len(file[anchor].shape) < 2:
+    if anchor not in file:
         raise ValueError(f"{file.path}: no {task} head of visft_ds or ViSFT in this file; it has {examples(file)}")
     options = get_task(task).options("head", {})
     if task == "segmentation":
         options["labelling"] = "published"
-    words = file.get(published_name(task, "embedding.weight")) if task == "captioning" else None
-    if words is not None:
-        options["vocabulary_size"] = words.shape[0]
-    width = file[anchor].shape[1]
-    with torch.device("meta"):
-        head = get_task(task).build_head(width, options, options.get("vocabulary_size", 1))
+    with reading(file.path, f"a {task} head of ViSFT"), torch.device("meta"):
+        if task == "captioning":
+            options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
+        width = file[anchor].shape[1]
+        head = get_task(task).build_head(width, options, options.get("vocabulary_size"))
     names = {name: published_name(task, name) for name in head.state_dict()}
     tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
     return width, options, Weights(tensors, file.path)
 
 
-def published_task(path: Path) -> str | None:
-    """The task by a file's published name (`eva_e_caption_heads.ckpt`), None for other names."""
-    match = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", path.name)
-    return next((task for task, kind in KINDS.items() if match and match[1] == kind), None)
-
-
 def read_adapter(path: str | Path) -> Adapter:
     """An adapter in a folder or file of ours, or a LoRA of ViSFT. Raises ValueError for anything else."""
     path = Path(path)
-    if path.is_dir() or path.name == FILE:
-        return Adapter.load(path)
-    return read_visft_lora(path)
+    return Adapter.load(path) if path.is_dir() or path.name == FILE else read_visft_lora(path)
 
 
 def read_visft_lora(path: Path) -> Adapter:
@@ -130,10 +120,11 @@ def read_visft_lora(path: Path) -> Adapter:
         for name in file
         if (match := re.search(r"(?:^|\.)(blocks\.\d+\.attn\.qkv\.lora_[AB])$", name))
     }
-    a, b = (found.get(f"blocks.0.attn.qkv.lora_{kind}") for kind in "AB")
-    if a is None or b is None or a.ndim != 2 or b.shape[:1] != (2 * a.shape[1],) or len(a) != 2 * b.shape[1]:
+    if "blocks.0.attn.qkv.lora_A" not in found:
         raise ValueError(f"{path}: no LoRA of ViSFT, which is on q and v; it has {examples(file)}")
-    width, layers = a.shape[1], sorted({name.rpartition(".")[0] for name in found}, key=lambda n: int(n.split(".")[1]))
+    with reading(path, "a LoRA of ViSFT"):
+        double, width = found["blocks.0.attn.qkv.lora_A"].shape
     preset = next((name for name, one in PRESETS.items() if one.width == width), "debug")
     slices = ((0, width), (2 * width, 3 * width))
-    return Adapter({"preset": preset}, b.shape[1], 1.0, ("q", "v"), {n: (3 * width, slices) for n in layers}, found)
+    layers = {f"blocks.{index}.attn.qkv": (3 * width, slices) for index in range(len(found) // 2)}
+    return Adapter({"preset": preset}, double // 2, 1.0, ("q", "v"), layers, found)

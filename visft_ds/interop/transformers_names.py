@@ -6,12 +6,11 @@ Other models need nothing: transformers loads timm's folder itself (TimmWrapperM
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.interop.export import Written
 from visft_ds.interop.weights import Lazy, Weights
@@ -57,8 +56,9 @@ _FAMILIES: Mapping[str, tuple[str, str, str, Mapping[str, str]]] = {
 
 def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """Content in transformers' form, as `export.FORMATS` want it. Raises ValueError for a model of no such class."""
-    known = _family(backbone)
-    if known is None or not isinstance(backbone, TimmBackbone):
+    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
+    known = next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
+    if known is None:
         raise ValueError(
             f"transformers has no class for {backbone.describe()}, only of DINOv3, CLIP and SigLIP: give "
             "--format timm, whose folder AutoModel loads"
@@ -101,18 +101,14 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written("model.safetensors", Weights(tensors, tower.path), files)
 
 
-def _family(backbone: Backbone) -> tuple[str, str, str, Mapping[str, str]] | None:
-    name = backbone.name.partition(".")[0] if isinstance(backbone, TimmBackbone) else ""
-    return next((found for pattern, found in _FAMILIES.items() if re.fullmatch(pattern, name)), None)
-
-
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
     """(name, tensor) of what transformers makes of a tensor: thirds of a qkv, joined parts of a pooling, or it."""
     one = tower[name]
     if match := re.fullmatch(r"(.+\.attn\.)qkv\.(weight|bias)", name):
         shape = (one.shape[0] // 3, *one.shape[1:])
         for index, part in enumerate("qkv"):
-            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, _third(one, index))
+            third = partial(lambda index: one.read().chunk(3)[index], index)
+            yield f"{match[1]}{part}_proj.{match[2]}", Lazy(shape, one.dtype, third)
     elif match := re.fullmatch(r"attn_pool\.q\.(weight|bias)", name):
         both, shape = (one, tower[f"attn_pool.kv.{match[1]}"]), (3 * one.shape[0], *one.shape[1:])
         joined = Lazy(shape, one.dtype, lambda: torch.cat([part.read() for part in both]))
@@ -122,10 +118,6 @@ def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy
         yield name, Lazy(shape, one.dtype, lambda: one.read().reshape(shape))
     elif not name.startswith("attn_pool.kv."):
         yield name, one
-
-
-def _third(one: Lazy, index: int) -> Callable[[], Tensor]:
-    return lambda: one.read().chunk(3)[index]
 
 
 def _renamed(name: str, rules: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.interop import onnx_file
+from visft_ds.interop.export import FEATURES, IMAGES
 from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
@@ -39,16 +39,11 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
         import onnxruntime
 
         session: Any = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
-        names = [onnx_file.FEATURES], onnx_file.IMAGES
-        return lambda images: torch.cat(
-            [torch.from_numpy(session.run(names[0], {names[1]: image.numpy()})[0]) for image in images.split(1)]
-        )
+        return lambda images: torch.from_numpy(session.run([FEATURES], {IMAGES: images.numpy()})[0])
     if form == "transformers":
         from transformers import AutoModel
 
-        model, found = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        if wrong := [f"{name} ({why})" for why, names in found.items() for name in names]:
-            raise ValueError(f"transformers does not load these weights as they are: {', '.join(wrong[:4])}")
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         # CLIP's last hidden state is in front of its last norm, which others have behind them.
         norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
         return lambda images: _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
@@ -68,9 +63,9 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
 
 
 @torch.no_grad()
-def difference(got: Features, wanted: nn.Module, side: int) -> float:
+def difference(got: Features, wanted: Backbone) -> float:
     """|got - wanted| / |wanted| on two images of seeded noise."""
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
     want: Tensor = wanted.eval()(images)
     return float((got(images).float() - want).norm() / want.norm())
 

@@ -26,12 +26,11 @@ from visft_ds.files import reading, sync_folder
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 #: Names under which training scripts keep the weights beside an optimizer's state and counters.
 _NESTS = ("model", "state_dict", "module")
-_PIECE = 2**20  #: values that are looked at at once
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -75,13 +74,9 @@ class Weights(dict[str, Lazy]):
 
 
 def finite(value: Tensor, what: str) -> Tensor:
-    """The tensor itself. Raises ValueError for NaN and infinity in it.
-
-    Both survive a sum, which reads the values once; torch makes an fp32 copy for it, so it is taken in pieces.
-    """
-    for piece in value.detach().flatten().split(_PIECE) if value.is_floating_point() else ():
-        if not (piece.sum(dtype=torch.float32).isfinite() or piece.isfinite().all()):
-            raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
+    """The tensor itself. Raises ValueError for NaN and infinity in it, which are found without a copy."""
+    if value.is_floating_point() and value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{what} holds NaN or infinity, or does not fit into {value.dtype}")
     return value
 
 
@@ -135,7 +130,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file whole or not at all; each tensor is read once, in the order of `file_order`, and dropped.
+    """Write a file whole or not at all; each tensor is read once and dropped.
 
     The header gains `format`, which transformers and PEFT ask for, and our version.
     """
@@ -148,15 +143,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_safetensors(path, {name: Lazy.of(value) for name, value in tensors.items()}, metadata)
 
 
-def file_order(tensors: Mapping[str, Lazy]) -> list[str]:
-    """Names as they follow each other in a file: the largest elements first, so that all are aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
 def safetensors_pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor."""
+    """The bytes of a safetensors file, tensor by tensor: the largest elements first, so that all are aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order, end = file_order(tensors), 0
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
     for name in order:
         one, start, end = tensors[name], end, end + tensors[name].nbytes
         header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}

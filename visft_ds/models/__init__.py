@@ -16,14 +16,14 @@ from visft_ds.pretrained import TIMM
 Backbone = EvaViT | TimmBackbone
 
 
-def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Backbone:
-    """A backbone on the meta device: one of `PRESETS`, or TIMM and the name of a model of timm.
+def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any], device: str = "meta") -> Backbone:
+    """A backbone for weights that are loaded next: one of `PRESETS`, or TIMM and the name of a model of timm.
 
     `options` are fields that replace the preset's, with timm image_size alone; and `layers`, the blocks that are read.
     """
     if preset.startswith(TIMM):
-        return build_timm(preset.removeprefix(TIMM), device="meta", dtype=dtype, **options)
-    return build_backbone(preset, device="meta", dtype=dtype, seed=None, **options)
+        return build_timm(preset.removeprefix(TIMM), device=device, dtype=dtype, **options)
+    return build_backbone(preset, device=device, dtype=dtype, seed=None, **options)
 
 
 def require_eva_vit(backbone: Backbone) -> EvaViT:

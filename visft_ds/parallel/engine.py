@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from visft_ds import DEEPSPEED
 from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.models import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.partition import Partition
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.tasks.spec import LossDenominators
 
 #: Most losses of a task that are for the log only.
 _LOGGED = 8

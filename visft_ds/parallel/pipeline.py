@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import step_without_update
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
+from visft_ds.tasks.spec import LossDenominators
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64

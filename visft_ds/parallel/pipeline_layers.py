@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
+from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
 from visft_ds.models import require_eva_vit
 from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.spec import LossDenominators
 
 Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers know one dtype each), checksum (1,)
 
@@ -40,8 +41,9 @@ class EmbeddingLayer(Layer):
     def forward(self, fed: tuple[Tensor, Tensor, Tensor]) -> Travelling:
         """(images (B, 3, H, W) uint8, sizes (B, 2), checksum) -> what travels."""
         images, sizes, checksum = fed
-        model, backbone = self._whole
-        return backbone.embed(model.pixels(images, sizes)).contiguous(), checksum  # a transposed view cannot be sent
+        _, backbone = self._whole
+        tokens = backbone.embed(normalise_pixels(backbone, images, sizes))
+        return tokens.contiguous(), checksum  # a transposed view cannot be sent
 
 
 class BlockLayer(Layer):

@@ -70,20 +70,6 @@ def updates_done(engine: Engine) -> int:
     return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
 
 
-def gather_parameters(engine: Engine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-    """Current values of parameters on the main process (empty elsewhere), frozen ones too. Collective.
-
-    Args:
-        names: which; all trainable ones by default.
-    """
-    values: dict[str, Tensor] = {}
-    for name in trainable(engine) if names is None else names:
-        value = on_main(engine, name, gather_tensor(engine, engine.module.get_parameter(name), VALUE))
-        if value is not None:
-            values[name] = to_host(name, value)
-    return values
-
-
 def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     """Put a state back. Every rank passes the same state; `step` counts optimiser steps including skipped ones.
 

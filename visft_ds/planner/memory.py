@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,10 +24,10 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, divide, operations_by_layer
-from visft_ds.planner.trace import META, Tracer, Work, fused_attention
+from visft_ds.planner.trace import META, Tracer, Work, operators_of
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content
+from visft_ds.tasks.spec import Content, counts_of
 
 FP32 = 4  #: bytes
 
@@ -50,19 +50,6 @@ class PlannedRun:
     def with_policy(self, policy: str) -> PlannedRun:
         """The same with this `visft.model.recompute`."""
         return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
-
-    @property
-    def keeping_linear(self) -> bool:
-        """Return True where DeepSpeed's own linear layer takes the place of torch's."""
-        zero = self.config.deepspeed["zero_optimization"]
-        return int(zero["stage"]) == 3 and bool(zero.get("memory_efficient_linear", True))
-
-    def model_key(self, stream: Stream) -> str:
-        """Text that two runs share if a stream is the same work of the same model in both."""
-        visft = self.config.visft
-        decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
-        tasks = [task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()]
-        return "".join([decides, *tasks, repr(stream.image), repr(stream.tasks), str(self.vocabulary_size)])
 
     @cached_property
     def partition(self) -> Partition | None:
@@ -101,24 +88,12 @@ _TRACED: dict[tuple[Any, ...], TracedStep] = {}
 
 
 def run_of(
-    config: ResolvedConfig,
-    world_size: int,
-    precision: Precision,
-    vocabulary_size: int | None = None,
-    device: torch.device | None = None,
+    config: ResolvedConfig, processes: int, precision: Precision, words: int | None, device: torch.device | None
 ) -> PlannedRun:
-    """Run to be planned.
-
-    Args:
-        precision: what visft.model.precision means on the device; never "auto".
-        vocabulary_size: of the captions; None: that of the published heads.
-        device: where ranks compute, which need not exist here; None: this process's own.
-
-    Raises:
-        ValueError: batches that cannot be divided.
-    """
-    words, device = vocabulary_size or PUBLISHED_VOCABULARY, device or distributed.local_device()
-    return PlannedRun(config, derive_batches(config, world_size), precision, words, device)
+    """A run with captions of so many words (None: those of the published heads) on processes' devices (None: this
+    one's own). Raises ValueError: batches that cannot be divided."""
+    batches, device = derive_batches(config, processes), device or distributed.local_device()
+    return PlannedRun(config, batches, precision, words or PUBLISHED_VOCABULARY, device)
 
 
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
@@ -133,20 +108,23 @@ def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
 
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
-    images = run.batches.micro[stream.name]
-    key = (run.model_key(stream), images, run.precision, run.device.type, run.content, run.keeping_linear)
+    visft, images = run.config.visft, run.batches.micro[stream.name]
+    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
+    heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
+    zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
+    key = (model, heads, repr(stream), images, run.precision, run.vocabulary_size, run.device.type, run.content, zero3)
     if key not in _TRACED:
-        _TRACED[key] = _traced(run, stream, images)
+        _TRACED[key] = _traced(run, stream, images, zero3)
     return _TRACED[key]
 
 
-def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
+def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> TracedStep:
     visft, storage = run.config.visft, DTYPES[run.precision]
     module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
     on_host = blank_batch(stream, images, run.content)
     denominators: dict[str, dict[str, Tensor]] = {}
-    for name in module.count(on_host):
+    for name in counts_of(module.criteria, [on_host]):
         task, _, count = name.partition("/")
         denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
@@ -163,10 +141,8 @@ def _traced(run: PlannedRun, stream: Stream, images: int) -> TracedStep:
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(arrived)
     backbone = module.backbone
-    by_layer: AbstractContextManager[list[int]] = nullcontext([])
-    if isinstance(backbone, EvaViT):
-        by_layer = operations_by_layer(tracer, backbone)
-    with tracer, fused_attention(run.device, keeping_linear=run.keeping_linear), by_layer as layers:
+    by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
+    with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from visft_ds.config import ResolvedConfig, changed, derive_batches
+from visft_ds.config import ResolvedConfig, changed
 from visft_ds.planner.hardware import Cluster
-from visft_ds.planner.memory import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
+from visft_ds.planner.memory import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.time import PlannedTime, peak_seconds, step_time
-from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 
-CUDA = torch.device("cuda")
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
 MEMORY_SHARE = 0.92
-
-Candidates = Iterator[tuple[tuple[str, ...], ResolvedConfig]]  #: flags of visft train, what they lead to
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,8 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     precision = gpu.precision() if stated == "auto" else stated
     if gpu.rate(precision) is None:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
-    batches, capacity = derive_batches(config, cluster.count), int(MEMORY_SHARE * gpu.memory)
-    run = PlannedRun(config, batches, precision, PUBLISHED_VOCABULARY, CUDA)
-    plain = run.with_policy("none")
+    run, capacity = run_of(config, cluster.count, precision, None, torch.device("cuda")), int(MEMORY_SHARE * gpu.memory)
+    batches, plain = run.batches, run.with_policy("none")
     if config.visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
     kinds = config.visft.streams()
@@ -77,12 +73,11 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         for name, stream in kinds.items()
     }
 
-    def mean(numbers: dict[str, float]) -> float:
-        return sum(kinds[name].share * number for name, number in numbers.items()) / sum(
-            k.share for k in kinds.values()
-        )
+    def mean(number: Callable[[StreamForecast], float]) -> float:
+        weighted = sum(kinds[name].share * number(stream) for name, stream in streams.items())
+        return weighted / sum(stream.share for stream in kinds.values())
 
-    seconds = mean({name: stream.seconds.total for name, stream in streams.items()})
+    seconds = mean(lambda stream: stream.seconds.total)
     zero = config.deepspeed["zero_optimization"]["stage"]
     return SearchArm(
         flags=tuple(flags),
@@ -91,11 +86,11 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         accumulation=batches.accumulation,
         capacity=capacity,
         needed=max(stream.memory.total for stream in streams.values()),
-        images_per_second=mean({name: stream.images for name, stream in streams.items()}) / seconds,
+        images_per_second=mean(lambda stream: stream.images) / seconds,
         step_seconds=seconds,
         steps=config.total_steps,
         hours=config.total_steps * seconds / 3600,
-        of_limit=mean({name: stream.limit for name, stream in streams.items()}) / seconds,
+        of_limit=mean(lambda stream: stream.limit) / seconds,
         streams=streams,
     )
 
@@ -106,23 +101,29 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
     Where nothing fits, an engine's arm is the one that needs least. Each policy is tried with the fewest micro-batches
     that fit; a stated one is the only one.
     """
-    arms = _fastest(changed(config, engine="zero1"), cluster, ("--engine zero1",))
-    for flags, of_engine in _engines(config, cluster.count):
-        if of_engine.pipeline_stages > 1 and any(arm.fits for arm in arms):
+    arms = _fastest(changed(config, engine="zero1"), cluster, _flags([], "zero1"))
+    for engine, settings in _engines(cluster.count):
+        if engine == "pipeline" and any(arm.fits for arm in arms):
             break  # a pipeline divides what does not fit; it waits while it fills
-        try:
-            arms += _fastest(of_engine, cluster, flags)
-        except ValueError:
-            continue  # it has more stages than the model has layers
+        with suppress(ValueError):  # more stages than the model has layers; an engine that refuses what is configured
+            arms += _fastest(changed(config, settings, engine), cluster, _flags(settings, engine))
     return sorted(arms, key=lambda arm: (not arm.fits, arm.step_seconds))
 
 
 def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> list[SearchArm]:
     """The fastest settings of an engine that fit, else those that need least; none: batches cannot be divided."""
     stated, tried = config.visft.model.recompute, list[SearchArm]()
+    dp, streams = cluster.count // config.pipeline_stages, config.visft.streams().values()
+    if any(stream.batch_size % dp for stream in streams):
+        return []
+    shares = {stream.key: stream.batch_size // dp for stream in streams}
+    # A pipeline is the faster the more micro-batches there are; elsewhere fewer and larger ones are.
+    counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
     for policy in policies_of(config) if stated == "auto" else (stated,):
-        for settings, candidate in _variants(config, cluster, policy):
-            tried.append(forecast(candidate, cluster, (*flags, *settings)))
+        for accumulation in counts[-1:] if config.pipeline_stages > 1 else counts:
+            settings = [f"{key}.micro_batch={share // accumulation}" for key, share in shares.items()]
+            settings += [f"visft.model.recompute={policy}"] if config.visft.stage == 2 else []
+            tried.append(forecast(changed(config, settings), cluster, (*flags, *_flags(settings))))
             if tried[-1].fits:
                 break
         if len(tried) == 1 and tried[0].fits:
@@ -130,18 +131,14 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     return sorted(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.needed))[:1]
 
 
-def _variants(config: ResolvedConfig, cluster: Cluster, policy: str) -> Candidates:
-    """Settings from the largest micro-batches to the smallest, where batches can be divided."""
-    dp, streams = cluster.count // config.pipeline_stages, config.visft.streams().values()
-    if any(stream.batch_size % dp for stream in streams):
-        return
-    shares = {stream.key: stream.batch_size // dp for stream in streams}
-    # A pipeline is the faster the more micro-batches there are; elsewhere fewer and larger ones are.
-    counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
-    for accumulation in counts[-1:] if config.pipeline_stages > 1 else counts:
-        settings = [f"{key}.micro_batch={share // accumulation}" for key, share in shares.items()]
-        settings += [f"visft.model.recompute={policy}"] if config.visft.stage == 2 else []
-        yield _flags(settings), changed(config, settings)
+def _engines(count: int) -> list[tuple[str, list[str]]]:
+    """Engines, and their settings, that hold less of a model on each of several GPUs."""
+    pipelines = [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
+    return [("zero3", []), *pipelines] if count > 1 else []
+
+
+def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...]:
+    return (*([f"--engine {engine}"] if engine else []), *(f"--set {setting}" for setting in settings))
 
 
 # ------------------------------------------------------------------------------------------------- what would fit
@@ -169,44 +166,19 @@ def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
 
     Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
     """
-    config, world_size, found = now.config, now.batches.processes, list[str]()
-    engines = iter(()) if config.pipeline_stages > 1 else _engines(config, world_size)
-    for kind in (_recomputing(config), _fewer_images(config, world_size), engines):
-        for flags, candidate in kind:
-            try:
-                fits = plan_largest(now.changed(candidate)).total <= capacity
-            except ValueError:
-                continue  # its batches do not divide that way, or there are more stages than layers
-            if fits:
-                found.append(" ".join(flags))
-                break
+    config, micro, found = now.config, now.batches.micro, list[str]()
+    streams, policies = config.visft.streams(), set(policies_of(config)) - {"none", config.visft.model.recompute}
+    again = [[f"visft.model.recompute={policy}"] for policy in sorted(policies, reverse=True)]  # mlp before block
+    fewer = [
+        [f"{streams[name].key}.micro_batch={max(1, count >> halvings)}" for name, count in micro.items()]
+        for halvings in range(1, max(micro.values()).bit_length())
+    ]
+    engines = [] if config.pipeline_stages > 1 else _engines(now.batches.processes)
+    for kind in ([(None, settings) for settings in again], [(None, settings) for settings in fewer], engines):
+        for engine, settings in kind:
+            # Refused: batches that do not divide that way, more stages than layers, an engine for other models.
+            with suppress(ValueError):
+                if plan_largest(now.changed(changed(config, settings, engine))).total <= capacity:
+                    found.append(" ".join(_flags(settings, engine)))
+                    break
     return found
-
-
-def _recomputing(config: ResolvedConfig) -> Candidates:
-    for policy in policies_of(config):
-        if policy not in ("none", config.visft.model.recompute):
-            settings = [f"visft.model.recompute={policy}"]
-            yield _flags(settings), changed(config, settings)
-
-
-def _fewer_images(config: ResolvedConfig, world_size: int) -> Candidates:
-    micro, streams = derive_batches(config, world_size).micro, config.visft.streams()
-    for halvings in range(1, max(micro.values()).bit_length()):
-        settings = [f"{streams[name].key}.micro_batch={max(1, count >> halvings)}" for name, count in micro.items()]
-        yield _flags(settings), changed(config, settings)
-
-
-def _engines(config: ResolvedConfig, count: int) -> Candidates:
-    """Engines that hold less of a model on each of several GPUs, but those that refuse what is configured."""
-    pipelines = [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
-    for engine, settings in [("zero3", list[str]()), *pipelines] if count > 1 else ():
-        try:
-            candidate = changed(config, settings, engine=engine)
-        except ValueError:
-            continue  # a pipeline takes no model of timm, ZeRO-3 no compiled blocks
-        yield (f"--engine {engine}", *_flags(settings)), candidate
-
-
-def _flags(settings: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"--set {setting}" for setting in settings)

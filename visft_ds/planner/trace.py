@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
 _FREE = ("empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
@@ -91,25 +91,12 @@ class Tracer(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
-
-
 def _product_added(added: Any, left: Any, right: Any, **named: Any) -> int:
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
-#: With what torch does not count: the fused attention kernel of CPUs, and products added in place.
-_FORMULAS: dict[Any, Any] = {
-    **flop_registry,
-    torch.ops.aten.addmm_: _product_added,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+#: With what torch does not count: products added in place.
+_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: _product_added}
 
 
 @cache
@@ -135,74 +122,45 @@ def work_of(func: Any, kind: str, args: Any, kwargs: dict[str, Any], result: Any
 
 
 @contextmanager
-def fused_attention(device: torch.device, *, keeping_linear: bool = False) -> Iterator[None]:
-    """Let attention on the meta device cost and keep what the kernel that torch takes on a device does.
+def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]:
+    """Let attention and linear layers on the meta device cost and keep what they do on a device.
 
+    Attention is a fused kernel: FlashAttention in 16 bit on a GPU, elsewhere the memory-efficient one, which keeps as
+    much as that of CPUs. Under ZeRO-3, DeepSpeed's linear layer keeps its input whether or not its weight trains.
     Functions are replaced, since torch's function modes are off while a backward pass computes a forward again.
-
-    Args:
-        keeping_linear: linear layers keep their input whether or not their weight trains, as DeepSpeed's do under
-            ZeRO-3 (deepspeed/runtime/zero/linear.py).
     """
-    attend, multiply = F.scaled_dot_product_attention, F.linear
+    attend, multiply, aten = F.scaled_dot_product_attention, F.linear, torch.ops.aten
 
-    def linear(x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        out: Tensor = _KeepingLinear.apply(x, *rest, **named) if x.is_meta else multiply(x, *rest, **named)
-        return out
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        if not q.is_meta:
+            return attend(q, k, v, attn_mask, dropout_p, *rest, **named)
+        if device.type == "cuda" and attn_mask is None and q.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, *rest, **named)[0]
+        bias = attn_mask  # which torch makes of a mask
+        if bias is not None:
+            bias = torch.zeros_like(bias, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, *rest, **named)[0]
 
-    def attention(query: Tensor, *rest: Any, **named: Any) -> Tensor:
-        return _attend(device, query, *rest, **named) if query.is_meta else attend(query, *rest, **named)
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not x.is_meta:
+            return multiply(x, weight, bias)
+        out = x.matmul(weight.t())
+        if out.grad_fn is not None:
+            kept = [x]
+            out.grad_fn.register_hook(lambda *_: kept.clear())
+        return out if bias is None else out.add_(bias)
 
-    F.scaled_dot_product_attention = attention
-    F.linear = linear if keeping_linear else multiply  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.linear = linear if zero3 else multiply  # type: ignore[assignment]
     try:
         yield
     finally:
         F.scaled_dot_product_attention, F.linear = attend, multiply
-
-
-class _KeepingLinear(torch.autograd.Function):
-    """A linear layer that keeps its input whatever of it trains."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        out = x.matmul(weight.t())
-        return out if bias is None else out.add_(bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        to_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
-        to_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return to_input, to_weight, rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
-
-
-def _attend(
-    device: torch.device,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    aten = torch.ops.aten
-    if attn_mask is not None:  # torch makes a bias of it
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
-    if device.type == "cuda" and attn_mask is None and query.dtype != torch.float32:
-        flash = aten._scaled_dot_product_flash_attention
-        out = flash(query, key, value, dropout_p, is_causal, scale=scale)
-    elif device.type == "cuda":
-        efficient = aten._scaled_dot_product_efficient_attention
-        out = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)
-    elif dropout_p:  # which the fused kernel of CPUs does not know
-        plain = aten._scaled_dot_product_attention_math
-        out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    else:
-        fused = aten._scaled_dot_product_flash_attention_for_cpu
-        out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
-    return out[0]

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from visft_ds.predict.command import predict
 
-        return predict(given)
+        return predict(**vars(given))
     except KeyboardInterrupt:
         print("\npredict: interrupted", file=sys.stderr)
         return 130
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders with all below them; patterns with *, ?, [...] or **"
     add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
     model = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
-    add("--model", type=Path, required=True, metavar="RUN", help=model)
+    add("--model", dest="source", type=Path, required=True, metavar="RUN", help=model)
     add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")

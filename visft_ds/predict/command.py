@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -31,41 +30,36 @@ RESULTS, PICTURES = "predictions.json", "pictures"
 _THREADS = 2
 
 
-def predict(given: argparse.Namespace) -> int:
-    """Predict what the flags of `visft_ds.predict.cli` ask for; returns the exit status."""
+def predict(images: list[str], out: Path, threshold: float, batch_size: int | None, **model: Any) -> int:
+    """Predict what the flags of `visft_ds.predict.cli` ask for; returns the exit status.
+
+    Args:
+        model: what `load` takes.
+    """
     try:
-        check_options(given.threshold, given.batch_size)
-        refuse_filled(given.out)
-        found = find_images(given.images, outside=given.out)
-        model = load(
-            given.model,
-            tasks=given.tasks,
-            device=given.device,
-            precision=given.precision,
-            backbone=given.backbone,
-            download=given.download,
-            heads=given.heads,
-            adapter=given.adapter,
-            vocabulary=given.vocabulary,
-            image_size=given.image_size,
-        )
-        return _predict(given, found, model)
+        check_options(threshold, batch_size)
+        refuse_filled(out)
+        found = find_images(images, outside=out)
+        whole = _predict(found, load(**model), out, threshold, batch_size)
     except (ValueError, OSError) as error:
         return tell(error, "predict")
     except torch.OutOfMemoryError as error:
-        return _complain(f"{str(error).splitlines()[0]} Give a smaller --batch-size than {given.batch_size or 'now'}")
+        problem = f"{str(error).splitlines()[0]} Give a smaller --batch-size than {batch_size or 'now'}"
+        return tell(ValueError(problem), "predict")
+    rows = [("predicted", f"{len(whole['images'])} images")]
+    rows += [("skipped", f"{len(whole['skipped'])} files, named in {RESULTS}")] if whole["skipped"] else []
+    print_plan("done", [Section("results", [*rows, ("written", f"{out}: {RESULTS}, {PICTURES}/")])])
+    return 0
 
 
-def _complain(text: str) -> int:
-    print(f"predict: {redacted(text)}", file=sys.stderr, flush=True)
-    return 2
-
-
-def _predict(given: argparse.Namespace, found: dict[str, Path], model: Model) -> int:
+def _predict(
+    found: dict[str, Path], model: Model, out: Path, threshold: float, batch_size: int | None
+) -> dict[str, Any]:
+    """Write pictures and results of the files found; returns the results."""
     rows = [*model.facts.items(), ("precision", f"{model.precision} on {model.device}"), ("images", str(len(found)))]
     print_plan("visft_ds prediction", [Section("model and data", rows)])
     whole: dict[str, Any] = {"images": [], "categories": [], "skipped": [], **{task: [] for task in model.tasks}}
-    ids, size = set(model.categories), given.batch_size or model.batch_size
+    ids, size = set(model.categories), batch_size or model.batch_size
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found), unit=" images", disable=None) as bar:
         decoded = _decoded(found, pool, ahead=2 * size)
         while batch := list(islice(decoded, size)):
@@ -74,23 +68,19 @@ def _predict(given: argparse.Namespace, found: dict[str, Path], model: Model) ->
                     bar.write(f"skipped {redacted(printable(str(problem)))}", file=sys.stderr)
                     whole["skipped"].append({"file_name": name, "reason": printable(str(problem))})
             images = {name: image for name, image in batch if isinstance(image, OpenedImage)}
-            predictions = model.predict_opened([*images.values()], threshold=given.threshold, batch_size=size)
-            for name, prediction in zip(images, predictions, strict=True):
+            for name, prediction in zip(images, model.predict_opened([*images.values()], threshold), strict=True):
                 number, (height, width) = len(whole["images"]) + 1, prediction.image.shape[:2]
                 whole["images"].append({"id": number, "file_name": name, "width": width, "height": height})
                 for task, results in prediction.to_coco(number).items():
                     whole[task] += results
                     ids |= {result["category_id"] for result in results if "category_id" in result}
-                save_png(np.asarray(prediction.draw()), given.out / PICTURES / f"{name}.png")
+                save_png(np.asarray(prediction.draw()), out / PICTURES / f"{name}.png")
             bar.update(len(batch))
     if not whole["images"]:
-        return _complain(f"none of {len(found)} files could be predicted")
+        raise ValueError(f"none of {len(found)} files could be predicted")
     whole["categories"] = [{"id": id_, "name": category_name(id_, model.categories)} for id_ in sorted(ids)]
-    write_atomically(given.out / RESULTS, lambda file: file.write(orjson.dumps(whole)))
-    rows = [("predicted", f"{len(whole['images'])} images")]
-    rows += [("skipped", f"{len(whole['skipped'])} files, named in {RESULTS}")] if whole["skipped"] else []
-    print_plan("done", [Section("results", [*rows, ("written", f"{given.out}: {RESULTS}, {PICTURES}/")])])
-    return 0
+    write_atomically(out / RESULTS, lambda file: file.write(orjson.dumps(whole)))
+    return whole
 
 
 def _decoded(

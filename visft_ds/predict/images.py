@@ -9,7 +9,7 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,7 @@ ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
 
 #: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
-_ALLOWED = (
-    "give a path, a Pillow image, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8, or a list of them"
-)
+_ALLOWED = "give a path, a Pillow image, uint8 in an array (H, W, 3) or (H, W) or a tensor (3, H, W), or a list of them"
 
 
 class OpenedImage(NamedTuple):
@@ -85,19 +83,14 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
 
     Raises ValueError for what is no picture, by its path or its place in the list.
     """
-    if isinstance(images, str | Path):
-        return [open_file(file) for file in find_images([images]).values()], Path(images).is_file()
-    if isinstance(images, Image.Image | np.ndarray | Tensor):
-        return [_of_memory(images, "the image")], True
-    if not isinstance(images, Iterable):
-        raise ValueError(f"{type(images).__name__} is no image: {_ALLOWED}")
+    alone = isinstance(images, str | Path | Image.Image | np.ndarray | Tensor) or not isinstance(images, Iterable)
     every: list[OpenedImage] = []
-    for place, image in enumerate(images):
+    for place, image in enumerate([images] if alone else cast(Iterable[ImageInput], images)):
         if isinstance(image, str | Path):
             every += [open_file(file) for file in find_images([image]).values()]
         else:
-            every.append(_of_memory(image, f"image {place} of the list"))
-    return every, False
+            every.append(_of_memory(image, "the image" if alone else f"image {place} of the list"))
+    return every, alone and not (isinstance(images, str | Path) and not Path(images).is_file())
 
 
 def open_file(path: Path) -> OpenedImage:
@@ -112,13 +105,12 @@ def _of_memory(image: object, what: str) -> OpenedImage:
     if isinstance(image, Image.Image):
         with reading(what, "a picture"):
             return OpenedImage(np.array(to_rgb(ImageOps.exif_transpose(image))), None)
-    if not isinstance(image, Tensor | np.ndarray):
+    array = image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) else image
+    if not isinstance(array, Tensor | np.ndarray):
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
-    if not str(image.dtype).endswith("uint8"):  # NumPy has not all of torch's
-        raise ValueError(f"{what} has numbers of {image.dtype}: give uint8, 0 to 255")
-    array: Pixels = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) else image
-    if array.ndim == 2 and isinstance(image, np.ndarray):
+    if isinstance(array, np.ndarray) and array.ndim == 2:
         array = np.stack([array] * 3, axis=-1)
-    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"{what} has the shape {tuple(image.shape)}: {_ALLOWED}")
-    return OpenedImage(np.array(array, order="C"), None)
+    allowed = str(array.dtype).endswith("uint8") and array.ndim == 3 and array.shape[2] == 3
+    if not allowed or 0 in array.shape:
+        raise ValueError(f"{what} has the shape {tuple(array.shape)} and numbers of {array.dtype}: {_ALLOWED}")
+    return OpenedImage(np.array(array.numpy() if isinstance(array, Tensor) else array, order="C"), None)

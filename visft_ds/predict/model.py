@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.evals.model import EvaluationModel, ModelFiles, ModelSource, source_of
-from visft_ds.model import normalise_pixels, pixel_scale
+from visft_ds.evals.model import EvaluationModel, ModelSource, source_of
+from visft_ds.model import normalise_pixels
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
-from visft_ds.predict.results import Boxes, Masks, Prediction
+from visft_ds.predict.results import Prediction
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
@@ -60,9 +60,8 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
-    source = Path(source)
     parts = source_of(
-        source,
+        Path(source),
         tasks=tasks,
         backbone=backbone,
         download=download,
@@ -72,8 +71,7 @@ def load(
         precision=precision,
         side=image_size,
     )
-    loaded, streams = _build(parts, device)
-    return Model(source, loaded, streams, parts.files)
+    return Model(Path(source), *_build(parts, device))
 
 
 def load_backbone(
@@ -114,9 +112,6 @@ class ImageFeatures(nn.Module):
 
         Returns:
             (B, D, h, w) float32.
-
-        Raises:
-            ValueError: another shape, dtype or range, as of images that are normalised already.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.patch_size:
             raise ValueError(
@@ -131,7 +126,7 @@ class ImageFeatures(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-        pixels = normalise_pixels(images, sizes, pixel_scale(self.backbone, images.device))
+        pixels = normalise_pixels(self.backbone, images, sizes)
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return at_least_float32(self.backbone(pixels))
 
@@ -139,35 +134,27 @@ class ImageFeatures(nn.Module):
 class Model:
     """A trained model: `predict` pictures, or take features from its `backbone`."""
 
-    def __init__(self, source: Path, loaded: EvaluationModel, streams: Mapping[str, Stream], files: ModelFiles) -> None:
+    def __init__(self, source: Path, loaded: EvaluationModel, streams: Mapping[str, Stream]) -> None:
         self._loaded, self._streams = loaded, streams
         self.source = source
-        self.files = files  #: that were loaded
         self.tasks = tuple(loaded.heads)
         #: Names of the categories by id.
-        self.categories: dict[int, str] = {}
-        for info in loaded.heads.values():
-            self.categories |= info.names()
-        self.facts = loaded.facts  #: what was loaded, by name
-        self.precision = loaded.precision
-        self.device = loaded.device
+        self.categories = {id_: name for info in loaded.heads.values() for id_, name in info.names().items()}
+        self.facts, self.precision, self.device = loaded.facts, loaded.precision, loaded.device
         self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
         self.backbone = ImageFeatures(loaded)
 
     def __repr__(self) -> str:
-        return (
-            f"Model({self.source}: {', '.join(self.tasks)}; {len(self.categories)} categories; "
-            f"{self.precision} on {self.device})"
-        )
+        about = f"{', '.join(self.tasks)}; {len(self.categories)} categories; {self.precision} on {self.device}"
+        return f"Model({self.source}: {about})"
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int | None = None
     ) -> Any:
         """Predict boxes, masks and captions, in pixels of the original image.
 
-        Photographs are turned upright by their EXIF orientation. Images are resized as in the evaluation of the run.
-        Those of one size after that pass through the model together, others apart: unlike in an evaluation with
-        batches of several sizes, a prediction does not depend on the images beside it, but for rounding.
+        Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run. A
+        prediction does not depend on the images beside it, but for rounding: only those of one size share a batch.
 
         Args:
             images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
@@ -176,32 +163,21 @@ class Model:
             batch_size: most images that pass through the model at once; default: the run's.
 
         Returns:
-            One `Prediction` for one image; a list of them for a list, folder or pattern. It holds the pixels of every
-            image: give thousands in parts, or to `visft predict`.
-
-        Raises:
-            ValueError: what is no picture, by its name or place; a threshold or batch size out of range.
+            One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of every
+            image: give thousands in parts, or to `visft predict`. Raises ValueError for what is no picture.
         """
         check_options(threshold, batch_size)
         every, single = opened(images)
-        predictions = self.predict_opened(every, threshold=threshold, batch_size=batch_size)
+        step = batch_size or self.batch_size
+        batches = (every[start : start + step] for start in range(0, len(every), step))
+        predictions = [found for batch in batches for found in self.predict_opened(batch, threshold)]
         return predictions[0] if single else predictions
 
-    def predict_opened(
-        self, images: Sequence[OpenedImage], *, threshold: float, batch_size: int | None
-    ) -> list[Prediction]:
-        """`predict` of decoded images, in their order."""
-        step = batch_size or self.batch_size
-        found: list[Prediction] = []
-        for start in range(0, len(images), step):
-            found += self._together(images[start : start + step], threshold)
-        return found
-
-    def _together(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
-        sizes = [(one.pixels.shape[0], one.pixels.shape[1]) for one in images]
+    def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
+        """`predict` of decoded images, few enough to pass through the model at once."""
         raws = [
-            RawSample(index=place, image_id=place, size=size, image=one.pixels, annotations=(), captions=())
-            for place, (one, size) in enumerate(zip(images, sizes, strict=True))
+            RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
+            for place, one in enumerate(images)
         ]
         by_task: dict[str, Results] = {task: [] for task in self.tasks}
         for stream in self._streams.values():
@@ -215,31 +191,20 @@ class Model:
                 batch = pipeline.collate(samples)
                 outputs = self._loaded.predict(batch)
                 for task in stream.tasks:
-                    results = TASKS[task].results(
+                    by_task[task] += TASKS[task].results(
                         outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
                     )
-                    by_task[task] += results
         found = []
-        for place, (one, size) in enumerate(zip(images, sizes, strict=True)):
-            own = {task: [r for r in results if r["image_id"] == place] for task, results in by_task.items()}
-            boxes, masks, captions = (own.pop(task, None) for task in ("detection", "segmentation", "captioning"))
-            found.append(
-                Prediction(
-                    one.pixels,
-                    one.path,
-                    self.categories,
-                    None if boxes is None else Boxes.of(_surest_first(boxes), self.categories),
-                    None if masks is None else Masks.of(_surest_first(masks), self.categories, size),
-                    None if captions is None else captions[0]["caption"],
-                    own,
-                )
-            )
+        for place, one in enumerate(images):
+            own = {task: _surest_first(results, place) for task, results in by_task.items()}
+            found.append(Prediction(one.pixels, one.path, self.categories, own))
         return found
 
 
-def _surest_first(results: Results) -> Results:
-    """Without scores that are no numbers, of a head whose training has diverged."""
-    return sorted((one for one in results if one["score"] >= 0), key=lambda one: -float(one["score"]))
+def _surest_first(results: Results, image: int) -> Results:
+    """Those of an image, without scores that are no numbers, of a head whose training has diverged."""
+    own = [one for one in results if one["image_id"] == image and one.get("score", 1) >= 0]
+    return sorted(own, key=lambda one: -float(one.get("score", 1)))
 
 
 def check_options(threshold: float, batch_size: int | None) -> None:
@@ -251,14 +216,11 @@ def check_options(threshold: float, batch_size: int | None) -> None:
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
-    place = distributed.local_device() if device is None else _device(device)
+    place = distributed.local_device()
+    if device is not None:
+        kind, _, number = str(device).partition(":")
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+            here = torch.cuda.device_count()
+            raise ValueError(f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine")
+        place = torch.device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)
-
-
-def _device(wanted: str | torch.device) -> torch.device:
-    if str(wanted).partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(wanted)!r} is not allowed: give cpu, cuda or cuda:N")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
-    return device

@@ -6,7 +6,8 @@ Letters: H W pixels of the image, n objects.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +20,33 @@ from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
 
 Floats = npt.NDArray[np.float32]
+_SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute of their own
 
 
 @dataclass(frozen=True, eq=False)
-class Boxes:
+class Objects:
+    """Objects found in an image, the surest first."""
+
+    scores: Floats  #: (n,) from 0 to 1
+    ids: npt.NDArray[np.int64]  #: (n,) category ids
+    names: tuple[str, ...]  #: of the categories
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes(Objects):
     """Boxes of an image, the surest first."""
 
     xyxy: Floats  #: (n, 4) left, top, right, bottom in pixels of the image; may reach beyond its borders
-    scores: Floats  #: (n,) from 0 to 1
-    ids: npt.NDArray[np.int64]  #: (n,) category ids
-    names: tuple[str, ...]  #: of the categories
-
-    @classmethod
-    def of(cls, results: Results, categories: Mapping[int, str]) -> Boxes:
-        """From results in COCO's format, in their order."""
-        corners = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in results)]
-        xyxy = np.array(corners, dtype=np.float32).reshape(-1, 4)
-        return cls(xyxy, *_labels(results, categories))
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def shape(self, place: int) -> list[float]:
-        """Left, top, width, height of one of them."""
-        x0, y0, x1, y1 = self.xyxy[place].tolist()
-        return [x0, y0, x1 - x0, y1 - y0]
 
 
 @dataclass(frozen=True, eq=False)
-class Masks:
+class Masks(Objects):
     """Masks of an image, the surest first; they may overlap."""
 
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
-    scores: Floats  #: (n,) from 0 to 1
-    ids: npt.NDArray[np.int64]  #: (n,) category ids
-    names: tuple[str, ...]  #: of the categories
-
-    @classmethod
-    def of(cls, results: Results, categories: Mapping[int, str], size: tuple[int, int]) -> Masks:
-        """From results in COCO's format for an image of `size` (height, width), in their order."""
-        masks = np.zeros((0, *size), dtype=np.bool_)
-        if results:
-            masks = coco_mask.decode([result["segmentation"] for result in results]).transpose(2, 0, 1).astype(np.bool_)
-        return cls(masks, *_labels(results, categories))
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def shape(self, place: int) -> npt.NDArray[np.bool_]:
-        """(H, W), one of them."""
-        return self.masks[place]
-
-
-def _labels(results: Results, categories: Mapping[int, str]) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
-    ids = [result["category_id"] for result in results]
-    names = tuple(category_name(id_, categories) for id_ in ids)
-    return np.array([result["score"] for result in results], dtype=np.float32), np.array(ids, dtype=np.int64), names
 
 
 def category_name(id_: int, categories: Mapping[int, str]) -> str:
@@ -89,15 +61,39 @@ class Prediction:
     image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
     path: Path | None  #: of its file
     categories: Mapping[int, str]  #: names of all categories of the model by id
-    boxes: Boxes | None = None  #: None: the model has no such task
-    masks: Masks | None = None
-    caption: str | None = None
-    others: Mapping[str, Results] = field(default_factory=dict)  #: task of another package -> results
+    results: Mapping[str, Results]  #: task -> what was found in COCO's results format, the surest first
+
+    @cached_property
+    def boxes(self) -> Boxes | None:
+        """None: the model has no such task."""
+        if (found := self.results.get("detection")) is None:
+            return None
+        corners = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in found)]
+        return Boxes(*self._labels(found), np.array(corners, dtype=np.float32).reshape(-1, 4))
+
+    @cached_property
+    def masks(self) -> Masks | None:
+        """None: the model has no such task."""
+        if (found := self.results.get("segmentation")) is None:
+            return None
+        masks = np.zeros((0, *self.image.shape[:2]), dtype=np.bool_)
+        if found:
+            masks = coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
+        return Masks(*self._labels(found), masks)
+
+    @property
+    def caption(self) -> str | None:
+        """None: the model has no such task."""
+        return self.results["captioning"][0]["caption"] if "captioning" in self.results else None
+
+    def _labels(self, results: Results) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
+        scores, ids = [one["score"] for one in results], [one["category_id"] for one in results]
+        names = tuple(category_name(id_, self.categories) for id_ in ids)
+        return np.array(scores, dtype=np.float32), np.array(ids, dtype=np.int64), names
 
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
-        parts += [] if self.boxes is None else [f"{len(self.boxes)} boxes"]
-        parts += [] if self.masks is None else [f"{len(self.masks)} masks"]
+        parts += [f"{len(objects)} {kind}" for kind, (objects, _) in self._objects().items()]
         parts += [] if self.caption is None else [repr(self.caption)]
         parts += self._lines()
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
@@ -109,52 +105,31 @@ class Prediction:
             threshold: least score that is drawn, beyond that of the prediction.
             side: length of the longer side of each panel's image, pixels.
         """
-        colours = palette([*self.categories.values(), *_names(self.boxes), *_names(self.masks)])
+        named = [name for objects, _ in self._objects().values() for name in objects.names]
+        colours = palette([*self.categories.values(), *named])
         lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
         panels = [(with_text(self.image, lines, side), "image")]
-        for kind, objects in (("boxes", self.boxes), ("masks", self.masks)):
-            if objects is not None:
-                shown = [place for place, score in enumerate(objects.scores) if score >= threshold]
-                names = [objects.names[place] for place in shown]
-                tags = [f"{objects.names[place]} {objects.scores[place]:.2f}" for place in shown]
-                shapes: dict[str, Any] = {kind: [objects.shape(place) for place in shown]}
-                picture = draw_objects(self.image, names, tags, colours, **shapes, side=side)
-                panels.append((picture, f"{kind}: {len(names)}"))
+        for kind, (objects, shapes) in self._objects().items():
+            count = int((objects.scores >= threshold).sum())  # the surest stand first
+            names, shown = objects.names[:count], {kind: shapes[:count]}
+            tags = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores, strict=False)]
+            panels.append((draw_objects(self.image, names, tags, colours, **shown, side=side), f"{kind}: {count}"))
         return Image.fromarray(side_by_side(*panels))
+
+    def _objects(self) -> dict[str, tuple[Objects, Any]]:
+        """The boxes and the masks that there are, with their shapes as drawings take them."""
+        found: dict[str, tuple[Objects, Any]] = {}
+        if self.boxes is not None:
+            found["boxes"] = self.boxes, [one["bbox"] for one in self.results["detection"]]
+        if self.masks is not None:
+            found["masks"] = self.masks, self.masks.masks
+        return found
 
     def _lines(self) -> list[str]:
         """Lines of tasks of other packages about the image."""
-        return [TASKS[task].describe(results, self.categories) for task, results in self.others.items()]
+        others = [task for task in self.results if task not in _SHOWN]
+        return [TASKS[task].describe(self.results[task], self.categories) for task in others]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
-        found: dict[str, Results] = {}
-        if self.boxes is not None:
-            found["detection"] = [
-                {"image_id": image_id, "category_id": id_, "bbox": self.boxes.shape(place), "score": score}
-                for place, (id_, score) in enumerate(
-                    zip(self.boxes.ids.tolist(), self.boxes.scores.tolist(), strict=True)
-                )
-            ]
-        if self.masks is not None:
-            codes = coco_mask.encode(self.masks.masks.transpose(1, 2, 0).astype(np.uint8, order="F"))
-            masks = zip(codes, self.masks.scores.tolist(), self.masks.ids.tolist(), strict=True)
-            found["segmentation"] = [
-                {
-                    "image_id": image_id,
-                    "category_id": id_,
-                    "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
-                    "bbox": coco_mask.toBbox(code).tolist(),
-                    "score": score,
-                }
-                for code, score, id_ in masks
-            ]
-        if self.caption is not None:
-            found["captioning"] = [{"image_id": image_id, "caption": self.caption}]
-        for task, results in self.others.items():
-            found[task] = [{**result, "image_id": image_id} for result in results]
-        return found
-
-
-def _names(objects: Boxes | Masks | None) -> tuple[str, ...]:
-    return () if objects is None else objects.names
+        return {task: [{**one, "image_id": image_id} for one in results] for task, results in self.results.items()}

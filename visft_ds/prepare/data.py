@@ -75,14 +75,18 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     config = settle_classes(config, first_of(sets))
     config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
     settings = config.visft
-    vocabulary = vocabulary_of(settings, *captioned(sets))
+    validation, vocabulary = None, vocabulary_of(settings, *captioned(sets))
+    if settings.run.eval_every:
+        validation = Manifest.load(settings.data.root, settings.data.val, cache=cache_of(settings.data))
+        check_samples(settings.tasks.enabled(), validation)
+        check_same_categories(validation, first_of(sets))
     return config, RunData(
         sets=sets,
         streams=streams_of(settings, first_of(sets)),
         pipelines=pipelines_of(settings, sets, vocabulary),
         plan=plan_of(settings, sets),
         vocabulary=vocabulary,
-        validation=_open_validation(settings, first_of(sets)),
+        validation=validation,
     )
 
 
@@ -92,16 +96,6 @@ def is_here(config: VisftConfig) -> bool:
     places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
     places += [(data.root, data.val)] if config.run.eval_every else []
     return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
-
-
-def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
-    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
-    if not config.run.eval_every:
-        return None
-    validation = Manifest.load(config.data.root, config.data.val, cache=cache_of(config.data))
-    check_samples(config.tasks.enabled(), validation)
-    check_same_categories(validation, training)
-    return validation
 
 
 def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> StepLoader:

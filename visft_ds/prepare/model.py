@@ -213,10 +213,9 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     notes = []
     for task, info in infos.items():
         options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
-        other = [
-            f"{n} {built[n]} (here {options[n]})" for n in sorted(options.keys() & built) if options[n] != built[n]
-        ]
-        if other := [line for line in other if not line.startswith("dropout ")]:
+        changed = sorted(n for n in options.keys() & built if options[n] != built[n] and n != "dropout")
+        if changed:
+            other = [f"{name} {built[name]} (here {options[name]})" for name in changed]
             raise ValueError(
                 f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
             )

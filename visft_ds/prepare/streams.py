@@ -21,8 +21,6 @@ from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
-_LARGEST_WORDS = 2**28  # bytes of a word map
-
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
@@ -126,9 +124,5 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises ValueError for neither of the two.
     """
     with reading(path, "the word map of a captioning head, a JSON object word -> id"):
-        fields = orjson.loads(read_bytes(path, _LARGEST_WORDS))
-        if fields.get("format") == FORMAT:
-            return Vocabulary.from_dict(fields)
-        if any(type(number) is not int for number in fields.values()):
-            raise ValueError("an id is no whole number")
-        return Vocabulary.from_word_map(fields)
+        fields = orjson.loads(read_bytes(path))
+        return Vocabulary.from_dict(fields) if fields.get("format") == FORMAT else Vocabulary.from_word_map(fields)

@@ -25,7 +25,6 @@ from visft_ds.config import ResolvedConfig, changed
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
@@ -38,6 +37,7 @@ from visft_ds.pretrained import local
 from visft_ds.resilience.memory import memory_explained, peak_memory
 from visft_ds.run.machine import Machine, check_machine, settle_recompute
 from visft_ds.shards.build import Options, build
+from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.toy.coco import write_toy_coco
 
 _IMAGE = (480, 640)  #: of a generated picture: COCO's most frequent size
@@ -225,7 +225,7 @@ class Session:
         began = time.perf_counter()
         step_plan, batches = next(steps)
         what = f"step {step_plan.step} of {stream}"
-        summed, _ = distributed.agree_on_step(what, counts_of(engine.module, batches), False, engine.device)
+        summed, _ = distributed.agree_on_step(what, counts_of(engine.module.criteria, batches), False, engine.device)
         micro_batches = self.machine.planned.batches.micro_batches
         denominators = loss_denominators_of(summed, micro_batches, engine.device)
         with memory_explained(what, stream, batches, engine.device):

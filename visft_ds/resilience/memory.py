@@ -23,7 +23,6 @@ from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role
-from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
@@ -32,6 +31,7 @@ from visft_ds.prepare.data import RunData
 from visft_ds.prepare.streams import parts_of
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
 #: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
 _SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -152,7 +152,7 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
             began, micro = time.perf_counter(), [batch] * batches.accumulation if role else []
             watchdog.begin(f"rehearsal of {name}")
             with memory_explained(f"the rehearsal of {name}", name, micro, device):
-                counts = counts_of(engine.module, micro)
+                counts = counts_of(engine.module.criteria, micro)
                 summed, _ = distributed.agree_on_step(f"rehearsal of {name}", counts, False, device)
                 engine.train_step(0, micro, loss_denominators_of(summed, batches.micro_batches, device))
             peak = f"{peak_memory(device) / 2**30:.2f} GiB"

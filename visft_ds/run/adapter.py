@@ -24,7 +24,7 @@ def adapter_at(path: Path) -> Adapter | None:
             raise ValueError(f"{path}: the run has trained nothing of its backbone")
         return None
     if (path / RECORD_FILE).is_file() or (path / "state.json").is_file():
-        from visft_ds.checkpoint.adapter import adapter_of_checkpoint  # imports deepspeed: costs seconds
+        from visft_ds.checkpoint.export import adapter_of_checkpoint  # imports deepspeed: costs seconds
 
         return adapter_of_checkpoint(path)
     return read_adapter(path)

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
-from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder
-from visft_ds.names import wrong_name
+from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
 from visft_ds.shards.coco import CocoFile, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
 from visft_ds.tasks.vocabulary import TOKENIZER, caption_words
@@ -94,7 +93,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     left_out = list[tuple[str, str]]()
     for image in chosen:
         path = options.images / image.file_name
-        if reason := wrong_name(image.file_name, folders=True):
+        if reason := wrong_name(image.file_name):
             left_out.append((image.file_name, f"name not allowed: {reason}"))
         elif not os.path.isfile(path):
             left_out.append((image.file_name, "no such file in the images folder"))

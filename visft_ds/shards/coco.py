@@ -13,8 +13,7 @@ import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
 from visft_ds.data.shards import Category
-from visft_ds.files import MAX_PIXELS, read_bytes, reading
-from visft_ds.names import shown_name
+from visft_ds.files import MAX_PIXELS, read_bytes, reading, shown_name
 
 #: A COCO file, or its content where it was made of another format.
 CocoFile = Path | Mapping[str, Any]

@@ -13,8 +13,7 @@ from typing import Any
 
 import orjson
 
-from visft_ds.files import read_bytes, reading
-from visft_ds.names import checked_name
+from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.coco import FolderSplit
 from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
 
@@ -79,7 +78,7 @@ def read_captions(path: Path, exif: Exif = None) -> dict[str, Any]:
             if line.strip():
                 with reading(f"line {place}", "a caption"):
                     entry = orjson.loads(line)
-                    name = checked_name(entry["file_name"], "it", folders=True)
+                    name = checked_name(entry["file_name"], "it")
                     given = [entry[key] for key in ("text", "caption", "captions") if key in entry]
                     texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
                     if not given or not all(isinstance(text, str) for text in texts):

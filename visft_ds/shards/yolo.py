@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from visft_ds.files import image_frame, read_bytes, reading
-from visft_ds.names import shown_name, wrong_name
+from visft_ds.files import checked_name, image_frame, read_bytes, reading
 from visft_ds.shards.coco import Findings, FolderSplit
 from visft_ds.tasks.classes import COCO_NAMES
 
@@ -87,9 +86,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
         folder = Path(os.path.commonpath([file.parent for file in paths]))
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
         for number, file in enumerate(paths, 1):
-            name = str(file.relative_to(folder))
-            if reason := wrong_name(name, folders=True):
-                raise ValueError(f"{where}: {shown_name(name)}: {reason}; rename it")
+            name = checked_name(str(file.relative_to(folder)), where)
             images.append(listed_image(folder, name, number, exif))
             height, width = images[-1]["height"], images[-1]["width"]
             for category, points, outline in _lines(labels[file], names, keypoints) if labels[file] in used else ():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from visft_ds.tasks.vocabulary import Vocabulary
 Options = Mapping[str, Any]  #: settings of images, of a head or of a loss
 Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
 Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
+LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
 ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
 
@@ -46,6 +48,42 @@ class Criterion(Protocol):
         ranks and micro-batches is the loss of the global batch in one process. `image_ids` (B,) are for errors only.
         """
         ...
+
+
+def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> dict[str, float]:
+    """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for task in batch.tasks:
+            for name, value in criteria[task].count(batch).items():
+                sums[f"{task}/{name}"] = sums.get(f"{task}/{name}", 0.0) + value
+    return sums
+
+
+def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.device) -> LossDenominators:
+    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
+
+    Args:
+        counts: summed over ranks.
+        parts: data-parallel ranks times micro-batches, over which the engine averages.
+    """
+    result: dict[str, dict[str, Tensor]] = {}
+    for name, total in counts.items():
+        task, _, count = name.partition("/")
+        total = max(total, 1.0)  # a step may have no object at all
+        result.setdefault(task, {})[count] = torch.full((), total / parts, device=device)
+    return result
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in the output of a module, or in targets."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from (tensor for item in items for tensor in tensors_of(item))
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from visft_ds.evals.benchmarks.encoders import (
 from visft_ds.evals.benchmarks.images import stamp
 from visft_ds.evals.benchmarks.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
-from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, tower_in
+from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
-from visft_ds.pretrained import TIMM
 from visft_ds.run.folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
@@ -183,13 +183,11 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
     layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
     if spec.model is None and spec.block is not None and adapter is None:
         layers = None  # merged weights that are read elsewhere are whole
-    ours = not model["preset"].startswith(TIMM)
-    if ours:
-        model["class_token"] = "cls_token" in tower_in(file, model)
-    backbone: Any = load_backbone(path, {**model, **({"layers": layers} if layers else {})}, DTYPES[precision])
+    model |= {"layers": layers} if layers else {}
+    backbone: Any = load_backbone(path, model, DTYPES[precision], with_class_token=True)
     module: Any = FeatureMapEncoder(backbone)
     normalisation = backbone.pixel_mean, backbone.pixel_std
-    if ours:  # the projection into the space of texts reads the last block
+    if isinstance(backbone, EvaViT):  # the projection into the space of texts reads the last block
         module, normalisation = EvaEncoder(backbone, None if layers else projection_of(path, backbone.width)), CLIP
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Section, Sides, StrictModel
+from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 
-class DetectionImage(Section):
+class DetectionImage(StrictModel):
     """Geometry of detection; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)

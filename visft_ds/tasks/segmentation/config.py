@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, Section, StrictModel
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
 from visft_ds.config.task_schema import Findings, HeadConfig, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
@@ -15,7 +15,7 @@ from visft_ds.config.task_schema import Findings, HeadConfig, TaskConfig
 Labelling = Literal["contiguous", "published"]
 
 
-class SegmentationImage(Section):
+class SegmentationImage(StrictModel):
     """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
