@@ -25,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
-        missing = render_missing(lacking) if (lacking := missing_inputs(config)) else ""
-        if options.dry_run:
-            from visft_ds.run.start_report import print_dry_run
+        if options.dry_run and rank == 0:
+            from visft_ds.run.report import print_dry_run
 
-            return print_dry_run(config, count or world_size, missing) if rank == 0 else 0
-        if missing:
-            raise ValueError(missing)
+            print_dry_run(config, count or world_size)
+        if lacking := missing_inputs(config):
+            raise ValueError(render_missing(lacking))
+        if options.dry_run:
+            return 0
         if count is not None and "RANK" not in os.environ:
             derive_batches(config, count)
             return start_ranks(["train", *words], count)

@@ -25,8 +25,8 @@ from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, by_main_process, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
+from visft_ds.run.report import print_start
 from visft_ds.run.start import open_start
-from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
@@ -148,7 +148,7 @@ def train(
             run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
             with (
                 closing(validation) if validation else nullcontext(),
-                open_log(config, start, machine.planned, callbacks, stop) as log,
+                open_log(config, start, callbacks, stop) as log,
                 state.saver,
             ):
                 return _train_and_export(run, prepared, start, log)
@@ -200,7 +200,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(engine.predict, start, log)
-    if validation and start and validation.is_due(start, total_steps):
+    if validation and start and state.is_evaluated(start):
         # An earlier start may have ended between saving this step and evaluating it.
         evaluated = distributed.broadcast_object(start in log.writer.evaluated)
         if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop):
@@ -229,8 +229,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 guard.stop(message, state.saver.saved)
             log.message(message)
 
-        seconds = time.perf_counter() - began
-        log.step(step_plan, report, seconds=seconds, wait_seconds=run.loader.wait_seconds, device=engine.device)
+        log.step(step_plan, report, time.perf_counter() - began, run.loader.wait_seconds)
         if step == total_steps or stopping or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)
@@ -239,7 +238,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
 
         if validation:
             validation.poll(log)
-        if validation and validation.is_due(step, total_steps):
+        if validation and state.is_evaluated(step):
             begin(f"evaluating after step {step}", timed=False)
             if not validation.evaluate(engine.predict, step, log, run.stop):
                 if saved < step:

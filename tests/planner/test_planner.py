@@ -16,7 +16,6 @@ from visft_ds.planner.memory import PlannedRun, model_operations, plan_largest, 
 from visft_ds.planner.search import choose_recompute, fitting_settings, forecast, search
 from visft_ds.planner.time import PRODUCT_SHARE, work_seconds
 from visft_ds.planner.trace import Work, operators_of
-from visft_ds.run.log import seconds_at_peak
 from visft_ds.tasks.spec import Content
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -210,21 +209,3 @@ def test_attention_is_planned_however_a_model_calls_it(device: str, named: dict[
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=None, **named)
         out.sum().backward()
     assert out.shape == q.shape and q.grad is not None and q.grad.shape == q.shape
-
-
-@pytest.mark.parametrize(
-    ("model", "engine", "settings"),
-    [
-        ("debug", "zero1", ()),
-        ("debug", "zero1", ("visft.mode=shared",)),
-        ("debug", "pipeline", ()),
-        ("debug_convnext", "zero3", ()),
-    ],
-)
-def test_every_run_has_an_mfu(
-    model: str, engine: str, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    config = resolve(stage=2, model=model, engine=engine, settings=settings)
-    found = seconds_at_peak(run_of(config, config.pipeline_stages, "bf16", VOCABULARY, CUDA))
-    assert found.keys() == config.visft.streams().keys() and min(found.values()) > 0

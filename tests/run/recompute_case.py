@@ -47,8 +47,8 @@ def main(out: str) -> None:
     room = {0: needs("none"), 1: needs("block")}[rank]
     machine.memory_of = lambda device: room
     config = configured()
-    chosen, why = machine.recompute_that_fits(config, planned(config), None)
-    Path(f"{out}.{rank}").write_text(json.dumps([chosen.visft.model.recompute, why]), encoding="utf-8")
+    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None, 1))
+    Path(f"{out}.{rank}").write_text(json.dumps([chosen.visft.model.recompute, there.why_recompute]), encoding="utf-8")
     distributed.close()
 
 

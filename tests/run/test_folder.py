@@ -110,23 +110,14 @@ def test_a_record_says_its_schema(tmp_path: Path) -> None:
         recorded_config(tmp_path)
 
 
-def test_run_record_keeps_the_earlier_starts(tmp_path: Path) -> None:
-    write_run(tmp_path, {"visft": {"seed": 1}}, world_size=2, command=["train.py", "--stage", "1"])
-    write_run(tmp_path, {"visft": {"seed": 1}}, world_size=4, command=["train.py"])
+def test_a_record_is_that_of_the_newest_start(tmp_path: Path) -> None:
+    """An earlier start that saved nothing may have had a parent, and this one none."""
+    write_run(tmp_path, {}, 1, [], parent=Parent(path="/there", step=2, sha256="0" * 64))
     path = write_run(tmp_path, {"visft": {"seed": 1}}, world_size=8, command=["train.py"])
     record = json.loads(path.read_text())
-    assert (record["config"], record["world_size"]) == ({"visft": {"seed": 1}}, 8)
+    assert (record["config"], record["world_size"], record["parent"]) == ({"visft": {"seed": 1}}, 8, None)
     assert {"python", "torch", "deepspeed", "visft_ds"} <= record["versions"].keys()
-    assert [earlier["world_size"] for earlier in record["earlier"]] == [2, 4]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_record_names_the_parent_that_this_start_had(tmp_path: Path) -> None:
-    """An earlier start that saved nothing may have had another, or this one none."""
-    parent = Parent(path="/there", step=2, sha256="0" * 64)
-    write_run(tmp_path, {}, 1, [], parent=parent)
-    record = json.loads(write_run(tmp_path, {}, 1, []).read_text())
-    assert record["parent"] is None and record["earlier"][0]["parent"] == parent.model_dump()
 
 
 def test_what_does_not_fit_the_disk_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.run.recompute_case import configured, needs, planned
+from tests.run.recompute_case import configured, needs
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.resilience import memory
 from visft_ds.run import machine
@@ -18,23 +18,21 @@ from visft_ds.run.record import write_run
 CPU = torch.device("cpu")
 
 
-def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig, out: Path | None) -> tuple[str, str]:
+def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig) -> tuple[str, str]:
     """(policy, reason) of a start on a machine that has room for so many bytes."""
     monkeypatch.setattr(machine, "memory_of", lambda device: room)
-    chosen, why = machine.recompute_that_fits(config, planned(config), out)
-    return chosen.visft.model.recompute, why
+    chosen, there = machine.settle_recompute(config, machine.check_machine(config, None))
+    return chosen.visft.model.recompute, there.why_recompute
 
 
 def test_the_first_that_fits_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     need = {policy: needs(policy) for policy in ("none", "mlp", "block")}
     assert need["none"] > need["mlp"] > need["block"]
     for policy, room in need.items():
-        chosen, why = settled(monkeypatch, room, configured(), None)
+        chosen, why = settled(monkeypatch, room, configured())
         assert chosen == policy and why.startswith("chosen: needs 0.0 of 0.0 GiB")
-    with pytest.raises(
-        ValueError, match=r"even with block a step needs .*What helps: --set .*A stated policy is tried"
-    ):
-        settled(monkeypatch, need["block"] - 1, configured(), None)
+    with pytest.raises(ValueError, match=r"even with block a step needs .*What helps: --set "):
+        settled(monkeypatch, need["block"] - 1, configured())
 
 
 def test_a_stated_policy_stays_and_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +46,12 @@ def test_a_stated_policy_stays_and_nothing_is_planned(monkeypatch: pytest.Monkey
 
 
 def test_a_run_keeps_its_policy_though_memory_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config, room = configured(), needs("block")
-    assert settled(monkeypatch, room, config, tmp_path)[0] == "block"
+    config, room = changed(configured(), [f"visft.run.out={tmp_path}"]), needs("block")
+    assert settled(monkeypatch, room, config)[0] == "block"
     write_run(tmp_path, changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"])
-    assert settled(monkeypatch, 10**12, config, tmp_path)[0] == "none"  # that run has saved nothing to go on with
+    assert settled(monkeypatch, 10**12, config)[0] == "none"  # that run has saved nothing to go on with
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
-    assert settled(monkeypatch, 10**12, config, tmp_path) == ("block", "as the run began")
+    assert settled(monkeypatch, 10**12, config) == ("block", "as the run began")
     stated = changed(config, ["visft.model.recompute=mlp"])  # on purpose
     assert machine.settle_recompute(stated, machine.check_machine(stated, 12))[0].visft.model.recompute == "mlp"
 

@@ -36,7 +36,6 @@ KEYS = {
     "steps": "scheduler.params.total_num_steps",
     "lr": "optimizer.params.lr",
     "track": "visft.run.track",
-    "trace": "visft.run.trace",
 }
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
@@ -72,20 +71,12 @@ def build_parser() -> Command:
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
-    add("--trace", type=_steps, metavar="FIRST:LAST", help="trace these steps for Perfetto (visft.run.trace)")
     add("--resume", default="auto", choices=RESUME, help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
     add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     return parser
-
-
-def _steps(text: str) -> list[int]:
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text}: give the first and the last step, such as 20:25")
-    return [int(first), int(last)]
 
 
 def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ResolvedConfig]:

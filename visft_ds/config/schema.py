@@ -227,7 +227,6 @@ class RunConfig(StrictModel):
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
     track: Literal["wandb"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
-    trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
@@ -235,15 +234,13 @@ class RunConfig(StrictModel):
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A best checkpoint that is never measured or saved, and a trace that ends before it begins."""
+        """A best checkpoint that is never measured or saved."""
         if self.keep_best is not None and not self.eval_every:
             yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
         elif self.keep_best is not None and self.eval_every % self.save_every:
             yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
         if self.patience and self.keep_best is None:
             yield "patience", "needs a metric: set visft.run.keep_best"
-        if self.trace is not None and self.trace[0] > self.trace[1]:
-            yield "trace", f"its first step {self.trace[0]} comes after its last, {self.trace[1]}"
 
 
 class VisftConfig(StrictModel):
@@ -382,11 +379,8 @@ class Recipe(StrictModel):
             yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
         if visft.features is not None and (piped or zero.stage == 3):
             yield "visft.features", "must be null with a pipeline and ZeRO-3, which wait for all: use --engine zero1"
-        total, trace = self.scheduler.params.total_num_steps or visft.updates(), visft.run.trace
-        if total is None:
+        if self.scheduler.params.total_num_steps is None and visft.updates() is None:
             yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
-        elif trace is not None and trace[0] > total:
-            yield "visft.run.trace", f"its first step {trace[0]} comes after the last one of the run, {total}"
 
 
 _BATCH, _PRECISION = "visft.tasks.<task>.batch_size and .micro_batch", "visft.model.precision"

@@ -62,7 +62,6 @@ def charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
         ],
         "Speed and memory": [
             _chart(histories, "images_per_second", "images per second", "images/s", linear=True),
-            _chart(histories, "mfu", "model FLOP utilisation", "share of the peak", linear=True),
             _chart(histories, "memory/peak_gib", "peak memory of the fullest device", "GiB", plain=True),
         ],
     }

@@ -1,7 +1,4 @@
-"""Console output: tables, the line of a training step, and the progress of other work (tqdm's).
-
-No line is longer than WIDTH, unless a path or a command in it is: those stay whole, to be copied.
-"""
+"""Console output: tables, the line of a training step, and the progress of other work (tqdm's)."""
 
 from __future__ import annotations
 
@@ -15,12 +12,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-#: Columns that lines are made to fit in where no terminal says how wide it is.
+#: Columns of a table; paths and commands that are longer stay whole, to be copied.
 WIDTH = 100
-#: Share of a new loss in its smoothed value once ten steps of that task were seen; before, all count the same.
-SMOOTHING = 0.1
-#: Steps over which speed and waiting are averaged.
-WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -32,29 +25,25 @@ class Section:
     columns: Sequence[str] = ()
 
 
-def print_plan(title: str, sections: Sequence[Section], *, stream: TextIO | None = None) -> None:
-    """Print what is about to run."""
-    lines = [f"== {title}", *(line for section in sections for line in _table(section))]
-    print("\n".join(lines), file=stream or sys.stdout, flush=True)
+def print_plan(title: str, sections: Sequence[Section]) -> None:
+    """Print what is about to run as tables, whose last column is not padded."""
+    lines = [f"== {title}"]
+    for section in sections:
+        lines += _wrapped("-- ", section.title)
+        rows = [section.columns, *section.rows] if section.columns else section.rows
+        depth = max(map(len, rows), default=1) - 1
+        widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
+        for row in rows:
+            cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
+            lines += _wrapped("   " + "".join(cells), row[-1])
+    print("\n".join(lines), flush=True)
 
 
-def _table(section: Section) -> list[str]:
-    """Lines of a table; the last column is not padded, and a long text in it goes on below itself."""
-    rows = [list(row) for row in ([section.columns] if section.columns else []) + list(section.rows)]
-    depth = max(map(len, rows), default=1) - 1
-    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
-    lines = wrapped("-- ", section.title)
-    for row in rows:
-        cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
-        lines += wrapped("   " + "".join(cells), row[-1])
-    return lines
-
-
-def wrapped(before: str, text: str) -> list[str]:
+def _wrapped(before: str, text: str) -> list[str]:
     """Lines of `before` and a text with a hanging indent; words, such as paths, are not cut."""
     room = max(WIDTH - len(before), 30)
-    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if len(text) > room else [text]
-    return [f"{' ' * len(before) if number else before}{line}".rstrip() for number, line in enumerate(lines)]
+    first, *more = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    return [f"{before}{first}".rstrip(), *(" " * len(before) + line for line in more)]
 
 
 class Progress:
@@ -66,7 +55,7 @@ class Progress:
         log_every: print a line that stays whenever the step is a multiple, and for the first and last step.
         enabled: False on every process but the main one: prints nothing.
         stream: where to; stdout by default.
-        gone: called when nobody reads the stream any more; None: that is an error.
+        gone: called when nobody reads the stream any more.
     """
 
     def __init__(
@@ -77,14 +66,14 @@ class Progress:
         log_every: int = 20,
         enabled: bool = True,
         stream: TextIO | None = None,
-        gone: Callable[[], None] | None = None,
+        gone: Callable[[], None] = lambda: None,
     ) -> None:
         self._total, self._start, self._log_every, self._enabled = total, start, log_every, enabled
         self._stream, self._gone = stream or sys.stdout, gone
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)  # images, seconds, those waiting for data
-        self._losses, self._seen = dict[str, float](), dict[str, int]()
+        #: Images, seconds, seconds of waiting for data of the newest steps, which are averaged.
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=50)
+        self._losses = dict[str, float]()  # the newest of each task
         live = enabled and self._stream.isatty()
-        self._width = shutil.get_terminal_size((WIDTH, 24)).columns - 1 if live else WIDTH
         self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
 
     def __enter__(self) -> Progress:
@@ -105,49 +94,32 @@ class Progress:
         if not self._enabled:
             return
         self._recent.append((images, images / values["images_per_second"], values["data_wait_seconds"]))
-        for task, loss in losses.items():
-            self._seen[task] = self._seen.get(task, 0) + 1
-            share = max(SMOOTHING, 1 / self._seen[task])
-            self._losses[task] = loss if share == 1 else (1 - share) * self._losses[task] + share * loss
+        self._losses.update(losses)
         text = self._text(step, values)
         if step % self._log_every == 0 or step in (self._start + 1, self._total):
             self.message(text)
-        if self._bar is not None:
-            self._bar.set_description_str(text)
+        if self._bar is not None:  # a line that is wrapped would leave a copy of itself at each refresh
+            self._bar.set_description_str(text[: shutil.get_terminal_size().columns - 1])
 
     def message(self, text: str) -> None:
         """Print a line of its own, e.g. that a checkpoint was saved."""
         if not self._enabled:
             return
         try:
-            if self._bar is not None:
-                self._bar.write(text, file=self._stream)
-            else:
+            with tqdm.external_write_mode(self._stream):
                 print(text, file=self._stream, flush=True)
         except BrokenPipeError:
-            if self._gone is None:
-                raise
             self._gone()
 
     def _text(self, step: int, values: Mapping[str, float]) -> str:
-        """The newest step; what does not fit the width is shortened or left out, since metrics.jsonl has all of it."""
         images, seconds, waiting = (sum(column) for column in zip(*self._recent, strict=True))
-        losses = sorted(self._losses.items())
-        parts = {
-            "step": f"step {step}/{self._total}",
-            "losses": "  ".join(f"{task} {loss:.4g}" for task, loss in losses),
-            "lr": f"lr {next(value for name, value in values.items() if name.startswith('lr/')):.2e}",
-            "grad_norm": f"grad_norm {values['grad_norm']:.3g}",
-            "speed": f"{images / seconds:.3g} img/s",
-            "data": f"data {100 * waiting / seconds:.0f}%",
-            "mem": f"mem {values['memory/peak_gib']:.2f} GiB",
-            "eta": f"eta {tqdm.format_interval((self._total - step) * seconds / len(self._recent))}",
-        }
-        short = "  ".join(f"{task[:3]} {loss:.3g}" for task, loss in losses)
-        for name, instead in (("losses", short), ("lr", ""), ("mem", ""), ("data", ""), ("grad_norm", "")):
-            if len("  ".join(filter(None, parts.values()))) > self._width:
-                parts[name] = instead
-        return "  ".join(filter(None, parts.values()))
+        left = tqdm.format_interval((self._total - step) * seconds / len(self._recent))
+        losses = (f"{task} {loss:.4g}" for task, loss in sorted(self._losses.items()))
+        rate = next(value for name, value in values.items() if name.startswith("lr/"))
+        parts = [f"step {step}/{self._total}", f"eta {left}", *losses, f"{images / seconds:.3g} img/s"]
+        parts += [f"lr {rate:.2e}", f"grad_norm {values['grad_norm']:.3g}"]
+        parts += [f"data {100 * waiting / seconds:.0f}%", f"mem {values['memory/peak_gib']:.2f} GiB"]
+        return "  ".join(parts)
 
 
 def gauge(

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from visft_ds import __version__
 from visft_ds.monitor.callbacks import Callback
-
-#: Packages whose version decides results.
-RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
 METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
@@ -28,9 +26,8 @@ class MetricsWriter:
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to OUT/tensorboard/.
 
     Args:
-        out: the run folder; made if absent.
-        resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
-            and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
+        out: the run folder.
+        resume_step: optimiser steps already done; later records of an interrupted run are removed.
         enabled: False on every process but the main one: nothing is written.
         callbacks: called with each record after it was written.
     """
@@ -43,25 +40,23 @@ class MetricsWriter:
         self.evaluated: set[int] = set()  #: evaluated steps among the newest records of an interrupted run
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
-        self._torn = False
         self._events: Any = None  # the SummaryWriter of TensorBoard
         if enabled:
             out.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file():
-                self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
-            self._attempt("TensorBoard", lambda: self._open_events(out / "tensorboard", resume_step))
+            self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
+            self._attempt("TensorBoard", lambda: self._open_events(resume_step))
 
     def _resume(self, step: int) -> None:
-        for record in truncate_metrics(self.path, step):
+        for record in truncate_metrics(self.path, step) if self.path.is_file() else ():
             if record["kind"] == "step":
                 self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
             if is_evaluation(record):
                 self.evaluated.add(record["step"])
 
-    def _open_events(self, folder: Path, step: int) -> None:
+    def _open_events(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
 
-        self._events = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -87,43 +82,34 @@ class MetricsWriter:
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
         """An image (H, W, 3) RGB for TensorBoard."""
-        self._show(lambda: self._events.add_image(tag, image, step, dataformats="HWC"))
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """A text for TensorBoard, which reads it as Markdown."""
-        self._show(lambda: self._events.add_text(tag, text, step))
+        self._show("add_image", tag, image, step, dataformats="HWC")
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._show(lambda: self._events.close())
+        self._show("close")
 
     def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._append({"kind": kind, "step": step, **values})
-        if self._enabled and kind == "step":
-            self.last.update(values)
+        self.last.update(values if self._enabled and kind == "step" else {})
         for tag, value in values.items():
-            self._show(lambda tag=tag, value=value: self._events.add_scalar(tag, value, step))  # type: ignore[misc]
+            self._show("add_scalar", tag, value, step)
 
     def _append(self, record: dict[str, Any]) -> None:
         # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
         def append() -> None:
-            # A line that a full disk cut off must not swallow the next one.
-            line = ("\n" if self._torn else "") + json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-            self._torn = True
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-            self._torn = False
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
         if self._enabled:
             self._attempt(METRICS_FILE, append)
 
-    def _show(self, action: Callable[[], object]) -> None:
+    def _show(self, method: str, *arguments: Any, **named: Any) -> None:
         if self._events is not None:
-            self._attempt("TensorBoard", action)
+            self._attempt("TensorBoard", lambda: getattr(self._events, method)(*arguments, **named))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -135,15 +121,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, having: str = "") -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out.
-
-    Args:
-        having: only those with this in their text, such as "val/"; the others need not be parsed.
-    """
-    wanted = having.encode()
+    """Records of a metrics.jsonl in order that have a text such as "val/" in them; torn lines are left out."""
     with path.open("rb") as file:
         for line in file:
-            if wanted in line and (record := _record(line)) is not None:
+            if having.encode() in line and (record := _record(line)) is not None:
                 yield record
 
 
@@ -155,19 +136,18 @@ def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """
     with path.open("r+b") as file:
         end, size, start = file.seek(0, 2), _BLOCK, -1
-        kept: list[tuple[bytes, dict[str, Any]]] = []
-        while start and not any(record["kind"] == "step" and not is_evaluation(record) for _, record in kept):
+        kept: list[dict[str, Any]] = []
+        while start and not any(record["kind"] == "step" and not is_evaluation(record) for record in kept):
             start, size = max(0, end - size), 2 * size
             file.seek(start)
             lines = file.read(end - start).split(b"\n")
             if start:
                 start += len(lines.pop(0)) + 1  # it begins before the block
-            records = [(line, _record(line)) for line in lines]
-            kept = [(line, record) for line, record in records if record is not None and record["step"] <= step]
+            kept = [record for record in map(_record, lines) if record is not None and record["step"] <= step]
         file.seek(max(0, start))
         file.truncate()
-        file.write(b"".join(line + b"\n" for line, _ in kept))
-    return [record for _, record in kept]
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
 
 def is_evaluation(record: Mapping[str, Any]) -> bool:
@@ -179,18 +159,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line as a record; None for one that is torn."""
     try:
         record = json.loads(line)
-        whole = isinstance(record, dict) and isinstance(record["kind"], str) and type(record["step"]) is int
-    except (ValueError, KeyError, RecursionError):
+        return record if isinstance(record["kind"], str) and type(record["step"]) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if whole else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the system and the packages that decide results; absent packages are left out."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Versions of Python, the system and the packages that decide results."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__}
+    packages = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
+    return found | {name: importlib.metadata.version(name) for name in packages}

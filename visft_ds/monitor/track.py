@@ -1,8 +1,4 @@
-"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra `wandb`.
-
-An error of wandb is printed once, and training continues. A resumed run continues its record there, whose name is kept
-in OUT/tracker-wandb.
-"""
+"""Weights & Biases follows a run: a `Callback` that sends on what metrics.jsonl gets. Needs the extra `wandb`."""
 
 from __future__ import annotations
 
@@ -19,42 +15,32 @@ STEP = "optimiser_step"  #: what wandb counts by: numbers of an evaluation come 
 
 
 class Tracker(Callback):
-    """Sends the numbers of steps and evaluations, under their names in metrics.jsonl.
+    """Sends the numbers of the run in OUT, whose name there is kept in OUT/tracker-wandb, and its settings.
 
-    Args:
-        out: the run folder.
-        settings: dotted key -> value of the configuration, without secrets.
+    An error of wandb is printed once, and training continues.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        self._attempt(lambda: self._start(out, settings))
-
-    def _start(self, out: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
         known = out / "tracker-wandb"
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "visft_ds"),
-            name=out.name,
-            id=known.read_text(encoding="utf-8").strip() if known.is_file() else None,
-            resume="allow",
-            dir=str(out),
-            config=dict(settings),
-            # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
-            settings=wandb.Settings(
-                console="off", disable_git=True, save_code=False, x_disable_meta=True, login_timeout=30
-            ),
-        )
-        self._run.define_metric("*", step_metric=STEP)
-        known.write_text(self._run.id + "\n", encoding="utf-8")
+        # Nothing but numbers and settings leaves: no command lines, no console. Nobody may be there to log in.
+        private = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
+        given = {"project": os.environ.get("WANDB_PROJECT", "visft_ds"), "name": out.name, "config": dict(settings)}
+        given |= {"dir": str(out), "settings": wandb.Settings(**private, login_timeout=30), "resume": "allow"}
+        self._run: Any = None
+
+        def start() -> None:
+            self._run = wandb.init(id=known.read_text(encoding="utf-8") if known.is_file() else None, **given)
+            self._run.define_metric("*", step_metric=STEP)
+            known.write_text(self._run.id, encoding="utf-8")
+
+        self._attempt(start)
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of a step."""
         self._attempt(lambda: self._run and self._run.log({STEP: step, **values}))
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the numbers of an evaluation, with "val/" before their names."""
         self.on_step(step, {f"val/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:

@@ -24,7 +24,6 @@ from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.log import RunLog
-from visft_ds.run.state import evaluation_is_due
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -57,32 +56,16 @@ class Validation:
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[int, Future[Measured]]] = deque()
 
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Return True if `step` (of `total_steps`) is followed by an evaluation."""
-        return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
-
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`.
 
-        Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
-        that is resumed at this step evaluates it anew.
+        Returns False where a rank was asked to stop: launchers do not wait so long, and a resume evaluates anew.
         """
-        run = self._config.run
+        given = (partial(_predict_unless_stopped, predict, stop), self._reader, self._streams, self._vocabulary)
         try:
-            collected = collect(
-                partial(_predict_unless_stopped, predict, stop),
-                self._reader,
-                self._streams,
-                self._vocabulary,
-                limit=run.eval_limit,
-                num_workers=workers_of(self._config.data),
-            )
+            collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:
             return False
-        for task, results in (collected or {}).items():
-            captions = [f"{one['image_id']}: {one['caption']}" for one in results[: run.pictures] if "caption" in one]
-            if captions:
-                log.writer.text(step, f"{task}/captions", "\n\n".join(captions))
         if collected is not None:
             self.measure(step, collected)
         self.poll(log)
@@ -111,20 +94,18 @@ class Validation:
         for problem in problems:
             text = f"warning: the evaluation of step {step} failed: {redacted(problem)}"
             print(text, file=sys.stderr, flush=True)
-        best = " (best so far)" if self._judged(step, metrics) else ""
+        best = ["(best so far)"] if self._judged(step, metrics) else []
         if metrics:
-            images = len(self._reader)
-            limit = min(self._config.run.eval_limit or images, images)
-            part = "" if limit == images else f" on {limit} of {images} images"
+            images, limit = len(self._reader), self._config.run.eval_limit
+            part = f" on {limit} of {images} images" if limit and limit < images else ""
             shown = [f"{name} {metrics[name]:.3f}" for name in shown_metrics() if name in metrics]
-            log.message(f"step {step} validation{part}: {'  '.join(shown)} {best}".rstrip())
+            log.message(f"step {step} validation{part}: {'  '.join(shown + best)}")
             log.writer.evaluation(step, metrics)
 
     def draw(self, predict: Predict, step: int, log: RunLog) -> None:
         """Draw the predictions of the fixed images after `step`. Collective."""
-        run = self._config.run
-        given = (predict, self._reader, self._streams, self._vocabulary)
-        for task, by_image in draw_examples(*given, run.pictures, limit=run.eval_limit).items():
+        given = (predict, self._reader, self._streams, self._vocabulary, self._config.run.pictures)
+        for task, by_image in draw_examples(*given, limit=self._config.run.eval_limit).items():
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
@@ -152,9 +133,9 @@ class Validation:
     def leave(self, log: RunLog) -> None:
         """Wait for the numbers, but not for long."""
         self.poll(log, seconds=_PATIENCE)
-        if lost := len(self._waiting):
-            plural = "s" if lost > 1 else ""
-            log.message(f"{lost} evaluation{plural} could not be measured in {_PATIENCE:.0f} s and are left out")
+        if self._waiting:
+            steps = ", ".join(str(step) for step, _ in self._waiting)
+            log.message(f"not measured in {_PATIENCE:.0f} s and left out: the evaluation of step {steps}")
 
     def close(self) -> None:
         """End what is being measured."""

@@ -25,9 +25,7 @@ LOCK_FILE = "run.lock"
 RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
 _OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
-#: Largest run.json that is read, bytes.
-_MOST_BYTES = 1 << 26
-_SHOWN = 8  # names or differences in a message
+_MOST_BYTES = 1 << 26  #: of a run.json that is read
 
 
 class Parent(StrictModel):
@@ -50,7 +48,6 @@ class RunFile(StrictModel):
     commit: str = ""  #: of the checkout, with "-dirty" where files differ from it; empty where it is none
     identity: dict[str, str] = Field(default_factory=dict)  #: fingerprints of what it was made with
     parent: Parent | None = None
-    earlier: list[dict[str, Any]] = Field(default_factory=list)
 
 
 def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
@@ -63,29 +60,21 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
             One that neither saved nor recorded a step is in nobody's way.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if resume == "must" and not saved_something(out):
+    saved, metrics = saved_something(out), out / METRICS_FILE
+    if resume == "must" and not saved:
         raise ValueError(f"--resume must: no run in {out} has saved anything; use --resume auto to start one")
-    found = sorted(path.name for path in out.glob("[!.]*")) if out.exists() else []
     if not (out / RECORD_FILE).is_file():
-        if set(found) <= _OF_A_START:
-            return
-        raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
-    metrics = out / METRICS_FILE
-    if not saved_something(out) and not (metrics.is_file() and metrics.stat().st_size):
+        if others := sorted({path.name for path in out.glob("[!.]*")} - _OF_A_START):
+            raise ValueError(f"{out} holds no run but other files ({', '.join(others[:8])}); choose another --out")
+        return
+    if not saved and not (metrics.is_file() and metrics.stat().st_size):
         return
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
-    differences = identity_differences(recorded_config(out).identity(), config.identity())
-    if differences:
-        shown = [f"  {line}" for line in differences[:_SHOWN]]
-        more = [f"  ... {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
-        raise ValueError(
-            f"{out} holds a run with other settings (there -> here):\n"
-            + "\n".join([*shown, *more])
-            + "\nchoose another --out, or give the settings of that run"
-        )
+    if differences := identity_differences(recorded_config(out).identity(), config.identity()):
+        listed = "".join(f"  {line}\n" for line in differences)
+        told = f"{out} holds a run with other settings (there -> here):\n{listed}"
+        raise ValueError(f"{told}choose another --out, or give the settings of that run")
 
 
 def saved_something(out: Path) -> bool:
@@ -142,15 +131,8 @@ def read_run(out: Path) -> RunFile:
 
 def refuse_filled(out: Path) -> None:
     """Raise ValueError for a folder of results that is not new or empty."""
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and nothing in it is overwritten: choose another --out, or remove it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-
-
-def newest_step(out: Path) -> int:
-    """Step of the newest checkpoint of the run in `out` by its name; 0 without any."""
-    return max(named_steps(out), default=0)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} is not empty, and nothing is overwritten: choose another --out, or remove it")
 
 
 def named_steps(out: Path) -> set[int]:

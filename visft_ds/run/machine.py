@@ -21,6 +21,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import PlannedRun, run_of
+from visft_ds.planner.search import MEMORY_SHARE, choose_recompute, fitting_settings
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.memory import host_memory
@@ -37,76 +38,61 @@ class Machine:
     why_precision: str
     why_recompute: str
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
-    placement: Placement  #: who holds which parameters
+
+    @property
+    def placement(self) -> Placement:
+        """Who holds which parameters; a pipeline divides them by cost."""
+        return placement_for(self.deepspeed_config, self.planned.partition)
 
 
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machine:
-    """Choose precision, kernels, batches and layers for the processes that there are.
-
-    Nothing is allocated. What is recomputed is chosen later, by all ranks together.
+def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_size: int | None = None) -> Machine:
+    """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
         vocabulary_size: of the captions; None where no task works with words.
+        world_size: of a run that is only planned.
 
     Raises:
         ValueError: hardware that cannot do what is asked, or batches that cannot be divided.
     """
     check_zero(config.deepspeed["zero_optimization"])
-    model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
+    model, device, world_size = config.visft.model, distributed.local_device(), world_size or distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
     use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
     run = run_of(config, world_size, precision, vocabulary_size, device)
-    for_deepspeed = deepspeed_dict(config, world_size, precision)
-    placement = placement_for(for_deepspeed, run.partition)
-    return Machine(run, why_precision, "as configured", for_deepspeed, placement)
+    return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
 
 
 def memory_of(device: torch.device) -> int:
     """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's memory."""
     if device.type == "cuda":
-        from visft_ds.planner.search import MEMORY_SHARE
-
         return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return int(0.8 * host_memory()) // distributed.processes_here()
 
 
-def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[ResolvedConfig, Machine]:
-    """Decide what visft.model.recompute = "auto" means, the same on all ranks; a stated policy stays. Collective.
-
-    Raises:
-        ValueError: on every rank, as `recompute_that_fits`.
-    """
-    if config.visft.model.recompute != "auto":
-        return config, machine
-    config, why = recompute_that_fits(config, machine.planned, Path(config.visft.run.out or ""))
-    run = machine.planned.changed(config)
-    placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
-    return config, replace(machine, planned=run, why_recompute=why, placement=placement)
-
-
-def recompute_that_fits(
-    config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
-) -> tuple[ResolvedConfig, str]:
-    """The configuration with the first policy that fits every rank, and why. Collective; the main process decides.
+def settle_recompute(
+    config: ResolvedConfig, machine: Machine, *, must_fit: bool = True
+) -> tuple[ResolvedConfig, Machine]:
+    """Replace visft.model.recompute = "auto" by the first policy that fits every rank. Collective.
 
     A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
     Args:
-        out: folder of a run that may be resumed; None: of none.
-        must_fit: False: where none fits, that which needs least.
+        must_fit: False: where none fits, take that which needs least.
 
     Raises:
         ValueError: on every rank: no policy fits; says what helps.
     """
-    from visft_ds.planner.search import choose_recompute, fitting_settings  # the whole planner
-
+    if config.visft.model.recompute != "auto":
+        return config, machine
+    out, run = Path(config.visft.run.out or ""), machine.planned
     rooms = distributed.gather_objects(memory_of(run.device))
 
     def choose() -> tuple[str, str]:
-        if out is not None and saved_something(out):
+        if saved_something(out):
             return recorded_config(out).visft.model.recompute, "as the run began"
         if config.visft.stage == 1:
             return "none", "a frozen backbone keeps nothing"
@@ -123,46 +109,34 @@ def recompute_that_fits(
         return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 
     policy, why = by_main_process(choose)
-    return replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft), why
+    config = replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft)
+    return config, replace(machine, planned=run.changed(config), why_recompute=why)
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides results."""
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
-    installed = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
-    return {**facts, **installed}
+    return facts | {f"version of {name}": version for name, version in versions().items() if name != "platform"}
 
 
 @contextlib.contextmanager
 def folder_of_run(out: Path, config: ResolvedConfig, resume: str) -> Iterator[None]:
-    """Keep the run folder for this run: locked by the main process, then looked at once more. Collective.
-
-    Raises:
-        ValueError: on every rank, as `locked` and `open_run_folder`.
-    """
+    """Keep the run folder for this run: locked by the main process, then looked at once more. Collective."""
     with contextlib.ExitStack() as stack:
-
-        def take() -> None:
-            stack.enter_context(locked(out))
-            open_run_folder(out, config, resume)  # another run may have worked in it since
-
-        by_main_process(take)
+        by_main_process(lambda: stack.enter_context(locked(out)))
+        by_main_process(lambda: open_run_folder(out, config, resume))  # another run may have worked in it since
         yield
 
 
 def by_main_process(action: Callable[[], T]) -> T:
-    """Result of an action that the main process does for all. Collective.
-
-    Raises:
-        ValueError: on every rank, where the action raised that or an OSError.
-    """
-    result: tuple[T | None, str] = (None, "")
+    """Result of an action of the main process; its ValueError or OSError is a ValueError of every rank. Collective."""
+    outcome: tuple[T | None, str] = (None, "")
     if distributed.is_main():
         try:
-            result = action(), ""
+            outcome = action(), ""
         except (ValueError, OSError) as error:
-            result = None, str(error)
-    found, problem = distributed.broadcast_object(result)
+            outcome = None, str(error)
+    result, problem = distributed.broadcast_object(outcome)
     if problem:
         raise ValueError(problem)
-    return cast(T, found)
+    return cast(T, result)

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from visft_ds import CHECKOUT
@@ -28,22 +27,15 @@ from visft_ds.run.folder import RUN_SCHEMA, Parent, RunFile, read_run, saved_som
 def write_record(
     config: ResolvedConfig, identity: Mapping[str, str], command: Sequence[str], start: Start | None
 ) -> None:
-    """Write RUN/run.json, with paths that hold from any folder. Main process only.
+    """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full disk.
 
-    Args:
-        identity: what the checkpoints of the run are made with.
-        start: what the run begins with; None: drawn values, or it is resumed.
-
-    Raises:
-        OSError: a full disk, a read-only folder.
+    `start` is what the run begins with; None: drawn values, or it is resumed.
     """
     run, parent = Path(config.visft.run.out or ""), None
     with explained("the record of the run", run, "The same command continues"):
         if start is not None:
             parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
-        if not saved_something(run):
-            (run / RECORD_FILE).unlink(missing_ok=True)  # of a start that saved nothing
-        elif start is None:
+        elif saved_something(run):
             parent = read_run(run).parent
         absolute = changed(config, [f"{key}={json.dumps(path)}" for key, path in _absolute_paths(config.visft).items()])
         write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent)
@@ -54,14 +46,10 @@ def write_run(
     config: Mapping[str, Any],
     world_size: int,
     command: Sequence[str],
-    identity: Mapping[str, str] = MappingProxyType({}),
+    identity: Mapping[str, str] | None = None,
     parent: Parent | None = None,
 ) -> Path:
-    """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
-    path, earlier = out / RECORD_FILE, list[dict[str, Any]]()
-    if path.is_file():
-        previous = read_run(out).model_dump(mode="json", by_alias=True, exclude_unset=True)
-        earlier = [*previous.pop("earlier", []), previous]
+    """Write OUT/run.json in one move."""
     record = RunFile(
         schema=RUN_SCHEMA,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -70,12 +58,11 @@ def write_run(
         versions=versions(),
         commit=_commit(),
         config=redacted_values(config),
-        identity=dict(identity),
+        identity=dict(identity or {}),
         parent=parent,
-        earlier=earlier,
     )
-    write_text(path, record.model_dump_json(indent=2, by_alias=True) + "\n")
-    return path
+    write_text(out / RECORD_FILE, record.model_dump_json(indent=2, by_alias=True) + "\n")
+    return out / RECORD_FILE
 
 
 def _commit() -> str:

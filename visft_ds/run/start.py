@@ -18,7 +18,7 @@ from visft_ds.models import build_empty
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.start import Start
-from visft_ds.run.folder import newest_step, recorded_config
+from visft_ds.run.folder import named_steps, recorded_config
 
 
 def open_start(config: VisftConfig, data: RunData) -> Start | None:
@@ -32,16 +32,14 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
     run = run_of(place)
     if run is not None and run.resolve() == out.resolve():
         raise ValueError(f"--out {out} is the run to start from: name another folder, or resume it without --from")
-    if newest_step(out):
+    if named_steps(out):
         return None
     if run is None:
         return _of_adapter(config, place)
     checkpoint, skipped = (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        raise ValueError(
-            f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}; of an adapter alone give "
-            f"the folder {run}/export/adapter"
-        )
+        told = f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}"
+        raise ValueError(f"{told}; of an adapter alone give the folder {run}/export/adapter")
     return _of_run(config, data, run, checkpoint)
 
 
@@ -70,8 +68,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     heads = {name.split(".")[1] for name in file if name.startswith("heads.")}
     if config.start.heads == "reset" and not heads:
         raise ValueError(
-            f"visft.start.heads=reset: {run} trains no heads, its stage 2 learns under those of visft.heads: start a "
-            "stage 1 from the run that trained them, and a stage 2 on its heads"
+            f"visft.start.heads=reset: {run} trains no heads: start a stage 1 from the run that trained them"
         )
     kept = [task for task in config.tasks.enabled() if task in heads] if config.start.heads == "keep" else []
     infos = {task: open_head(values, task).info for task in kept}
@@ -92,12 +89,12 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     )
 
 
-def _settings(lora: LoraConfig | None) -> dict[str, Any] | None:
-    """Settings of adapters, in whose targets the order means nothing."""
-    return None if lora is None else {**lora.model_dump(), "targets": sorted(lora.targets)}
-
-
 def _check_lora(place: Path, there: LoraConfig | None, here: LoraConfig | None) -> None:
-    if _settings(there) != _settings(here):
+    """Refuse other settings of adapters, in whose targets the order means nothing."""
+
+    def settings(lora: LoraConfig | None) -> dict[str, Any]:
+        return {} if lora is None else {**lora.model_dump(), "targets": sorted(lora.targets)}
+
+    if settings(there) != settings(here):
         told = "null" if there is None else there.model_dump_json()
         raise ValueError(f"visft.start: the adapter in {place} has other settings: --set 'visft.lora={told}'")

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
@@ -21,12 +20,10 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.run.evaluation import Validation
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
 from visft_ds.run.machine import by_main_process
-
-if TYPE_CHECKING:
-    from visft_ds.run.evaluation import Validation
 
 
 class RunState:
@@ -40,65 +37,56 @@ class RunState:
     """
 
     def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str], data: RunData) -> None:
-        run = config.visft.run
-        self._identity = dict(identity)
+        run, self._identity = config.visft.run, identity
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
-        due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
-        retention = Retention(run.keep_last, run.keep_best)
         #: Its context waits for a save that is on its way.
-        self.saver = Saver(self._out / "checkpoints", self._identity, retention, due)
+        retention = Retention(run.keep_last, run.keep_best)
+        self.saver = Saver(self._out / "checkpoints", self._identity, retention, self.is_evaluated)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return True if this step of a run with a validation split is followed by an evaluation."""
+        every = self._config.visft.run.eval_every
+        return every > 0 and (step == self._config.total_steps or step % every == 0)
 
     def resume(self) -> int:
-        """Continue from the newest whole checkpoint. Collective. Returns the steps done, 0 for a fresh start.
+        """Continue from the newest whole checkpoint, if any. Collective. Returns the steps done.
 
-        Raises:
-            ValueError: damaged checkpoints only, none although there is an export, one of another run.
+        Raises ValueError: damaged checkpoints only, none although there is an export, one of another run.
         """
-        place = by_main_process(self._newest)
+        place, scores = by_main_process(self._newest)
         if place is None:
             return 0
-        checkpoint = open_checkpoint(Path(place))
+        checkpoint = open_checkpoint(place)
         check_identity(checkpoint, self._identity)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
-        best, scores = self.saver.retention.best, dict[int, float | None]()
-        if best and distributed.is_main():
-            scores = recorded_scores(self._out / METRICS_FILE, best)
         self.saver.resume(checkpoint.step, scores)
         return checkpoint.step
 
-    def _newest(self) -> str | None:
+    def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
+        """Where to continue, and what its evaluations gave by the metric that chooses the best."""
         checkpoint, skipped = newest_checkpoint(self.saver.folder)
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
         if checkpoint is not None:
-            return str(checkpoint.path)
+            best = self.saver.retention.best
+            return checkpoint.path, recorded_scores(self._out / METRICS_FILE, best) if best else {}
         if skipped:
             raise ValueError(f"no checkpoint in {self.saver.folder} is whole: move them away to train anew")
         if saved_something(self._out):
             raise ValueError(f"{self._out} has an export and no checkpoint to continue from: choose another --out")
-        return None
+        return None, {}
 
     def save(self, step: int) -> None:
-        """Take a snapshot; it is written while training continues. Collective.
-
-        Raises:
-            OSError: the save before this one failed.
-        """
+        """Take a snapshot, written while training continues. Collective. Raises OSError: the one before failed."""
         self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
-        """Record the saves that are on disk by now; with `wait`, all of them.
-
-        Raises:
-            OSError: one could not be written.
-        """
+        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError: one failed."""
         for save in self.saver.finished(wait=wait):
-            seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            log.message(
-                f"saved step {save.step} in {self.saver.folder} (training paused for {save.stall_seconds:.2f} s; "
-                f"written in {save.write_seconds:.2f} s)"
-            )
-            log.writer.save(save.step, seconds, checkpoint_path(self.saver.folder, save.step))
+            path, stall, write = checkpoint_path(self.saver.folder, save.step), save.stall_seconds, save.write_seconds
+            took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
+            log.message(f"saved step {save.step} in {self.saver.folder} ({took})")
+            log.writer.save(save.step, {"save/stall_seconds": stall, "save/write_seconds": write}, path)
 
     def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
@@ -112,28 +100,21 @@ class RunState:
         count, best = distributed.broadcast_object(self.saver.since_best())
         if best is None or count < run.patience:
             return False
-        log.message(
-            f"ends after step {step}: {count} evaluations without a better {run.keep_best} than that of step {best} "
-            "(visft.run.patience)"
-        )
+        since = f"without a better {run.keep_best} than that of step {best}"
+        log.message(f"ends after step {step}: {count} evaluations {since} (visft.run.patience)")
         return True
 
     def take_best(self, step: int, log: RunLog) -> int:
         """Let the engine have the values of the best checkpoint by `visft.run.keep_best`, to be exported. Collective.
 
-        Args:
-            step: that the engine has made, and keeps where no metric was named or measured.
-
-        Returns:
-            The step whose values the engine has now.
+        Returns the step whose values the engine has now: `step`, its own, where no metric was named or measured.
         """
-        metric = self.saver.retention.best
-        best = distributed.broadcast_object(self.saver.best()) if metric else None
+        best = distributed.broadcast_object(self.saver.best())
         if best is None:
             return step
         if best != step:
             restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
-        log.message(f"exports step {best}, the best by {metric}")
+        log.message(f"exports step {best}, the best by {self.saver.retention.best}")
         return int(best)
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
@@ -151,14 +132,7 @@ class RunState:
             begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export what has trained, out of the checkpoint of `step`, and then the record of the run. Main process only.
-
-        Args:
-            prepared: what the run started from.
-
-        Raises:
-            OSError: a full disk.
-        """
+        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError: a full disk."""
         folder = self._out / "export"
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             remove_unfinished(folder)
@@ -166,8 +140,3 @@ class RunState:
             export_weights(trained, folder, prepared, self._config.visft, self._heads(step))
             write_text(folder / EXPORT_RECORD_FILE, (self._out / RECORD_FILE).read_text())
             print(f"wrote {folder}", flush=True)
-
-
-def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
-    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
-    return every > 0 and (step == total_steps or step % every == 0)

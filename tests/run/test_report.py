@@ -12,8 +12,8 @@ from visft_ds.config import resolve
 from visft_ds.launch import main
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
-from visft_ds.run import machine, start_report
-from visft_ds.run.start_report import print_dry_run
+from visft_ds.run import machine, report
+from visft_ds.run.report import print_dry_run
 from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
@@ -22,7 +22,7 @@ BY_ID = 64 + 128 + 1
 
 def table(capsys: pytest.CaptureFixture[str], *settings: str, stage: int = 1) -> list[str]:
     """Title and rows of the table of what trains."""
-    print_dry_run(resolve(stage=stage, model="debug", settings=settings), 1, "")
+    print_dry_run(resolve(stage=stage, model="debug", settings=settings), 1)
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("-- what trains"))
     end = next(number for number, line in enumerate(lines) if line.startswith("-- batches"))
@@ -50,9 +50,9 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
     settings = ("visft.model.recompute=auto", f"visft.data.root={tmp_path}", f"visft.run.out={tmp_path}/run")
     config = resolve(stage=2, model="debug", settings=(*settings, "visft.tasks=detection"))
     for room, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
-        for module in (start_report, machine):
+        for module in (report, machine):
             monkeypatch.setattr(module, "memory_of", lambda device, room=room: room)
-        print_dry_run(config, 1, "")
+        print_dry_run(config, 1)
         text = capsys.readouterr().out
         assert "-- memory of a process at its fullest, predicted" in text and verdict in text
         assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
@@ -61,7 +61,7 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
 def test_the_published_sizes_of_the_large_heads(capsys: pytest.CaptureFixture[str]) -> None:
     """Parameter counts of the code published with the paper, at 9,490 words."""
     assert PRESETS["eva_e"].width == 1792
-    print_dry_run(resolve(stage=1, settings=["visft.data.root=nowhere"]), 8, "")
+    print_dry_run(resolve(stage=1, settings=["visft.data.root=nowhere"]), 8)
     out = capsys.readouterr().out
     for task, count in (("detection", "8,810,464"), ("segmentation", "13,847,441"), ("captioning", "14,136,723")):
         (row,) = [line.split() for line in out.splitlines() if re.match(rf"   {task} +\d+ +[\d,]+ ", line)]
@@ -73,9 +73,9 @@ def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str],
     arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path), "--dry-run"]
     arguments += ["--set", f"visft.tasks.captioning.vocabulary.file={words}"]
     assert main(arguments) == 2
-    out = capsys.readouterr().out
-    assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
-    assert out.startswith("== ") and out.index("-- what trains") < out.index("this run cannot start")
+    out, told = capsys.readouterr()
+    assert "this run cannot start: 2 of its inputs are missing" in told and f"not found: {words}" in told
+    assert out.startswith("== ") and "-- what trains" in out
     assert [line for line in out.splitlines() if len(line) > 100 and str(tmp_path) not in line] == []
 
 
@@ -91,7 +91,7 @@ def test_a_dry_run_opens_the_files_that_a_start_opens(
     arguments += ["--heads", str(tmp_path)]
     for wrong, more in ((weights, ["--set", f"visft.model.weights={weights}"]), (head, [])):
         assert main([*arguments, *more]) == 2
-        assert f"this run cannot start: {wrong}" in capsys.readouterr().out
+        assert str(wrong) in capsys.readouterr().err
 
 
 def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Report of a run before its first step, and of `--dry-run` instead of running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from visft_ds.config import ResolvedConfig, own
+from visft_ds.config.preflight import head_files
+from visft_ds.config.schema import VisftConfig
+from visft_ds.interop.heads import find_head, open_head
+from visft_ds.interop.layouts import open_backbone
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.planner.memory import PlannedRun, plan_largest
+from visft_ds.prepare.data import RunData, is_here, open_data
+from visft_ds.prepare.datasets import classes_of_run
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, PreparedModel, TrainedGroup, plan_model, stage_name
+from visft_ds.pretrained import local
+from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
+from visft_ds.tasks import TASKS
+
+
+def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int) -> None:
+    """Print the plan of a run that is about to train, after `start` steps. Main process only."""
+    for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
+        print(line, flush=True)
+    module, model = prepared.module, config.visft.model
+    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
+    trained = sum(group.count for group in prepared.groups)
+    facts = [
+        ("backbone", f"{model.name}: {module.backbone.describe()}"),
+        ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
+        ("precision", f"{machine.planned.precision} ({machine.why_precision})"),
+        ("recompute", f"{model.recompute}, {machine.why_recompute}"),
+    ]
+    sections = [
+        Section("model", facts),
+        *_sections(config, machine.planned, prepared.groups, start=start),
+        Section("data", list(_data_rows(config.visft, data))),
+        Section("checks passed", [("-", note) for note in prepared.notes]),
+    ]
+    print_plan(_title(config), sections)
+
+
+def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
+    """Print what would train, how batches divide, and whether it fits into memory.
+
+    Raises:
+        ValueError: what keeps a start from running on this machine, such as a file that is there and cannot be read.
+            Whether it fits into memory is said, and changes nothing.
+    """
+    # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
+    processes, vocabulary = max(world_size, config.pipeline_stages), None
+    if is_here(config.visft):
+        config, data = open_data(config, processes)
+        vocabulary = data.vocabulary
+    machine = check_machine(config, vocabulary.size if vocabulary else None, processes)
+    config, machine = settle_recompute(config, machine, must_fit=False)
+    run = machine.planned
+    module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
+    plan, capacity = plan_largest(run), memory_of(run.device)
+    verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
+    memory = [
+        *plan.rows(),
+        ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})"),
+        ("recompute", f"{config.visft.model.recompute}, {machine.why_recompute}"),
+    ]
+    guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
+    note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
+    sections = [
+        *_sections(config, run, groups, note),
+        Section("memory of a process at its fullest, predicted", memory),
+    ]
+    print_plan(f"{_title(config)} (dry run: nothing is started)", sections)
+    # Of the files that are there, names and shapes are looked at.
+    weights, heads = config.visft.model.weights, config.visft.heads.path
+    if weights is not None and local(weights).is_file():
+        open_backbone(module.backbone, local(weights))
+    for task, head in module.heads.items():
+        if heads is None or not head_files(Path(heads), task) or (TASKS[task].uses_vocabulary and vocabulary is None):
+            continue  # without the data nobody knows its number of words
+        open_head(find_head(heads, task), task).check(head)
+
+
+def _title(config: ResolvedConfig) -> str:
+    return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
+
+
+def _sections(
+    config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
+) -> list[Section]:
+    """What trains, in which batches, where a pipeline is divided, and what becomes of the run."""
+    trained = [
+        (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
+        for g in groups
+    ]
+    streams, batches = config.visft.streams().values(), run.batches
+    zero = config.deepspeed["zero_optimization"]["stage"]
+    engine = f"ZeRO-{zero} on {batches.dp} processes"
+    if batches.stages > 1:
+        engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
+    learnt = [("engine", engine), *(("batch", line) for line in batches.equations())]
+    for stream in streams:
+        share = 100 * stream.share / sum(other.share for other in streams)
+        learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))
+    schedule, settings = config.scheduler, config.visft.run
+    best = f" and the best by {settings.keep_best}" if settings.keep_best else ""
+    kept = f"every {settings.save_every} steps in {settings.out}/checkpoints, kept: the last {settings.keep_last}{best}"
+    rows = [
+        *(("adapted", line) for line in config.adapted),
+        ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
+        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+        ("saved", kept),
+        ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
+    ]
+    return [
+        Section(f"what trains{note}", trained, ("group", "tensors", "values", "lr", "weight decay", "first")),
+        Section("batches", learnt),
+        *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),
+        Section("run", rows),
+    ]
+
+
+def _data_rows(config: VisftConfig, data: RunData) -> Iterator[tuple[str, str]]:
+    for name, one in data.sets.items():
+        where = f"{one.manifest.root}/{one.manifest.split}: {len(one.manifest)} images"
+        yield f"shards {name}", f"{where}, weight {one.weight:g}: {', '.join(one.tasks)}"
+    for task, classes in classes_of_run(config, data.categories).items():
+        yield f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"
+    for task, part in data.plan.tasks.items():
+        for name in part.sets:
+            yield f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps of {name}"
+    if config.features is not None:
+        kept = f"kept in {config.features.cache}" if config.features.cache else "not kept (visft.features.cache)"
+        yield "features", f"views of each image: {data.plan.views}, {kept}"
