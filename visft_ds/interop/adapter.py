@@ -24,8 +24,8 @@ from torch import Tensor
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.files import reading
-from visft_ds.interop.layouts import described, model_of
-from visft_ds.interop.weights import examples, open_weights, save_tensors, write_text
+from visft_ds.interop.layouts import described, fitted, model_of
+from visft_ds.interop.weights import Lazy, Weights, open_weights, save_tensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.lora import KINDS, dense_update, inject_lora, lora_layers, lora_parameters
 from visft_ds.ops.lora import Slices, parts_of
@@ -80,13 +80,11 @@ class Adapter:
             raise ValueError(f"the adapter is of {described(self.model)}, and this model is read after block {ours}")
         inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
         parameters = lora_parameters(backbone)
-        shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-        given = {name: tuple(value.shape) for name, value in self.tensors.items()}
-        if wrong := [name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)]:
-            raise ValueError(
-                f"the adapter is of {described(self.model)} and does not fit {backbone.describe()}: "
-                f"{examples(sorted(wrong))} differ"
-            )
+        given = Weights(
+            {name: Lazy.of(value) for name, value in self.tensors.items()},
+            Path(f"the adapter of {described(self.model)}"),
+        )
+        fitted(given, parameters, behind=(), what=backbone.describe())
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[name])

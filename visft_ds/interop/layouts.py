@@ -118,7 +118,10 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     stored = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
     wanted: dict[str, Tensor] = {**base_parameters(backbone), **stored}
     if isinstance(backbone, EvaViT):
-        _restore_class_position(tower, wanted["pos_embed"].shape)
+        one, shape = tower.get("pos_embed"), tuple(wanted["pos_embed"].shape)
+        # As timm keeps them in a tower without class token: its entry, which nothing reads, is not there.
+        if one is not None and one.shape == (1, shape[1] - 1, shape[2]):
+            tower["pos_embed"] = Lazy(shape, one.dtype, lambda: torch.nn.functional.pad(one.read(), (0, 0, 1, 0)))
         behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
     else:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
@@ -142,14 +145,6 @@ def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ..
     if problems:
         raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
     return Weights({name: file[name] for name in wanted}, file.path, file.metadata)
-
-
-def _restore_class_position(tower: Weights, shape: torch.Size) -> None:
-    """Positions as timm keeps them in a tower without class token lack its entry, which then nothing reads."""
-    one = tower.get("pos_embed")
-    if one is not None and len(one.shape) == 3 and one.shape[1] == shape[1] - 1:
-        read = one.read
-        tower["pos_embed"] = Lazy(tuple(shape), one.dtype, lambda: torch.cat([(rest := read())[:, :1] * 0, rest], 1))
 
 
 def load_backbone(
