@@ -232,7 +232,7 @@ def _write(
                 try:
                     suffix, data, kind = _picture(image, options)
                 except ValueError as error:
-                    left_out.append((image.file_name, str(error)))
+                    left_out.append((image.file_name, str(error).removeprefix(f"{options.images / image.file_name}: ")))
                 else:
                     row, key = list[int](), f"{image.image_id:012d}"
                     for name, part in ((f"{key}.{suffix}", data), (f"{key}.json", image.label())):
