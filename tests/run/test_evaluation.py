@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -75,9 +76,10 @@ def _measuring(training: int) -> psutil.Process:
     """The process that measures for a training process, once there is one."""
     until = time.monotonic() + PROMPT
     while time.monotonic() < until:
-        for server in psutil.Process(training).children():
-            if "forkserver" in " ".join(server.cmdline()) and (found := server.children()):
-                return found[0]
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child that ends meanwhile
+            for server in psutil.Process(training).children():
+                if "forkserver" in " ".join(server.cmdline()) and (found := server.children()):
+                    return found[0]
         time.sleep(0.02)
     raise AssertionError("nothing was measured")
 
