@@ -32,6 +32,8 @@ DETR = {
     | {"encoder_layers": 1, "decoder_layers": 3, "num_heads": 4, "ffn_dim": 256, "dropout": 0.0},
     "visft.shared.image.fixed_size": 224,
     "scheduler.params.total_num_steps": 700,
+    "visft.run.save_every": 700,  # the last step is exported: on other photographs every one has 0
+    "visft.run.eval_every": 700,
 }
 
 
