@@ -113,7 +113,6 @@ def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, m
     [
         (("--backbone", "dinov3b"), "did you mean dinov3_b"),
         (("--backbone", "timm:vit_base_patch16_dinov4"), "did you mean timm:vit_base_patch16_dinov3"),
-        (("--backbone", "debug", "--deepspeed_config", "x.json"), "complete configuration: leave out --backbone"),
     ],
 )
 def test_words_that_name_no_backbone(words: tuple[str, ...], message: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config.fields import nearest
-from visft_ds.config.resolve import CONFIG_ROOT, available, load_json
+from visft_ds.config.resolve import CONFIG_ROOT, Flags, available, load_json
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import (
     HUB,
@@ -110,8 +110,8 @@ def named(text: str, *, download: bool = False) -> Named:
         raise ValueError(f"--backbone {text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
 
 
-def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tuple[str, Any]]]:
-    """(file in ds_configs/models, flag -> (dotted key, value)) with which a backbone trains.
+def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
+    """(file in ds_configs/models, settings) with which a backbone trains.
 
     Args:
         model: file that was asked for; None: that of the backbone, or the one whose backbone has the nearest name.
@@ -121,7 +121,7 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tup
     if model in available("models") and all(_model_file(model).get(key) == found.model[key] for key in found.model):
         return model, {}
     values = found.model if found.name is None else {"name": found.name, **found.model}
-    return model, {f"--backbone {found.text} ({key})": (f"visft.model.{key}", value) for key, value in values.items()}
+    return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
 
 
 def _keys(preset: str, weights: str | None, image_size: int | None = None) -> dict[str, Any]:
