@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config import own
-from visft_ds.config.backbones import model_of, named
+from visft_ds.config.backbones import model_of, named, on_this_machine
 from visft_ds.config.preflight import folder_of_run, number_of_images, run_of, tasks_without_labels
 from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve, with_engine
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
-from visft_ds.pretrained import fetch, local, on_hub
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 RESUME = ("auto", "must", "no")
@@ -116,9 +115,8 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 
 def fetch_weights(config: ResolvedConfig) -> None:
     """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
-    weights = config.visft.model.weights
-    if weights is not None and not local(weights).is_file() and (name := on_hub(weights)):
-        fetch(name)
+    if config.visft.model.weights is not None:
+        on_this_machine(config.visft.model.weights, download=True)
 
 
 def resolve_with_data(

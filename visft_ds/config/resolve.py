@@ -18,16 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds import CHECKOUT
 from visft_ds.config.fields import nearest
-from visft_ds.config.schema import (
-    INSTEAD,
-    OURS,
-    OptimizerConfig,
-    ParamGroup,
-    Recipe,
-    SchedulerConfig,
-    VisftConfig,
-    complete,
-)
+from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import is_secret, redacted_values
 from visft_ds.tasks import BUILT_IN, entries
@@ -308,38 +299,17 @@ def _typed(tree: Tree) -> ResolvedConfig:
         lines = [_line(tree, *pair) for pair in problems(error, Recipe)]
         title = f"the configuration has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
         raise ValueError("\n  ".join([title, *lines])) from error
-    visft, params, adapted = _filled(recipe.visft), recipe.scheduler.params, tuple[str, ...]()
+    visft, params, adapted = recipe.visft.filled(), recipe.scheduler.params, tuple[str, ...]()
     total, warmup = params.total_num_steps or visft.updates(), params.warmup_num_steps
     assert total is not None  # checked by validation
     if warmup > total:
         adapted = (f"warm-up: {warmup} -> {total // 10} steps, because of the length of the run",)
         warmup = total // 10
     params = params.model_copy(update={"total_num_steps": total, "warmup_num_steps": warmup})
-    return ResolvedConfig(
-        visft=visft,
-        optimizer=recipe.optimizer,
-        scheduler=recipe.scheduler.model_copy(update={"params": params}),
-        gradient_clipping=recipe.gradient_clipping,
-        deepspeed={key: value for key, value in tree.values.items() if key not in OURS},
-        sources=tree.sources,
-        adapted=adapted,
-    )
-
-
-def _filled(visft: VisftConfig) -> VisftConfig:
-    """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
-    changes, name = dict[str, Any](), visft.model.name
-    off = tuple(f"heads.{task}." for task in entries() if task not in visft.tasks.enabled())
-    used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
-    groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in used if globs)
-    if visft.run.out is None:
-        changes["run"] = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{name}"})
-    if visft.stage == 2 and visft.heads.start == "random":
-        if not any(glob.startswith("heads.") for _, globs in used for glob in globs):
-            groups += (ParamGroup(name="heads", params="heads.*"),)
-    elif visft.stage == 2 and visft.heads.path is None:
-        changes["heads"] = visft.heads.model_copy(update={"path": f"runs/stage1-{name}/export"})
-    return visft.model_copy(update={**changes, "param_groups": groups or visft.param_groups})
+    scheduler = recipe.scheduler.model_copy(update={"params": params})
+    theirs = {key: value for key, value in tree.values.items() if key not in OURS}
+    clipping = recipe.gradient_clipping
+    return ResolvedConfig(visft, recipe.optimizer, scheduler, clipping, theirs, tree.sources, adapted)
 
 
 def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
