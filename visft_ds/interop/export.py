@@ -134,7 +134,7 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
 def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
-    transformers' AutoModel loads the same folder (TimmWrapperModel). What timm has behind the map, and the base has not,
+    transformers' AutoModel loads the same folder (TimmWrapperModel). What timm has behind the map, and the base lacks,
     is as timm begins with it.
     """
     from timm import create_model
