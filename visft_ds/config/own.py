@@ -95,7 +95,8 @@ def told(config: ResolvedConfig, images: int) -> list[str]:
             parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
         parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
         if run.keep_best:
-            parts.append(f"evaluated every {run.eval_every} steps, the best {run.keep_best} stays")
+            count = math.ceil(config.total_steps / run.eval_every)
+            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
         lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
     if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
         lines.append(
