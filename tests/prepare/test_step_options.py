@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.parallel.packed_case import compilations
+from tests.random_tower import build_backbone
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora
 
 CPU = torch.device("cpu")

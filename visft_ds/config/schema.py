@@ -128,7 +128,7 @@ class ModelConfig(StrictModel):
             yield "compile", f"must be none with {self.preset}"
 
     def backbone_options(self) -> dict[str, Any]:
-        """Keyword arguments of `build_backbone` that differ from the preset."""
+        """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
         return {**self.overrides.model_dump(exclude_none=True), **layers}
 
