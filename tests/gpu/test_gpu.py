@@ -146,7 +146,7 @@ def test_lora(compare: Any, backend: str, dtype: str) -> None:
 
 def tower_values(preset: str, how: str, dtype: str, images: Sequence[int], **sizes: Any) -> Values:
     """Features and gradients of adapters of a random tower."""
-    tower = build_backbone(preset, device=DEVICE, dtype=DTYPES[dtype], **sizes).train()
+    tower = build_backbone(preset, device=str(DEVICE), dtype=DTYPES[dtype], **sizes).train()
     inject_lora(tower.requires_grad_(False))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in tower.named_parameters():
