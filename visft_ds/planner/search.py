@@ -40,7 +40,6 @@ class SearchArm:
     needed: int  #: bytes of the stream that needs most
     images_per_second: float  #: over all GPUs
     step_seconds: float
-    steps: int
     hours: float  #: of the schedule, without evaluation, saving and waiting for data
     of_limit: float  #: share of the peak: the time of the arithmetic alone over the predicted one
     streams: dict[str, StreamForecast]
@@ -88,7 +87,6 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         needed=max(stream.memory.total for stream in streams.values()),
         images_per_second=mean(lambda stream: stream.images) / seconds,
         step_seconds=seconds,
-        steps=config.total_steps,
         hours=config.total_steps * seconds / 3600,
         of_limit=mean(lambda stream: stream.limit) / seconds,
         streams=streams,
@@ -131,7 +129,7 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     return sorted(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.needed))[:1]
 
 
-def _engines(count: int) -> list[tuple[str, list[str]]]:
+def _engines(count: int) -> Sequence[tuple[str | None, list[str]]]:
     """Engines, and their settings, that hold less of a model on each of several GPUs."""
     pipelines = [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
     return [("zero3", []), *pipelines] if count > 1 else []
@@ -162,19 +160,15 @@ def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
 
 
 def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
-    """Flags of at most three changes after which the fullest rank of a run holds no more than `capacity` bytes.
-
-    Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
-    """
-    config, micro, found = now.config, now.batches.micro, list[str]()
-    streams, policies = config.visft.streams(), set(policies_of(config)) - {"none", config.visft.model.recompute}
-    again = [[f"visft.model.recompute={policy}"] for policy in sorted(policies, reverse=True)]  # mlp before block
-    fewer = [
-        [f"{streams[name].key}.micro_batch={max(1, count >> halvings)}" for name, count in micro.items()]
-        for halvings in range(1, max(micro.values()).bit_length())
-    ]
+    """Flags of fewer images at once, and of another engine, after which the fullest rank of a run holds no more than
+    `capacity` bytes; without those that are not enough."""
+    config, micro, found, fewer = now.config, now.batches.micro, list[str](), list[tuple[str | None, list[str]]]()
+    streams = config.visft.streams()
+    for halvings in range(1, max(micro.values()).bit_length()):
+        smaller = {streams[name].key: max(1, count >> halvings) for name, count in micro.items()}
+        fewer.append((None, [f"{key}.micro_batch={count}" for key, count in smaller.items()]))
     engines = [] if config.pipeline_stages > 1 else _engines(now.batches.processes)
-    for kind in ([(None, settings) for settings in again], [(None, settings) for settings in fewer], engines):
+    for kind in (fewer, engines):
         for engine, settings in kind:
             # Refused: batches that do not divide that way, more stages than layers, an engine for other models.
             with suppress(ValueError):
