@@ -5,11 +5,8 @@ Exit status: 0 planned, 2 wrong usage.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import resolve
@@ -19,7 +16,6 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.resilience.errors import tell
 
 if TYPE_CHECKING:
-    from visft_ds.planner.hardware import Cluster
     from visft_ds.planner.search import SearchArm
 
 _GIB = 2**30
@@ -45,44 +41,31 @@ def build_parser() -> Command:
     add("--stage", type=int, choices=(1, 2), help="(both)")
     add("--engine", metavar="NAME|FILE", help="plan this one as configured, search nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
-    add("--json", type=Path, metavar="FILE", help="write everything there")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan, print, write; returns the exit status."""
+    """Plan and print; returns the exit status."""
     try:
         options = build_parser().parse_args(arguments)
-        cluster, plans = make_plans(options)
+        from visft_ds.planner.hardware import parse_cluster  # these import torch, which costs seconds
+        from visft_ds.planner.search import forecast, search
+
+        cluster = parse_cluster(options.cluster, options.network)
         machines = f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
         where = f"{cluster.count}x{cluster.gpu.name}{machines if cluster.count > cluster.per_node else ''}"
-        for plan in plans:
-            print_arms(f"{plan['model']}, stage {plan['stage']}, as predicted on {where}", plan["arms"])
-        if options.json is not None:
-            text = json.dumps({"cluster": cluster, "plans": plans}, default=asdict, indent=1)
-            options.json.write_text(text + "\n", encoding="utf-8")
+        model, flags, engine = options.model, dict[str, tuple[str, Any]](), options.engine or "zero1"
+        if options.backbone is not None:
+            model, flags = model_of(named(options.backbone, download=options.download), model)
+        for name in [model] if model else ["eva_e", "eva_g"]:
+            for stage in [options.stage] if options.stage else [1, 2]:
+                config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
+                stated = [f"--engine {engine}"]
+                arms = [forecast(config, cluster, stated)] if options.engine else search(config, cluster)
+                print_arms(f"{name}, stage {stage}, as predicted on {where}", arms)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0
-
-
-def make_plans(options: argparse.Namespace) -> tuple[Cluster, list[dict[str, Any]]]:
-    """A cluster, and the arms of each model and stage on it. Raises ValueError: what a user can mend."""
-    from visft_ds.planner.hardware import parse_cluster  # these import torch, which costs seconds
-    from visft_ds.planner.search import forecast, search
-
-    cluster = parse_cluster(options.cluster, options.network)
-    model, flags = options.model, dict[str, tuple[str, Any]]()
-    if options.backbone is not None:
-        model, flags = model_of(named(options.backbone, download=options.download), model)
-    plans: list[dict[str, Any]] = []
-    for name in [model] if model else ["eva_e", "eva_g"]:
-        for stage in [options.stage] if options.stage else [1, 2]:
-            engine = options.engine or "zero1"
-            config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
-            arms = [forecast(config, cluster, (f"--engine {engine}",))] if options.engine else search(config, cluster)
-            plans.append({"model": name, "stage": stage, "arms": arms})
-    return cluster, plans
 
 
 def print_arms(title: str, arms: Sequence[SearchArm]) -> None:
@@ -94,13 +77,15 @@ def print_arms(title: str, arms: Sequence[SearchArm]) -> None:
     for arm in arms:
         fits, memory = "yes" if arm.fits else "NO", f"{arm.needed / _GIB:.1f}"
         speed = f"{arm.images_per_second:.4g}", f"{arm.hours:.1f}", f"{arm.of_limit:.0%}"
-        rows.append((arm.engine, arm.recomputed, str(arm.accumulation), fits, memory, *speed))
+        recomputed, accumulation = arm.run.config.visft.model.recompute, str(arm.run.batches.accumulation)
+        rows.append((arm.engine, recomputed, accumulation, fits, memory, *speed))
     best = arms[0]
     sections = [Section(f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU", rows, columns)]
-    for name, stream in best.streams.items():
-        what = f"{name} with {best.engine}: {stream.images} images a step, {stream.micro} at once on a GPU"
-        memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(stream.memory).items() if size)
-        seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(stream.seconds).items() if spent)
+    for name, images in best.run.batches.batch_size.items():
+        at_once = f"{images} images a step, {best.run.batches.micro[name]} at once on a GPU"
+        what = f"{name} with {best.engine}: {at_once}"
+        memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size)
+        seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent)
         sections.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
     print_plan(title, sections)
     print(f"visft train {' '.join(best.flags)}", flush=True)

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
 from visft_ds.config.fields import Precision
@@ -27,7 +26,7 @@ from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, operators_of
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of
+from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
 
 FP32 = 4  #: bytes
 
@@ -126,13 +125,12 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
     by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
-    values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     return TracedStep(
         forward=tracer.forward_peak,
         backward=tracer.peak,
         activations=tracer.peak_apart,
-        batch=sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.is_meta),
+        batch=sum(value.nbytes for value in (batch.images, *tensors_of(batch.targets)) if value.is_meta),
         work=tracer.work,
         frozen=sum(p.numel() * p.element_size() for p in frozen),
         trained=sum(p.numel() for p in trained),
@@ -215,6 +213,5 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
 
 def plan_largest(run: PlannedRun) -> MemoryPlan:
     """Peak memory of a rank, by part, in the largest kind of step."""
-    return max(
-        (plan_stream(run, stream) for stream in run.config.visft.streams().values()), key=lambda plan: plan.total
-    )
+    plans = [plan_stream(run, stream) for stream in run.config.visft.streams().values()]
+    return max(plans, key=lambda plan: plan.total)

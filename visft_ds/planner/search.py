@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,31 +18,24 @@ MEMORY_SHARE = 0.92
 
 
 @dataclass(frozen=True)
-class StreamForecast:
-    """Forecast for the steps of a stream."""
-
-    images: int  #: of an optimiser step, over all GPUs
-    micro: int  #: of one GPU at once
-    memory: MemoryPlan
-    seconds: PlannedTime
-    limit: float  #: seconds at the GPUs' peak, all arithmetic needed once, nothing else
-
-
-@dataclass(frozen=True)
 class SearchArm:
     """A configuration on a cluster; numbers of all streams together are means by their shares of the steps."""
 
     flags: tuple[str, ...]  #: of visft train that lead to it
     engine: str
-    recomputed: str
-    accumulation: int
+    run: PlannedRun  #: with its policy of recomputing, its batches
     capacity: int  #: bytes that a plan may fill of a GPU
-    needed: int  #: bytes of the stream that needs most
+    memory: Mapping[str, MemoryPlan]  #: by stream
+    seconds: Mapping[str, PlannedTime]  #: by stream, of a step
     images_per_second: float  #: over all GPUs
     step_seconds: float
     hours: float  #: of the schedule, without evaluation, saving and waiting for data
-    of_limit: float  #: share of the peak: the time of the arithmetic alone over the predicted one
-    streams: dict[str, StreamForecast]
+    of_limit: float  #: share of the peak: the time of all arithmetic needed once over the predicted one
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the stream that needs most."""
+        return max(plan.total for plan in self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -57,39 +50,31 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     if gpu.rate(precision) is None:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
     run, capacity = run_of(config, cluster.count, precision, None, torch.device("cuda")), int(MEMORY_SHARE * gpu.memory)
-    batches, plain = run.batches, run.with_policy("none")
-    if config.visft.model.recompute == "auto":
+    plain, batches, streams = run.with_policy("none"), run.batches, config.visft.streams()
+    if config.visft.stage == 1:
+        run = plain  # a frozen backbone keeps nothing
+    elif config.visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
-    kinds = config.visft.streams()
-    streams = {
-        name: StreamForecast(
-            images=stream.batch_size,
-            micro=batches.micro[name],
-            memory=plan_stream(run, stream),
-            seconds=step_time(run, stream, cluster),
-            limit=peak_seconds(trace_step(plain, stream).work, gpu) * batches.accumulation / batches.stages,
-        )
-        for name, stream in kinds.items()
-    }
 
-    def mean(number: Callable[[StreamForecast], float]) -> float:
-        weighted = sum(kinds[name].share * number(stream) for name, stream in streams.items())
-        return weighted / sum(stream.share for stream in kinds.values())
+    def mean(numbers: Mapping[str, float]) -> float:
+        shared = sum(streams[name].share * number for name, number in numbers.items())
+        return shared / sum(stream.share for stream in streams.values())
 
-    seconds = mean(lambda stream: stream.seconds.total)
+    seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
+    step = mean({name: one.total for name, one in seconds.items()})
+    at_peak = mean({name: peak_seconds(trace_step(plain, stream).work, gpu) for name, stream in streams.items()})
     zero = config.deepspeed["zero_optimization"]["stage"]
     return SearchArm(
         flags=tuple(flags),
         engine=f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}",
-        recomputed=run.config.visft.model.recompute if config.visft.stage == 2 else "none",
-        accumulation=batches.accumulation,
+        run=run,
         capacity=capacity,
-        needed=max(stream.memory.total for stream in streams.values()),
-        images_per_second=mean(lambda stream: stream.images) / seconds,
-        step_seconds=seconds,
-        hours=config.total_steps * seconds / 3600,
-        of_limit=mean(lambda stream: stream.limit) / seconds,
-        streams=streams,
+        memory={name: plan_stream(run, stream) for name, stream in streams.items()},
+        seconds=seconds,
+        images_per_second=mean(batches.batch_size) / step,
+        step_seconds=step,
+        hours=config.total_steps * step / 3600,
+        of_limit=at_peak * batches.accumulation / batches.stages / step,
     )
 
 
@@ -139,9 +124,6 @@ def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...
     return (*([f"--engine {engine}"] if engine else []), *(f"--set {setting}" for setting in settings))
 
 
-# ------------------------------------------------------------------------------------------------- what would fit
-
-
 def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
     """Values of visft.model.recompute, from the one that computes least to the one that keeps least."""
     if config.visft.stage == 1:
@@ -155,7 +137,7 @@ def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
     for policy in policies_of(run.config):
         tried.append((candidate := run.with_policy(policy), plan_largest(candidate).total))
         if tried[-1][1] <= capacity:
-            return tried[-1]
+            break
     return min(tried, key=lambda choice: choice[1])
 
 

@@ -48,11 +48,8 @@ def peak_seconds(work: Counter[Work], gpu: Gpu) -> float:
 
 
 def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0) -> float:
-    """Sum over operators, each as long as its arithmetic, its bytes or its call; or the host's time, if that is longer.
-
-    Args:
-        checkpoints: seconds of the host for blocks that are recomputed.
-    """
+    """Sum over operators, each as long as its arithmetic, its bytes or its call; or the host's time, if that is longer,
+    with its seconds for blocks that are recomputed (`checkpoints`)."""
 
     def seconds(what: Work) -> float:
         share = SAMPLING_SHARE if what.kind == "sampling" else BANDWIDTH_SHARE
