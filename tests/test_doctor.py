@@ -17,8 +17,6 @@ def test_a_model_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert [finding.status for finding in doctor.check_memory("debug")] == [OK] * 3
     monkeypatch.setattr("visft_ds.run.machine.host_memory", lambda: 2**20)
     assert [finding.status for finding in doctor.check_memory("debug")] == [OK, PROBLEM, PROBLEM]
-    with pytest.raises(ValueError, match="eva_x"):
-        list(doctor.check_memory("eva_x"))
 
 
 @pytest.mark.slow
