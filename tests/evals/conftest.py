@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Nobody may change it."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    flags = {"--data": ("visft.data.root", str(folder / "shards"))}
+    flags = {"visft.data.root": (str(folder / "shards"), "--data")}
     second = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
     configs = {
         stage: resolve(stage=stage, model="debug", settings=settings, flags=flags)

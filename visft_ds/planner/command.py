@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visft_ds.config import resolve
 from visft_ds.config.backbones import model_of, named
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cluster = parse_cluster(options.cluster, options.network)
         machines = f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
         where = f"{cluster.count}x{cluster.gpu.name}{machines if cluster.count > cluster.per_node else ''}"
-        model, flags, engine = options.model, dict[str, tuple[str, Any]](), options.engine or "zero1"
+        model, flags, engine = options.model, None, options.engine or "zero1"
         if options.backbone is not None:
             model, flags = model_of(named(options.backbone, download=options.download), model)
         for name in [model] if model else ["eva_e", "eva_g"]:
