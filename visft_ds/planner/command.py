@@ -64,7 +64,7 @@ def make_plans(options: argparse.Namespace) -> dict[str, Any]:
     from visft_ds.planner.search import forecast, search
 
     cluster = parse_cluster(options.cluster, options.network)
-    model, flags = options.model, dict[str, tuple[str, Any]]()
+    model, flags = options.model, None
     if options.backbone is not None:
         model, flags = model_of(named(options.backbone, download=options.download), model)
     plans: list[dict[str, Any]] = []

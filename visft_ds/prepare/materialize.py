@@ -6,7 +6,7 @@ those of the engines are in `parallel.placement`. A value is the same whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.heads import HeadFile
-from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, is_lora, is_small, open_backbone
+from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, fitted, is_lora, is_small, open_backbone
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
-from visft_ds.prepare.start import Start
 from visft_ds.pretrained import local
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
@@ -107,6 +106,36 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
     identity = fingerprint({name: weights[name] for name in parameters})
     return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Values that a run begins with in place of drawn ones: those of another run, or of an adapter."""
+
+    place: Path
+    sha256: str  #: of what is read
+    tensors: Weights  #: by qualified name of a parameter
+    base: str | None  #: fingerprint of the base weights that they were trained on; None: nobody recorded it
+    note: str
+    step: int | None = None  #: of a run
+
+    def check(self, module: nn.Module, trained: Iterable[str], base: str) -> None:
+        """Raise ValueError for values that are not those of what a run trains, or were trained on another base.
+
+        Args:
+            trained: qualified names.
+            base: fingerprint of the run's base weights.
+        """
+        if self.base not in (None, base):
+            raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
+        parts, named = {_part(name) for name in self.tensors}, dict(module.named_parameters())
+        wanted = {name: named[name] for name in trained if _part(name) in parts}
+        fitted(self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)")
+
+
+def _part(name: str) -> str:
+    """The head, or the backbone, that a parameter is part of."""
+    return ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
 
 
 def fill_model(

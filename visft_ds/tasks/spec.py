@@ -136,8 +136,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
-    losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
+    head: ClassVar[type[nn.Module]]  #: (in_channels, its settings); called with (features, valid)
+    losses: ClassVar[Callable[..., Criterion]]  #: (the settings of the head, those of the loss)
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod
