@@ -176,7 +176,7 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
         (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
         (["--from", "nowhere", "--out", "{one}"], "there is no such run, checkpoint or adapter"),
         (["--stage", "1", "--reset-heads"], "--reset-heads says what becomes of the heads of --from RUN"),
-        (["--stage", "2", "--from", "{two}/export/adapter", "--reset-heads"], "is an adapter, which has no heads"),
+        (["--stage", "2", "--from", "{two}/export/adapter", "--reset-heads"], "give a run there"),
     ],
 )
 def test_what_cannot_be_a_start(
