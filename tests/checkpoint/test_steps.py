@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from safetensors.torch import load_file
 
 from tests import finished
 from tests.ranks import run_ranks
-from tests.tiny import TINY, command
+from tests.tiny import command
 from tools.merge_lora import main as merge
-from visft_ds import evaluate, fit, load
-from visft_ds.checkpoint.saver import best_step, recorded_scores
+from visft_ds import evaluate, load
 from visft_ds.interop.heads import find_head, head_file, open_head
 from visft_ds.run.folder import BACKBONE_FILE
 
@@ -70,30 +68,3 @@ def test_stage_2_learns_under_the_heads_of_a_checkpoint(tmp_path: Path) -> None:
     found = load(tmp_path / "two").predict(_image(), threshold=0)
     wanted = load(tmp_path / "two", heads=run / EARLIER).predict(_image(), threshold=0)
     np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
-
-
-def test_the_export_is_that_of_the_best_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nothing is found by a head of few steps: of equal numbers the first is the best."""
-    settings: dict[str, Any] = {
-        **TINY,
-        "visft.mode": "sampled",
-        "visft.tasks": "detection",
-        "scheduler.params.total_num_steps": 4,
-        "scheduler.params.warmup_num_steps": 0,
-        "visft.run.save_every": 1,
-        "visft.run.eval_every": 1,
-        "visft.run.eval_limit": 2,
-        "visft.run.pictures": 0,
-        "visft.run.keep_last": 4,
-        "visft.run.keep_best": "box/AP50",
-    }
-    ended = fit(stage=1, model="debug", data=finished.shards(), out=tmp_path, settings=settings)
-    best = best_step(recorded_scores(tmp_path / "metrics.jsonl", "box/AP50"))
-    assert ended.finished and best is not None and best < 4
-    assert f"exports step {best}, the best by box/AP50" in capfd.readouterr().out
-    exported = load_file(head_file(tmp_path / "export", "detection"))
-    values = [load_file(tmp_path / f"checkpoints/step_0000000{step}/parameters.safetensors") for step in (best, 4)]
-    assert all(torch.equal(values[0][f"heads.detection.{name}"], value) for name, value in exported.items())
-    assert any(not torch.equal(values[1][f"heads.detection.{name}"], value) for name, value in exported.items())
-    assert open_head(head_file(tmp_path / "export", "detection"), "detection").info.extra["step"] == best
-    assert json.loads((tmp_path / "checkpoints/step_00000004/state.json").read_text())["step"] == 4
