@@ -176,16 +176,13 @@ def test_what_cannot_be_a_start(
     assert not (tmp_path / "fork/run.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
+def test_what_the_model_shows_to_be_no_start(work: Path, tmp_path: Path) -> None:
+    for setting, message in (
         ("visft.model.weights_seed=3", "was trained on other base weights"),
         ("visft.tasks.detection.head.num_queries=5", "does not fit what this run trains"),
-    ],
-)
-def test_what_the_model_shows_to_be_no_start(work: Path, tmp_path: Path, setting: str, message: str) -> None:
-    code, error = run("--from", work / "one", "--set", setting, "--out", tmp_path / "fork")
-    assert code == 2 and message in error, error
+    ):
+        code, error = run("--from", work / "one", "--set", setting, "--out", tmp_path / "fork")
+        assert code == 2 and message in error, error
     assert not (tmp_path / "fork/run.json").exists()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.coco_tree import make_split
 from tests.ranks import deepspeed, finish, run_ranks, start_command, start_ranks, wait_for
-from tests.tiny import STEPS, command, steps_recorded, trained
+from tests.tiny import STEPS, command, equal, steps_recorded
 from visft_ds.launch import main
 from visft_ds.tasks import TASKS
 
@@ -45,10 +45,7 @@ def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: P
     assert "[rank 1] stopped: another rank ended first" in outputs[1]
 
     run_ranks(["launchers/train.py", *command(shards, out)])
-    assert steps_recorded(out) == list(range(1, STEPS + 1))
-    resumed, expected = trained(out), trained(straight)
-    assert resumed.keys() == expected.keys()
-    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    assert steps_recorded(out) == list(range(1, STEPS + 1)) and equal(out, straight)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
@@ -71,7 +68,7 @@ def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, 
     extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
     words = ["launchers/train.py", *command(shards, out, stage=2, extra=extra)]
     (code,), (printed,) = finish([start_command(deepspeed(words, world=1))])
-    assert code == 0 and "warning" not in printed.lower(), printed
+    assert code == 0 and "warning: " not in printed.lower(), printed
     names = set(load_file(out / "checkpoints" / f"step_{STEPS:08d}" / "parameters.safetensors"))
     assert {name.rsplit(".", 1)[1] for name in names} == {"lora_A", "lora_B"}
     assert (out / "export" / "adapter" / "adapter_config.json").is_file()
@@ -127,12 +124,11 @@ def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, 
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())
 
 
-#: launchers/train.py, with settings that differ from rank to rank.
+#: launchers/train.py, with a seed that differs from rank to rank.
 EACH_ITS_OWN = """
 import os, sys
 from visft_ds.launch import main
-rank = int(os.environ["RANK"])
-sys.exit(main([*sys.argv[1:], f"--set=visft.seed={rank}", f"--set=visft.run.log_every={1 + rank}"]))
+sys.exit(main([*sys.argv[1:], "--set=visft.seed=" + os.environ["RANK"]]))
 """
 
 
@@ -141,7 +137,6 @@ def test_settings_that_differ_are_named_before_the_first_step(shards: Path, tmp_
     codes, outputs = finish(start_ranks(["-c", EACH_ITS_OWN, *command(shards, tmp_path / "run")]))
     assert codes == [2, 2] and "Traceback" not in "".join(outputs), outputs
     assert "visft.seed: rank 0 has 0, rank 1 has 1" in outputs[0]
-    assert "visft.run.log_every: rank 0 has 1, rank 1 has 2" in outputs[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -159,3 +154,21 @@ def test_a_second_run_in_the_folder_waits_for_a_while_and_is_refused(shards: Pat
     finally:
         first[0].kill()
         first[0].communicate()
+
+
+@pytest.mark.slow
+def test_kept_features_change_no_result(shards: Path, tmp_path: Path) -> None:
+    """Against the same run without a folder; of other sizes in a batch, in bf16 storage, for all heads together."""
+    shared = {
+        "visft.mode": "shared",
+        "visft.shared.image": {"short_sides": [42, 56], "max_long": 56},
+        "visft.shared.micro_batch": 4,
+        "visft.features.views": 1,
+    }
+    kept, folder = {"visft.features.cache": str(tmp_path / "features")}, tmp_path / "features"
+    counts = []
+    for name, extra in {"apart": {}, "filled": kept, "full": {**kept, "visft.seed": 5}}.items():
+        run_ranks(["launchers/train.py", *command(shards, tmp_path / name, extra={**shared, **extra})], 1)
+        counts.append(sum(path.is_file() for path in folder.rglob("*")))
+    assert counts[0] == 0 < counts[1] == counts[2], "another seed and other heads find the same features"
+    assert equal(tmp_path / "apart", tmp_path / "filled")
