@@ -30,8 +30,8 @@ from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.model import prepare_model
-from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run.evaluation import Validation
 from visft_ds.run.log import RunLog

@@ -87,8 +87,6 @@ def merge_files(given: argparse.Namespace) -> int:
             written = _MAKE[given.format](merge(tower_in(file, model), adapter, dtype, names, share), file, backbone)
             weights = stage / written.name
             write(written, weights, header(model, file, adapter, own))
-            if written.note:
-                print(f"note: {written.note}")
         if share.wanted:
             facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
             print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import BASE, MERGED, MODEL, prefix_of
-from visft_ds.interop.weights import Lazy, Weights, examples, finite, write_atomically, write_safetensors, write_text
+from visft_ds.interop.weights import Lazy, Weights, finite, write_atomically, write_safetensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 
@@ -113,7 +113,6 @@ class Written:
     name: str  #: of the file of weights
     tensors: Weights
     files: Mapping[str, Mapping[str, Any]]
-    note: str | None = None
 
 
 def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict[str, Any]]:
@@ -135,7 +134,8 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
 def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """timm's names and config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
-    transformers' AutoModel loads the same folder (TimmWrapperModel).
+    transformers' AutoModel loads the same folder (TimmWrapperModel). What timm has behind the map, and the base lacks,
+    is as timm begins with it.
     """
     from timm import create_model
 
@@ -147,9 +147,12 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         one = tower["pos_embed"]
         shape = (1, one.shape[1] - 1, one.shape[2])
         tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, 1:])}, tower.path)
-    if differing := sorted(model.state_dict().keys() ^ tower.keys()):
-        note = f"timm does not load this by itself: its {name} and the base differ by {examples(differing)}"
-        return Written("model.safetensors", tower, {}, note)
+    names = model.state_dict().keys()
+    if names - tower.keys():  # of a run: it keeps no last norm of a pooling, and no blocks that are not read
+        with torch.random.fork_rng(devices=[]):
+            start = create_model(name, **arguments).state_dict()
+        tower = Weights({**{key: Lazy.of(value) for key, value in start.items()}, **tower}, tower.path)
+    tower = Weights({key: tower[key] for key in names}, tower.path)
     known = model.pretrained_cfg
     kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
     if "img_size" in arguments:
