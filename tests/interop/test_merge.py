@@ -14,11 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.adapter_bounds import same_change
-from tests.parallel.start_case import peak
+from tests.parallel.test_start import peak
 from tests.published import save_published_lora
 from tests.random_tower import (
     SIZES,
     adapter_of,
+    build_backbone,
     fold_adapters,
     header_of,
     merge,
@@ -36,7 +37,7 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import bases_of, fingerprint_of, load_backbone, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState
 
