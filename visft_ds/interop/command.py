@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visft_ds.config.backbones import named
 from visft_ds.evals.records import MAIN
@@ -16,7 +18,8 @@ from visft_ds.flags import check_extra
 from visft_ds.interop import transformers_names, verify
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.export import FORMATS, ONNX_PACKAGES, Share, header, merge, write, write_onnx
+from visft_ds.interop.cli import FORMATS as FILES
+from visft_ds.interop.export import FORMATS, ONNX_PACKAGES, Share, merge, write, write_onnx
 from visft_ds.interop.layouts import (
     BASE,
     MERGED,
@@ -31,7 +34,9 @@ from visft_ds.interop.layouts import (
     open_model,
     other_base,
     tower_in,
+    whole,
 )
+from visft_ds.interop.verify import LIBRARIES
 from visft_ds.interop.weights import write_text
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
@@ -44,8 +49,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _MAKE = {**FORMATS, "transformers": transformers_names.written}
-#: Suffix of an --out that is a file, where it is not that of safetensors.
-_SUFFIX = {"peft": "", "onnx": ".onnx", "lavis": ".pth", "eva_clip": ".pt"}
 
 
 def merge_files(given: argparse.Namespace) -> int:
@@ -62,6 +65,7 @@ def merge_files(given: argparse.Namespace) -> int:
     model = dict(told) if told and MODEL not in file.metadata else model_in(file)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
+    model = model if given.format == "onnx" else whole(model, file)
     backbone = built(model, "meta")
     own = fingerprint_of(backbone, place)
     if adapter is not None:
@@ -75,30 +79,34 @@ def merge_files(given: argparse.Namespace) -> int:
     with TemporaryDirectory(dir=given.out.parent, prefix=f".{given.out.name}.tmp-") as folder:
         stage, facts, share = Path(folder) / "out", dict[str, str](), Share()
         stage.mkdir()
-        dtype, names = DTYPES[given.dtype], {*base_parameters(backbone), "cls_token"}
+        weights = stage / (given.out.name if given.out.suffix else FILES[given.format])
+        dtype, names = DTYPES[given.dtype], base_parameters(backbone)
         if given.format == "peft":
             assert adapter is not None
             adapter.save(stage, _repository(given))
         elif given.format == "onnx":
-            whole, weights = built(model), stage / (given.out.name if given.out.suffix else "model.onnx")
-            fill(whole, merge(open_backbone(whole, place), adapter, dtype, names, share))
-            write_onnx(whole, weights)
+            merged = built(model)
+            fill(merged, merge(open_backbone(merged, place), adapter, dtype, names, share))
+            write_onnx(merged, weights)
         else:
+            made_of = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
+            if adapter is not None:
+                settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
+                made_of = {BASE: own, MERGED: json.dumps(settings)}
             written = _MAKE[given.format](merge(tower_in(file, model), adapter, dtype, names, share), file, backbone)
-            weights = stage / written.name
-            write(written, weights, header(model, file, adapter, own))
+            write(written, weights, {MODEL: json.dumps(model), **made_of})
         if share.wanted:
             facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
             print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
-            if share.lost:
+            if share.retained < 0.9 or share.error > 0.5:
                 print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
         if given.verify:
-            wanted = load_backbone(place, model, with_class_token=given.format != "onnx")
+            wanted = load_backbone(place, model)
             if adapter is not None:
                 adapter.install(wanted)
             got, allowed = verify.by_library(given.format, stage, wanted), verify.tolerance(dtype)
-            found, library = verify.difference(got, wanted), verify.LIBRARIES[given.format][0]
-            print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
+            found = verify.difference(got, wanted)
+            print(f"verify   relative difference {found:.3g} by {LIBRARIES[given.format]}, allowed {allowed:.2g}")
             if found > allowed:
                 print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)
                 return 1
@@ -120,18 +128,18 @@ def _check(given: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before any file is read."""
     if given.out.exists():
         raise ValueError(f"{given.out} exists and is not overwritten: choose another --out")
-    if not math.isfinite(given.scale):
-        raise ValueError("--scale must be a finite number")
     if not given.adapter and (given.base is None or given.scale != 1 or given.format == "peft"):
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
-    if given.out.suffix not in ("", _SUFFIX.get(given.format, ".safetensors")):
+    if given.out.suffix not in ("", Path(FILES[given.format]).suffix):
         raise ValueError(f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder")
     if given.format in ("peft", "onnx") and given.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")
     if given.format == "onnx":
         check_extra("--format onnx", "onnx", ONNX_PACKAGES)
-    if given.verify:
-        verify.check_library(given.format)
+    library = LIBRARIES.get(given.format)
+    if given.verify and (library is None or find_spec(library) is None):
+        allowed = ", ".join(f"{form} ({name})" for form, name in LIBRARIES.items())
+        raise ValueError(f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be")
 
 
 def _read_adapter(given: argparse.Namespace) -> Adapter | None:
@@ -169,8 +177,8 @@ def _describe_run(given: argparse.Namespace, facts: dict[str, str]) -> list[Eval
     facts["steps"] = str(config.scheduler.params.total_num_steps)
     facts["optimiser"] = f"{optimizer.type}, learning rate {optimizer.params.lr:g}"
     file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
-    whole = given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
-    if file is None or not whole:
+    complete = given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
+    if file is None or not complete:
         return []
     records = list(read_metrics(file))
     step = max((record["step"] for record in records), default=0)
@@ -178,16 +186,13 @@ def _describe_run(given: argparse.Namespace, facts: dict[str, str]) -> list[Eval
         from visft_ds.checkpoint.saver import best_step, recorded_scores  # imports deepspeed: costs seconds
 
         step = best_step(recorded_scores(file, settings.run.keep_best)) or step
-    measured: dict[str, Any] = {}
-    for record in records:
-        if record["step"] == step:
-            measured |= {name.removeprefix("val/"): record[name] for name in record if name.startswith("val/")}
     kinds = {name.partition("/")[0]: config_class(task).hub_task for task, name in MAIN.items()}
+    where = f"evaluation of the run, step {step}"
     return [
-        EvalResult(
-            kind, "custom", f"evaluation of the run, step {step}", name, float(value), dataset_split=settings.data.val
-        )
-        for name, value in measured.items()
-        if name.count("/") == 1 and (kind := kinds.get(name.partition("/")[0]))
+        EvalResult(kind, "custom", where, name.removeprefix("val/"), float(value), dataset_split=settings.data.val)
+        for record in records
+        for name, value in record.items()
+        if record["step"] == step and name.startswith("val/") and name.count("/") == 2
+        if (kind := kinds.get(name.split("/")[1]))
         if 0 <= float(value) < math.inf  # -1 is COCO's mark for "nothing of this kind to find"
     ]

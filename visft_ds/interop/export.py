@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import BASE, MERGED, MODEL, prefix_of
+from visft_ds.interop.layouts import prefix_of
 from visft_ds.interop.weights import Lazy, Weights, finite, write_atomically, write_safetensors, write_text
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
@@ -65,11 +65,6 @@ class Share:
         """Norm of what is missing over that of the change; 0: exact."""
         return math.sqrt(self.missed / self.wanted)
 
-    @property
-    def lost(self) -> bool:
-        """Return True if too little of the change is left to speak of the same model."""
-        return self.retained < 0.9 or self.error > 0.5
-
 
 def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share) -> Weights:
     """The tensors of a tower with the adapter in them, made when they are read.
@@ -97,20 +92,9 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
     return Weights(made, tower.path, tower.metadata)
 
 
-def header(model: Mapping[str, Any], file: Weights, adapter: Adapter | None, base: str) -> dict[str, str]:
-    """Header of written weights. `base`: fingerprint of the base weights."""
-    found = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
-    if adapter is not None:
-        merged = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
-        found = {BASE: base, MERGED: json.dumps(merged)}
-    return {MODEL: json.dumps(dict(model)), **found}
-
-
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Content of a format: weights under their library's names, and files of JSON beside them."""
 
-    name: str  #: of the file of weights
     tensors: Weights
     files: Mapping[str, Mapping[str, Any]]
 
@@ -164,10 +148,10 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": kept | {"num_classes": arguments["num_classes"]},
     }
-    return Written("model.safetensors", tower, {"config.json": config})
+    return Written(tower, {"config.json": config})
 
 
-def _whole_clip(prefix: str, name: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+def _whole_clip(prefix: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is."""
     mine = prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
@@ -176,35 +160,35 @@ def _whole_clip(prefix: str, name: str, tower: Weights, file: Weights, backbone:
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: give "
             "EVA-CLIP's or open_clip's file as the base"
         )
-    return Written(name, Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
+    return Written(Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
 
 
 def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """The same with the configuration that open_clip has of EVA's two models."""
     from open_clip import get_model_config
 
-    written = _whole_clip("visual.trunk.", "open_clip_model.safetensors", tower, file, backbone)
+    written = _whole_clip("visual.trunk.", tower, file, backbone)
     if "text.positional_embedding" not in file:
         raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
     assert isinstance(backbone, EvaViT)
     config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
     config["vision_cfg"]["image_size"] = backbone.image_size
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": mean, "std": std}}
-    return Written(written.name, written.tensors, {"open_clip_config.json": whole})
+    images = {"mean": backbone.pixel_mean, "std": backbone.pixel_std}
+    whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": images}
+    return Written(written.tensors, {"open_clip_config.json": whole})
 
 
 def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
     if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
         raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
-    return Written("eva_vit_g.pth", tower, {})
+    return Written(tower, {})
 
 
 #: Format -> what it consists of, by the tower, the whole base file and the backbone.
 FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
     "timm": timm,
-    "eva_clip": partial(_whole_clip, "visual.", "eva_clip.pt"),  # its own code reads by torch.load
+    "eva_clip": partial(_whole_clip, "visual."),
     "open_clip": _open_clip,
     "lavis": _lavis,
 }

@@ -98,7 +98,7 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if kind == "CLIPVisionModel":
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
-    return Written("model.safetensors", Weights(tensors, tower.path), files)
+    return Written(Weights(tensors, tower.path), files)
 
 
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,8 @@ from visft_ds.models import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
 Features = Callable[[Tensor], Tensor]
-#: Format -> module that loads it, and its package.
-LIBRARIES = {
-    "timm": ("timm", "timm"),
-    "open_clip": ("open_clip", "open_clip_torch"),
-    "transformers": ("transformers", "transformers"),
-    "onnx": ("onnxruntime", "onnxruntime"),
-}
-
-
-def check_library(form: str) -> None:
-    """Raise ValueError where no library loads a format, or it is not installed."""
-    if form not in LIBRARIES:
-        raise ValueError(f"--verify: no library on PyPI loads --format {form}, only {', '.join(LIBRARIES)}")
-    module, package = LIBRARIES[form]
-    if find_spec(module) is None:
-        raise ValueError(f"--verify: --format {form} needs pip install {package}")
+#: Format -> module that loads it.
+LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnxruntime"}
 
 
 def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
