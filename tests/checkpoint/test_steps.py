@@ -17,7 +17,7 @@ from tests.tiny import TINY, command
 from tools.merge_lora import main as merge
 from visft_ds import evaluate, fit, load
 from visft_ds.checkpoint.saver import best_step, recorded_scores
-from visft_ds.interop.heads import find_head, head_file, open_head
+from visft_ds.interop.heads import head_file, open_head
 from visft_ds.run.folder import BACKBONE_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
@@ -32,12 +32,12 @@ def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
     run = finished.runs() / "stage1"
     for task in ("detection", "segmentation", "captioning"):
         there, exported = (
-            open_head(find_head(run / LAST, task), task).build(),
+            open_head(run / LAST, task).build(),
             open_head(head_file(run / "export", task), task).build(),
         )
         wanted = exported.state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in there.state_dict().items())
-        assert open_head(find_head(run / EARLIER, task), task).info.extra["step"] == 2
+        assert open_head(run / EARLIER, task).info.extra["step"] == 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])

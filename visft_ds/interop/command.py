@@ -15,28 +15,10 @@ from typing import TYPE_CHECKING
 from visft_ds.config.backbones import named
 from visft_ds.evals.records import MAIN
 from visft_ds.flags import check_extra
-from visft_ds.interop import transformers_names, verify
+from visft_ds.interop import export, layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.cli import FORMATS as FILES
-from visft_ds.interop.export import FORMATS, ONNX_PACKAGES, Share, merge, write, write_onnx
-from visft_ds.interop.layouts import (
-    BASE,
-    MERGED,
-    MODEL,
-    base_parameters,
-    built,
-    fill,
-    fingerprint_of,
-    load_backbone,
-    model_in,
-    open_backbone,
-    open_model,
-    other_base,
-    tower_in,
-    whole,
-)
-from visft_ds.interop.verify import LIBRARIES
+from visft_ds.interop.cli import FORMATS
 from visft_ds.interop.weights import write_text
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
@@ -48,7 +30,7 @@ from visft_ds.tasks import config_class
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_MAKE = {**FORMATS, "transformers": transformers_names.written}
+_MAKE = {**export.FORMATS, "transformers": transformers_names.written}
 
 
 def merge_files(given: argparse.Namespace) -> int:
@@ -60,53 +42,56 @@ def merge_files(given: argparse.Namespace) -> int:
     adapter = _read_adapter(given)
     chosen = None if given.base is None else named(given.base, download=given.download)
     place = base_of(given.adapter[0]) if chosen is None else chosen.file(download=given.download)
-    file = open_model(place)
+    run = run_around(given.adapter[0]) if given.adapter else None
+    repository = repository_of(given.base if given.base or run is None else recorded_config(run).visft.model.weights)
+    file = layouts.open_model(place)
     told = adapter.model if adapter and adapter.model["preset"].startswith(TIMM) else chosen and chosen.description
-    model = dict(told) if told and MODEL not in file.metadata else model_in(file)
+    model = dict(told) if told and layouts.MODEL not in file.metadata else layouts.model_in(file)
     if adapter is not None and "layers" in adapter.model:
         model["layers"] = adapter.model["layers"]
-    model = model if given.format == "onnx" else whole(model, file)
-    backbone = built(model, "meta")
-    own = fingerprint_of(backbone, place)
+    model = model if given.format == "onnx" else layouts.whole(model, file)
+    backbone = layouts.built(model, "meta")
+    own = layouts.fingerprint_of(backbone, place)
     if adapter is not None:
-        if MERGED in file.metadata:
+        if layouts.MERGED in file.metadata:
             raise ValueError(f"{place} has an adapter merged in already, and this one would come on top: give the base")
         adapter.install(backbone)  # on the meta device: a check of shapes
-        if problem := other_base("the adapter", adapter.base, {own, file.metadata.get(BASE, own)}):
+        if problem := layouts.other_base("the adapter", adapter.base, {own, file.metadata.get(layouts.BASE, own)}):
             print(f"warning: {problem}", file=sys.stderr)
     print(f"base     {place}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=given.out.parent, prefix=f".{given.out.name}.tmp-") as folder:
-        stage, facts, share = Path(folder) / "out", dict[str, str](), Share()
+        stage, facts, share = Path(folder) / "out", dict[str, str](), export.Share()
         stage.mkdir()
-        weights = stage / (given.out.name if given.out.suffix else FILES[given.format])
-        dtype, names = DTYPES[given.dtype], base_parameters(backbone)
+        weights = stage / (given.out.name if given.out.suffix else FORMATS[given.format])
+        dtype, names = DTYPES[given.dtype], layouts.base_parameters(backbone)
         if given.format == "peft":
             assert adapter is not None
-            adapter.save(stage, _repository(given))
+            adapter.save(stage, repository)
         elif given.format == "onnx":
-            merged = built(model)
-            fill(merged, merge(open_backbone(merged, place), adapter, dtype, names, share))
-            write_onnx(merged, weights)
+            merged = layouts.built(model)
+            layouts.fill(merged, export.merge(layouts.open_backbone(merged, place), adapter, dtype, names, share))
+            export.write_onnx(merged, weights)
         else:
-            made_of = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
+            made_of = {name: file.metadata[name] for name in (layouts.BASE, layouts.MERGED) if name in file.metadata}
             if adapter is not None:
                 settings = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
-                made_of = {BASE: own, MERGED: json.dumps(settings)}
-            written = _MAKE[given.format](merge(tower_in(file, model), adapter, dtype, names, share), file, backbone)
-            write(written, weights, {MODEL: json.dumps(model), **made_of})
+                made_of = {layouts.BASE: own, layouts.MERGED: json.dumps(settings)}
+            tower = export.merge(layouts.tower_in(file, model), adapter, dtype, names, share)
+            written = _MAKE[given.format](tower, file, backbone)
+            export.write(written, weights, {layouts.MODEL: json.dumps(model), **made_of})
         if share.wanted:
             facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
             print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
             if share.retained < 0.9 or share.error > 0.5:
                 print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
         if given.verify:
-            wanted = load_backbone(place, model)
+            wanted = layouts.load_backbone(place, model)
             if adapter is not None:
                 adapter.install(wanted)
-            got, allowed = verify.by_library(given.format, stage, wanted), verify.tolerance(dtype)
-            found = verify.difference(got, wanted)
-            print(f"verify   relative difference {found:.3g} by {LIBRARIES[given.format]}, allowed {allowed:.2g}")
+            library, allowed = export.LIBRARIES[given.format], export.tolerance(dtype)
+            found = export.difference(export.by_library(given.format, stage, wanted), wanted)
+            print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
             if found > allowed:
                 print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)
                 return 1
@@ -115,8 +100,8 @@ def merge_files(given: argparse.Namespace) -> int:
                 os.replace(path, given.out.with_name(path.name))
             os.replace(weights, given.out)
         else:
-            measured = _describe_run(given, facts)
-            text = card(given.out.name, given.format, backbone, adapter, _repository(given), facts, measured)
+            measured = _describe_run(run, given, facts)
+            text = card(given.out.name, given.format, backbone, adapter, repository, facts, measured)
             write_text(stage / README, text)
             os.replace(stage, given.out)
     more = "" if given.out.suffix else "; README.md: how to load it"
@@ -130,15 +115,15 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.out} exists and is not overwritten: choose another --out")
     if not given.adapter and (given.base is None or given.scale != 1 or given.format == "peft"):
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
-    if given.out.suffix not in ("", Path(FILES[given.format]).suffix):
+    if given.out.suffix not in ("", Path(FORMATS[given.format]).suffix):
         raise ValueError(f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder")
     if given.format in ("peft", "onnx") and given.dtype != "fp32":
         raise ValueError(f"--dtype is of full weights; --format {given.format} is written in fp32")
     if given.format == "onnx":
-        check_extra("--format onnx", "onnx", ONNX_PACKAGES)
-    library = LIBRARIES.get(given.format)
+        check_extra("--format onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"))
+    library = export.LIBRARIES.get(given.format)
     if given.verify and (library is None or find_spec(library) is None):
-        allowed = ", ".join(f"{form} ({name})" for form, name in LIBRARIES.items())
+        allowed = ", ".join(f"{form} ({name})" for form, name in export.LIBRARIES.items())
         raise ValueError(f"--verify: no library that is installed here loads --format {given.format}; {allowed} can be")
 
 
@@ -153,13 +138,7 @@ def _read_adapter(given: argparse.Namespace) -> Adapter | None:
     return average(adapters).scaled(given.scale) if adapters else None
 
 
-def _repository(given: argparse.Namespace) -> str | None:
-    """The repository of the base weights on the hub, where their name tells it."""
-    run = run_around(given.adapter[0]) if given.adapter else None
-    return repository_of(given.base if given.base or run is None else recorded_config(run).visft.model.weights)
-
-
-def _describe_run(given: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
+def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, str]) -> list[EvalResult]:
     """Numbers of the run that an adapter is of, for the card; what else is to be said of it is added to `facts`.
 
     Only an evaluation of what the run, or the export in it, holds counts, and none of a part of the images.
@@ -168,8 +147,7 @@ def _describe_run(given: argparse.Namespace, facts: dict[str, str]) -> list[Eval
 
     if given.scale != 1:
         facts["scale of the adapter"] = f"{given.scale:g}"
-    run = run_around(given.adapter[0]) if len(given.adapter) == 1 else None
-    if run is None:
+    if run is None or len(given.adapter) > 1:
         return []
     config = recorded_config(run)
     settings, optimizer = config.visft, config.optimizer
