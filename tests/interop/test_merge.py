@@ -35,7 +35,7 @@ from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import bases_of, fingerprint_of, load_backbone, other_base
 from visft_ds.interop.published import read_adapter
-from visft_ds.interop.weights import Lazy, Weights, open_weights
+from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState
@@ -175,7 +175,7 @@ def test_the_peak_is_one_tensor_over_the_mapped_base(tmp_path: Path) -> None:
     file, sizes = open_weights(tmp_path / "base.safetensors"), dict[str, int]()
     merged = export.merge(file, adapter, torch.float32, file.keys(), export.Share())
     with peak(sizes, "merge"):
-        export.write(export.Written(merged, {}), tmp_path / "out.safetensors", {})
+        write_safetensors(tmp_path / "out.safetensors", merged, {})
     assert sizes["merge peak"] < 8 * 2**24, "delta, sum and what the share counts; not the file"
 
 

@@ -162,11 +162,10 @@ def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.
     base = random_base(name, tmp_path)
     backbone, adapter = adapted(name, base)
     out = merge(base, adapter, tmp_path / "out", "--format", "peft")
-    merge(base, None, out / "BASE")
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
+    exec(compile(snippet.replace("BASE", str(base)), README, "exec"), names)
     with torch.no_grad():
         got = names["model"].base_model.model.forward_features(_images())[:, -16:].mT.unflatten(2, (4, 4))
         assert relative(got, backbone(_images())) < TOLERANCE

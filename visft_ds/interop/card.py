@@ -103,9 +103,10 @@ def card(
         rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
     cells = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
     model = 'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
-    if base and isinstance(backbone, TimmBackbone):
+    if isinstance(backbone, TimmBackbone):
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
-        model = f'timm.create_model("{backbone.name}", num_classes=0, {options}pretrained=True)'
+        source = "pretrained=True" if base else 'checkpoint_path="BASE"'
+        model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
     reading = (
         f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
+
 from visft_ds.config.backbones import named
 from visft_ds.evals.records import MAIN
 from visft_ds.flags import check_extra
@@ -19,7 +21,7 @@ from visft_ds.interop import export, layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
 from visft_ds.interop.cli import FORMATS
-from visft_ds.interop.weights import write_text
+from visft_ds.interop.weights import write_atomically, write_safetensors, write_text
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
@@ -79,7 +81,13 @@ def merge_files(given: argparse.Namespace) -> int:
                 made_of = {layouts.BASE: own, layouts.MERGED: json.dumps(settings)}
             tower = export.merge(layouts.tower_in(file, model), adapter, dtype, names, share)
             written = _MAKE[given.format](tower, file, backbone)
-            export.write(written, weights, {layouts.MODEL: json.dumps(model), **made_of})
+            if weights.suffix == ".safetensors":
+                write_safetensors(weights, written.tensors, {layouts.MODEL: json.dumps(model), **made_of})
+            else:  # of programs that read by torch.load alone
+                tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
+                write_atomically(weights, lambda target: torch.save(tensors, target))
+            for name, content in written.files.items():
+                write_text(stage / name, json.dumps(content, indent=2) + "\n")
         if share.wanted:
             facts["share of the change that is in the file"] = f"{share.retained:.2%}, error {share.error:.2g}"
             print(f"merged   {share.retained:.1%} of the change is in the file, error {share.error:.2g}")
@@ -89,16 +97,17 @@ def merge_files(given: argparse.Namespace) -> int:
             wanted = layouts.load_backbone(place, model)
             if adapter is not None:
                 adapter.install(wanted)
-            library, allowed = export.LIBRARIES[given.format], export.tolerance(dtype)
+            # 8 half-steps of the weights (0.4 to 3 were measured for 2 to 64 blocks); in fp32 the order of sums, B(Ax)
+            # against (BA)x, costs 1e-5.
+            library, allowed = export.LIBRARIES[given.format], max(1e-5, 4 * torch.finfo(dtype).eps)
             found = export.difference(export.by_library(given.format, stage, wanted), wanted)
             print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
             if found > allowed:
                 print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)
                 return 1
         if given.out.suffix:
-            for path in stage.glob("*.data"):  # of a large graph, which names it
+            for path in stage.glob(f"{given.out.name}*"):  # weights of a large graph lie beside it
                 os.replace(path, given.out.with_name(path.name))
-            os.replace(weights, given.out)
         else:
             measured = _describe_run(run, given, facts)
             text = card(given.out.name, given.format, backbone, adapter, repository, facts, measured)
@@ -150,10 +159,9 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
     if run is None or len(given.adapter) > 1:
         return []
     config = recorded_config(run)
-    settings, optimizer = config.visft, config.optimizer
+    settings = config.visft
     facts["tasks"] = ", ".join(settings.tasks.enabled())
     facts["steps"] = str(config.scheduler.params.total_num_steps)
-    facts["optimiser"] = f"{optimizer.type}, learning rate {optimizer.params.lr:g}"
     file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
     complete = given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
     if file is None or not complete:

@@ -8,7 +8,6 @@ differs from the base. So sums are fp32, and `Share` says how much of the change
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.layouts import prefix_of
-from visft_ds.interop.weights import Lazy, Weights, finite, write_atomically, write_safetensors, write_text
+from visft_ds.interop.weights import Lazy, Weights, finite
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
 Features = Callable[[Tensor], Tensor]
@@ -81,9 +80,8 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
 
     def make(name: str) -> Tensor:
         what, value = f"{tower.path}: {name}", tower[name].read()
-        if name not in changed:
+        if adapter is None or name not in changed:
             return finite(value.to(dtype) if name in names else value, what)
-        assert adapter is not None
         weight, delta = value.float(), adapter.delta(name).view_as(value)
         result = finite((weight + delta).to(dtype), what)
         share.add(result.float() - weight, delta)
@@ -109,9 +107,8 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
         return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
     config = backbone.config
     arguments: dict[str, Any] = {"num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0}
-    if not any(config.width == PRESETS[name].width for name in ("eva_e", "eva_g")) or config.image_size != 224:
-        arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
-        arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
+    arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
+    arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
     if "cls_token" not in tower:  # ours norms every patch; timm would pool by the class token, or norm what it pooled
         arguments |= {"class_token": False, "global_pool": "avg", "use_fc_norm": False}
         arguments |= {"use_post_transformer_norm": True}
@@ -129,11 +126,9 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     name, arguments = timm_model(backbone, tower)
     with torch.device("meta"):
         model: Any = create_model(name, **arguments)
-    positions = backbone.pos_embed.shape if isinstance(backbone, EvaViT) else ()
-    if positions and "cls_token" not in tower and tower["pos_embed"].shape == positions:  # timm has none for it then
-        one = tower["pos_embed"]
-        shape = (1, one.shape[1] - 1, one.shape[2])
-        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, 1:])}, tower.path)
+    if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
+        one, shape = tower["pos_embed"], tuple(model.pos_embed.shape)
+        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path)
     names = model.state_dict().keys()
     if names - tower.keys():  # of a run: it keeps no last norm of a pooling, and no blocks that are not read
         with torch.random.fork_rng(devices=[]):
@@ -197,17 +192,6 @@ FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
 }
 
 
-def write(written: Written, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write weights to a path, and the files of JSON beside it."""
-    if path.suffix == ".safetensors":
-        write_safetensors(path, written.tensors, metadata)
-    else:  # of programs that read by torch.load alone
-        tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
-        write_atomically(path, lambda file: torch.save(tensors, file))
-    for name, content in written.files.items():
-        write_text(path.with_name(name), json.dumps(content, indent=2) + "\n")
-
-
 def write_onnx(backbone: Backbone, path: Path) -> None:
     """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature map, for any B.
 
@@ -269,14 +253,6 @@ def difference(got: Features, wanted: Backbone) -> float:
     images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
     want: Tensor = wanted.eval()(images)
     return float((got(images).float() - want).norm() / want.norm())
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Difference that rounding of the weights explains: 8 half-steps (0.4 to 3 were measured for 2 to 64 blocks).
-
-    In fp32 the order of sums, B(Ax) against (BA)x, costs 1e-5.
-    """
-    return max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
