@@ -101,20 +101,17 @@ def card(
     rows |= dict(facts or {})
     for one in measured:
         rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
-    cells = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
     model = 'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
     if isinstance(backbone, TimmBackbone):
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'
         model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
-    reading = (
-        f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."
-    )
+    reading = f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, `forward_features`."
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
         what="The LoRA, without its base," if form == "peft" else f"Full weights for {form},",
-        facts="\n".join(f"| {name} | {value} |" for name, value in cells),
-        load=_LOAD[form].format(model=model),
+        facts="\n".join("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()),
+        load=_LOAD[form].replace("{model}", model),
         reading=reading if backbone.layers_read else "",
     )

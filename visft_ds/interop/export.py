@@ -27,7 +27,6 @@ from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
-Features = Callable[[Tensor], Tensor]
 #: Format -> module that loads it.
 LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnxruntime"}
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
@@ -149,11 +148,11 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     return Written(tower, {"config.json": config})
 
 
-def _whole_clip(prefix: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is."""
+def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one name."""
     mine = prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
-    if "logit_scale" not in beside or not {"cls_token", "head.weight"} <= tower.keys():
+    if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
         raise ValueError(
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: give "
             "EVA-CLIP's or open_clip's file as the base"
@@ -163,17 +162,14 @@ def _whole_clip(prefix: str, tower: Weights, file: Weights, backbone: Backbone) 
 
 def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """The same with the configuration that open_clip has of EVA's two models."""
-    from open_clip import get_model_config
+    from open_clip import constants, get_model_config
 
-    written = _whole_clip("visual.trunk.", tower, file, backbone)
-    if "text.positional_embedding" not in file:
-        raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
+    written = _whole_clip("visual.trunk.", "text.positional_embedding", tower, file, backbone)
     assert isinstance(backbone, EvaViT)
-    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
+    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus") | {"custom_text": True}
     config["vision_cfg"]["image_size"] = backbone.image_size
-    images = {"mean": backbone.pixel_mean, "std": backbone.pixel_std}
-    whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": images}
-    return Written(written.tensors, {"open_clip_config.json": whole})
+    images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
+    return Written(written.tensors, {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": images}})
 
 
 def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
@@ -186,7 +182,7 @@ def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 #: Format -> what it consists of, by the tower, the whole base file and the backbone.
 FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
     "timm": timm,
-    "eva_clip": partial(_whole_clip, "visual."),
+    "eva_clip": partial(_whole_clip, "visual.", "logit_scale"),
     "open_clip": _open_clip,
     "lavis": _lavis,
 }
@@ -218,7 +214,7 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
     program.save(path, external_data=size > _LARGEST_GRAPH)
 
 
-def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
+def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Tensor]:
     """(B, 3, H, W) -> (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours."""
     if form == "onnx":
         import onnxruntime
@@ -248,7 +244,7 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Features:
 
 
 @torch.no_grad()
-def difference(got: Features, wanted: Backbone) -> float:
+def difference(got: Callable[[Tensor], Tensor], wanted: Backbone) -> float:
     """|got - wanted| / |wanted| on two images of seeded noise."""
     images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
     want: Tensor = wanted.eval()(images)

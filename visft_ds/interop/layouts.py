@@ -151,14 +151,15 @@ def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ..
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = [f"{name} is missing" for name in wanted if name not in file]
-    problems += [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
-    for name in (name for name in wanted if name in file):
-        shape, one = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape)), file[name]
-        if one.shape != shape:
-            problems.append(f"{name} is {one.shape}, not {shape}")
-        if one.dtype.is_floating_point != wanted[name].is_floating_point():
-            problems.append(f"{name} is {one.dtype}, quantised or not of this model")
+    problems = [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
+    for name, one in wanted.items():
+        found, shape = file.get(name), tuple(getattr(one, "ds_shape", one.shape))
+        if found is None:
+            problems.append(f"{name} is missing")
+        elif found.shape != shape:
+            problems.append(f"{name} is {found.shape}, not {shape}")
+        elif found.dtype.is_floating_point != one.is_floating_point():
+            problems.append(f"{name} is {found.dtype}, quantised or not of this model")
     if problems:
         raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
     return Weights({name: file[name] for name in wanted}, file.path, file.metadata)
