@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models: facts, files, ranges, refusals."""
+"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models: facts, files, refusals."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repository:
-    """Files by name, and what its card says."""
+    """Files by name."""
 
     files: dict[str, bytes]
-    card: dict[str, Any] = field(default_factory=lambda: {"license": "mit"})
-    gated: bool = False  #: facts are open to everybody, files are not
 
 
 @dataclass
@@ -32,7 +30,7 @@ class FakeHub:
 
     repositories: dict[str, Repository]
     portal: bool = False  #: every answer is a page that asks to log in
-    requests: list[str] = field(default_factory=list)  #: "GET path range"
+    requests: list[str] = field(default_factory=list)  #: "GET path"
     url: str = ""
 
 
@@ -71,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        self.hub.requests.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
         if self.hub.portal:
             self._answer(200, b"<html>log in</html>", {})
@@ -96,33 +94,18 @@ class _Handler(BaseHTTPRequestHandler):
         return repository
 
     def _facts(self, name: str, repository: Repository) -> None:
-        siblings = [
-            {
-                "rfilename": file,
-                "size": len(data),
-                "lfs": {"sha256": _sha256(data), "size": len(data), "pointerSize": 130},
-            }
-            for file, data in repository.files.items()
-        ]
-        facts = {"id": name, "sha": COMMIT, "private": False, "gated": "manual" if repository.gated else False}
-        body = json.dumps({**facts, "cardData": repository.card, "siblings": siblings, "tags": []}).encode()
+        siblings = [{"rfilename": file, "size": len(data)} for file, data in repository.files.items()]
+        facts = {"id": name, "sha": COMMIT, "private": False, "gated": False, "siblings": siblings, "tags": []}
+        body = json.dumps({**facts, "cardData": {"license": "mit"}}).encode()
         self._answer(200, body, {"Content-Type": "application/json"})
 
     def _file(self, repository: Repository, name: str) -> None:
-        if repository.gated:
-            self._refuse(403, "GatedRepo")
-            return
         if name not in repository.files:
             self._refuse(404, "EntryNotFound")
             return
         data = repository.files[name]
-        headers = {"ETag": f'"{_sha256(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        status, whole = 200, len(data)
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
-            status, data = 206, data[start:]
-        self._answer(status, data, headers)
+        tag = hashlib.sha256(data).hexdigest()
+        self._answer(200, data, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
 
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
@@ -134,7 +117,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
-from visft_ds.config.task_schema import HeadConfig, TaskConfig
+from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
@@ -26,7 +26,7 @@ class ClassificationImage(StrictModel):
     size: Positive = 224  #: side of the square
 
 
-class ClassificationHeadConfig(HeadConfig):
+class ClassificationHeadConfig(StrictModel):
     num_classes: Positive = MOST
 
 

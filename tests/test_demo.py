@@ -22,14 +22,9 @@ def test_the_steps_and_what_they_need() -> None:
     assert all("visft.seed=1" in steps[f"stage{stage}"].command for stage in (1, 2))
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), [(["--set", "visft.seeed=1"], "did you mean seed"), (["--train", "0"], "--train")]
-)
-def test_mistakes_are_told_before_anything_runs(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert demo.main([*words, "--out", str(tmp_path / "demo")]) == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "demo").exists()
+def test_mistakes_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--set", "visft.seeed=1", "--out", str(tmp_path / "demo")]) == 2
+    assert "did you mean seed" in capsys.readouterr().err and not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

@@ -26,13 +26,6 @@ def given_keys(values: Any, prefix: str = "") -> set[str]:
     return {prefix[:-1]}
 
 
-def scalar_keys() -> list[str]:
-    """Every known key that is no object, the first entry standing for a list of objects."""
-    prefixes = tuple(f"{key}." for key in known_keys())
-    parents = {prefix[:-1] for prefix in prefixes if any(key.startswith(prefix) for key in known_keys())}
-    return [key for key in known_keys() if key not in parents]
-
-
 #: Models of timm, which no pipeline divides.
 OF_TIMM = tuple(path.stem for path in (CONFIG_ROOT / "models").glob("*.json") if '"preset": "timm:' in path.read_text())
 COMBINATIONS = [
@@ -136,23 +129,6 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     widths = {"attention_dim": 384, "embed_dim": 384, "decoder_dim": 384}
     assert captioning.head.model_dump() == {**widths, "grid": 14, "dropout": 0.5}
     assert captioning.vocabulary.min_count == 6  # words that occur more than five times
-
-
-A_SET = 'visft.data.sets=[{"name": "a", "root": "b"}]'  #: so that there is an entry to misspell
-
-
-def test_every_misspelt_key_is_reported_with_its_right_name() -> None:
-    """All keys of the schema, each with a letter too many, in one configuration."""
-    leaf_keys = [key for key in scalar_keys() if "zero_optimization." not in key]  # DeepSpeed's schema checks these
-    with pytest.raises(ValueError, match="errors:") as caught:
-        resolve(stage=2, settings=[A_SET, *(f"{key}x=1" for key in leaf_keys)])
-    lines = {line.strip().split(" ")[0]: line for line in str(caught.value).splitlines()}
-    for key in leaf_keys:
-        assert (
-            "unknown key; did you mean" in lines[key + "x"]
-            and key.rpartition(".")[2] in lines[key + "x"].split("did you mean")[1]
-        )
-        assert "(--set)" in lines[key + "x"]
 
 
 @pytest.mark.parametrize("engine", available("engines"))

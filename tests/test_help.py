@@ -15,7 +15,7 @@ from visft_ds.flags import Parser, parse_size
 ROOT = Path(__file__).parents[1]
 #: But gpu.py, a test of torch itself.
 PROGRAMS = [path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py") if path.stem != "gpu"]
-SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "torchvision", "matplotlib")
+SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "jinja2", "matplotlib")
 #: Runs command lines one after another, [[what is run, its arguments, ...], ...]; what each printed, and what had been
 #: imported by then.
 RUN = f"""
@@ -34,6 +34,9 @@ print(json.dumps(ended))
 def test_help_imports_nothing_slow_and_names_the_command_as_it_was_typed() -> None:
     """One process for all of them: nothing slow may be imported by any."""
     lines = {f"visft {name}": ["visft_ds", name, "--help"] for name in COMMANDS}
+    lines |= {
+        f"visft evaluate {kind}": ["visft_ds", "evaluate", kind, "--help"] for kind in ("benchmarks", "layers", "dose")
+    }
     lines |= {f"{program.parent.name}/{program.name}": [str(program), "--help"] for program in PROGRAMS}
     words = [sys.executable, "-c", RUN, json.dumps(list(lines.values()))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from traceback import format_exception
 
@@ -28,13 +27,6 @@ def test_what_is_masked_and_what_is_not(text: str, masked: str, monkeypatch: pyt
     monkeypatch.setenv("SOME_API_TOKEN", "abcdefgh")
     assert redacted(text) == masked
     assert redacted_values({"x": [1, None, text], "api_key": "y"}) == {"x": [1, None, masked], "api_key": "***"}
-
-
-def test_long_texts_cost_linear_time() -> None:
-    began = time.process_time()
-    for text in ("a" * 100_000, "http://" * 20_000, "token=" * 20_000, "://a" * 30_000, "a-" * 50_000):
-        redacted(text)
-    assert time.process_time() - began < 5
 
 
 def test_the_url_of_a_folder_holds_no_secret() -> None:

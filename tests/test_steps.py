@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.run.folder import locked
 from visft_ds.steps import OUT, Steps, _stop
 
 
@@ -93,8 +92,3 @@ def test_an_interrupt_lets_a_command_save(monkeypatch: pytest.MonkeyPatch) -> No
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         _stop(process)
         assert process.stdout.read() == b"saved\n"  # and nobody holds the pipe
-
-
-def test_another_command_keeps_out(tmp_path: Path) -> None:
-    with locked(tmp_path / "out"), pytest.raises(ValueError, match="in use"):
-        _steps(tmp_path / "out").run()

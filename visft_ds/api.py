@@ -67,7 +67,7 @@ def fit(
         engine=engine,
         backbone=None if backbone is None else os.fspath(backbone),
         download=download,
-        flags={f"--{name}": (KEYS[name], os.fspath(at)) for name, at in places.items() if at is not None},
+        flags={KEYS[name]: (os.fspath(at), f"--{name}") for name, at in places.items() if at is not None},
         settings=[f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()],
     )
     if download:

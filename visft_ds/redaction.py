@@ -42,13 +42,14 @@ def is_secret(name: str) -> bool:
     return _SECRET.fullmatch(name) is not None
 
 
-def refuse_secrets(url: str) -> None:
-    """Raise ValueError for the URL of a folder with a password or a query, which would be stored with each run."""
+def refuse_secrets(url: str) -> str:
+    """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each run."""
     if "://" in url and not url.lower().startswith("file:") and (_USER.search(url) or "?" in url or "#" in url):
         raise ValueError(
             "a URL may have no password, query or fragment, which each run would record: what requests need goes into "
             'the environment variable FSSPEC_HTTP, as {"headers": {"Authorization": "..."}}'
         )
+    return url
 
 
 def _known_secrets() -> Iterator[str]:

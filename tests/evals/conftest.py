@@ -23,8 +23,8 @@ from visft_ds.evals.model import EvaluationModel, ModelSource, files_of_run
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
+from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.model import prepare_model
-from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.run.record import write_run
 from visft_ds.shards.build import Options, build
@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Nobody may change it."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    flags = {"--data": ("visft.data.root", str(folder / "shards"))}
+    flags = {"visft.data.root": (str(folder / "shards"), "--data")}
     second = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
     configs = {
         stage: resolve(stage=stage, model="debug", settings=settings, flags=flags)

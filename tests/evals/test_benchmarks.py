@@ -202,7 +202,7 @@ def test_processes_share_batches_and_give_the_same_bits(
 
 def test_a_run_is_a_model(tmp_path: Path) -> None:
     """A stage-1 run is its base; what no tensor tells comes from the run's configuration."""
-    config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"--data": ("visft.data.root", "shards")})
+    config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"visft.data.root": ("shards", "--data")})
     run = tmp_path / "stage1"
     write_run(run, config.to_dict(), 1, ["train.py"])
     with pytest.raises(ValueError, match="has not exported"):

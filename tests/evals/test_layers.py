@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
-from visft_ds.config.preflight import lite0_of_pip
+from visft_ds.config.own import lite0_of_pip
 from visft_ds.evals.benchmarks import layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
 from visft_ds.evals.benchmarks.judge import Settings, judge

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.adapter_bounds import same_change
-from tests.parallel.start_case import peak
+from tests.parallel.test_start import peak
 from tests.published import save_published_lora
 from tests.random_tower import (
     SIZES,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.ops.lora import Slices, lora_linear, use_kernels
+from visft_ds.ops.lora import Slices, lora_linear
 
 LIBRARY = ("eager", "augmented")
 QV: Slices = ((0, 8), (16, 24))
@@ -231,8 +231,3 @@ def test_checkpointed_or_compiled_it_is_the_same_over_accumulated_steps(
         results.append([t.grad for t in trained])
     # Compiled graphs may sum the same numbers in another order.
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
-
-
-def test_triton_without_a_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="triton"):
-        use_kernels("triton", torch.device("cpu"))

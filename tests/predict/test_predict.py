@@ -22,7 +22,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
-from visft_ds.prepare.streams import streams_of
+from visft_ds.prepare.data import streams_of
 from visft_ds.run.folder import recorded_config
 from visft_ds.tasks.pictures import palette
 

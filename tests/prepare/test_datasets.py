@@ -14,8 +14,8 @@ from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
+from visft_ds.prepare.data import pipelines_of, plan_of, vocabulary_of
 from visft_ds.prepare.datasets import captioned, data_identity, open_training_data
-from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.shards.build import Options, build
 
 

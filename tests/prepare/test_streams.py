@@ -17,13 +17,13 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest
 from visft_ds.data.transforms import ShortSides
-from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary
-from visft_ds.prepare.streams import (
+from visft_ds.prepare.data import (
     pipeline_of,
     plan_of,
     read_vocabulary,
     vocabulary_of,
 )
+from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 

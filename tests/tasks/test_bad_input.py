@@ -15,7 +15,7 @@ from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.model import MultiTaskModel
-from visft_ds.prepare.streams import pipeline_of
+from visft_ds.prepare.data import pipeline_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unknown words": {"captions": ["never heard of these"]},
     "one pixel": {"size": (1, 1)},
     "a strip": {"size": (2, 700)},
-    "6000 x 4000": {"size": (4000, 6000)},
+    "1800 x 1200": {"size": (1200, 1800)},
 }
 
 

@@ -15,8 +15,8 @@ from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
+from visft_ds.prepare.data import pipelines_of, plan_of, streams_of
 from visft_ds.prepare.datasets import open_training_data, settle_classes
-from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of

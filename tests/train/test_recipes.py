@@ -60,7 +60,7 @@ def test_a_recipe_trains_merges_and_loads_in_timm(
     given: dict[str, Any] = {"model": recipe, "backbone": f"timm:{name}", "data": shards}
     known = resolve(stage=2, model=recipe).visft
     with fake_hub(monkeypatch, tmp_path / "cache") as hub:
-        hub.repositories[f"timm/{name}"] = Repository({"model.safetensors": weights}, {"license": "mit"})
+        hub.repositories[f"timm/{name}"] = Repository({"model.safetensors": weights})
         first = fit(stage=1, **given, download=True, out=tmp_path / "1", settings=SETTINGS)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what follows has the cache alone
     heads = {"visft.heads.path": str(first.export)}

@@ -13,13 +13,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from visft_ds.config.fields import nearest
-from visft_ds.config.resolve import CONFIG_ROOT, available, load_json
+from visft_ds.config.resolve import CONFIG_ROOT, Flags, available, load_json
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import (
     HUB,
@@ -44,37 +44,35 @@ class Named:
 
     text: str  #: as it was given
     name: str | None  #: for run folders; None: that of the model stays
-    model: Mapping[str, Any]  #: keys of `visft.model` that it decides, with their values
+    weights: str | None  #: value of `visft.model.weights`; None: random ones
+    shape: Mapping[
+        str, Any
+    ]  #: `preset`, `overrides` and `layers` of `visft.model`; empty where the name tells no model
     recipe: str | None = None  #: the file in ds_configs/models that it is of
-
-    @property
-    def weights(self) -> str | None:
-        """Value of `visft.model.weights`; None: random ones."""
-        found: str | None = self.model["weights"]
-        return found
 
     @property
     def description(self) -> dict[str, Any] | None:
         """Preset and options of the model, where the name tells them."""
-        if "preset" not in self.model:
+        if not self.shape:
             return None
-        layers = {"layers": self.model["layers"]} if self.model.get("layers") else {}
-        return {"preset": self.model["preset"], **self.model.get("overrides", {}), **layers}
+        layers = {"layers": self.shape["layers"]} if self.shape["layers"] else {}
+        return {"preset": self.shape["preset"], **self.shape["overrides"], **layers}
 
     def file(self, *, download: bool = False) -> Path:
-        """The weights on this machine, which are fetched where they are not here.
-
-        Raises:
-            ValueError: they are not here and not to be fetched, or cannot be.
-        """
+        """The weights on this machine. Raises ValueError as `on_this_machine`, and where there are none."""
         if self.weights is None:
             raise ValueError(f"{self.text} has random weights: give a file, or the name of one with weights")
-        path, name = local(self.weights), on_hub(self.weights)
-        if path.is_file() or name is None:
-            return path
-        if not download:
-            raise ValueError(f"{name} is not in the hub's cache: --download fetches it; or give a file")
-        return fetch(name)
+        return on_this_machine(self.weights, download=download)
+
+
+def on_this_machine(weights: str, *, download: bool) -> Path:
+    """The file of a path or name, fetched where it is not here. Raises ValueError: it cannot, or must not be."""
+    path, name = local(weights), on_hub(weights)
+    if path.is_file() or name is None:
+        return path
+    if not download:
+        raise ValueError(f"{name} is not in the hub's cache: --download fetches it; or give a file")
+    return fetch(name)
 
 
 def named(text: str, *, download: bool = False) -> Named:
@@ -86,23 +84,20 @@ def named(text: str, *, download: bool = False) -> Named:
     path = Path(text)
     if text.startswith(TIMM):
         model = text.removeprefix(TIMM)
-        return Named(text, _slug(model), _keys(text, weights_of_timm(model)))
+        return Named(text, _slug(model), weights_of_timm(model), _shape(text))
     if text.startswith(HUB):
-        file = replace(HubFile.parse(text), file="config.json")
-        if (described := file.cached()) is None:
-            if not download:
-                raise ValueError(f"{text} is not in the hub's cache: --download fetches it; or give a file")
-            described = fetch(f"{HUB}{file.repository}@{file.revision}/config.json")
-        return Named(text, _slug(file.repository.split("/")[1]), _described(described, text, text))
+        file = HubFile.parse(text)
+        config = on_this_machine(f"{HUB}{file.repository}@{file.revision}/config.json", download=download)
+        return Named(text, _slug(file.repository.split("/")[1]), text, _described(config, text))
     if text in available("models"):
-        return Named(text, text, _model_file(text), text)
+        return Named(text, text, *_model_file(text), text)
     if path.is_dir():
         inside = weights_among(inner.name for inner in path.iterdir())
         if inside is None:
             raise ValueError(f"{text} has not one weight file to take: give the file")
-        return Named(text, _slug(path.resolve().name), _described(path / "config.json", text, str(path / inside)))
+        return Named(text, _slug(path.resolve().name), str(path / inside), _described(path / "config.json", text))
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
-        return Named(text, None, {"weights": text})
+        return Named(text, None, text, {})
     try:
         return named(f"{TIMM}{text}")
     except ValueError as error:
@@ -110,33 +105,34 @@ def named(text: str, *, download: bool = False) -> Named:
         raise ValueError(f"--backbone {text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
 
 
-def model_of(found: Named, model: str | None) -> tuple[str | None, dict[str, tuple[str, Any]]]:
-    """(file in ds_configs/models, flag -> (dotted key, value)) with which a backbone trains.
+def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
+    """(file in ds_configs/models, settings) with which a backbone trains.
 
     Args:
-        model: file that was asked for; None: that of the backbone, or the one whose backbone has the nearest name.
+        model: file that was asked for; None: that of the backbone, or of published weights the one with the nearest
+            name.
     """
-    if model is None and "preset" in found.model:
-        model = found.recipe or _nearest(found)
-    if model in available("models") and all(_model_file(model).get(key) == found.model[key] for key in found.model):
+    shipped = {name: _model_file(name) for name in available("models")}
+    if model is None and found.shape:
+        presets = {shape["preset"]: name for name, (weights, shape) in shipped.items() if on_hub(weights or "")}
+        model = found.recipe or presets[difflib.get_close_matches(found.shape["preset"], presets, 1, 0.0)[0]]
+    if model in shipped and shipped[model] == (found.weights, found.shape):
         return model, {}
-    values = found.model if found.name is None else {"name": found.name, **found.model}
-    return model, {f"--backbone {found.text} ({key})": (f"visft.model.{key}", value) for key, value in values.items()}
+    values = {"weights": found.weights, **found.shape, **({} if found.name is None else {"name": found.name})}
+    return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
 
 
-def _keys(preset: str, weights: str | None, image_size: int | None = None) -> dict[str, Any]:
-    size = {} if image_size is None else {"image_size": image_size}
-    return {"preset": preset, "overrides": size, "layers": [], "weights": weights}
+def _shape(preset: str, overrides: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> dict[str, Any]:
+    return {"preset": preset, "overrides": dict(overrides or {}), "layers": list(layers)}
 
 
-def _model_file(name: str) -> dict[str, Any]:
-    """The backbone in a file in ds_configs/models, by keys of `visft.model`."""
+def _model_file(name: str) -> tuple[str | None, dict[str, Any]]:
+    """Weights and shape of the backbone in a file in ds_configs/models."""
     values = load_json(CONFIG_ROOT / "models" / f"{name}.json")["visft"]["model"]
-    found = _keys(values["preset"], values["weights"])
-    return found | {key: values[key] for key in found if key in values}
+    return values["weights"], _shape(values["preset"], values.get("overrides"), values.get("layers", ()))
 
 
-def _described(path: Path, text: str, weights: str) -> dict[str, Any]:
+def _described(path: Path, text: str) -> dict[str, Any]:
     """The model of timm in a config.json. Raises ValueError for another one."""
     if not path.is_file():
         raise ValueError(f"{text} has no config.json, which says what model of timm it is")
@@ -151,15 +147,7 @@ def _described(path: Path, text: str, weights: str) -> dict[str, Any]:
             raise ValueError(f"it is made for images of {size} pixels: only squares can be had")
         mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
         preset, image_size = timm_name(name, settings.get("tag"), mean, std, *sides)
-    return _keys(f"{TIMM}{preset}", weights, image_size)
-
-
-def _nearest(found: Named) -> str:
-    """The file in ds_configs/models, among those of published weights, whose backbone has the nearest name."""
-    files = {name: _model_file(name) for name in available("models")}
-    presets = {values["preset"]: name for name, values in files.items() if on_hub(values["weights"] or "")}
-    (near,) = difflib.get_close_matches(found.model["preset"], presets, n=1, cutoff=0.0)
-    return presets[near]
+    return _shape(f"{TIMM}{preset}", {} if image_size is None else {"image_size": image_size})
 
 
 def _slug(name: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from visft_ds.config.fields import Precision
 from visft_ds.config.resolve import ResolvedConfig
-from visft_ds.config.task_schema import Stream
 
 
 @dataclass(frozen=True)
@@ -57,46 +56,37 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
             f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use a multiple of "
             f"{stages} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
         )
-    dp = world_size // stages
-    parts = "processes" if stages == 1 else f"pipelines of {stages} processes"
-    if uneven := [stream for stream in streams.values() if stream.batch_size % dp]:
-        raise ValueError("\n".join(_uneven(stream, dp, stages, parts) for stream in uneven))
-    common, micro = math.gcd(*(stream.batch_size // dp for stream in streams.values())), dict[str, int]()
-    for accumulation in range(1, common + 1):
-        micro = {name: stream.batch_size // dp // accumulation for name, stream in streams.items()}
-        fits = all(micro[name] <= stream.micro_batch for name, stream in streams.items())
-        if fits and not common % accumulation:
+    dp, lines = world_size // stages, list[str]()
+    for stream in streams.values():
+        if stream.batch_size % dp:
+            sizes = [size for size in (stream.batch_size // dp * dp, (stream.batch_size // dp + 1) * dp) if size]
+            dividing = [n for n in range(1, stream.batch_size + 1) if stream.batch_size % n == 0]
+            near = sorted(n * stages for n in sorted(dividing, key=lambda n: abs(n - dp))[:4])
+            lines.append(
+                f"{stream.key}.batch_size = {stream.batch_size} on {world_size} processes: its shares would not be "
+                f"whole. Use batch_size {' or '.join(map(str, sizes))}, or {', '.join(map(str, near))} processes"
+            )
+    if lines:
+        raise ValueError("\n".join(lines))
+    shares = {name: stream.batch_size // dp for name, stream in streams.items()}
+    common = math.gcd(*shares.values())
+    for accumulation in (n for n in range(1, common + 1) if common % n == 0):
+        micro = {name: share // accumulation for name, share in shares.items()}
+        if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
             return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
-    lines = [f"no accumulation suits every task on {dp} {parts} (batch_size = processes x accumulation x micro):"]
     for name, stream in streams.items():
-        verdict = (
-            "" if micro[name] <= stream.micro_batch else f"; state {stream.key}.micro_batch = {micro[name]} or more"
-        )
-        equation = f"{stream.batch_size} = {dp} x {common} x {micro[name]}"
-        lines.append(f"{name}: {equation}, at most {stream.micro_batch}{verdict}")
-    raise ValueError("\n  ".join(lines))
-
-
-def _uneven(stream: Stream, dp: int, stages: int, parts: str) -> str:
-    total = stream.batch_size
-    sizes = [str(size) for size in (total // dp * dp, (total // dp + 1) * dp) if size]
-    near = sorted(sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - dp))[:4])
-    return (
-        f"{stream.key}.batch_size = {total} on {dp} {parts}: its shares would not be whole. Use batch_size "
-        f"{' or '.join(sizes)}, or {', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
-    )
+        if (least := shares[name] // common) > stream.micro_batch:
+            lines.append(
+                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = {dp} "
+                f"processes x {common} accumulation x {least}"
+            )
+    raise ValueError("\n".join(lines))
 
 
 def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:
     """The plain dict for `deepspeed.initialize`: engine keys plus everything that is derived.
 
-    Args:
-        config: the resolved configuration.
-        world_size: number of processes.
-        precision: what visft.model.precision means on this hardware; never "auto".
-
-    Raises:
-        ValueError: as `derive_batches`.
+    `precision` is what visft.model.precision means on this hardware. Raises ValueError as `derive_batches`.
     """
     assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
     batches = derive_batches(config, world_size)

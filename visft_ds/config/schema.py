@@ -13,37 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.fields import (
-    Above,
-    Count,
-    Positive,
-    Probability,
-    Rate,
-    StrictModel,
-    Text,
-    nearest,
-)
+from visft_ds.config.fields import Above, Count, Positive, Probability, Rate, StrictModel, Text, nearest
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import config_class, entries
 
-#: Parts of a transformer block that low-rank adapters may go into.
-ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 #: Towers of our own; TIMM + NAME is a model of timm.
 PRESETS = ("eva_e", "eva_g", "debug")
-
-
+Preset = Annotated[str, StringConstraints(pattern=f"^({'|'.join(PRESETS)}|{TIMM}.+)$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-def _known_preset(value: str) -> str:
-    if value in PRESETS or (value.startswith(TIMM) and value != TIMM):
-        return value
-    raise ValueError(f"must be {', '.join(PRESETS)} or {TIMM}NAME")
-
-
-Preset = Annotated[str, AfterValidator(_known_preset)]
+Root = Annotated[Text, AfterValidator(refuse_secrets)]  #: folder or URL of shards
 
 
 class OptimizerParams(StrictModel):
@@ -116,16 +96,10 @@ class ModelConfig(StrictModel):
         """Settings that models of timm, and compiled blocks, do not take."""
         if self.compile != "none" and self.kernels == "triton":
             yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-        if self.timm is None:
-            return
-        if own := [name for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]:
-            yield "overrides", f"{self.preset} has its own shape: leave out {', '.join(own)}, or give --backbone"
-        if self.recompute == "mlp":
-            yield "recompute", f"must be auto, none or block with {self.preset}"
-        if self.packed:
-            yield "packed", f"must be false with {self.preset}, whose images are padded"
-        if self.compile != "none":
-            yield "compile", f"must be none with {self.preset}"
+        shape = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]
+        used = {"recompute": self.recompute == "mlp", "packed": self.packed, "compile": self.compile != "none"}
+        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if self.timm is not None else ():
+            yield key, f"is of towers of our own; {self.preset} does not take it"
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
@@ -160,7 +134,7 @@ class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
     name: Name
-    root: Text  #: folder or URL of its shards
+    root: Root
     split: Text = "train"
     weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
@@ -169,7 +143,7 @@ class DataSetConfig(StrictModel):
 class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
-    root: Text = "data/coco"
+    root: Root = "data/coco"
     train: Text = "train"
     val: Text = "val"
     weight: Above = 1.0  #: of ROOT/TRAIN beside the sets below
@@ -181,14 +155,8 @@ class DataConfig(StrictModel):
     cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Addresses with secrets, and names that stand twice."""
+        """Names that stand twice."""
         names = [self.train, *(one.name for one in self.sets)]
-        roots = {"root": self.root, **{f"sets.{number}.root": one.root for number, one in enumerate(self.sets)}}
-        for key, root in roots.items():
-            try:
-                refuse_secrets(root)
-            except ValueError as error:
-                yield key, str(error)
         for number, one in enumerate(self.sets):
             if one.name in names[: number + 1]:
                 yield f"sets.{number}.name", f"another training set is called {one.name}; give each its own name"
@@ -265,13 +233,8 @@ class VisftConfig(StrictModel):
         enabled, model = self.tasks.enabled(), self.model
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
-        if self.stage == 1 and self.heads.path is not None:
-            yield "heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
-        if self.heads.start == "random" and self.heads.path is not None:
-            yield "heads.path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
-        for number, target in enumerate(self.lora.targets if self.lora and model.timm is None else ()):
-            if target not in ROLES:
-                yield f"lora.targets.{number}", f"must be one of {', '.join(ROLES)} with preset {model.preset}"
+        if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
+            yield "heads.path", 'must be null in stage 1 and with visft.heads.start = "random", which train new heads'
         if not enabled:
             yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
         names = [group.name for group in self.param_groups]
@@ -280,9 +243,8 @@ class VisftConfig(StrictModel):
                 yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
         if self.mode == "shared" and self.shared is None:
             yield "shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-        for name, task in enabled.items():
-            if self.mode == "sampled" and task.updates is None:
-                yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+        for name in [name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None]:
+            yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
         for number, one in enumerate(self.data.sets):
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
@@ -296,14 +258,27 @@ class VisftConfig(StrictModel):
         if best is not None and best not in measured:
             yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
 
+    def filled(self) -> VisftConfig:
+        """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
+        off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
+        kept = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in self.param_groups]
+        groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in kept if globs)
+        out = self.run.out or f"runs/stage{self.stage}-{self.model.name}"
+        changes: dict[str, Any] = {"run": self.run.model_copy(update={"out": out})}
+        if self.stage == 2 and self.heads.start == "random":
+            if not any(glob.startswith("heads.") for _, globs in kept for glob in globs):
+                groups += (ParamGroup(name="heads", params="heads.*"),)
+        elif self.stage == 2:
+            path = self.heads.path or f"runs/stage1-{self.model.name}/export"
+            changes["heads"] = self.heads.model_copy(update={"path": path})
+        return self.model_copy(update={**changes, "param_groups": groups or self.param_groups})
+
     def streams(self) -> dict[str, Stream]:
         """Streams (kinds of optimiser steps) by name: one for each task, or the one that all share."""
         tasks = self.tasks.enabled()
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
-            shared = self.shared
-            image = shared.image.model_dump()
-            return {SHARED: Stream(SHARED, tuple(tasks), 1.0, shared.batch_size, shared.micro_batch, image)}
+            return {SHARED: self.shared.stream(tuple(tasks))}
         return {name: task.stream(name) for name, task in tasks.items()}
 
     def updates(self) -> int | None:
@@ -383,15 +358,11 @@ class Recipe(StrictModel):
             yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
 
 
-_BATCH, _PRECISION = "visft.tasks.<task>.batch_size and .micro_batch", "visft.model.precision"
+_BATCH = "visft.tasks.<task>.batch_size and .micro_batch"
 #: Keys of DeepSpeed that follow from `visft` -> what to state instead.
 INSTEAD = {
-    "train_batch_size": _BATCH,
-    "train_micro_batch_size_per_gpu": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "torch_autocast": _PRECISION,
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), _BATCH),
+    **dict.fromkeys(("bf16", "fp16", "torch_autocast"), "visft.model.precision"),
     "activation_checkpointing": "visft.model.recompute",
     "checkpoint": "visft.run.save_every",
     "steps_per_print": "visft.run.log_every",

@@ -32,10 +32,6 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
-class HeadConfig(StrictModel):
-    """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
-
-
 class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
@@ -59,7 +55,7 @@ class TaskConfig(StrictModel):
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
     image: BaseModel
-    head: HeadConfig
+    head: StrictModel
     loss: BaseModel
 
     def stream(self, name: str) -> Stream:
@@ -123,6 +119,10 @@ class SharedConfig(StrictModel):
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
     image: SharedImage = SharedImage()
+
+    def stream(self, tasks: tuple[str, ...]) -> Stream:
+        """The one stream of these tasks."""
+        return Stream(SHARED, tasks, 1.0, self.batch_size, self.micro_batch, self.image.model_dump())
 
 
 @dataclass(frozen=True)

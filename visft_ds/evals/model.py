@@ -47,8 +47,8 @@ from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import Backbone
 from visft_ds.ops import DTYPES, use_numerics
+from visft_ds.prepare.data import read_vocabulary
 from visft_ds.prepare.datasets import needs_vocabulary
-from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.pretrained import local, weights_among
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS, config_class

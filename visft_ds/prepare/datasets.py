@@ -33,25 +33,23 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
 
     Raises ValueError for a split that is missing or damaged, that lacks what a task needs, or has other categories.
     """
-    data, enabled = config.data, tuple(config.tasks.enabled())
-    first = Manifest.load(data.root, data.train, cache=cache_of(data))
-    sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
-    for one in data.sets:
-        manifest = Manifest.load(one.root, one.split, cache=cache_of(data))
-        tasks = tuple(task for task in enabled if task in one.tasks) if one.tasks else _taught(manifest, enabled)
-        sets[one.name] = TrainingSet(manifest, tasks, one.weight)
-        if needs_categories(tasks):
-            check_same_categories(manifest, first)
-    stated = {one.name for one in data.sets if one.tasks}  # whose user knows better
-    for name, found in sets.items():
-        check_samples(found.tasks, found.manifest)
-        for task in found.tasks if name not in stated else ():
-            if lacking := TASKS[task].config.misleads(found.manifest.counts, found.manifest.findings):
+    data, enabled, sets = config.data, config.tasks.enabled(), dict[str, TrainingSet]()
+    further = [(one.name, one.root, one.split, one.weight, one.tasks) for one in data.sets]
+    for name, root, split, weight, stated in [(data.train, data.root, data.train, data.weight, None), *further]:
+        manifest = Manifest.load(root, split, cache=cache_of(data))
+        labelled = [task for task in enabled if TASKS[task].config.labels in manifest.labels]
+        tasks = tuple(task for task in enabled if task in (stated or labelled))
+        check_samples(tasks, manifest)
+        for task in () if stated else tasks:  # a user who states the tasks of a set knows better
+            if lacking := TASKS[task].config.misleads(manifest.counts, manifest.findings):
                 raise ValueError(
-                    f"{found.manifest.root}/{found.manifest.split} has no {lacking}, which {task} would take for "
-                    f"background: leave {task} out of visft.tasks, or of visft.data.sets.N.tasks"
+                    f"{manifest.root}/{manifest.split} has no {lacking}, which {task} would take for background: leave "
+                    f"{task} out of visft.tasks, or of visft.data.sets.N.tasks"
                 )
-    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
+        sets[name] = TrainingSet(manifest, tasks, weight)
+        if needs_categories(tasks):
+            check_same_categories(manifest, first_of(sets))
+    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first_of(sets))
     return sets
 
 
@@ -154,8 +152,3 @@ def first_of(sets: Mapping[str, TrainingSet]) -> Manifest:
 
 def _names(categories: Sequence[Category]) -> dict[int, str]:
     return {category.coco_id: category.name for category in categories}
-
-
-def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that a split has labels for."""
-    return tuple(task for task in enabled if TASKS[task].config.labels in manifest.labels)

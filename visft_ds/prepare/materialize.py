@@ -6,7 +6,7 @@ those of the engines are in `parallel.placement`. A value is the same whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.heads import HeadFile
-from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, is_lora, is_small, open_backbone
+from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, fitted, is_lora, is_small, open_backbone
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
-from visft_ds.prepare.start import Start
 from visft_ds.pretrained import local
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
@@ -72,12 +71,7 @@ class BaseWeights:
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
     """The base weights of a configuration; of a file names and shapes are checked, and a sample of its values is read.
 
-    Args:
-        backbone: on any device, with every dtype as it will be.
-        storage: of matrices.
-
-    Raises:
-        ValueError: a file of another model, see `open_backbone`.
+    `backbone` is on any device and has every dtype as it will be. Raises ValueError as `open_backbone`.
     """
     parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
 
@@ -107,6 +101,31 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
     identity = fingerprint({name: weights[name] for name in parameters})
     return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Values that a run begins with in place of drawn ones: those of another run, or of an adapter."""
+
+    place: Path
+    sha256: str  #: of what is read
+    tensors: Weights  #: by qualified name of a parameter
+    base: str | None  #: fingerprint of the base weights that they were trained on; None: nobody recorded it
+    note: str
+    step: int | None = None  #: of a run
+
+    def check(self, module: nn.Module, trained: Iterable[str], base: str) -> None:
+        """Raise ValueError if these are not the values of what a run trains (names), or are of another base."""
+        if self.base not in (None, base):
+            raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
+        parts, named = {_part(name) for name in self.tensors}, dict(module.named_parameters())
+        wanted = {name: named[name] for name in trained if _part(name) in parts}
+        fitted(self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)")
+
+
+def _part(name: str) -> str:
+    """The head, or the backbone, that a parameter is part of."""
+    return ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
 
 
 def fill_model(

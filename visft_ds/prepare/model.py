@@ -27,8 +27,7 @@ from visft_ds.models import build_empty
 from visft_ds.models.lora import check_reached, inject_lora
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
-from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, open_base
-from visft_ds.prepare.start import Start
+from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, Start, fill_model, open_base
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -155,7 +154,6 @@ def plan_model(
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
     groups = apply_groups(module, config.param_groups, defaults)
-    _check_stage(module, config)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     # What runs with a graph and with dropout, and what is recomputed in the backward pass.
@@ -164,6 +162,7 @@ def plan_model(
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.packed = config.model.packed
+    _check_stage(module, config)
     return module, groups
 
 
@@ -212,13 +211,11 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
     notes = []
     for task, info in infos.items():
-        options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
-        changed = sorted(n for n in options.keys() & built if options[n] != built[n] and n != "dropout")
-        if changed:
-            other = [f"{name} {built[name]} (here {options[name]})" for name in changed]
-            raise ValueError(
-                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
-            )
+        here = config.tasks.enabled()[task].head.model_dump(mode="json")
+        trained = {n: value for n, value in info.options.items() if n != "dropout" and value != here.get(n, value)}
+        if trained:
+            other = ", ".join(f"{name} {value} (here {here[name]})" for name, value in sorted(trained.items()))
+            raise ValueError(f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values")
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):
@@ -236,20 +233,18 @@ def stage_name(config: VisftConfig) -> str:
     return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])
 
 
-def _check_stage(module: nn.Module, config: VisftConfig) -> None:
+def _check_stage(module: MultiTaskModel, config: VisftConfig) -> None:
     """Raise ValueError if no group holds what a stage has to train: drawn heads, adapters, some of the backbone."""
     drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
     must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]
-    trains = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    idle = [name for name in trains if not trains[name] and any(fnmatchcase(name, glob) for glob in must)]
-    if idle:
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if idle := [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]:
         raise ValueError(
             f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
-    part = "heads." if config.stage == 1 else "backbone."
-    if not any(trains[name] for name in trains if name.startswith(part)):
+    if config.stage == 2 and not module.train_backbone:
         raise ValueError(
-            f"stage {stage_name(config)!r} must train something of {part}*, but no group of visft.param_groups "
-            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
+            f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
+            "of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
         )

@@ -27,8 +27,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import unchanged
-from visft_ds.prepare.data import RunData
-from visft_ds.prepare.streams import parts_of
+from visft_ds.prepare.data import RunData, parts_of
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks.spec import counts_of, loss_denominators_of

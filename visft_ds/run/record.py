@@ -18,7 +18,7 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.interop.weights import write_text
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.prepare.start import Start
+from visft_ds.prepare.materialize import Start
 from visft_ds.pretrained import HUB
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RUN_SCHEMA, Parent, RunFile, read_run, saved_something

@@ -89,7 +89,7 @@ def _title(config: ResolvedConfig) -> str:
 def _sections(
     config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
 ) -> list[Section]:
-    """What trains, in which batches, where a pipeline is divided, and what becomes of the run."""
+    """Sections of the plan: what trains, in which batches, how a pipeline is divided, what becomes of the run."""
     trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups

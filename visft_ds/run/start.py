@@ -17,7 +17,7 @@ from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
-from visft_ds.prepare.start import Start
+from visft_ds.prepare.materialize import Start
 from visft_ds.run.folder import named_steps, recorded_config
 
 

@@ -63,7 +63,7 @@ class RunState:
         return checkpoint.step
 
     def _newest(self) -> tuple[Path | None, dict[int, float | None]]:
-        """Where to continue, and what its evaluations gave by the metric that chooses the best."""
+        """The checkpoint to continue from, and the scores of its evaluations by the metric that chooses the best."""
         checkpoint, skipped = newest_checkpoint(self.saver.folder)
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)

@@ -128,7 +128,6 @@ class Content:
 
     objects: int = 30  #: in every image; COCO's mean is 7.3
     caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
-    size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
 
 
 class Task(ABC):
@@ -136,8 +135,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (in_channels, its `HeadConfig`); called with (features, valid)
-    losses: ClassVar[Callable[..., Criterion]]  #: (the `HeadConfig`, the settings of the loss)
+    head: ClassVar[type[nn.Module]]  #: (in_channels, its settings); called with (features, valid)
+    losses: ClassVar[Callable[..., Criterion]]  #: (the settings of the head, those of the loss)
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import CaptionChoice, HeadConfig, WordsConfig
+from visft_ds.config.task_schema import CaptionChoice, WordsConfig
 
 
 class CaptioningImage(StrictModel):
@@ -14,7 +14,7 @@ class CaptioningImage(StrictModel):
     max_words: Positive = 50
 
 
-class CaptioningHeadConfig(HeadConfig):
+class CaptioningHeadConfig(StrictModel):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
     attention_dim: Positive = 384

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
-from visft_ds.config.task_schema import HeadConfig, TaskConfig
+from visft_ds.config.task_schema import TaskConfig
 
 
 class DetectionImage(StrictModel):
@@ -28,7 +28,7 @@ class DetectionImage(StrictModel):
             yield "crop_range", "must be [smallest, largest]"
 
 
-class DetectionHeadConfig(HeadConfig):
+class DetectionHeadConfig(StrictModel):
     """Options of the detection head."""
 
     #: detr: the asymmetric DETR that was published; dense: boxes around the cells of the map, for few photographs

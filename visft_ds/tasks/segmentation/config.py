@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import Findings, HeadConfig, TaskConfig
+from visft_ds.config.task_schema import Findings, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
 #: category (toothbrush) coincides with "no object" and class 0 is never used.
@@ -36,7 +36,7 @@ class SegmentationImage(StrictModel):
             yield "pad_value", "must be a pixel value from 0 to 255"
 
 
-class SegmentationHeadConfig(HeadConfig):
+class SegmentationHeadConfig(StrictModel):
     """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
 
     num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
