@@ -102,7 +102,7 @@ class ModelConfig(StrictModel):
             yield key, f"is of towers of our own; {self.preset} does not take it"
 
     def backbone_options(self) -> dict[str, Any]:
-        """Keyword arguments of `build_backbone` that differ from the preset."""
+        """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
         return {**self.overrides.model_dump(exclude_none=True), **layers}
 
