@@ -19,6 +19,7 @@ from tests.published import save_published_lora
 from tests.random_tower import (
     SIZES,
     adapter_of,
+    build_backbone,
     fold_adapters,
     header_of,
     merge,
@@ -36,7 +37,7 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.layouts import bases_of, fingerprint_of, load_backbone, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.parallel.state import EngineState
 

@@ -10,11 +10,10 @@ import pytest
 import timm
 import torch
 
-from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
+from tests.random_tower import adapter_of, build_backbone, merge, move_adapters, random_tower, relative, save_backbone
 from visft_ds.interop.export import timm_model
 from visft_ds.interop.layouts import fill, open_backbone
 from visft_ds.interop.weights import Lazy
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 
 # fp32, two blocks: both sides differ by the order of additions only (measured 3e-7).

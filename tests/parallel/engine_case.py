@@ -22,13 +22,13 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
+from tests.random_tower import build_backbone
 from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups

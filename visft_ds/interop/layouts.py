@@ -115,8 +115,8 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """
     file = open_model(path)
     tower = tower_in(file, model_of(backbone))
-    stored = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
-    wanted: dict[str, Tensor] = {**base_parameters(backbone), **stored}
+    stored = backbone.state_dict().keys()
+    wanted = base_parameters(backbone) | {name: one for name, one in backbone.named_buffers() if name in stored}
     if isinstance(backbone, EvaViT):
         one, shape = tower.get("pos_embed"), tuple(wanted["pos_embed"].shape)
         # As timm keeps them in a tower without class token: its entry, which nothing reads, is not there.
@@ -125,7 +125,7 @@ def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
         behind = tuple(f"blocks.{index}." for index in range(backbone.depth, backbone.config.depth))
     else:
         classifiers = {name.partition(".")[0] for name in backbone.classifier_names}
-        behind = (*backbone.left_out, *(f"{name}." for name in (*classifiers, *backbone.unused)))
+        behind = (*backbone.left_out, *(f"{name}." for name in classifiers))
     return fitted(tower, wanted, behind=(*_BESIDE, *behind), what=backbone.describe())
 
 
@@ -174,8 +174,7 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
         parameter.data = weights.tensor(name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage)
-    if isinstance(backbone, TimmBackbone):
-        backbone.set_buffers(buffers_in(weights, parameters))
+    backbone.load_state_dict(buffers_in(weights, parameters), strict=False, assign=True)
 
 
 def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
