@@ -154,6 +154,10 @@ class DataConfig(StrictModel):
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
     cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
 
+    def places(self) -> list[tuple[str, str]]:
+        """(folder or URL, split) of all training sets."""
+        return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Names that stand twice."""
         names = [self.train, *(one.name for one in self.sets)]
