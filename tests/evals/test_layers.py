@@ -93,6 +93,12 @@ def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
     assert torch.equal(_read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)["patches"], wanted)
 
 
+@pytest.fixture(autouse=True)
+def probes_learn_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("PLACES", 500), ("PATCHES", 200), ("_STEPS", 50)):
+        monkeypatch.setattr(dense, name, count)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of two colours whose border moves, with label maps."""
@@ -120,8 +126,6 @@ def test_one_forward_reads_what_each_cut_model_gives(
         model, blocks = f"timm:test_efficientnet:{tmp_path}/w.safetensors", [*(f"blocks.{n}" for n in range(5)), "end"]
     else:
         model, blocks = str(save_clip(make_clip(), tmp_path / "clip.safetensors")), ["blocks.0", "blocks.1"]
-    for name, count in (("PLACES", 500), ("PATCHES", 200), ("_STEPS", 50)):
-        monkeypatch.setattr(dense, name, count)
     settings = Settings(torch.device("cpu"), "fp32", tmp_path / "cache", 4, 0)
     benchmark = parse_benchmark(f"dense={pictures}")
     together = judge_blocks(parse_model(model), [benchmark], settings)

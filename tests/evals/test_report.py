@@ -120,13 +120,6 @@ def test_benchmarks_stand_on_the_page(tmp_path: Path, undrawn: None) -> None:
     assert report([str(tmp_path / "run"), "--benchmarks", str(tmp_path / "table")]) == 2
 
 
-def test_what_cannot_be_shown_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [str(_run(tmp_path / name)) for name in ("run", "b")]
-    for words, said in (([str(tmp_path / "nowhere")], "run.json"), (runs, "--out")):
-        assert report(words) == 2 and said in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.html"))
-
-
 def test_a_chart_tells_what_it_lacks() -> None:
     """The same bytes every time, names escaped, values of a wide range on a logarithmic axis."""
     series = [Series([0, 1, 2], [100.0, math.nan, 1.0], "#123456", name="a & $b$ <c>")]
