@@ -6,14 +6,12 @@ RANK=0 WORLD_SIZE=2 ... python -m tests.checkpoint.matrix_case save|resume FOLDE
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.parallel import pipeline_case
-from tests.parallel.engine_case import SAVED_AT, STEPS, Feed, fed, resume, run_steps, start_engine
+from tests.parallel.engine_case import SAVED_AT, STEPS, resume, run_steps, start_engine
 
 #: (engine, ranks); pipelines of two and four stages, and two pipelines beside each other.
 PLACES = (
@@ -28,15 +26,6 @@ KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
 }
 
 
-def start(engine: str, stage: int, precision: str) -> tuple[Any, Feed]:
-    """An engine, and what its rank is given in a step."""
-    if not engine.startswith("pipeline"):
-        return start_engine(stage, engine, precision), fed
-    order, sides = pipeline_case.ORDERS["square"]
-    made = pipeline_case.build_engine(stage, precision, int(engine.removeprefix("pipeline")))
-    return made, partial(pipeline_case.fed, order=order, sides=sides)
-
-
 def main(what: str, folder: Path, engine: str) -> None:
     """Save or resume; FOLDER/<engine>-<world>-<what>.pt holds what every run gave."""
     from visft_ds.parallel import distributed
@@ -48,13 +37,12 @@ def main(what: str, folder: Path, engine: str) -> None:
     results: dict[str, Any] = {}
     for kind, (stage, precision, sources) in KINDS.items():
         if what == "save":
-            made, feed = start(engine, stage, precision)
-            results[kind] = run_steps(made, 0, STEPS, folder / kind / here, feed)
+            results[kind] = run_steps(start_engine(stage, engine, precision), 0, STEPS, folder / kind / here)
             continue
         for source in sources:
-            made, feed = start(engine, stage, precision)
+            made = start_engine(stage, engine, precision)
             exact = resume(made, folder / kind / source)
-            results[f"{kind} {source}"] = {"exact": exact, **run_steps(made, SAVED_AT, STEPS, None, feed)}
+            results[f"{kind} {source}"] = {"exact": exact, **run_steps(made, SAVED_AT, STEPS)}
     if distributed.is_main():
         torch.save(results, folder / f"{here}-{what}.pt")
     distributed.close()

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import torch
 
 from tests.coco_tree import make_split
 from tests.options import alone
-from visft_ds.data.dataset import SamplePipeline, caption_dataset, coco_dataset, read_raw
+from tests.ranks import finish, start_ranks
+from visft_ds.data.dataset import SamplePipeline, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
@@ -78,7 +77,7 @@ def reference(reader: ShardReader, plan: Plan) -> Samples:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize(
     ("ranks", "accumulation", "workers", "prefetch"),
-    [(1, 4, 0, 2), (2, 1, 0, 2), (1, 1, 1, 0), (2, 2, 1, 2), (1, 1, 4, 5)],
+    [(1, 4, 0, 2), (2, 1, 0, 2), (2, 2, 1, 0), (1, 1, 4, 5)],
 )
 def test_any_split_over_ranks_and_workers_gives_the_same_samples(
     reader: ShardReader, plan: Plan, reference: Samples, ranks: int, accumulation: int, workers: int, prefetch: int
@@ -114,14 +113,6 @@ def test_roles_see_the_same_samples(reader: ShardReader, plan: Plan) -> None:
             assert torch.equal(getattr(whole, name), getattr(truth, name))
     idle = list(loader_of(reader, plan, role=None, accumulation=2).steps(3, 6))
     assert [(step_plan.step, batches) for step_plan, batches in idle] == [(3, []), (4, []), (5, [])]
-
-
-def test_the_same_picture_looks_different_in_another_epoch(reader: ShardReader, plan: Plan) -> None:
-    seen: dict[int, set[int]] = {}
-    for _, batch in _collect(reader, plan, 0, 12):
-        for index, key in zip(batch.indices.tolist(), batch.random_keys.tolist(), strict=True):
-            seen.setdefault(index, set()).add(key)
-    assert max(map(len, seen.values())) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -169,25 +160,22 @@ import os, signal, sys
 from pathlib import Path
 from tests.data.test_loader import Manifest, Plan, ShardReader, loader_of, one
 
-if __name__ == "__main__":
-    reader = ShardReader(Manifest.load(Path(sys.argv[1]), "toy"))
-    loop = loader_of(reader, Plan({"detection": one(18, 4)}, 0), num_workers=2).steps(0)
-    next(loop)
-    os.kill(os.getpid(), signal.SIGKILL)
+os.setsid()
+reader = ShardReader(Manifest.load(Path(sys.argv[1]), "toy"))
+loop = loader_of(reader, Plan({"detection": one(18, 4)}, 0), num_workers=2).steps(0)
+next(loop)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_process_leaves_no_workers(reader: ShardReader, tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(_KILLED)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parents[2], *sys.path]))}
-    command = [sys.executable, str(script), str(reader.manifest.root)]
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        assert process.wait(timeout=600) == -signal.SIGKILL
-        deadline = time.monotonic() + 600
-        while left := [p.pid for p in psutil.process_iter() if _session(p.pid) == process.pid]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.05)
+def test_a_killed_process_leaves_no_workers(reader: ShardReader) -> None:
+    (process,) = start_ranks(["-c", _KILLED, str(reader.manifest.root)], world=1)
+    codes, printed = finish([process])
+    assert codes == [-signal.SIGKILL], printed
+    deadline = time.monotonic() + 600
+    while left := [p.pid for p in psutil.process_iter() if _session(p.pid) == process.pid]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def _session(pid: int) -> int | None:
@@ -215,12 +203,3 @@ def test_a_picture_has_the_size_of_the_index(reader: ShardReader, monkeypatch: p
     monkeypatch.setitem(vars(reader.manifest), "index", index)
     with pytest.raises(DamagedSample, match="pixels"):
         read_raw(reader, 0)
-
-
-def test_the_stored_labels_are_a_coco_data_set(reader: ShardReader) -> None:
-    content = coco_dataset(reader)
-    assert len(content["images"]) == 18 and sum(a["iscrowd"] for a in content["annotations"]) == 1
-    assert {a["image_id"] for a in content["annotations"]} <= {image["id"] for image in content["images"]}
-    assert [category["id"] for category in content["categories"]] == [3, 8, 13]
-    assert [image["id"] for image in coco_dataset(reader, [4])["images"]] == [reader.row(4)["image_id"]]
-    assert len(caption_dataset(reader)["annotations"]) == 36

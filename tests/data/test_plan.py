@@ -53,11 +53,6 @@ def test_an_epoch_shows_each_sample_at_most_once_and_the_next_another_order(plan
     assert first != second
 
 
-def test_every_sample_has_its_turn() -> None:
-    plan = Plan({"a": one(10, 4)}, seed=0)
-    assert {index for step in range(40) for index in plan.step(step).indices.tolist()} == set(range(10))
-
-
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**62), st.integers(0, 300))
 @settings(max_examples=60, deadline=None)
 def test_counting_steps_is_exact(ratios: list[int], seed: int, steps: int) -> None:
@@ -193,9 +188,8 @@ def test_every_sample_has_exactly_one_place(size: int, key: int) -> None:
     np.testing.assert_array_equal(np.sort(_order(SetPlan(np.arange(size)), key)), np.arange(size))
 
 
-@pytest.mark.parametrize("size", [4, 5])
-def test_all_orders_are_equally_likely(size: int) -> None:
-    keys, part = 6_000, SetPlan(np.arange(size))
+def test_all_orders_are_equally_likely() -> None:
+    size, keys, part = 4, 6_000, SetPlan(np.arange(4))
     counts = Counter(tuple(_order(part, key).tolist()) for key in range(keys))
     orders = factorial(size)
     expected = keys / orders

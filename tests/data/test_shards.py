@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.coco_tree import make_split
@@ -31,6 +30,8 @@ def test_a_split_describes_itself(split: Manifest) -> None:
     assert split.counts["crowds"] == 1 and split.counts["captions"] == 24
     assert split.vocabulary == {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
     assert split.labels == {"annotations", "captions"} and split.index.dtype == INDEX_DTYPE
+    ids = split.index["image_id"].tolist()
+    assert ids != sorted(ids) and sorted(ids) == [1000 + 7 * place for place in range(12)]
     assert int(split.index["num_annotations"].sum()) == split.counts["trainable"] == 15
 
 
@@ -60,11 +61,6 @@ def test_labels_hold_everything_as_given(split: Manifest) -> None:
     stored = {a["id"]: {**a, "image_id": label["image_id"]} for label in labels for a in label["annotations"]}
     assert stored == {annotation["id"]: annotation for annotation in source["annotations"]}
     assert all(label["captions"] == ["Picture 0, it's red.", "Picture 1, it's red."] for label in labels)
-
-
-def test_the_order_of_samples_is_a_permutation(split: Manifest) -> None:
-    ids = split.index["image_id"].tolist()
-    assert ids != sorted(ids) and sorted(ids) == [1000 + 7 * place for place in range(12)]
 
 
 def test_threads_share_a_reader_that_keeps_few_files_open(split: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,19 +103,8 @@ def _flip(offset: int) -> Callable[[Path], None]:
     return change
 
 
-def _other_columns(path: Path) -> None:
-    np.save(path, np.zeros(12, dtype=[("shard", "<i4")]))
-
-
 def _other_version(path: Path) -> None:
     path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
-
-
-def _other_samples(path: Path) -> None:
-    """As many samples as the index has, but in one shard."""
-    content = json.loads(path.read_text())
-    content["shards"] = [{**content["shards"][0], "count": 12}]
-    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +114,9 @@ def _other_samples(path: Path) -> None:
         ("toy-000001.tar", lambda path: os.truncate(path, 2000), "cut"),
         ("toy.index.npy", Path.unlink, "missing"),
         ("toy.index.npy", _flip(-1), "belong"),
-        ("toy.index.npy", _other_columns, "columns"),
-        ("toy.index.npy", lambda path: path.write_bytes(b"\x93NUMPY\x01\x00"), "index"),
         ("toy.manifest.json", lambda path: path.write_text("{"), "manifest"),
-        ("toy.manifest.json", lambda path: path.write_text("[1]"), "manifest"),
-        ("toy.manifest.json", lambda path: path.write_text('{"format": 1}'), "manifest"),
         ("toy.manifest.json", lambda path: path.write_text(path.read_text().replace("toy-", "../")), "shards"),
         ("toy.manifest.json", _other_version, "version 3"),
-        ("toy.manifest.json", _other_samples, "belong"),
     ],
 )
 def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], None], word: str) -> None:

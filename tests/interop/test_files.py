@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parallel.start_case import peak
+from tests.parallel.test_start import peak
 from visft_ds.interop.weights import (
     Lazy,
     Weights,

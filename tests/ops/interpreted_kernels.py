@@ -76,12 +76,6 @@ def test_lora_of_any_shape(case: tuple[Slices, tuple[int, ...], int, int, int, b
     _compare_lora(tensors, slices, torch.randn(*lead, fan_out), with_bias=with_bias)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [4, 256])
-def test_lora_ranks_from_4_to_256(rank: int) -> None:
-    _compare_lora(_lora(((0, 24),), (5,), 20, 24, rank, torch.float32), ((0, 24),), torch.randn(5, 24))
-
-
 def test_lora_takes_what_is_not_contiguous() -> None:
     x, *others = _lora(QV, (6, 5, 48), 48, 96, 16, torch.float32)
     x = torch.randn(48, 5, 3).permute(2, 1, 0)

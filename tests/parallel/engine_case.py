@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,11 +22,13 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
+from tests.random_tower import build_backbone
+from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
+from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups
@@ -37,14 +40,14 @@ TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
 ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
 STEPS, VOCABULARY = len(ORDER), 12
+#: First layers of the stages of a pipeline: the layers are embedding, two blocks and heads.
+BOUNDS = {2: (0, 2, 4), 4: (0, 1, 2, 3, 4)}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 #: (height, width) of the images, or of each of them, step after step, again from the first.
 Sides = Sequence[tuple[int, int] | Sequence[tuple[int, int]]]
 Build = Callable[..., tuple[MultiTaskModel, tuple[TrainedGroup, ...]]]  #: as `build`
 Feed = Callable[[Any, int], tuple[list[Batch], LossDenominators]]  #: (engine, step) -> what a rank is given
-#: The engine whose processes also show what a fault on one rank does; `test_traceless.py` does it for all.
-REFUSING = "zero1"
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
 SCALE = 65536.0  #: with which fp16 begins
 GROUPS = {
@@ -191,7 +194,7 @@ def train_plain(
     optimizer = torch.optim.AdamW(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
-    losses, norms, states, sums_of = [], [], [], []
+    losses, norms, sums_of = [], [], []
     for step in range(len(order)):
         module.train()
         whole = global_batch(step, order, sides)
@@ -211,74 +214,87 @@ def train_plain(
         scheduler.step()
         losses.append(sums["loss"])
         sums_of.append(sums)
-        states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
-        states[-1]["value"] = {n: p.detach().clone() for n, p in named.items()}
     return {
         "losses": losses,
         "norms": norms,
         "named": sums_of,
-        "values": states[-1]["value"],
-        "saved": states[SAVED_AT - 1],
+        "values": {name: parameter.detach() for name, parameter in named.items()},
     }
 
 
-def forget_autocast() -> None:
-    """DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16."""
-    from deepspeed.runtime import torch_autocast
+def engine_config(name: str, precision: str, micro: int = 1, **zero: Any) -> dict[str, Any]:
+    """What DeepSpeed is given for batches of GLOBAL_BATCH in micro-batches of `micro` images, with other ZeRO options.
 
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    "pipeline4" has four stages; "_gathered" behind a name: no parameter is too small to be taken apart again.
+    """
+    from visft_ds.parallel import distributed
 
-
-def engine_config(name: str, precision: str, accumulation: int = 2) -> dict[str, Any]:
-    """What DeepSpeed is given. "_gathered" behind the name: no parameter is too small to be taken apart again."""
-    plain = name.removesuffix("_gathered")
-    config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{plain}.json").read_text())
-    if plain != name:
+    stages = int(name.removeprefix("pipeline")) if name.startswith("pipeline") else 1
+    file = "pipeline" if stages > 1 else name.removesuffix("_gathered")
+    config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{file}.json").read_text())
+    config["zero_optimization"] |= zero
+    if name.endswith("_gathered"):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": GLOBAL_BATCH * stages // (distributed.world_size() * micro),
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if stages > 1:
+        config["pipeline"] = {"stages": stages}
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return config
 
 
-def start_engine(stage: int, name: str, precision: str, accumulation: int = 2, build: Build = build) -> Any:
+def start_engine(stage: int, name: str, precision: str, micro: int = 1, *, build: Build = build, **zero: Any) -> Any:
     """An engine of ds_configs over the tiny model."""
+    from deepspeed.runtime import torch_autocast
+
     from visft_ds.parallel.engine import Engine
+    from visft_ds.parallel.pipeline import PipelineEngine
     from visft_ds.parallel.placement import placement_for
 
-    forget_autocast()
+    # DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     visft_ds.ops.lora.choose_backend = like_a_gpu
-    config = engine_config(name, precision, accumulation)
-    module, groups = build(stage, storage=STORAGE[precision])
-    optimizer_groups = [
-        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
+    config = engine_config(name, precision, micro, **zero)
+    module, trained = build(stage, storage=STORAGE[precision])
+    groups = [
+        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in trained
     ]
+    common: dict[str, Any] = {"build_optimizer": torch.optim.AdamW, "schedule": factor, "seed": 0}
+    if "pipeline" in config:
+        return PipelineEngine(module, groups, config, bounds=BOUNDS[config["pipeline"]["stages"]], **common)
     placement = placement_for(config, None)
     for parameter in module.parameters():
         placement.place(parameter)
-    return Engine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
+    return Engine(module, groups, config, **common)
 
 
 def fed(
     engine: Any, step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)
 ) -> tuple[list[Batch], LossDenominators]:
-    """This rank's share of a step, and what its losses are divided by."""
+    """What this rank has read of a step (in pipelines pixels, labels or nothing), and what losses are divided by."""
     from visft_ds.parallel import distributed
 
-    rank, world = distributed.rank(), distributed.world_size()
-    micro = GLOBAL_BATCH // (world * engine.accumulation)
-    starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
+    place = getattr(engine, "place", None) or Place.of_rank(distributed.rank(), distributed.world_size(), 1)
+    if place.role is None:
+        return [], {}
+    micro = GLOBAL_BATCH // (place.dp_size * engine.accumulation)
+    starts = [(index * place.dp_size + place.dp_rank) * micro for index in range(engine.accumulation)]
     batches = [part(step, first, first + micro, order, sides) for first in starts]
-    return batches, loss_denominators(engine.module, global_batch(step, order, sides), world * engine.accumulation)
+    if place.role == "images":
+        return [replace(batch, targets={}) for batch in batches], {}
+    if place.role == "labels":
+        batches = [replace(batch, images=torch.zeros((1, 3, 0, 0), dtype=torch.uint8)) for batch in batches]
+    return batches, loss_denominators(engine.module, global_batch(step, order, sides), GLOBAL_BATCH // micro)
 
 
-def run_steps(engine: Any, start: int, stop: int, folder: Path | None, feed: Feed = fed) -> dict[str, Any]:
+def run_steps(engine: Any, start: int, stop: int, folder: Path | None = None, feed: Feed = fed) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
     from visft_ds.checkpoint.format import save_checkpoint
     from visft_ds.parallel import distributed
@@ -299,7 +315,6 @@ def run_steps(engine: Any, start: int, stop: int, folder: Path | None, feed: Fee
         "named": [report.losses for report in reports],
         "rates": [dict(report.learning_rates) for report in reports],
         "values": state.parameters if state else {},
-        "skipped": [report.skipped for report in reports],
         "scales": distributed.gather_objects([*(report.loss_scale for report in reports), engine.loss_scale.value]),
         "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
     }
@@ -322,65 +337,60 @@ def resume(engine: Any, folder: Path) -> bool:
     return same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
-def straight(out: str, name: str) -> None:
-    """One rank of any number: both stages in fp32."""
+def write_results(found: Callable[..., dict[str, Any]]) -> None:
+    """One rank of a program `OUT ARGUMENTS`: the main process writes to OUT what `found(OUT, ARGUMENTS)` gave."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
 
     torch.set_num_threads(1)
     start_process_group()
-    results = {}
-    for stage in (1, 2):
-        engine = start_engine(stage, name, "fp32", GLOBAL_BATCH // distributed.world_size())
-        results[f"stage{stage}"] = run_steps(engine, 0, STEPS, None)
+    results = found(Path(sys.argv[1]), *sys.argv[2:])
     if distributed.is_main():
-        torch.save(results, out)
-    distributed.close()
+        torch.save(results, sys.argv[1])
+    if not sys.argv[-1].endswith(":predict"):  # where the stages have parted, nobody would come to a barrier
+        distributed.close()
 
 
-def main(out: str, name: str) -> None:
-    """One rank: both stages in fp32 and bf16, a resume of each; of ZeRO-3 also stage 1 with gradients that are stale.
+def results_of(program: str, out: Path, *arguments: str, world: int = 2, fresh: bool = False) -> dict[str, Any]:
+    """What the ranks of a program of this folder write, and what each printed."""
+    printed = run_ranks(["-m", f"tests.parallel.{program}", str(out), *arguments], world, fresh=fresh)
+    return {**torch.load(out, weights_only=False), "printed": printed}
 
-    Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
+
+def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
+    """Both stages in fp32, a resume of each, and 16 bits; of ZeRO-3 also stage 1 with gradients that are stale.
+
+    `straight` leaves out all but fp32, on any number of ranks.
     """
-    from tests.parallel import start_case
+    from tests.parallel.test_start import started
+    from tests.parallel.test_traceless import compared, disagree
     from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
 
-    torch.set_num_threads(1)
-    engine_module.start_process_group()
     results: dict[str, Any] = {}
     for stage in (1, 2):
-        folder = Path(out).parent / f"{name}-stage{stage}"
-        straight = start_engine(stage, name, "fp32")
-        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder)
-        resumed = start_engine(stage, name, "fp32")
-        exact = resume(resumed, folder)
-        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
-        if (name, stage) != ("zero3", 2):  # with offload it is, and under ZeRO-1
-            results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
-    if (plain := Path(out).parent / "plain-stage1").exists():
-        resumed = start_engine(1, name, "fp32")
-        exact = resume(resumed, plain)
-        results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
-    if name.startswith("zero3"):
-        results["start"] = start_case.started(name)
-    if name == REFUSING:
-        from tests.parallel.traceless_case import compared, disagree
-
+        folder = out.parent / f"stage{stage}"
+        results[f"stage{stage}"] = run_steps(start_engine(stage, name, "fp32"), 0, STEPS, folder)
+        if not straight:
+            engine = start_engine(stage, name, "fp32")
+            exact = resume(engine, folder)
+            results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(engine, SAVED_AT, STEPS)}
+    if straight:
+        return results
+    results["stage2-bf16"] = run_steps(start_engine(2, name, "bf16"), 0, STEPS)
+    if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])
         results["disagree"] = distributed.gather_objects(disagree())
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         growing = start_engine(1, name, "fp16")
         growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})
-        results["stage1-fp16"] = run_steps(growing, 0, STEPS, None)
-    if name.startswith("zero3"):  # the others keep no gradients of idle heads
+        results["stage1-fp16"] = run_steps(growing, 0, STEPS)
+    if name.startswith("zero3"):  # the others divide no parameters and keep no gradients of idle heads
+        results["start"] = started(name)
         engine_module.clear_stale_gradients = lambda optimizer: None
-        results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS, None)
-    if distributed.is_main():
-        torch.save(results, out)
-    distributed.close()
+        results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS)
+    return results
 
 
 if __name__ == "__main__":
-    (straight if sys.argv[3:] else main)(*sys.argv[1:3])
+    write_results(every_run)

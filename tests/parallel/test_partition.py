@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
-from typing import Any
 
 import pytest
 
-from visft_ds.config import derive_batches, resolve
+from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.loader import Place
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.planner.memory import run_of
 
-COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
+COSTS = ([0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
 
 
-def planned(stage: int = 2, stages: int = 4, model: str = "debug", **settings: Any) -> Partition:
-    values = {"pipeline.stages": stages, "visft.tasks": "detection", **settings}  # counting in heads takes its time
-    config = resolve(
-        stage=stage, engine="pipeline", model=model, settings=[f"{key}={value}" for key, value in values.items()]
-    )
+def pipeline(*settings: str, stage: int = 1, model: str = "debug") -> ResolvedConfig:
+    return resolve(stage=stage, engine="pipeline", model=model, settings=settings)
+
+
+def planned(stage: int, *settings: str, stages: int = 4, model: str = "debug") -> Partition:
+    fast = "visft.tasks=detection"  # counting in heads takes its time
+    config = pipeline(f"pipeline.stages={stages}", fast, *settings, stage=stage, model=model)
     partition = run_of(config, stages, "fp32", None, None).partition
     assert partition is not None
     return partition
@@ -40,42 +41,34 @@ def test_the_most_expensive_stage_is_as_cheap_as_possible(costs: list[float], st
 
 def test_frozen_blocks_count_as_the_work_they_are() -> None:
     """Stage 1 trains the heads alone: divided by what trains, one stage would get all blocks but a few."""
-    partition = planned(stage=1, stages=8, model="eva_e")
-    layers = [stop - start for start, stop in zip(partition.bounds, partition.bounds[1:], strict=False)]
-    assert layers == [9, 8, 8, 8, 8, 8, 8, 9]
+    partition = planned(1, stages=8, model="eva_e")
+    assert [stop - start for start, stop in pairwise(partition.bounds)] == [9, 8, 8, 8, 8, 8, 8, 9]
     assert max(partition.stage_costs()) < 1.05 * sum(partition.costs) / 8
     assert 0 < partition.costs[-1] < partition.costs[1]  # the heads of a giant tower are less than a block
 
 
 def test_what_trains_costs_its_backward_pass() -> None:
-    images = {"visft.mode": "shared", "visft.shared.batch_size": 4, "visft.shared.micro_batch": 1}
-    plain = {**images, "visft.model.recompute": "none"}
-    heads, adapters = planned(stage=1, **plain), planned(stage=2, **plain)
+    images = ("visft.mode=shared", "visft.shared.batch_size=4", "visft.shared.micro_batch=1")
+    plain = (*images, "visft.model.recompute=none")
+    heads, adapters = planned(1, *plain), planned(2, *plain)
     assert 2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]  # the gradient of its input, and adapters
-    recomputed = planned(stage=2, **images, **{"visft.model.recompute": "block"})
+    recomputed = planned(2, *images, "visft.model.recompute=block")
     # Once more forward, up to the last product, whose result nobody needs.
     assert 0.6 * heads.costs[2] < recomputed.costs[2] - adapters.costs[2] < heads.costs[2]
 
 
-def test_equal_stages_wait_as_the_textbook_says() -> None:
+def test_stages_wait_as_the_textbook_says() -> None:
     partition = Partition((1.0,) * 4, (0, 1, 2, 3, 4))
     for micro_batches in (1, 4, 32):
         assert partition.bubble(micro_batches) == pytest.approx(3 / (micro_batches + 3))
     uneven = Partition((3.0, 1.0), (0, 1, 2))
     assert uneven.bubble(1000) == pytest.approx(1 / 3, rel=1e-2)  # the small stage waits two thirds of the time
-    assert [name for name, _ in uneven.rows(4)] == ["stage 0", "stage 1", "waiting"]
-
-
-def test_more_stages_than_layers() -> None:
-    with pytest.raises(ValueError, match="has 4 layers"):
-        planned(stages=9)
 
 
 def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
     places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
     assert [(place.stage, place.dp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [place.role for place in places] == ["images", "images", None, None, "labels", "labels"]
-    assert Place.of_rank(1, 2, 1) == Place(0, 1, 1, 2) and Place.of_rank(1, 2, 1).role == "both"
 
 
 @pytest.mark.parametrize(
@@ -88,22 +81,21 @@ def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
 )
 def test_what_a_pipeline_cannot_do_is_refused(setting: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        resolve(stage=1, engine="pipeline", model="debug", settings=[setting])
+        pipeline(setting)
 
 
 def test_processes_and_images_are_divided_over_pipelines() -> None:
-    settings = ["pipeline.stages=3", "visft.model.precision=auto"]
-    config = resolve(stage=1, engine="pipeline", model="debug", settings=settings)
+    config = pipeline("pipeline.stages=3", "visft.model.precision=auto")
     batches = derive_batches(config, 6)
     assert (batches.dp, batches.stages) == (2, 3)
-    assert "= 2 pipelines of 3 processes x" in batches.equations()[0]
     assert deepspeed_dict(config, 6, "fp32")["train_batch_size"] == 24  # images, not images of each process
-    with pytest.raises(ValueError, match="a multiple of 3 processes"):
+    with pytest.raises(ValueError, match="processes"):
         derive_batches(config, 4)
-    assert deepspeed_dict(config, 3, "fp16")["torch_autocast"]["dtype"] == "float16"
+    with pytest.raises(ValueError, match="layers"):
+        planned(2, stages=9)
 
 
 def test_a_run_may_change_its_pipeline_and_go_on() -> None:
-    zero, pipeline = (resolve(stage=1, engine=engine, model="debug") for engine in ("zero1", "pipeline"))
-    assert zero.fingerprint() == pipeline.fingerprint()
-    assert zero.pipeline_stages == 1 and pipeline.pipeline_stages == 2
+    zero = resolve(stage=1, engine="zero1", model="debug")
+    assert zero.fingerprint() == pipeline().fingerprint()
+    assert zero.pipeline_stages == 1 and pipeline().pipeline_stages == 2

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.packed_case import compilations
+from tests.random_tower import build_backbone
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora
 
 CPU = torch.device("cpu")
@@ -18,6 +18,12 @@ CPU = torch.device("cpu")
 TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 PACKED, BLOCKS = (f"visft.model.{key}" for key in ("packed=true", "compile=blocks"))
 MIXED = "visft.tasks.detection.image.fixed_size=null"
+
+
+def compilations() -> tuple[int, int]:
+    """Graphs that this process has compiled so far, and places where a graph had to be broken up."""
+    counters = torch._dynamo.utils.counters
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
 def configured(*settings: str, **layers: Any) -> ResolvedConfig:

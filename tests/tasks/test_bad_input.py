@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unknown words": {"captions": ["never heard of these"]},
     "one pixel": {"size": (1, 1)},
     "a strip": {"size": (2, 700)},
-    "6000 x 4000": {"size": (4000, 6000)},
+    "1800 x 1200": {"size": (1200, 1800)},
 }
 
 

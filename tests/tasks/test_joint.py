@@ -97,14 +97,6 @@ def test_the_transform_of_one_task_gives_the_same_for_the_same_operations(train:
     assert len(seen) == (6 if train else 1)
 
 
-def test_evaluation_draws_nothing() -> None:
-    for transform in (_joint(False), _joint(False, fixed_size=28)):
-        random = generator(3)
-        sample = transform(_raw(), random)
-        assert random.integers(1 << 60) == generator(3).integers(1 << 60)
-        assert sample.targets["captioning"]["tokens"].tolist() == [8, 1, 2, 9], "the first caption"
-
-
 @given(
     st.integers(0, 2**63 - 1),
     st.tuples(st.integers(8, 300), st.integers(8, 300)),

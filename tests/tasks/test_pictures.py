@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
 
 from visft_ds.data.samples import RawSample
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.pictures import draw_objects, grid, palette, save_png, split_panels
+from visft_ds.tasks.pictures import draw_objects, palette, split_panels
 from visft_ds.tasks.spec import Example
 
 NAMES = {1: "cat", 2: "dog"}
@@ -50,11 +47,3 @@ def test_boxes_lie_where_the_objects_are() -> None:
     columns = seen[110:].any(axis=0).nonzero()[0]
     assert (columns.min(), columns.max()) == (40, 160)
     assert draw_objects(image, ["cat"] * 3, ["cat"] * 3, COLOURS, boxes=odd, side=40).shape == (40, 20, 3)
-
-
-def test_colours_sheets_and_files(tmp_path: Path) -> None:
-    colours = palette([str(number) for number in range(36)])
-    assert len(set(colours.values())) == 36
-    sheet = grid([np.zeros((10, 20, 3), dtype=np.uint8), np.zeros((30, 5, 3), dtype=np.uint8)] * 2)
-    save_png(sheet, tmp_path / "new" / "sheet.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "sheet.png")), sheet)

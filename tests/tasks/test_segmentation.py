@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,8 +12,7 @@ from tests.options import criterion_of, head_of
 from tests.tasks.cases import CLASSES, denominators, masks_of
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion
-from visft_ds.tasks.segmentation.mask_points import draw_points, uncertain_points
-from visft_ds.tasks.segmentation.pixel_decoder import MaskedGroupNorm
+from visft_ds.tasks.segmentation.mask_points import draw_points
 
 CHANNELS, LAYERS, QUERIES = 12, 2, 7
 OPTIONS = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": LAYERS}
@@ -35,16 +33,6 @@ def _output(size: tuple[int, int] = (5, 6)) -> SegmentationOutput:
 
 
 # ---- head ----
-
-
-def test_group_norm_of_unpadded_maps_is_torchs() -> None:
-    ours, theirs = MaskedGroupNorm(4, 12), nn.GroupNorm(4, 12)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_()
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 12, 5, 3) + 2
-    torch.testing.assert_close(ours(x, torch.ones(2, 5, 3, dtype=torch.bool)), theirs(x))
 
 
 def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None:
@@ -94,16 +82,6 @@ def test_points_belong_to_key_and_layer() -> None:
         assert drawn.min() >= 0 and drawn.max() < 1
 
 
-def test_uncertain_points() -> None:
-    """A prediction that is certain except on its middle line."""
-    masks = torch.linspace(-4, 4, 9).expand(1, 1, 9, 9)  # logits grow with x
-    candidates, uniform = torch.rand(1, 300, 2), torch.rand(1, 10, 2)
-    points = uncertain_points(masks, candidates, uniform, 30, torch.ones(2))
-    assert points.shape == (1, 1, 40, 2) and torch.equal(points[0, 0, 30:], uniform[0])
-    distance = (candidates[0, :, 0] - 0.5).abs().sort().values
-    assert (points[0, 0, :30, 0] - 0.5).abs().max() == distance[29]
-
-
 # ---- criterion ----
 
 
@@ -123,25 +101,3 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
     for name, value in alone.items():
         # the points are float32, and so is their place on the grid
         torch.testing.assert_close(mixed[name], value, rtol=1e-5, atol=1e-6)
-
-
-def test_a_perfect_prediction_costs_next_to_nothing() -> None:
-    """With the queries in another order than the objects; another class or mask costs more."""
-    criterion, targets = _criterion(num_points=512, importance=0.0), masks_of([3])
-    hard = (targets.masks > 127).to(torch.uint8) * 255
-    targets = replace(targets, masks=hard, labels=torch.tensor([4, 0, 2]))
-    logits = torch.zeros(LAYERS + 1, 1, QUERIES, CLASSES + 1)
-    logits[..., -1] = 20
-    masks = torch.full((LAYERS + 1, 1, QUERIES, 12, 16), -6.0)
-    for row, query in enumerate((5, 1, 3)):
-        logits[:, 0, query, targets.labels[row]] = 40
-        masks[:, 0, query] = hard[row] / 255.0 * 12 - 6
-    output, divisors = SegmentationOutput(logits, masks), denominators("segmentation", criterion, targets)
-    losses = criterion(output, targets, divisors)
-    assert losses["ce"] < 1e-3 and losses["class_error"] == 0
-    # along the edges, the probability passes from 0 to 1 more steeply than the target does
-    assert losses["dice"] < 0.1 and losses["bce"] < 0.3
-    broken = criterion(replace(output, masks=-masks), targets, divisors)
-    assert broken["dice"] > 0.3 and broken["bce"] > 2
-    renamed = criterion(output, replace(targets, labels=torch.tensor([4, 0, 3])), divisors)
-    assert renamed["ce"] > 1 and renamed["class_error"].item() == pytest.approx(100 / 3)

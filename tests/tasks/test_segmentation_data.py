@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 
@@ -16,7 +15,6 @@ from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.data import segmentation_targets
-from visft_ds.tasks.transform import collate_joint
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 
@@ -108,16 +106,3 @@ def test_fixed_size() -> None:
         assert sample.size == tuple(sample.image.shape[1:]) == (28, 28)
         middle = sample.targets["segmentation"]["masks"][1, 1]  # the object at the right
         assert (middle[:3] > 0).any() == train and (middle[4:] > 0).any() != train
-
-
-def test_packing() -> None:
-    """Images 48 x 61, 61 x 48 and 48 x 48, padded to multiples of 14 and to one another: that is no image."""
-    transform = alone("segmentation", False, **SMALL)
-    raws = [_raw((70, 90), *OBJECTS), _raw((90, 70)), _raw((60, 60), _annotation([_box(0, 0, 60, 60)]))]
-    batch = collate_joint([replace(transform(raw, generator(0)), random_key=70) for raw in raws])
-    assert batch.images.shape == (3, 3, 70, 70) and batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]]
-    targets = batch.targets["segmentation"]
-    assert targets.counts.tolist() == [2, 0, 1] and targets.labels.tolist() == [6, 79, 6]
-    torch.testing.assert_close(targets.extents, torch.tensor([[48, 61], [61, 48], [48, 48]]) / 70)
-    torch.testing.assert_close(targets.mask_extents, torch.tensor([[12, 16], [16, 12], [12, 12]]) / 16)
-    assert (targets.masks[2, :12, :12] == 255).all() and targets.masks[2].sum() == 12 * 12 * 255

@@ -5,16 +5,18 @@ Exit status: 0 planned, 2 wrong usage.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from visft_ds.config import resolve
+from visft_ds.config.backbones import model_of, named
 from visft_ds.flags import Command
+from visft_ds.monitor.console import Section, print_plan
 from visft_ds.resilience.errors import tell
+
+if TYPE_CHECKING:
+    from visft_ds.planner.search import SearchArm
 
 _GIB = 2**30
 _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY].
@@ -39,75 +41,51 @@ def build_parser() -> Command:
     add("--stage", type=int, choices=(1, 2), help="(both)")
     add("--engine", metavar="NAME|FILE", help="plan this one as configured, search nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
-    add("--json", type=Path, metavar="FILE", help="write everything there")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan, print, write; returns the exit status."""
+    """Plan and print; returns the exit status."""
     try:
         options = build_parser().parse_args(arguments)
-        record = make_plans(options)
-        print(render(record), flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        from visft_ds.planner.hardware import parse_cluster  # these import torch, which costs seconds
+        from visft_ds.planner.search import forecast, search
+
+        cluster = parse_cluster(options.cluster, options.network)
+        machines = f" in machines of {cluster.per_node} with {cluster.network:g} GB/s between them"
+        where = f"{cluster.count}x{cluster.gpu.name}{machines if cluster.count > cluster.per_node else ''}"
+        model, flags, engine = options.model, None, options.engine or "zero1"
+        if options.backbone is not None:
+            model, flags = model_of(named(options.backbone, download=options.download), model)
+        for name in [model] if model else ["eva_e", "eva_g"]:
+            for stage in [options.stage] if options.stage else [1, 2]:
+                config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
+                stated = [f"--engine {engine}"]
+                arms = [forecast(config, cluster, stated)] if options.engine else search(config, cluster)
+                print_arms(f"{name}, stage {stage}, as predicted on {where}", arms)
     except (ValueError, OSError) as error:
         return tell(error)
     return 0
 
 
-def make_plans(options: argparse.Namespace) -> dict[str, Any]:
-    """Plans of all models and stages on a cluster, as JSON values. Raises ValueError: what a user can mend."""
-    from visft_ds.config import resolve  # these import torch, which costs seconds
-    from visft_ds.config.backbones import model_of, named
-    from visft_ds.planner.hardware import parse_cluster
-    from visft_ds.planner.search import forecast, search
-
-    cluster = parse_cluster(options.cluster, options.network)
-    model, flags = options.model, None
-    if options.backbone is not None:
-        model, flags = model_of(named(options.backbone, download=options.download), model)
-    plans: list[dict[str, Any]] = []
-    for name in [model] if model else ["eva_e", "eva_g"]:
-        for stage in [options.stage] if options.stage else [1, 2]:
-            engine = options.engine or "zero1"
-            config = resolve(stage=stage, model=name, engine=engine, settings=options.set, flags=flags)
-            arms = [forecast(config, cluster, (f"--engine {engine}",))] if options.engine else search(config, cluster)
-            plans.append({"model": name, "stage": stage, "arms": [asdict(arm) for arm in arms]})
-    return {"cluster": asdict(cluster), "plans": plans}
-
-
-def render(record: dict[str, Any]) -> str:
-    """For each model and stage: the engines, and of the fastest one the memory and the time of each kind of step."""
-    cluster = record["cluster"]
-    network = f" in machines of {cluster['per_node']} with {cluster['network']:g} GB/s between them"
-    several = network if cluster["count"] > cluster["per_node"] else ""
-    lines = [f"{cluster['count']}x{cluster['gpu']['name']}{several}, predicted"]
-    for plan in record["plans"]:
-        lines += ["", f"{plan['model']}, stage {plan['stage']}"]
-        if not plan["arms"]:
-            lines.append("  no engine divides these batches over so many GPUs and fits")
-            continue
-        lines.append(
-            f"  {'engine':24}{'recomputed':>12}{'accumulation':>14}{'fits':>6}{'GiB':>8}{'images/s':>10}{'hours':>8}"
-            f"{'of peak':>9}"
-        )
-        for arm in plan["arms"]:
-            fits = "yes" if arm["needed"] <= arm["capacity"] else "NO"
-            lines.append(
-                f"  {arm['engine']:24}{arm['recomputed']:>12}{arm['accumulation']:14}{fits:>6}"
-                f"{arm['needed'] / _GIB:8.1f}{arm['images_per_second']:10.4g}{arm['hours']:8.1f}{arm['of_limit']:9.0%}"
-            )
-        best = plan["arms"][0]
-        lines.append(f"  {best['engine']}: GiB by part (at most {best['capacity'] / _GIB:.1f}), seconds by part")
-        for name, stream in best["streams"].items():
-            memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in stream["memory"].items() if size)
-            seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in stream["seconds"].items() if spent)
-            lines.append(f"    {name}: {stream['images']} images a step, {stream['micro']} at once on a GPU")
-            lines += [f"      {memory}", f"      {seconds}"]
-        lines.append(f"  visft train {' '.join(best['flags'])}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def print_arms(title: str, arms: Sequence[SearchArm]) -> None:
+    """Print the engines; of the first one memory and time of each kind of step, and the command that trains with it."""
+    if not arms:
+        print_plan(title, [Section("no engine divides these batches over so many GPUs and fits", ())])
+        return
+    columns, rows = ("engine", "recomputed", "accumulation", "fits", "GiB", "images/s", "hours", "of peak"), []
+    for arm in arms:
+        fits, memory = "yes" if arm.fits else "NO", f"{arm.needed / _GIB:.1f}"
+        speed = f"{arm.images_per_second:.4g}", f"{arm.hours:.1f}", f"{arm.of_limit:.0%}"
+        recomputed, accumulation = arm.run.config.visft.model.recompute, str(arm.run.batches.accumulation)
+        rows.append((arm.engine, recomputed, accumulation, fits, memory, *speed))
+    best = arms[0]
+    sections = [Section(f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU", rows, columns)]
+    for name, images in best.run.batches.batch_size.items():
+        at_once = f"{images} images a step, {best.run.batches.micro[name]} at once on a GPU"
+        what = f"{name} with {best.engine}: {at_once}"
+        memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size)
+        seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent)
+        sections.append(Section(what, [("GiB", memory), ("seconds", seconds)]))
+    print_plan(title, sections)
+    print(f"visft train {' '.join(best.flags)}", flush=True)

@@ -14,7 +14,6 @@ from visft_ds.config.fields import Precision
 #: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
 #: as published, see tests/planner/test_published.py.
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
-_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Cluster:
     count: int
     gpu: Gpu
     network: float  #: GB/s into a machine of `per_node` GPUs, and as many out of it
-    per_node: int = _PER_NODE
+    per_node: int = 8
 
     def rate(self, ranks: int) -> float:
         """Bytes a second over the slowest connection in groups of `ranks` neighbours.
@@ -111,14 +110,8 @@ class Cluster:
 
 
 def parse_cluster(text: str, network: float | None = None) -> Cluster:
-    """`8xA100-80GB` or `2x8xH100` (machines x GPUs; the memory where there are several).
-
-    Args:
-        network: of a machine, GB/s in one direction; None: as such machines are sold.
-
-    Raises:
-        ValueError: another form, or an unknown name (with the nearest one).
-    """
+    """`8xA100-80GB` or `2x8xH100` (machines x GPUs; the memory where there are several), with a network of so many GB/s
+    in one direction (None: as such machines are sold). Raises ValueError for another form or an unknown name."""
     if network is not None and not 0 < network < math.inf:
         raise ValueError(f"--network {network}: give GB/s above 0, such as 25 (200 Gbit/s)")
     found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
@@ -130,5 +123,5 @@ def parse_cluster(text: str, network: float | None = None) -> Cluster:
         near = close or difflib.get_close_matches(found[3], GPUS, n=1, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}{hint} There are {', '.join(GPUS)}")
-    gpu, per_node = GPUS[close[0]], int(found[2]) if found[1] else _PER_NODE
+    gpu, per_node = GPUS[close[0]], int(found[2]) if found[1] else Cluster.per_node
     return Cluster(int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else network, per_node)

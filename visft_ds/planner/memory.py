@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visft_ds.config import Batches, ResolvedConfig, changed, derive_batches
 from visft_ds.config.fields import Precision
@@ -27,7 +26,7 @@ from visft_ds.parallel.partition import Partition, divide, operations_by_layer
 from visft_ds.planner.trace import META, Tracer, Work, operators_of
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.spec import Content, counts_of
+from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
 
 FP32 = 4  #: bytes
 
@@ -96,16 +95,6 @@ def run_of(
     return PlannedRun(config, batches, precision, words or PUBLISHED_VOCABULARY, device)
 
 
-def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
-    """A micro-batch of a stream without content, its pixels on the meta device."""
-    side = stream.largest_side()
-    height, width = content.size or (side, side)
-    targets = {task: TASKS[task].blank(images, (height, width), content, stream.image) for task in stream.tasks}
-    ids, sizes = torch.arange(images), torch.tensor([[height, width]] * images)
-    pixels = torch.empty(images, 3, height, width, dtype=torch.uint8, device=META)
-    return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)
-
-
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
     visft, images = run.config.visft, run.batches.micro[stream.name]
@@ -122,36 +111,26 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
     visft, storage = run.config.visft, DTYPES[run.precision]
     module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
-    on_host = blank_batch(stream, images, run.content)
-    denominators: dict[str, dict[str, Tensor]] = {}
-    for name in counts_of(module.criteria, [on_host]):
-        task, _, count = name.partition("/")
-        denominators.setdefault(task, {})[count] = torch.empty((), device=META)
+    side = stream.largest_side()
+    targets = {task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks}
+    pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
+    ids, sizes, real = torch.arange(images), torch.full((images, 2), side), torch.ones(images, dtype=torch.bool)
+    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets)
+    denominators = loss_denominators_of(counts_of(module.criteria, [on_host]), 1, META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
-    peaks = list[int]()
     tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())
-
-    def arrived(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if not tracer.apart:
-            peaks.append(tracer.peak)
-            tracer.peak = tracer.now
-        tracer.set_apart(parameter.grad)
-
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(arrived)
+        parameter.register_post_accumulate_grad_hook(tracer.arrived)
     backbone = module.backbone
     by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
-    values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-    patch, (height, width) = getattr(backbone, "patch_size", 1), batch.images.shape[-2:]
     return TracedStep(
-        forward=peaks[0],
+        forward=tracer.forward_peak,
         backward=tracer.peak,
         activations=tracer.peak_apart,
-        batch=sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.is_meta),
+        batch=sum(value.nbytes for value in (batch.images, *tensors_of(batch.targets)) if value.is_meta),
         work=tracer.work,
         frozen=sum(p.numel() * p.element_size() for p in frozen),
         trained=sum(p.numel() for p in trained),
@@ -159,7 +138,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
         backbone_trains=module.train_backbone,
         # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
         blocks=len(list(getattr(backbone, "blocks", getattr(backbone, "stages", ())))),
-        tokens=images * (height // patch) * (width // patch) * backbone.width,
+        tokens=images * (side // backbone.patch_size) ** 2 * backbone.width,
         layers=layers,
     )
 
@@ -234,6 +213,5 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
 
 def plan_largest(run: PlannedRun) -> MemoryPlan:
     """Peak memory of a rank, by part, in the largest kind of step."""
-    return max(
-        (plan_stream(run, stream) for stream in run.config.visft.streams().values()), key=lambda plan: plan.total
-    )
+    plans = [plan_stream(run, stream) for stream in run.config.visft.streams().values()]
+    return max(plans, key=lambda plan: plan.total)

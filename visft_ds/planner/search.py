@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,32 +18,24 @@ MEMORY_SHARE = 0.92
 
 
 @dataclass(frozen=True)
-class StreamForecast:
-    """Forecast for the steps of a stream."""
-
-    images: int  #: of an optimiser step, over all GPUs
-    micro: int  #: of one GPU at once
-    memory: MemoryPlan
-    seconds: PlannedTime
-    limit: float  #: seconds at the GPUs' peak, all arithmetic needed once, nothing else
-
-
-@dataclass(frozen=True)
 class SearchArm:
     """A configuration on a cluster; numbers of all streams together are means by their shares of the steps."""
 
     flags: tuple[str, ...]  #: of visft train that lead to it
     engine: str
-    recomputed: str
-    accumulation: int
+    run: PlannedRun  #: with its policy of recomputing, its batches
     capacity: int  #: bytes that a plan may fill of a GPU
-    needed: int  #: bytes of the stream that needs most
+    memory: Mapping[str, MemoryPlan]  #: by stream
+    seconds: Mapping[str, PlannedTime]  #: by stream, of a step
     images_per_second: float  #: over all GPUs
     step_seconds: float
-    steps: int
     hours: float  #: of the schedule, without evaluation, saving and waiting for data
-    of_limit: float  #: share of the peak: the time of the arithmetic alone over the predicted one
-    streams: dict[str, StreamForecast]
+    of_limit: float  #: share of the peak: the time of all arithmetic needed once over the predicted one
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the stream that needs most."""
+        return max(plan.total for plan in self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -58,40 +50,31 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     if gpu.rate(precision) is None:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
     run, capacity = run_of(config, cluster.count, precision, None, torch.device("cuda")), int(MEMORY_SHARE * gpu.memory)
-    batches, plain = run.batches, run.with_policy("none")
-    if config.visft.model.recompute == "auto":
+    plain, batches, streams = run.with_policy("none"), run.batches, config.visft.streams()
+    if config.visft.stage == 1:
+        run = plain  # a frozen backbone keeps nothing
+    elif config.visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
-    kinds = config.visft.streams()
-    streams = {
-        name: StreamForecast(
-            images=stream.batch_size,
-            micro=batches.micro[name],
-            memory=plan_stream(run, stream),
-            seconds=step_time(run, stream, cluster),
-            limit=peak_seconds(trace_step(plain, stream).work, gpu) * batches.accumulation / batches.stages,
-        )
-        for name, stream in kinds.items()
-    }
 
-    def mean(number: Callable[[StreamForecast], float]) -> float:
-        weighted = sum(kinds[name].share * number(stream) for name, stream in streams.items())
-        return weighted / sum(stream.share for stream in kinds.values())
+    def mean(numbers: Mapping[str, float]) -> float:
+        shared = sum(streams[name].share * number for name, number in numbers.items())
+        return shared / sum(stream.share for stream in streams.values())
 
-    seconds = mean(lambda stream: stream.seconds.total)
+    seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
+    step = mean({name: one.total for name, one in seconds.items()})
+    at_peak = mean({name: peak_seconds(trace_step(plain, stream).work, gpu) for name, stream in streams.items()})
     zero = config.deepspeed["zero_optimization"]["stage"]
     return SearchArm(
         flags=tuple(flags),
         engine=f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}",
-        recomputed=run.config.visft.model.recompute if config.visft.stage == 2 else "none",
-        accumulation=batches.accumulation,
+        run=run,
         capacity=capacity,
-        needed=max(stream.memory.total for stream in streams.values()),
-        images_per_second=mean(lambda stream: stream.images) / seconds,
-        step_seconds=seconds,
-        steps=config.total_steps,
-        hours=config.total_steps * seconds / 3600,
-        of_limit=mean(lambda stream: stream.limit) / seconds,
-        streams=streams,
+        memory={name: plan_stream(run, stream) for name, stream in streams.items()},
+        seconds=seconds,
+        images_per_second=mean(batches.batch_size) / step,
+        step_seconds=step,
+        hours=config.total_steps * step / 3600,
+        of_limit=at_peak * batches.accumulation / batches.stages / step,
     )
 
 
@@ -131,7 +114,7 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str]) -> 
     return sorted(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.needed))[:1]
 
 
-def _engines(count: int) -> list[tuple[str, list[str]]]:
+def _engines(count: int) -> Sequence[tuple[str | None, list[str]]]:
     """Engines, and their settings, that hold less of a model on each of several GPUs."""
     pipelines = [("pipeline", [f"pipeline.stages={stages}"]) for stages in (2, 4, 8) if count % stages == 0]
     return [("zero3", []), *pipelines] if count > 1 else []
@@ -139,9 +122,6 @@ def _engines(count: int) -> list[tuple[str, list[str]]]:
 
 def _flags(settings: Sequence[str], engine: str | None = None) -> tuple[str, ...]:
     return (*([f"--engine {engine}"] if engine else []), *(f"--set {setting}" for setting in settings))
-
-
-# ------------------------------------------------------------------------------------------------- what would fit
 
 
 def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
@@ -157,24 +137,20 @@ def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:
     for policy in policies_of(run.config):
         tried.append((candidate := run.with_policy(policy), plan_largest(candidate).total))
         if tried[-1][1] <= capacity:
-            return tried[-1]
+            break
     return min(tried, key=lambda choice: choice[1])
 
 
 def fitting_settings(now: PlannedRun, capacity: int) -> list[str]:
-    """Flags of at most three changes after which the fullest rank of a run holds no more than `capacity` bytes.
-
-    Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
-    """
-    config, micro, found = now.config, now.batches.micro, list[str]()
-    streams, policies = config.visft.streams(), set(policies_of(config)) - {"none", config.visft.model.recompute}
-    again = [[f"visft.model.recompute={policy}"] for policy in sorted(policies, reverse=True)]  # mlp before block
-    fewer = [
-        [f"{streams[name].key}.micro_batch={max(1, count >> halvings)}" for name, count in micro.items()]
-        for halvings in range(1, max(micro.values()).bit_length())
-    ]
+    """Flags of fewer images at once, and of another engine, after which the fullest rank of a run holds no more than
+    `capacity` bytes; without those that are not enough."""
+    config, micro, found, fewer = now.config, now.batches.micro, list[str](), list[tuple[str | None, list[str]]]()
+    streams = config.visft.streams()
+    for halvings in range(1, max(micro.values()).bit_length()):
+        smaller = {streams[name].key: max(1, count >> halvings) for name, count in micro.items()}
+        fewer.append((None, [f"{key}.micro_batch={count}" for key, count in smaller.items()]))
     engines = [] if config.pipeline_stages > 1 else _engines(now.batches.processes)
-    for kind in ([(None, settings) for settings in again], [(None, settings) for settings in fewer], engines):
+    for kind in (fewer, engines):
         for engine, settings in kind:
             # Refused: batches that do not divide that way, more stages than layers, an engine for other models.
             with suppress(ValueError):

@@ -48,11 +48,8 @@ def peak_seconds(work: Counter[Work], gpu: Gpu) -> float:
 
 
 def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0) -> float:
-    """Sum over operators, each as long as its arithmetic, its bytes or its call; or the host's time, if that is longer.
-
-    Args:
-        checkpoints: seconds of the host for blocks that are recomputed.
-    """
+    """Sum over operators, each as long as its arithmetic, its bytes or its call; or the host's time, if that is longer,
+    with its seconds for blocks that are recomputed (`checkpoints`)."""
 
     def seconds(what: Work) -> float:
         share = SAMPLING_SHARE if what.kind == "sampling" else BANDWIDTH_SHARE
@@ -80,21 +77,16 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
         waiting = ((batches.accumulation - 1) * max(costs) / sum(costs) + 1) * micro - compute
     divided = batches.dp if stage else 1
     update = UPDATE_BYTES * found.taught / divided / stages / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
-    seen, hidden = _messages(run, stream, stage)
+    taught, trained = (FP32 * values // stages for values in (found.taught, found.trained))
+    # Below ZeRO-2 whole gradients are kept and summed once; above, each micro-batch's are, and weights are gathered
+    # beside computation.
+    seen, hidden = 2 * taught * (batches.accumulation if stage == 2 else 1) + trained * (stage > 0), 0
+    if stage == 3:
+        seen = taught * batches.accumulation
+        hidden = (found.frozen + FP32 * found.trained) * (1 + found.backbone_trains) * batches.accumulation
     rate, ring = cluster.rate(batches.dp), (batches.dp - 1) / batches.dp
     communication = ring * seen / rate + max(0.0, ring * hidden / rate - compute)
     if stages > 1:  # tokens to the next stage, and their gradients back where something before it trains
         turns = (batches.accumulation + stages - 2) * (1 + found.backbone_trains)
         communication += turns * FP32 * found.tokens / cluster.rate(cluster.count)
     return PlannedTime(compute, update, communication, waiting)
-
-
-def _messages(run: PlannedRun, stream: Stream, stage: int) -> tuple[float, float]:
-    """Bytes that ranks reduce or gather in a step: those that it waits for, and those beside computation."""
-    found, batches = trace_step(run, stream), run.batches
-    taught, trained = (FP32 * values // batches.stages for values in (found.taught, found.trained))
-    often = batches.accumulation if stage >= 2 else 1  # no whole gradient is kept: each micro-batch is summed
-    if stage < 3:
-        return 2 * taught * often + trained * (stage > 0), 0.0
-    weights = (found.frozen + FP32 * found.trained) * (1 + found.backbone_trains) * batches.accumulation
-    return taught * often, weights

@@ -36,8 +36,9 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         work: cost -> number of calls.
-        peak: most bytes of what was made inside.
-        peak_apart: the same without what was `set_apart` by then.
+        forward_peak: most bytes of what was made inside, before a gradient had arrived.
+        peak: the same since then.
+        peak_apart: the same at any time, without gradients that had arrived.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.stands_for, self.autocast = stands_for, autocast
         self.work: Counter[Work] = Counter()
-        self.now = self.peak = self.apart = self.peak_apart = 0
+        self.now = self.forward_peak = self.peak = self.apart = self.peak_apart = 0
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self._live: dict[int, int] = {}
 
@@ -65,18 +66,26 @@ class Tracer(TorchDispatchMode):
         return sum(count * work.operations for work, count in self.work.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         for tensor in made:
             self._note(tensor.untyped_storage())
         kind = _kind(func)
         if made and kind is not None:
-            self.work[work_of(func, kind, args, kwargs or {}, result, made)] += 1
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            formula = _FORMULAS.get(func._overloadpacket)
+            operations = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))
+            self.work[Work(kind, (read or made)[0].dtype, operations, moved)] += 1
         return result
 
-    def set_apart(self, tensor: Tensor) -> None:
-        """Count a tensor that stays, such as a gradient that has arrived at its parameter, apart from now on."""
-        self.apart += self._live.get(tensor.untyped_storage()._cdata, 0)
+    def arrived(self, parameter: Tensor) -> None:
+        """Count the gradient that has arrived at a parameter apart from now on. The first one ends the forward pass."""
+        assert parameter.grad is not None
+        if not self.apart:
+            self.forward_peak, self.peak = self.peak, self.now
+        self.apart += self._live.get(parameter.grad.untyped_storage()._cdata, 0)
 
     def _note(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -91,12 +100,8 @@ class Tracer(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
-def _product_added(added: Any, left: Any, right: Any, **named: Any) -> int:
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
-
-
-#: With what torch does not count: products added in place.
-_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: _product_added}
+#: Operations by operator, as torch counts them; it leaves out products that are added in place.
+_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
 
 @cache
@@ -112,15 +117,6 @@ def _kind(func: Any) -> str | None:
     return "product" if func._overloadpacket in _FORMULAS else "plain"
 
 
-def work_of(func: Any, kind: str, args: Any, kwargs: dict[str, Any], result: Any, made: list[Tensor]) -> Work:
-    """Operations by the formulas of torch.utils.flop_counter, and bytes read and written."""
-    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))
-    formula = _FORMULAS.get(func._overloadpacket)
-    operations = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-    return Work(kind, (read or made)[0].dtype, operations, moved)
-
-
 @contextmanager
 def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]:
     """Let attention and linear layers on the meta device cost and keep what they do on a device.
@@ -132,13 +128,7 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
     attend, multiply, aten = F.scaled_dot_product_attention, F.linear, torch.ops.aten
 
     def attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *rest: Any,
-        **named: Any,
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **named: Any
     ) -> Any:
         if not q.is_meta:
             return attend(q, k, v, attn_mask, dropout_p, *rest, **named)

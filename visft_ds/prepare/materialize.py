@@ -71,12 +71,7 @@ class BaseWeights:
 def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
     """The base weights of a configuration; of a file names and shapes are checked, and a sample of its values is read.
 
-    Args:
-        backbone: on any device, with every dtype as it will be.
-        storage: of matrices.
-
-    Raises:
-        ValueError: a file of another model, see `open_backbone`.
+    `backbone` is on any device and has every dtype as it will be. Raises ValueError as `open_backbone`.
     """
     parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
 
@@ -120,12 +115,7 @@ class Start:
     step: int | None = None  #: of a run
 
     def check(self, module: nn.Module, trained: Iterable[str], base: str) -> None:
-        """Raise ValueError for values that are not those of what a run trains, or were trained on another base.
-
-        Args:
-            trained: qualified names.
-            base: fingerprint of the run's base weights.
-        """
+        """Raise ValueError if these are not the values of what a run trains (names), or are of another base."""
         if self.base not in (None, base):
             raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
         parts, named = {_part(name) for name in self.tensors}, dict(module.named_parameters())
@@ -174,8 +164,9 @@ def fill_model(
 
     try:
         fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
-        if isinstance(backbone, TimmBackbone):
-            backbone.set_buffers(base.buffers())
+        for name, value in base.buffers().items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, value)
     except ValueError as error:
         if all(name in held for name, _ in module.named_parameters()):
             raise

@@ -19,7 +19,7 @@ from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, find_head, open_head, read_elsewhere
+from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
@@ -109,7 +109,7 @@ def prepare_model(
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
     if heads_from is not None:
-        heads = {task: open_head(find_head(heads_from, task), task) for task in module.heads}
+        heads = {task: open_head(heads_from, task) for task in module.heads}
         infos = {task: head.info for task, head in heads.items()}
         check_heads(infos, classes_of_run(config, categories), categories, vocabulary)
         notes += _check_heads(infos, config, base)
@@ -211,13 +211,11 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
     """Check what shapes do not show: options of a head and the block that it reads, refused; base and mode, noted."""
     notes = []
     for task, info in infos.items():
-        options, built = config.tasks.enabled()[task].head.model_dump(mode="json"), info.options
-        changed = sorted(n for n in options.keys() & built if options[n] != built[n] and n != "dropout")
-        if changed:
-            other = [f"{name} {built[name]} (here {options[name]})" for name in changed]
-            raise ValueError(
-                f"the {task} head was trained with {', '.join(other)}: give visft.tasks.{task}.head the same values"
-            )
+        here = config.tasks.enabled()[task].head.model_dump(mode="json")
+        trained = {n: value for n, value in info.options.items() if n != "dropout" and value != here.get(n, value)}
+        if trained:
+            other = ", ".join(f"{name} {value} (here {here[name]})" for name, value in sorted(trained.items()))
+            raise ValueError(f"the {task} head was trained with {other}: give visft.tasks.{task}.head the same values")
         if problem := read_elsewhere(info, config.model.layers):
             raise ValueError(f"{problem}: give visft.model.layers the value of stage 1")
         if problem := other_base(f"the {task} head", info.extra.get("base_weights"), {base.identity}):

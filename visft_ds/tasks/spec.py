@@ -128,7 +128,6 @@ class Content:
 
     objects: int = 30  #: in every image; COCO's mean is 7.3
     caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
-    size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
 
 
 class Task(ABC):
