@@ -106,4 +106,4 @@ def test_a_training_starts_by_every_way(site: Path, tmp_path: Path) -> None:
         ([*torchrun, "-m", "visft_ds.launch"], 1),
     ):
         said = _run(site, tmp_path, *start, *DRY, code=code)
-        assert "what trains" in said and "visft shards build" in said, start
+        assert "what trains" in said and "visft shards" in said, start
