@@ -12,11 +12,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.random_tower import header_of
+from tests.random_tower import build_backbone, header_of
 from visft_ds.interop.export import timm as timm_form
 from visft_ds.interop.layouts import base_parameters
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.models.eva_vit import build_backbone
 
 SIDE, WIDTH, DEPTH, HEADS, EMBEDDING = 28, 48, 2, 4, 24
 #: As EVA02-E-14-plus is configured, but for the sizes.

@@ -15,11 +15,29 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
 from visft_ds.interop.weights import save_tensors
-from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models import Backbone, build_empty
+from visft_ds.models.eva_vit import EvaViT, random_weight
 from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+
+
+def build_backbone(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+    **options: Any,
+) -> EvaViT:
+    """A tower of PRESETS with the random weights of a run. `seed` None leaves its memory unset."""
+    backbone = build_empty(name, dtype, options, device)
+    assert isinstance(backbone, EvaViT)
+    if seed is not None and device != "meta":
+        with torch.no_grad():
+            for key, parameter in backbone.named_parameters():
+                parameter.copy_(random_weight(key, parameter.shape, seed))
+    return backbone
 
 
 def random_tower(seed: int | None = None, *, class_token: bool = True, post_norm: bool = True, **sizes: int) -> EvaViT:

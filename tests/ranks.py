@@ -117,7 +117,7 @@ def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False
     return processes
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> tuple[list[int], list[str]]:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 900) -> tuple[list[int], list[str]]:
     """Wait for all ranks: exit codes and what each printed."""
     try:
         outputs = [_GLOO.sub("", process.communicate(timeout=timeout)[0]) for process in processes]

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 from tests.parallel.engine_case import build, global_batch, loss_denominators, samples
 from visft_ds.model import normalise_pixels, valid_region
-from visft_ds.models.eva_vit import PIXEL_MEAN
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.transform import collate_joint
 
 
 def test_padding_has_the_mean_colour_and_pixels_are_imagenet_normalised() -> None:
     images = torch.full((1, 3, 4, 6), 255, dtype=torch.uint8)
     pixels = normalise_pixels(build(1)[0].backbone, images, torch.tensor([[2, 5]]))
-    assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - PIXEL_MEAN[0]) / 0.229, rel=1e-6)  # fp32
+    assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - EvaViT.pixel_mean[0]) / 0.229, rel=1e-6)  # fp32
     assert pixels[0, :, 2:].abs().max() == 0 and pixels[0, :, :, 5:].abs().max() == 0
 
 

@@ -1,7 +1,6 @@
 """A disk that fails at one chosen operation: the process dies there, the power goes, the disk is full or read-only.
 
 Every change that `os` makes is counted: open for writing, write, fsync, replace, unlink, mkdir, rmdir.
-Run as a module it kills real processes (see `test_faults.py`): python -m tests.checkpoint.faulty_disk FOLDER
 """
 
 from __future__ import annotations
@@ -9,9 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +31,7 @@ class FaultyDisk:
 
     Args:
         kind: "killed" (before the operation; in the middle of it for a write), "power" (killed, and whatever was not
-            synced is cut at random), "sigkill" (the real thing), or the number of an error that this and all later
-            writes raise.
+            synced is cut at random), or the number of an error that this and all later writes raise.
     """
 
     def __init__(self, at: int | None, kind: str | int = "killed") -> None:
@@ -95,8 +90,6 @@ class FaultyDisk:
             return
         if name == "write":
             self._real["write"](args[0], args[1][: len(args[1]) // 2])
-        if self.kind == "sigkill":
-            os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "power":
             generator = random.Random(self.at)
             for path in self._unsynced | ({self._paths[args[0]]} if name in ("write", "fsync") else set()):
@@ -161,31 +154,3 @@ def check_after_crash(folder: Path, scene: str, where: str) -> None:
     assert value_of(folder) == (8, 9.0), where
     left = {path.name for path in folder.iterdir()} - {"step_00000002"}
     assert left == ({"step_00000004", "step_00000008"} if scene == "next" else {"step_00000008"}), where
-
-
-def main(root: Path) -> None:
-    """SIGKILL a child at every operation of every scene."""
-    killed = 0
-    for scene in SCENES:
-        prepare(root / scene, scene)
-        at, code = 0, -1
-        while code != 0:
-            folder = root / f"{scene}-{at}"
-            shutil.copytree(root / scene, folder)
-            child = os.fork()
-            if child == 0:
-                with FaultyDisk(at, "sigkill").installed():
-                    save(folder, scene)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            code = os.waitstatus_to_exitcode(status)
-            assert code in (0, -signal.SIGKILL), (scene, at, code)
-            killed += code != 0
-            check_after_crash(folder, scene, f"{scene}, killed at operation {at}")
-            shutil.rmtree(folder)
-            at += 1
-    print(f"killed {killed}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

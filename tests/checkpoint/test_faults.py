@@ -8,14 +8,11 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
-from tests.ranks import REPOSITORY
 from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint, save_checkpoint
 
 FILES = ("parameters.safetensors", "moments.safetensors", "state.json")
@@ -44,14 +41,6 @@ def test_a_crash_at_every_operation(scene: str, kind: str, tmp_path: Path) -> No
         shutil.rmtree(folder)
         at += 1
     assert at > 25  # an operation that is not counted would be one that is not tested
-
-
-@pytest.mark.slow
-def test_sigkill_at_every_operation(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.checkpoint.faulty_disk", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) > 50
 
 
 @pytest.mark.parametrize(("scene", "error"), [("next", errno.ENOSPC), ("again", errno.ENOSPC), ("next", errno.EROFS)])

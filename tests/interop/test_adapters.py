@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests.adapter_bounds import same_change
 from tests.published import save_published_lora
-from tests.random_tower import adapter_of, change_of
+from tests.random_tower import adapter_of, build_backbone, change_of
 from visft_ds.interop.published import read_visft_lora
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
 
 WIDTH, RANK = 8, 2

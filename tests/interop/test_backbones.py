@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.random_tower import header_of, random_tower, save_backbone
+from tests.random_tower import build_backbone, header_of, random_tower, save_backbone
 from visft_ds.interop.layouts import base_parameters, fill, load_backbone, model_in, model_of, open_backbone
 from visft_ds.interop.weights import open_weights
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora
 
 #: Prefix -> what real files of these layouts carry beside the tower.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from visft_ds.interop.heads import HeadInfo, find_head, head_file, open_head, save_head
+from visft_ds.interop.heads import HeadInfo, head_file, open_head, save_head
 from visft_ds.interop.weights import open_weights
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import CaptioningHead
@@ -100,20 +100,12 @@ def test_precision_stays_in_the_file_and_heads_come_in_fp32(tmp_path: Path) -> N
 
 def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no captioning heads"):
-        find_head(tmp_path, "captioning")
-    for name in ("eva_g_segment_heads.ckpt", "eva_e_caption_heads.ckpt", "eva_e_detection_heads.ckpt"):
+        open_head(tmp_path, "captioning")
+    for name in ("eva_g_caption_heads.ckpt", "eva_e_caption_heads.ckpt", "eva_e_detection_heads.ckpt"):
         (tmp_path / name).touch()
-    assert find_head(tmp_path, "segmentation").name == "eva_g_segment_heads.ckpt"
-    assert find_head(str(tmp_path), "captioning") == tmp_path / "eva_e_caption_heads.ckpt"
-    (tmp_path / "eva_g_caption_heads.ckpt").touch()
     with pytest.raises(ValueError, match="2 captioning heads"):
-        find_head(tmp_path, "captioning")
-    (tmp_path / "captioning.safetensors").touch()
-    assert find_head(tmp_path, "captioning") == head_file(tmp_path, "captioning")
-    # A file itself, unless its name says that this head was not trained in it.
-    file = tmp_path / "eva_e_detection_heads.ckpt"
-    assert find_head(file, "detection") == file
+        open_head(tmp_path, "captioning")
+    path = _saved(_head("captioning"), "captioning", tmp_path)
+    assert open_head(str(tmp_path), "captioning").tensors.path == path
     with pytest.raises(ValueError, match="untrained"):
-        find_head(file, "captioning")
-    other = file.rename(tmp_path / "heads.ckpt")
-    assert find_head(other, "captioning") == other
+        open_head(tmp_path / "eva_e_detection_heads.ckpt", "captioning")

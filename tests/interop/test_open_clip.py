@@ -13,12 +13,20 @@ import timm
 import torch
 
 from tests.clip_case import CONFIG, SIDE, make_clip, save_clip
-from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
+from tests.random_tower import (
+    adapter_of,
+    build_backbone,
+    merge,
+    move_adapters,
+    random_tower,
+    relative,
+    save_adapter,
+    save_backbone,
+)
 from tools.merge_lora import main
 from visft_ds.interop.export import FORMATS
 from visft_ds.interop.layouts import load_backbone, model_in
 from visft_ds.interop.weights import Lazy, Weights, open_weights
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 
 # fp32, two blocks: both sides differ by the order of additions only (measured below 1e-6).

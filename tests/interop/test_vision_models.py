@@ -18,8 +18,8 @@ from tools.merge_lora import main
 from visft_ds.interop import export, transformers_names
 from visft_ds.interop.adapter import PEFT_CONFIG
 from visft_ds.interop.card import README, repository_of
+from visft_ds.interop.export import by_library
 from visft_ds.interop.layouts import load_backbone, model_of
-from visft_ds.interop.verify import by_library
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm

@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import Tensor
 
-from visft_ds.models.eva_vit import EvaViT, build_backbone, resized_positions
+from tests.random_tower import build_backbone
+from visft_ds.models.eva_vit import EvaViT, resized_positions
 
 TIMM = {"eva_e": "eva02_enormous_patch14_clip_224", "eva_g": "eva_giant_patch14_clip_224"}
 # 1e-5: fp32 sums in another order through a few blocks; seen below 1e-6.

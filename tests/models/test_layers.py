@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import finished
-from tests.random_tower import adapter_of, header_of, move_adapters, relative, save_adapter, save_backbone
+from tests.random_tower import (
+    adapter_of,
+    build_backbone,
+    header_of,
+    move_adapters,
+    relative,
+    save_adapter,
+    save_backbone,
+)
 from tools.merge_lora import main as merge
 from visft_ds.config import resolve
 from visft_ds.config.backbones import named
@@ -24,7 +32,6 @@ from visft_ds.interop.card import README
 from visft_ds.interop.heads import HeadInfo, open_head, read_elsewhere, save_head
 from visft_ds.interop.layouts import fill, load_backbone, open_backbone
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.predict.model import load

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import visft_ds.ops.lora as ops
-from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
+from tests.random_tower import build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
     TARGETS,
     LoRALinear,
@@ -158,7 +159,7 @@ def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images:
 def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
     backbone = _adapted(targets=EVERYTHING).train()
     found = []
-    for recompute in ("none", *RECOMPUTE):
+    for recompute in ("none", "block", "mlp"):
         backbone.recompute = recompute
         backbone.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):

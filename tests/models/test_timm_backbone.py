@@ -293,7 +293,7 @@ def test_statistics_of_a_file_in_half_precision_are_fp32(tmp_path: Path) -> None
     halves = {key: value.half() if value.is_floating_point() else value for key, value in values.items()}
     save_file(halves, tmp_path / "half.safetensors")
     loaded = load_backbone(tmp_path / "half.safetensors", {"preset": "timm:test_resnet"})
-    kinds = {(name.rpartition(".")[2], value.dtype) for name, value in loaded.stored_buffers().items()}
+    kinds = {(name.rpartition(".")[2], value.dtype) for name, value in loaded.named_buffers()}
     statistics = {(name, torch.float32) for name in ("running_mean", "running_var")}
     assert kinds == {*statistics, ("num_batches_tracked", torch.int64)}
 

@@ -1,6 +1,6 @@
 """Compiles the Triton kernel for GPUs that are not there, and says what became of it.
 
-    python -m tests.ops.compile_kernels [--only NAME] [--write]
+    python -m tests.ops.compile_kernels [--write]
 
 The wheel of Triton brings ptxas and the disassembler, so no driver is needed. TRITON_INTERPRET must not be set. What it
 finds for each pass, dtype and architecture, as JSON: registers of a thread, bytes that spill, bytes of shared memory,
@@ -85,16 +85,13 @@ def _number(pattern: str, text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernel ahead of time.")
-    parser.add_argument("--only", default="", help="passes whose row begins with this, e.g. 'forward bf16 sm_90'")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     options = parser.parse_args()
     rows = {}
-    for architecture in ARCHITECTURES:
-        for way, dtype in product(WAYS, ("bf16", "fp16")):
-            name = f"{way} {dtype} sm_{architecture}"
-            if name.startswith(options.only):
-                rows[name] = compiled(way, dtype, architecture)
-                print(name, rows[name], file=sys.stderr, flush=True)
+    for architecture, way, dtype in product(ARCHITECTURES, WAYS, ("bf16", "fp16")):
+        name = f"{way} {dtype} sm_{architecture}"
+        rows[name] = compiled(way, dtype, architecture)
+        print(name, rows[name], file=sys.stderr, flush=True)
     text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=2)
     if options.write:
         TABLE.write_text(text + "\n")

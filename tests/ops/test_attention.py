@@ -83,11 +83,8 @@ def test_which_gpus_have_kernels_for_packed_lengths(monkeypatch: pytest.MonkeyPa
 def test_packed_lengths_never_meet_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """It plans anew for every number of tokens, and torch prefers it from sm_90 on."""
     monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [])
-    q, offsets, before = (
-        torch.zeros(9, 2, 112, dtype=BF16),
-        torch.tensor([0, 9]),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-    )
+    q, offsets = torch.zeros(9, 2, 112, dtype=BF16), torch.tensor([0, 9])
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         use_numerics(torch.device("cuda", 0))
         assert varlen._select_backend(q, q, q, offsets, offsets, 9, [-1, -1]) == varlen._FLASH_ATTENTION_BACKEND

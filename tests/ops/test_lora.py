@@ -79,16 +79,6 @@ def test_every_input_alone_gets_its_gradient(trains: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_inputs_are_not_written_to_and_the_frozen_weight_gets_nothing() -> None:
-    x, weight, bias, a, b = _tensors(QV)
-    x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
-    before = [t.detach().clone() for t in (x, weight, bias, a, b)]
-    lora_linear(x, weight, bias, a, b, SCALE, QV).sum().backward()
-    for tensor, old in zip((x, weight, bias, a, b), before, strict=True):
-        assert torch.equal(tensor.detach(), old)
-    assert weight.grad is None and bias.grad is None
-
-
 @pytest.mark.parametrize("backend", LIBRARY)
 def test_keeps_only_input_and_u_and_parameters_by_reference(backend: str) -> None:
     x, weight, bias, a, b = (t.float() for t in _tensors(QV, lead=(7,), fan_in=16, rank=3))
@@ -111,6 +101,8 @@ def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dt
     x, a, b = (t.requires_grad_() for t in (x, a, b))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = lora_linear(x, weight.to(weight_dtype), bias, a, b, SCALE, QV, backend=backend)
+    if weight_dtype == torch.bfloat16:  # a 16-bit weight does so by itself
+        assert torch.equal(out, lora_linear(x, weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend))
     gradient = torch.randn_like(out)
     found = torch.autograd.grad(out, (x, a, b), gradient)
     exact = _dense(x, weight, bias, a, b, QV)
@@ -130,14 +122,6 @@ def test_backward_computes_in_the_precision_of_the_forward() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
-
-
-def test_16_bit_weight_without_autocast_computes_in_16_bit() -> None:
-    x, weight, bias, a, b = (t.float() for t in _tensors(QV))
-    out = lora_linear(x, weight.bfloat16(), bias, a, b, SCALE, QV)
-    exact = _dense(x, weight, bias, a, b, QV)
-    assert out.dtype == torch.bfloat16
-    assert (out.float() - exact).norm() / exact.norm() < 1e-2
 
 
 @st.composite
@@ -196,11 +180,7 @@ def test_small_updates_survive_bf16_in_the_augmented_backend(bias_size: float) -
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _reentrant(layer: Layer) -> Layer:
-    return lambda *inputs: checkpoint(layer, *inputs, use_reentrant=True)
-
-
-def _not_reentrant(layer: Layer) -> Layer:
+def _checkpointed(layer: Layer) -> Layer:
     return lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False)
 
 
@@ -210,7 +190,7 @@ def _compiled(layer: Layer) -> Layer:
 
 # torch 2.13 warns of what its own compiler does.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("wrap", [_reentrant, _not_reentrant, pytest.param(_compiled, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrap", [_checkpointed, pytest.param(_compiled, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", LIBRARY)
 def test_checkpointed_or_compiled_it_is_the_same_over_accumulated_steps(
     backend: str, wrap: Callable[[Layer], Layer]

@@ -22,13 +22,13 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
+from tests.random_tower import build_backbone
 from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.loader import Place
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.ops.lora import choose_backend
 from visft_ds.prepare.model import TrainedGroup, apply_groups
@@ -48,8 +48,6 @@ Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 Sides = Sequence[tuple[int, int] | Sequence[tuple[int, int]]]
 Build = Callable[..., tuple[MultiTaskModel, tuple[TrainedGroup, ...]]]  #: as `build`
 Feed = Callable[[Any, int], tuple[list[Batch], LossDenominators]]  #: (engine, step) -> what a rank is given
-#: The engine whose processes also show what a fault on one rank does; `test_traceless.py` does it for all.
-REFUSING = "zero1"
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
 SCALE = 65536.0  #: with which fp16 begins
 GROUPS = {
@@ -196,7 +194,7 @@ def train_plain(
     optimizer = torch.optim.AdamW(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
-    losses, norms, states, sums_of = [], [], [], []
+    losses, norms, sums_of = [], [], []
     for step in range(len(order)):
         module.train()
         whole = global_batch(step, order, sides)
@@ -216,14 +214,11 @@ def train_plain(
         scheduler.step()
         losses.append(sums["loss"])
         sums_of.append(sums)
-        states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
-        states[-1]["value"] = {n: p.detach().clone() for n, p in named.items()}
     return {
         "losses": losses,
         "norms": norms,
         "named": sums_of,
-        "values": states[-1]["value"],
-        "saved": states[SAVED_AT - 1],
+        "values": {name: parameter.detach() for name, parameter in named.items()},
     }
 
 
@@ -234,7 +229,7 @@ def engine_config(name: str, precision: str, micro: int = 1, **zero: Any) -> dic
     """
     from visft_ds.parallel import distributed
 
-    stages = stages_of(name)
+    stages = int(name.removeprefix("pipeline")) if name.startswith("pipeline") else 1
     file = "pipeline" if stages > 1 else name.removesuffix("_gathered")
     config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{file}.json").read_text())
     config["zero_optimization"] |= zero
@@ -255,11 +250,6 @@ def engine_config(name: str, precision: str, micro: int = 1, **zero: Any) -> dic
     return config
 
 
-def stages_of(name: str) -> int:
-    """Stages of an engine."""
-    return int(name.removeprefix("pipeline")) if name.startswith("pipeline") else 1
-
-
 def start_engine(stage: int, name: str, precision: str, micro: int = 1, *, build: Build = build, **zero: Any) -> Any:
     """An engine of ds_configs over the tiny model."""
     from deepspeed.runtime import torch_autocast
@@ -277,8 +267,8 @@ def start_engine(stage: int, name: str, precision: str, micro: int = 1, *, build
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in trained
     ]
     common: dict[str, Any] = {"build_optimizer": torch.optim.AdamW, "schedule": factor, "seed": 0}
-    if (stages := stages_of(name)) > 1:
-        return PipelineEngine(module, groups, config, bounds=BOUNDS[stages], **common)
+    if "pipeline" in config:
+        return PipelineEngine(module, groups, config, bounds=BOUNDS[config["pipeline"]["stages"]], **common)
     placement = placement_for(config, None)
     for parameter in module.parameters():
         placement.place(parameter)
@@ -370,8 +360,7 @@ def results_of(program: str, out: Path, *arguments: str, world: int = 2, fresh: 
 def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     """Both stages in fp32, a resume of each, and 16 bits; of ZeRO-3 also stage 1 with gradients that are stale.
 
-    Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too. `straight` leaves out
-    all but fp32, on any number of ranks.
+    `straight` leaves out all but fp32, on any number of ranks.
     """
     from tests.parallel.test_start import started
     from tests.parallel.test_traceless import compared, disagree
@@ -379,22 +368,17 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
     from visft_ds.parallel import engine as engine_module
 
     results: dict[str, Any] = {}
-
-    def go_on(stage: int, folder: Path) -> dict[str, Any]:
-        engine = start_engine(stage, name, "fp32")
-        return {"exact": resume(engine, folder), **run_steps(engine, SAVED_AT, STEPS)}
-
     for stage in (1, 2):
         folder = out.parent / f"stage{stage}"
         results[f"stage{stage}"] = run_steps(start_engine(stage, name, "fp32"), 0, STEPS, folder)
         if not straight:
-            results[f"stage{stage}-resumed"] = go_on(stage, folder)
+            engine = start_engine(stage, name, "fp32")
+            exact = resume(engine, folder)
+            results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(engine, SAVED_AT, STEPS)}
     if straight:
         return results
     results["stage2-bf16"] = run_steps(start_engine(2, name, "bf16"), 0, STEPS)
-    if (plain := out.parent / "plain-stage1").exists():
-        results["stage1-from-plain"] = go_on(1, plain)
-    if name == REFUSING:
+    if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])
         results["disagree"] = distributed.gather_objects(disagree())
     if name != "zero3_offload":  # the loss scaler is the same as without offload

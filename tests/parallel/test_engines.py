@@ -15,8 +15,6 @@ import torch
 
 from tests.parallel.engine_case import CLIP, GLOBAL_BATCH, SAVED_AT, SCALE, STEPS, results_of, train_plain
 from tests.parallel.test_traceless import check as check_traceless
-from visft_ds.checkpoint.format import save_checkpoint
-from visft_ds.parallel.state import EngineState
 
 #: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run with the
 #: slow tests.
@@ -24,8 +22,6 @@ ENGINES = (
     "zero1",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero2", "zero3", "zero3_offload")),
 )
-#: The engine that also takes up a checkpoint it did not write.
-FROM_PLAIN = "zero3"
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 3e-6
 #: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
@@ -50,16 +46,9 @@ def plain() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plain: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything one engine did."""
-    out: Path = tmp_path_factory.mktemp(request.param) / "results.pt"
-    if request.param == FROM_PLAIN:
-        saved = dict(plain["stage1"]["saved"])
-        state = EngineState(saved.pop("value"), saved, updates=SAVED_AT)
-        save_checkpoint(out.parent / "plain-stage1", SAVED_AT, state, {})
-    return results_of("engine_case", out, request.param)
+    return results_of("engine_case", tmp_path_factory.mktemp(request.param) / "results.pt", request.param)
 
 
 def given(trained: dict[str, Any], name: str) -> Any:
@@ -125,13 +114,6 @@ def test_equals_one_process_in_fp16_while_the_loss_scale_grows(
     run = given(trained, "stage1-fp16")
     check_equal(run, plain["stage1-fp16"])
     assert run["scales"] == [[SCALE * 2 ** (step // 2) for step in range(STEPS + 1)]] * 2
-
-
-def test_goes_on_from_a_checkpoint_of_plain_pytorch(trained: dict[str, Any], plain: dict[str, dict[str, Any]]) -> None:
-    """Any engine takes up what any other has left: the matrix of all pairs is in `tests/checkpoint/test_matrix.py`."""
-    run = given(trained, "stage1-from-plain")
-    assert run["exact"]
-    check_equal(run, plain["stage1"])
 
 
 def test_what_is_divided_as_it_comes_in_is_what_one_process_has(trained: dict[str, Any]) -> None:

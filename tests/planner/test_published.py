@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from visft_ds.models.eva_vit import build_backbone
+from tests.random_tower import build_backbone
 from visft_ds.planner.hardware import parse_cluster
 from visft_ds.planner.time import BANDWIDTH_SHARE, UPDATE_BYTES, work_seconds
 from visft_ds.planner.trace import Tracer, operators_of

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.random_tower import build_backbone
 from visft_ds.config import resolve
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora
 
 #: Torch's own modules for compiling use what torch has deprecated.

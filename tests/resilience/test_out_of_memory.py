@@ -11,11 +11,8 @@ import torch
 
 from tests.ranks import finish, start_ranks
 from tests.tiny import command
-from visft_ds.data.samples import Batch
 from visft_ds.resilience.errors import RankError
-from visft_ds.resilience.memory import largest_shape, memory_explained
-from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.resilience.memory import memory_explained
 
 GIB = 2**30
 ERRORS = [
@@ -50,16 +47,6 @@ def test_a_gpu_says_what_it_has_counted(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     said = message(torch.OutOfMemoryError("CUDA out of memory."), "cuda:0")
     assert "at the peak 7.00 GiB, allocated 5.00 GiB, reserved 8.00 GiB, on the device 16.00 GiB" in said
-
-
-def test_shapes_of_a_batch() -> None:
-    sizes, one = torch.tensor([[30, 40], [50, 20]]), torch.zeros(2, dtype=torch.int64)
-    boxes = DetectionTargets(torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), torch.tensor([2, 3]))
-    words = CaptionTargets(torch.zeros(2, 9, dtype=torch.int64), torch.tensor([9, 2]), ((), ()))
-    pixels = torch.zeros(2, 3, 56, 40, dtype=torch.uint8)
-    batch = Batch(pixels, sizes, sizes, one, one, one, one.bool(), {"detection": boxes, "captioning": words})
-    assert largest_shape([batch]) == "2 images of 56 x 40, 5 objects, 9 ids to a caption"
-    assert largest_shape([]) == "nothing that this rank reads"
 
 
 #: launchers/train.py, of which rank 1 has no memory from its n-th step on; the rehearsal is the first one.

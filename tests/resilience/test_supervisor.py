@@ -47,7 +47,6 @@ def test_what_is_started_again(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "training"),
         (["deepspeed", "other.py"], "training"),
         (["visft", "train", "--stage", "1", "--model", "debug", "--resume", "no"], "--resume"),
         (["visft", "train", "--stage", "1", "--model", "debug", "--dry-run"], "--dry-run"),

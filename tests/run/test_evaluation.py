@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.coco_tree import write_tree
 from tests.ranks import finish, start_ranks, wait_for
-from tests.tiny import TINY
+from tests.tiny import SETTINGS, command
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest
@@ -39,14 +39,11 @@ from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
-SETTINGS = {
-    **TINY,
+EXTRA: dict[str, object] = {
     "visft.tasks.captioning.decoding.max_length": 5,
-    "scheduler.params.warmup_num_steps": 2,
-    "visft.run.save_every": 4,
+    "scheduler.params.total_num_steps": 4,
     "visft.run.eval_every": 2,
     "visft.run.pictures": 1,
-    "visft.run.log_every": 1,
 }
 PROMPT = 600  # seconds within which things happen on a busy machine
 
@@ -59,17 +56,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tree = write_tree(folder / split, count)
         build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split))
     return folder / "shards"
-
-
-def _settings(total: int = 4) -> list[str]:
-    values = {**SETTINGS, "scheduler.params.total_num_steps": total}
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _command(shards: Path, out: Path, *extra: str, total: int = 4) -> list[str]:
-    paths = ["--data", str(shards), "--out", str(out)]
-    settings = [f"--set={setting}" for setting in [*_settings(total), *extra]]
-    return ["launchers/train.py", "--stage", "1", "--model", "debug", *paths, *settings]
 
 
 def _measuring(training: int) -> psutil.Process:
@@ -108,7 +94,7 @@ class Held:
 @pytest.fixture(scope="module")
 def held(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Held:
     out = tmp_path_factory.mktemp("runs") / "held"
-    processes = start_ranks(_command(shards, out))
+    processes = start_ranks(["launchers/train.py", *command(shards, out, extra=EXTRA)])
     measuring = _measuring(processes[0].pid)
     measuring.suspend()
     try:
@@ -185,7 +171,8 @@ class Parts:
 
 @pytest.fixture(scope="module")
 def parts(shards: Path) -> Parts:
-    config = resolve(stage=1, model="debug", settings=_settings())
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, **EXTRA}.items()]
+    config = resolve(stage=1, model="debug", settings=settings)
     vocabulary = vocabulary_of(config.visft, Manifest.load(shards, "train"))
     assert vocabulary is not None
     return Parts(config, Manifest.load(shards, "val"), vocabulary)

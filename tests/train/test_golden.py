@@ -14,15 +14,10 @@ from tests.golden.losses import STEPS, golden, train_stages
 TOLERANCE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
-    """Losses of this version."""
-    return train_stages(Path(tmp_path_factory.mktemp("golden")))
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_losses_are_the_golden_ones(losses: dict[str, list[dict[str, float]]], stage: str) -> None:
-    expected = json.loads(golden(stage).read_text(encoding="utf-8"))
-    assert len(losses[stage]) == len(expected) == STEPS
-    for step, (found, wanted) in enumerate(zip(losses[stage], expected, strict=True)):
-        assert found == pytest.approx(wanted, rel=TOLERANCE, abs=1e-6), f"step {step + 1} of {stage}"
+def test_losses_are_the_golden_ones(tmp_path: Path) -> None:
+    losses = train_stages(tmp_path)
+    for stage in ("stage1", "stage2"):
+        expected = json.loads(golden(stage).read_text(encoding="utf-8"))
+        assert len(losses[stage]) == len(expected) == STEPS
+        for step, (found, wanted) in enumerate(zip(losses[stage], expected, strict=True)):
+            assert found == pytest.approx(wanted, rel=TOLERANCE, abs=1e-6), f"step {step + 1} of {stage}"

@@ -1,4 +1,4 @@
-"""Runs on a model of timm, from the command: both stages, evaluation as trained, merged weights."""
+"""Runs on a model of timm, from the command: towers that end early, norms that train, merged weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from tests.random_tower import header_of
 from tests.ranks import run_ranks
 from tests.tiny import TINY
 from tools.merge_lora import main as merge
-from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.layouts import load_backbone
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.predict.model import load
 from visft_ds.predict.model import load_backbone as load_features
-from visft_ds.run.adapter import adapter_at, base_of
-from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.shards.build import Options, build
 
 pytest.importorskip("timm")
@@ -52,20 +49,6 @@ def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
     return out
 
 
-def test_both_stages_evaluation_and_merge(shards: Path, tmp_path: Path) -> None:
-    first = _train(shards, tmp_path / "one", 1)
-    heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
-    second = _train(shards, tmp_path / "two", 2, **heads)
-    adapter = adapter_at(second)
-    assert adapter is not None and base_of(second) == second / "export" / BACKBONE_FILE
-    early = adapter_at(second / "checkpoints" / "step_00000003")
-    assert early is not None and early.fingerprint() == adapter.fingerprint()
-    base = second / "export" / BACKBONE_FILE
-    given = ["--base", str(base), "--adapter", str(second), "--verify", "--out", str(tmp_path / "merged")]
-    assert merge(given) == 0
-    assert evaluate(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
-
-
 def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
     """Both stages with kept features, predictions of the run, merged weights, and heads that want the same block."""
     model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.layers": [3]}
@@ -87,38 +70,24 @@ def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
         _train(shards, tmp_path / "other", 2, **{**model, "visft.model.layers": []}, **heads)
 
 
-def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path: Path) -> None:
-    groups = [{"name": "norms", "params": "backbone.*bn*"}]
-    more: dict[str, object] = {
-        "visft.model.preset": "timm:test_resnet",
-        "visft.lora": None,
-        "visft.param_groups": groups,
-        "visft.heads.start": "random",
-    }
-    run = _train(shards, tmp_path / "norms", 2, **more)
-    before, after = (load_file(run / "export" / name) for name in (BACKBONE_FILE, "trained_backbone.safetensors"))
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed and all(".bn" in f".{name}" and name.endswith(("weight", "bias")) for name in changed)
-    assert any(name.endswith("running_mean") for name in after)
-    backbone = load_backbone(run / "export" / "trained_backbone.safetensors")
-    assert torch.equal(backbone.get_parameter("bn1.weight"), after["bn1.weight"])
-
-
-def test_what_is_frozen_is_as_in_the_base_whatever_the_precision(shards: Path, tmp_path: Path) -> None:
-    """The engine has matrices in 16 bits; a merge moves nothing but what trained."""
-    base, drawn = tmp_path / "base.safetensors", build_timm("test_convnext", seed=1)
+def test_norms_of_a_resnet_train_and_all_else_is_as_in_the_base(shards: Path, tmp_path: Path) -> None:
+    """Statistics, too, and matrices that the engine has in 16 bits; a merge moves nothing but what trained."""
+    base, drawn = tmp_path / "base.safetensors", build_timm("test_resnet", seed=1)
     save_tensors(base, {**drawn.state_dict(), **drawn.left_out}, header_of(drawn))
     more: dict[str, object] = {
+        "visft.model.preset": "timm:test_resnet",
         "visft.model.weights": str(base),
         "visft.model.precision": "bf16",
         "visft.lora": None,
-        "visft.param_groups": [{"name": "norms", "params": "backbone.*norm*"}],
+        "visft.param_groups": [{"name": "norms", "params": "backbone.*bn*"}],
         "visft.heads.start": "random",
     }
     run, out = _train(shards, tmp_path / "norms", 2, **more), tmp_path / "merged.safetensors"
     trained = run / "export" / "trained_backbone.safetensors"
     assert merge(["--adapter", str(run), "--out", str(out)]) == 0
-    before = load_file(base)
-    for after in (load_file(trained), load_file(out)):
-        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-        assert changed and all("norm" in name for name in changed)
+    before, after = load_file(base), load_file(trained)
+    assert any(name.endswith("running_mean") for name in after)
+    for values in (after, load_file(out)):
+        changed = {name for name, value in values.items() if not torch.equal(value, before[name])}
+        assert changed and all(".bn" in f".{name}" and name.endswith(("weight", "bias")) for name in changed)
+    assert torch.equal(load_backbone(trained).get_parameter("bn1.weight"), after["bn1.weight"])

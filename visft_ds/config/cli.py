@@ -12,7 +12,7 @@ from typing import Any
 
 from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named, on_this_machine
-from visft_ds.config.preflight import folder_of_run, number_of_images, run_of, tasks_without_labels
+from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, training_sets
 from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve, with_engine
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
@@ -168,7 +168,9 @@ def resolve_with_data(
         streams += ["visft.shared"] if config.visft.shared else []
         config = resolved({f"{stream}.batch_size": (batch_size, "--batch-size") for stream in streams})
     if epochs is not None:
-        images = number_of_images(config)
+        images = sum(map(len, training_sets(config)))
+        if not images:
+            raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
         steps: dict[str, tuple[Any, str]] = {"scheduler.params.total_num_steps": (None, "--epochs")}
         for stream in config.visft.streams().values():
             updates = math.ceil(epochs * images / min(stream.batch_size, images)), "--epochs"

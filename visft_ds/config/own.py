@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config.preflight import is_url, number_of_images
+from visft_ds.config.preflight import training_sets
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.shards import manifest_path
 from visft_ds.pretrained import TIMM
@@ -33,27 +33,21 @@ FEW_FOR_DETR = 100
 
 
 def chosen(config: ResolvedConfig) -> Flags:
-    """Settings that the photographs decide; any other flag replaces them.
-
-    Args:
-        config: of the recipe, with the tasks that the photographs have labels for, and what was asked for.
-    """
-    visft, values = config.visft, dict[str, Any]()
-    tasks, root = visft.tasks.enabled(), visft.data.root
-    if is_url(root) or not manifest_path(Path(root), visft.data.train).is_file():
+    """Settings that the photographs decide, for a recipe with the tasks that they have labels for."""
+    visft, root, values = config.visft, Path(config.visft.data.root), dict[str, Any]()
+    tasks, steps = visft.tasks.enabled(), config.total_steps
+    images = sum(map(len, training_sets(config)))
+    if not images:
         return {}
-    images, batch = number_of_images(config), next(iter(visft.streams().values())).batch_size
-    steps = config.total_steps
     if visft.stage == 1:
         if config.sources["scheduler.params.total_num_steps"].startswith(CONFIG_ROOT.name):
-            steps = max(STEPS, math.ceil(PASSES * images / batch))
+            steps = max(STEPS, math.ceil(PASSES * images / next(iter(visft.streams().values())).batch_size))
             values["scheduler.params.total_num_steps"] = steps
         cache = f"{visft.run.out}/features" if images <= MOST_KEPT else None
         values["visft.features"] = {"views": VIEWS, "cache": cache}
         if "captioning" in tasks:
             values["visft.shared.image.zoom"] = ZOOM_WITH_CAPTIONS
-    every = math.ceil(steps / EVALUATIONS)
-    judged = manifest_path(Path(root), visft.data.val).is_file()
+    judged, every = manifest_path(root, visft.data.val).is_file(), math.ceil(steps / EVALUATIONS)
     values |= {"visft.run.eval_every": every if judged else 0, "visft.run.save_every": every}
     if judged:
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
@@ -88,7 +82,8 @@ def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
 def told(config: ResolvedConfig, images: int) -> list[str]:
     """Lines for the start of a run: what was chosen for photographs of one's own and why, and what will not work."""
     visft, run, lines = config.visft, config.visft.run, list[str]()
-    head = visft.tasks.enabled()["detection"].head.model_dump()["type"] if "detection" in visft.tasks.enabled() else ""
+    detection = visft.tasks.enabled().get("detection")
+    head = None if detection is None else detection.head.model_dump()["type"]
     if config.sources.get("visft.run.save_every", "").startswith("the recipe for"):
         stream = next(iter(visft.streams().values()))
         end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"

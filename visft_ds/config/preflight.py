@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
-from visft_ds.data.shards import manifest_path
-from visft_ds.files import read_bytes, reading
+from visft_ds.data.shards import Manifest, manifest_path
+from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import BUILT_IN, config_class
 
@@ -39,8 +38,7 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
-    data = config.visft.data
-    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    data, places = config.visft.data, config.visft.data.places()
     if (
         config.visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file()
     ):  # else one command makes both
@@ -109,37 +107,21 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
     """
-    data, tasks, found = config.visft.data, config.visft.tasks.enabled(), dict[str, tuple[Any, str]]()
-    manifest = {} if data.sets else _manifest(data.root, data.train)
-    for name, task in tasks.items() if manifest else ():
+    tasks, found, sets = config.visft.tasks.enabled(), dict[str, tuple[Any, str]](), training_sets(config)
+    for name, task in tasks.items() if len(sets) == 1 else ():
         sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{name}.")}
         shipped = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json" in sources
-        if not shipped or any(source.startswith("--") for source in sources):
-            continue
-        with reading(manifest_path(Path(data.root), data.train), "a manifest of shards"):
-            if lacks := task.lacks(manifest["counts"], manifest.get("findings", {})):
-                found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
+        wanted = not shipped or any(source.startswith("--") for source in sources)
+        if not wanted and (lacks := task.lacks(sets[0].counts, sets[0].findings)):
+            found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
     return found if len(found) < len(tasks) else {}
 
 
-def number_of_images(config: ResolvedConfig) -> int:
-    """Number of images of all training sets. Raises ValueError: shards that are not on this machine."""
-    data, total = config.visft.data, 0
-    for root, split in [(data.root, data.train), *((one.root, one.split) for one in data.sets)]:
-        images = sum(shard["count"] for shard in _manifest(root, split).get("shards", ()))
-        if not images:
-            raise ValueError(f"--epochs needs shards in a folder of this machine, {root}/{split} is none: give --steps")
-        total += images
-    return total
-
-
-def _manifest(root: str, split: str) -> dict[str, Any]:
-    """Content of a manifest; empty where there is none, or none that can be read: whoever opens it says so."""
-    try:
-        found = json.loads(read_bytes(manifest_path(Path(root), split)))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def training_sets(config: ResolvedConfig) -> list[Manifest]:
+    """The training sets; none where one of them is not on this machine. Raises ValueError as `Manifest.load`."""
+    places = config.visft.data.places()
+    here = all(not is_url(root) and manifest_path(Path(root), split).is_file() for root, split in places)
+    return [Manifest.load(root, split) for root, split in places] if here else []
 
 
 def folder_of_run(place: Path) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -112,10 +112,7 @@ def _layer_file(folder: str, name: str) -> Path:
     if name.endswith(".json"):
         return Path(name)
     if name not in (known := available(folder)):
-        raise ValueError(
-            f"--{folder[:-1]} {name}: neither a name in {CONFIG_ROOT.name}/{folder} nor a .json file"
-            f"{nearest(name, known)}"
-        )
+        raise ValueError(f"--{folder[:-1]} {name}: no .json file, and not in ds_configs/{folder}{nearest(name, known)}")
     return CONFIG_ROOT / folder / f"{name}.json"
 
 
@@ -146,12 +143,12 @@ def shorten(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
+@dataclass
 class Tree:
     """Nested values, and the file or flag behind each leaf."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.sources: dict[str, str] = {}
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def lay(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
         """Lay values over those that there are, object by object; a list is replaced as a whole."""

@@ -102,7 +102,7 @@ class ModelConfig(StrictModel):
             yield key, f"is of towers of our own; {self.preset} does not take it"
 
     def backbone_options(self) -> dict[str, Any]:
-        """Keyword arguments of `build_backbone` that differ from the preset."""
+        """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
         return {**self.overrides.model_dump(exclude_none=True), **layers}
 
@@ -153,6 +153,10 @@ class DataConfig(StrictModel):
     prefetch_steps: Count = 2
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
     cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
+
+    def places(self) -> list[tuple[str, str]]:
+        """(folder or URL, split) of all training sets."""
+        return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Names that stand twice."""

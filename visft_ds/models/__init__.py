@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.pretrained import TIMM
 
@@ -23,10 +24,11 @@ def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any], dev
     """
     if preset.startswith(TIMM):
         return build_timm(preset.removeprefix(TIMM), device=device, dtype=dtype, **options)
-    return build_backbone(preset, device=device, dtype=dtype, seed=None, **options)
-
-
-def require_eva_vit(backbone: Backbone) -> EvaViT:
-    """A backbone that is a tower of EVA-CLIP, where the configuration allows no other (pipelines)."""
-    assert isinstance(backbone, EvaViT), type(backbone)
-    return backbone
+    if preset not in PRESETS:
+        raise ValueError(f"unknown backbone {preset!r}; known: {', '.join(PRESETS)}")
+    sizes = dict(options)
+    layers = sizes.pop("layers", ())
+    with torch.device("meta"):
+        backbone = EvaViT(replace(PRESETS[preset], **sizes)).to(dtype)
+    backbone.read_after(layers)
+    return backbone.to_empty(device=device)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,11 +49,10 @@ PRESETS = {
     "eva_g": EvaViTConfig(width=1408, depth=40, num_heads=16, mlp_ratio=4.3637),
     "debug": EvaViTConfig(width=192, depth=4, num_heads=4, mlp_ratio=4.0, image_size=112),
 }
-#: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: What of a block is recomputed in the backward pass: all of it; or the MLP, whose hidden activations are the widest,
-#: and the attention's projection in front of it.
-RECOMPUTE = ("block", "mlp")
+
+
+#: torch's activation checkpointing. Blocks have no dropout, so no random state is restored.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Linear):
@@ -73,25 +73,15 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Patches(nn.Conv2d):
-    """The convolution of `PatchEmbed`, in the dtype of matrix products."""
+    """Images to tokens of patches, (B, 3, H, W) -> (B, h*w, D), in the dtype of matrix products; pixels right and below
+    the last complete patch are dropped."""
 
     def forward(self, images: Tensor) -> Tensor:
         dtype = matmul_dtype(self.weight)
         assert self.bias is not None
-        return F.conv2d(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), stride=self.stride)
-
-
-class PatchEmbed(nn.Module):
-    """Patches to tokens, (B, 3, H, W) -> (B, h*w, D); pixels right and below the last complete patch are dropped."""
-
-    def __init__(self, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.proj = Patches(3, width, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
+        map_ = F.conv2d(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), stride=self.stride)
         # Contiguous, since every sum of the residual stream would inherit the order of the convolution.
-        out: Tensor = self.proj(images).flatten(2).transpose(1, 2).contiguous()
-        return out
+        return map_.flatten(2).transpose(1, 2).contiguous()
 
 
 class Attention(nn.Module):
@@ -156,11 +146,6 @@ class Block(nn.Module):
         return x, self.mlp(self.norm2(x))
 
 
-def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """torch's activation checkpointing. Blocks have no dropout, so no random state is restored."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 class _Recomputed(torch.autograd.Function):
     """Activation checkpointing without a hook for each tensor, which in host time cost more than the second forward.
 
@@ -189,9 +174,8 @@ def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
     last = list(block.mlp.fc2.parameters())
-    if any(hasattr(each, "ds_id") for each in last) or not (
-        block.post_norm or any(each.requires_grad for each in last)
-    ):
+    followed = block.post_norm or any(each.requires_grad for each in last)
+    if not followed or any(hasattr(each, "ds_id") for each in last):
         return _checkpoint(block, x, packing)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)
@@ -203,10 +187,14 @@ class EvaViT(nn.Module):
 
     The residual stream is fp32 under autocast and never narrower than `pos_embed`. `embed`, `blocks`, `norm` and
     `feature_map` are the forward in pieces, for a pipeline; under ZeRO-3 call the module itself.
-    `recompute` is "none" or one of RECOMPUTE, `layers_read` the numbers of the blocks that are read (none: the last).
+    `layers_read` are the numbers of the blocks that are read (none: the last).
     """
 
-    pixel_mean, pixel_std = PIXEL_MEAN, PIXEL_STD
+    #: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
+    pixel_mean, pixel_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    #: What the backward pass recomputes: "none"; each "block"; or the "mlp", whose hidden activations are the widest,
+    #: and the attention's projection in front of it.
+    recompute = "none"
 
     def __init__(self, config: EvaViTConfig) -> None:
         super().__init__()
@@ -214,11 +202,11 @@ class EvaViT(nn.Module):
             raise ValueError(f"{config}: num_heads must divide the width, and patch_size the image_size")
         self.config, self.width, self.patch_size = config, config.width, config.patch_size
         self.image_size, self.num_heads, self.post_norm = config.image_size, config.num_heads, config.post_norm
-        self.recompute = "none"
         positions = 1 + (config.image_size // config.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, config.width))
-        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        patches = Patches(3, config.width, config.patch_size, stride=config.patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, eps=1e-6)
         self.read_after(())
@@ -234,19 +222,16 @@ class EvaViT(nn.Module):
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
         grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
-        x = self.embed(images, grids)
         first = int(self.cls_token is not None)
-        packing = Packing.of([first + height * width for height, width in grids], x.device)
-        for block in self.blocks:
-            x = self.run_block(block, x, packing)
-        parts = zip(self.norm(x)[0].split(packing.lengths), grids, strict=True)
+        packing = Packing.of([first + height * width for height, width in grids], images.device)
+        parts = zip(self.tokens(images, grids, packing)[0].split(packing.lengths), grids, strict=True)
         return stack_padded([part[first:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
-        x = self.embed(images)
+    def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> Tensor:
+        """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed; the class token, if there is one, first."""
+        x = self.embed(images, grids)
         for block in self.blocks:
-            x = self.run_block(block, x)
+            x = self.run_block(block, x, packing)
         out: Tensor = self.norm(x)
         return out
 
@@ -314,9 +299,7 @@ class EvaViT(nn.Module):
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
     """The last of the blocks that are read. Raises ValueError if there is none of that number."""
     if (number := max(layers)) >= len(ends):
-        raise ValueError(
-            f"visft.model.layers: {model} has no block {number} but 0 to {len(ends) - 1} ({', '.join(ends)})"
-        )
+        raise ValueError(f"visft.model.layers: no block {number}: {model} has 0 to {len(ends) - 1} ({', '.join(ends)})")
     return number
 
 
@@ -340,37 +323,6 @@ def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps])
 
 
-def build_backbone(
-    name: str,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = 0,
-    layers: Sequence[int] = (),
-    **overrides: Any,
-) -> EvaViT:
-    """A tower of PRESETS, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
-
-    Args:
-        seed: decides every weight, whatever the device and dtype. None leaves memory unset, for weights loaded next.
-        layers: see `EvaViT.read_after`.
-        overrides: fields of EvaViTConfig that replace the preset's.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}")
-    with torch.device("meta"):
-        backbone = EvaViT(replace(PRESETS[name], **overrides)).to(dtype)
-    backbone.read_after(layers)
-    if torch.device(device).type == "meta":
-        return backbone
-    backbone.to_empty(device=device)
-    if seed is not None:
-        with torch.no_grad():
-            for key, parameter in backbone.named_parameters():
-                parameter.copy_(random_weight(key, parameter.shape, seed))
-    return backbone
-
-
 def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
@@ -382,22 +334,17 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
         return torch.zeros(tuple(shape))
     if "norm" in name:
         return torch.ones(tuple(shape))
-    if name == "pos_embed":
-        return F.pad(sine_positions(math.isqrt(shape[1] - 1), shape[2]), (0, 0, 1, 0))[None]
+    if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
+        side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
+        frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
+        angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
+        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+        columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+        return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count, 1, 0))[None]
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
-
-
-def sine_positions(side: int, width: int) -> Tensor:
-    """Sine-cosine positions of a square grid, (side * side, D) (MAE, arXiv 2111.06377, A.1); odd channels are 0."""
-    count = width // 4
-    frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
-    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
-    return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -59,12 +59,6 @@ class AdaptedLayer(nn.Module):
         for kind, shape in self.shapes.items():
             self.register_parameter(kind, nn.Parameter(torch.zeros(shape, **like)))
 
-    def first_value(self, kind: str, generator: torch.Generator) -> Tensor:
-        """Initial value of lora_A or lora_B, fp32 on the CPU, so that every device starts alike."""
-        shape = self.shapes[kind]
-        bound = 0.0 if kind == "lora_B" else 1.0 / math.sqrt(math.prod(shape[1:]))
-        return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
 
 class LoRALinear(AdaptedLayer):
     """A linear layer with low-rank updates on slices of its output."""
@@ -112,12 +106,7 @@ def dense_update(rows: int, a: Tensor, b: Tensor, slices: Slices, scale: float) 
 
 
 def inject_lora(
-    backbone: nn.Module,
-    *,
-    rank: int = 64,
-    alpha: float = 1.0,
-    targets: Iterable[str] = ("q", "v"),
-    seed: int = 0,
+    backbone: nn.Module, *, rank: int = 64, alpha: float = 1.0, targets: Iterable[str] = ("q", "v"), seed: int = 0
 ) -> None:
     """Replace the targeted layers by adapted ones, in place; output and existing parameters do not change by this.
 
@@ -135,7 +124,7 @@ def inject_lora(
     layers: dict[str, Any] = {name: layer for name, layer in backbone.named_modules() if type(layer) in kinds}
     plan: dict[str, list[tuple[int, int]]] = {}
     for target in targets:
-        found = _of_role(layers, target) if target in TARGETS else _of_glob(layers, target)
+        found = _rows_of(layers, target)
         if not found:
             raise ValueError(
                 f"visft.lora.targets: no layer for {target!r}; there are {', '.join(TARGETS)} of blocks, and layers "
@@ -150,37 +139,35 @@ def inject_lora(
         owner: Any = backbone.get_submodule(parent)
         kind = LoRAConv2d if isinstance(layers[name], nn.Conv2d) else LoRALinear
         adapted: AdaptedLayer = kind(layers[name], tuple(sorted(slices)), rank=rank, alpha=alpha)
-        if not adapted.weight.is_meta:
-            adapted.lora_A.data.copy_(adapted.first_value("lora_A", generator_for(seed, name)))
         if hasattr(owner, "qkv_bias_separate"):
             owner.qkv_bias_separate = True  # else timm's EVA reads the weight past its layer
         setattr(owner, leaf, adapted.train(layers[name].training))
+        if not adapted.weight.is_meta:
+            adapted.lora_A.data.copy_(first_value(backbone, f"{name}.lora_A", seed))
 
 
-def _of_role(layers: dict[str, Any], role: str) -> dict[str, tuple[int, int]]:
-    """Layer -> its rows of a role; EVA-02's larger models in timm keep q, k and v apart."""
-    path, part, parts = TARGETS[role]
+def _rows_of(layers: dict[str, Any], target: str) -> dict[str, tuple[int, int]]:
+    """Layer -> its rows that a role or glob adapts; EVA-02's larger models in timm keep q, k and v apart."""
     found = {}
+    path, part, parts = TARGETS.get(target, ("", 0, 1))
     for name, layer in layers.items():
         out = len(layer.weight)
-        if name.startswith("blocks.") and name.endswith(f".{path}"):
+        if path and name.startswith("blocks.") and name.endswith(f".{path}"):
             found[name] = (out // parts * part, out // parts * (part + 1))
-        elif parts == 3 and name.endswith(f".attn.{role}_proj"):
+        elif name.endswith(f".attn.{target}_proj") if parts == 3 else not path and fnmatchcase(name, target):
             found[name] = (0, out)
+    if grouped := [name for name in found if getattr(layers[name], "groups", 1) > 1]:
+        raise ValueError(f"visft.lora.targets: {target!r} matches {grouped[0]}, and grouped convolutions have no LoRA")
     return found
-
-
-def _of_glob(layers: dict[str, Any], glob: str) -> dict[str, tuple[int, int]]:
-    chosen = {name: layer for name, layer in layers.items() if fnmatchcase(name, glob)}
-    if grouped := [name for name, layer in chosen.items() if getattr(layer, "groups", 1) > 1]:
-        raise ValueError(f"visft.lora.targets: {glob!r} matches {grouped[0]}, a grouped convolution, which has no LoRA")
-    return {name: (0, len(layer.weight)) for name, layer in chosen.items()}
 
 
 def first_value(backbone: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value, fp32 on the CPU, of "...lora_A" or "...lora_B" in a backbone that was adapted without values."""
     path, _, kind = name.rpartition(".")
-    return lora_layers(backbone)[path].first_value(kind, generator_for(seed, path))
+    layer: Any = backbone.get_submodule(path)
+    shape = layer.shapes[kind]
+    bound = 0.0 if kind == "lora_B" else 1.0 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, path))
 
 
 def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:

@@ -35,22 +35,23 @@ class TimmBackbone(nn.Module):
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     classifier_names: tuple[str, ...]
-    unused: tuple[str, ...]  #: children that the map does not need
     left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
     layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
     pruning: str  #: the call that makes timm's model end there, as a line of Python; empty if it is whole
     num_prefix_tokens: int  #: of a plain ViT, in front of its patches
+    forward_features: Callable[[Tensor], Tensor]
     set_grad_checkpointing: Callable[[bool], None]
     prune_intermediate_layers: Callable[..., Any]
-    _recompute = "none"
+    #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other policies.
+    recompute = "none"
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
-        model: Any = self
+        self.set_grad_checkpointing(self.recompute != "none")
         patch = self.patch
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        return self._map(model.forward_features(images), images)
+        return self._map(self.forward_features(images), images)
 
     def map_of(self, given: Tensor, images: Tensor) -> Tensor:
         """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
@@ -60,8 +61,7 @@ class TimmBackbone(nn.Module):
         """Tokens or a map of timm's as (B, D, h, w)."""
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(self, "output_fmt", "NCHW") == "NHWC" else features
-        if self.patch is None:
-            raise ValueError(f"features of shape {tuple(features.shape)}")
+        assert self.patch is not None, f"features of shape {tuple(features.shape)}"
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         tokens = features[:, self.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
@@ -74,24 +74,10 @@ class TimmBackbone(nn.Module):
                 module.train(False)
         return self
 
-    @property
-    def recompute(self) -> str:
-        """ "block": every block, or stage, is recomputed in the backward pass; "none". timm knows no other policies."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, policy: str) -> None:
-        from timm.layers import set_reentrant_ckpt
-
-        set_reentrant_ckpt(False)  # a reentrant one gives no gradient to adapters behind a frozen stem
-        if policy != self._recompute:
-            self.set_grad_checkpointing(policy != "none")
-        self._recompute = policy
-
     def describe(self) -> str:
         """A few words for the console."""
-        text = f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
-        return text + (f", read after {self.ends()[-1]}" if self.layers_read else "")
+        read = f", read after {self.ends()[-1]}" if self.layers_read else ""
+        return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels{read}"
 
     def ends(self) -> list[str]:
         """Names of the blocks that can be read, by number: those of timm's list of features, and their siblings."""
@@ -117,17 +103,6 @@ class TimmBackbone(nn.Module):
         arguments = "".join(f", {key}={value}" for key, value in more.items())
         self.pruning = f"model.prune_intermediate_layers([{index}]{arguments})"
 
-    def stored_buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to its weights (statistics of batch norms)."""
-        kept = self.state_dict().keys()
-        return {name: value for name, value in self.named_buffers() if name in kept}
-
-    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
-        """Replace buffers by name, e.g. those on the meta device."""
-        for name, value in values.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(owner), leaf, value)
-
 
 def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Names of the classifiers that timm's configuration of a model tells."""
@@ -150,12 +125,11 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     backbone.train()
     backbone.read_after(layers)
     if next(model.parameters()).is_meta:
-        backbone.width, backbone.patch_size, backbone.unused = _measured(backbone)
+        backbone.width, backbone.patch_size, unused = _measured(backbone)
     else:
         twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta")
-        backbone.width, backbone.patch_size, backbone.unused = twin.width, twin.patch_size, twin.unused
-    before, unused = model.state_dict(), backbone.unused
-    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters() if key.partition(".")[0] in unused}
+        backbone.width, backbone.patch_size, unused = twin.width, twin.patch_size, [*twin.left_out]
+    before, owners = model.state_dict(), {key.rpartition(".")[0] for key in unused}
     for owner in sorted(owners):  # those inside of others come behind them
         parent, _, leaf = owner.rpartition(".")
         if owner in dict(model.named_modules()):
@@ -164,8 +138,8 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     return backbone
 
 
-def _measured(backbone: TimmBackbone) -> tuple[int, int, tuple[str, ...]]:
-    """(width, pixels to a cell, children that the map does not need) of a backbone on the meta device."""
+def _measured(backbone: TimmBackbone) -> tuple[int, int, list[str]]:
+    """(width, pixels to a cell, parameters of children that the map does not need) of a backbone on the meta device."""
     named = dict(backbone.named_parameters())
     try:
         with torch.enable_grad():
@@ -180,8 +154,7 @@ def _measured(backbone: TimmBackbone) -> tuple[int, int, tuple[str, ...]]:
             "plain ViTs and convolutional networks do"
         ) from error
     used = {name.partition(".")[0] for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
-    unused = tuple(dict.fromkeys(name.partition(".")[0] for name in named if name.partition(".")[0] not in used))
-    return width, backbone.patch or _SIDE // rows, unused
+    return width, backbone.patch or _SIDE // rows, [name for name in named if name.partition(".")[0] not in used]
 
 
 def build_timm(
@@ -202,10 +175,9 @@ def build_timm(
         name: with or without the tag of pretrained weights, which decides how images are normalised.
         image_size: side that the position embeddings belong to; None: the model's own.
         layers: see `TimmBackbone.read_after`.
-        device: "cpu", or "meta" for shapes without memory.
         seed: decides every weight, on one version of timm.
     """
-    backbone = as_backbone(*build_model(name, image_size, device=device, seed=seed), layers=layers)
+    backbone = as_backbone(*build_model(name, image_size, device, seed), layers)
     for key, parameter in backbone.named_parameters():
         gain = parameter.ndim == 1 and key.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2")
         if gain and device != "meta" and parameter.abs().max() < _SMALLEST_GAIN:
@@ -214,20 +186,16 @@ def build_timm(
     return backbone
 
 
-def build_model(
-    name: str, image_size: int | None, *, device: str, seed: int = 0
-) -> tuple[nn.Module, str, dict[str, int]]:
-    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no positions).
-
-    Raises ValueError as `build_timm`.
-    """
+def build_model(name: str, image_size: int | None, device: str, seed: int) -> tuple[nn.Module, str, dict[str, int]]:
+    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no positions)."""
     check_timm(name)
     import timm
+    from timm.layers import set_reentrant_ckpt
 
+    set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
     size = {} if image_size is None else {"img_size": image_size}
-    options: list[dict[str, Any]] = [{"dynamic_img_size": True, **size}, size, {}]
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        for more in options:
+        for more in ({"dynamic_img_size": True, **size}, size, dict[str, Any]()):
             torch.manual_seed(seed)
             try:
                 model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **more)
@@ -245,8 +213,7 @@ def fine_map(name: str) -> tuple[int | None, int]:
     """(number of the block whose map has a cell for 16 pixels, None: the last; side of an image of some 20 cells)."""
     backbone = build_timm(name, device="meta")
     known = [(str(info["module"]), int(info["reduction"])) for info in getattr(backbone, "feature_info", ())]
-    fine = [(block, stride) for block, stride in known if stride <= 16] or [("", 16)]
-    block, stride = fine[-1]
-    if fine[-1:] == known[-1:] or not block:
+    block, stride = ([one for one in known if one[1] <= 16] or [("", 16)])[-1]
+    if not block or (block, stride) == known[-1]:
         return None, 320 // stride * stride
     return backbone.ends().index(block), 320

@@ -27,7 +27,7 @@ from visft_ds import DEEPSPEED
 from visft_ds.config.schema import OptimizerParams, SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel
-from visft_ds.models import require_eva_vit
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.partition import Partition
@@ -281,5 +281,6 @@ def build_engine(
     else:
         engine = PipelineEngine(module, groups, config, bounds=partition.bounds, **common)
     if compile == "blocks":
-        require_eva_vit(module.backbone).compile_blocks()
+        assert isinstance(module.backbone, EvaViT), "the configuration allows no other"
+        module.backbone.compile_blocks()
     return engine

@@ -59,7 +59,7 @@ class StagesModule(PipelineModule):
             )
         for index, layer in enumerate(layers):
             if not self._local_start <= index < self._local_stop:
-                release(model, layer)
+                release(layer)
 
     def _partition_layers(self, method: str = "given") -> None:
         # DeepSpeed's method "parameters" counts what trains: with frozen blocks one stage would get nearly all of them.

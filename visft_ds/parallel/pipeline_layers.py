@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
-from visft_ds.models import require_eva_vit
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import LossDenominators
 
@@ -26,8 +26,9 @@ class Layer(nn.Module):
 
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
+        assert isinstance(model.backbone, EvaViT), "the configuration allows no other"
         # A tuple, so that the whole model is not part of this layer; the parts of other stages are on the meta device.
-        self._whole = (model, require_eva_vit(model.backbone))
+        self._whole = (model, model.backbone)
 
 
 class EmbeddingLayer(Layer):
@@ -98,7 +99,8 @@ def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
 
 def pipeline_layers(model: MultiTaskModel) -> list[nn.Module]:
     """The layers in order: the embedding, each block, the heads."""
-    depth = require_eva_vit(model.backbone).depth
+    assert isinstance(model.backbone, EvaViT)
+    depth = model.backbone.depth
     return [EmbeddingLayer(model), *(BlockLayer(model, index) for index in range(depth)), HeadsLayer(model)]
 
 
@@ -113,9 +115,9 @@ def owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
     return found
 
 
-def release(model: MultiTaskModel, layer: nn.Module) -> None:
+def release(layer: nn.Module) -> None:
     """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta device."""
     layer.to("meta")
     if isinstance(layer, EmbeddingLayer):  # parameters of the backbone itself, which the line above does not reach
-        backbone = require_eva_vit(model.backbone)
+        _, backbone = layer._whole
         backbone.pos_embed, backbone.cls_token = layer.pos_embed, layer.cls_token

@@ -98,8 +98,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
 def is_here(config: VisftConfig) -> bool:
     """Return True if all splits of a run lie on this machine, so that they can be looked at before it."""
     data = config.data
-    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
-    places += [(data.root, data.val)] if config.run.eval_every else []
+    places = [*data.places(), *([(data.root, data.val)] if config.run.eval_every else [])]
     return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
 
 

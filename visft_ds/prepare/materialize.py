@@ -164,8 +164,9 @@ def fill_model(
 
     try:
         fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
-        if isinstance(backbone, TimmBackbone):
-            backbone.set_buffers(base.buffers())
+        for name, value in base.buffers().items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, value)
     except ValueError as error:
         if all(name in held for name, _ in module.named_parameters()):
             raise

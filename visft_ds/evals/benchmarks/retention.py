@@ -87,7 +87,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
             raise ValueError(f"{_ASKS} {spec.label} is timm's {own}, which cannot feed the classifier of {name}")
         lent = _tensors(own, weights)
         values |= {key: lent[key] for key in lent if not key.startswith(tuple(f"{one}." for one in classifiers))}
-    _, _, options = build_model(name, side, device="meta")
+    _, _, options = build_model(name, side, "meta", 0)
     model = timm.create_model(name, num_classes=classes, **options)
     with reading(weights or name, f"weights of timm's {name}"):
         model.load_state_dict(values)
