@@ -230,11 +230,12 @@ def test_no_task_at_all_is_one_error() -> None:
 def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
     groups = (
         'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}, '
-        '{"name": "b", "params": "heads.captioning.fc.*"}, {"name": "c", "params": "heads.detection.*"}, '
+        '{"name": "b", "params": "heads.captioning.fc.*"}, '
+        '{"name": "c", "params": "heads.detection.*,heads.captioning.*"}, '
         '{"name": "d", "params": "backbone.*.lora_*"}, {"name": "e", "params": "heads.*.nothing"}]'
     )
-    names = [group.name for group in debug("visft.tasks=detection,segmentation", groups).visft.param_groups]
-    assert names == ["c", "d", "e"]
+    kept = debug("visft.tasks=detection,segmentation", groups).visft.param_groups
+    assert [group.name for group in kept] == ["c", "d", "e"] and kept[0].params == "heads.detection.*"
     assert len(debug(groups).visft.param_groups) == 5
 
 

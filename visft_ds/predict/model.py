@@ -198,15 +198,11 @@ class Model:
             task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
             for task, results in by_task.items()
         }
-        return [
-            Prediction(
-                one.pixels,
-                one.path,
-                self.categories,
-                {t: [r for r in surest[t] if r["image_id"] == place] for t in surest},
-            )
-            for place, one in enumerate(images)
-        ]
+        found = []
+        for place, one in enumerate(images):
+            own = {task: [r for r in results if r["image_id"] == place] for task, results in surest.items()}
+            found.append(Prediction(one.pixels, one.path, self.categories, own))
+        return found
 
 
 def check_options(threshold: float, batch_size: int | None) -> None:
