@@ -46,8 +46,7 @@ def refuse_secrets(url: str) -> str:
     """The URL of a folder. Raises ValueError for a password or a query, which would be stored with each run."""
     if "://" in url and not url.lower().startswith("file:") and (_USER.search(url) or "?" in url or "#" in url):
         raise ValueError(
-            "a URL may have no password, query or fragment, which each run would record: what requests need goes into "
-            'the environment variable FSSPEC_HTTP, as {"headers": {"Authorization": "..."}}'
+            "a URL may have no password, query or fragment, which each run would record; headers go into FSSPEC_HTTP"
         )
     return url
 
