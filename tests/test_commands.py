@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from unittest import mock
 
 import deepspeed
 import pytest
@@ -16,17 +15,9 @@ from packaging.specifiers import SpecifierSet
 
 import visft_ds
 from visft_ds.cli import COMMANDS, main
-from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.parallel import engine
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def packages() -> dict[str, object]:
-    """What setup.py hands to setuptools."""
-    with mock.patch("setuptools.setup") as setup:
-        exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": ROOT / "setup.py"})
-    return dict(setup.call_args.kwargs)
 
 
 def test_help_and_version_name_everything_and_what_is_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,19 +55,6 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(unbuffered: str) -> No
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-def test_every_configuration_is_installed_and_has_one_copy() -> None:
-    """setup.py lists the folders of ds_configs/: one that it forgot would be missing in a wheel."""
-    found = packages()
-    folders = found["package_dir"]
-    assert isinstance(folders, dict)
-    listed = {path for folder in folders.values() for path in (ROOT / folder).glob("*.json")}
-    assert listed == set((ROOT / "ds_configs").rglob("*.json")) != set()
-    for package, folder in folders.items():
-        assert package == "visft_ds." + folder.replace("/", ".") and package in found["packages"]
-        assert found["package_data"][package] == ["*.json"]
-    assert ROOT / "ds_configs" == CONFIG_ROOT and not (ROOT / "visft_ds/ds_configs").exists()
 
 
 def test_the_range_of_deepspeed_is_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

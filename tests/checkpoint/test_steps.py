@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.tiny import command
 from tools.merge_lora import main as merge
 from visft_ds import evaluate, load
-from visft_ds.interop.heads import find_head, head_file, open_head
+from visft_ds.interop.heads import head_file, open_head
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 LAST, EARLIER = "checkpoints/step_00000004", "checkpoints/step_00000002"
@@ -25,12 +25,12 @@ def test_heads_of_a_checkpoint_are_those_of_the_export_at_that_step() -> None:
     run = finished.runs() / "stage1"
     for task in ("detection", "segmentation", "captioning"):
         there, exported = (
-            open_head(find_head(run / LAST, task), task).build(),
+            open_head(run / LAST, task).build(),
             open_head(head_file(run / "export", task), task).build(),
         )
         wanted = exported.state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in there.state_dict().items())
-        assert open_head(find_head(run / EARLIER, task), task).info.extra["step"] == 2
+        assert open_head(run / EARLIER, task).info.extra["step"] == 2
 
 
 def test_the_last_checkpoint_predicts_measures_and_merges_as_the_run(tmp_path: Path) -> None:

@@ -67,9 +67,7 @@ def test_a_file_or_a_folder_of_timm_is_other_weights(tmp_path: Path) -> None:
 
 
 def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
-    with pytest.raises(
-        ValueError, match=r"^hf-hub:some/clip@main/config.json is not in the hub's cache: --download fetches it"
-    ):
+    with pytest.raises(ValueError, match="--download fetches it"):
         named("hf-hub:some/clip")
     config = of("--backbone", "hf-hub:some/clip", "--download")
     model = config.visft.model
@@ -116,8 +114,6 @@ def test_what_is_missing_says_how_to_get_it(hub: FakeHub, tmp_path: Path) -> Non
 
 def test_download_fetches_what_a_configuration_names(hub: FakeHub) -> None:
     words = ["--model", "clip_vit_b", "--set", "visft.model.weights=hf-hub:some/clip"]
-    assert [item.what for item in missing_inputs(of(*words))].count("base weights of clip_vit_b, in the hub's cache")
-    assert not hub.requests
     of(*words, "--download", "--dry-run")
     assert not hub.requests
     config = of(*words, "--download")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT
-from visft_ds.data.shards import INDEX_DTYPE, Manifest
+from visft_ds.data.shards import Manifest, index_path
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -50,15 +49,12 @@ def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
     assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
 
 
-def _shards(folder: Path, without: int = 0, **counts: int) -> list[str]:
+def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list[str]:
     """Flags of a training over data of which the manifest counts this."""
-    rows = io.BytesIO()
-    np.save(rows, np.zeros(0, INDEX_DTYPE))
-    Manifest(
-        **{"root": folder, "split": "train", "categories": (), "counts": {"images": 0, **counts}, "shards": ()},
-        **{"vocabulary": {}, "left_out": (), "findings": {"instance without mask": [without, []]}, "options": {}},
-        **{"sources": {}, "fingerprint": "0" * 64, "index_sha256": hashlib.sha256(rows.getvalue()).hexdigest()},
-    ).save(rows.getvalue())
+    shutil.copytree(shards, folder, dirs_exist_ok=True)
+    found = Manifest.load(folder, "train")
+    changed = replace(found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]})
+    changed.save(index_path(folder, "train").read_bytes())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 
 
@@ -66,8 +62,8 @@ def _tasks(*words: str) -> list[str]:
     return list(resolve_arguments(words)[1].visft.tasks.enabled())
 
 
-def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
-    boxes = _shards(tmp_path, without=4, annotations=7, trainable=7, captions=0)
+def test_tasks_are_those_that_the_data_has_labels_for(shards: Path, tmp_path: Path) -> None:
+    boxes = _shards(shards, tmp_path, without=4, annotations=7, trainable=7, captions=0)
     config = resolve_arguments(boxes)[1]
     assert list(config.visft.tasks.enabled()) == ["detection"]
     assert "no mask for 4 of its 7 objects" in config.sources["visft.tasks.segmentation"]
@@ -79,8 +75,8 @@ def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
     assert len(_tasks("--deepspeed_config", str(tmp_path / "whole.json"), *boxes[4:])) == 3
 
 
-def test_where_nothing_would_be_left_nothing_is_decided(tmp_path: Path) -> None:
-    flags = _shards(tmp_path, annotations=0, trainable=0, captions=0)
+def test_where_nothing_would_be_left_nothing_is_decided(shards: Path, tmp_path: Path) -> None:
+    flags = _shards(shards, tmp_path, annotations=0, trainable=0, captions=0)
     assert len(_tasks(*flags)) == 3
 
 

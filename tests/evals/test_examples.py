@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ from tests.evals.conftest import World, load_stage2
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples, example_positions
-from visft_ds.evals.model import EvaluationModel
 from visft_ds.parallel import distributed
 from visft_ds.tasks.pictures import Picture, split_panels
 
 TASKS = ("detection", "segmentation", "captioning")
-Drawn = dict[str, dict[int, Picture]]
 
 
 def test_positions(split: Manifest) -> None:
@@ -30,27 +27,27 @@ def test_positions(split: Manifest) -> None:
         assert example_positions(reader, TASKS, 4, limit=2) == [0, 1]
 
 
-@pytest.fixture
-def reader(world: World) -> Iterator[ShardReader]:
-    with ShardReader(Manifest.load(world.shards, "val")) as reader:
-        yield reader
+def test_every_task_has_its_picture_of_every_image(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks predict as often, because under ZeRO-3 every prediction is collective, and draw nothing."""
+    model, calls = load_stage2(world), list[list[int]]()
 
+    def predict(batch: Batch) -> dict[str, Any]:
+        calls.append(batch.image_ids.tolist())
+        return model.predict(batch)
 
-def _draw(world: World, reader: ShardReader, model: EvaluationModel, predict: Any = None) -> Drawn:
-    """Of two images; a threshold of 0, because a head that never learnt is sure of nothing."""
-    streams = world.configs[2].visft.streams()
-    return draw_examples(predict or model.predict, reader, streams, model.vocabulary, 2, threshold=0.0)
+    def draw() -> dict[str, dict[int, Picture]]:
+        """Of two images; a threshold of 0, because a head that never learnt is sure of nothing."""
+        with ShardReader(Manifest.load(world.shards, "val")) as reader:
+            streams = world.configs[2].visft.streams()
+            return draw_examples(predict, reader, streams, model.vocabulary, 2, threshold=0.0)
 
-
-def test_every_task_has_its_picture_of_every_image(world: World, reader: ShardReader) -> None:
-    model = load_stage2(world)
-    drawn = _draw(world, reader, model)
+    drawn = draw()
     shown = list(drawn["detection"])
     assert len(shown) == 2 and all(list(drawn[task]) == shown for task in TASKS)
     with torch.no_grad():
         for parameter in model.module.heads.parameters():
             parameter.copy_(parameter.flip(0))
-    again = _draw(world, reader, model)
+    again = draw()
     for task in TASKS:
         panels = []
         for image_id in shown:
@@ -60,21 +57,6 @@ def test_every_task_has_its_picture_of_every_image(world: World, reader: ShardRe
             assert not np.array_equal(before[1][:height], after[1][:height]), f"{task}: no prediction is drawn"
             panels.append(before[0])
         assert not np.array_equal(panels[0], panels[1])
-
-
-def test_other_ranks_predict_as_often_and_draw_nothing(
-    world: World, reader: ShardReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under ZeRO-3 every prediction is a collective operation."""
-    calls: list[list[int]] = []
-    model = load_stage2(world)
-
-    def predict(batch: Batch) -> dict[str, Any]:
-        calls.append(batch.image_ids.tolist())
-        return model.predict(batch)
-
-    _draw(world, reader, model, predict)
-    main, calls = calls, []
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    drawn = _draw(world, reader, model, predict)
-    assert calls == main and main and drawn == {task: {} for task in TASKS}
+    main = calls[: len(calls) // 2]
+    assert draw() == {task: {} for task in TASKS} and main and calls == 3 * main

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
-from visft_ds.evals.benchmarks import layers
+from visft_ds.evals.benchmarks import dense, layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
 from visft_ds.evals.benchmarks.judge import Settings, judge
 from visft_ds.evals.benchmarks.kinds import parse_benchmark
@@ -24,9 +24,7 @@ from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.model import ModelFiles, _load_backbone
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.efficientnet import installed
 from visft_ds.models.lora import inject_lora
 
 
@@ -49,8 +47,6 @@ def test_a_tower_of_ours_and_the_same_in_open_clip(tmp_path: Path) -> None:
     found = _read(f"{path}#0", images)
     assert relative(found["patches"], tokens) < 1e-5
     assert found["pooled"].shape == (2, tokens.shape[1])
-    with pytest.raises(ValueError, match="no block 7"):
-        _read(f"{path}#7", images)
 
 
 def _adapted(tmp_path: Path, model: str) -> tuple[Any, Adapter]:
@@ -72,18 +68,13 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     first = _read(f"{path}+{tmp_path}/adapter#0@0.5", images)["patches"]
     assert relative(_read(f"merged={tmp_path}/merged.safetensors#0", images)["patches"], first) < 1e-5
     assert relative(_read(f"{path}#0", images)["patches"], first) > 1e-3
-
-
-@torch.no_grad()
-def test_what_was_trained_up_to_a_block_is_read_there(tmp_path: Path) -> None:
-    """By what adapter and header of the merged file say. No embedding: the projection reads the last block."""
-    path, images = save_clip(make_clip(), tmp_path / "clip.safetensors"), torch.randn(1, 3, SIDE, SIDE)
+    # What was trained up to a block is read there, by what the adapter and the header of the merged file say.
     backbone, adapter = _adapted(tmp_path, f"{path}#0")
-    merge(path, adapter, tmp_path / "merged.safetensors")
+    merge(path, adapter, tmp_path / "short.safetensors")
     wanted = backbone(images)
-    for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/merged.safetensors"):
+    for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/short.safetensors"):
         assert relative(_read(model, images)["patches"], wanted) < 1e-5
-    assert relative(_read(f"{tmp_path}/merged.safetensors#1", images)["patches"], wanted) > 1e-2
+    assert relative(_read(f"{tmp_path}/short.safetensors#1", images)["patches"], wanted) > 1e-2
     with pytest.raises(ValueError, match="no block 1"):
         _read(f"{path}+{tmp_path}/adapter#1", images)
 
@@ -100,11 +91,17 @@ def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
     assert torch.equal(_read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)["patches"], wanted)
 
 
+@pytest.fixture(autouse=True)
+def probes_learn_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("PLACES", 500), ("PATCHES", 200), ("_STEPS", 50)):
+        monkeypatch.setattr(dense, name, count)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of two colours whose border moves, with label maps."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for part, count in (("train", 6), ("val", 12)):
+    for part, count in (("train", 4), ("val", 8)):
         for number in range(count):
             border = int(rng.integers(20, 44))
             labels = (np.arange(64) >= border).astype(np.uint8)[None].repeat(64, axis=0)
@@ -141,15 +138,16 @@ def test_one_forward_reads_what_each_cut_model_gives(
             assert score.value == pytest.approx(alone[str(number)][name].value, abs=0.02)
 
 
-def _weights(folder: Path) -> Path:
-    torch.manual_seed(0)
-    values = timm.create_model("test_vit", num_classes=0).state_dict()
-    save_file({key: value.contiguous() for key, value in values.items()}, folder / "vit.safetensors")
-    return folder / "vit.safetensors"
-
-
 def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["layers", "--model", f"timm:test_vit:{_weights(tmp_path)}", "--benchmark", f"dense={pictures},name=two"]
+    values = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file({key: value.contiguous() for key, value in values.items()}, tmp_path / "vit.safetensors")
+    words = [
+        "layers",
+        "--model",
+        f"timm:test_vit:{tmp_path}/vit.safetensors",
+        "--benchmark",
+        f"dense={pictures},name=two",
+    ]
     words += ["--threads", "0", "--primary", "dense/two knn mIoU", "--out", str(tmp_path / "out")]
     assert evaluate(words) == 0
     record = json.loads((tmp_path / "out" / "layers.json").read_text())
@@ -177,10 +175,3 @@ def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert (choice.block, choice.difference) == ("end", None)
     with pytest.raises(ValueError, match="too few test images"):
         choose({"end": {"n": Score("n", np.ones(3), np.zeros(3, dtype=np.int64))}})
-
-
-def test_a_base_is_read_where_its_run_read_it() -> None:
-    """Whatever the header of the base file holds."""
-    model = {"preset": "timm:tf_efficientnet_lite0", "layers": [4]}
-    backbone, _ = _load_backbone(ModelFiles(Path(installed()), Path("heads"), None, model), {}, torch.float32)
-    assert tuple(backbone.layers_read) == (4,) and backbone.width == 112

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -123,48 +120,9 @@ def test_benchmarks_stand_on_the_page(tmp_path: Path, undrawn: None) -> None:
     assert report([str(tmp_path / "run"), "--benchmarks", str(tmp_path / "table")]) == 2
 
 
-def test_what_cannot_be_shown_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [str(_run(tmp_path / name)) for name in ("run", "b")]
-    for words, said in (([str(tmp_path / "nowhere")], "run.json"), (runs, "--out")):
-        assert report(words) == 2 and said in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.html"))
-
-
 def test_a_chart_tells_what_it_lacks() -> None:
     """The same bytes every time, names escaped, values of a wide range on a logarithmic axis."""
     series = [Series([0, 1, 2], [100.0, math.nan, 1.0], "#123456", name="a & $b$ <c>")]
     text, again = (line_chart(series, title="t", y_label="y") for _ in range(2))
     assert text == again and text.startswith("<svg ") and "a &amp; $b$ &lt;c&gt;" in text and ">50</text>" in text
     assert "no finite values" in line_chart([Series([1], [math.inf], "#123456")], title="t", y_label="y")
-
-
-@pytest.mark.slow
-def test_the_page_fits_into_narrow_and_wide_windows(tmp_path: Path) -> None:
-    """At each width nothing makes the page wider than the window, and what is not in a part that scrolls lies in it.
-
-    One start of the browser: a frame has the width that its page sees as the window's.
-    """
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on this machine")
-    runs = [_run(tmp_path / name) for name in ("a-run-with-a-rather-long-name-of-its-own", "second", "third")]
-    pages = [_page(runs[0]), _page(*runs, "--out", tmp_path / "all.html")]
-    widths = (360, 768, 1600)
-    frames = [f'<iframe width={width} srcdoc="{html.escape(page)}"></iframe>' for page in pages for width in widths]
-    script = """onload = () => { document.title = [...document.querySelectorAll("iframe")].map(frame => {
-      const page = frame.contentDocument, room = page.documentElement.clientWidth
-      const out = [...page.querySelectorAll("main *")].filter(one => !one.closest(".scroll > *, pre, svg *")
-        && one.getBoundingClientRect().right > room + 0.5)
-      return [frame.width - room, page.documentElement.scrollWidth - room, page.querySelectorAll("section").length,
-              ...out.map(one => one.tagName)].join(" ") }).join("|") }"""
-    (tmp_path / "frames.html").write_text(f"<!doctype html><title></title><script>{script}</script>{''.join(frames)}")
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frames.html").as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title is not None, done.stderr
-    found = title[1].split("|")
-    assert len(found) == len(frames)
-    for told in found:
-        bar, beyond, sections, *out = told.split()
-        assert 0 <= int(bar) <= 20 and int(beyond) <= 0 and int(sections) == 4 and out == [], found

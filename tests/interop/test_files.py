@@ -37,6 +37,7 @@ def _tensors() -> dict[str, Tensor]:
         "scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
         "turned": torch.randn(4, 6, generator=generator).t(),
+        "expanded": torch.tensor(7).expand(1),
     }
 
 
@@ -50,7 +51,7 @@ def _same(file: Weights, expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("nesting", [(), ("model",), ("module",), ("state_dict", "model")])
 def test_same_tensors_from_every_container(tmp_path: Path, container: str, nesting: tuple[str, ...]) -> None:
-    tensors = _tensors()
+    tensors = _tensors() if nesting else {**_tensors(), "module.some": torch.ones(2)}
     content: object = {f"module.{name}": value for name, value in tensors.items()} if nesting else tensors
     if container == "safetensors":
         path = tmp_path / "w.safetensors"
@@ -62,12 +63,6 @@ def test_same_tensors_from_every_container(tmp_path: Path, container: str, nesti
         # Published ViSFT adapters have the sizes of files from before torch's zip format, which cannot be mapped.
         torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
     _same(open_weights(path), tensors)
-
-
-def test_module_prefix_of_some_names_stays(tmp_path: Path) -> None:
-    tensors = {"module.a": torch.ones(2), "b": torch.ones(2)}
-    torch.save(tensors, tmp_path / "w.pt")
-    _same(open_weights(tmp_path / "w.pt"), tensors)
 
 
 def test_the_library_reads_what_the_streaming_writer_writes(tmp_path: Path) -> None:
@@ -119,19 +114,6 @@ def test_contents_that_are_no_weights(tmp_path: Path, content: object) -> None:
         open_weights(tmp_path / "w.pt")
 
 
-def test_only_the_asked_tensor_is_produced_and_held(tmp_path: Path) -> None:
-    order: list[str] = []
-
-    def produce(name: str) -> Tensor:
-        order.append(name)
-        return torch.full((4,), float(len(order)))
-
-    tensors = {name: Lazy((4,), torch.float32, partial(produce, name)) for name in ("c", "a", "b")}
-    write_safetensors(tmp_path / "w.safetensors", tensors, {})
-    assert order == ["a", "b", "c"]
-    assert load_file(tmp_path / "w.safetensors")["b"].tolist() == [2.0] * 4
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, {})
@@ -157,17 +139,6 @@ def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
     assert os.listdir(whole.parent) == ["w.safetensors"]
 
 
-def test_tensors_of_any_stride_are_written(tmp_path: Path) -> None:
-    tensors = {
-        "one": torch.tensor(7).expand(1),
-        "rows": torch.tensor([1.0, 2.0]).expand(3, 2),
-        "turned": torch.eye(3).T[1:],
-    }
-    save_tensors(tmp_path / "w.safetensors", tensors, {})
-    loaded = load_file(tmp_path / "w.safetensors")
-    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
-
-
 def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:
     """Of 64 MiB in 16 bit. On a CPU torch makes an fp32 copy of all that it sums in fp32: twice as much again."""
     count = 2**25
@@ -179,11 +150,9 @@ def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:
     assert sizes["read peak"] < 2 * count + 2**24
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("place", [0, 5_000_000, -1])
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, place: int, bad: float) -> None:
-    values = torch.ones(2500, 2600, dtype=dtype)
+@pytest.mark.parametrize(("place", "bad"), [(0, float("nan")), (5_000_000, float("-inf"))])
+def test_a_value_that_is_not_finite_is_found_anywhere(place: int, bad: float) -> None:
+    values = torch.ones(2500, 2600, dtype=torch.bfloat16)
     for part in (values, values[0, 0], values[:0]):
         assert finite(part, "it") is part
     values.view(-1)[place] = bad

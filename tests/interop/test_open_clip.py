@@ -18,12 +18,8 @@ from tests.random_tower import (
     build_backbone,
     merge,
     move_adapters,
-    random_tower,
     relative,
-    save_adapter,
-    save_backbone,
 )
-from tools.merge_lora import main
 from visft_ds.interop.export import FORMATS
 from visft_ds.interop.layouts import load_backbone, model_in
 from visft_ds.interop.weights import Lazy, Weights, open_weights
@@ -61,16 +57,6 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(
         assert torch.equal(got.encode_text(text), wanted_text), "the text tower is untouched"
         # Class token -> CLIP projection, which the tower of ours does not have.
         assert relative(got.encode_image(images), whole.visual.trunk.head(wanted[:, 0])) < TOLERANCE
-
-
-def test_a_tower_alone_is_no_model_for_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = random_tower(1)
-    save_backbone(ours, tmp_path / "tower.safetensors", "visual.")
-    inject_lora(ours, rank=2)
-    folder, out = save_adapter(adapter_of(ours), tmp_path / "adapter"), tmp_path / "out"
-    words = ["--base", tmp_path / "tower.safetensors", "--adapter", folder, "--format", "open_clip", "--out", out]
-    assert main([str(word) for word in words]) == 2
-    assert "text tower" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(("preset", "name"), [("eva_e", "EVA02-E-14-plus"), ("eva_g", "EVA01-g-14-plus")])

@@ -16,10 +16,9 @@ from tests.random_tower import adapter_of, merge, move_adapters, random_tower, r
 from tests.small_timm import FAMILIES, adapted, random_base
 from tools.merge_lora import main
 from visft_ds.interop import export, transformers_names
-from visft_ds.interop.adapter import PEFT_CONFIG
 from visft_ds.interop.card import README, repository_of
+from visft_ds.interop.export import by_library
 from visft_ds.interop.layouts import load_backbone, model_of
-from visft_ds.interop.verify import by_library
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
@@ -127,23 +126,6 @@ def test_published_sizes_have_names_and_shapes_of_transformers(name: str) -> Non
     assert got == wanted and config.get("vision_use_head", False) == ("siglip" in name and "gap" not in name)
 
 
-def test_what_its_library_computes_otherwise_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = random_base("vit_test_patch8_dinov3", tmp_path)
-    save_adapter(adapted("vit_test_patch8_dinov3", base)[1], tmp_path / "adapter")
-    rules = transformers_names._DINO
-    swapped = r"blocks\.(\d+)\.gamma_1", r"blocks\.(\d+)\.gamma_2"
-    monkeypatch.setitem(rules, swapped[0], r"layer.\1.layer_scale2.lambda1")  # type: ignore[arg-type]
-    monkeypatch.setitem(rules, swapped[1], r"layer.\1.layer_scale1.lambda1")  # type: ignore[arg-type]
-    monkeypatch.delitem(rules, r"blocks\.(\d+)\.gamma_(\d)")  # type: ignore[arg-type]
-    monkeypatch.setitem(rules, r"blocks\.(\d+)\.", rules.pop(r"blocks\.(\d+)\."))  # type: ignore[attr-defined, arg-type]
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--format", "transformers")
-    assert _run(*given, "--verify") == 1 and not (tmp_path / "out").exists()
-    said = capsys.readouterr()
-    assert "by transformers" in said.out and "does not compute what base + adapter does" in said.err
-
-
 @pytest.mark.parametrize("name", ["vit_test_plus_patch8_dinov3_qkvb", "test_convnext"])
 def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None:
     """By its wrapper around timm's models; a run's own base weights have no last norm of a ConvNeXt."""
@@ -177,16 +159,6 @@ def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
     )
     assert repository_of("weights/EVA02_CLIP_E_psz14_plus_s9B.pt") == "QuanSun/EVA-CLIP"
     assert repository_of("own.safetensors") is None and repository_of(None) is None
-
-
-def test_a_folder_for_peft_names_its_base(tmp_path: Path) -> None:
-    from peft import PeftConfig
-
-    _, adapter = adapted("test_vit", random_base("test_vit", tmp_path))
-    for repository in (None, "timm/test_vit.r160_in1k"):
-        adapter.save(tmp_path / "adapter", repository)
-        assert json.loads((tmp_path / "adapter" / PEFT_CONFIG).read_text())["base_model_name_or_path"] == repository
-        assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == repository
 
 
 @pytest.mark.slow

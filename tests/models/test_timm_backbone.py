@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.random_tower import adapter_of, fold_adapters, header_of, move_adapters, relative, save_adapter
-from tests.random_tower import merge as merged_by_tool
 from tools.merge_lora import main
 from visft_ds.config.schema import ModelConfig
 from visft_ds.interop.adapter import Adapter
@@ -209,27 +208,6 @@ def test_peft_computes_it(tmp_path: Path, name: str) -> None:
     again = Adapter.load(folder)
     assert again.fingerprint() == adapter.fingerprint() and again.layers == adapter.layers
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_resnet",
-        pytest.param("test_convnext", marks=pytest.mark.slow),
-        pytest.param("test_vit", marks=pytest.mark.slow),
-    ],
-)
-def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
-    base = _base_file(name, tmp_path)
-    ours = _adapted(name)
-    adapter = _adapter(ours, name)
-    merged = merged_by_tool(base, adapter, tmp_path / "merged.safetensors", "--verify")
-    model = timm.create_model(name, num_classes=0, checkpoint_path=str(merged)).eval()
-    images = torch.randn(1, 3, 160, 160)
-    with torch.no_grad():
-        assert relative(_map_of(model, images), ours(images)) < TOLERANCE
-    folder = save_adapter(adapter, tmp_path / "adapter")
-    assert main(["--base", str(merged), "--adapter", str(folder), "--out", str(tmp_path / "twice.safetensors")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.test_start import WORDS, configured
+from tests.prepare.test_stages import write_own
 from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
-from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.interop.layouts import base_parameters, buffers_in, open_backbone
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, Placement, open_base
@@ -28,8 +28,8 @@ from visft_ds.resilience.errors import RankError
 DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}
 
 
-def prepare(config: ResolvedConfig, placement: Placement = HOST, heads: Path | None = None) -> PreparedModel:
-    return prepare_model(config.visft, config.optimizer.params, heads_from=heads, vocabulary=WORDS, placement=placement)
+def prepare(config: ResolvedConfig, placement: Placement = HOST, **given: Any) -> PreparedModel:
+    return prepare_model(config.visft, config.optimizer.params, vocabulary=WORDS, placement=placement, **given)
 
 
 def size(tensors: Any) -> int:
@@ -83,14 +83,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_backbone(made.module.backbone, folder / "base.safetensors")
     state = {name: value.detach() for name, value in made.module.backbone.named_parameters()}
     torch.save(state, folder / "base.pt")
-    infos = {}
-    for task, settings in config.visft.tasks.enabled().items():
-        extra = {"vocabulary": WORDS.to_dict()} if task == "captioning" else {}
-        options = settings.head.model_dump(mode="json") | ({"vocabulary_size": WORDS.size} if extra else {})
-        infos[task] = HeadInfo(task, made.module.backbone.width, options, [], extra)
-    for task, head in made.module.heads.items():
-        save_head(head_file(folder, task), infos[task], head.state_dict())
-    return folder
+    return write_own(folder, made, config, WORDS)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +93,9 @@ def test_no_second_copy_is_ever_alive(files: Path, weights: str | None, placemen
     extra = {"visft.model.weights": str(files / weights)} if weights else {}
     config = configured("zero1", {**DEEP, **extra}, stage=1)
     with Alive() as alive:
-        parameters = list(prepare(config, placement, files).module.parameters())
+        parameters = list(prepare(config, placement, heads_from=files).module.parameters())
     largest = max(int(p.numel()) * p.element_size() for p in parameters) * (2 if isinstance(placement, Halves) else 1)
-    whole = size(prepare(config, HOST, files).module.parameters())
+    whole = size(prepare(config, heads_from=files).module.parameters())
     # A tensor that has been read, and what is kept of it.
     assert size(parameters) < alive.peak <= size(parameters) + 2 * largest < size(parameters) + whole / 4
 
@@ -134,13 +127,10 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
     """Also what trains of it, which is wider, and whoever holds it."""
     groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
     config = configured("zero1", {"visft.param_groups": groups}, stage=1)
-    expected = prepare_model(config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS)
-    made = prepare_model(
-        config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS, placement=Only("heads.")
-    )
+    named = dict(prepare(config, precision="bf16").module.backbone.named_parameters())
+    made = prepare(config, Only("heads."), precision="bf16")
     save_base(made.base, made.module.backbone, tmp_path / "base.safetensors")
     written = load_file(tmp_path / "base.safetensors")
-    named = dict(expected.module.backbone.named_parameters())
     assert written.keys() == named.keys()
     assert all(value.dtype == named[n].dtype and torch.equal(value, named[n]) for n, value in written.items())
     assert {written[f"blocks.{index}.mlp.fc1.weight"].dtype for index in (0, 1)} == {torch.bfloat16, torch.float32}
@@ -148,8 +138,8 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
 
 def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path) -> None:
     """DINOv3's periods of rotation are in no file of timm's, and would be refused in ours."""
-    preset = {"preset": "timm:vit_small_patch16_dinov3", "layers": [0], "overrides": {}}
-    config = configured("zero1", {f"visft.model.{key}": value for key, value in preset.items()}, stage=1)
+    model = {"preset": "timm:vit_small_patch16_dinov3", "layers": [0], "overrides": {}}
+    config = configured("zero1", {f"visft.model.{key}": value for key, value in model.items()}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
     base = open_base(config.visft.model, backbone, torch.float32)
     assert "rope.periods" in base.buffers()

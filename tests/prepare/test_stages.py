@@ -1,21 +1,23 @@
-"""Stage 2 is handed the heads of stage 1, ours or published ones, or refuses them with a reason."""
+"""What each stage trains, and heads of stage 1, ours or published ones, that stage 2 is given or refuses."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from tests.published import save_published_head
 from tests.tiny import TINY
-from visft_ds.checkpoint.export import save_base
+from visft_ds.checkpoint.export import describe_heads, save_base
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import HeadInfo, head_file, save_head
-from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.interop.heads import head_file, save_head
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.model import PreparedModel, prepare_model, stage_name
 from visft_ds.tasks import BUILT_IN, TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -26,9 +28,12 @@ PUBLISHED: dict[str, Any] = {f"visft.tasks.{task}.head": TASKS[task].options("he
 PUBLISHED["visft.tasks.segmentation.head.labelling"] = "published"
 
 
-def configured(stage: int, extra: dict[str, Any] | None = None) -> ResolvedConfig:
-    values = {**TINY, **(extra or {})}
-    return resolve(stage=stage, model="debug", settings=[f"{k}={json.dumps(v)}" for k, v in values.items()])
+def configured(stage: int, extra: dict[str, Any] | None = None, *settings: str) -> ResolvedConfig:
+    values = [f"{key}={json.dumps(value)}" for key, value in {**TINY, **(extra or {})}.items()]
+    return resolve(stage=stage, model="debug", settings=[*values, *settings])
+
+
+STAGE1 = configured(1, {**PUBLISHED, "visft.seed": 4})
 
 
 def prepared(config: ResolvedConfig, heads: Path | None = None, words: Vocabulary = WORDS) -> PreparedModel:
@@ -37,29 +42,22 @@ def prepared(config: ResolvedConfig, heads: Path | None = None, words: Vocabular
     )
 
 
-def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, mode: str = "shared", **more: str) -> Path:
+def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, words: Vocabulary = WORDS) -> Path:
     """Heads as a run of stage 1 exports them."""
-    infos = {}
-    for task, settings in config.visft.tasks.enabled().items():
-        options = settings.head.model_dump(mode="json")
-        extra: dict[str, Any] = {"base_weights": model.base.identity, "mode": mode, **more}
-        if task == "captioning":
-            options["vocabulary_size"] = WORDS.size
-            extra["vocabulary"] = WORDS.to_dict()
-        infos[task] = HeadInfo(task, 32, options, [], extra)
+    data = cast(RunData, SimpleNamespace(categories=(), vocabulary=words))
+    facts = {"base_weights": model.base.identity, "mode": "shared"}
+    infos = describe_heads(model.module.backbone, config.visft.tasks.enabled(), facts, data)
     for task, head in model.module.heads.items():
         save_head(head_file(folder, task), infos[task], head.state_dict())
     return folder
 
 
 @pytest.fixture(scope="module")
-def stage1() -> tuple[ResolvedConfig, PreparedModel]:
-    config = configured(1, {**PUBLISHED, "visft.seed": 4})
-    return config, prepared(config)
+def first() -> PreparedModel:
+    return prepared(STAGE1)
 
 
-def test_published_heads_start_stage_2(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
-    _, first = stage1
+def test_published_heads_start_stage_2(first: PreparedModel, tmp_path: Path) -> None:
     for task, head in first.module.heads.items():
         save_published_head(head, task, tmp_path / f"eva_g_{config_class(task).published}_heads.ckpt")
     second = prepared(configured(2, PUBLISHED), tmp_path)
@@ -73,32 +71,24 @@ def test_published_heads_start_stage_2(stage1: tuple[ResolvedConfig, PreparedMod
         prepared(configured(2, PUBLISHED), tmp_path, Vocabulary(("a", "red", "circle")))
 
 
-def test_a_head_of_other_words_is_refused(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
-    config, first = stage1
-    heads = write_own(tmp_path, first, config)
-    assert any(name.startswith("heads loaded strictly") for name in prepared(configured(2, PUBLISHED), heads).notes)
+def test_a_head_of_other_words_is_refused(first: PreparedModel, tmp_path: Path) -> None:
+    heads = write_own(tmp_path, first, STAGE1)
+    notes = prepared(configured(2, PUBLISHED), heads).notes
+    assert any(note.startswith("heads loaded strictly") for note in notes)
+    assert sum("learnt from images of mode shared, this run is sampled" in note for note in notes) == 3
     other = Vocabulary(("a", "red", "circle", "triangle"))
     with pytest.raises(ValueError, match=r"'square'.*'triangle'"):
         prepared(configured(2, PUBLISHED), heads, other)
 
 
-def test_random_base_weights_in_a_file_are_the_same_base(
-    stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path
-) -> None:
+def test_random_base_weights_in_a_file_are_the_same_base(first: PreparedModel, tmp_path: Path) -> None:
     """Heads learnt before there was a file; its content says so. Weights of another seed are noted."""
-    config, first = stage1
-    heads = write_own(tmp_path, first, config)
+    heads = write_own(tmp_path, first, STAGE1)
     save_base(first.base, first.module.backbone, tmp_path / "base.safetensors")
     second = prepared(configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads)
     assert second.base.identity == first.base.identity and not any("warning" in note for note in second.notes)
     other = prepared(configured(2, {**PUBLISHED, "visft.model.weights_seed": 1}), heads)
     assert sum("was trained on other base weights" in note for note in other.notes) == 3
-
-
-def test_heads_of_other_images_are_noted(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
-    config, first = stage1
-    notes = prepared(configured(2, PUBLISHED), write_own(tmp_path, first, config)).notes
-    assert sum("learnt from images of mode shared, this run is sampled" in note for note in notes) == 3
 
 
 @pytest.mark.parametrize("active", [False, True])
@@ -108,3 +98,43 @@ def test_frozen_heads_drop_nothing_unless_asked_to(active: bool) -> None:
     dropouts = [module for module in model.heads.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     assert dropouts and all(module.training == active for module in dropouts)
     assert model.backbone.training and not any(p.requires_grad for p in model.heads.parameters())
+
+
+#: Lines of docs/training.md -> endings of the names that train.
+METHODS: dict[str, tuple[list[str], set[str]]] = {
+    "lora": ([], {"lora_A", "lora_B"}),
+    "bias": (["visft.lora=null", "visft.param_groups=backbone.*bias"], {"bias", "q_bias", "v_bias"}),
+    "norms": (["visft.lora=null", "visft.param_groups=backbone.*norm*"], {"weight", "bias"}),
+    "both": (["visft.param_groups=backbone.*.lora_*,backbone.*norm*"], {"lora_A", "lora_B", "weight", "bias"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_what_it_says(method: str) -> None:
+    lines, endings = METHODS[method]
+    model = prepared(configured(2, None, *lines))
+    trained = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+    assert trained == {name for group in model.groups for name in group.names}
+    assert {name.rpartition(".")[2] for name in trained} == endings
+    assert all(name.startswith("backbone.") for name in trained)
+    assert model.module.train_backbone and not model.module.heads_active
+
+
+def test_all_and_the_last_block() -> None:
+    everything = prepared(configured(2, None, "visft.lora=null", "visft.param_groups=backbone.*")).groups[0]
+    assert everything.count == sum(p.numel() for p in everything.parameters) > 20_000
+    globs = "visft.param_groups=backbone.blocks.1.*, backbone.norm.*"
+    last = prepared(configured(2, None, "visft.lora=null", globs)).groups[0]
+    assert {name.split(".")[1] for name in last.names} == {"blocks", "norm"}
+    assert not any(".blocks.0." in name for name in last.names) and len(last.names) == 15
+
+
+def test_random_heads_train_along_and_need_no_stage_1() -> None:
+    config = configured(2, None, "visft.heads.start=random")
+    assert config.visft.heads.path is None and stage_name(config.visft) == "lora and heads"
+    assert [(group.name, group.params) for group in config.visft.param_groups][1:] == [("heads", "heads.*")]
+    own = 'visft.param_groups.1={"name": "h", "params": "heads.*", "lr": 1e-3}'
+    groups = configured(2, None, "visft.heads.start=random", own).visft.param_groups
+    assert [group.lr for group in groups] == [None, 1e-3]
+    model = prepared(config)
+    assert model.module.heads_active and all(p.requires_grad for p in model.module.heads.parameters())

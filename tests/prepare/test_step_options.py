@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.random_tower import build_backbone
-from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config import resolve
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora
 
-CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.
 TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-PACKED, BLOCKS = (f"visft.model.{key}" for key in ("packed=true", "compile=blocks"))
-MIXED = "visft.tasks.detection.image.fixed_size=null"
 
 
 def compilations() -> tuple[int, int]:
@@ -26,21 +23,17 @@ def compilations() -> tuple[int, int]:
     return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
 
 
-def configured(*settings: str, **layers: Any) -> ResolvedConfig:
-    return resolve(**{"stage": 2, "model": "eva_e", **layers}, settings=settings)
-
-
 def test_packing_is_part_of_what_a_run_is_and_compiling_is_not() -> None:
-    plain = configured()
-    assert configured(PACKED).fingerprint() != plain.fingerprint()
-    assert configured(BLOCKS).fingerprint() == plain.fingerprint()
-
-
-def adapted(device: str = "cpu", dtype: torch.dtype = torch.float32) -> EvaViT:
-    """A frozen tower with adapters that have an effect."""
-    backbone = build_backbone(
-        "debug", width=32, depth=3, num_heads=2, image_size=56, post_norm=True, device=device, dtype=dtype
+    plain, packed, compiled = (
+        resolve(stage=2, model="eva_e", settings=settings).fingerprint()
+        for settings in ([], ["visft.model.packed=true"], ["visft.model.compile=blocks"])
     )
+    assert packed != plain == compiled
+
+
+def adapted(device: str = "cpu") -> EvaViT:
+    """A frozen tower with adapters that have an effect."""
+    backbone = build_backbone("debug", width=32, depth=3, num_heads=2, image_size=56, post_norm=True, device=device)
     inject_lora(backbone, rank=4, alpha=8.0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in backbone.named_parameters():
@@ -65,8 +58,20 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
-def check_alike(backend: str, recompute: str, bound: float, *, autocast: bool, packed: bool) -> None:
-    """Images of many shapes: what is compiled gives what eager code gives, and no shape is compiled for itself."""
+@pytest.mark.slow
+@TORCH_WARNS
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block", "mlp"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_learn_what_eager_ones_do(backend: str, recompute: str, autocast: bool, packed: bool) -> None:
+    """At any size of an image, and no size is compiled for itself. Tracing alone changes no bit.
+
+    Kernels of inductor add and round in another order: a few units of the last place, through three blocks. Under
+    autocast eager code rounds to 16 bit after each operator, fused kernels once at their end: neither may be much
+    further from fp32 than the other.
+    """
+    bound = 0.0 if backend == "aot_eager" else 3.0 if autocast else 1e-5
     torch._dynamo.reset()
     eager, compiled = adapted(), adapted()
     compiled.compile_blocks(backend=backend)
@@ -88,29 +93,6 @@ def check_alike(backend: str, recompute: str, bound: float, *, autocast: bool, p
     # that is recomputed runs without gradients first.
     graphs = (6 if packed else 2) * (2 if recompute == "block" else 1)
     assert made[1][0] - made[0][0] <= graphs and (packed or made[1][1] == made[0][1])
-
-
-@pytest.mark.slow
-@TORCH_WARNS
-def test_compiled_blocks_learn_what_eager_ones_do_at_any_size() -> None:
-    """With torch's tracing and its graph of the backward pass, the kernels are eager's: the same to the last bit."""
-    check_alike("aot_eager", "block", 0.0, autocast=False, packed=False)
-
-
-@pytest.mark.slow
-@TORCH_WARNS
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "block", "mlp"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_every_policy_is_compiled(backend: str, recompute: str, packed: bool) -> None:
-    """Kernels of inductor add and round in another order: a few units of the last place, through three blocks.
-
-    Under autocast eager code rounds to 16 bit after each operator, fused kernels once at their end: neither may be
-    much further from fp32 than the other.
-    """
-    exact = backend == "aot_eager"
-    check_alike(backend, recompute, 0.0 if exact else 1e-5, autocast=False, packed=packed)
-    check_alike(backend, recompute, 0.0 if exact else 3.0, autocast=True, packed=packed)
 
 
 @pytest.mark.gpu

@@ -12,29 +12,24 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, resolve
-from visft_ds.planner.memory import PlannedRun, plan_largest, run_of
+from visft_ds.planner.memory import plan_largest, run_of
 
 
-def configured(model: str = "debug") -> ResolvedConfig:
+def configured() -> ResolvedConfig:
     """Detection alone, with the policy left to the start; activations are most of what a step holds."""
     settings = [
         *("visft.mode=sampled", "visft.tasks=detection", "visft.model.recompute=auto", "visft.data.prefetch_steps=0"),
         *("visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"),
         "zero_optimization.reduce_bucket_size=100000",
+        'visft.model.overrides={"width": 64, "depth": 6, "num_heads": 4}',
     ]
-    if model == "debug":
-        settings.append('visft.model.overrides={"width": 64, "depth": 6, "num_heads": 4}')
-    return resolve(stage=2, model=model, settings=settings)
+    return resolve(stage=2, model="debug", settings=settings)
 
 
-def planned(config: ResolvedConfig) -> PlannedRun:
-    """The run on one process."""
-    return run_of(config, 1, "fp32", None, torch.device("cpu"))
-
-
-def needs(policy: str, model: str = "debug") -> int:
-    """Bytes of the largest step."""
-    return plan_largest(planned(changed(configured(model), [f"visft.model.recompute={policy}"]))).total
+def needs(policy: str) -> int:
+    """Bytes of the largest step on one process."""
+    config = changed(configured(), [f"visft.model.recompute={policy}"])
+    return plan_largest(run_of(config, 1, "fp32", None, torch.device("cpu"))).total
 
 
 def main(out: str) -> None:

@@ -21,36 +21,21 @@ from visft_ds.data.shards import Manifest, ShardReader
 _DISK = 64 << 20  #: bytes of the small disk, many times what the run needs
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass
 class Injury:
-    """What was done to a trial.
-
-    Args:
-        trial: the run.
-        fault: what to do.
-        shards: folder of the data of the run.
-        disk: a small disk that holds the run folder; None where none could be mounted.
-    """
+    """What was done to a trial."""
 
     trial: Trial
     fault: Fault
-    shards: Path
-    disk: Path | None
+    shards: Path  #: folder of the data of the run
+    disk: Path | None  #: a small disk that holds the run folder; None where none could be mounted
     says: list[str] = field(default_factory=list)  #: texts, besides those of the kind, that the output must contain
     note: str = ""  #: for the report
     restarts: int = 1  #: that the supervisor makes for it, where it makes any
-    mend: Callable[[], None] = _nothing  #: before the run is started again
+    mend: Callable[[], object] = lambda: None  #: before the run is started again
 
     def do(self) -> None:
-        """Disturb the run.
-
-        Raises:
-            SoakFailed: it does not get to where it is to be disturbed.
-        """
+        """Disturb the run."""
         getattr(self, self.fault.kind.action)()
 
     def send(self) -> None:
@@ -74,8 +59,7 @@ class Injury:
             time.sleep(0.0005)
         writer.kill()
         writer.wait()
-        left = [path.name for path in folder.glob("*.tmp")]
-        self.note = f"left {left[0]}" if left else "the save was done"
+        self.note = "in the save" if any(folder.glob("*.tmp")) else "the save was done"
 
     def kill_twice(self) -> None:
         """SIGKILL to a rank; then to one of the attempt that follows, within the ten seconds that a start takes."""
@@ -157,10 +141,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
     """A disk of its own in memory; None where mounting is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
         yield folder if mounted else None
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,19 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from tests.coco_tree import write_tree
-from tests.ranks import REPOSITORY
+from tests.ranks import run_ranks
 from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
 from tests.soak.schedule import Fault, schedule
 from tests.soak.trial import SoakFailed, Trial
 from tests.tiny import TINY
-from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.shards.build import Options, build
 
 SAVE_EVERY, EVAL_EVERY = 10, 100
 #: Steps at the end without a fault, so that the same checkpoints are left: as many as are kept, and some.
 CALM = 4 * SAVE_EVERY
-PILOT_STEPS = 60  #: of the run that measures how long a step and a start take
 SETTINGS = {
     **TINY,
     "visft.lora.rank": 8,
@@ -41,24 +38,13 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long, and how bad."""
-
-    seed: int
-    gap: int  #: steps between two faults, in the mean
-    minutes: float
-    steps: int | None = None  #: of the run; None: as many as fit into `minutes`
-
-
-@dataclass(frozen=True)
 class Survived:
     """One fault and what came of it."""
 
     kind: str
-    scheduled: int  #: step at which it was to come
     step: int  #: last step that was seen before it came
     at: float  #: seconds since the disturbed run began
-    restarted_by: str
+    by: str  #: who restarted it: "hand" or "supervisor"
     lost: int  #: steps that are made again
     seconds: float  #: until the next step was made
     note: str
@@ -68,29 +54,22 @@ class Survived:
 class Report:
     """What was found."""
 
-    seed: int
-    gap: int
-    total_steps: int = 0
-    minutes: float = 0.0
+    total_steps: int
     reference_seconds: float = 0.0
     seconds: float = 0.0
     faults: list[Survived] = field(default_factory=list)
     restarts: int = 0
     starts: int = 0
-    lost: list[int] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
 
 
-def soak(out: Path, plan: Plan) -> Report:
-    """Run everything below `out`; the report says what is different. Its last lines are printed while it runs."""
-    began = time.monotonic()
-    report = Report(plan.seed, plan.gap)
+def soak(out: Path, *, seed: int, gap: int, steps: int) -> Report:
+    """Run everything below `out`, faults `gap` steps apart in the mean; the report says what is different."""
+    report = Report(steps)
     shards = _make_shards(out)
     _train_heads(shards, out / "heads")
     run = partial(_command, shards, out / "heads" / "export")
-    steps = plan.steps or _fitting(out / "pilot", run, plan, time.monotonic() - began)
-    report.total_steps = steps
-    faults = schedule(plan.seed, gap=plan.gap, last=steps - CALM)
+    faults = schedule(seed, gap=gap, last=steps - CALM)
     _tell(f"{steps} steps, {len(faults)} faults")
     report.reference_seconds = _undisturbed(out / "reference", run, steps)
     _tell(f"undisturbed: {report.reference_seconds:.0f} s")
@@ -103,11 +82,10 @@ def soak(out: Path, plan: Plan) -> Report:
                 report.differences = differences(out / "reference", folder, steps)
             except SoakFailed as error:
                 report.differences = [str(error)]
-        report.restarts, report.starts, report.lost = trial.restarts, trial.starts, trial.lost
+        report.restarts, report.starts = trial.restarts, trial.starts
         if disk:
             shutil.copytree(folder, out / "run")
     report.seconds = time.monotonic() - began_disturbed
-    report.minutes = (time.monotonic() - began) / 60
     return report
 
 
@@ -126,7 +104,7 @@ def _disturb(trial: Trial, faults: Sequence[Fault], shards: Path, disk: Path | N
 
 
 def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
-    fault, kind = injury.fault, injury.fault.kind
+    kind = injury.fault.kind
     before, step, starts, known = len(trial.lines), trial.step, trial.starts, len(trial.lost)
     injured = time.monotonic()
     restarts = trial.restarts
@@ -149,7 +127,7 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
     if kind.lossless and lost:
         raise SoakFailed(f"{kind.name}: {lost} steps were lost:\n{said}")
     by = "hand" if trial.starts > starts else "supervisor"
-    return Survived(kind.name, fault.step, step, at, by, lost, time.monotonic() - injured, injury.note)
+    return Survived(kind.name, step, at, by, lost, time.monotonic() - injured, injury.note)
 
 
 def _make_shards(out: Path) -> Path:
@@ -161,10 +139,7 @@ def _make_shards(out: Path) -> Path:
 def _train_heads(shards: Path, out: Path) -> None:
     """Two steps of stage 1, by one process without any launcher."""
     settings = {**TINY, "scheduler.params.total_num_steps": 2, "scheduler.params.warmup_num_steps": 1}
-    command = [sys.executable, "launchers/train.py", *_arguments(1, shards, out, settings)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SoakFailed(f"stage 1 ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    run_ranks(["launchers/train.py", *_arguments(1, shards, out, settings)], world=1)
 
 
 def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object]) -> list[str]:
@@ -180,11 +155,7 @@ def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:
 
 
 def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
-    """Seconds that the run takes if it is left alone.
-
-    Raises:
-        SoakFailed: it does not get through.
-    """
+    """Seconds that the run takes if it is left alone."""
     began = time.monotonic()
     with Trial(run(out, steps), out, out.with_suffix(".log")) as trial:
         trial.start()
@@ -192,19 +163,6 @@ def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
         if code := trial.wait_for_end():
             raise SoakFailed(f"the undisturbed run ended with {code}. The last lines:\n{trial.tail()}")
     return time.monotonic() - began
-
-
-def _fitting(out: Path, run: partial[list[str]], plan: Plan, spent: float) -> int:
-    """Steps of a run that is made twice, once disturbed, in what is left of `plan.minutes`."""
-    began = time.time()
-    seconds = _undisturbed(out, run, PILOT_STEPS)
-    times = [record["time"] for record in read_metrics(out / METRICS_FILE) if "loss/loss" in record]
-    step, start = (times[-1] - times[0]) / (len(times) - 1), times[0] - began
-    around = seconds - PILOT_STEPS * step  # start and end of a run
-    left = 60 * plan.minutes - spent - seconds - 2 * around
-    fault = 1.5 * start  # a start, and what it takes to be noticed
-    steps = (left + fault * CALM / plan.gap) / (2 * step + fault / plan.gap)
-    return max(CALM + 2 * plan.gap, round(steps / SAVE_EVERY) * SAVE_EVERY)
 
 
 def _tell(text: str) -> None:

@@ -13,14 +13,15 @@ import pytest
 from tests.checkpoint.faulty_disk import state
 from tests.soak.compare import differences
 from tests.soak.schedule import HARM, REQUESTS, schedule
-from tests.soak.soak import Plan, soak
+from tests.soak.soak import soak
 from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.parallel.state import EngineState
 
 
 @pytest.mark.slow
 def test_a_disturbed_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
-    report = soak(tmp_path, Plan(seed=51, gap=15, minutes=0, steps=90))
+    report = soak(tmp_path, seed=51, gap=15, steps=90)
     assert report.differences == []
     assert [one.kind for one in report.faults] == ["disk full", "SIGTERM to rank", "SIGKILL, and again while it starts"]
     assert (report.starts, report.restarts) == (3, 2)
@@ -38,6 +39,7 @@ def leave(out: Path) -> None:
         save(out, step, state(step))
     (out / "export" / "adapter").mkdir(parents=True)
     (out / "export" / "adapter" / "adapter_config.json").write_text("{}")
+    (out / "export" / EXPORT_RECORD_FILE).write_text(str(out))  # the record of the run: times and places
     records = [{"kind": "step", "step": n, "loss/loss": 1 / n, "time": n} for n in range(1, 5)]
     write(out, [*records, {"kind": "step", "step": 4, "val/box/AP": 0.5, "time": 1}])
 

@@ -28,13 +28,7 @@ class SoakFailed(Exception):
 
 
 class Trial:
-    """A run under launchers/supervise.py.
-
-    Args:
-        command: of each start.
-        out: the run folder.
-        log: gets the output of all starts.
-    """
+    """A run under launchers/supervise.py: the command of each start, the run folder, and a log of all starts."""
 
     def __init__(self, command: Sequence[str], out: Path, log: Path) -> None:
         self._command, self.out, self.log = command, out, log
@@ -86,11 +80,7 @@ class Trial:
             self._attempts, self.reached = self._attempts + 1, start
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
-        """Look until something holds.
-
-        Raises:
-            SoakFailed: it did not come in time.
-        """
+        """Look until something holds."""
         until = time.monotonic() + seconds
         while True:
             self.look()
@@ -101,21 +91,13 @@ class Trial:
             time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until the run has made a step.
-
-        Raises:
-            SoakFailed: it ended before, or hangs.
-        """
+        """Wait until the run has made a step."""
         self.wait_for(lambda: self.step >= step or self.ended, f"step {step}", seconds=1800)
         if self.step < step:
             raise SoakFailed(f"the run ended with {self.code()} before step {step}. The last lines:\n{self.tail()}")
 
     def wait_for_end(self) -> int:
-        """Wait for the command, then for every process that it ever started. Returns its exit code.
-
-        Raises:
-            SoakFailed: some process is left behind.
-        """
+        """Wait for the command, then for every process that it ever started. Returns its exit code."""
         self.wait_for(lambda: self.ended, "the end of the command")
         self.wait_for(lambda: not self.processes(), "the end of all processes", GRACE)
         return self.code()
@@ -146,11 +128,7 @@ class Trial:
         return found
 
     def find(self, target: str, rank: int = 0) -> psutil.Process:
-        """The supervisor, or the training process of a rank.
-
-        Raises:
-            SoakFailed: there is none.
-        """
+        """The supervisor, or the training process of a rank."""
         if target == "supervisor":
             return psutil.Process(self._started.pid)
         for process in psutil.Process(self._started.pid).children():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,26 +47,6 @@ def submit(job: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(["bash", SCRIPT, *arguments], env=job, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def start(job: dict[str, str]) -> subprocess.Popen[str]:
-    """A job whose waiting ranks are ready."""
-    process = subprocess.Popen(
-        ["bash", SCRIPT], env=job, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for _ in job["WAITS"]:
-        wait_for(process, "ready")
-    return process
-
-
-def ended(process: subprocess.Popen[str]) -> int:
-    """Exit code of a job."""
-    try:
-        process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # tasks that wait for a signal would do so for ever
-        raise
-    return process.returncode
-
-
 def test_every_rank_is_told_its_place(job: dict[str, str]) -> None:
     """Whatever `sbatch --export` says, and on a port that Linux gives to no client."""
     done = submit({**job, "SLURM_EXPORT_ENV": "NONE", "SLURM_JOB_ID": "39999"}, "--stage", "2", "--set=root=a folder")
@@ -85,18 +66,16 @@ def test_only_the_code_of_a_stop_by_sigusr1_queues_the_job_again(code: int, job:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 0)])
 def test_a_signal_to_the_script_reaches_every_rank(number: signal.Signals, code: int, job: dict[str, str]) -> None:
     """Of SIGTERM srun would kill them."""
-    process = start({**job, "WAITS": "0123"})
-    process.send_signal(number)
-    assert ended(process) == code
-    assert len(requeued(job)) == (code == 85)
-
-
-def test_what_is_missing_is_said_in_one_line(job: dict[str, str], tmp_path: Path) -> None:
-    script = str(REPOSITORY / SCRIPT)
-    for changes, folder, told in (
-        ({}, tmp_path, "submit from the folder of the repository"),
-        ({"SLURM_NTASKS_PER_NODE": ""}, REPOSITORY, "state --ntasks-per-node"),
-        ({"SLURM_NTASKS": "2"}, REPOSITORY, "leave out --ntasks"),
-    ):
-        done = subprocess.run(["bash", script], env={**job, **changes}, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    environment = {**job, "WAITS": "0123"}
+    process = subprocess.Popen(
+        ["bash", SCRIPT], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for _ in environment["WAITS"]:
+            wait_for(process, "ready")
+        process.send_signal(number)
+        process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # after a failure tasks would wait for a signal for ever
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code and len(requeued(job)) == (code == 85)

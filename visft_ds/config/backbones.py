@@ -48,7 +48,6 @@ class Named:
     shape: Mapping[
         str, Any
     ]  #: `preset`, `overrides` and `layers` of `visft.model`; empty where the name tells no model
-    recipe: str | None = None  #: the file in ds_configs/models that it is of
 
     @property
     def description(self) -> dict[str, Any] | None:
@@ -90,7 +89,7 @@ def named(text: str, *, download: bool = False) -> Named:
         config = on_this_machine(f"{HUB}{file.repository}@{file.revision}/config.json", download=download)
         return Named(text, _slug(file.repository.split("/")[1]), text, _described(config, text))
     if text in available("models"):
-        return Named(text, text, *_model_file(text), text)
+        return Named(text, text, *_model_file(text))
     if path.is_dir():
         inside = weights_among(inner.name for inner in path.iterdir())
         if inside is None:
@@ -115,7 +114,8 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
     shipped = {name: _model_file(name) for name in available("models")}
     if model is None and found.shape:
         presets = {shape["preset"]: name for name, (weights, shape) in shipped.items() if on_hub(weights or "")}
-        model = found.recipe or presets[difflib.get_close_matches(found.shape["preset"], presets, 1, 0.0)[0]]
+        (nearest_preset,) = difflib.get_close_matches(found.shape["preset"], presets, n=1, cutoff=0.0)
+        model = found.text if found.text in shipped else presets[nearest_preset]
     if model in shipped and shipped[model] == (found.weights, found.shape):
         return model, {}
     values = {"weights": found.weights, **found.shape, **({} if found.name is None else {"name": found.name})}

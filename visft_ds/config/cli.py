@@ -13,7 +13,7 @@ from typing import Any
 from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named, on_this_machine
 from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, training_sets
-from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve, with_engine
+from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 
@@ -94,12 +94,11 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         others = ["model", "backbone", *([] if fork is None else ["deepspeed_config"])]
         if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
             raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
-        whole = with_engine(whole[0], given.engine), whole[1]
     flags |= {key: (value, f"--{name}") for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
     config = resolve_with_data(
         stage=given.stage,
         model=given.model,
-        engine=given.engine or DEFAULT_ENGINE,
+        engine=given.engine,
         backbone=given.backbone,
         download=given.download,
         flags=flags,
@@ -123,7 +122,7 @@ def resolve_with_data(
     *,
     stage: int | None,
     model: str | None,
-    engine: str,
+    engine: str | None,
     backbone: str | None,
     download: bool,
     flags: Flags,

@@ -19,8 +19,6 @@ from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
 
 MODEL = "own"
-#: The recipe of the demo, and its weights; where they are not, those of pip are read.
-LITE0, LITE0_FILE = "lite0", Path("weights/efficientnet_lite0.safetensors")
 #: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
 STEPS, PASSES = 550, 30
 VIEWS, EVALUATIONS = 12, 3
@@ -64,9 +62,9 @@ def lite0_of_pip() -> Path | None:
 def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
     """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
     if not backbone:
-        wanted = model == MODEL or (model == LITE0 and not LITE0_FILE.exists())
+        demo = model == "lite0" and not Path("weights/efficientnet_lite0.safetensors").exists()
         stated = any(text.startswith("visft.model.weights=") for text in settings)
-        weights = lite0_of_pip() if wanted and not stated else None
+        weights = lite0_of_pip() if (demo or model == MODEL) and not stated else None
         return {} if weights is None else {"visft.model.weights": (str(weights), "pip's efficientnet_lite0")}
     preset, _ = backbone.get("visft.model.preset", ("", ""))
     if model != MODEL or not preset.startswith(TIMM):

@@ -208,7 +208,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def resolve(
     *,
     stage: int | None = None,
-    engine: str = "zero1",
+    engine: str | None = None,
     model: str = "eva_e",
     whole: tuple[Mapping[str, Any], str] | None = None,
     flags: Flags | None = None,
@@ -218,7 +218,7 @@ def resolve(
 
     Args:
         stage: 1 or 2; may be None with `whole`, which states it.
-        engine: name of a file in ds_configs/engines, or path of one.
+        engine: name of a file in ds_configs/engines, or path of one; None: zero1, or that of `whole`.
         model: name of a file in ds_configs/models, or path of one.
         whole: a complete configuration, such as `to_dict()` gives, and its origin, in place of the three layers.
         flags: what is laid over the layers.
@@ -228,19 +228,21 @@ def resolve(
         ValueError: everything that is wrong with the configuration, one line each.
         OSError: a file of the user's own that cannot be read.
     """
-    tree = Tree()
-    if whole is not None:
-        tree.lay(*whole)
+    tree, files = Tree(), [_layer_file("engines", engine or "zero1")]
+    if whole is None:
+        files = [CONFIG_ROOT / f"stage{stage}.json", *files, _layer_file("models", model)]
+    else:
+        files = files if engine else []
+        tree.lay({key: value for key, value in whole[0].items() if not engine or key in OURS}, whole[1])
         if stage not in (None, stated := tree.value("visft.stage")):
             raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it")
-    else:
-        for path in (CONFIG_ROOT / f"stage{stage}.json", _layer_file("engines", engine), _layer_file("models", model)):
-            values, source = load_json(path), display(path)
-            override = values.pop("override", {})
-            tree.lay(values, source)
-            with reading(source, 'a model file, with "override": {"stage1": {"optimizer.params.lr": 0.001}}'):
-                for key, value in override.get(f"stage{stage}", {}).items():
-                    tree.assign(key, value, f"{source} (override)")
+    for path in files:
+        values, source = load_json(path), display(path)
+        override = values.pop("override", {})
+        tree.lay(values, source)
+        with reading(source, 'a model file, with "override": {"stage1": {"optimizer.params.lr": 0.001}}'):
+            for key, value in override.get(f"stage{stage}", {}).items():
+                tree.assign(key, value, f"{source} (override)")
     for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
     for key, value in map(parse_assignment, settings):
@@ -273,14 +275,7 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     Raises:
         ValueError: as `resolve`.
     """
-    return resolve(whole=(with_engine(config.to_dict(), engine), "the configuration"), settings=settings)
-
-
-def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
-    """The values of a configuration with another engine in place of DeepSpeed's own keys. Raises ValueError."""
-    if engine is None:
-        return dict(values)
-    return {key: values[key] for key in OURS if key in values} | load_json(_layer_file("engines", engine))
+    return resolve(whole=(config.to_dict(), "the configuration"), engine=engine, settings=settings)
 
 
 # ----------------------------------------------------------------------------------------------------- validation

@@ -26,11 +26,9 @@ from visft_ds.interop.heads import (
     HeadInfo,
     check_vocabulary,
     classes_of_heads,
-    find_head,
     head_file,
     open_head,
     read_elsewhere,
-    vocabulary_in,
 )
 from visft_ds.interop.layouts import (
     BASE,
@@ -115,14 +113,14 @@ class ModelSource:
         """
         files, vocabulary = self.files, read_vocabulary(self.vocabulary) if self.vocabulary else None
         use_numerics(device)
-        heads_of = {task: open_head(find_head(files.heads, task), task) for task in self.tasks}
+        heads_of = {task: open_head(files.heads, task) for task in self.tasks}
         infos = {task: head.info for task, head in heads_of.items()}
         backbone, facts = _load_backbone(files, infos, DTYPES[precision])
         for head in heads_of.values():
             _check_head(head.tensors.path, head.info, backbone)
-        own_words = vocabulary_in(infos)
+        own_words = next((words for info in infos.values() if (words := info.vocabulary()) is not None), None)
         if needs_vocabulary(infos) and own_words is None and vocabulary is None:
-            path = find_head(files.heads, "captioning")
+            path = heads_of["captioning"].tensors.path
             raise ValueError(f"{path} does not say which words its ids mean: give its word map, --vocabulary FILE")
         words = own_words or vocabulary
         check_vocabulary(infos, vocabulary or words, "the given vocabulary")
@@ -314,7 +312,7 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     """
     settings_of_each = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
     settings = {name: config_class(name).model_validate(settings_of_each) for name in tasks}
-    return {name: resized(task.stream(name), side=side) for name, task in settings.items()}
+    return {name: resized(task.stream(name, (name,), 1.0), side=side) for name, task in settings.items()}
 
 
 def resized(stream: Stream, *, side: int | None = None, batch_size: int | None = None) -> Stream:

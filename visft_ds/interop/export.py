@@ -1,12 +1,13 @@
 """Base weights + adapter -> full weights in the form that a library loads, tensor by tensor; or a graph of ONNX.
 
+For a comparison with base + adapter, `by_library` is what the library then makes of a file.
+
 A change by fine-tuning is often smaller than the spacing of 16-bit numbers near the weight, and then the file hardly
 differs from the base. So sums are fp32, and `Share` says how much of the change is in the file.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import warnings
@@ -14,20 +15,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import BASE, MERGED, MODEL, prefix_of
-from visft_ds.interop.weights import Lazy, Weights, finite, write_atomically, write_safetensors, write_text
+from visft_ds.interop.layouts import prefix_of
+from visft_ds.interop.weights import Lazy, Weights, finite
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.timm_backbone import TimmBackbone, as_backbone
 
-#: Packages of the extra `onnx`, as they are imported: torch needs two of them to write a graph, the last one checks it.
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-IMAGES, FEATURES = "images", "features"
+#: Format -> module that loads it.
+LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnxruntime"}
 #: protobuf holds 2 GiB at most; above this the weights lie beside the graph, in FILE.data.
 _LARGEST_GRAPH = 1_900_000_000
 #: Of what timm knows of pretrained weights, what holds for trained ones too.
@@ -65,11 +66,6 @@ class Share:
         """Norm of what is missing over that of the change; 0: exact."""
         return math.sqrt(self.missed / self.wanted)
 
-    @property
-    def lost(self) -> bool:
-        """Return True if too little of the change is left to speak of the same model."""
-        return self.retained < 0.9 or self.error > 0.5
-
 
 def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Collection[str], share: Share) -> Weights:
     """The tensors of a tower with the adapter in them, made when they are read.
@@ -83,9 +79,8 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
 
     def make(name: str) -> Tensor:
         what, value = f"{tower.path}: {name}", tower[name].read()
-        if name not in changed:
+        if adapter is None or name not in changed:
             return finite(value.to(dtype) if name in names else value, what)
-        assert adapter is not None
         weight, delta = value.float(), adapter.delta(name).view_as(value)
         result = finite((weight + delta).to(dtype), what)
         share.add(result.float() - weight, delta)
@@ -97,20 +92,9 @@ def merge(tower: Weights, adapter: Adapter | None, dtype: torch.dtype, names: Co
     return Weights(made, tower.path, tower.metadata)
 
 
-def header(model: Mapping[str, Any], file: Weights, adapter: Adapter | None, base: str) -> dict[str, str]:
-    """Header of written weights. `base`: fingerprint of the base weights."""
-    found = {name: file.metadata[name] for name in (BASE, MERGED) if name in file.metadata}
-    if adapter is not None:
-        merged = {"rank": adapter.rank, "alpha": adapter.alpha, "sha256": adapter.fingerprint()}
-        found = {BASE: base, MERGED: json.dumps(merged)}
-    return {MODEL: json.dumps(dict(model)), **found}
-
-
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Content of a format: weights under their library's names, and files of JSON beside them."""
 
-    name: str  #: of the file of weights
     tensors: Weights
     files: Mapping[str, Mapping[str, Any]]
 
@@ -122,9 +106,8 @@ def timm_model(backbone: Backbone, tower: Mapping[str, Lazy]) -> tuple[str, dict
         return backbone.name, {"num_classes": shapes[0] if shapes else 0, **backbone.options}
     config = backbone.config
     arguments: dict[str, Any] = {"num_classes": tower["head.weight"].shape[0] if "head.weight" in tower else 0}
-    if not any(config.width == PRESETS[name].width for name in ("eva_e", "eva_g")) or config.image_size != 224:
-        arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
-        arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
+    arguments |= {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
+    arguments |= {"depth": config.depth, "num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio}
     if "cls_token" not in tower:  # ours norms every patch; timm would pool by the class token, or norm what it pooled
         arguments |= {"class_token": False, "global_pool": "avg", "use_fc_norm": False}
         arguments |= {"use_post_transformer_norm": True}
@@ -142,11 +125,9 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     name, arguments = timm_model(backbone, tower)
     with torch.device("meta"):
         model: Any = create_model(name, **arguments)
-    positions = backbone.pos_embed.shape if isinstance(backbone, EvaViT) else ()
-    if positions and "cls_token" not in tower and tower["pos_embed"].shape == positions:  # timm has none for it then
-        one = tower["pos_embed"]
-        shape = (1, one.shape[1] - 1, one.shape[2])
-        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, 1:])}, tower.path)
+    if isinstance(backbone, EvaViT) and "cls_token" not in tower:  # timm has no position for it then
+        one, shape = tower["pos_embed"], tuple(model.pos_embed.shape)
+        tower = Weights({**tower, "pos_embed": Lazy(shape, one.dtype, lambda: one.read()[:, -shape[1] :])}, tower.path)
     names = model.state_dict().keys()
     if names - tower.keys():  # of a run: it keeps no last norm of a pooling, and no blocks that are not read
         with torch.random.fork_rng(devices=[]):
@@ -164,61 +145,47 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": kept | {"num_classes": arguments["num_classes"]},
     }
-    return Written("model.safetensors", tower, {"config.json": config})
+    return Written(tower, {"config.json": config})
 
 
-def _whole_clip(prefix: str, name: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
-    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is."""
+def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
+    """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one name."""
     mine = prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
-    if "logit_scale" not in beside or not {"cls_token", "head.weight"} <= tower.keys():
+    if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
         raise ValueError(
             f"{file.path} has no class token, CLIP projection and text tower, which whole CLIPs of EVA have: give "
             "EVA-CLIP's or open_clip's file as the base"
         )
-    return Written(name, Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
+    return Written(Weights({**{prefix + key: one for key, one in tower.items()}, **beside}, file.path), {})
 
 
 def _open_clip(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """The same with the configuration that open_clip has of EVA's two models."""
-    from open_clip import get_model_config
+    from open_clip import constants, get_model_config
 
-    written = _whole_clip("visual.trunk.", "open_clip_model.safetensors", tower, file, backbone)
-    if "text.positional_embedding" not in file:
-        raise ValueError(f"{file.path} has no text tower under `text.`, which open_clip needs")
+    written = _whole_clip("visual.trunk.", "text.positional_embedding", tower, file, backbone)
     assert isinstance(backbone, EvaViT)
-    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus")
+    config = get_model_config("EVA02-E-14-plus" if backbone.post_norm else "EVA01-g-14-plus") | {"custom_text": True}
     config["vision_cfg"]["image_size"] = backbone.image_size
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    whole = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": mean, "std": std}}
-    return Written(written.name, written.tensors, {"open_clip_config.json": whole})
+    images = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD}
+    return Written(written.tensors, {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": images}})
 
 
 def _lavis(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """LAVIS' eva_vit_g.pth; LAVIS reads the first 39 blocks of a pre-norm tower and passes over the rest."""
     if not isinstance(backbone, EvaViT) or backbone.post_norm or "cls_token" not in tower:
         raise ValueError(f"{file.path}: LAVIS has the pre-norm giant of EVA with a class token only")
-    return Written("eva_vit_g.pth", tower, {})
+    return Written(tower, {})
 
 
 #: Format -> what it consists of, by the tower, the whole base file and the backbone.
 FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
     "timm": timm,
-    "eva_clip": partial(_whole_clip, "visual.", "eva_clip.pt"),  # its own code reads by torch.load
+    "eva_clip": partial(_whole_clip, "visual.", "logit_scale"),
     "open_clip": _open_clip,
     "lavis": _lavis,
 }
-
-
-def write(written: Written, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write weights to a path, and the files of JSON beside it."""
-    if path.suffix == ".safetensors":
-        write_safetensors(path, written.tensors, metadata)
-    else:  # of programs that read by torch.load alone
-        tensors = {name: one.read().contiguous() for name, one in written.tensors.items()}
-        write_atomically(path, lambda file: torch.save(tensors, file))
-    for name, content in written.files.items():
-        write_text(path.with_name(name), json.dumps(content, indent=2) + "\n")
 
 
 def write_onnx(backbone: Backbone, path: Path) -> None:
@@ -235,8 +202,8 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
                 backbone.eval(),
                 (torch.zeros(2, 3, side, side),),
                 dynamo=True,
-                input_names=[IMAGES],
-                output_names=[FEATURES],
+                input_names=["images"],
+                output_names=["features"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
@@ -245,3 +212,46 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
         raise ValueError(f"torch {torch.__version__} cannot write {backbone.describe()} as ONNX: {first}") from error
     assert program is not None
     program.save(path, external_data=size > _LARGEST_GRAPH)
+
+
+def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Tensor]:
+    """(B, 3, H, W) -> (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours."""
+    if form == "onnx":
+        import onnxruntime
+
+        session: Any = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if form == "transformers":
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        # CLIP's last hidden state is in front of its last norm, which others have behind them.
+        norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
+        return lambda images: _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
+    if form == "open_clip":
+        import open_clip
+
+        trunk = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).visual.trunk.eval()
+    else:
+        import timm
+
+        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if isinstance(backbone, TimmBackbone):
+            return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+    if backbone.layers_read:
+        trunk.prune_intermediate_layers([max(backbone.layers_read)])
+    return lambda images: _map(trunk.forward_features(images), images, backbone)
+
+
+@torch.no_grad()
+def difference(got: Callable[[Tensor], Tensor], wanted: Backbone) -> float:
+    """|got - wanted| / |wanted| on two images of seeded noise."""
+    images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
+    want: Tensor = wanted.eval()(images)
+    return float((got(images).float() - want).norm() / want.norm())
+
+
+def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
+    """(B, N, D) -> (B, D, h, w), without what stands in front of the patches."""
+    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)

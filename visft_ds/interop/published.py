@@ -23,18 +23,13 @@ from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 
 PREFIX = "visft_heads."
-#: Parameter whose second axis is the width of the features.
-_ANCHORS = {
-    "detection": "input_proj.weight",
-    "segmentation": "pixel_decoder.input_proj.weight",
-    "captioning": "encoder_att.weight",
-}
 _DETR = "transformer.decoders.detection.detection_coco."
 _PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
 _CROSS = f"{_PREDICTOR}transformer_cross_attention_layers.{{n}}."
 _SELF = f"{_PREDICTOR}transformer_self_attention_layers.{{n}}."
 _FFN = f"{_PREDICTOR}transformer_ffn_layers.{{n}}."
-# Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts.
+# Ours -> published, behind the prefix; `{n}` is a layer, and the first rule whose beginning fits counts. The very first
+# is of the parameter whose second axis is the width of the features.
 _RULES: Mapping[str, Mapping[str, str]] = {
     "detection": {
         "input_proj.": "input_proj.",
@@ -90,7 +85,8 @@ def published_head(task: str, file: Weights) -> tuple[int, dict[str, Any], Weigh
 
     Raises ValueError for a file without one.
     """
-    anchor = published_name(task, _ANCHORS[task]) if task in _ANCHORS else ""
+    first = next(iter(_RULES.get(task, [])), "").removesuffix("weight")
+    anchor = published_name(task, f"{first}weight") if first else ""
     if anchor not in file:
         raise ValueError(f"{file.path}: no {task} head of visft_ds or ViSFT in this file; it has {examples(file)}")
     options = get_task(task).options("head", {})

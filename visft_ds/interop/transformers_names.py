@@ -70,7 +70,8 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     tensors: dict[str, Lazy] = {}
     for name in (name for name in tower if name in kept):
         for theirs, one in _parts(name, tower, flat=model_type != "dinov3_vit"):
-            tensors[_renamed(theirs, rules)] = one
+            pattern = next((pattern for pattern in rules if re.match(pattern, theirs)), "")
+            tensors[re.sub(f"^{pattern}", rules[pattern], theirs) if pattern else theirs] = one
     dtype = tower["patch_embed.proj.weight"].dtype
     side, block = backbone.image_size, model.blocks[0]
     config = {
@@ -98,7 +99,7 @@ def written(tower: Weights, file: Weights, backbone: Backbone) -> Written:
     if kind == "CLIPVisionModel":
         images |= {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
     files = {"config.json": config, "preprocessor_config.json": images}
-    return Written("model.safetensors", Weights(tensors, tower.path), files)
+    return Written(Weights(tensors, tower.path), files)
 
 
 def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy]]:
@@ -118,10 +119,3 @@ def _parts(name: str, tower: Weights, *, flat: bool) -> Iterator[tuple[str, Lazy
         yield name, Lazy(shape, one.dtype, lambda: one.read().reshape(shape))
     elif not name.startswith("attn_pool.kv."):
         yield name, one
-
-
-def _renamed(name: str, rules: Mapping[str, str]) -> str:
-    for pattern, theirs in rules.items():
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", theirs, name)
-    return name

@@ -48,11 +48,6 @@ class Lazy:
         """A tensor at hand."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
 
 class Weights(dict[str, Lazy]):
     """Name -> tensor, with the path of the file and the header (str -> str) that a safetensors file has."""
@@ -148,7 +143,8 @@ def safetensors_pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str])
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
     for name in order:
-        one, start, end = tensors[name], end, end + tensors[name].nbytes
+        one, start = tensors[name], end
+        end += torch.Size(one.shape).numel() * one.dtype.itemsize
         header[name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

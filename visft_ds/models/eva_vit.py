@@ -51,6 +51,10 @@ PRESETS = {
 }
 
 
+#: torch's activation checkpointing. Blocks have no dropout, so no random state is restored.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in autocast's dtype, else in the weight's; its bias may come with the call."""
 
@@ -142,11 +146,6 @@ class Block(nn.Module):
         return x, self.mlp(self.norm2(x))
 
 
-def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """torch's activation checkpointing. Blocks have no dropout, so no random state is restored."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 class _Recomputed(torch.autograd.Function):
     """Activation checkpointing without a hook for each tensor, which in host time cost more than the second forward.
 
@@ -175,9 +174,8 @@ def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
     last = list(block.mlp.fc2.parameters())
-    if any(hasattr(each, "ds_id") for each in last) or not (
-        block.post_norm or any(each.requires_grad for each in last)
-    ):
+    followed = block.post_norm or any(each.requires_grad for each in last)
+    if not followed or any(hasattr(each, "ds_id") for each in last):
         return _checkpoint(block, x, packing)
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)
@@ -301,9 +299,7 @@ class EvaViT(nn.Module):
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
     """The last of the blocks that are read. Raises ValueError if there is none of that number."""
     if (number := max(layers)) >= len(ends):
-        raise ValueError(
-            f"visft.model.layers: {model} has no block {number} but 0 to {len(ends) - 1} ({', '.join(ends)})"
-        )
+        raise ValueError(f"visft.model.layers: no block {number}: {model} has 0 to {len(ends) - 1} ({', '.join(ends)})")
     return number
 
 
@@ -338,22 +334,17 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
         return torch.zeros(tuple(shape))
     if "norm" in name:
         return torch.ones(tuple(shape))
-    if name == "pos_embed":
-        return F.pad(sine_positions(math.isqrt(shape[1] - 1), shape[2]), (0, 0, 1, 0))[None]
+    if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
+        side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
+        frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
+        angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
+        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+        columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+        return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count, 1, 0))[None]
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
-
-
-def sine_positions(side: int, width: int) -> Tensor:
-    """Sine-cosine positions of a square grid, (side * side, D) (MAE, arXiv 2111.06377, A.1); odd channels are 0."""
-    count = width // 4
-    frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
-    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
-    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
-    return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -106,12 +106,7 @@ def dense_update(rows: int, a: Tensor, b: Tensor, slices: Slices, scale: float) 
 
 
 def inject_lora(
-    backbone: nn.Module,
-    *,
-    rank: int = 64,
-    alpha: float = 1.0,
-    targets: Iterable[str] = ("q", "v"),
-    seed: int = 0,
+    backbone: nn.Module, *, rank: int = 64, alpha: float = 1.0, targets: Iterable[str] = ("q", "v"), seed: int = 0
 ) -> None:
     """Replace the targeted layers by adapted ones, in place; output and existing parameters do not change by this.
 
@@ -157,17 +152,12 @@ def _rows_of(layers: dict[str, Any], target: str) -> dict[str, tuple[int, int]]:
     path, part, parts = TARGETS.get(target, ("", 0, 1))
     for name, layer in layers.items():
         out = len(layer.weight)
-        if not path:
-            if fnmatchcase(name, target):
-                found[name] = (0, out)
-        elif name.startswith("blocks.") and name.endswith(f".{path}"):
+        if path and name.startswith("blocks.") and name.endswith(f".{path}"):
             found[name] = (out // parts * part, out // parts * (part + 1))
-        elif parts == 3 and name.endswith(f".attn.{target}_proj"):
+        elif name.endswith(f".attn.{target}_proj") if parts == 3 else not path and fnmatchcase(name, target):
             found[name] = (0, out)
     if grouped := [name for name in found if getattr(layers[name], "groups", 1) > 1]:
-        raise ValueError(
-            f"visft.lora.targets: {target!r} matches {grouped[0]}, a grouped convolution, which has no LoRA"
-        )
+        raise ValueError(f"visft.lora.targets: {target!r} matches {grouped[0]}, and grouped convolutions have no LoRA")
     return found
 
 

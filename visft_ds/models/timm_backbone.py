@@ -61,8 +61,7 @@ class TimmBackbone(nn.Module):
         """Tokens or a map of timm's as (B, D, h, w)."""
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(self, "output_fmt", "NCHW") == "NHWC" else features
-        if self.patch is None:
-            raise ValueError(f"features of shape {tuple(features.shape)}")
+        assert self.patch is not None, f"features of shape {tuple(features.shape)}"
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         tokens = features[:, self.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
@@ -77,8 +76,8 @@ class TimmBackbone(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        text = f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
-        return text + (f", read after {self.ends()[-1]}" if self.layers_read else "")
+        read = f", read after {self.ends()[-1]}" if self.layers_read else ""
+        return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels{read}"
 
     def ends(self) -> list[str]:
         """Names of the blocks that can be read, by number: those of timm's list of features, and their siblings."""
@@ -176,7 +175,6 @@ def build_timm(
         name: with or without the tag of pretrained weights, which decides how images are normalised.
         image_size: side that the position embeddings belong to; None: the model's own.
         layers: see `TimmBackbone.read_after`.
-        device: "cpu", or "meta" for shapes without memory.
         seed: decides every weight, on one version of timm.
     """
     backbone = as_backbone(*build_model(name, image_size, device, seed), layers)
@@ -189,20 +187,15 @@ def build_timm(
 
 
 def build_model(name: str, image_size: int | None, device: str, seed: int) -> tuple[nn.Module, str, dict[str, int]]:
-    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no positions).
-
-    Raises ValueError as `build_timm`.
-    """
+    """timm's model itself, without classifier, its name, and what of its size was given (CNNs have no positions)."""
     check_timm(name)
     import timm
     from timm.layers import set_reentrant_ckpt
 
     set_reentrant_ckpt(False)  # a reentrant checkpoint gives no gradient to adapters behind a frozen stem
-
     size = {} if image_size is None else {"img_size": image_size}
-    options: list[dict[str, Any]] = [{"dynamic_img_size": True, **size}, size, {}]
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        for more in options:
+        for more in ({"dynamic_img_size": True, **size}, size, dict[str, Any]()):
             torch.manual_seed(seed)
             try:
                 model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **more)

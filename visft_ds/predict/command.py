@@ -63,11 +63,14 @@ def _predict(
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(found), unit=" images", disable=None) as bar:
         decoded = _decoded(found, pool, ahead=2 * size)
         while batch := list(islice(decoded, size)):
-            for name, problem in batch:
-                if isinstance(problem, Exception):
-                    bar.write(f"skipped {redacted(printable(str(problem)))}", file=sys.stderr)
-                    whole["skipped"].append({"file_name": name, "reason": printable(str(problem))})
-            images = {name: image for name, image in batch if isinstance(image, OpenedImage)}
+            images: dict[str, OpenedImage] = {}
+            for name, future in batch:
+                try:
+                    images[name] = future.result()
+                except (ValueError, OSError) as error:
+                    reason = printable(str(error))
+                    bar.write(f"skipped {redacted(reason)}", file=sys.stderr)
+                    whole["skipped"].append({"file_name": name, "reason": reason})
             for name, prediction in zip(images, model.predict_opened([*images.values()], threshold), strict=True):
                 number, (height, width) = len(whole["images"]) + 1, prediction.image.shape[:2]
                 whole["images"].append({"id": number, "file_name": name, "width": width, "height": height})
@@ -83,18 +86,11 @@ def _predict(
     return whole
 
 
-def _decoded(
-    found: dict[str, Path], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[str, OpenedImage | Exception]]:
-    """Each name with its picture, or with why it has none; so many are decoded ahead."""
-    left, pending = iter(found.items()), deque[tuple[str, Future[OpenedImage]]]()
-    while True:
-        for name, file in islice(left, ahead - len(pending)):
-            pending.append((name, pool.submit(open_file, file)))
-        if not pending:
-            return
-        name, future = pending.popleft()
-        try:
-            yield name, future.result()
-        except (ValueError, OSError) as error:
-            yield name, error
+def _decoded(found: dict[str, Path], pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[str, Future[OpenedImage]]]:
+    """Each name with its picture to come; so many are decoded ahead."""
+    pending = deque[tuple[str, Future[OpenedImage]]]()
+    for name, file in found.items():
+        pending.append((name, pool.submit(open_file, file)))
+        if len(pending) == ahead:
+            yield pending.popleft()
+    yield from pending

@@ -194,17 +194,15 @@ class Model:
                     by_task[task] += TASKS[task].results(
                         outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
                     )
+        surest = {  # without scores that are no numbers, of a head whose training has diverged
+            task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
+            for task, results in by_task.items()
+        }
         found = []
         for place, one in enumerate(images):
-            own = {task: _surest_first(results, place) for task, results in by_task.items()}
+            own = {task: [r for r in results if r["image_id"] == place] for task, results in surest.items()}
             found.append(Prediction(one.pixels, one.path, self.categories, own))
         return found
-
-
-def _surest_first(results: Results, image: int) -> Results:
-    """Those of an image, without scores that are no numbers, of a head whose training has diverged."""
-    own = [one for one in results if one["image_id"] == image and one.get("score", 1) >= 0]
-    return sorted(own, key=lambda one: -float(one.get("score", 1)))
 
 
 def check_options(threshold: float, batch_size: int | None) -> None:
@@ -219,8 +217,8 @@ def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[Evalu
     place = distributed.local_device()
     if device is not None:
         kind, _, number = str(device).partition(":")
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
-            here = torch.cuda.device_count()
+        here = torch.cuda.device_count()
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and int(number or 0) >= here):
             raise ValueError(f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine")
         place = torch.device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)

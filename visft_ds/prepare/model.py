@@ -19,7 +19,7 @@ from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
-from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, find_head, open_head, read_elsewhere
+from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
@@ -109,7 +109,7 @@ def prepare_model(
     notes = [base.note]
     heads: dict[str, HeadFile] = {}
     if heads_from is not None:
-        heads = {task: open_head(find_head(heads_from, task), task) for task in module.heads}
+        heads = {task: open_head(heads_from, task) for task in module.heads}
         infos = {task: head.info for task, head in heads.items()}
         check_heads(infos, classes_of_run(config, categories), categories, vocabulary)
         notes += _check_heads(infos, config, base)

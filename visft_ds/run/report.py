@@ -8,7 +8,7 @@ from pathlib import Path
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import VisftConfig
-from visft_ds.interop.heads import find_head, open_head
+from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.planner.memory import PlannedRun, plan_largest
@@ -79,7 +79,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     for task, head in module.heads.items():
         if heads is None or not head_files(Path(heads), task) or (TASKS[task].uses_vocabulary and vocabulary is None):
             continue  # without the data nobody knows its number of words
-        open_head(find_head(heads, task), task).check(head)
+        open_head(heads, task).check(head)
 
 
 def _title(config: ResolvedConfig) -> str:

@@ -31,7 +31,7 @@ from visft_ds.evals.benchmarks.encoders import (
 from visft_ds.evals.benchmarks.images import stamp
 from visft_ds.evals.benchmarks.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
-from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base
+from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
@@ -184,7 +184,7 @@ def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
     if spec.model is None and spec.block is not None and adapter is None:
         layers = None  # merged weights that are read elsewhere are whole
     model |= {"layers": layers} if layers else {}
-    backbone: Any = load_backbone(path, model, DTYPES[precision], with_class_token=True)
+    backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     module: Any = FeatureMapEncoder(backbone)
     normalisation = backbone.pixel_mean, backbone.pixel_std
     if isinstance(backbone, EvaViT):  # the projection into the space of texts reads the last block

@@ -1,0 +1,265 @@
+"""What a run reads: its data sets, the order of the samples, words, and how samples become batches of each stream."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.coco_tree import write_tree
+from visft_ds.config import resolve
+from visft_ds.config.schema import VisftConfig
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.samples import RawSample
+from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.data.transforms import ShortSides
+from visft_ds.prepare.data import pipeline_of, pipelines_of, plan_of, read_vocabulary, vocabulary_of
+from visft_ds.prepare.datasets import (
+    TrainingSet,
+    captioned,
+    check_samples,
+    data_identity,
+    needs_vocabulary,
+    open_training_data,
+)
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks.vocabulary import Vocabulary
+
+SILENT = (1, 4, 5)  #: places of the pictures without captions in "partly"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures as "train", "mute" (no captions), "partly" (of some pictures), "objects" (boxes and no masks),
+    "others" (of other categories), "words" (captions of some pictures alone)."""
+    folder = tmp_path_factory.mktemp("sets")
+    tree = write_tree(folder / "coco", 12)
+
+    def pack(split: str, captions: bool = False) -> None:
+        build(Options(tree.images, tree.instances, tree.captions if captions else None, folder, split))
+
+    def without_masks(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+
+    pack("train", captions=True)
+    pack("mute")
+    silent = {1000 + 7 * place for place in SILENT}
+    tree.edit(
+        lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] not in silent]),
+        "captions",
+    )
+    pack("partly", captions=True)
+    tree.edit(without_masks)
+    pack("objects")
+    tree.edit(lambda content: content["categories"][0].update(name="kettle"))
+    pack("others")
+    tree.edit(lambda content: content.update(annotations=[]))
+    pack("words", captions=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(folder: Path) -> dict[str, Manifest]:
+    return {split: Manifest.load(folder, split) for split in ("train", "mute", "partly")}
+
+
+def config_of(*settings: str, stage: int = 2) -> VisftConfig:
+    sizes = [f"visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
+    return resolve(stage=stage, model="debug", settings=[*sizes, "visft.shared.batch_size=2", *settings]).visft
+
+
+# Several data sets in one run: each teaches what it has labels for, in the categories of the first one
+
+
+def with_sets(folder: Path, *settings: str, sets: Any = None) -> VisftConfig:
+    objects = {"name": "objects", "root": str(folder), "split": "objects", "tasks": ["detection"]}
+    words = {"name": "words", "root": str(folder), "split": "words", "tasks": ["captioning"]}
+    given = json.dumps([objects, words] if sets is None else sets)
+    places = f"visft.data.root={folder}", f"visft.data.sets={given}"
+    return config_of(*places, "visft.mode=sampled", *settings, stage=1)
+
+
+def load(config: VisftConfig, steps: int) -> list[Any]:
+    sets = open_training_data(config)
+    vocabulary = vocabulary_of(config, *captioned(sets))
+    loader = StepLoader(
+        {name: ShardReader(one.manifest) for name, one in sets.items()},
+        plan_of(config, sets),
+        pipelines_of(config, sets, vocabulary),
+        num_workers=0,
+    )
+    return [(whole, batches[0]) for whole, batches in loader.steps(0, steps)]
+
+
+def test_a_step_takes_labels_from_the_set_it_draws(folder: Path) -> None:
+    seen: dict[tuple[str, str], list[Any]] = {}
+    for whole, batch in load(with_sets(folder), 40):
+        assert batch.tasks == (whole.task,)
+        seen.setdefault((whole.task, whole.dataset), []).append(batch)
+    assert set(seen) == {
+        ("detection", "train"),
+        ("detection", "objects"),
+        ("segmentation", "train"),
+        ("captioning", "train"),
+        ("captioning", "words"),
+    }
+    labels = torch.cat([batch.targets["detection"].labels for batch in seen["detection", "objects"]])
+    assert set(labels.tolist()) == {3, 8, 13}
+
+
+def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path) -> None:
+    """Empty targets would say that there is nothing in the picture."""
+    tasks = {whole.dataset: batch.tasks for whole, batch in load(with_sets(folder, "visft.mode=shared"), 12)}
+    assert tasks == {
+        "train": ("detection", "segmentation", "captioning"),
+        "objects": ("detection",),
+        "words": ("captioning",),
+    }
+
+
+def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
+    sets = [{"name": "objects", "root": str(folder), "split": "objects", "tasks": ["detection"]}]
+    config = with_sets(folder, "visft.data.weight=3", "visft.tasks=detection", sets=sets)
+    plan = plan_of(config, open_training_data(config))
+    drawn = [plan.step(step).dataset for step in range(400)]
+    assert drawn.count("objects") == pytest.approx(100, abs=3)
+
+
+def test_the_words_of_all_captions_are_known(folder: Path) -> None:
+    config = with_sets(folder, "visft.tasks.captioning.vocabulary.min_count=25")
+    with pytest.raises(ValueError, match="min_count = 25"):
+        vocabulary_of(config, open_training_data(config)["train"].manifest)
+    words = vocabulary_of(config, *captioned(open_training_data(config)))
+    assert words is not None and "picture" in words.words  # 24 times in one, 18 times in the other
+
+
+def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> None:
+    alone, several = (open_training_data(with_sets(folder, sets=sets)) for sets in ([], None))
+    assert data_identity(alone) == alone["train"].manifest.fingerprint != data_identity(several)
+
+
+def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
+    sets = [{"name": "others", "root": str(folder), "split": "others", "tasks": ["detection"]}]
+    with pytest.raises(ValueError, match="'kettle'"):
+        open_training_data(with_sets(folder, sets=sets))
+
+
+# The plan
+
+
+def only(manifest: Manifest, config: VisftConfig) -> dict[str, TrainingSet]:
+    return {"train": TrainingSet(manifest, tuple(config.tasks.enabled()))}
+
+
+def places(manifest: Manifest, config: VisftConfig, task: str, steps: int = 60) -> set[int]:
+    """Which places of the tree a stream has drawn from after some steps."""
+    plan = plan_of(config, only(manifest, config))
+    drawn = {i for step in map(plan.step, range(steps)) if step.task == task for i in step.indices.tolist()}
+    return {(int(manifest.index["image_id"][i]) - 1000) // 7 for i in drawn}
+
+
+def test_captioning_plans_only_pictures_with_captions(splits: dict[str, Manifest]) -> None:
+    config = config_of()
+    assert places(splits["partly"], config, "captioning") == set(range(12)) - set(SILENT)
+    assert all(places(splits["partly"], config, task) == set(range(12)) for task in ("detection", "segmentation"))
+
+
+def test_shared_pictures_are_those_that_teach_any_of_the_tasks(splits: dict[str, Manifest]) -> None:
+    assert places(splits["partly"], config_of("visft.mode=shared"), "shared") == set(range(12))
+    alone = config_of("visft.mode=shared", "visft.tasks=captioning")
+    assert places(splits["partly"], alone, "shared") == set(range(12)) - set(SILENT)
+
+
+def test_steps_are_shared_out_by_updates(splits: dict[str, Manifest]) -> None:
+    config = config_of()
+    plan = plan_of(config, only(splits["train"], config))
+    counts = Counter(plan.step(step).task for step in range(1000))
+    assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
+    stage1 = plan_of(config_of("visft.mode=sampled", stage=1), only(splits["train"], config))
+    stage1_counts = Counter(stage1.step(step).task for step in range(1000))
+    assert stage1_counts["captioning"] == pytest.approx(250, abs=3)  # 100,000 of 400,000 updates
+
+
+def test_fewer_samples_than_a_batch_are_refused(splits: dict[str, Manifest]) -> None:
+    config = config_of("visft.tasks.captioning.batch_size=10")
+    with pytest.raises(ValueError, match="train has 9 samples for captioning"):
+        plan_of(config, only(splits["partly"], config))
+
+
+# Batches
+
+
+def sample() -> RawSample:
+    """One picture with one object and one caption."""
+    outline = [2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]
+    annotation: dict[str, Any] = {"id": 1, "category_id": 3, "bbox": [2, 2, 10, 10], "iscrowd": 0, "area": 100.0}
+    pixels = np.zeros((24, 30, 3), dtype=np.uint8)
+    return RawSample(0, 7, (24, 30), pixels, [{**annotation, "segmentation": [outline]}], ["A red picture."])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_each_stream_makes_batches_for_its_own_tasks(train: bool) -> None:
+    words = Vocabulary(("red", "picture"))
+    for name, stream in config_of("visft.tasks.captioning.image.size=48").streams().items():
+        pipeline = pipeline_of(stream, words, train=train)
+        batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
+        assert batch.tasks == (name,)
+        # The configured sizes arrive: the debug model's squares, and the one set here.
+        assert batch.sizes.tolist() == [[48, 48] if name == "captioning" else [112, 112]]
+
+
+def test_a_shared_stream_makes_one_batch_for_all() -> None:
+    (stream,) = config_of("visft.mode=shared", "visft.tasks=captioning,detection").streams().values()
+    pipeline = pipeline_of(stream, Vocabulary(("red",)), train=True)
+    assert isinstance(pipeline.transform.geometry, ShortSides)
+    batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
+    assert batch.tasks == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
+
+
+# Words
+
+
+def test_the_minimum_count_decides_which_captions_words_are_known(splits: dict[str, Manifest]) -> None:
+    counts = {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
+    assert dict(splits["train"].vocabulary) == counts
+    for least in (12, 13):
+        words = vocabulary_of(config_of(f"visft.tasks.captioning.vocabulary.min_count={least}"), splits["train"])
+        assert words is not None and set(words.words) == {word for word, count in counts.items() if count >= least}
+
+
+def test_only_tasks_with_words_have_a_vocabulary(splits: dict[str, Manifest]) -> None:
+    assert vocabulary_of(config_of("visft.tasks=detection,segmentation"), splits["mute"]) is None
+    assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary({"detection": 1, "segmentation": 2})
+    cut_otherwise = replace(splits["train"], options={**splits["train"].options, "tokenizer": "spaces-1"})
+    for manifest, word in ((splits["mute"], "captions"), (cut_otherwise, "spaces-1")):
+        with pytest.raises(ValueError, match=word):
+            vocabulary_of(config_of(), manifest)
+
+
+def test_a_file_of_words_counts_instead_of_the_captions(splits: dict[str, Manifest], tmp_path: Path) -> None:
+    own, published = tmp_path / "own.json", tmp_path / "WORDMAP.json"
+    words = Vocabulary(("zebra", "red"))
+    own.write_text(json.dumps(words.to_dict()))
+    # As the published heads' word maps: in any order, special tokens included.
+    published.write_text(json.dumps({"<start>": 4, "red": 2, "<pad>": 0, "<end>": 5, "zebra": 1, "<unk>": 3}))
+    for file in (own, published):
+        for manifest in (splits["train"], splits["mute"]):
+            assert vocabulary_of(config_of(f"visft.tasks.captioning.vocabulary.file={file}"), manifest) == words
+        assert read_vocabulary(file) == words
+
+
+# Samples
+
+
+def test_a_split_in_which_a_task_finds_nothing_is_refused(splits: dict[str, Manifest]) -> None:
+    with pytest.raises(ValueError, match="has no sample with captions, which captioning needs"):
+        check_samples(config_of().tasks.enabled(), splits["mute"])
+    check_samples(["detection", "segmentation"], splits["mute"])
+    check_samples(config_of().tasks.enabled(), splits["partly"])
