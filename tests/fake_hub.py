@@ -73,24 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if self.hub.portal:
             self._answer(200, b"<html>log in</html>", {})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            repository = self._repository(match[1], match[2])
-            if repository is not None:
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+            if repository := self._repository(match[1]):
                 self._facts(match[1], repository)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            repository = self._repository(match[1], match[2])
-            if repository is not None:
-                self._file(repository, match[3])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            if repository := self._repository(match[1]):
+                self._file(repository, match[2])
         else:
             self._refuse(404, "RepoNotFound")
 
-    def _repository(self, name: str, revision: str | None) -> Repository | None:
+    def _repository(self, name: str) -> Repository | None:
         repository = self.hub.repositories.get(name)
         if repository is None:
             self._refuse(401, "RepoNotFound")
-        elif revision not in (None, "main", COMMIT):
-            self._refuse(404, "RevisionNotFound")
-            return None
         return repository
 
     def _facts(self, name: str, repository: Repository) -> None:

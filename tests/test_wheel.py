@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,42 +21,19 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 DRY = ("--stage", "1", "--model", "debug", "--engine", "zero0", "--dry-run")
 
 
-@dataclass(frozen=True)
-class Installed:
-    """An installation in a folder of its own, and an empty folder to work in."""
-
-    site: Path
-    empty: Path
-
-    def run(self, words: Sequence[str], code: int = 0) -> str:
-        """Run a command there; returns what it printed to both streams."""
-        environment = {**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(
-            words, cwd=self.empty, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
-
-    def visft(self, *words: str) -> str:
-        """Run the command as pip has installed it."""
-        return self.run([str(self.site / "bin/visft"), *words])
-
-
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sdist of what git knows here, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("build")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    checkout = folder / "checkout"
     for name in filter(None, files.split("\0")):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_bytes((ROOT / name).read_bytes())
-    found = {"sdist": _built("sdist", checkout, folder / "sdist")}
+        (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "checkout" / name).write_bytes((ROOT / name).read_bytes())
+    found = {"sdist": _built("sdist", folder / "checkout", folder / "sdist")}
     with tarfile.open(found["sdist"]) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
-    found["wheel"] = _built("wheel", unpacked, folder / "from-sdist")
-    return found
+    return {**found, "wheel": _built("wheel", unpacked, folder / "wheel")}
 
 
 def _built(kind: str, source: Path, out: Path) -> Path:
@@ -70,14 +47,21 @@ def _built(kind: str, source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    site, empty = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("empty")
+def site(archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip has installed, in a folder of its own."""
+    site = tmp_path_factory.mktemp("site")
     words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
     subprocess.run([*words, str(archives["wheel"])], check=True)
-    found = Installed(site, empty)
-    where = found.run([sys.executable, "-c", "import visft_ds; print(visft_ds.__file__, visft_ds.CHECKOUT)"]).split()
-    assert where == [str(site / "visft_ds/__init__.py"), "None"]
-    return found
+    return site
+
+
+def _run(site: Path, empty: Path, *words: str, code: int = 0) -> str:
+    """Run a command in an empty folder; returns what it printed to both streams."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=empty, env=environment, **pipes)
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -98,25 +82,28 @@ def test_the_wheel_holds_the_package_its_configurations_and_the_licence(archives
 
 
 @pytest.mark.slow
-def test_every_command_answers_in_an_empty_folder(installed: Installed) -> None:
-    assert "usage: visft" in installed.visft("--help")
+def test_every_command_answers_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    run, visft = partial(_run, site, tmp_path), str(site / "bin/visft")
+    where = run(sys.executable, "-c", "import visft_ds; print(visft_ds.__file__, visft_ds.CHECKOUT)").split()
+    assert where == [str(site / "visft_ds/__init__.py"), "None"]
+    assert "usage: visft" in run(visft, "--help")
     for name in COMMANDS:
-        assert installed.visft(name, "--help").startswith(f"usage: visft {name} ")
-    assert installed.run([sys.executable, "-m", "visft_ds", "--version"]) == f"visft {visft_ds.__version__}\n"
-    assert "fits" in installed.visft("plan", "--cluster", "8xA100-80GB", "--model", "eva_e", "--stage", "2")
-    assert list(installed.empty.iterdir()) == []
+        assert run(visft, name, "--help").startswith(f"usage: visft {name} ")
+    assert run(sys.executable, "-m", "visft_ds", "--version") == f"visft {visft_ds.__version__}\n"
+    assert "fits" in run(visft, "plan", "--cluster", "8xA100-80GB", "--model", "eva_e", "--stage", "2")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_training_starts_by_every_way(installed: Installed) -> None:
+def test_a_training_starts_by_every_way(site: Path, tmp_path: Path) -> None:
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "0"]
     for start, code in (  # of a run that has no shards; torchrun has a code of its own
-        ([str(installed.site / "bin/visft"), "train"], 2),
+        ([str(site / "bin/visft"), "train"], 2),
         ([sys.executable, "-m", "visft_ds", "train"], 2),
         ([*deepspeed, "--module", "visft_ds.launch"], 2),
         ([*deepspeed, "--module", "visft_ds", "train"], 2),
         ([*torchrun, "-m", "visft_ds.launch"], 1),
     ):
-        said = installed.run([*start, *DRY], code)
-        assert "what trains" in said and "visft shards build" in said, start
+        said = _run(site, tmp_path, *start, *DRY, code=code)
+        assert "what trains" in said and "visft shards" in said, start

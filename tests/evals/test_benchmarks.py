@@ -18,7 +18,6 @@ from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
-from visft_ds.config.fields import Precision
 from visft_ds.evals.benchmarks import judge as judging
 from visft_ds.evals.benchmarks.classes import read_classes
 from visft_ds.evals.benchmarks.judge import Settings, encode_images
@@ -171,10 +170,6 @@ def test_scale_of_an_adapter(world: Path) -> None:
     assert len({str(parse_model(text).identity) for text in texts}) == len(texts)
 
 
-def _settings(folder: Path, precision: Precision = "fp32") -> Settings:
-    return Settings(torch.device("cpu"), precision, folder, 5, 3)
-
-
 def test_processes_share_batches_and_give_the_same_bits(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +178,8 @@ def test_processes_share_batches_and_give_the_same_bits(
     encoder = load_encoder(parse_model(str(world / "clip.safetensors")), "fp32")
 
     def encode() -> dict[str, torch.Tensor]:
-        return encode_images(encoder, data.images, ["pooled", "clip"], _settings(tmp_path), "x")
+        settings = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3)
+        return encode_images(encoder, data.images, ["pooled", "clip"], settings, "x")
 
     alone = encode()
     monkeypatch.setattr("visft_ds.parallel.distributed.world_size", lambda: 2)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
-from visft_ds.config.own import lite0_of_pip
 from visft_ds.evals.benchmarks import dense, layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
 from visft_ds.evals.benchmarks.judge import Settings, judge
@@ -25,7 +24,6 @@ from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
 from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.evals.model import ModelFiles, _load_backbone
 from visft_ds.interop.adapter import Adapter
 from visft_ds.models.lora import inject_lora
 
@@ -177,10 +175,3 @@ def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert (choice.block, choice.difference) == ("end", None)
     with pytest.raises(ValueError, match="too few test images"):
         choose({"end": {"n": Score("n", np.ones(3), np.zeros(3, dtype=np.int64))}})
-
-
-def test_a_base_is_read_where_its_run_read_it() -> None:
-    """Whatever the header of the base file holds."""
-    model = {"preset": "timm:tf_efficientnet_lite0", "layers": [4]}
-    backbone, _ = _load_backbone(ModelFiles(Path(str(lite0_of_pip())), Path("heads"), None, model), {}, torch.float32)
-    assert tuple(backbone.layers_read) == (4,) and backbone.width == 112

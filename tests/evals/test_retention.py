@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.evals.test_benchmarks import _record, _run, world
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
 from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.retention import load_classifier, read_images
+from visft_ds.evals.benchmarks.retention import load_classifier
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -102,11 +102,3 @@ def test_who_has_no_classifier_is_told_in_one_line(world: Path, net: Path, tmp_p
         arguments = [word for model in models for word in ("--model", model)]
         status, _, errors = _run(*arguments, "--benchmark", f"retention={net}/pictures", "--out", tmp_path / "out")
         assert status == 2 and message in errors
-
-
-def test_pictures_of_any_folder(net: Path, tmp_path: Path) -> None:
-    assert len(read_images(str(net / "pictures"))) == len(read_images(str(net))) == 24  # also one folder below
-    for folder in ("a", "val2017"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "0.png").write_bytes((net / "pictures/00.png").read_bytes())
-    assert read_images(str(tmp_path)).names == ["val2017/0.png"]

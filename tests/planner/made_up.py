@@ -20,7 +20,7 @@ from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.masks import grid_size
-from visft_ds.tasks.spec import counts_of
+from visft_ds.tasks.spec import counts_of, loss_denominators_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more); words.
@@ -62,11 +62,9 @@ def real_peak(config: ResolvedConfig, task: str) -> int:
     module = prepare_model(config.visft, config.optimizer.params, vocabulary=words).module
     module.train()
     batch = made_up_batch(config.visft.streams()[task], 2)
-    loss_denominators: dict[str, Any] = {task: {}}
-    for key, value in counts_of(module.criteria, [batch]).items():
-        loss_denominators[task][key.partition("/")[2]] = torch.tensor(value)
+    denominators = loss_denominators_of(counts_of(module.criteria, [batch]), 1, batch.images.device)
     with LiveBytes() as live:
-        module(batch, loss_denominators)["loss"].backward()
+        module(batch, denominators)["loss"].backward()
     return live.peak
 
 

@@ -282,8 +282,8 @@ class VisftConfig(StrictModel):
         tasks = self.tasks.enabled()
         if self.mode == "shared":
             assert self.shared is not None  # checked by validation
-            return {SHARED: self.shared.stream(tuple(tasks))}
-        return {name: task.stream(name) for name, task in tasks.items()}
+            return {SHARED: self.shared.stream(SHARED, tuple(tasks), 1.0)}
+        return {name: task.stream(name, (name,), float(task.updates or 0)) for name, task in tasks.items()}
 
     def updates(self) -> int | None:
         """Optimiser steps that give every task its `updates`; None where a task states none."""

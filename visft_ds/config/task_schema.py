@@ -16,6 +16,7 @@ from visft_ds.config.fields import Above, Fraction, Positive, Sides, StrictModel
 Findings = Mapping[str, Sequence[Any]]  #: what was odd: kind -> (how often, examples)
 #: An image's caption to learn from: one drawn anew each time, or always the first.
 CaptionChoice = Literal["random", "first"]
+SHARED = "shared"  #: name of the one stream of mode "shared"
 
 
 class VocabularyConfig(StrictModel):
@@ -32,7 +33,42 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
-class TaskConfig(StrictModel):
+@dataclass(frozen=True)
+class Stream:
+    """Kind of optimiser step: its tasks, batch size and share of the steps."""
+
+    name: str  #: of the task, or "shared"
+    tasks: tuple[str, ...]
+    share: float  #: of the steps, relative to the other streams
+    batch_size: int  #: images of one optimiser step over all processes
+    micro_batch: int  #: most images one process sends through the model at once
+    image: dict[str, Any]  #: options of geometry and targets
+    #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
+    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Place of its settings."""
+        return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
+
+    def largest_side(self) -> int:
+        """Side in pixels of the largest square among the training images."""
+        return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
+
+
+class StreamConfig(StrictModel):
+    """Batch and images of a kind of optimiser step."""
+
+    batch_size: Positive  #: images of one optimiser step over all processes
+    micro_batch: Positive  #: most images one process sends through the model at once
+    image: BaseModel
+
+    def stream(self, name: str, tasks: tuple[str, ...], share: float) -> Stream:
+        """What is drawn and computed in such a step."""
+        return Stream(name, tasks, share, self.batch_size, self.micro_batch, self.image.model_dump())
+
+
+class TaskConfig(StreamConfig):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
     The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
@@ -52,16 +88,8 @@ class TaskConfig(StrictModel):
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
     #: sum, in mode "shared" the most of them.
     updates: Positive | None = None
-    batch_size: Positive  #: images of one optimiser step over all processes
-    micro_batch: Positive  #: most images one process sends through the model at once
-    image: BaseModel
     head: StrictModel
     loss: BaseModel
-
-    def stream(self, name: str) -> Stream:
-        """Steps of the task alone; their share is 0 where `updates` is null."""
-        share, image = float(self.updates or 0), self.image.model_dump()
-        return Stream(name, (name,), share, self.batch_size, self.micro_batch, image)
 
     @classmethod
     def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
@@ -113,39 +141,7 @@ class SharedImage(StrictModel):
     max_words: Positive = 50
 
 
-class SharedConfig(StrictModel):
+class SharedConfig(StreamConfig):
     """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode` "shared")."""
 
-    batch_size: Positive  #: images of one optimiser step over all processes
-    micro_batch: Positive  #: most images one process sends through the model at once
     image: SharedImage = SharedImage()
-
-    def stream(self, tasks: tuple[str, ...]) -> Stream:
-        """The one stream of these tasks."""
-        return Stream(SHARED, tasks, 1.0, self.batch_size, self.micro_batch, self.image.model_dump())
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Kind of optimiser step: its tasks, batch size and share of the steps."""
-
-    name: str  #: of the task, or "shared"
-    tasks: tuple[str, ...]
-    share: float  #: of the steps, relative to the other streams
-    batch_size: int  #: images of one optimiser step over all processes
-    micro_batch: int  #: most images one process sends through the model at once
-    image: dict[str, Any]  #: options of geometry and targets
-    #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
-    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Place of its settings."""
-        return "visft.shared" if self.name == SHARED else f"visft.tasks.{self.name}"
-
-    def largest_side(self) -> int:
-        """Side in pixels of the largest square among the training images."""
-        return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
-
-
-SHARED = "shared"  #: name of the one stream of mode "shared"

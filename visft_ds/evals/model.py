@@ -312,7 +312,7 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     """
     settings_of_each = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
     settings = {name: config_class(name).model_validate(settings_of_each) for name in tasks}
-    return {name: resized(task.stream(name), side=side) for name, task in settings.items()}
+    return {name: resized(task.stream(name, (name,), 1.0), side=side) for name, task in settings.items()}
 
 
 def resized(stream: Stream, *, side: int | None = None, batch_size: int | None = None) -> Stream:
