@@ -55,7 +55,7 @@ def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str
 def losses(out: Path) -> list[dict[str, float]]:
     """Of each step, by name."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if line["kind"] == "step"]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/loss" in line]
 
 
 def equal(ours: Path, theirs: Path, step: int = STEPS) -> bool:

@@ -222,7 +222,7 @@ def train_plain(
     }
 
 
-def engine_config(name: str, precision: str, micro: int = 1, **zero: Any) -> dict[str, Any]:
+def engine_config(name: str, precision: str, micro: int, zero: Mapping[str, Any]) -> dict[str, Any]:
     """What DeepSpeed is given for batches of GLOBAL_BATCH in micro-batches of `micro` images, with other ZeRO options.
 
     "pipeline4" has four stages; "_gathered" behind a name: no parameter is too small to be taken apart again.
@@ -250,7 +250,9 @@ def engine_config(name: str, precision: str, micro: int = 1, **zero: Any) -> dic
     return config
 
 
-def start_engine(stage: int, name: str, precision: str, micro: int = 1, *, build: Build = build, **zero: Any) -> Any:
+def start_engine(
+    stage: int, name: str, precision: str, micro: int = 1, build: Build = build, zero: Mapping[str, Any] | None = None
+) -> Any:
     """An engine of ds_configs over the tiny model."""
     from deepspeed.runtime import torch_autocast
 
@@ -261,7 +263,7 @@ def start_engine(stage: int, name: str, precision: str, micro: int = 1, *, build
     # DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     visft_ds.ops.lora.choose_backend = like_a_gpu
-    config = engine_config(name, precision, micro, **zero)
+    config = engine_config(name, precision, micro, zero or {})
     module, trained = build(stage, storage=STORAGE[precision])
     groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in trained

@@ -143,7 +143,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     stage, precision, order_name, option = f"{name}:".split(":")[:4]
     take_remedy(option)
     build = recomputed if option == "recompute" else case.build
-    start = partial(case.start_engine, int(stage), engine_name, precision, build=build, **ZERO.get(option, {}))
+    start = partial(case.start_engine, int(stage), engine_name, precision, build=build, zero=ZERO.get(option))
     engine = start()
     if option.startswith("overflow"):
         if option == "overflow-alone":  # each stage judges by its own part of the gradient

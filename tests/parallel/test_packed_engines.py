@@ -75,7 +75,8 @@ def test_two_ranks_equal_one_process(run: tuple[str, ...], tmp_path: Path) -> No
         for rank, predicted in enumerate(found["predicted"]):
             with torch.no_grad():
                 expected = tensors_of(module(case.global_batch(rank, ORDER, SIZES)))
-            torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
+            seen = {key: predicted[key] for key in expected}  # of the tasks that have labels
+            torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def test_a_drawing_shows_what_was_found(model: Model, place: Path) -> None:
         return [bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, wanted, strict=True)]
 
     assert shown(found.draw(side=200)) == [False, True, True]
-    assert shown(found.draw(0.99, side=200)) == [False, False, False]
+    none = model.predict(place / "dog.jpg", threshold=1)
+    assert shown(none.draw(side=200)) == [False, False, False]
 
 
 def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> None:
@@ -236,7 +237,7 @@ def test_what_is_no_model_is_refused(place: Path) -> None:
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"device": "meta"}, "cpu"),
-        ("runs/stage2", {"image_size": 0}, "pixel"),
+        ("runs/stage2", {"image_size": 0}, "image size"),
     ]
     for source, options, word in cases:
         with pytest.raises(ValueError, match=word):

@@ -149,16 +149,23 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("model: a run, and files that replace the run's").add_argument
-    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+def add_parts(group: argparse._ActionsContainer) -> None:
+    """Add the flags that replace parts of a run: backbone, heads, adapter, tasks, vocabulary."""
+    add = group.add_argument
     add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
     add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
     add("--tasks", metavar="A,B", help="default: every task that has a head")
     add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model: a run, and files that replace the run's")
+    add = model.add_argument
+    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+    add_parts(model)
     add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
     add = parser.add_argument_group("data: by default the run's, and results").add_argument
     add("--data", metavar="DIR|URL", help="shards made by visft shards")

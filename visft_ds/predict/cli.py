@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
-from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
+from visft_ds.evals.cli import add_parts
 from visft_ds.flags import Parser
+from visft_ds.resilience.errors import tell
 
 USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
 
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from visft_ds.predict.command import predict
 
-        return predict(**vars(given))
+        predict(**vars(given))
+        return 0
+    except (ValueError, OSError) as error:
+        return tell(error, "predict")
     except KeyboardInterrupt:
         print("\npredict: interrupted", file=sys.stderr)
         return 130
@@ -42,17 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
     model = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
     add("--model", dest="source", type=Path, required=True, metavar="RUN", help=model)
-    add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
-    add("--download", action="store_true", help=DOWNLOAD_HELP)
-    add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
-    add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
-    add("--tasks", metavar="A,B", help="default: every task that has a head")
+    add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
     add("--batch-size", type=int, metavar="N", help="images at once (default: the run's, or 8)")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default %(default)s")
-    score = "least score of boxes and masks (default %(default)s)"
-    add("--threshold", type=float, default=0.5, metavar="SCORE", help=score)
+    add("--threshold", type=float, default=0.5, metavar="SCORE", help="least of boxes and masks (default %(default)s)")
     return parser

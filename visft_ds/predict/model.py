@@ -58,8 +58,7 @@ def load(
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
+    check_options(image_size=image_size)
     parts = source_of(
         Path(source),
         tasks=tasks,
@@ -83,10 +82,7 @@ def load_backbone(
     download: bool = False,
     adapter: str | Path | None = None,
 ) -> ImageFeatures:
-    """Load the backbone alone, with the adapter in it; heads are neither needed nor read. Arguments as `load`.
-
-    Raises ValueError as `load`.
-    """
+    """Load the backbone alone, with the adapter in it, without heads; arguments and errors as those of `load`."""
     parts = source_of(
         Path(source), backbone=backbone, download=download, adapter=adapter, precision=precision, alone=True
     )
@@ -166,7 +162,7 @@ class Model:
             One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of every
             image: give thousands in parts, or to `visft predict`. Raises ValueError for what is no picture.
         """
-        check_options(threshold, batch_size)
+        check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
         step = batch_size or self.batch_size
         batches = (every[start : start + step] for start in range(0, len(every), step))
@@ -205,12 +201,13 @@ class Model:
         return found
 
 
-def check_options(threshold: float, batch_size: int | None) -> None:
-    """Raise ValueError for a threshold or batch size out of range."""
+def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
+    """Raise ValueError for a threshold that is no score, or numbers below 1."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is not allowed: give at least 1")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give at least 1")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:

@@ -98,22 +98,16 @@ class Prediction:
         parts += self._lines()
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
-    def draw(self, threshold: float = 0.0, *, side: int = SIDE) -> Image.Image:
-        """The image above its caption, its boxes and its masks beside each other.
-
-        Args:
-            threshold: least score that is drawn, beyond that of the prediction.
-            side: length of the longer side of each panel's image, pixels.
-        """
-        named = [name for objects, _ in self._objects().values() for name in objects.names]
-        colours = palette([*self.categories.values(), *named])
+    def draw(self, *, side: int = SIDE) -> Image.Image:
+        """The image above its caption, its boxes and its masks beside each other; `side`: pixels of a longer side."""
+        objects = self._objects()
+        colours = palette([*self.categories.values(), *(name for found, _ in objects.values() for name in found.names)])
         lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]
         panels = [(with_text(self.image, lines, side), "image")]
-        for kind, (objects, shapes) in self._objects().items():
-            count = int((objects.scores >= threshold).sum())  # the surest stand first
-            names, shown = objects.names[:count], {kind: shapes[:count]}
-            tags = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores, strict=False)]
-            panels.append((draw_objects(self.image, names, tags, colours, **shown, side=side), f"{kind}: {count}"))
+        for kind, (found, shapes) in objects.items():
+            tags = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
+            drawn = draw_objects(self.image, found.names, tags, colours, **{kind: shapes}, side=side)
+            panels.append((drawn, f"{kind}: {len(found)}"))
         return Image.fromarray(side_by_side(*panels))
 
     def _objects(self) -> dict[str, tuple[Objects, Any]]:
