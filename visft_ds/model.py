@@ -18,7 +18,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
-from visft_ds.ops import autocast_to, to_device
+from visft_ds.ops import autocast_dtype, autocast_to, to_device
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
 
@@ -84,8 +84,8 @@ class MultiTaskModel(nn.Module):
     `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose crop and
     flip repeat after some epochs (`data.features`).
 
-    With `packed`, images of different sizes pass through the backbone without padding, as one row of tokens, in
-    training and in evaluation: their features are those of each image alone, whatever else is in its batch.
+    With `packed`, images of different sizes pass through the backbone as one row of tokens, without padding: features
+    of an image are those of it alone. Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MultiTaskModel(nn.Module):
         self.heads_active = heads_active
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
-        self.packed = False
+        self.packed = self.heads_in_fp32 = False
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -115,8 +115,7 @@ class MultiTaskModel(nn.Module):
             return self._features_of_views(batch)
         pixels, frames = normalise_pixels(self.backbone, batch.images, batch.sizes), self.frames(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames)
-            features = at_least_float32(features)
+            features = at_least_float32(self.backbone(pixels) if frames is None else self.backbone(pixels, frames))
         if frames is None:
             return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
         grids = [(height // self.backbone.patch_size, width // self.backbone.patch_size) for height, width in frames]
@@ -177,18 +176,19 @@ class MultiTaskModel(nn.Module):
         self, features: Tensor, valid: Tensor, batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
         """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
-        # Heads and losses stay in float32 whatever the backbone computes in.
+        dtype = torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(features.device) == torch.bfloat16 else None
+        predicted, losses = dict[str, Any](), dict[str, Tensor]()
+        with autocast_to(features.device, dtype):
+            for task in batch.tasks or self.heads:
+                inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
+                predicted[task] = self._with_extents(self.heads[task](features, valid, **inputs), batch)
+        if loss_denominators is None:
+            return predicted
         with autocast_to(features.device, None):
-            if loss_denominators is None:
-                wanted = batch.tasks or tuple(self.heads)
-                predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
-                return {task: self._with_extents(output, batch) for task, output in predicted.items()}
-            losses: dict[str, Tensor] = {}
-            for task in batch.tasks:
-                criterion, targets = self.criteria[task], batch.targets[task]
-                output = self._with_extents(self.heads[task](features, valid, **targets.head_inputs()), batch)
+            for task, output in predicted.items():
+                criterion = self.criteria[task]
                 try:
-                    parts = criterion(output, targets, loss_denominators[task], batch.image_ids)
+                    parts = criterion(output, batch.targets[task], loss_denominators[task], batch.image_ids)
                 except FloatingPointError as error:
                     if self.faults is None:
                         raise

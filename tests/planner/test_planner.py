@@ -145,8 +145,33 @@ def test_the_roofline_takes_the_slowest_of_three() -> None:
 
     bf16 = torch.bfloat16
     assert seconds(Work("product", bf16, 10**12, 10)) == pytest.approx(1e15 / (PRODUCT_SHARE * 989.4e12))
+    tf32 = work_seconds(Counter({Work("product", torch.float32, 10**12, 10): 1000}), gpu, tf32=True)
+    assert tf32 == pytest.approx(1e15 / (PRODUCT_SHARE * 494.7e12))
     assert seconds(Work("plain", bf16, 0, 10**10)) == pytest.approx(1e13 / 0.85e12)
     assert seconds(Work("plain", bf16, 0, 1)) == pytest.approx(1000 * 19e-6)  # the host is slower than a call
+
+
+@pytest.mark.parametrize("model", ["debug", "debug_convnext"])
+def test_products_count_in_what_they_are_computed_in(model: str) -> None:
+    """Backbones of timm and heads too, which leave rounding to autocast; pooling stays in float32."""
+    exact = []
+    for heads in ("auto", "fp32"):
+        config = debug(1, f"visft.heads.precision={heads}", "visft.tasks=captioning", model=model)
+        work = trace_step(run_of(config, 1, "bf16", VOCABULARY, CUDA), config.visft.streams()["captioning"]).work
+        products = [(what.dtype, what.operations * n) for what, n in work.items() if what.kind == "product"]
+        found = Counter[torch.dtype]()
+        for dtype, operations in products:
+            found[dtype] += operations
+        exact.append(found[torch.float32] / found.total())
+    assert exact[0] < 0.05 < exact[1] < 0.9
+
+
+def test_tf32_goes_with_16_bit_unless_stated() -> None:
+    def tf32(precision: Any, *settings: str) -> bool:
+        return run_of(debug(1, *settings), 1, precision, None, CUDA).tf32
+
+    assert [tf32(precision) for precision in ("fp32", "bf16", "fp16")] == [False, True, True]
+    assert tf32("fp32", "visft.model.tf32=true") and not tf32("bf16", "visft.model.tf32=false")
 
 
 def test_recomputing_costs_operations_and_none_of_the_models() -> None:

@@ -84,7 +84,8 @@ class ModelConfig(StrictModel):
     recompute: Literal["auto", "none", "mlp", "block"] = "auto"
     kernels: Literal["library", "triton"] = "library"  #: of adapted layers; triton: our own (docs/memory-and-speed.md)
     packed: bool = False  #: the backbone takes images of different sizes without padding (docs/memory-and-speed.md)
-    tf32: bool = False  #: float32 products and convolutions of GPUs in TF32 (docs/memory-and-speed.md); false: in full
+    #: float32 products and convolutions of GPUs in TF32; auto: in bf16 and fp16 runs (docs/memory-and-speed.md)
+    tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: by torch.compile
 
     @property
@@ -116,10 +117,11 @@ class LoraConfig(StrictModel):
 
 
 class HeadsConfig(StrictModel):
-    """`visft.heads`: the heads that stage 2 learns from."""
+    """`visft.heads`: the heads that stage 2 learns from, and what heads compute in."""
 
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
+    precision: Literal["auto", "fp32"] = "auto"  #: auto: bf16 in bf16 runs, else fp32
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 

@@ -96,6 +96,7 @@ class ModelSource:
     decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     precision: str = "auto"
     packed: bool = False  #: images of different sizes pass through the backbone without padding
+    heads_in_fp32: bool = False  #: in bf16, too
 
     @property
     def tasks(self) -> list[str]:
@@ -106,13 +107,13 @@ class ModelSource:
         """Build the model, strictly of what its files hold, and its streams with the classes of its heads.
 
         Args:
-            precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
+            precision: what the backbone computes in, and heads in bf16; its matrices are stored in it too.
 
         Raises:
             ValueError: a missing or damaged file, an adapter on top of merged weights, heads for another width.
         """
         files, vocabulary = self.files, read_vocabulary(self.vocabulary) if self.vocabulary else None
-        use_numerics(device)
+        use_numerics(device, tf32=precision != "fp32")
         heads_of = {task: open_head(files.heads, task) for task in self.tasks}
         infos = {task: head.info for task, head in heads_of.items()}
         backbone, facts = _load_backbone(files, infos, DTYPES[precision])
@@ -130,7 +131,7 @@ class ModelSource:
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
             facts[f"{task} head"] = str(head.tensors.path)
         module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
-        module.packed = self.packed
+        module.packed, module.heads_in_fp32 = self.packed, self.heads_in_fp32
         if self.packed:
             facts["images"] = "packed, without padding"
         module.requires_grad_(False).eval().to(device)
@@ -173,7 +174,8 @@ def source_of(
         streams = {} if alone else chosen_streams(streams, tasks, folder, folder or place)
         files = files_of_run(place, config, tasks_of(streams), backbone=weights, heads=folder, adapter=adapter)
         decoding, own = decoding_of(config, beam_size), precision or config.model.precision
-        return ModelSource(files, streams, words, decoding, own, config.model.packed)
+        in_fp32 = config.heads.precision == "fp32"
+        return ModelSource(files, streams, words, decoding, own, config.model.packed, in_fp32)
     if place is not None and not place.exists():
         raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
     if folder is None and not alone:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +45,12 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     return autocast_dtype(weight.device) or weight.dtype
 
 
-def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to what `autocast_dtype` returned elsewhere inside; for None it is off, for code that casts by hand."""
     if dtype == autocast_dtype(device):
         return nullcontext()
     if mode := stand_in(device):
-        off: AbstractContextManager[None] = mode.no_autocast()
-        return off
+        return patch.object(mode, "autocast", dtype)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

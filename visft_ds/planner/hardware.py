@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -120,8 +119,6 @@ def parse_cluster(text: str, network: float | None = None) -> Cluster:
     wanted = found[3].upper().replace("RTX", "").strip(" -_")
     close = [name for name in GPUS if wanted in (name.upper(), name.upper().rpartition("-")[0])]
     if len(close) != 1:
-        near = close or difflib.get_close_matches(found[3], GPUS, n=1, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}{hint} There are {', '.join(GPUS)}")
+        raise ValueError(f"--cluster {text}: no one GPU is called {found[3]}; known: {', '.join(close or GPUS)}")
     gpu, per_node = GPUS[close[0]], int(found[2]) if found[1] else Cluster.per_node
     return Cluster(int(found[1] or 1) * int(found[2]), gpu, gpu.network if network is None else network, per_node)

@@ -50,6 +50,12 @@ class PlannedRun:
         """The same with this `visft.model.recompute`."""
         return self.changed(changed(self.config, [f"visft.model.recompute={policy}"]))
 
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products of matrices are computed in TF32, on GPUs that have it."""
+        stated = self.config.visft.model.tf32
+        return self.precision != "fp32" if stated == "auto" else stated
+
     @cached_property
     def partition(self) -> Partition | None:
         """Division of the layers among the stages of a pipeline; None without one."""

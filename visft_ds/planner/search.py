@@ -62,7 +62,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
 
     seconds = {name: step_time(run, stream, cluster) for name, stream in streams.items()}
     step = mean({name: one.total for name, one in seconds.items()})
-    at_peak = mean({name: peak_seconds(trace_step(plain, stream).work, gpu) for name, stream in streams.items()})
+    ideal = {name: peak_seconds(trace_step(plain, one).work, gpu, tf32=run.tf32) for name, one in streams.items()}
     zero = config.deepspeed["zero_optimization"]["stage"]
     return SearchArm(
         flags=tuple(flags),
@@ -74,7 +74,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         images_per_second=mean(batches.batch_size) / step,
         step_seconds=step,
         hours=config.total_steps * step / 3600,
-        of_limit=at_peak * batches.accumulation / batches.stages / step,
+        of_limit=mean(ideal) * batches.accumulation / batches.stages / step,
     )
 
 

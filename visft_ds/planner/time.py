@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from visft_ds.config.fields import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.ops import DTYPES
 from visft_ds.planner.hardware import Cluster, Gpu
@@ -24,7 +20,6 @@ BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
 CALL_SECONDS, HOST_SECONDS, CHECKPOINT_SECONDS = 5e-6, 19e-6, {"block": 0.4e-3, "mlp": 0.75e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 UPDATE_BYTES = 32
-_PRECISION: Mapping[torch.dtype, Precision] = {dtype: precision for precision, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,12 +37,12 @@ class PlannedTime:
         return self.compute + self.update + self.communication + self.waiting
 
 
-def peak_seconds(work: Counter[Work], gpu: Gpu) -> float:
+def peak_seconds(work: Counter[Work], gpu: Gpu, *, tf32: bool) -> float:
     """Seconds of the arithmetic alone at the peak."""
-    return sum(count * what.operations / _rate(gpu, what.dtype) for what, count in work.items())
+    return sum(count * what.operations / _rate(gpu, what, tf32) for what, count in work.items())
 
 
-def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0) -> float:
+def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0, *, tf32: bool = False) -> float:
     """Sum over operators, each as long as its arithmetic, its bytes or its call; or the host's time, if that is longer,
     with its seconds for blocks that are recomputed (`checkpoints`)."""
 
@@ -55,14 +50,16 @@ def work_seconds(work: Counter[Work], gpu: Gpu, checkpoints: float = 0.0) -> flo
         share = SAMPLING_SHARE if what.kind == "sampling" else BANDWIDTH_SHARE
         moved = what.bytes / (share * 1e9 * gpu.bandwidth)
         reached = ATTENTION_SHARE if what.kind == "attention" else PRODUCT_SHARE
-        return max(what.operations / (reached * _rate(gpu, what.dtype)), moved, CALL_SECONDS)
+        return max(what.operations / (reached * _rate(gpu, what, tf32)), moved, CALL_SECONDS)
 
     device = sum(count * seconds(what) for what, count in work.items())
     return max(device, HOST_SECONDS * sum(work.values()) + checkpoints)
 
 
-def _rate(gpu: Gpu, dtype: torch.dtype) -> float:
-    return gpu.rate(_PRECISION.get(dtype, "fp32")) or gpu.fp32 * 1e12
+def _rate(gpu: Gpu, what: Work, tf32: bool) -> float:
+    """Operations a second at the peak; attention in float32 takes no TF32."""
+    names = {dtype: precision for precision, dtype in DTYPES.items()}
+    return gpu.rate(names.get(what.dtype, "fp32"), tf32=tf32 and what.kind == "product") or gpu.fp32 * 1e12
 
 
 def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
@@ -70,7 +67,7 @@ def step_time(run: PlannedRun, stream: Stream, cluster: Cluster) -> PlannedTime:
     found, batches, gpu = trace_step(run, stream), run.batches, cluster.gpu
     stage, stages = int(run.config.deepspeed["zero_optimization"]["stage"]), batches.stages
     again = CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0) * found.backbone_trains * found.blocks
-    micro = work_seconds(found.work, gpu, again)
+    micro = work_seconds(found.work, gpu, again, tf32=run.tf32)
     compute, waiting = batches.accumulation * micro / stages, 0.0
     if run.partition is not None:  # the slowest stage decides, once the pipeline is full
         costs = run.partition.stage_costs()

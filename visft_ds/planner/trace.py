@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from visft_ds.ops import autocast_dtype
 
 META = torch.device("meta")
 _FREE = ("empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
@@ -50,15 +53,6 @@ class Tracer(TorchDispatchMode):
         self.now = self.forward_peak = self.peak = self.apart = self.peak_apart = 0
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self._live: dict[int, int] = {}
-
-    @contextmanager
-    def no_autocast(self) -> Iterator[None]:
-        """Autocast off inside."""
-        before, self.autocast = self.autocast, None
-        try:
-            yield
-        finally:
-            self.autocast = before
 
     @property
     def operations(self) -> int:
@@ -119,13 +113,21 @@ def _kind(func: Any) -> str | None:
 
 @contextmanager
 def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]:
-    """Let attention and linear layers on the meta device cost and keep what they do on a device.
+    """Let attention, linear layers and convolutions on the meta device cost and keep what they do on a device.
 
-    Attention is a fused kernel: FlashAttention in 16 bit on a GPU, elsewhere the memory-efficient one, which keeps as
-    much as that of CPUs. Under ZeRO-3, DeepSpeed's linear layer keeps its input whether or not its weight trains.
-    Functions are replaced, since torch's function modes are off while a backward pass computes a forward again.
+    Autocast rounds factors. Attention is a fused kernel: FlashAttention in 16 bit on a GPU, elsewhere the
+    memory-efficient one, which keeps as much as that of CPUs. Under ZeRO-3, DeepSpeed's linear layer keeps its input,
+    frozen or not. Functions are replaced: torch's function modes are off when a backward pass recomputes.
     """
     attend, multiply, aten = F.scaled_dot_product_attention, F.linear, torch.ops.aten
+
+    def rounding(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if dtype := autocast_dtype(META):
+                given, named = tree_map_only(Tensor, lambda factor: factor.to(dtype), (given, named))
+            return function(*given, **named)
+
+        return call
 
     def attention(
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **named: Any
@@ -148,9 +150,9 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
             out.grad_fn.register_hook(lambda *_: kept.clear())
         return out if bias is None else out.add_(bias)
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    F.linear = linear if zero3 else multiply  # type: ignore[assignment]
-    try:
+    with (
+        patch.object(F, "scaled_dot_product_attention", attention),
+        patch.object(F, "linear", rounding(linear if zero3 else multiply)),
+        patch.object(F, "conv2d", rounding(F.conv2d)),
+    ):
         yield
-    finally:
-        F.scaled_dot_product_attention, F.linear = attend, multiply

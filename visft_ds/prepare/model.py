@@ -161,7 +161,7 @@ def plan_model(
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
-    module.packed = config.model.packed
+    module.packed, module.heads_in_fp32 = config.model.packed, config.heads.precision == "fp32"
     _check_stage(module, config)
     return module, groups
 

@@ -59,10 +59,10 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_siz
     model, device, world_size = config.visft.model, distributed.local_device(), world_size or distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
-    use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
     run = run_of(config, world_size, precision, vocabulary_size, device)
+    use_numerics(device, tf32=run.tf32, deterministic=config.visft.run.deterministic)
     return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
 
 

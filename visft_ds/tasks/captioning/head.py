@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
+from visft_ds.ops import autocast_to, matmul_dtype
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
@@ -112,7 +113,8 @@ class CaptioningHead(nn.Module):
 
     def _initial(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pooled cells (B, P, D), their attention keys (B, P, A), and the LSTM's initial states, two times (B, R)."""
-        pixels = pool_valid(features, valid, self.grid)
+        with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
+            pixels = pool_valid(features, valid, self.grid)
         mean = pixels.mean(dim=1)
         return pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
 
@@ -193,9 +195,13 @@ class Recurrence(nn.Module):
         from_pixels = self.weight_ih[:, self.embed_dim :]
         weight = torch.cat((self.decoder_att_weight, self.f_beta_weight, self.weight_hh))
         bias = torch.cat((self.decoder_att_bias, self.f_beta_bias, self.bias_hh))
+        # Autocast would round them in every step.
+        given = weight, bias, from_pixels, pixels
+        weight, bias, from_pixels, pixels = (one.to(matmul_dtype(one)) for one in given)
         states, attention = [], []
         for word in from_words.unbind(dim=1):
-            query, gate, from_state = F.linear(hidden, weight, bias).split(self.splits, dim=1)
+            # Both states stay float32, whatever the products are computed in.
+            query, gate, from_state = at_least_float32(F.linear(hidden, weight, bias)).split(self.splits, dim=1)
             energy = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
             weights = at_least_float32(energy.squeeze(-1)).softmax(dim=1)  # (B, P)
             context = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()  # (B, D)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
+from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
 
@@ -39,7 +40,8 @@ class MaskedGroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w)."""
+        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least float32."""
+        x = at_least_float32(x)
         inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
         grouped = x.unflatten(1, (self.groups, -1)) * inside
         count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
@@ -80,11 +82,13 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shape: tuple[int, int]) -> Tensor:
         """query (with positions) and entries (B, S, E), valid (B, S) bool, shape (h, w) -> (B, S, E)."""
-        value = self.value_proj(entries).masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
+        linear = self.value_proj(entries), self.sampling_offsets(query), self.attention_weights(query)
+        value, offsets, weights = map(at_least_float32, linear)  # in bf16, points are off by a share of a cell
+        value = value.masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
         # `deform_attn` takes points of several feature maps (levels); this is one.
         sizes = (self.num_heads, 1, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
+        offsets = offsets.unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
+        weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
         centres = cell_centres([shape], query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
         # Width and height, made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
