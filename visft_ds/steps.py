@@ -99,8 +99,8 @@ class Steps:
     def show(self) -> None:
         """Print the commands, in order."""
         for step in self.steps.values():
-            mark = " (finished)" if self._finished(step) else ""
-            print(f"# {step.name}{mark}\nvisft {shlex.join(map(redacted, step.command))}")
+            print("#", step.name, "(finished)" if self._finished(step) else "")
+            print("visft", shlex.join(map(redacted, step.command)))
 
     def log(self, name: str) -> str:
         """Text that a step printed."""

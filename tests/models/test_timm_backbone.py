@@ -257,7 +257,7 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     values = load_file(base)
     renamed = {("stages.9.x" if key == "stem.0.bias" else key): value for key, value in values.items()}
     save_file(renamed, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"stem.0.bias is missing, stages.9.x is unexpected"):
+    with pytest.raises(ValueError, match=r"stages.9.x is unexpected, stem.0.bias is missing"):
         open_backbone(empty, tmp_path / "other.safetensors")
     vit = _base_file("test_vit", tmp_path / "vit")
     with pytest.raises(ValueError, match="pos_embed"):

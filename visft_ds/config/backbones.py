@@ -45,9 +45,8 @@ class Named:
     text: str  #: as it was given
     name: str | None  #: for run folders; None: that of the model stays
     weights: str | None  #: value of `visft.model.weights`; None: random ones
-    shape: Mapping[
-        str, Any
-    ]  #: `preset`, `overrides` and `layers` of `visft.model`; empty where the name tells no model
+    #: `preset`, `overrides` and `layers` of `visft.model`; empty where the name tells no model
+    shape: Mapping[str, Any]
 
     @property
     def description(self) -> dict[str, Any] | None:

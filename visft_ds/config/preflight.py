@@ -39,10 +39,8 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     data, places = config.visft.data, config.visft.data.places()
-    if (
-        config.visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file()
-    ):  # else one command makes both
-        places.append((data.root, data.val))
+    if config.visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file():
+        places.append((data.root, data.val))  # without the first, one command makes both
     for root, split in places:
         if is_url(root) or manifest_path(Path(root), split).is_file():
             continue

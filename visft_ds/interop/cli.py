@@ -9,6 +9,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.cli import DOWNLOAD_HELP
 from visft_ds.flags import Parser
+from visft_ds.interop import FORMATS
 from visft_ds.resilience.errors import tell
 
 USAGE = """Merge LoRA adapters into base weights, or write an adapter in another form.
@@ -23,17 +24,6 @@ the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
-
-#: Format -> file of weights in its folder; an adapter has two.
-FORMATS = {
-    "eva_clip": "eva_clip.pt",
-    "lavis": "eva_vit_g.pth",
-    "onnx": "model.onnx",
-    "open_clip": "open_clip_model.safetensors",
-    "peft": "",
-    "timm": "model.safetensors",
-    "transformers": "model.safetensors",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

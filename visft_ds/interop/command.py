@@ -17,10 +17,9 @@ import torch
 from visft_ds.config.backbones import named
 from visft_ds.evals.records import MAIN
 from visft_ds.flags import check_extra
-from visft_ds.interop import export, layouts, transformers_names
+from visft_ds.interop import FORMATS, export, layouts, transformers_names
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import README, card, repository_of
-from visft_ds.interop.cli import FORMATS
 from visft_ds.interop.weights import write_atomically, write_safetensors, write_text
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
