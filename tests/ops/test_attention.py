@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 import types
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from tests.ranks import REPOSITORY
 from visft_ds.ops import use_numerics
 from visft_ds.ops.attention import Packing, attention_packed, has_packed_kernel
 
@@ -80,13 +83,34 @@ def test_which_gpus_have_kernels_for_packed_lengths(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not hasattr(varlen, "_select_backend"), reason="torch before 2.15 takes flash attention anyway")
-def test_packed_lengths_never_meet_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It plans anew for every number of tokens, and torch prefers it from sm_90 on."""
-    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [])
-    q, offsets = torch.zeros(9, 2, 112, dtype=BF16), torch.tensor([0, 9])
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+@pytest.mark.parametrize("head_dim", [64, 88, 112, 256])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_packed_lengths_never_meet_cudnn(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int
+) -> None:
+    """It plans anew for every number of tokens; torch prefers it on sm_90 and sm_100, unless a run forbids it."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92400)
+    device, offsets = torch.device("cuda", 0), torch.tensor([0, 1600, 4000])
+    shape = {"shape": (4000, 16, head_dim), "dtype": BF16, "device": device, "is_cuda": True, "requires_grad": True}
+    q, before = types.SimpleNamespace(**shape), torch.backends.cuda.cudnn_sdp_enabled()
+
+    def chosen() -> int:
+        for function in vars(varlen).values():
+            getattr(function, "cache_clear", lambda: None)()
+        found: int = varlen._select_backend(q, q, q, offsets, offsets, 2400, [-1, -1])
+        return found
+
     try:
-        use_numerics(torch.device("cuda", 0))
-        assert varlen._select_backend(q, q, q, offsets, offsets, 9, [-1, -1]) == varlen._FLASH_ATTENTION_BACKEND
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert (chosen() != varlen._FLASH_ATTENTION_BACKEND) == (capability in ((9, 0), (10, 0)) and head_dim <= 128)
+        use_numerics(device)
+        assert chosen() == varlen._FLASH_ATTENTION_BACKEND
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_torch_which_takes_cudnn_whatever_it_is_told_is_not_installed() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (torch_here,) = [one for one in map(Requirement, project["dependencies"]) if one.name == "torch"]
+    assert "2.14.0" not in torch_here.specifier and "2.13.0" in torch_here.specifier
