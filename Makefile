@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 MINUTES ?= 25
 DEVICE ?= cuda
-MODEL  ?= $(if $(filter cpu,$(DEVICE)),debug,eva_e)
+MODELS ?= $(if $(filter cpu,$(DEVICE)),debug,dinov3_b eva_e)
 GPUS   ?= 1
 OUT    ?= demo
 
@@ -43,14 +43,16 @@ test: lint
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 900 --minutes $(MINUTES)
 
+IN_TF32 := --set visft.heads.precision=fp32
 # With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
 gpu: $(if $(filter file,$(origin BIN)),install)
 	@status=0; VISFT_DEVICE=$(DEVICE) VISFT_GPUS=$(GPUS) $(BIN)/python -m pytest -n 1 -m gpu --timeout 900 tests/gpu \
 	  $(if $(filter file,$(origin OUT)),,--junit-xml "$(OUT)") $(ARGS) || status=1; \
-	for how in "--stage 1" "--stage 2" "--stage 2 --engine zero3"; do \
-	  echo "visft profile --synthetic --model $(MODEL) $$how"; \
-	  DS_ACCELERATOR=$(DEVICE) $(BIN)/python -m visft_ds profile --synthetic --model $(MODEL) --steps 3 $$how || status=1; \
-	done; exit $$status
+	{ for model in $(MODELS); do for stage in 1 2; do for heads in "" "$(IN_TF32)" "$(IN_TF32) --set visft.model.tf32=false"; do \
+	  echo "$$heads --model $$model --stage $$stage"; done; done; done; \
+	for how in "--set visft.model.packed=true" "--set visft.model.compile=blocks" "--engine zero3"; do \
+	  echo "--model $(lastword $(MODELS)) --stage 2 $$how"; done; } \
+	| DS_ACCELERATOR=$(DEVICE) xargs -t -L 1 $(BIN)/python -m visft_ds profile --synthetic --steps 3 || status=1; exit $$status
 
 docs: install
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/html

@@ -39,9 +39,9 @@ UNAVAILABLE = "cannot run here|No (available kernel|viable backend)|from the 'CP
 BOUND = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 SCORES = 4  #: times as much for 16 bit on a CPU, which rounds every score, and a share is off by as much
 #: Losses and gradients of a step against fp32 on a CPU: in fp32 only the order of sums differs (TF32 in one convolution
-#: makes 3e-4), a CPU itself makes 8e-4 and 6e-3 in bf16, 1e-5 and 5e-4 in fp16.
-STEP = {"fp32": (1e-5, 1e-4), "bf16": (4e-3, 2e-2), "fp16": (2e-4, 3e-3)}
-MASKED = 5  #: times as much with masks in 16 bit: rounding moves their borders; a CPU makes 2e-4, 2e-2 and 1e-4, 5e-3
+#: makes 3e-4), a CPU itself makes 8e-4 and 3e-2 in bf16, heads included, 1e-5 and 5e-4 in fp16.
+STEP = {"fp32": (1e-5, 1e-4), "bf16": (4e-3, 6e-2), "fp16": (2e-4, 3e-3)}
+MASKED = 5  #: times as much with masks in fp16: rounding moves their borders; a CPU makes 1e-4, 5e-3
 #: Losses and norms of six steps, of which Adam makes some of full size out of the rounding of gradients next to zero. A
 #: CPU makes 2e-3, 4e-2 in bf16 and 5e-3, 3e-3 in fp16. Without one of the updates the loss is off by 1.5 to 7 %.
 RUN = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 3e-2)}
@@ -222,7 +222,7 @@ def told(*run: Any, task: str = "", saved: int = 0, **more: Any) -> Values:
 @pytest.mark.parametrize("precision", STEP)
 def test_steps(compare: Any, folder: Path, precision: str, task: str) -> None:
     """One step by task and six of all, against fp32 on a CPU."""
-    times = MASKED if task in ("segmentation", "loss") and precision != "fp32" else 1
+    times = MASKED if task in ("segmentation", "loss") and precision == "fp16" else 1
     bounds = [times * bound for bound in STEP[precision]] if task else RUN[precision]
     found, exact = partial(told, folder, DEVICE.type, "zero1", precision), partial(told, folder, "cpu")
     compare(partial(found, task=task), partial(exact, task=task), bounds)
