@@ -24,6 +24,7 @@ from visft_ds.interop.layouts import is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import check_reached, inject_lora
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
@@ -134,7 +135,8 @@ def plan_model(
 
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
-        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
+        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32,
+            but for vectors that our blocks use in it.
 
     Raises:
         ValueError: as `prepare_model`, as far as shapes show.
@@ -142,7 +144,9 @@ def plan_model(
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
-        if is_small(name, parameter.shape):
+        # Our blocks use their vectors in 16 bit, but for norms of the residual stream; stored so, they are not cast.
+        of_block = isinstance(backbone, EvaViT) and name.startswith("blocks.")
+        if is_small(name, parameter.shape) and not (of_block and (backbone.post_norm or ".norm" not in name)):
             parameter.data = parameter.data.float()
     tasks = {}
     for name, task in config.tasks.enabled().items():
