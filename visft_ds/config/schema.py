@@ -128,7 +128,7 @@ class HeadsConfig(StrictModel):
 class StartConfig(StrictModel):
     """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
 
-    path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
+    path: Text  #: a run, one of its checkpoints, or an adapter: a folder of ours, the published file
     heads: Literal["keep", "reset"] = "keep"  #: of a run; reset: drawn anew
 
 
