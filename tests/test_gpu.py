@@ -33,13 +33,13 @@ def test_a_broken_kernel_fails_and_nothing_else_does(tmp_path: Path) -> None:
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", copy)
     path = copy / "visft_ds" / "ops" / "attention.py"
-    right = "F.scaled_dot_product_attention(q, k, v)"
+    right = "[None] for part in image))"
     text = path.read_text()
     assert text.count(right) == 1
-    path.write_text(text.replace(right, right.replace("v)", "v, scale=q.shape[-1] ** -0.51)")))
+    path.write_text(text.replace(right, right.replace("))", "), scale=q.shape[-1] ** -0.51)")))
     code, words = cases(copy, "-k", "attention or lora")
     assert (
-        code == 1 and "attention[112-chosen-fp32]" in words and "FAILED tests/gpu/test_gpu.py::test_lora" not in words
+        code == 1 and "attention[112-packed-fp32]" in words and "FAILED tests/gpu/test_gpu.py::test_lora" not in words
     )
 
 

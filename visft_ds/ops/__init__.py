@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -65,13 +67,16 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
-    """Choose for the whole process, once at its start. On a CPU nothing is set: there everything is in one order.
+    """Choose for the whole process, once at its start. On a CPU everything is in one order; there, memory is kept.
 
     Args:
         tf32: round the factors of float32 products and convolutions to 10 bits, where the GPU has TF32.
         deterministic: an operator that has no version with one order of its sums is an error.
     """
     if device.type != "cuda":
+        if platform.libc_ver()[0] == "glibc":  # it gives large tensors back to the system, which clears each new one
+            for parameter, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; bytes
+                ctypes.CDLL(None).mallopt(parameter, value)
         return
     # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and parts of
     # its compiler do.

@@ -26,6 +26,7 @@ from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
+from visft_ds.ops import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
@@ -124,6 +125,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
     check_least(given, batch_size=1, threads=0)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)
+    use_numerics(device, tf32=precision != "fp32")
     return Settings(device, precision, given.cache or given.out / CACHE, given.batch_size, given.threads)
 
 
