@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,10 +39,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def matmul_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype a matrix product with this weight is computed in: autocast's, else the one the weight is stored in.
-
-    So a model with 16-bit matrices and fp32 norms, biases and adapters computes the same way with and without autocast.
-    """
+    """The dtype a matrix product with this weight is computed in: autocast's, else the one the weight is stored in."""
     return autocast_dtype(weight.device) or weight.dtype
 
 
@@ -57,10 +53,7 @@ def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractCont
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. From the host to a GPU it goes through pinned memory: the host goes on at once.
-
-    A copy from other memory is made in parts by the host itself, which waits for the copies before.
-    """
+    """The tensor on `device`; from the host to a GPU through pinned memory, so that the host goes on at once."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -74,9 +67,11 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
         deterministic: an operator that has no version with one order of its sums is an error.
     """
     if device.type != "cuda":
-        if platform.libc_ver()[0] == "glibc":  # it gives large tensors back to the system, which clears each new one
-            for parameter, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; bytes
-                ctypes.CDLL(None).mallopt(parameter, value)
+        if keep := getattr(
+            ctypes.CDLL(None), "mallopt", None
+        ):  # of glibc, which gives large tensors back to the system
+            keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+            keep(-3, 2**30)  # M_MMAP_THRESHOLD
         return
     # By their older names: once the newer ones (`fp32_precision`) are set, torch refuses to read these, and parts of
     # its compiler do.
