@@ -64,7 +64,7 @@ class StreamConfig(StrictModel):
     image: BaseModel
 
     def stream(self, name: str, tasks: tuple[str, ...], share: float) -> Stream:
-        """What is drawn and computed in such a step."""
+        """The stream of these settings."""
         return Stream(name, tasks, share, self.batch_size, self.micro_batch, self.image.model_dump())
 
 

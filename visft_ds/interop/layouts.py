@@ -182,7 +182,9 @@ def fill(backbone: Backbone, weights: Weights, storage: torch.dtype = torch.floa
     parameters = base_parameters(backbone)
     for name, parameter in parameters.items():
         parameter.data = weights.tensor(name, torch.float32 if is_small(name, tuple(parameter.shape)) else storage)
-    backbone.load_state_dict(buffers_in(weights, parameters), strict=False, assign=True)
+    for name, value in buffers_in(weights, parameters).items():
+        owner, _, last = name.rpartition(".")
+        setattr(backbone.get_submodule(owner), last, value)
 
 
 def buffers_in(weights: Weights, parameters: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class PlannedRun:
 
     @property
     def tf32(self) -> bool:
-        """Whether float32 products of matrices are computed in TF32, on GPUs that have it."""
+        """True if float32 products of matrices are computed in TF32 on GPUs that have it."""
         stated = self.config.visft.model.tf32
         return self.precision != "fp32" if stated == "auto" else stated
 
