@@ -266,9 +266,11 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(tmp_path
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft") == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()
     record = (run / "run.json").read_text()
-    (run / "run.json").write_text(record.replace('"eval_limit": null', '"eval_limit": 16'))
+    changed = {**json.loads(record.replace('"eval_limit": null', '"eval_limit": 16')), "identity": {"masks": "drawn"}}
+    (run / "run.json").write_text(json.dumps(changed))
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "part", "--format", "peft") == 0
-    assert "AP50" not in (tmp_path / "part/README.md").read_text(), "numbers of a part are none of the split"
+    card = (tmp_path / "part/README.md").read_text()
+    assert "AP50" not in card and "| masks | drawn |" in card, "numbers of a part are none of the split"
 
 
 def test_a_checkpoint_whose_adapter_is_not_all_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
-from visft_ds.prepare.data import pipeline_of, pipelines_of, plan_of, read_vocabulary, vocabulary_of
+from visft_ds.prepare.data import open_data, pipeline_of, pipelines_of, plan_of, read_vocabulary, vocabulary_of
 from visft_ds.prepare.datasets import (
     TrainingSet,
     captioned,
@@ -263,3 +263,14 @@ def test_a_split_in_which_a_task_finds_nothing_is_refused(splits: dict[str, Mani
         check_samples(config_of().tasks.enabled(), splits["mute"])
     check_samples(["detection", "segmentation"], splits["mute"])
     check_samples(config_of().tasks.enabled(), splits["partly"])
+
+
+def test_a_run_records_that_its_masks_are_drawn_into_boxes(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "coco", 12)
+    said = []
+    for drawn in (False, True):
+        build(Options(tree.images, tree.instances, None, tmp_path, f"train{drawn}", masks_from_boxes=drawn))
+        settings = [f"visft.data.root={tmp_path}", f"visft.data.train=train{drawn}", "visft.run.eval_every=0"]
+        config = resolve(stage=1, model="debug", settings=[*settings, "visft.tasks=segmentation"])
+        said.append(open_data(config, 1)[1].identity().get("masks"))
+    assert said == [None, "ellipses drawn into boxes, where there were none"]

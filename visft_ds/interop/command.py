@@ -25,7 +25,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run.adapter import adapter_at, base_of, run_around
-from visft_ds.run.folder import recorded_config
+from visft_ds.run.folder import read_run, recorded_config
 from visft_ds.tasks import config_class
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def _describe_run(run: Path | None, given: argparse.Namespace, facts: dict[str, 
         return []
     config = recorded_config(run)
     settings = config.visft
-    facts["tasks"] = ", ".join(settings.tasks.enabled())
-    facts["steps"] = str(config.scheduler.params.total_num_steps)
+    facts |= {"tasks": ", ".join(settings.tasks.enabled()), "steps": str(config.scheduler.params.total_num_steps)}
+    facts |= {name: said for name, said in read_run(run).identity.items() if name == "masks"}
     file = next((one for folder in (run, run.parent) if (one := folder / METRICS_FILE).is_file()), None)
     complete = given.scale == 1 and settings.run.eval_limit is None and not given.adapter[0].name.startswith("step_")
     if file is None or not complete:

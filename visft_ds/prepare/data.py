@@ -64,11 +64,14 @@ class RunData:
 
     def identity(self) -> dict[str, str]:
         """Facts that must be the same on all ranks, and when a run goes on."""
-        return {
+        found = {
             "data set": data_identity(self.sets),
             "order of samples": self.plan.describe(),
             "vocabulary": self.vocabulary.fingerprint if self.vocabulary else "none",
         }
+        if any(one.manifest.options.get("masks_from_boxes") for one in self.sets.values()):
+            found["masks"] = "ellipses drawn into boxes, where there were none"
+        return found
 
 
 def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, RunData]:
