@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
@@ -183,14 +184,17 @@ class Task(ABC):
         """Return True if it works with words."""
         return issubclass(self.config, WordsConfig)
 
+    def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
+        """The schema of a part with these options."""
+        return type(self.config.model_fields[part].get_default(call_default_factory=True))
+
     def options(self, part: Literal["image", "head", "loss"], given: Options) -> dict[str, Any]:
         """Options of a part: those given, and the schema's defaults of the others."""
-        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
+        return {**self.schema(part, given)().model_dump(), **given}
 
     def settings(self, part: Literal["head", "loss"], given: Options) -> Any:
         """The same as an object of the schema, which knows nothing of the number of words."""
-        kind = type(self.config.model_fields[part].get_default(call_default_factory=True))
-        return kind(**{name: value for name, value in given.items() if name != "vocabulary_size"})
+        return self.schema(part, given)(**{name: one for name, one in given.items() if name != "vocabulary_size"})
 
     def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width; options that are left out are the schema's defaults."""

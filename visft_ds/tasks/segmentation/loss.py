@@ -24,7 +24,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import Matches, at_least_float32, by_layer, class_losses, solve
-from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationLoss
+from visft_ds.tasks.segmentation.config import PlainHeadConfig, SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.mask_points import draw_points, sample, uncertain_points
@@ -41,13 +41,14 @@ class SegmentationCriterion:
     prediction is least certain, the others uniform (see `mask_points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
-    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each.
+    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each. A plain
+    head in evaluation mode gives the last set alone.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
-    def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
+    def __init__(self, head: SegmentationHeadConfig | PlainHeadConfig, loss: SegmentationLoss) -> None:
         self.head, self.no_object = head, loss.no_object
         self.uncertain = int(loss.importance * loss.num_points)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform ones
@@ -72,8 +73,8 @@ class SegmentationCriterion:
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
-        given = (logits.shape[2], logits.shape[3] - 1, len(logits) - 1, output.labelling)
-        assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
+        given, suffixes = (logits.shape[2], logits.shape[3] - 1, output.labelling), self._suffixes[-len(logits) :]
+        assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(logits), given
         keys = targets.keys[targets.counts > 0].tolist()
         matching, *points = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
@@ -81,7 +82,7 @@ class SegmentationCriterion:
         ce, wrong = class_losses(logits, labels, targets.counts, matches, self.no_object, loss_denominators)
         bce, dice = self._mask_sums(masks, targets, matches, *points)
         number = loss_denominators["masks"]
-        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, self._suffixes)
+        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, suffixes)
         return {**losses, "class_error": wrong / number}
 
     def _mask_sums(
