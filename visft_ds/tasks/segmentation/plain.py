@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map
 from visft_ds.ops import to_device
+from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import PlainHeadConfig
 from visft_ds.tasks.segmentation.head import SegmentationOutput
@@ -146,18 +147,11 @@ class PlainHead(nn.Module):
 
 
 class Lateral(nn.Module):
-    """A map's way into the head: its channels' means and spreads away, then itself plus a small MLP of it.
-
-    `mean` and `spread` do not train: a run sets them once, from images of its plan. `weight` and `bias` do.
-    """
-
-    mean: Tensor
-    spread: Tensor
+    """A map's way into the head: its channels' means and spreads away, then itself plus a small MLP of it."""
 
     def __init__(self, width: int, into: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
+        self.channels = Channels(width)
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.straight = nn.Identity() if width == into else nn.Linear(width, into)
         self.fc1, self.fc2 = nn.Linear(width, into // 2), nn.Linear(into // 2, into)
@@ -165,7 +159,7 @@ class Lateral(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P + S, D) -> (B, P + S, E)."""
-        x = (x - self.mean) / self.spread * self.weight + self.bias
+        x = self.channels(x) * self.weight + self.bias
         return self.gain * (self.straight(x) + self.fc2(F.gelu(self.fc1(x))))
 
 
