@@ -26,7 +26,7 @@ from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, by_main_process, check_machine, folder_of_run, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.report import print_start
-from visft_ds.run.start import open_start
+from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
@@ -131,6 +131,8 @@ def train(
             # 8: continue where an earlier start of this run was left.
             state = RunState(config, engine, identity, data)
             start = state.resume()
+            if not start:
+                measure_heads(engine, prepared, loader, data.streams, start_from)
             if distributed.is_main():
                 state.begin_export(prepared)
                 write_record(config, identity, command, start_from)
