@@ -119,7 +119,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         words = task == "captioning"
         options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
         extra = {"base_weights": prepared.base.identity, **({"vocabulary": vocabulary.to_dict()} if words else {})}
-        infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
+        infos[task] = HeadInfo(task, prepared.module.backbone.shapes, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
         record = write_run(world.run(stage), config.to_dict(), 1, ["train.py"])
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)

@@ -225,7 +225,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
     for task in ("detection", "captioning"):
-        head = TASKS[task].build_head(32, {}, len(words) + 4)
+        head = TASKS[task].build_head([(32, 14)], {}, len(words) + 4)
         save_published_head(head, task, tmp_path / f"heads/eva_e_{config_class(task).published}_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     tree = write_tree(tmp_path / "tree", 3)

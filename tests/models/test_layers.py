@@ -65,7 +65,7 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     with torch.no_grad():
         twin.forward_features(images)
         hook.remove()
-        features, wanted = cut(images), given[0]
+        features, wanted = cut(images)[0], given[0]
         wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
         assert torch.equal(features, _map_of(twin, wanted, features))
         exec(cut.pruning, {"model": twin})
@@ -85,7 +85,7 @@ def test_a_tower_of_ours_ends_after_a_block() -> None:
         x = whole.embed(images)
         for block in whole.blocks[:2]:
             x = block(x)
-        assert torch.equal(cut.tokens(images), whole.norm(x))
+        assert torch.equal(cut.tokens(images)[0], whole.norm(x))
     assert cut.depth == 2 and sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
     with pytest.raises(ValueError, match="no block 3"):
         build_backbone("debug", **SMALL, layers=(3,))
@@ -119,7 +119,7 @@ def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: P
 def _features(files: ModelFiles, images: Tensor) -> Tensor:
     model, _ = ModelSource(files, {}).build("fp32", torch.device("cpu"))
     with torch.no_grad():
-        features: Tensor = model.module.backbone(images)
+        features: Tensor = model.module.backbone(images)[0]
     return features
 
 
@@ -140,7 +140,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     folder = _adapted(ours, base, targets[name], tmp_path)
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
-        wanted = ours(images)
+        wanted = ours(images)[0]
     known = None if name == "eva" else {"preset": f"timm:{name}"}
     assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), wanted)
     assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
@@ -159,7 +159,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
             square = torch.randn(1, 3, 56, 56)
             model_of = {"preset": "debug", **SMALL, "class_token": True, "layers": (1,)}
             plain = load_backbone(out / "model.safetensors", model_of).eval()
-            got, wanted = model.forward_features(square)[:, 1:], plain(square).flatten(2).transpose(1, 2)
+            got, wanted = model.forward_features(square)[:, 1:], plain(square)[0].flatten(2).transpose(1, 2)
         else:
             got = _map_of(model, model.forward_features(images), wanted)
         assert relative(got, wanted) < TOLERANCE
@@ -175,10 +175,12 @@ def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
 
 def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     """Width and base weights are the same, so that nothing else would show it."""
-    told = HeadInfo("detection", 32, {}, [], {"layers": [1]})
+    told = HeadInfo("detection", [(32, 14)], {}, [], {"layers": [1]})
     assert read_elsewhere(told, (1,)) is None
     assert "learnt to read block 1" in (read_elsewhere(told, ()) or "")
-    assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), (1,)) or "")
+    assert "blocks 1, 3" in (read_elsewhere(told, (1, 3)) or "")
+    told = HeadInfo("detection", [(32, 14)])
+    assert "learnt to read the last block" in (read_elsewhere(told, (1,)) or "")
 
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EomtDinov3Config
 from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUniversalSegmentation
@@ -227,7 +226,9 @@ def test_parameters_are_used_by_their_owner_only() -> None:
 
 
 def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
-    head = PlainHead([(8, 8), (12, 16), (WIDTH, 32)], PlainHeadConfig(num_classes=CLASSES, num_queries=QUERIES, blocks=1))
+    head = PlainHead(
+        [(8, 8), (12, 16), (WIDTH, 32)], PlainHeadConfig(num_classes=CLASSES, num_queries=QUERIES, blocks=1)
+    )
     valid = [torch.ones(1, 8 >> place, 8 >> place, dtype=torch.bool) for place in range(3)]
     maps = [Map(torch.randn(1, width, *one.shape[1:]), one) for width, one in zip((8, 12, WIDTH), valid, strict=True)]
     found = head.eval()(maps)

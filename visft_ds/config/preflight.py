@@ -141,6 +141,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
     word = config_class(task).published
     ours, published = folder / f"{task}.safetensors", [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"]
+    published += [folder / "pytorch_model.bin"] * (task == "segmentation")  # of PMT
     return [ours] if ours.is_file() else [path for path in published if path.is_file()]
 
 

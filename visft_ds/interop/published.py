@@ -4,6 +4,8 @@
 Heads are fp32, every name behind `visft_heads.`, built with the defaults of this package's configuration. A file holds
 all three, of which only the one that it is named after is trained, and the modules of segmentation a second time.
 LoRA: `blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r), rows of q first, then v; alpha 1 as loralib's.
+
+And the decoders of PMT on DINOv3 (https://github.com/tue-mps/pmt, model_zoo), which are plain segmentation heads.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import torch
 
 from visft_ds.files import reading
 from visft_ds.interop.adapter import FILE, Adapter
-from visft_ds.interop.weights import Weights, examples, open_weights
+from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.tasks import get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
+from visft_ds.tasks.channels import EPS
 
 PREFIX = "visft_heads."
 _DETR = "transformer.decoders.detection.detection_coco."
@@ -68,20 +71,56 @@ _RULES: Mapping[str, Mapping[str, str]] = {
         "decoder.mask_embed.": f"{_PREDICTOR}mask_embed.",
     },
     "captioning": {ours: f"caption_decoder.{theirs}" for ours, theirs in PUBLISHED_NAMES.items()},
+    "plain": {
+        "queries.": "decoder.q.",
+        "laterals.{n}.channels.mean": "bn.{n}.running_mean",
+        "laterals.{n}.channels.spread": "bn.{n}.running_var",
+        "laterals.{n}.fc1.": "decoder.lateral_projections.{n}.0.",
+        "laterals.{n}.fc2.": "decoder.lateral_projections.{n}.2.",
+        "laterals.{n}.gain": "decoder.scalers.{n}",
+        "laterals.": "bn.",
+        "blocks.{n}.norm1.": "decoder.blocks.{n}.norm1.",
+        "blocks.{n}.norm2.": "decoder.blocks.{n}.norm2.",
+        "blocks.{n}.q.": "decoder.blocks.{n}.attention.q_proj.",
+        "blocks.{n}.k.": "decoder.blocks.{n}.attention.k_proj.",
+        "blocks.{n}.v.": "decoder.blocks.{n}.attention.v_proj.",
+        "blocks.{n}.proj.": "decoder.blocks.{n}.attention.o_proj.",
+        "blocks.{n}.fc1.": "decoder.blocks.{n}.mlp.up_proj.",
+        "blocks.{n}.fc2.": "decoder.blocks.{n}.mlp.down_proj.",
+        "blocks.{n}.gain1": "decoder.blocks.{n}.layer_scale1.lambda1",
+        "blocks.{n}.gain2": "decoder.blocks.{n}.layer_scale2.lambda1",
+        "norm.": "decoder.decoder_norm.",
+        "upscale.{n}.up.": "decoder.upscale.{n}.conv1.",
+        "upscale.{n}.near.": "decoder.upscale.{n}.conv2.",
+        "upscale.": "decoder.upscale.",
+        "mask1.": "decoder.mask_head.0.",
+        "mask2.": "decoder.mask_head.2.",
+        "mask3.": "decoder.mask_head.4.",
+        "classes.": "decoder.class_head.",
+    },
 }
+#: Width of a DINOv3 tower -> the blocks that PMT reads, of 24 or 12.
+_PMT_LAYERS = {1024: (5, 11, 17, 23)}
+
+
+HeadParts = tuple[list[tuple[int, int]], dict[str, Any], Weights]
 
 
 def published_name(task: str, name: str) -> str:
-    """Parameter of one of our heads -> its name in a published file."""
+    """Tensor of one of our heads -> its name in a published file; `task` "plain" is of PMT's decoders."""
     for ours, theirs in _RULES[task].items():
         pattern = re.escape(ours).replace(r"\{n\}", r"(\d+)")
         if match := re.match(pattern if ours.endswith(".") else f"{pattern}$", name):
-            return PREFIX + theirs.replace("{n}", match[1] if match.groups() else "") + name[match.end() :]
+            return (
+                (PREFIX if task != "plain" else "network.")
+                + theirs.replace("{n}", match[1] if match.groups() else "")
+                + name[match.end() :]
+            )
     raise AssertionError(f"{task} parameter {name} has no published name")
 
 
-def published_head(task: str, file: Weights) -> tuple[int, dict[str, Any], Weights]:
-    """(width of its features, options, tensors under our names) of a task's head in a published file.
+def published_head(task: str, file: Weights) -> HeadParts:
+    """(shapes of its maps, options, tensors under our names) of a task's head in a published file.
 
     Raises ValueError for a file without one.
     """
@@ -95,11 +134,39 @@ def published_head(task: str, file: Weights) -> tuple[int, dict[str, Any], Weigh
     with reading(file.path, f"a {task} head of ViSFT"), torch.device("meta"):
         if task == "captioning":
             options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
-        width = file[anchor].shape[1]
-        head = get_task(task).build_head(width, options, options.get("vocabulary_size"))
+        shapes = [(file[anchor].shape[1], 14)]
+        head = get_task(task).build_head(shapes, options, options.get("vocabulary_size"))
     names = {name: published_name(task, name) for name in head.state_dict()}
     tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
-    return width, options, Weights(tensors, file.path)
+    return shapes, options, Weights(tensors, file.path)
+
+
+def pmt_head(file: Weights) -> tuple[HeadParts, tuple[int, ...]] | None:
+    """(as `published_head`, blocks that it reads) of a decoder of PMT; None for another file."""
+    names = {theirs: published_name("plain", f"{theirs}weight") for theirs in ("queries.", "classes.")}
+    if not set(names.values()) <= file.keys():
+        return None
+
+    def many(pattern: str) -> int:
+        return sum(re.fullmatch(pattern, name) is not None for name in file)
+
+    with reading(file.path, "a decoder of PMT"), torch.device("meta"):
+        (queries, width), classes = file[names["queries."]].shape, file[names["classes."]].shape[0] - 1
+        maps, blocks = many(r"network\.bn\.\d+\.weight"), many(r"network\.decoder\.blocks\.\d+\.norm1\.weight")
+        ffn_dim = file[published_name("plain", "blocks.0.fc1.weight")].shape[0]
+        sizes = {"num_classes": classes, "num_queries": queries, "blocks": blocks, "ffn_dim": ffn_dim}
+        options = get_task("segmentation").options("head", {"type": "plain", **sizes})
+        shapes = [(width, 16)] * maps
+        head = get_task("segmentation").build_head(shapes, options, None)
+    tensors = {}
+    for ours in head.state_dict():
+        theirs = published_name("plain", ours)
+        if theirs in file:
+            one = file[theirs]
+            tensors[ours] = one
+            if ours.endswith("spread"):
+                tensors[ours] = Lazy(one.shape, torch.float32, lambda one=one: one.read().float().add(EPS).sqrt())
+    return (shapes, options, Weights(tensors, file.path)), _PMT_LAYERS.get(width, (2, 5, 8, 11))
 
 
 def read_adapter(path: str | Path) -> Adapter:

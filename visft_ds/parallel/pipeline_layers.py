@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.matching import at_least_float32
@@ -86,7 +86,7 @@ class HeadsLayer(Layer):
         grid = (height // backbone.patch_size, width // backbone.patch_size)
         features = backbone.feature_map(self.norm(tokens), grid)
         valid = valid_region(batch.sizes, (height, width), grid)
-        output = model.outputs(at_least_float32(features), valid, batch, self.loss_denominators)
+        output = model.outputs([Map(at_least_float32(features), valid)], batch, self.loss_denominators)
         self.on_output(output, checksum, self.batch)
         return output
 

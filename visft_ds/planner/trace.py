@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -94,8 +95,21 @@ class Tracer(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
+    """Operations of the gradients of a convolution; torch counts a depthwise one's as if it were dense."""
+    transposed, groups, wanted = rest[4], rest[6], rest[7]
+    if groups == 1:
+        return int(flop_registry[torch.ops.aten.convolution_backward](gradient, x, weight, *rest, out_val=out_val))
+    cells = x if transposed else gradient
+    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(wanted[:2])
+
+
 #: Operations by operator, as torch counts them; it leaves out products that are added in place.
-_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
 
 
 @cache
@@ -154,5 +168,6 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
         patch.object(F, "scaled_dot_product_attention", attention),
         patch.object(F, "linear", rounding(linear if zero3 else multiply)),
         patch.object(F, "conv2d", rounding(F.conv2d)),
+        patch.object(F, "conv_transpose2d", rounding(F.conv_transpose2d)),
     ):
         yield

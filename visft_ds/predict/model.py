@@ -100,7 +100,7 @@ class ImageFeatures(nn.Module):
         self.precision = loaded.precision
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of whole images; pixels right and below of the last whole patch are not seen.
+        """Features of whole images, the last map; pixels right and below of the last whole patch are not seen.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
@@ -124,7 +124,7 @@ class ImageFeatures(nn.Module):
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
         pixels = normalise_pixels(self.backbone, images, sizes)
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            return at_least_float32(self.backbone(pixels))
+            return at_least_float32(self.backbone(pixels)[-1])
 
 
 class Model:

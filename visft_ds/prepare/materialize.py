@@ -183,5 +183,5 @@ def fill_model(
                 fill(head, f"heads.{task}.", partial(heads[task].tensors.tensor, dtype=torch.float32))
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
-            drawn = TASKS[task].build_head(backbone.width, options, vocabulary_size).state_dict()
+            drawn = TASKS[task].build_head(backbone.shapes, options, vocabulary_size).state_dict()
             fill(head, f"heads.{task}.", drawn.pop)

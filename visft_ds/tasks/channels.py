@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_EPS = 1e-5  #: of a variance, as batch norms add it
+EPS = 1e-5  #: of a variance, as batch norms add it
 
 
 class Channels(nn.Module):
@@ -54,4 +54,4 @@ def measure_channels(
         hook.remove()
         mean = total / count
         part.mean.copy_(mean)
-        part.spread.copy_((squares / count - mean.square()).clamp(min=0).add(_EPS).sqrt())
+        part.spread.copy_((squares / count - mean.square()).clamp(min=0).add(EPS).sqrt())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
@@ -73,9 +73,9 @@ class DetectionHead(nn.Module):
         self.class_embed = nn.Linear(wide, options.num_classes + 1)
         self.box_embed = FeedForward(wide, wide, 4, num_layers=3)
 
-    def forward(self, features: Tensor, valid: Tensor) -> DetectionOutput:
-        """Boxes and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+    def forward(self, maps: Sequence[Map]) -> DetectionOutput:
+        """Boxes and classes from the last map."""
+        features, valid = maps[-1].features, maps[-1].valid
         # The residual stream keeps the features' precision; under autocast the projection would start it in 16 bit.
         patches = self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)  # (B, h*w, encoder)
         positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(start_dim=1, end_dim=2)

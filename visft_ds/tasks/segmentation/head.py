@@ -10,11 +10,13 @@ is at least one half. The queries predict masks before the first layer already, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from visft_ds.data.samples import Map
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
@@ -51,9 +53,9 @@ class SegmentationHead(nn.Module):
         self.pixel_decoder = PixelDecoder(in_channels, options)
         self.decoder = MaskedDecoder(options)
 
-    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
-        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+    def forward(self, maps: Sequence[Map]) -> SegmentationOutput:
+        """Masks and classes from the last map."""
+        features, valid = maps[-1].features, maps[-1].valid
         memory, mask_features = self.pixel_decoder(features, valid)
         logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
         return SegmentationOutput(logits, masks, self.labelling)

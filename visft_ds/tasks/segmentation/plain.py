@@ -1,4 +1,4 @@
-"""Plain mask head: queries and cells pass together through a few transformer blocks; each query gives a class and a mask.
+"""Plain mask head: queries and cells pass together through transformer blocks; each query gives a class and a mask.
 
 The decoder of PMT (https://github.com/tue-mps/pmt), whose published weights fit, but for what keeps a loss independent
 of the division of a batch: means and spreads of channels are fixed instead of a batch's, positions run over each
@@ -55,7 +55,9 @@ class PlainHead(nn.Module):
         width = options.hidden_dim or shapes[-1][0]
         num_heads = options.num_heads or max(1, width // 64)
         if width % (4 * num_heads):
-            raise ValueError(f"visft.tasks.segmentation.head: width {width} is no multiple of 4 * num_heads = {num_heads}")
+            raise ValueError(
+                f"visft.tasks.segmentation.head: width {width} is no multiple of 4 * num_heads = {num_heads}"
+            )
         self.num_queries, self.num_heads = options.num_queries, num_heads
         strides = [stride for _, stride in shapes]
         self.nearest = min(range(len(shapes)), key=lambda place: abs(math.log2(strides[place] / _STRIDE)))
@@ -207,7 +209,7 @@ class Upscale(nn.Module):
 
 
 def rotations(valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, S, width) of the cells of valid (B, h, w): each axis runs from -1 to 1 over the image's part."""
+    """cos and sin (B, 1, S, width) of the cells of valid (B, h, w): axes run from -1 to 1 over an image's part."""
     places = []
     for axis in (1, 2):
         inside = valid.any(dim=3 - axis).sum(dim=1)  # (B,) rows or columns that show image

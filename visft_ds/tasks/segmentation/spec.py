@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
@@ -21,7 +22,8 @@ from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTarge
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
+from visft_ds.tasks.segmentation.plain import PlainHead
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Shapes, Task, Words
 
 
 class Segmentation(Task):
@@ -34,6 +36,10 @@ class Segmentation(Task):
 
     def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
         return HEADS[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
+
+    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
+        head = self.settings("head", options)
+        return PlainHead(shapes, head) if head.type == "plain" else SegmentationHead(shapes[-1][0], head)
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)
