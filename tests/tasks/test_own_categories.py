@@ -162,6 +162,6 @@ def test_published_heads_know_cocos_categories_by_id_and_name(task: str) -> None
 def test_segmentation_heads_whose_classes_are_not_told_are_not_guessed_at() -> None:
     with pytest.raises(ValueError, match="num_classes is 3"):
         classes_of_heads({"segmentation": _info("segmentation", 3, OWN)})
+    few = {"num_classes": 3, "labelling": "contiguous"}
     with pytest.raises(ValueError, match="does not name"):
-        few = {"num_classes": 3, "labelling": "contiguous"}
         classes_of_heads({"segmentation": HeadInfo("segmentation", [(8, 14)], few)})
