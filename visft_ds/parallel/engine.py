@@ -269,7 +269,11 @@ def build_engine(
     """
     from visft_ds.parallel.pipeline import PipelineEngine
 
-    module, groups = prepared.module, prepared.optimizer_groups()
+    module = prepared.module
+    groups = [
+        {"params": list(one.parameters), "lr": one.lr, "weight_decay": one.weight_decay, "name": one.name}
+        for one in prepared.groups
+    ]
     common: dict[str, Any] = {
         "build_optimizer": lambda groups: torch.optim.AdamW(groups, **optimizer.model_dump()),
         "schedule": schedule,

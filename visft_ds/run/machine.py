@@ -26,6 +26,7 @@ from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
 from visft_ds.resilience.memory import host_memory
 from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
+from visft_ds.tasks.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -45,11 +46,11 @@ class Machine:
         return placement_for(self.deepspeed_config, self.planned.partition)
 
 
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_size: int | None = None) -> Machine:
+def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_size: int | None = None) -> Machine:
     """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
-        vocabulary_size: of the captions; None where no task works with words.
+        vocabulary: of the captions; None where no task works with words.
         world_size: of a run that is only planned.
 
     Raises:
@@ -61,7 +62,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_siz
     use_kernels(model.kernels, device)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
-    run = run_of(config, world_size, precision, vocabulary_size, device)
+    run = run_of(config, world_size, precision, vocabulary.size if vocabulary else None, device)
     use_numerics(device, tf32=run.tf32, deterministic=config.visft.run.deterministic)
     return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
 

@@ -54,7 +54,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     if is_here(config.visft):
         config, data = open_data(config, processes)
         vocabulary = data.vocabulary
-    machine = check_machine(config, vocabulary.size if vocabulary else None, processes)
+    machine = check_machine(config, vocabulary, processes)
     config, machine = settle_recompute(config, machine, must_fit=False)
     run = machine.planned
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
