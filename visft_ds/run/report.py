@@ -96,10 +96,14 @@ def _sections(
     ]
     streams, batches = config.visft.streams().values(), run.batches
     zero = config.deepspeed["zero_optimization"]["stage"]
-    engine = f"ZeRO-{zero} on {batches.dp} processes"
+    engine, parts = f"ZeRO-{zero} on {batches.dp} processes", "processes"
     if batches.stages > 1:
         engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
-    learnt = [("engine", engine), *(("batch", line) for line in batches.equations())]
+        parts = f"pipelines of {batches.stages} processes"
+    learnt = [("engine", engine)]
+    for stream in streams:
+        division = f"{batches.dp} {parts} x {batches.accumulation} accumulation x {batches.micro[stream.name]}"
+        learnt.append(("batch", f"{stream.name}: {stream.batch_size} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
         learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))
