@@ -65,8 +65,8 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     for name, stream in streams.items():
         if (least := shares[name] // common) > stream.micro_batch:
             lines.append(
-                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = {dp} "
-                f"processes x {common} accumulation x {least}"
+                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
+                f"{least} x accumulation {common} x processes {dp}"
             )
     if lines:
         raise ValueError("\n".join(lines))

@@ -19,7 +19,7 @@ from visft_ds import CHECKOUT
 from visft_ds.config.fields import nearest
 from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
-from visft_ds.redaction import is_secret, redacted_values
+from visft_ds.redaction import SECRET, redacted_values
 from visft_ds.tasks import BUILT_IN, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
@@ -318,7 +318,7 @@ def _line(tree: Tree, key: str, problem: str) -> str:
     """`key = value (source): problem`."""
     if (source := tree.source(key)) is None or problem.startswith("missing;"):
         return f"{key}: {problem}"
-    given = "***" if is_secret(key.rpartition(".")[2]) else tree.value(key)
+    given = "***" if SECRET.fullmatch(key.rpartition(".")[2]) else tree.value(key)
     return f"{key} = {shorten(given)} ({source}): {problem}"
 
 
