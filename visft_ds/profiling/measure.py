@@ -27,8 +27,9 @@ from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
+from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
@@ -103,8 +104,7 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
 @contextmanager
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
-    with ExitStack() as stack:
-        config, data = stack.enter_context(open_run_data(config, synthetic=synthetic))
+    with open_run_data(config, synthetic=synthetic) as (config, data):
         machine = check_machine(config, data.vocabulary)
         start_process_group()
         config, machine = settle_recompute(config, machine)
@@ -115,7 +115,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=machine.placement,
+            placement=placement_for(machine.deepspeed_config, machine.planned.partition),
         )
         engine = build_engine(
             prepared,
@@ -126,7 +126,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
         )
-        yield Session(config, data, machine, stack.enter_context(released(engine)))
+        yield Session(config, data, machine, engine)
 
 
 def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:
