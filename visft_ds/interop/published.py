@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from visft_ds.files import reading
 from visft_ds.interop.adapter import FILE, Adapter
@@ -111,11 +113,8 @@ def published_name(task: str, name: str) -> str:
     for ours, theirs in _RULES[task].items():
         pattern = re.escape(ours).replace(r"\{n\}", r"(\d+)")
         if match := re.match(pattern if ours.endswith(".") else f"{pattern}$", name):
-            return (
-                (PREFIX if task != "plain" else "network.")
-                + theirs.replace("{n}", match[1] if match.groups() else "")
-                + name[match.end() :]
-            )
+            theirs = theirs.replace("{n}", match[1] if match.groups() else "")
+            return f"{'network.' if task == 'plain' else PREFIX}{theirs}{name[match.end() :]}"
     raise AssertionError(f"{task} parameter {name} has no published name")
 
 
@@ -158,14 +157,15 @@ def pmt_head(file: Weights) -> tuple[HeadParts, tuple[int, ...]] | None:
         options = get_task("segmentation").options("head", {"type": "plain", **sizes})
         shapes = [(width, 16)] * maps
         head = get_task("segmentation").build_head(shapes, options, None)
-    tensors = {}
-    for ours in head.state_dict():
-        theirs = published_name("plain", ours)
-        if theirs in file:
-            one = file[theirs]
-            tensors[ours] = one
-            if ours.endswith("spread"):
-                tensors[ours] = Lazy(one.shape, torch.float32, lambda one=one: one.read().float().add(EPS).sqrt())
+
+    def spread(variance: Lazy) -> Tensor:
+        return variance.read().float().add(EPS).sqrt()
+
+    names = {ours: published_name("plain", ours) for ours in head.state_dict()}
+    tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
+    for ours, one in tensors.items():
+        if ours.endswith("spread"):
+            tensors[ours] = Lazy(one.shape, torch.float32, partial(spread, one))
     return (shapes, options, Weights(tensors, file.path)), _PMT_LAYERS.get(width, (2, 5, 8, 11))
 
 
