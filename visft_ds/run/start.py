@@ -18,7 +18,7 @@ from visft_ds.interop.layouts import described, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
-from visft_ds.parallel.distributed import broadcast_object
+from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
@@ -57,9 +57,13 @@ def measure_heads(
 ) -> None:
     """Let heads that were drawn measure the channels that they read, on the first images of the plan. Collective."""
     begun = {name.split(".")[1] for name in (start.tensors if start else ()) if name.startswith("heads.")}
+
+    def agree(value: Any) -> Any:
+        return distributed.by_main_process(lambda: value)
+
     for stream in streams.values():
         drawn = [engine.module.heads[task] for task in stream.tasks if task not in prepared.heads and task not in begun]
-        measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), broadcast_object)
+        measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), agree)
 
 
 def _of_adapter(config: VisftConfig, place: Path) -> Start:
