@@ -113,7 +113,8 @@ class MultiTaskModel(nn.Module):
         """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
         if batch.views is not None:
             return self._features_of_views(batch)
-        pixels, frames = normalise_pixels(self.backbone, batch.images, batch.sizes), self.frames(batch)
+        pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
+        frames = self.frames(batch) if self.packed else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features = at_least_float32(self.backbone(pixels) if frames is None else self.backbone(pixels, frames))
         if frames is None:
@@ -128,7 +129,7 @@ class MultiTaskModel(nn.Module):
         An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
         are not packed, or are all of one size: then there is no padding to save.
         """
-        if not self.packed or batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
             return None
         smallest = self.backbone.patch_size
         return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
@@ -181,7 +182,9 @@ class MultiTaskModel(nn.Module):
         with autocast_to(features.device, dtype):
             for task in batch.tasks or self.heads:
                 inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
-                predicted[task] = self._with_extents(self.heads[task](features, valid, **inputs), batch)
+                predicted[task] = self.heads[task](features, valid, **inputs)
+        if self.packed:
+            predicted = {task: self._with_extents(output, batch) for task, output in predicted.items()}
         if loss_denominators is None:
             return predicted
         with autocast_to(features.device, None):
