@@ -127,7 +127,7 @@ class MultiTaskModel(nn.Module):
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
 
         An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
-        are not packed, or are all of one size: then there is no padding to save.
+        are all of one size: then there is no padding to save.
         """
         if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
             return None
@@ -183,8 +183,14 @@ class MultiTaskModel(nn.Module):
             for task in batch.tasks or self.heads:
                 inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
                 predicted[task] = self.heads[task](features, valid, **inputs)
-        if self.packed:
-            predicted = {task: self._with_extents(output, batch) for task, output in predicted.items()}
+        frames = self.frames(batch) if self.packed else None
+        if frames is not None:  # where each image lies in the maps of a mask head
+            pixels = torch.tensor(frames)
+            grids = pixels // self.backbone.patch_size
+            share = to_device(grids / grids.amax(dim=0) / pixels, batch.sizes.device)
+            for task, output in predicted.items():
+                if hasattr(output, "extents"):
+                    predicted[task] = replace(output, extents=share * batch.sizes)
         if loss_denominators is None:
             return predicted
         with autocast_to(features.device, None):
@@ -204,13 +210,3 @@ class MultiTaskModel(nn.Module):
                 losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
-
-    def _with_extents(self, output: Any, batch: Batch) -> Any:
-        """The output of a head; over packed images, a mask head's with the `extents` of each image in its maps."""
-        frames = self.frames(batch)
-        if frames is None or not hasattr(output, "extents"):
-            return output
-        pixels = torch.tensor(frames)
-        grids = pixels // self.backbone.patch_size
-        share = grids / grids.amax(dim=0) / pixels
-        return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)

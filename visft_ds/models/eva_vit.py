@@ -121,18 +121,18 @@ class Block(nn.Module):
         stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
         rest = partial(_checkpoint, self._projected_and_mlp) if recompute_mlp else self._projected_and_mlp
         with autocast_to(x.device, None):
-            branch = stream if self.post_norm else self.norm1(stream)
-            # The result of the first branch gets no name here, which would keep it in memory until the block ends.
-            stream, branch = rest(stream, self.attn(branch.to(dtype), len(x), packing))
+            # What the first branch takes and gives gets no name, which would keep it in memory until the block ends.
+            stream, branch = rest(
+                stream, self.attn((stream if self.post_norm else self.norm1(stream)).to(dtype), len(x), packing)
+            )
             stream = stream + (self.norm2(branch) if self.post_norm else branch)
         return stream.view(x.shape)
 
     def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after the first branch, and the result of the second branch, fc2(gelu(fc1(x)))."""
-        projected = self.attn.proj(attended)
-        x = x + (self.norm1(projected) if self.post_norm else projected)
-        hidden = self.mlp["fc1"]((x if self.post_norm else self.norm2(x)).to(attended.dtype))
-        return x, self.mlp["fc2"](gelu(hidden))
+        x = x + (self.norm1(self.attn.proj(attended)) if self.post_norm else self.attn.proj(attended))
+        given = x if self.post_norm else self.norm2(x)
+        return x, self.mlp["fc2"](gelu(self.mlp["fc1"](given.to(attended.dtype))))
 
 
 class _Recomputed(torch.autograd.Function):
