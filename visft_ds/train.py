@@ -17,7 +17,6 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
-from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
@@ -89,7 +88,7 @@ def train(
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
     config, data = open_data(config, distributed.world_size())
-    machine = check_machine(config, data.vocabulary_size)
+    machine = check_machine(config, data.vocabulary)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
     start_from = None if config.visft.start is None else open_start(config.visft, data)
@@ -120,7 +119,8 @@ def train(
             placement=placement_for(machine.deepspeed_config, partition),
             start=start_from,
         )
-        keep_features(config.visft, data.sets, loader, prepared, precision)
+        if config.visft.features is not None:
+            keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
@@ -135,7 +135,7 @@ def train(
             partition=partition,
             compile=config.visft.model.compile,
         )
-        if distributed.kept_open:
+        if distributed.kept_open:  # by a script that trains more than once
             stack.enter_context(released(engine))
 
         # 8: continue where an earlier start of this run was left.
@@ -153,7 +153,7 @@ def train(
         # 10: train, then export.
         validation = None
         if data.validation is not None:
-            from visft_ds.run.evaluation import Validation  # brings the metrics of all tasks
+            from visft_ds.run.evaluation import Validation  # brings what measures
 
             validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged)
             stack.enter_context(closing(validation))
@@ -182,7 +182,7 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         exported = state.take_best(step, log)
         distributed.by_main_process(lambda: state.export(exported, prepared))
         if validation:
-            training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
+            training = validation.on_training_images(run.engine.predict, next(iter(run.data.sets.values())).manifest)
     stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
     distributed.close()
     watchdog.leave()

@@ -270,7 +270,11 @@ def build_engine(
         config: from `deepspeed_dict`.
         compile: "blocks": those of the backbone run through torch.compile, which is done once for all of them.
     """
-    module, groups = prepared.module, prepared.optimizer_groups()
+    module = prepared.module
+    groups = [
+        {"params": list(one.parameters), "lr": one.lr, "weight_decay": one.weight_decay, "name": one.name}
+        for one in prepared.groups
+    ]
     common: dict[str, Any] = {
         "build_optimizer": lambda groups: torch.optim.AdamW(groups, **optimizer.model_dump()),
         "schedule": schedule,

@@ -77,7 +77,7 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
     """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each stream."""
     found: dict[str, Any] = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
-        machine = check_machine(opened, data.vocabulary_size)
+        machine = check_machine(opened, data.vocabulary)
         for name in opened.visft.streams():
             with loading(opened, data, name, machine) as loader:
                 read = loader.steps(0, warmup + steps)
@@ -105,7 +105,7 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
     with open_run_data(config, synthetic=synthetic) as (config, data):
-        machine = check_machine(config, data.vocabulary_size)
+        machine = check_machine(config, data.vocabulary)
         start_process_group()
         config, machine = settle_recompute(config, machine)
         prepared = prepare_model(

@@ -21,6 +21,7 @@ from visft_ds.planner.memory import MEMORY_SHARE, PlannedRun
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, choose_precision
 from visft_ds.resilience.memory import host_memory
 from visft_ds.run.folder import recorded_config, saved_something
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Machine:
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
 
 
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_size: int | None = None) -> Machine:
+def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_size: int | None = None) -> Machine:
     """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
-        vocabulary_size: of the captions; None where no task works with words.
+        vocabulary: of the captions; None where no task works with words.
         world_size: of a run that is only planned.
 
     Raises:
@@ -49,7 +50,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_siz
     use_kernels(model.kernels, device)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
-    batches, words = derive_batches(config, world_size), vocabulary_size or PUBLISHED_VOCABULARY
+    batches, words = derive_batches(config, world_size), vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
     run = PlannedRun(config, batches, precision, words, device)
     use_numerics(device, tf32=run.tf32, deterministic=config.visft.run.deterministic)
     return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
