@@ -16,7 +16,7 @@ from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Category, Manifest
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import classes_of, have_ids_of_coco
+from visft_ds.tasks.classes import COCO_NAMES, classes_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
     """
     names, tasks = _names(first.categories), config.visft.tasks
     for name, task in tasks.enabled().items():
-        if needs_categories([name]) and not have_ids_of_coco(names) and "num_classes" not in task.head.model_fields_set:
+        own_ids = not names.keys() <= COCO_NAMES.keys()
+        if needs_categories([name]) and own_ids and "num_classes" not in task.head.model_fields_set:
             head = task.head.model_copy(update={"num_classes": len(names)})
             tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
     settled = replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
