@@ -24,6 +24,7 @@ from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.prepare.data import vocabulary_of
+from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.run.record import write_run
@@ -90,7 +91,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         old.rename(new)
     world.tree.edit(_many_words, "captions")
     pack(world.tree, folder / "draft")
-    _export(world, vocabulary_of(configs[1].visft, Manifest.load(folder / "draft", "val")))
+    _export(
+        world,
+        vocabulary_of(configs[1].visft, {"val": TrainingSet(Manifest.load(folder / "draft", "val"), ("captioning",))}),
+    )
     collected = _predictions(world, folder / "draft")
     world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
     world.tree.edit(lambda content: _caption(content, collected["captioning"]), "captions")

@@ -208,7 +208,7 @@ def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.Monk
     done: list[str] = []
     monkeypatch.setattr(distributed, "close", lambda: done.append("close"))
     monkeypatch.setattr("visft_ds.evals.evaluate.measure", lambda *_, **__: done.append("measure") or ({}, []))
-    for name in ("barrier", "gather_objects", "broadcast_object"):
+    for name in ("barrier", "gather_objects", "by_main_process"):
         own = getattr(distributed, name)
         monkeypatch.setattr(distributed, name, lambda *given, own=own, name=name: (done.append(name), own(*given))[1])
     evaluate(world.run(2), tasks="detection", limit=2)

@@ -92,12 +92,6 @@ class TaskConfig(StreamConfig):
     loss: BaseModel
 
     @classmethod
-    def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
-        """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
-        counted, name = ("captions", "captions") if cls.labels == "captions" else ("trainable", "objects")
-        return cls.misleads(counts, findings) if counts.get(counted, 0) else name
-
-    @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what labels lack that would therefore teach something wrong; None: nothing."""
         return None
