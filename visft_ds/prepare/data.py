@@ -36,7 +36,7 @@ from visft_ds.prepare.datasets import (
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import have_ids_of_coco
+from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -74,7 +74,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     """
     sets = open_training_data(config.visft)
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
-    if not have_ids_of_coco(names_of(first.categories)):
+    if not names_of(first.categories).keys() <= COCO_NAMES.keys():
         config = settle_classes(config, first)
     for stream in config.visft.streams().values():
         images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())
@@ -145,7 +145,7 @@ def keep_features(
     }
     features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
     prepared.module.feature_cache = features
-    loader.keep_features(features)
+    loader.features = features
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
