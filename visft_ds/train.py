@@ -135,7 +135,7 @@ def train(
             partition=partition,
             compile=config.visft.model.compile,
         )
-        if distributed.kept_open:
+        if distributed.kept_open:  # by a script that trains more than once
             stack.enter_context(released(engine))
 
         # 8: continue where an earlier start of this run was left.
@@ -153,7 +153,7 @@ def train(
         # 10: train, then export.
         validation = None
         if data.validation is not None:
-            from visft_ds.run.evaluation import Validation  # brings the metrics of all tasks
+            from visft_ds.run.evaluation import Validation  # brings what measures
 
             validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged)
             stack.enter_context(closing(validation))

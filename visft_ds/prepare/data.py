@@ -144,7 +144,7 @@ def keep_features(
     }
     features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
     prepared.module.feature_cache = features
-    loader.keep_features(features)
+    loader.features = features
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:

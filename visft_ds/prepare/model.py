@@ -147,7 +147,7 @@ def plan_model(
     for name, task in config.tasks.enabled().items():
         with torch.device("meta"):
             head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
-        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
+        criterion = TASKS[name].losses(task.head, task.loss)
         tasks[name] = TaskModule(head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {})
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
     if config.lora is not None:
