@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds.config import ResolvedConfig, own
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.own import BY_RECIPE
 from visft_ds.config.preflight import head_files
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
@@ -18,10 +20,13 @@ from visft_ds.pretrained import local
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
 from visft_ds.tasks import TASKS
 
+#: Photographs at which a DETR learns places by heart.
+FEW_FOR_DETR = 100
+
 
 def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int) -> None:
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
-    for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
+    for line in told(config, sum(len(one.manifest) for one in data.sets.values())):
         print(line, flush=True)
     module, model = prepared.module, config.visft.model
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
@@ -46,6 +51,33 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     title, plan = _plan(config, machine.planned, prepared.groups, start=start)
     passed = [("-", note) for note in prepared.notes]
     print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])
+
+
+def told(config: ResolvedConfig, images: int) -> list[str]:
+    """Lines about photographs of one's own: what was chosen for them and why, and what will not work."""
+    visft, run, lines = config.visft, config.visft.run, list[str]()
+    detection = visft.tasks.enabled().get("detection")
+    head = None if detection is None else detection.head.model_dump()["type"]
+    if config.sources.get("visft.run.save_every", "").startswith(BY_RECIPE):
+        stream = next(iter(visft.streams().values()))
+        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end} at {stream.largest_side()} px"]
+        if head == "dense":
+            parts.append("boxes around the cells of its map (few photographs teach no DETR)")
+        if visft.features is not None:
+            kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
+            parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
+        parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
+        if run.keep_best:
+            count = math.ceil(config.total_steps / run.eval_every)
+            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
+        lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
+    if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
+        lines.append(
+            f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
+            "--set visft.tasks.detection.head.type=dense"
+        )
+    return lines
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
