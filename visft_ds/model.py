@@ -113,7 +113,8 @@ class MultiTaskModel(nn.Module):
         """What heads read: the maps of the backbone."""
         if batch.views is not None:
             return self._features_of_views(batch)
-        pixels, frames = normalise_pixels(self.backbone, batch.images, batch.sizes), self.frames(batch)
+        pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
+        frames = self.frames(batch) if self.packed else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             given = {} if frames is None else {"frames": frames}
             found = [at_least_float32(one) for one in self.backbone(pixels, prefixes=True, **given)]
@@ -135,9 +136,9 @@ class MultiTaskModel(nn.Module):
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
 
         An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
-        are not packed, or are all of one size: then there is no padding to save.
+        are all of one size: then there is no padding to save.
         """
-        if not self.packed or batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
             return None
         smallest = self.backbone.patch_size
         return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
@@ -196,7 +197,15 @@ class MultiTaskModel(nn.Module):
                 if loss_denominators is not None:
                     inputs = batch.targets[task].head_inputs()
                     inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
-                predicted[task] = self._with_extents(head(maps, **inputs), batch)
+                predicted[task] = head(maps, **inputs)
+        frames = self.frames(batch) if self.packed else None
+        if frames is not None:  # where each image lies in the maps of a mask head
+            pixels = torch.tensor(frames)
+            grids = pixels // self.backbone.patch_size
+            share = to_device(grids / grids.amax(dim=0) / pixels, batch.sizes.device)
+            for task, output in predicted.items():
+                if hasattr(output, "extents"):
+                    predicted[task] = replace(output, extents=share * batch.sizes)
         if loss_denominators is None:
             return predicted
         with autocast_to(device, None):
@@ -217,13 +226,3 @@ class MultiTaskModel(nn.Module):
                 losses[task] = torch.stack(weighted).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}
-
-    def _with_extents(self, output: Any, batch: Batch) -> Any:
-        """The output of a head; over packed images, a mask head's with the `extents` of each image in its maps."""
-        frames = self.frames(batch)
-        if frames is None or not hasattr(output, "extents"):
-            return output
-        pixels = torch.tensor(frames)
-        grids = pixels // self.backbone.patch_size
-        share = grids / grids.amax(dim=0) / pixels
-        return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)
