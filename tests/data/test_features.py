@@ -31,7 +31,7 @@ IDENTITY = {"base weights": "a", "data": "b"}
 def some(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A map and tokens in front of it."""
     drawn = torch.randn((3, 2, 8), generator=torch.Generator().manual_seed(seed)).bfloat16()
-    return drawn, drawn[0]
+    return drawn, drawn[0].clone()
 
 
 def test_what_one_process_keeps_others_find(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits
             for image, labels in each:
                 assert [own[label] for label in labels.tolist()] == true.get(image, [])
             found = TASKS[task].results(_each_class(task, len(own)), batch_of(1), None, own)
-            assert [result["category_id"] for result in found] == list(own)
+            assert sorted(result["category_id"] for result in found[: len(own)]) == list(own)
     assert seen == set(BOTH)
 
 
