@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import finished
+from tests import finished, small_timm
 from tests.random_tower import (
     adapter_of,
     build_backbone,
@@ -205,3 +205,63 @@ def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
         assert not any("blocks.6" in name or "conv_head" in name for name, _ in backbone.named_parameters())
     names = {name for group in groups for name in group.names if name.endswith("lora_A")}
     assert len(names) == 14 and all(".conv_pw" in name for name in names)
+
+
+#: Backbone -> blocks: an Eva with registers, a ViT with a class token, networks of stages, and a tower of ours.
+SEVERAL = {
+    next(iter(small_timm.FAMILIES)): (0, 1),
+    "test_vit": (1, 3, 5),
+    "test_convnext": (1, 3),
+    "test_efficientnet": (1, 2, 4),
+    "eva": (0, 2),
+}
+
+
+def _of_blocks(name: str, layers: tuple[int, ...]) -> Any:
+    return build_backbone("debug", **SMALL, layers=layers) if name == "eva" else build_timm(name, layers=layers)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
+    """Against hooks in the whole model; recomputed, gradients are equal; the last map is that of a model ending there."""
+    layers = SEVERAL[name]
+    cut, whole = _of_blocks(name, layers).eval(), _of_blocks(name, ()).eval()
+    images, given = torch.randn(2, 3, 64, 96), dict[str, Tensor]()
+    for number in layers:
+        block = whole.get_submodule(whole.ends()[number])
+        block.register_forward_hook(lambda *parts, number=number: given.update({number: parts[-1]}))
+    prefix = getattr(cut, "num_prefix_tokens", 0) if name != "eva" and cut.patch else 0
+    with torch.no_grad():
+        whole(images)
+        (*found,) = cut(images, prefixes=True)
+        (ends,) = _of_blocks(name, layers[-1:]).eval()(images)
+    assert len(found) == len(layers) * (2 if prefix else 1) and torch.equal(found[len(layers) - 1], ends)
+    for place, number in enumerate(layers):
+        wanted = given[number] if given[number].ndim == 4 else whole.norm(given[number])
+        width, stride = cut.shapes[place]
+        assert found[place].shape == (2, width, 64 // stride, 96 // stride)
+        if wanted.ndim == 3:
+            if prefix:
+                assert torch.equal(found[len(layers) + place], wanted[:, :prefix])
+            wanted = wanted[:, prefix:].transpose(1, 2).unflatten(2, found[place].shape[-2:])
+        assert torch.equal(found[place], wanted)
+    gradients = []
+    for cut.recompute in ("none", "block"):
+        cut.zero_grad()
+        sum(one.square().mean() for one in cut.train()(images)).backward()
+        gradients.append([parameter.grad for parameter in cut.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) and all(map(torch.equal, *gradients))
+
+
+def test_adapters_of_all_blocks_that_are_read_learn() -> None:
+    cut = build_timm("test_vit", layers=(0, 2))
+    inject_lora(cut, rank=2, alpha=2.0, targets=("q",))
+    move_adapters(cut, spread=0.2)
+    names = [name for name, _ in cut.named_parameters() if name.endswith("lora_B")]
+    for place, reached in ((0, 1), (1, 3)):  # a map reaches the blocks in front of it
+        cut.zero_grad()
+        cut(torch.randn(1, 3, 64, 64))[place].square().mean().backward()
+        moved = [name for name in names if (grad := cut.get_parameter(name).grad) is not None and grad.any()]
+        assert names == [f"blocks.{block}.attn.qkv.lora_B" for block in range(3)] and moved == names[:reached]
+    with pytest.raises(ValueError, match="no map"):
+        build_timm("mixer_s16_224", layers=(0, 1), device="meta")

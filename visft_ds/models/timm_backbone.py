@@ -57,8 +57,10 @@ class TimmBackbone(nn.Module):
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
         before = self.num_prefix_tokens if patch is not None and prefixes else 0
         if self.reading:
-            found = self.forward_intermediates(images, **self.reading, return_prefix_tokens=before > 0)
-            return tuple(found) if not before else tuple(part for parts in zip(*found, strict=True) for part in parts)
+            if not before:
+                return tuple(self.forward_intermediates(images, **self.reading))
+            pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
+            return tuple(part for parts in zip(*pairs, strict=True) for part in parts)
         features = self.forward_features(images)
         map_ = self._map(features, images)
         return (map_, features[:, :before]) if before else (map_,)
