@@ -93,6 +93,26 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
     assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (tmp_path / "out" / README).read_text()
 
 
+def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
+    """Those of training, by transformers' backbone with `out_indices`, and by timm with the line of the card."""
+    name = "vit_test_patch8_dinov3"
+    base = random_base(name, tmp_path)
+    ours, adapter = adapted(name, base, layers=(0, 1))
+    save_adapter(adapter, tmp_path / "adapter")
+    given = ("--base", base, "--adapter", tmp_path / "adapter", "--verify", "--format")
+    for form in ("transformers", "timm"):
+        assert _run(*given, form, "--out", tmp_path / form) == 0
+    theirs = transformers.DINOv3ViTBackbone.from_pretrained(tmp_path / "transformers", out_indices=(1, 2)).eval()
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    (call,) = re.findall(r"`(model\.forward_intermediates[^`]+)`", (tmp_path / "timm" / README).read_text())
+    with torch.no_grad():
+        wanted, names = ours.eval()(_images()), {"model": model, "images": _images()}
+        exec(f"maps = {call}", names)
+        for found in (theirs(_images()).feature_maps, names["maps"]):
+            assert len(found) == 2 == len(wanted)
+            assert all(relative(one, want) < TOLERANCE for one, want in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize(
     "name",
     [

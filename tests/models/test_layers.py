@@ -223,7 +223,7 @@ def _of_blocks(name: str, layers: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
-    """Against hooks in the whole model; recomputed, gradients are equal; the last map is that of a model ending there."""
+    """Those of hooks in the whole model; gradients are equal when recomputed; the last map is a shorter model's."""
     layers = SEVERAL[name]
     cut, whole = _of_blocks(name, layers).eval(), _of_blocks(name, ()).eval()
     images, given = torch.randn(2, 3, 64, 96), dict[str, Tensor]()
