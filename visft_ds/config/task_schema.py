@@ -38,7 +38,7 @@ class Stream:
     """Kind of optimiser step: its tasks, batch size and share of the steps."""
 
     name: str  #: of the task, or "shared"
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  #: in the order of the table of tasks
     share: float  #: of the steps, relative to the other streams
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once

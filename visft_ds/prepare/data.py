@@ -29,14 +29,13 @@ from visft_ds.prepare.datasets import (
     check_same_categories,
     check_samples,
     classes_of_run,
-    names_of,
     open_training_data,
     settle_classes,
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import have_ids_of_coco
+from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -74,7 +73,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     """
     sets = open_training_data(config.visft)
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
-    if not have_ids_of_coco(names_of(first.categories)):
+    if any(category.coco_id not in COCO_NAMES for category in first.categories):
         config = settle_classes(config, first)
     for stream in config.visft.streams().values():
         images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())
@@ -145,7 +144,7 @@ def keep_features(
     }
     features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
     prepared.module.feature_cache = features
-    loader.keep_features(features)
+    loader.features = features
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
