@@ -263,5 +263,7 @@ def test_adapters_of_all_blocks_that_are_read_learn() -> None:
         cut(torch.randn(1, 3, 64, 64))[place].square().mean().backward()
         moved = [name for name in names if (grad := cut.get_parameter(name).grad) is not None and grad.any()]
         assert names == [f"blocks.{block}.attn.qkv.lora_B" for block in range(3)] and moved == names[:reached]
+    with pytest.raises(ValueError, match="must ascend"):
+        build_timm("test_vit", layers=(2, 0), device="meta")
     with pytest.raises(ValueError, match="no map"):
         build_timm("mixer_s16_224", layers=(0, 1), device="meta")

@@ -104,9 +104,8 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "settings", "message"),
     [
-        ("zero1", ["visft.model.layers=[3, 1]"], "must ascend"),
-        ("pipeline", ["visft.model.layers=[0, 1]", "pipeline.stages=2"], "one block with a pipeline"),
-        ("pipeline", ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"], "not be plain"),
+        ("pipeline", ["visft.model.layers=[0, 1]", "pipeline.stages=2"], "not for a pipeline"),
+        ("pipeline", ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"], "not for a pipeline"),
         ("zero1", ["visft.tasks.segmentation.head.type=plain"], "no option of a plain head"),
         ("zero1", ["visft.tasks.segmentation.head.type=plane"], "mask2former or plain"),
     ],

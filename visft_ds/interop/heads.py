@@ -16,7 +16,7 @@ from visft_ds.config.preflight import head_files
 from visft_ds.data.shards import Category
 from visft_ds.files import reading
 from visft_ds.interop.layouts import fitted
-from visft_ds.interop.published import pmt_head, published_head
+from visft_ds.interop.published import published_head
 from visft_ds.interop.weights import Weights, examples, open_weights, save_tensors
 from visft_ds.tasks import TASKS, config_class, get_task
 from visft_ds.tasks.classes import COCO_NAMES, check_unnamed, classes_of
@@ -34,7 +34,7 @@ class HeadInfo:
     """
 
     task: str
-    shapes: Sequence[Sequence[int]]  #: (width, pixels to a cell) of each map that it reads
+    shapes: Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map that it reads
     options: Mapping[str, Any] = field(default_factory=dict)
     categories: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -67,9 +67,7 @@ class HeadFile:
         options, path = dict(self.info.options), self.tensors.path
         words = options.pop("vocabulary_size", None)
         with reading(path, f"a {self.info.task} head"), torch.device("meta"):
-            head = get_task(self.info.task).build_head(
-                [(width, stride) for width, stride in self.info.shapes], options, words
-            )
+            head = get_task(self.info.task).build_head(self.info.shapes, options, words)
         self.check(head)
         head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
         return head.eval()
@@ -105,11 +103,8 @@ def open_head(place: str | Path, task: str) -> HeadFile:
     file = open_weights(found[0])
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
     if told is None:
-        extra: dict[str, Any] = {"format": "visft"}
-        if task == "segmentation" and (found_pmt := pmt_head(file)) is not None:
-            (shapes, options, tensors), extra["layers"] = found_pmt[0], list(found_pmt[1])
-        else:
-            shapes, options, tensors = published_head(task, file)
+        shapes, options, tensors, layers = published_head(task, file)
+        extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
         info = HeadInfo(**json.loads(told))
@@ -125,10 +120,8 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None
-    theirs, ours = (
-        f"block{'s' * (len(read) > 1)} {', '.join(map(str, read))}" if read else "the last block"
-        for read in (wanted, layers)
-    )
+    named = (f"block{'s' * (len(read) > 1)} {', '.join(map(str, read))}" for read in (wanted, layers))
+    theirs, ours = (text if text[-1].isdigit() else "the last block" for text in named)
     return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
 
 

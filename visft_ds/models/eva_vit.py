@@ -295,7 +295,9 @@ class EvaViT(nn.Module):
 
 
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
-    """The last of the blocks that are read. Raises ValueError if there is none of that number."""
+    """The last of the blocks that are read. Raises ValueError for one that there is not, or an order that descends."""
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"visft.model.layers: {list(layers)} must ascend")
     if (number := max(layers)) >= len(ends):
         raise ValueError(f"visft.model.layers: no block {number}: {model} has 0 to {len(ends) - 1} ({', '.join(ends)})")
     return number

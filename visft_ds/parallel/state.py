@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
+from visft_ds.tasks.channels import measured
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: What DeepSpeed counts as steps go by.
@@ -42,12 +43,6 @@ def trainable(engine: Engine) -> dict[str, nn.Parameter]:
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def measured(engine: Engine) -> dict[str, Tensor]:
-    """What heads that train have measured (`tasks.channels`), by qualified name; the same on every rank."""
-    heads = tuple({f"{'.'.join(name.split('.')[:2])}." for name in trainable(engine) if name.startswith("heads.")})
-    return {name: value for name, value in engine.module.named_buffers() if name.startswith(heads)}
-
-
 def to_host(name: str, tensor: Tensor) -> Tensor:
     """A new copy in host memory."""
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -66,7 +61,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
-    found[VALUE] |= {name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine).items()}
+    found[VALUE] |= {name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine.module.heads).items()}
     if not distributed.is_main():
         return None
     scale = engine.loss_scale.state() if engine.loss_scale else {}
@@ -84,7 +79,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     Raises:
         ValueError: names or shapes differ from what trains here.
     """
-    values = {**trainable(engine), **measured(engine)}
+    values = {**trainable(engine), **measured(engine.module.heads)}
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in values.items()}
     found = {name: tuple(value.shape) for name, value in state.parameters.items()}
     if expected != found:
@@ -99,7 +94,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
             set_tensor(engine, parameter, state.moments[key][name], key)
-    for name, buffer in measured(engine).items():
+    for name, buffer in measured(engine.module.heads).items():
         buffer.copy_(state.parameters[name])
     refresh_module(engine)
     scheduler = engine.deepspeed.lr_scheduler

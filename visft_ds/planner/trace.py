@@ -96,20 +96,14 @@ class Tracer(TorchDispatchMode):
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
-    """Operations of the gradients of a convolution; torch counts a depthwise one's as if it were dense."""
-    transposed, groups, wanted = rest[4], rest[6], rest[7]
-    if groups == 1:
-        return int(flop_registry[torch.ops.aten.convolution_backward](gradient, x, weight, *rest, out_val=out_val))
-    cells = x if transposed else gradient
-    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(wanted[:2])
+    """Operations of a convolution's gradients, each as many as forward; torch counts a depthwise one as if dense."""
+    cells = x if rest[4] else gradient  # of a transposed one, each cell of its input meets the weights
+    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(rest[7][:2])
 
 
 #: Operations by operator, as torch counts them; it leaves out products that are added in place.
-_FORMULAS: dict[Any, Any] = {
-    **flop_registry,
-    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
-    torch.ops.aten.convolution_backward: _convolution_backward,
-}
+_FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_FORMULAS[torch.ops.aten.convolution_backward] = _convolution_backward
 
 
 @cache

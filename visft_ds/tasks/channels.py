@@ -28,6 +28,12 @@ class Channels(nn.Module):
         return (x - self.mean) / self.spread
 
 
+def measured(heads: nn.Module) -> dict[str, Tensor]:
+    """Means and spreads of heads that train, by qualified name; the same in every process."""
+    trained = {name.split(".")[0] for name, parameter in heads.named_parameters() if parameter.requires_grad}
+    return {f"heads.{name}": value for name, value in heads.named_buffers() if name.split(".")[0] in trained}
+
+
 @torch.no_grad()
 def measure_channels(
     heads: Iterable[nn.Module], predict: Callable[[Any], object], images: Iterable[Any], agree: Callable[[Any], Any]

@@ -31,6 +31,22 @@ from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, 
 _TASK_ROWS = 256
 
 
+_DETR = "transformer.decoders.detection.detection_coco."
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a layer.
+PUBLISHED_NAMES = {
+    "input_proj.": "input_proj.",
+    "task_embed.": "transformer.task_embeddings_enc.",
+    "encoder.": "transformer.encoder.",
+    "memory_proj.": "transformer.enc2dec_proj.",
+    "position_proj.": "transformer.pos_embed_proj.",
+    "decoder.layers.{n}.cross_attn.": f"{_DETR}layers.{{n}}.multihead_attn.",
+    "decoder.": _DETR,
+    "query_embed.": "query_embeds.detection.detection_coco.",
+    "class_embed.": "class_embeds.",
+    "box_embed.": "bbox_embeds.",
+}
+
+
 @dataclass(frozen=True)
 class DetectionOutput:
     """Predictions of all decoder layers, the last of which are the head's answer."""
