@@ -48,13 +48,9 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
         rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
-    sections = [
-        Section("model", facts),
-        *_sections(config, machine.planned, prepared.groups, start=start),
-        Section("data", rows),
-        Section("checks passed", [("-", note) for note in prepared.notes]),
-    ]
-    print_plan(_title(config), sections)
+    title, plan = _plan(config, machine.planned, prepared.groups, start=start)
+    passed = [("-", note) for note in prepared.notes]
+    print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])
 
 
 def told(config: ResolvedConfig, images: int) -> list[str]:
@@ -97,7 +93,8 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
         config, data = open_data(config, processes)
         vocabulary = data.vocabulary
     machine = check_machine(config, vocabulary, processes)
-    config, machine = settle_recompute(config, machine, must_fit=False)
+    if config.visft.model.recompute == "auto":
+        config, machine = settle_recompute(config, machine, must_fit=False)
     run = machine.planned
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     plan, capacity = plan_largest(run), memory_of(run.device)
@@ -109,11 +106,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     ]
     guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
-    sections = [
-        *_sections(config, run, groups, note),
-        Section("memory of a process at its fullest, predicted", memory),
-    ]
-    print_plan(f"{_title(config)} (dry run: nothing is started)", sections)
+    title, sections = _plan(config, run, groups, note)
+    sections.append(Section("memory of a process at its fullest, predicted", memory))
+    print_plan(f"{title} (dry run: nothing is started)", sections)
     # Of the files that are there, names and shapes are looked at.
     weights, heads = config.visft.model.weights, config.visft.heads.path
     if weights is not None and local(weights).is_file():
@@ -124,14 +119,11 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
         open_head(heads, task).check(head)
 
 
-def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
-
-
-def _sections(
+def _plan(
     config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
-) -> list[Section]:
-    """Sections of the plan: what trains, in which batches, how a pipeline is divided, what becomes of the run."""
+) -> tuple[str, list[Section]]:
+    """Title and sections of the plan: what trains, in which batches, how a pipeline is divided, what is kept."""
+    title = f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
     trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups
@@ -158,7 +150,7 @@ def _sections(
         ("saved", kept),
         ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
     ]
-    return [
+    return title, [
         Section(f"what trains{note}", trained, ("group", "tensors", "values", "lr", "weight decay", "first")),
         Section("batches", learnt),
         *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),
