@@ -44,7 +44,7 @@ _LAYERS = {1024: (5, 11, 17, 23)}
 def described(
     sizes: Mapping[str, Sequence[int]],
 ) -> tuple[list[tuple[int, int]], dict[str, Any], tuple[int, ...]] | None:
-    """(shapes of its maps, options, blocks that it reads) of a decoder with tensors of these sizes; None: it is none."""
+    """(shapes of maps, options, blocks that it reads) of a decoder with tensors of these sizes; None: it is none."""
     if "network.decoder.q.weight" not in sizes:
         return None
 
