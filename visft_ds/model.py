@@ -116,21 +116,20 @@ class MultiTaskModel(nn.Module):
         pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
         frames = self.frames(batch) if self.packed else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            given = {} if frames is None else {"frames": frames}
-            found = [at_least_float32(one) for one in self.backbone(pixels, prefixes=True, **given)]
+            found = [at_least_float32(one) for one in self.backbone(pixels, frames, prefixes=True)]
         if frames is None:
-            grids = [tuple(one.shape[-2:]) for one in found[: len(self.backbone.shapes)]]
-            return self._maps(found, [valid_region(batch.sizes, pixels.shape[-2:], grid) for grid in grids])
+            size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
+            return self._maps(found, [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps])
         patch = self.backbone.patch_size
         parts = zip(batch.sizes, frames, [(height // patch, width // patch) for height, width in frames], strict=True)
         valid = stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
-        return self._maps(found, [valid] * len(found))
+        return self._maps(found, [valid] * len(found))  # of towers of ours, which have no prefixes
 
     def _maps(self, found: Sequence[Tensor], valid: Sequence[Tensor]) -> tuple[Map, ...]:
         """The maps that a backbone has found, and their prefixes, if there are any, which follow them."""
-        count = len(self.backbone.shapes)
+        count = len(valid)
         prefixes: Sequence[Tensor | None] = found[count:] or [None] * count
-        return tuple(Map(*one) for one in zip(found[:count], valid[:count], prefixes, strict=True))
+        return tuple(Map(*one) for one in zip(found[:count], valid, prefixes, strict=True))
 
     def frames(self, batch: Batch) -> Grids | None:
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
@@ -158,13 +157,12 @@ class MultiTaskModel(nn.Module):
                 image = batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]]
                 with torch.no_grad():
                     found = self.backbone(normalise_pixels(self.backbone, image, size), prefixes=True)
-                # maps channels last; prefixes are already
                 stored = tuple((one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found)
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
             images.append([one.float() for one in stored])
-            grids = [tuple(one.shape[:2]) for one in stored[: len(self.backbone.shapes)]]
-            regions.append([valid_region(size, (height, width), grid)[0] for grid in grids])
+            maps = [one for one in stored if one.ndim == 3]
+            regions.append([valid_region(size, (height, width), one.shape[:2])[0] for one in maps])
         parts = [stack_padded(parts) for parts in zip(*images, strict=True)]
         features = [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
         return self._maps(features, [stack_padded(parts) for parts in zip(*regions, strict=True)])

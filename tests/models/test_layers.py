@@ -178,7 +178,7 @@ def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     told = HeadInfo("detection", [(32, 14)], {}, [], {"layers": [1]})
     assert read_elsewhere(told, (1,)) is None
     assert "learnt to read block 1" in (read_elsewhere(told, ()) or "")
-    assert "blocks 1, 3" in (read_elsewhere(told, (1, 3)) or "")
+    assert "block 1, 3" in (read_elsewhere(told, (1, 3)) or "")
     told = HeadInfo("detection", [(32, 14)])
     assert "learnt to read the last block" in (read_elsewhere(told, (1,)) or "")
 

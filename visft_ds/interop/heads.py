@@ -120,8 +120,7 @@ def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None
-    named = (f"block{'s' * (len(read) > 1)} {', '.join(map(str, read))}" for read in (wanted, layers))
-    theirs, ours = (text if text[-1].isdigit() else "the last block" for text in named)
+    theirs, ours = (f"block {', '.join(map(str, read))}" if read else "the last block" for read in (wanted, layers))
     return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
 
 

@@ -48,9 +48,9 @@ class TimmBackbone(nn.Module):
     #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other policies.
     recompute = "none"
 
-    def forward(self, images: Tensor, *, prefixes: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, frames: None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
         """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P, D) in
-        front of the patches of each, if a plain ViT has any."""
+        front of the patches of each, if a plain ViT has any. No `frames`: these models are not packed."""
         self.set_grad_checkpointing(self.recompute != "none")
         patch = self.patch
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
