@@ -52,6 +52,10 @@ def _finished(out: Path, *arguments: Any) -> Evaluation:
     return read_evaluation(out.name, out)
 
 
+#: Of an image: boxes of all queries, and the best pairs of a mask and a class.
+RESULTS = {"detection": QUERIES, "segmentation": 100}
+
+
 def _found(evaluation: Evaluation, task: str) -> Results:
     results: Results = json.loads((evaluation.folder / f"{task}_results.json").read_text())
     return results
@@ -64,7 +68,7 @@ def _captions(evaluation: Evaluation) -> dict[int, str]:
 def _differ(first: Evaluation, second: Evaluation, task: str = "detection") -> tuple[float, float, int]:
     """Largest difference of a score and of a box, and how many classes differ, query by query."""
     pairs = list(zip(_found(first, task), _found(second, task), strict=True))
-    assert len(pairs) == IMAGES * QUERIES and all(a["image_id"] == b["image_id"] for a, b in pairs)
+    assert len(pairs) == IMAGES * RESULTS[task] and all(a["image_id"] == b["image_id"] for a, b in pairs)
     boxes = [abs(x - y) for a, b in pairs for x, y in zip(a.get("bbox", ()), b.get("bbox", ()), strict=True)]
     score = max(abs(a["score"] - b["score"]) for a, b in pairs)
     return score, max(boxes, default=0.0), sum(a["category_id"] != b["category_id"] for a, b in pairs)
@@ -90,7 +94,7 @@ def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> No
         assert 0.01 < stats[0] < 0.95, "the comparison below would not say much"
         measured = [whole.metrics[f"{prefix}/{name}"] for name in ("AP", "AP50", "AP75")]
         assert measured == pytest.approx(stats, abs=1e-9)
-        assert len(found) == IMAGES * QUERIES
+        assert len(found) == IMAGES * RESULTS[task]
     said = [{"image_id": image, "caption": text} for image, text in _captions(whole).items()]
     wanted = caption_metrics(json.loads(world.tree.captions.read_text()), said)
     assert {name: value for name, value in whole.metrics.items() if name.startswith("caption/")} == wanted
