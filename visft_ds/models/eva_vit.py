@@ -94,7 +94,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, images: int, packing: Packing | None = None) -> Tensor:
         """(B * N, D) -> (B * N, D), or packed (T, D), without `proj`, which the block applies and may recompute."""
-        qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        q_bias, v_bias = self.q_bias, self.v_bias
+        qkv: Tensor = self.qkv(x, torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]))
         q, k, v = qkv.view(images, -1, 3, self.num_heads, x.shape[1] // self.num_heads).unbind(2)  # (B, N, heads, d)
         if packing is None:
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
