@@ -8,6 +8,7 @@ from shlex import quote
 from typing import NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
+from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
@@ -82,11 +83,6 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     return found
 
 
-def is_url(place: str | Path) -> bool:
-    """Return True if a place is read over a network; it is looked for only when it is opened."""
-    return "://" in str(place) and not str(place).lower().startswith("file:")
-
-
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
     """The settings that turn tasks of the shipped recipe off that the shards do not teach.
 
@@ -122,11 +118,6 @@ def run_of(place: Path) -> Path | None:
     """The run folder, or export, that a place is, or that it is a checkpoint of; None for anything else."""
     run = folder_of_run(place)
     return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
-
-
-def export_of(run: Path) -> Path:
-    """The folder of what a run has exported or will export; an export is its own."""
-    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:
