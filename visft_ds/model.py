@@ -127,9 +127,8 @@ class MultiTaskModel(nn.Module):
 
     def _maps(self, found: Sequence[Tensor], valid: Sequence[Tensor]) -> tuple[Map, ...]:
         """The maps that a backbone has found, and their prefixes, if there are any, which follow them."""
-        count = len(valid)
-        prefixes: Sequence[Tensor | None] = found[count:] or [None] * count
-        return tuple(Map(*one) for one in zip(found[:count], valid, prefixes, strict=True))
+        prefixes: Sequence[Tensor | None] = found[len(valid) :] or [None] * len(valid)
+        return tuple(Map(*one) for one in zip(found[: len(valid)], valid, prefixes, strict=True))
 
     def frames(self, batch: Batch) -> Grids | None:
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
