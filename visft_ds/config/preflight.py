@@ -100,7 +100,7 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
 
 
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
-    """The settings that turn tasks of the shipped recipe off that the shards do not teach.
+    """The settings that turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
 
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
@@ -112,6 +112,8 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
         wanted = not shipped or any(source.startswith("--") for source in sources)
         if not wanted and (lacks := task.lacks(sets[0].counts, sets[0].findings)):
             found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
+    if len(sets) == 1 and "maps" in sets[0].labels and "semantic" not in tasks:
+        return {"visft.tasks.semantic": ({}, "the data, which has label maps"), **found}
     return found if len(found) < len(tasks) else {}
 
 

@@ -21,7 +21,7 @@ from visft_ds.config.fields import nearest
 from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import is_secret, redacted_values
-from visft_ds.tasks import BUILT_IN, entries
+from visft_ds.tasks import config_class, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
@@ -70,8 +70,8 @@ class ResolvedConfig:
         plain: dict[str, Any] = {"gradient_clipping": self.gradient_clipping}
         for key in ("optimizer", "scheduler", "visft"):
             plain[key] = getattr(self, key).model_dump(mode="json")
-        tasks = plain["visft"]["tasks"].items()  # of other packages, those that train: installing one changes nothing
-        plain["visft"]["tasks"] = {name: task for name, task in tasks if task is not None or name in BUILT_IN}
+        tasks = plain["visft"]["tasks"].items()  # of those that are off the published ones: a new task changes nothing
+        plain["visft"]["tasks"] = {n: task for n, task in tasks if task is not None or config_class(n).published}
         return {**copy.deepcopy(dict(self.deepspeed)), **plain}
 
     def identity(self) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class Model:
                 groups.setdefault(sample.image.shape, []).append(sample)
             for samples in groups.values():
                 batch = pipeline.collate(samples)
-                outputs = self._loaded.predict(batch)
+                outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
                 for task in stream.tasks:
                     by_task[task] += TASKS[task].results(
                         outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold

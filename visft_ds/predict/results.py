@@ -17,7 +17,9 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from PIL import Image
 
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
+from visft_ds.tasks.semantic.results import draw_regions, place_map
 
 Floats = npt.NDArray[np.float32]
 _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute of their own
@@ -49,11 +51,6 @@ class Masks(Objects):
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
 
 
-def category_name(id_: int, categories: Mapping[int, str]) -> str:
-    """The name of a category; heads for COCO's ids may have classes that their training data had no name for."""
-    return categories.get(id_, f"category {id_}")
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """Boxes, masks and caption of one image, as far as the model has such heads."""
@@ -80,6 +77,14 @@ class Prediction:
         if found:
             masks = coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
         return Masks(*self._labels(found), masks)
+
+    @cached_property
+    def semantic(self) -> tuple[npt.NDArray[np.uint8], tuple[str, ...]] | None:
+        """(H, W) places among the names of all classes, and these; None: the model has no such task."""
+        if "semantic" not in self.results:
+            return None
+        places = {id_: place for place, id_ in enumerate(self.categories)}
+        return place_map(self.results["semantic"], self.image.shape[:2], places), tuple(self.categories.values())
 
     @property
     def caption(self) -> str | None:
@@ -108,6 +113,8 @@ class Prediction:
             tags = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
             drawn = draw_objects(self.image, found.names, tags, colours, **{kind: shapes}, side=side)
             panels.append((drawn, f"{kind}: {len(found)}"))
+        if found := self.results.get("semantic"):
+            panels.append((draw_regions(self.image, found, self.categories, side), "classes"))
         return Image.fromarray(side_by_side(*panels))
 
     def _objects(self) -> dict[str, tuple[Objects, Any]]:

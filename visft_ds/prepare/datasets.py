@@ -82,8 +82,8 @@ def workers_of(data: DataConfig) -> int:
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:
-    """Return True if one of the tasks learns from annotated objects."""
-    return any(TASKS[task].config.labels == "annotations" for task in tasks)
+    """Return True if one of the tasks learns from annotated objects or label maps."""
+    return any(TASKS[task].config.labels != "captions" for task in tasks)
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
@@ -96,10 +96,9 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
     for task in tasks:
         labels = TASKS[task].config.labels
         if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):
-            option = {"annotations": "instances"}.get(labels, labels)
             raise ValueError(
                 f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the shards "
-                f"with --{option} FILE, or turn the task off with --set visft.tasks.{task}=null"
+                f"of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
 
 
@@ -116,15 +115,16 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
 
 
 def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
-    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where their ids are not COCO's and
-    `num_classes` is not stated.
+    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where their ids are not COCO's, or
+    no head for these was published, and `num_classes` is not stated.
 
     Raises:
         ValueError: heads that cannot have classes for these categories.
     """
     names, tasks = _names(first.categories), config.visft.tasks
     for name, task in tasks.enabled().items():
-        if needs_categories([name]) and not have_ids_of_coco(names) and "num_classes" not in task.head.model_fields_set:
+        own = task.published is None or not have_ids_of_coco(names)
+        if needs_categories([name]) and own and "num_classes" not in task.head.model_fields_set:
             head = task.head.model_copy(update={"num_classes": len(names)})
             tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
     settled = replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
