@@ -113,8 +113,8 @@ class Prediction:
             tags = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
             drawn = draw_objects(self.image, found.names, tags, colours, **{kind: shapes}, side=side)
             panels.append((drawn, f"{kind}: {len(found)}"))
-        if found := self.results.get("semantic"):
-            panels.append((draw_regions(self.image, found, self.categories, side), "classes"))
+        if regions := self.results.get("semantic"):
+            panels.append((draw_regions(self.image, regions, self.categories, side), "classes"))
         return Image.fromarray(side_by_side(*panels))
 
     def _objects(self) -> dict[str, tuple[Objects, Any]]:

@@ -42,7 +42,6 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout2d(options.dropout)
         self.classifier = nn.Conv2d(in_channels, options.num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, features: Tensor, valid: Tensor) -> SemanticOutput:
         """Logits of features (B, D, h, w); what an image's own cells give does not depend on `valid` (B, h, w)."""
