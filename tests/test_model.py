@@ -45,12 +45,12 @@ def test_tasks_of_one_forward_have_the_losses_and_gradients_of_their_own() -> No
     """Shared images are a matter of cost only: each head learns what it would have learnt alone."""
     module, _ = build(1)
     whole = global_batch(3)
-    assert set(whole.tasks) == {"detection", "segmentation", "captioning"}
+    assert set(whole.targets) == {"detection", "segmentation", "captioning"}
     divisors = loss_denominators(module, whole, 1)
     module(whole, divisors)["loss"].backward()
     together = {name: p.grad.clone() for name, p in module.heads.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
-    for task in whole.tasks:
+    for task in whole.targets:
         alone = replace(whole, targets={task: whole.targets[task]})
         module(alone, divisors)["loss"].backward()
     apart = {name: p.grad for name, p in module.heads.named_parameters() if p.grad is not None}

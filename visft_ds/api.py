@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import missing_inputs, render_missing
-from visft_ds.config.cli import DEFAULT_ENGINE, KEYS, RESUME, fetch_weights, resolve_with_data
+from visft_ds.config.cli import DEFAULT_ENGINE, resolve_arguments
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag
@@ -58,20 +58,10 @@ def fit(
     """
     # Before torch is imported: a launcher that dies meanwhile must be missed.
     stop = StopFlag(launched="RANK" in os.environ)
-    if resume not in RESUME:
-        raise ValueError(f"resume={resume!r}: must be one of {', '.join(RESUME)}")
-    places = {"data": data, "out": out}
-    config = resolve_with_data(
-        stage=stage,
-        model=model,
-        engine=engine,
-        backbone=None if backbone is None else os.fspath(backbone),
-        download=download,
-        flags={KEYS[name]: (os.fspath(at), f"--{name}") for name, at in places.items() if at is not None},
-        settings=[f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()],
-    )
-    if download:
-        fetch_weights(config)
+    flags = {"stage": stage, "model": model, "backbone": backbone, "engine": engine, "data": data, "out": out}
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    words += [f"--set={key}={json.dumps(value, default=os.fspath)}" for key, value in (settings or {}).items()]
+    _, config = resolve_arguments([*words, f"--resume={resume}", *(["--download"] if download else [])])
     if missing := missing_inputs(config):
         raise ValueError(render_missing(missing))
 

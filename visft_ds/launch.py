@@ -21,14 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 trained to the end, as `Stop.status` after a stop, else `exit_code`."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        rank, world_size, _ = (_number(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 0)))
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            if not (text := os.environ.get(name, "0")).isdecimal():
+                raise RankError(f"{name}={text} in the environment is no number: launchers set it, unset it otherwise")
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
-        if options.dry_run and rank == 0:
+        if options.dry_run and int(os.environ.get("RANK", "0")) == 0:
             from visft_ds.run.report import print_dry_run
 
-            print_dry_run(config, count or world_size)
+            print_dry_run(config, count or int(os.environ.get("WORLD_SIZE", "1")))
         if lacking := missing_inputs(config):
             raise ValueError(render_missing(lacking))
         if options.dry_run:
@@ -45,14 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         return tell(error)
-
-
-def _number(name: str, default: int) -> int:
-    """A number that launchers put into the environment. Raises RankError for anything else."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise RankError(f"{name}={text} in the environment is no number: a launcher sets it, unset it otherwise")
-    return int(text)
 
 
 if __name__ == "__main__":

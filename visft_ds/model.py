@@ -179,7 +179,7 @@ class MultiTaskModel(nn.Module):
         dtype = torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(features.device) == torch.bfloat16 else None
         predicted, losses = dict[str, Any](), dict[str, Tensor]()
         with autocast_to(features.device, dtype):
-            for task in batch.tasks or self.heads:
+            for task in batch.targets or self.heads:
                 inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
                 predicted[task] = self._with_extents(self.heads[task](features, valid, **inputs), batch)
         if loss_denominators is None:
@@ -200,7 +200,7 @@ class MultiTaskModel(nn.Module):
                 # names without a weight are for the log only
                 losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
-            return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
+            return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}
 
     def _with_extents(self, output: Any, batch: Batch) -> Any:
         """The output of a head; over packed images, a mask head's with the `extents` of each image in its maps."""

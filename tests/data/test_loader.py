@@ -104,7 +104,7 @@ def test_roles_see_the_same_samples(reader: ShardReader, plan: Plan) -> None:
         for role, number in (("both", 0), ("images", 1), ("labels", 2))
     )
     for whole, pixels, truth in zip(both, images, labels, strict=True):
-        assert torch.equal(whole.images, pixels.images) and pixels.tasks == ()
+        assert torch.equal(whole.images, pixels.images) and not pixels.targets
         assert truth.images.shape[2:] == (0, 0)
         for name in ("boxes", "labels", "counts"):
             assert torch.equal(getattr(whole.targets["detection"], name), getattr(truth.targets["detection"], name))

@@ -101,7 +101,7 @@ def load(config: VisftConfig, steps: int) -> list[Any]:
 def test_a_step_takes_labels_from_the_set_it_draws(folder: Path) -> None:
     seen: dict[tuple[str, str], list[Any]] = {}
     for whole, batch in load(with_sets(folder), 40):
-        assert batch.tasks == (whole.task,)
+        assert tuple(batch.targets) == (whole.task,)
         seen.setdefault((whole.task, whole.dataset), []).append(batch)
     assert set(seen) == {
         ("detection", "train"),
@@ -116,7 +116,7 @@ def test_a_step_takes_labels_from_the_set_it_draws(folder: Path) -> None:
 
 def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path) -> None:
     """Empty targets would say that there is nothing in the picture."""
-    tasks = {whole.dataset: batch.tasks for whole, batch in load(with_sets(folder, "visft.mode=shared"), 12)}
+    tasks = {whole.dataset: tuple(batch.targets) for whole, batch in load(with_sets(folder, "visft.mode=shared"), 12)}
     assert tasks == {
         "train": ("detection", "segmentation", "captioning"),
         "objects": ("detection",),
@@ -210,7 +210,7 @@ def test_each_stream_makes_batches_for_its_own_tasks(train: bool) -> None:
     for name, stream in config_of("visft.tasks.captioning.image.size=48").streams().items():
         pipeline = pipeline_of(stream, words, train=train)
         batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
-        assert batch.tasks == (name,)
+        assert tuple(batch.targets) == (name,)
         # The configured sizes arrive: the debug model's squares, and the one set here.
         assert batch.sizes.tolist() == [[48, 48] if name == "captioning" else [112, 112]]
 
@@ -220,7 +220,7 @@ def test_a_shared_stream_makes_one_batch_for_all() -> None:
     pipeline = pipeline_of(stream, Vocabulary(("red",)), train=True)
     assert isinstance(pipeline.transform.geometry, ShortSides)
     batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
-    assert batch.tasks == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
+    assert tuple(batch.targets) == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
 
 
 # Words

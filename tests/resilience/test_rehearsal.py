@@ -38,7 +38,7 @@ def test_the_pictures_with_most_objects_come_together(shards: Path) -> None:
     most = np.sort(data.sets["train"].manifest.index["num_annotations"])[::-1].tolist()
     assert most[0] > most[7]
     for task, batch in found.items():
-        assert batch.tasks == (task,) and len(batch.sizes) == batches.micro[task] == 8
+        assert tuple(batch.targets) == (task,) and len(batch.sizes) == batches.micro[task] == 8
     masks = found["segmentation"].targets["segmentation"]
     assert found["detection"].targets["detection"].counts.tolist() == masks.counts.tolist() == most[:8]
     assert masks.masks.shape[1:] == (28, 28) and bool((masks.masks == 255).all())

@@ -103,7 +103,7 @@ def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
     command = [sys.executable, "make_shards.py", "build", *tree.arguments(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools", timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "toy: made 1 shards" in result.stdout and "1 x crowd" in result.stdout
+    assert "toy: made 0.1 MB (shards: 1), " in result.stdout and "1 x crowd" in result.stdout
 
 
 def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     root = make_split(tmp_path).root
     assert main(["info", str(root)]) == 0
     told = capsys.readouterr().out
-    assert "toy: 3 shards" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
+    assert "(shards: 3)" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
     assert main(["verify", str(root)]) == 0
     shard = Path(root, "toy-000001.tar")
     data = bytearray(shard.read_bytes())

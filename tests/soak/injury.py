@@ -102,7 +102,7 @@ class Injury:
         """A bit of an image or label flips; it flips back when the run has said where."""
         with ShardReader(Manifest.load(self.shards, "train")) as reader:
             index = int(self.fault.draw * len(reader))
-            row = reader.row(index)
+            row = reader.manifest.index[index]
             part = ("image", "label")[int(self.fault.draw * 1e6) % 2]
             offset = row[f"{part}_offset"] + row[f"{part}_size"] // 2
             shard = self.shards / reader.manifest.shards[row["shard"]].name

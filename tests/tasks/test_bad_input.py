@@ -76,7 +76,7 @@ def test_it_trains_and_predicts(case: str, stream: Stream, model: MultiTaskModel
     for key in range(2):  # two draws of the geometry
         pipeline = pipeline_of(stream, WORDS, train=True)
         batch = pipeline.collate([pipeline.transform(raw(CASES[case]), generator(key))])
-        assert batch.tasks == stream.tasks
+        assert tuple(batch.targets) == stream.tasks
         losses = model.train()(batch, loss_denominators(model, batch, 1))
         assert all(value.isfinite() for value in losses.values()), losses
         losses["loss"].backward()

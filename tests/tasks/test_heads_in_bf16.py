@@ -147,6 +147,9 @@ def test_heads_compute_in_float32_where_stated_and_in_fp16_runs(
 def test_cells_of_captions_are_pooled_in_float32(module: MultiTaskModel) -> None:
     given = torch.randn(1, WIDTH, SIDE, SIDE), torch.ones(1, SIDE, SIDE, dtype=torch.bool)
     head: Any = module.heads["captioning"]
-    wanted = head._initial(*given)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(head._initial(*given)[0], wanted)
+    pooled: list[Tensor] = []
+    with head.encoder_att.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                head(*given, max_length=1)
+    assert torch.equal(*pooled)

@@ -172,7 +172,7 @@ def _samples() -> list[Sample]:
 def test_ragged_images_and_the_frames_of_their_targets() -> None:
     samples = _samples()
     batch = collate_joint(samples)
-    assert batch.images.shape == (3, 3, 61, 61) and batch.tasks == tuple(TASKS)
+    assert batch.images.shape == (3, 3, 61, 61) and tuple(batch.targets) == tuple(TASKS)
     assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [70, 71, 72]
     for padded, sample in zip(batch.images, samples, strict=True):
         height, width = sample.size

@@ -76,7 +76,7 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits
             true.setdefault(annotation["image_id"], []).append(annotation["category_id"])
     seen = set[str]()
     for whole, (batch,) in loader.steps(0, 4):
-        for task in batch.tasks:
+        for task in batch.targets:
             seen.add(task)
             own, targets = classes[whole.task][task], batch.targets[task]
             assert own == tuple(sorted(OWN))

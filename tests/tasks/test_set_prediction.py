@@ -207,7 +207,7 @@ def test_a_step_is_the_published_one_on_as_many_gpus_as_images(step: int) -> Non
     gpus = []
     for image in range(images):
         common = loss_denominators(module, whole, images)
-        for task in {"detection", "segmentation"} & set(whole.tasks):
+        for task in {"detection", "segmentation"} & set(whole.targets):
             common = {**common, task: {**common[task], "images": torch.tensor(1.0)}}
         gpus.append((part(step, image, image + 1), common))
     theirs = _gradients(build(2)[0], gpus)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class SaveReport:
     write_seconds: float  #: writing, beside the training
 
 
-class Saver:
+class Saver(AbstractContextManager["Saver"]):
     """Saves of one run; a context manager that lets none get lost at the end.
 
     Args:
@@ -164,9 +165,6 @@ class Saver:
         steps = saved_steps(self.folder)
         for step in self.retention.obsolete(steps, self.saved, scores, self._to_be_judged):
             delete_checkpoint(checkpoint_path(self.folder, step))
-
-    def __enter__(self) -> Saver:
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:

@@ -37,9 +37,9 @@ class Batches:
 
     def equations(self) -> list[str]:
         """Equations of the batch sizes, a line for each stream."""
-        parts = "processes" if self.stages == 1 else f"pipelines of {self.stages} processes"
+        parts = "processes" if self.stages == 1 else "pipelines"
         return [
-            f"{task}: {total} images = {self.dp} {parts} x {self.accumulation} accumulation x {self.micro[task]}"
+            f"{task}: {total} images = {self.micro[task]} x accumulation {self.accumulation} x {parts} {self.dp}"
             for task, total in self.batch_size.items()
         ]
 
@@ -77,8 +77,8 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     for name, stream in streams.items():
         if (least := shares[name] // common) > stream.micro_batch:
             lines.append(
-                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = {dp} "
-                f"processes x {common} accumulation x {least}"
+                f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
+                f"{least} x accumulation {common} x processes {dp}"
             )
     raise ValueError("\n".join(lines))
 

@@ -7,18 +7,18 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visft_ds.config import own
 from visft_ds.config.backbones import model_of, named, on_this_machine
 from visft_ds.config.preflight import folder_of_run, run_of, tasks_without_labels, training_sets
-from visft_ds.config.resolve import Flags, ResolvedConfig, available, display, load_json, resolve
+from visft_ds.config.resolve import Flags, ResolvedConfig, available, load_json, resolve
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
-RESUME = ("auto", "must", "no")
 BACKBONE_HELP = "other weights: a file, timm:NAME, hf-hub:ORG/NAME, a name of ds_configs/models, a folder for timm"
 DOWNLOAD_HELP = "fetch weights that have a name and are not here, from the Hugging Face hub"
 #: Flag -> the key that it is a word for.
@@ -64,7 +64,8 @@ def build_parser() -> Command:
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
-    add("--resume", default="auto", choices=RESUME, help="auto: from the newest checkpoint, if there is one")
+    resume = "auto: from the newest checkpoint, if there is one"
+    add("--resume", default="auto", choices=("auto", "must", "no"), help=resume)
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
     add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
@@ -80,7 +81,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         OSError: a file of the user's own that cannot be read.
     """
     given = build_parser().parse_args(argv)
-    flags, fork, whole = dict[str, tuple[Any, str]](), None, None
+    flags, fork, whole = Flags(), None, None
     if given.start is not None:
         flags["visft.start"] = {"path": given.start, "heads": given.reset_heads or "keep"}, "--from"
         fork = whole = _fork_of(given.start, given.out)
@@ -95,88 +96,52 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
             raise ValueError(f"{whole[1]} is a complete configuration: leave out {' and '.join(doubled)}")
     flags |= {key: (value, f"--{name}") for name, key in KEYS.items() if (value := getattr(given, name)) is not None}
-    config = resolve_with_data(
-        stage=given.stage,
-        model=given.model,
-        engine=given.engine,
-        backbone=given.backbone,
-        download=given.download,
-        flags=flags,
-        settings=[*([f"visft.tasks={given.tasks}"] if given.tasks is not None else []), *given.set],
-        whole=whole,
-        batch_size=given.batch_size,
-        epochs=given.epochs,
-    )
-    if given.download and not given.dry_run:
-        fetch_weights(config)
+    config = _with_data(given, flags, whole)
+    if given.download and not given.dry_run and config.visft.model.weights is not None:
+        on_this_machine(config.visft.model.weights, download=True)
     return given, config
 
 
-def fetch_weights(config: ResolvedConfig) -> None:
-    """Fetch base weights that are not here and have a name on the hub. Raises ValueError as `pretrained.fetch`."""
-    if config.visft.model.weights is not None:
-        on_this_machine(config.visft.model.weights, download=True)
-
-
-def resolve_with_data(
-    *,
-    stage: int | None,
-    model: str | None,
-    engine: str | None,
-    backbone: str | None,
-    download: bool,
-    flags: Flags,
-    settings: Sequence[str],
-    whole: tuple[dict[str, Any], str] | None = None,
-    batch_size: int | None = None,
-    epochs: int | None = None,
-) -> ResolvedConfig:
+def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, Any], str] | None) -> ResolvedConfig:
     """`resolve` with what backbone and data decide: the model, the recipe for photographs, the tasks, the length.
 
     Tasks of the recipe that the data has no labels for take no part, but for those that are named.
 
-    Args:
-        batch_size: of every task that takes part.
-        epochs: passes of every task through the training images.
-        others: as in `fit` and `resolve`.
-
     Raises:
         ValueError: as `resolve`; epochs of data whose number of images is not known yet.
     """
+    stage, model, of_backbone = given.stage, given.model, Flags()
+    settings = [*([f"visft.tasks={given.tasks}"] if given.tasks is not None else []), *given.set]
     if whole is None and stage is None:
         if model not in (None, own.MODEL) or "visft.data.root" not in flags:
             raise ValueError("--stage is missing: 1 trains heads, 2 adapters; --data FOLDER alone: heads for it")
         stage, model = 1, own.MODEL
-    of_backbone: Flags = {}
-    if backbone is not None:
-        model, of_backbone = model_of(named(backbone, download=download), model)
-    given = dict(flags)
+    if given.backbone is not None:
+        model, of_backbone = model_of(named(given.backbone, download=given.download), model)
     if whole is None:
-        given = {**of_backbone, **own.of_backbone(model or "", of_backbone, settings), **flags}
-
-    def resolved(more: Flags) -> ResolvedConfig:
-        given.update(more)
-        name = model or DEFAULT_MODEL
-        return resolve(stage=stage, model=name, engine=engine, whole=whole, flags=given, settings=settings)
-
-    config = resolved({})
+        flags = {**of_backbone, **own.of_backbone(model, of_backbone, settings), **flags}
+    model = model or DEFAULT_MODEL
+    resolved = partial(resolve, stage=stage, model=model, engine=given.engine, whole=whole, settings=settings)
+    config = resolved(flags=flags)
     if not any(text.startswith("visft.tasks=") for text in settings):
-        config = resolved(tasks_without_labels(config))
-    if batch_size is not None:
+        flags |= tasks_without_labels(config)
+        config = resolved(flags=flags)
+    if given.batch_size is not None:
         streams = [f"visft.tasks.{name}" for name in config.visft.tasks.enabled()]
         streams += ["visft.shared"] if config.visft.shared else []
-        config = resolved({f"{stream}.batch_size": (batch_size, "--batch-size") for stream in streams})
-    if epochs is not None:
+        flags |= {f"{stream}.batch_size": (given.batch_size, "--batch-size") for stream in streams}
+        config = resolved(flags=flags)
+    if given.epochs is not None:
         images = sum(map(len, training_sets(config)))
         if not images:
             raise ValueError("--epochs needs shards in a folder of this machine: give --steps")
-        steps: dict[str, tuple[Any, str]] = {"scheduler.params.total_num_steps": (None, "--epochs")}
+        flags["scheduler.params.total_num_steps"] = None, "--epochs"
         for stream in config.visft.streams().values():
-            updates = math.ceil(epochs * images / min(stream.batch_size, images)), "--epochs"
-            steps |= {f"visft.tasks.{name}.updates": updates for name in stream.tasks}
-        config = resolved(steps)
+            updates = math.ceil(given.epochs * images / min(stream.batch_size, images))
+            flags |= {f"visft.tasks.{name}.updates": (updates, "--epochs") for name in stream.tasks}
+        config = resolved(flags=flags)
     if model == own.MODEL and whole is None:
-        config = resolved({key: one for key, one in own.chosen(config).items() if key not in given})
+        config = resolved(flags={**own.chosen(config), **flags})
     return config
 
 
@@ -203,4 +168,4 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
                 return None
         for task in content["config"]["visft"]["tasks"].values():
             (task or {}).get("head", {}).pop("num_classes", None)
-        return content["config"], display(record)
+        return content["config"], str(record)

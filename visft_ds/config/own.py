@@ -59,7 +59,7 @@ def lite0_of_pip() -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
 
 
-def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
+def of_backbone(model: str | None, backbone: Flags, settings: Sequence[str]) -> Flags:
     """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
     if not backbone:
         demo = model == "lite0" and not Path("weights/efficientnet_lite0.safetensors").exists()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.shards import Manifest, manifest_path
@@ -34,12 +34,9 @@ class Missing(NamedTuple):
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
-    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
-
-
-def _shards(config: ResolvedConfig) -> Iterator[Missing]:
-    data, places = config.visft.data, config.visft.data.places()
-    if config.visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file():
+    visft, found = config.visft, list[Missing]()
+    data, places, tasks = visft.data, visft.data.places(), visft.tasks.enabled()
+    if visft.run.eval_every and manifest_path(Path(data.root), data.train).is_file():
         places.append((data.root, data.val))  # without the first, one command makes both
     for root, split in places:
         if is_url(root) or manifest_path(Path(root), split).is_file():
@@ -51,52 +48,43 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
             folder = root.rstrip("/")
             what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
             command = f"visft shards {quote(folder)}"
-        yield Missing(what, str(manifest_path(Path(root), split)), command)
+        found.append(Missing(what, str(manifest_path(Path(root), split)), command))
+
+    task, words = visft.tasks.with_words() or ("", None)
+    if words is not None and (file := words.vocabulary.file) is not None and not Path(file).is_file():
+        command = f"put it there, or take the words of the captions: --set visft.tasks.{task}.vocabulary.file=null"
+        found.append(Missing("vocabulary of the captions", file, command))
+
+    weights, what = visft.model.weights, f"base weights of {visft.model.name}"
+    if weights is not None and not local(weights).is_file():
+        path, name, parent = Path(weights), on_hub(weights), quote(str(Path(weights).parent))
+        if path.name in _COMMANDS:
+            command = _COMMANDS[path.name].format(folder=parent)
+        elif name is None:
+            command = "put the file there, or name another one by --backbone FILE"
+        elif name == weights:
+            what += ", in the hub's cache"
+            command = "the same command with --download, which says size and licence first, or with --backbone FILE"
+        else:
+            what, hub = f"{what} (or give --download)", HubFile.parse(name)
+            command = f"hf download {hub.repository} {hub.file} --local-dir {parent}"
+        found.append(Missing(what, weights, command))
+
+    heads = visft.heads.path
+    absent = [task for task in tasks if heads is not None and not head_files(Path(heads), task)]
+    if heads is not None and absent:
+        source = config.sources.get("visft.model.name", "")  # the file of the model, or the flag --backbone
+        model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else visft.model.name
+        command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
+        command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
+        command += f" --tasks {','.join(tasks)}" if len(tasks) < len(BUILT_IN) else ""
+        found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
+    return found
 
 
 def is_url(place: str | Path) -> bool:
     """Return True if a place is read over a network; it is looked for only when it is opened."""
     return "://" in str(place) and not str(place).lower().startswith("file:")
-
-
-def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
-    task, words = config.visft.tasks.with_words() or ("", None)
-    if words is not None and (file := words.vocabulary.file) is not None and not Path(file).is_file():
-        command = f"put it there, or take the words of the captions: --set visft.tasks.{task}.vocabulary.file=null"
-        yield Missing("vocabulary of the captions", file, command)
-
-
-def _weights(config: ResolvedConfig) -> Iterator[Missing]:
-    weights, what = config.visft.model.weights, f"base weights of {config.visft.model.name}"
-    if weights is None or local(weights).is_file():
-        return
-    path, name, folder = Path(weights), on_hub(weights), quote(str(Path(weights).parent))
-    if path.name in _COMMANDS:
-        command = _COMMANDS[path.name].format(folder=folder)
-    elif name is None:
-        command = "put the file there, or name another one by --backbone FILE"
-    elif name == weights:
-        what += ", in the hub's cache"
-        command = "the same command with --download, which says size and licence first, or with --backbone FILE"
-    else:
-        what, file = f"{what} (or give --download)", HubFile.parse(name)
-        command = f"hf download {file.repository} {file.file} --local-dir {folder}"
-    yield Missing(what, weights, command)
-
-
-def _heads(config: ResolvedConfig) -> Iterator[Missing]:
-    path, tasks = config.visft.heads.path, config.visft.tasks.enabled()
-    absent = [task for task in tasks if path is not None and not head_files(Path(path), task)]
-    if path is None or not absent:
-        return
-    source = config.sources.get("visft.model.name", "")  # the file of the model, or the flag --backbone
-    model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else config.visft.model.name
-    command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
-    if "visft.data.root" in config.sources:
-        command += f" --data {quote(config.visft.data.root)}"
-    if len(tasks) < len(BUILT_IN):
-        command += f" --tasks {','.join(tasks)}"
-    yield Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", path, command)
 
 
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
@@ -105,7 +93,7 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
     A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
     be left.
     """
-    tasks, found, sets = config.visft.tasks.enabled(), dict[str, tuple[Any, str]](), training_sets(config)
+    tasks, found, sets = config.visft.tasks.enabled(), Flags(), training_sets(config)
     for name, task in tasks.items() if len(sets) == 1 else ():
         sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{name}.")}
         shipped = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json" in sources

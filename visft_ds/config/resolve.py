@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from visft_ds import CHECKOUT
 from visft_ds.config.fields import nearest
 from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
-from visft_ds.redaction import is_secret, redacted_values
+from visft_ds.redaction import SECRET, redacted_values
 from visft_ds.tasks import config_class, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
@@ -39,7 +38,7 @@ NOT_IDENTITY = (
     "visft.tasks.*.vocabulary.file",
 )
 #: Dotted key -> (value, the flag or other reason that sets it).
-Flags = Mapping[str, tuple[Any, str]]
+Flags = dict[str, tuple[Any, str]]
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,9 @@ class ResolvedConfig:
     gradient_clipping: float
     deepspeed: Mapping[str, Any]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
     sources: Mapping[str, str]  #: dotted key -> file or flag that set it; keys left at their default are absent
+    total_steps: int  #: length of the run in optimiser steps
+    pipeline_stages: int  #: processes that hold one model together; 1 without a pipeline
     adapted: tuple[str, ...] = ()  #: what a start changed, and why
-
-    @property
-    def total_steps(self) -> int:
-        """Length of the run in optimiser steps."""
-        assert self.scheduler.params.total_num_steps is not None  # resolving filled it in
-        return self.scheduler.params.total_num_steps
-
-    @property
-    def pipeline_stages(self) -> int:
-        """Processes that hold one model together; 1 without a pipeline."""
-        return int(self.deepspeed.get("pipeline", {}).get("stages", 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
@@ -163,18 +153,16 @@ class Tree:
 
         Whether the key exists is checked by the schema. Raises ValueError for a key through a value without keys.
         """
-        *parents, last = key.split(".")
-        node: Any = self.values
-        for part in parents:
-            if isinstance(node, dict) and node.get(part) is None:  # a default, or a task that was off
-                node[part] = {}
-            node = _below(node, part)
+        parent, _, last = key.rpartition(".")
+        if self.value(parent) is None:  # a default, or a task that was off
+            self.assign(parent, {}, source)
+        node = self.value(parent)
         if isinstance(node, dict):
             node[last] = copy.deepcopy(value)
         elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
             node[int(last) : int(last) + 1] = [copy.deepcopy(value)]
         else:
-            raise ValueError(f"{source} {key}: {'.'.join(parents)} is {shorten(node)}, which has no {last}")
+            raise ValueError(f"{source} {key}: {parent} is {shorten(node)}, which has no {last}")
         self.sources |= {inner: source for inner, _ in flatten(value, f"{key}.")}
 
     def source(self, key: str) -> str | None:
@@ -185,13 +173,13 @@ class Tree:
 
     def value(self, key: str) -> Any:
         """The value of a dotted key; None if there is none."""
-        return functools.reduce(_below, key.split("."), self.values)
-
-
-def _below(node: Any, part: str) -> Any:
-    if isinstance(node, list):
-        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
-    return node.get(part) if isinstance(node, dict) else None
+        node: Any = self.values
+        for part in filter(None, key.split(".")):
+            if isinstance(node, list):
+                node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+            else:
+                node = node.get(part) if isinstance(node, dict) else None
+        return node
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -278,9 +266,6 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     return resolve(whole=(config.to_dict(), "the configuration"), engine=engine, settings=settings)
 
 
-# ----------------------------------------------------------------------------------------------------- validation
-
-
 def _typed(tree: Tree) -> ResolvedConfig:
     """The typed configuration of a tree of values, with what follows from it. Raises ValueError: a line an error."""
     complete()
@@ -291,17 +276,24 @@ def _typed(tree: Tree) -> ResolvedConfig:
         lines = [_line(tree, *pair) for pair in problems(error, Recipe)]
         title = f"the configuration has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
         raise ValueError("\n  ".join([title, *lines])) from error
-    visft, params, adapted = recipe.visft.filled(), recipe.scheduler.params, tuple[str, ...]()
-    total, warmup = params.total_num_steps or visft.updates(), params.warmup_num_steps
+    params, adapted = recipe.scheduler.params, tuple[str, ...]()
+    total, warmup = params.total_num_steps or recipe.visft.updates(), params.warmup_num_steps
     assert total is not None  # checked by validation
     if warmup > total:
         adapted = (f"warm-up: {warmup} -> {total // 10} steps, because of the length of the run",)
         warmup = total // 10
     params = params.model_copy(update={"total_num_steps": total, "warmup_num_steps": warmup})
-    scheduler = recipe.scheduler.model_copy(update={"params": params})
-    theirs = {key: value for key, value in tree.values.items() if key not in OURS}
-    clipping = recipe.gradient_clipping
-    return ResolvedConfig(visft, recipe.optimizer, scheduler, clipping, theirs, tree.sources, adapted)
+    return ResolvedConfig(
+        visft=recipe.visft.filled(),
+        optimizer=recipe.optimizer,
+        scheduler=recipe.scheduler.model_copy(update={"params": params}),
+        gradient_clipping=recipe.gradient_clipping,
+        deepspeed={key: value for key, value in tree.values.items() if key not in OURS},
+        sources=tree.sources,
+        total_steps=total,
+        pipeline_stages=recipe.pipeline.stages if recipe.pipeline else 1,
+        adapted=adapted,
+    )
 
 
 def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
@@ -327,7 +319,7 @@ def _line(tree: Tree, key: str, problem: str) -> str:
     """`key = value (source): problem`."""
     if (source := tree.source(key)) is None or problem.startswith("missing;"):
         return f"{key}: {problem}"
-    given = "***" if is_secret(key.rpartition(".")[2]) else tree.value(key)
+    given = "***" if SECRET.fullmatch(key.rpartition(".")[2]) else tree.value(key)
     return f"{key} = {shorten(given)} ({source}): {problem}"
 
 

@@ -93,15 +93,6 @@ class ModelConfig(StrictModel):
         """Name of the model of timm that is the backbone; None for a tower of our own."""
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings that models of timm, and compiled blocks, do not take."""
-        if self.compile != "none" and self.kernels == "triton":
-            yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-        shape = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]
-        used = {"recompute": self.recompute == "mlp", "packed": self.packed, "compile": self.compile != "none"}
-        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if self.timm is not None else ():
-            yield key, f"is of towers of our own; {self.preset} does not take it"
-
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -160,13 +151,6 @@ class DataConfig(StrictModel):
         """(folder or URL, split) of all training sets."""
         return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Names that stand twice."""
-        names = [self.train, *(one.name for one in self.sets)]
-        for number, one in enumerate(self.sets):
-            if one.name in names[: number + 1]:
-                yield f"sets.{number}.name", f"another training set is called {one.name}; give each its own name"
-
 
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
@@ -207,15 +191,6 @@ class RunConfig(StrictModel):
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A best checkpoint that is never measured or saved."""
-        if self.keep_best is not None and not self.eval_every:
-            yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
-        elif self.keep_best is not None and self.eval_every % self.save_every:
-            yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
-        if self.patience and self.keep_best is None:
-            yield "patience", "needs a metric: set visft.run.keep_best"
-
 
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
@@ -235,34 +210,48 @@ class VisftConfig(StrictModel):
     run: RunConfig = RunConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings of another stage, of no task or of another mode, and names that nothing has."""
-        enabled, model = self.tasks.enabled(), self.model
+        """Settings of another stage, mode or model, of no task, names that stand twice or that nothing has."""
+        enabled, model, run = self.tasks.enabled(), self.model, self.run
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
             yield "heads.path", 'must be null in stage 1 and with visft.heads.start = "random", which train new heads'
         if not enabled:
             yield "tasks", f"no task is on; state at least one of: {', '.join(type(self.tasks).model_fields)}"
-        names = [group.name for group in self.param_groups]
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
         if self.mode == "shared" and self.shared is None:
             yield "shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
         for name in [name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None]:
             yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+        groups, sets = [group.name for group in self.param_groups], [one.name for one in self.data.sets]
+        for number, name in enumerate(groups):
+            if name in groups[:number]:
+                yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
         for number, one in enumerate(self.data.sets):
+            if one.name in (self.data.train, *sets[:number]):
+                yield f"data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
         if self.features is not None and self.stage != 1:
             yield "features", "stage 2 changes the backbone, and with it all features: must be null"
         if self.features is not None and model.packed:
             yield "model.packed", "must be false with visft.features, whose images pass the backbone one by one"
-        if model.compile != "none" and not self.run.rehearsal:
+        shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
+        used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
+        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if model.timm is not None else ():
+            yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
+        if model.compile != "none" and model.kernels == "triton":
+            yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own"
+        if model.compile != "none" and not run.rehearsal:
             yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
-        best, measured = self.run.keep_best, [name for task in enabled.values() for name in task.metrics]
-        if best is not None and best not in measured:
-            yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
+        measured = [name for task in enabled.values() for name in task.metrics]
+        if run.keep_best is not None and run.keep_best not in measured:
+            yield "run.keep_best", f"is no metric of this run's tasks{nearest(run.keep_best, measured)}"
+        elif run.keep_best is not None and not run.eval_every:
+            yield "run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+        elif run.keep_best is not None and run.eval_every % run.save_every:
+            yield "run.keep_best", f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}"
+        if run.patience and run.keep_best is None:
+            yield "run.patience", "needs a metric: set visft.run.keep_best"
 
     def filled(self) -> VisftConfig:
         """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
@@ -314,13 +303,6 @@ class ZeroOptimization(StrictModel):
     offload_param: Offload = Offload()  #: of stage 3
     offload_optimizer: Offload = Offload()  #: of stages 1 to 3
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Offloading needs something that is divided."""
-        if self.offload_param.device != "none" and self.stage != 3:
-            yield "offload_param", "needs zero_optimization.stage = 3"
-        if self.offload_optimizer.device != "none" and self.stage == 0:
-            yield "offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
-
 
 class PipelineKeys(StrictModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
@@ -346,6 +328,10 @@ class Recipe(StrictModel):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Those of the engine, of the engine with the model, and of the length of the run."""
         visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
+        if zero.offload_param.device != "none" and zero.stage != 3:
+            yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"
+        if zero.offload_optimizer.device != "none" and zero.stage == 0:
+            yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
         if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
             yield "zero_force_ds_cpu_optimizer", "must be false with offload_optimizer: DeepSpeed would compile its own"
         if piped and zero.stage != 1:

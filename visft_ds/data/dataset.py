@@ -45,9 +45,9 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
     Raises:
         DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
     """
-    row = reader.row(index)
+    row = reader.manifest.index[index]
     image_file, label_file = reader.read(index, role)
-    image, size = None, (row["height"], row["width"])
+    image, size = None, (int(row["height"]), int(row["width"]))
     if image_file is not None:
         try:
             image = decode_image(image_file)
@@ -58,7 +58,7 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
     label: Mapping[str, Any] = orjson.loads(label_file) if label_file is not None else {}
     return RawSample(
         index=index,
-        image_id=row["image_id"],
+        image_id=int(row["image_id"]),
         size=size,
         image=image,
         annotations=label.get("annotations", ()),

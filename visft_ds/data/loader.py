@@ -42,19 +42,15 @@ class Place:
     stages: int
     dp_rank: int
     dp_size: int
+    role: Role | None  #: what it reads: the first stage pixels, the last one labels, those between nothing (None)
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
         """Place of a rank as DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
         assert world_size % stages == 0, (world_size, stages)
-        dp_size = world_size // stages
-        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
-
-    @property
-    def role(self) -> Role | None:
-        """Part that this rank reads: the first stage pixels, the last one labels, those between nothing (None)."""
-        roles: dict[int, Role] = {0: "images", self.stages - 1: "labels"}
-        return "both" if self.stages == 1 else roles.get(self.stage)
+        stage, dp_rank = divmod(rank, world_size // stages)
+        roles: dict[int, Role] = {0: "images", stages - 1: "labels"}
+        return cls(stage, stages, dp_rank, world_size // stages, "both" if stages == 1 else roles.get(stage))
 
 
 @dataclass(frozen=True)
@@ -67,25 +63,22 @@ class _BatchMaker(Dataset[Batch | Exception]):
     features: FeatureCache | None = None
 
     def __getitem__(self, part: StepPlan) -> Batch | Exception:
-        try:
-            return self._made(part)
-        except (ValueError, OSError, RuntimeError) as error:
-            return error  # raised by the consumer: torch would wrap it into another message
-
-    def _made(self, part: StepPlan) -> Batch:
         reader, pipeline = self.sets[part.dataset], self.pipelines[part.task][part.dataset]
         samples = []
-        for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
-            view = None if self.features is None else self.features.get(key, index)
-            raw = read_raw(reader, index, self.role if view is None else "labels")
-            sample = pipeline.transform(raw, generator(key))
-            if self.features is not None and view is None:
-                assert sample.image is not None
-                view = View((sample.image.shape[1], sample.image.shape[2]))
-            # Without labels, empty targets would claim that there is nothing in the image.
-            targets = {} if self.role == "images" else sample.targets
-            samples.append(replace(sample, random_key=key, targets=targets, view=view))
-        return pipeline.collate(samples)
+        try:
+            for index, key in zip(part.indices.tolist(), part.keys.tolist(), strict=True):
+                view = None if self.features is None else self.features.get(key, index)
+                raw = read_raw(reader, index, self.role if view is None else "labels")
+                sample = pipeline.transform(raw, generator(key))
+                if self.features is not None and view is None:
+                    assert sample.image is not None
+                    view = View((sample.image.shape[1], sample.image.shape[2]))
+                # Without labels, empty targets would claim that there is nothing in the image.
+                targets = {} if self.role == "images" else sample.targets
+                samples.append(replace(sample, random_key=key, targets=targets, view=view))
+            return pipeline.collate(samples)
+        except (ValueError, OSError, RuntimeError) as error:
+            return error  # raised by the consumer: torch would wrap it into another message
 
 
 class StepLoader:
@@ -130,27 +123,22 @@ class StepLoader:
 
         An error in a worker appears here, at its step. Leaving the loop in any way ends the workers.
         """
-        planned: dict[int, StepPlan] = {}
+        numbers = range(start, sys.maxsize if stop is None else stop)
+        split = (self.plan.split(self.plan.step(step), *self._part)[: self._accumulation] for step in numbers)
+        parts = itertools.chain.from_iterable(split)
+        batches = _made(self._maker, parts, self._workers, self._ahead)
         remote = any(reader.manifest.remote for reader in self._maker.sets.values())
         fetching = ThreadPoolExecutor(1, "fetch") if remote and self._accumulation else None
-
-        def parts() -> Iterator[StepPlan]:
-            for step in itertools.count(start) if stop is None else range(start, stop):
-                planned[step] = self.plan.step(step)
+        try:
+            for step in numbers:
                 if fetching is not None:
                     first = step if step == start else step + _FETCHED_STEPS
-                    for later in range(first, min(step + _FETCHED_STEPS + 1, stop or first + _FETCHED_STEPS + 1)):
+                    for later in range(first, min(step + _FETCHED_STEPS + 1, numbers.stop)):
                         fetching.submit(self._fetch, later)
-                yield from self.plan.split(planned[step], *self._part)[: self._accumulation]
-
-        batches = _made(self._maker, parts(), self._workers, self._ahead)
-        try:
-            for step in itertools.count(start) if stop is None else range(start, stop):
                 began = time.perf_counter()
                 micro_batches = list(itertools.islice(batches, self._accumulation))
                 self.wait_seconds = time.perf_counter() - began
-                step_plan = planned.pop(step) if step in planned else self.plan.step(step)
-                yield step_plan, micro_batches
+                yield self.plan.step(step), micro_batches
         finally:
             batches.close()
             if fetching is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -92,11 +93,6 @@ class Plan:
                     )
         # Sorted, so that the order of keys in a configuration file cannot change a run.
         self.tasks, self.seed, self.views = dict(sorted(tasks.items())), seed, views
-        self._turns = Turns({name: task.ratio for name, task in self.tasks.items()}, _hash(seed))
-        self._sets = {
-            name: Turns({key: part.weight for key, part in sorted(task.sets.items())}, _hash(seed, name))
-            for name, task in self.tasks.items()
-        }
 
     def describe(self) -> str:
         """Line of a checkpoint: what a run and its continuation must have in common."""
@@ -114,10 +110,11 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """The global batch of a step."""
-        task = self._turns.at(step)
-        plan, position = self.tasks[task], self._turns.before(step, task)
-        dataset = self._sets[task].at(position)
-        part, earlier = plan.sets[dataset], self._sets[task].before(position, dataset)
+        task, position = _turn({name: task.ratio for name, task in self.tasks.items()}, _hash(self.seed), step)
+        plan = self.tasks[task]
+        weights = {name: part.weight for name, part in sorted(plan.sets.items())}
+        dataset, earlier = _turn(weights, _hash(self.seed, task), position)
+        part = plan.sets[dataset]
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         key = _hash(self.seed, task, dataset, epoch)
         first = batch * plan.batch_size
@@ -138,32 +135,23 @@ class Plan:
         return [replace(step_plan, indices=step_plan.indices[part], keys=step_plan.keys[part]) for part in parts]
 
 
-class Turns:
-    """Names in turn by their shares, tasks over steps and data sets over the steps of a task.
+def _turn(shares: Mapping[str, float], offset: int, turn: int) -> tuple[str, int]:
+    """Whose turn it is, and how many turns the name had before, exact and without counting them.
 
-    Turn i is a point on a circle, and each name an arc of it as long as its share. The points form a golden-ratio
-    (low-discrepancy) sequence, so that counts never drift from the shares.
+    Names take turns by their shares, tasks over steps and data sets over the steps of a task. Turn i is a point on a
+    circle, and each name an arc of it as long as its share. The points form a golden-ratio (low-discrepancy) sequence,
+    so that counts never drift from the shares.
 
     Args:
         shares: name -> share relative to the others, above 0.
         offset: where on the circle to begin, in [0, 2**64).
     """
-
-    def __init__(self, shares: Mapping[str, float], offset: int) -> None:
-        parts = [Fraction(share) for share in shares.values()]
-        self._names, self._offset = list(shares), offset
-        self._bounds = [0, *(round(part * _WORD / sum(parts)) for part in accumulate(parts))]
-
-    def at(self, turn: int) -> str:
-        """The name that has this turn."""
-        place = (turn * _GOLDEN + self._offset) % _WORD
-        return next(name for name, bound in zip(self._names, self._bounds[1:], strict=True) if place < bound)
-
-    def before(self, turn: int, name: str) -> int:
-        """Number of turns of a name in [0, turn), exact and without counting them."""
-        low, high = self._bounds[self._names.index(name) :][:2]
-        # (x mod M < bound) equals floor(x / M) - floor((x - bound) / M), and x is linear in the turn.
-        return _floor_sum(turn, self._offset - low) - _floor_sum(turn, self._offset - high)
+    ends = list(accumulate(Fraction(share) for share in shares.values()))
+    bounds = [0, *(round(end * _WORD / ends[-1]) for end in ends)]
+    number = bisect_right(bounds, (turn * _GOLDEN + offset) % _WORD) - 1
+    # (x mod M < bound) equals floor(x / M) - floor((x - bound) / M), and x is linear in the turn.
+    earlier = _floor_sum(turn, offset - bounds[number]) - _floor_sum(turn, offset - bounds[number + 1])
+    return list(shares)[number], earlier
 
 
 def _floor_sum(n: int, b: int) -> int:

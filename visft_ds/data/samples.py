@@ -85,11 +85,6 @@ class Batch:
     #: host. None: all are as large as the batch.
     frames: Tensor | None = None
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks that have targets in this batch."""
-        return tuple(self.targets)
-
     def pin_memory(self) -> Batch:
         """The batch with its pixels where a GPU can fetch them by itself; torch's DataLoader calls it."""
         return replace(self, images=self.images.pin_memory())
@@ -108,8 +103,17 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
     views = tuple(sample.view for sample in samples if sample.view is not None)
     assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
     frames = torch.tensor([sample.frame or sample.size for sample in samples])
+    images = torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
+    if any(sample.image is not None for sample in samples):
+        images = images.new_zeros((len(samples), 3, *frames.amax(dim=0).tolist()))
+    for padded, sample in zip(images, samples, strict=True):
+        if sample.image is not None:
+            padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+        else:
+            known = sample.view is not None and sample.view.features is not None
+            assert known or not images.numel(), "some samples of a batch have pixels and some have not"
     return Batch(
-        images=_pad(samples, frames),
+        images=images,
         sizes=torch.tensor([sample.size for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
@@ -119,15 +123,3 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         views=views or None,
         frames=frames,
     )
-
-
-def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
-    images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
-    if not images:
-        return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    known = sum(sample.view is not None and sample.view.features is not None for sample in samples)
-    assert len(images) + known == len(samples), "some samples of a batch have pixels and some have not"
-    padded = torch.zeros((len(samples), 3, *frames.amax(dim=0).tolist()), dtype=torch.uint8)
-    for place, image in images.items():
-        padded[place, :, : image.shape[1], : image.shape[2]] = image
-    return padded

@@ -116,7 +116,8 @@ class Manifest:
             manifest = cls(root=root, remote=remote, **values)
             if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
                 raise ValueError(f"its shards are not {tar_name(split, 0)} and so on")
-            if not all(re.fullmatch("[0-9a-f]{64}", each.sha256) for each in (*manifest.shards, _index_of(manifest))):
+            digests = [*(shard.sha256 for shard in manifest.shards), manifest.index_sha256]
+            if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
                 raise ValueError("a digest is not a sha256")
             counts = np.array([shard.count for shard in manifest.shards], dtype=np.int64)
         for shard in manifest.shards if remote is None else ():
@@ -125,7 +126,7 @@ class Manifest:
                 raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
         of, numbers = manifest.index["shard"], np.arange(len(counts))
         same = len(of) == len(manifest) == counts.sum() and np.array_equal(of, np.repeat(numbers, counts))
-        if not same or (remote is None and not _whole(manifest, _index_of(manifest))):
+        if not same or (remote is None and sha256_of(index_path(Path(root), split)) != manifest.index_sha256):
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest
 
@@ -199,12 +200,8 @@ class ShardReader:
 
     def describe(self, index: int) -> str:
         """Name of a sample in messages."""
-        row = self.row(index)
+        row = self.manifest.index[index]
         return f"sample {row['image_id']:012d} of {self.manifest.root}/{self.manifest.shards[row['shard']].name}"
-
-    def row(self, index: int) -> dict[str, int]:
-        """Row of the index by column name."""
-        return dict(zip(INDEX_DTYPE.names or (), self.manifest.index[index].item(), strict=True))
 
     def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
         """(image file, label) of a sample; what `role` does not ask for is not read, and None.
@@ -213,10 +210,24 @@ class ShardReader:
             DamagedSample: naming the shard, the key and the offset.
             ValueError, OSError: a remote shard cannot be fetched.
         """
-        row = self.row(index)
-        image = self._part(index, row, "image") if role != "labels" else None
-        label = self._part(index, row, "label") if role != "images" else None
-        return image, label
+        row = self.manifest.index[index]
+        shard = int(row["shard"])
+        asked = {"both": ("image", "label"), "images": ("image",), "labels": ("label",)}[role]
+        with self._lock:
+            file = self._files.pop(shard, None)
+            if file is None:
+                file = self.manifest.open(shard)
+                if len(self._files) >= _MOST_OPEN:
+                    os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = file
+            found = {part: os.pread(file, row[f"{part}_size"], row[f"{part}_offset"]) for part in asked}
+        for part, data in found.items():
+            if crc32(data) != row[f"{part}_crc32"]:
+                raise DamagedSample(
+                    f"{self.describe(index)}: the {part} at offset {row[f'{part}_offset']} is damaged: "
+                    "run the same `visft shards build` again, which keeps what is whole"
+                )
+        return found.get("image"), found.get("label")
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -232,23 +243,6 @@ class ShardReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _part(self, index: int, row: Mapping[str, int], part: str) -> bytes:
-        shard, offset, size = row["shard"], row[f"{part}_offset"], row[f"{part}_size"]
-        with self._lock:
-            file = self._files.pop(shard, None)
-            if file is None:
-                file = self.manifest.open(shard)
-                if len(self._files) >= _MOST_OPEN:
-                    os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = file
-            data = os.pread(file, size, offset)
-        if crc32(data) != row[f"{part}_crc32"]:
-            where = f"{self.describe(index)}: the {part} at offset {offset}"
-            raise DamagedSample(
-                f"{where} is damaged: run the same `visft shards build` again, which keeps what is whole"
-            )
-        return data
-
 
 def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
     """Identity of a split's content and order."""
@@ -260,7 +254,9 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 
 def verify(manifest: Manifest) -> list[str]:
     """Read every byte; the names of the files that are not as they were made."""
-    return [file.name for file in (*manifest.shards, _index_of(manifest)) if not _whole(manifest, file)]
+    digests = {shard.name: shard.sha256 for shard in manifest.shards}
+    digests[index_path(Path(), manifest.split).name] = manifest.index_sha256
+    return [name for name, digest in digests.items() if sha256_of(Path(manifest.root, name)) != digest]
 
 
 def manifest_path(root: Path, split: str) -> Path:
@@ -289,12 +285,3 @@ def store(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
-
-
-def _index_of(manifest: Manifest) -> ShardFile:
-    name = index_path(Path(), manifest.split).name
-    return ShardFile(name, len(manifest), 0, manifest.index_sha256)
-
-
-def _whole(manifest: Manifest, file: ShardFile) -> bool:
-    return sha256_of(Path(manifest.root, file.name)) == file.sha256

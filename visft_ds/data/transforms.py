@@ -165,7 +165,8 @@ class ShortSides:
 
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         window = self.window(size, generator) if train and self.fixed_size and self.zoom else []
-        return [*self.mirror(train, generator), *window, self.scale(size, train, generator)]
+        mirrored = [Flip()] if train and generator.random() < self.flip else []
+        return [*mirrored, *window, self.scale(size, train, generator)]
 
     def window(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """The zoom of an image of `size`, or none."""
@@ -177,10 +178,6 @@ class ShortSides:
         spare = [whole - side for whole, side in zip(size, sides, strict=True)]
         top, left = (int(generator.integers(min(0, one), max(0, one) + 1)) for one in spare)
         return [Crop(top, left, *sides)]
-
-    def mirror(self, train: bool, generator: np.random.Generator) -> list[Op]:
-        """The first operation of an image, or none."""
-        return [Flip()] if train and generator.random() < self.flip else []
 
     def scale(self, size: Size, train: bool, generator: np.random.Generator) -> Resize:
         """The last operation of an image of `size`."""

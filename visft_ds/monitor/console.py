@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -29,24 +30,26 @@ def print_plan(title: str, sections: Sequence[Section]) -> None:
     """Print what is about to run as tables, whose last column is not padded."""
     lines = [f"== {title}"]
     for section in sections:
-        lines += _wrapped("-- ", section.title)
+        texts = [("-- ", section.title)]
         rows = [section.columns, *section.rows] if section.columns else section.rows
         depth = max(map(len, rows), default=1) - 1
         widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(depth)]
         for row in rows:
             cells = [f"{cell.ljust(width)}  " for cell, width in zip(row[:-1], widths, strict=False)]
-            lines += _wrapped("   " + "".join(cells), row[-1])
+            texts.append(("   " + "".join(cells), row[-1]))
+        for before, text in texts:  # with a hanging indent; words, such as paths, are not cut
+            lines += textwrap.wrap(
+                text,
+                max(WIDTH, len(before) + 30),
+                initial_indent=before,
+                subsequent_indent=" " * len(before),
+                break_long_words=False,
+                break_on_hyphens=False,
+            ) or [before.rstrip()]
     print("\n".join(lines), flush=True)
 
 
-def _wrapped(before: str, text: str) -> list[str]:
-    """Lines of `before` and a text with a hanging indent; words, such as paths, are not cut."""
-    room = max(WIDTH - len(before), 30)
-    first, *more = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
-    return [f"{before}{first}".rstrip(), *(" " * len(before) + line for line in more)]
-
-
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """The progress of a training; a context manager. On a terminal a last line shows the newest numbers.
 
     Args:
@@ -75,9 +78,6 @@ class Progress:
         self._losses = dict[str, float]()  # the newest of each task
         live = enabled and self._stream.isatty()
         self._bar = tqdm(file=self._stream, bar_format="{desc}", leave=False) if live else None
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -8,7 +8,8 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends one JSON object per step or event to OUT/metrics.jsonl, and the same numbers to OUT/tensorboard/.
 
     Args:
@@ -41,22 +42,19 @@ class MetricsWriter:
         self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._events: Any = None  # the SummaryWriter of TensorBoard
-        if enabled:
-            out.mkdir(parents=True, exist_ok=True)
-            self._attempt(METRICS_FILE, lambda: self._resume(resume_step))
-            self._attempt("TensorBoard", lambda: self._open_events(resume_step))
+        if not enabled:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        with self._attempt(METRICS_FILE):
+            for record in truncate_metrics(self.path, resume_step) if self.path.is_file() else ():
+                if record["kind"] == "step":
+                    self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
+                if is_evaluation(record):
+                    self.evaluated.add(record["step"])
+        with self._attempt("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
 
-    def _resume(self, step: int) -> None:
-        for record in truncate_metrics(self.path, step) if self.path.is_file() else ():
-            if record["kind"] == "step":
-                self.last |= {k: float(v) for k, v in record.items() if k not in ("kind", "step", "time")}
-            if is_evaluation(record):
-                self.evaluated.add(record["step"])
-
-    def _open_events(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which readers of this module save
-
-        self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
@@ -84,9 +82,6 @@ class MetricsWriter:
         """An image (H, W, 3) RGB for TensorBoard."""
         self._show("add_image", tag, image, step, dataformats="HWC")
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._show("close")
 
@@ -97,23 +92,22 @@ class MetricsWriter:
             self._show("add_scalar", tag, value, step)
 
     def _append(self, record: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
         # NaN and infinity as texts: JSON has no such numbers, and a diverged loss must stay visible.
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-        def append() -> None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-
-        if self._enabled:
-            self._attempt(METRICS_FILE, append)
+        with self._attempt(METRICS_FILE), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
     def _show(self, method: str, *arguments: Any, **named: Any) -> None:
         if self._events is not None:
-            self._attempt("TensorBoard", lambda: getattr(self._events, method)(*arguments, **named))
+            with self._attempt("TensorBoard"):
+                getattr(self._events, method)(*arguments, **named)
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+    @contextmanager
+    def _attempt(self, what: str) -> Iterator[None]:
         try:
-            action()
+            yield
         except (OSError, ImportError, ValueError, RuntimeError) as error:  # anything else is a mistake of ours
             if what not in self._warned:
                 print(f"warning: {what} is not being written: {error}; training continues", file=sys.stderr, flush=True)

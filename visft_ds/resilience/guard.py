@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,22 +23,18 @@ _SHOWN = 3
 LEAST_SCALE = 1.0
 
 
+@dataclass
 class LossGuard:
-    """Judges every step of a run by its loss and gradient.
+    """Judges every step of a run by its loss and gradient."""
 
-    Args:
-        skip_bad_steps: steps in a row without an update that are passed over.
-    """
-
-    def __init__(self, skip_bad_steps: int) -> None:
-        self._allowed = skip_bad_steps
-        self.bad = 0  #: steps in a row without an update because loss or gradient was not finite
-        self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
+    allowed: int  #: steps in a row without an update that are passed over
+    bad: int = 0  #: steps in a row without an update because loss or gradient was not finite
+    collapsed: bool = False  #: no loss scale that is allowed keeps the gradient of the last step finite
 
     @property
     def ends(self) -> bool:
         """Return True if the run has to stop after the last step."""
-        return self.bad > self._allowed or self.collapsed
+        return self.bad > self.allowed or self.collapsed
 
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take a finished step into account. Returns the message for the log, "" for none."""
@@ -55,7 +52,7 @@ class LossGuard:
 
     def stop(self, message: str, saved: int) -> None:
         """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for none."""
-        after = f" after {self._allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
+        after = f" after {self.allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
         raise FloatingPointError(
             f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"

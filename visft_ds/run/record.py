@@ -14,7 +14,6 @@ from visft_ds import CHECKOUT
 from visft_ds.checkpoint.format import explained
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.config.preflight import RECORD_FILE
-from visft_ds.config.schema import VisftConfig
 from visft_ds.interop.weights import write_text
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
@@ -31,13 +30,18 @@ def write_record(
 
     `start` is what the run begins with; None: drawn values, or it is resumed.
     """
-    run, parent = Path(config.visft.run.out or ""), None
+    visft, run, parent = config.visft, Path(config.visft.run.out or ""), None
+    inputs = {"model.weights": visft.model.weights, "heads.path": visft.heads.path, "data.root": visft.data.root}
+    inputs |= {f"data.sets.{number}.root": one.root for number, one in enumerate(visft.data.sets)}
+    if words := visft.tasks.with_words():
+        inputs[f"tasks.{words[0]}.vocabulary.file"] = words[1].vocabulary.file
+    here = {key: path for key, path in inputs.items() if path and "://" not in path and not path.startswith(HUB)}
     with explained("the record of the run", run, "The same command continues"):
         if start is not None:
             parent = Parent(path=os.path.abspath(start.place), step=start.step, sha256=start.sha256)
         elif saved_something(run):
             parent = read_run(run).parent
-        absolute = changed(config, [f"{key}={json.dumps(path)}" for key, path in _absolute_paths(config.visft).items()])
+        absolute = changed(config, [f"visft.{key}={json.dumps(os.path.abspath(path))}" for key, path in here.items()])
         write_run(run, absolute.to_dict(), distributed.world_size(), command, identity, parent)
 
 
@@ -74,16 +78,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _absolute_paths(config: VisftConfig) -> dict[str, str]:
-    """Dotted key -> absolute path of each file or folder that a configuration names as an input."""
-    found = {"model.weights": config.model.weights, "heads.path": config.heads.path, "data.root": config.data.root}
-    if words := config.tasks.with_words():
-        found[f"tasks.{words[0]}.vocabulary.file"] = words[1].vocabulary.file
-    found |= {f"data.sets.{number}.root": one.root for number, one in enumerate(config.data.sets)}
-    return {
-        f"visft.{key}": os.path.abspath(path)
-        for key, path in found.items()
-        if path is not None and "://" not in path and not path.startswith(HUB)
-    }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.preflight import head_files
-from visft_ds.config.schema import VisftConfig
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
 from visft_ds.monitor.console import Section, print_plan
@@ -33,10 +32,21 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
         ("precision", f"{machine.planned.precision} ({machine.why_precision})"),
         ("recompute", f"{model.recompute}, {machine.why_recompute}"),
     ]
+    rows = []
+    for name, one in data.sets.items():
+        where = f"{one.manifest.root}/{one.manifest.split}: {len(one.manifest)} images"
+        rows.append((f"shards {name}", f"{where}, weight {one.weight:g}: {', '.join(one.tasks)}"))
+    for task, classes in classes_of_run(config.visft, data.categories).items():
+        rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
+    for task, part in data.plan.tasks.items():
+        rows += [(f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps of {name}") for name in part.sets]
+    if (features := config.visft.features) is not None:
+        kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
+        rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
     sections = [
         Section("model", facts),
         *_sections(config, machine.planned, prepared.groups, start=start),
-        Section("data", list(_data_rows(config.visft, data))),
+        Section("data", rows),
         Section("checks passed", [("-", note) for note in prepared.notes]),
     ]
     print_plan(_title(config), sections)
@@ -96,9 +106,9 @@ def _sections(
     ]
     streams, batches = config.visft.streams().values(), run.batches
     zero = config.deepspeed["zero_optimization"]["stage"]
-    engine = f"ZeRO-{zero} on {batches.dp} processes"
+    engine = f"ZeRO-{zero}, processes: {batches.dp}"
     if batches.stages > 1:
-        engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
+        engine = f"pipelines of {batches.stages} stages: {batches.dp}, ZeRO-{zero} between them"
     learnt = [("engine", engine), *(("batch", line) for line in batches.equations())]
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
@@ -109,7 +119,7 @@ def _sections(
     rows = [
         *(("adapted", line) for line in config.adapted),
         ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
-        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+        ("schedule", f"{schedule.type}, steps of warm-up: {schedule.params.warmup_num_steps}"),
         ("saved", kept),
         ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
     ]
@@ -119,17 +129,3 @@ def _sections(
         *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),
         Section("run", rows),
     ]
-
-
-def _data_rows(config: VisftConfig, data: RunData) -> Iterator[tuple[str, str]]:
-    for name, one in data.sets.items():
-        where = f"{one.manifest.root}/{one.manifest.split}: {len(one.manifest)} images"
-        yield f"shards {name}", f"{where}, weight {one.weight:g}: {', '.join(one.tasks)}"
-    for task, classes in classes_of_run(config, data.categories).items():
-        yield f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"
-    for task, part in data.plan.tasks.items():
-        for name in part.sets:
-            yield f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps of {name}"
-    if config.features is not None:
-        kept = f"kept in {config.features.cache}" if config.features.cache else "not kept (visft.features.cache)"
-        yield "features", f"views of each image: {data.plan.views}, {kept}"

@@ -127,7 +127,8 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
 
 def _size(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
-    return f"{len(manifest.shards)} shards of {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB: {counts}"
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    return f"{size:.1f} MB (shards: {len(manifest.shards)}), {counts}"
 
 
 def _permute(given: argparse.Namespace) -> None:

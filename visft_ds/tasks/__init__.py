@@ -44,22 +44,18 @@ def _add(table: dict[str, str], name: str, place: str) -> None:
     table[name] = place
 
 
-@cache
-def _load(place: str) -> Any:
-    module, _, name = place.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        if place.startswith("visft_ds."):
-            raise
-        raise ValueError(f"no task at {place!r}, which must be module:NAME of a Task: {error}") from error
-
-
 class _Table(Mapping[str, "Task"]):
     """Name -> `Task`, each loaded when it is first asked for."""
 
     def __getitem__(self, name: str) -> Task:
-        task: Task = _load(entries()[name])
+        place = entries()[name]
+        module, _, attribute = place.partition(":")
+        try:
+            task: Task = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            if place.startswith("visft_ds."):
+                raise
+            raise ValueError(f"no task at {place!r}, which must be module:NAME of a Task: {error}") from error
         return task
 
     def __iter__(self) -> Iterator[str]:
@@ -81,7 +77,9 @@ def get_task(name: str) -> Task:
 
 def config_class(name: str) -> Any:
     """Class of the settings of a task, a subclass of `visft_ds.config.task_schema.TaskConfig`."""
-    return _load(f"visft_ds.tasks.{name}.config:CONFIG") if name in BUILT_IN else get_task(name).config
+    if name in BUILT_IN:
+        return import_module(f"visft_ds.tasks.{name}.config").CONFIG
+    return get_task(name).config
 
 
 def shown_metrics() -> tuple[str, ...]:

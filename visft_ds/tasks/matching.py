@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -116,20 +115,15 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
         ids = sorted(set((bad if image_ids is None else image_ids.cpu().numpy()[bad]).tolist()))
         remedy = "the training has diverged, or a 16-bit type overflowed"
         raise FloatingPointError(f"the matching costs of the images {ids} are not finite: {remedy}")
-    return Matches(*to_device(torch.from_numpy(assign(costs, number)), cost.device))
-
-
-def assign(cost: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Assign objects of each layer and image: cost (L, N, Q), counts (B,) -> (4, M) layer, image, query, object."""
-    ends = np.cumsum(counts)
-    found = [np.empty((4, 0), dtype=np.int64)]
-    for layer, cost_of_layer in enumerate(cost):
-        for image in np.flatnonzero(counts):
-            start = ends[image] - counts[image]
+    ends = np.cumsum(number)
+    found = [np.empty((4, 0), dtype=np.int64)]  # layer, image, query, object
+    for layer, cost_of_layer in enumerate(costs):
+        for image in np.flatnonzero(number):
+            start = ends[image] - number[image]
             objects, queries = linear_sum_assignment(cost_of_layer[start : ends[image]])
             same = np.ones_like(objects)
             found.append(np.stack([layer * same, image * same, queries, objects + start]))
-    return np.concatenate(found, axis=1)
+    return Matches(*to_device(torch.from_numpy(np.concatenate(found, axis=1)), cost.device))
 
 
 def centers_to_corners(boxes: Tensor) -> Tensor:

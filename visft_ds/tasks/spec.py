@@ -55,7 +55,7 @@ def counts_of(criteria: Mapping[str, Criterion], batches: Iterable[Batch]) -> di
     """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
     sums: dict[str, float] = {}
     for batch in batches:
-        for task in batch.tasks:
+        for task in batch.targets:
             for name, value in criteria[task].count(batch).items():
                 sums[f"{task}/{name}"] = sums.get(f"{task}/{name}", 0.0) + value
     return sums

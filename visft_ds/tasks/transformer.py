@@ -129,42 +129,6 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class TransformerEncoder(nn.Module):
-    """Stack of encoder layers; no norm follows, as post-norm layers end in one."""
-
-    def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers))
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        for layer in self.layers:
-            entries = layer(entries, positions, valid)
-        return entries
-
-
-class Decoder(nn.Module):
-    """Stack of decoder layers; a shared norm is applied to the output of every layer."""
-
-    def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, query: Tensor, memory: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """query (B, Q, D), memory and positions (B, S, D), valid (B, S) bool -> states of all layers (L, B, Q, D)."""
-        state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
-        memory_key = memory + positions
-        states = []
-        for layer in self.layers:
-            state = layer(state, query, memory, memory_key, valid[:, None])
-            states.append(state)
-        out: Tensor = self.norm(torch.stack(states))
-        return out
-
-
 class FeedForward(nn.Module):
     """`num_layers` linear layers with ReLU between them."""
 

@@ -10,8 +10,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -33,15 +32,22 @@ def caption_words(caption: str) -> list[str]:
     return _WORD.findall(text)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Vocabulary:
     """The words a head knows; ids: `<pad>` 0, `words` from 1, then `<unk>`, `<start>`, `<end>`."""
 
     words: tuple[str, ...]  #: the word with id 1, 2, ...
+    ids: dict[str, int] = field(init=False, repr=False, compare=False)
+    size: int = field(init=False, repr=False, compare=False)  #: number of ids: `vocabulary_size` of a head
+    #: sha256 of the tokenizer's name and the words in order: equal exactly where all ids are equal
+    fingerprint: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.words or len({*self.words, "", PAD, UNKNOWN, START, END}) != len(self.words) + 5:
+        tokens = (PAD, *self.words, UNKNOWN, START, END)
+        self.ids, self.size = {token: id_ for id_, token in enumerate(tokens)}, len(tokens)
+        if not self.words or len(self.ids) != self.size or "" in self.ids:
             raise ValueError(f"a vocabulary needs words, each once and none of them empty or like {PAD}")
+        self.fingerprint = hashlib.sha256(orjson.dumps([TOKENIZER, self.words])).hexdigest()
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], *, min_count: int) -> Vocabulary:
@@ -72,28 +78,14 @@ class Vocabulary:
         """Plain data, for JSON files and for the metadata of a saved head."""
         return {**_HEADER, "words": list(self.words)}
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of the tokenizer's name and the words in order: equal exactly where all ids are equal."""
-        return hashlib.sha256(orjson.dumps([TOKENIZER, self.words])).hexdigest()
-
-    @property
-    def size(self) -> int:
-        """Number of ids: `vocabulary_size` of a head."""
-        return len(self.words) + 4
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate((PAD, *self.words, UNKNOWN, START, END))}
-
     def encode(self, words: Iterable[str]) -> list[int]:
         """Ids of a caption that is cut into words, `<start>` and `<end>` included."""
-        unknown = self._ids[UNKNOWN]
-        return [self._ids[START], *(self._ids.get(word, unknown) for word in words), self._ids[END]]
+        unknown = self.ids[UNKNOWN]
+        return [self.ids[START], *(self.ids.get(word, unknown) for word in words), self.ids[END]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words before the first `<end>`, joined by blanks; `<start>` and `<pad>` are left out."""
-        tokens = (PAD, *self.words, UNKNOWN, START, END)
+        tokens = list(self.ids)
         words = takewhile(lambda word: word != END, (tokens[id_] for id_ in ids))
         return " ".join(word for word in words if word not in (PAD, START))
 

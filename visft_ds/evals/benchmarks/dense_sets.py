@@ -187,7 +187,7 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     places = _places(len(reader), most)
     found = labels_of_split(reader, places)
     labels = [((label["height"], label["width"]), label["annotations"]) for label in found]
-    names = [f"{split} {reader.row(place)['image_id']}" for place in range(len(reader))]
+    names = [f"{split} {manifest.index[place]['image_id']}" for place in range(len(reader))]
 
     def read(place: int) -> Image.Image:
         data, _ = reader.read(place, "images")

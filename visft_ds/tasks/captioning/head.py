@@ -101,32 +101,29 @@ class CaptioningHead(nn.Module):
         There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
         """
-        if captions is None:
-            return GeneratedCaptions(self._search(features, valid, beam_size, max_length))
-        assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
-        pixels, keys, hidden, cell = self._initial(features, valid)
-        embedded = self.embedding(captions[:, :-1])
-        hidden, attention, _ = self.recurrence(embedded, pixels, keys, hidden, cell)
-        scores = at_least_float32(self.fc(self.dropout(hidden)))
-        past_end = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
-        return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
-
-    def _initial(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pooled cells (B, P, D), their attention keys (B, P, A), and the LSTM's initial states, two times (B, R)."""
         with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
             pixels = pool_valid(features, valid, self.grid)
         mean = pixels.mean(dim=1)
-        return pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
+        start = pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
+        if captions is None:
+            return GeneratedCaptions(self._search(*start, beam_size, max_length))
+        assert lengths is not None and captions.shape[1] >= 2, (lengths, captions.shape)
+        hidden, attention, _ = self.recurrence(self.embedding(captions[:, :-1]), *start)
+        scores = at_least_float32(self.fc(self.dropout(hidden)))
+        past_end = (torch.arange(1, captions.shape[1], device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
+        return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
     @torch.no_grad()
-    def _search(self, features: Tensor, valid: Tensor, beams: int, max_length: int) -> Tensor:
-        """The best caption of each image, (B, max_length + 2) ids."""
-        images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
+    def _search(
+        self, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor, beams: int, max_length: int
+    ) -> Tensor:
+        """The best caption of each image, (B, max_length + 2) ids. The tensors are as in `Recurrence.forward`."""
+        images, size, end = len(pixels), self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
-        initial = self._initial(features, valid)
-        pixels, keys, hidden, cell = (values.repeat_interleave(beams, dim=0) for values in initial)
-        first = torch.arange(images, device=features.device).unsqueeze(1) * beams  # (B, 1)
-        word = torch.full((images * beams,), size + _START, device=features.device)
+        start = (pixels, keys, hidden, cell)
+        pixels, keys, hidden, cell = (values.repeat_interleave(beams, dim=0) for values in start)
+        first = torch.arange(images, device=pixels.device).unsqueeze(1) * beams  # (B, 1)
+        word = torch.full((images * beams,), size + _START, device=pixels.device)
         ended = torch.zeros_like(word, dtype=torch.bool)
         # All beams begin alike, so in the first step only one of them may be continued.
         totals = at_least_float32(hidden).new_full((images, beams), -math.inf)
@@ -171,18 +168,20 @@ class Recurrence(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.splits = (attention_dim, in_channels, 4 * decoder_dim)
+        self.decoder_att_weight = nn.Parameter(torch.empty(attention_dim, decoder_dim))
+        self.decoder_att_bias = nn.Parameter(torch.empty(attention_dim))
+        self.full_att_weight = nn.Parameter(torch.empty(1, attention_dim))
+        self.full_att_bias = nn.Parameter(torch.empty(1))
+        self.f_beta_weight = nn.Parameter(torch.empty(in_channels, decoder_dim))
+        self.f_beta_bias = nn.Parameter(torch.empty(in_channels))
+        self.weight_ih = nn.Parameter(torch.empty(4 * decoder_dim, embed_dim + in_channels))
+        self.weight_hh = nn.Parameter(torch.empty(4 * decoder_dim, decoder_dim))
+        self.bias_ih = nn.Parameter(torch.empty(4 * decoder_dim))
+        self.bias_hh = nn.Parameter(torch.empty(4 * decoder_dim))
         # Bounds are those of nn.Linear (1 / sqrt of the inputs) and nn.LSTMCell (1 / sqrt of the state).
-        of_state, of_attention = decoder_dim**-0.5, attention_dim**-0.5
-        self.decoder_att_weight = _uniform(of_state, attention_dim, decoder_dim)
-        self.decoder_att_bias = _uniform(of_state, attention_dim)
-        self.full_att_weight = _uniform(of_attention, 1, attention_dim)
-        self.full_att_bias = _uniform(of_attention, 1)
-        self.f_beta_weight = _uniform(of_state, in_channels, decoder_dim)
-        self.f_beta_bias = _uniform(of_state, in_channels)
-        self.weight_ih = _uniform(of_state, 4 * decoder_dim, embed_dim + in_channels)
-        self.weight_hh = _uniform(of_state, 4 * decoder_dim, decoder_dim)
-        self.bias_ih = _uniform(of_state, 4 * decoder_dim)
-        self.bias_hh = _uniform(of_state, 4 * decoder_dim)
+        for name, parameter in self.named_parameters():
+            bound = (attention_dim if name.startswith("full_att") else decoder_dim) ** -0.5
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
         self, embedded: Tensor, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor
@@ -215,10 +214,6 @@ class Recurrence(nn.Module):
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
 
 
-def _uniform(bound: float, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
 def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
     """Adaptive average pooling of the valid part of each feature map: (B, grid * grid, D).
 
@@ -227,25 +222,18 @@ def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
     ceil((i + 1) n / grid). Averaging first columns and then rows is the same, as products with two small matrices.
     """
     batch, width, height = features.shape[:3]
-    rows = _averages(valid.any(dim=2).sum(dim=1), height, grid, features.dtype)  # (B, grid, h)
-    columns = _averages(valid.any(dim=1).sum(dim=1), features.shape[3], grid, features.dtype)  # (B, grid, w)
+    cells, averages = torch.arange(grid, device=features.device), []
+    for axis in (1, 2):
+        # Row i of a matrix (B, grid, h or w) averages the patches of cell i, among the valid ones.
+        counts = valid.any(dim=3 - axis).sum(dim=1, keepdim=True)
+        first = (cells * counts // grid).unsqueeze(-1)  # (B, grid, 1)
+        last = (((cells + 1) * counts + grid - 1) // grid).unsqueeze(-1)
+        patches = torch.arange(valid.shape[axis], device=features.device)
+        averages.append(((patches >= first) & (patches < last)).to(features.dtype) / (last - first))
+    rows, columns = averages
     narrow = torch.bmm(features.flatten(start_dim=1, end_dim=2), columns.transpose(1, 2))  # (B, D * h, grid)
     narrow = narrow.view(batch, width, height, grid).permute(0, 2, 3, 1)  # (B, h, grid, D)
     return torch.bmm(rows, narrow.reshape(batch, height, grid * width)).view(batch, grid * grid, width)
-
-
-def _averages(counts: Tensor, length: int, grid: int, dtype: torch.dtype) -> Tensor:
-    """Matrices (B, grid, length) whose row i averages the patches of cell i, of the first `counts` (B,) patches."""
-    cells, patches = torch.arange(grid, device=counts.device), torch.arange(length, device=counts.device)
-    counts = counts.unsqueeze(1)
-    first = (cells * counts // grid).unsqueeze(-1)  # (B, grid, 1)
-    last = (((cells + 1) * counts + grid - 1) // grid).unsqueeze(-1)
-    return ((patches >= first) & (patches < last)).to(dtype) / (last - first)
-
-
-def predicted_steps(lengths: Tensor, length: int) -> Tensor:
-    """Mask (B, length - 1) of the steps that predict an id of the caption, for captions padded to `length` ids."""
-    return torch.arange(1, length, device=lengths.device) < lengths.unsqueeze(1)
 
 
 class CaptioningCriterion:
@@ -277,7 +265,7 @@ class CaptioningCriterion:
         wanted = targets.tokens[:, 1:]
         assert output.scores.shape[:2] == wanted.shape, (output.scores.shape, wanted.shape)
         scores, attention = at_least_float32(output.scores), at_least_float32(output.attention)
-        inside = predicted_steps(targets.lengths, targets.tokens.shape[1])
+        inside = torch.arange(1, targets.tokens.shape[1], device=wanted.device) < targets.lengths[:, None]
         terms = F.cross_entropy(scores.flatten(end_dim=1), wanted.flatten(), reduction="none").view_as(wanted)
         uneven = (1 - attention.sum(dim=1)).square().mean(dim=1)  # (B,)
         losses = {

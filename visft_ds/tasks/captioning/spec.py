@@ -18,7 +18,6 @@ from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
 from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
-from visft_ds.tasks.vocabulary import Vocabulary
 
 
 class Captioning(Task):
@@ -35,7 +34,8 @@ class Captioning(Task):
 
     def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         random = train and options["caption_choice"] == "random"  # evaluation draws nothing
-        return partial(caption_targets, _needed(words), random, options["max_words"])
+        assert words is not None
+        return partial(caption_targets, words, random, options["max_words"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> CaptionTargets:
         parts = [sample.targets[self.name] for sample in samples]
@@ -54,8 +54,9 @@ class Captioning(Task):
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
     ) -> Results:
+        assert words is not None
         rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
-        return [{"image_id": image, "caption": _needed(words).decode(ids)} for image, real, ids in rows if real]
+        return [{"image_id": image, "caption": words.decode(ids)} for image, real, ids in rows if real]
 
     def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
         return caption_metrics(truth, results)
@@ -67,12 +68,6 @@ class Captioning(Task):
             (with_text(image, references[:5]), f"ground truth: {len(references)} captions"),
             (with_text(image, said), "predicted caption"),
         )
-
-
-def _needed(words: Words) -> Vocabulary:
-    if words is None:
-        raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
-    return words
 
 
 SPEC = Captioning()

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.samples import Batch, RawSample, Targets
-from visft_ds.data.transforms import Crop, Op, Resize, ShortSides, Size, apply_to_boxes, final_size, short_side_size
+from visft_ds.data.transforms import (
+    Crop,
+    Flip,
+    Op,
+    Resize,
+    ShortSides,
+    Size,
+    apply_to_boxes,
+    final_size,
+    short_side_size,
+)
 from visft_ds.tasks import Results
 
 
@@ -44,7 +54,7 @@ class CropRecipe:
     def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
         if self.sides.fixed_size is not None:
             return self.sides.draw(size, train, generator)
-        ops = self.sides.mirror(train, generator)
+        ops: list[Op] = [Flip()] if train and generator.random() < self.sides.flip else []
         if train and generator.random() >= 0.5:
             side = self.crop_short_sides[int(generator.integers(0, len(self.crop_short_sides)))]
             first = short_side_size(size, side, None)
@@ -70,9 +80,9 @@ def detection_targets(
     ids = [annotation["category_id"] for annotation in used]
     classes = np.array(ids if labels is None else [labels[id_] for id_ in ids], dtype=np.int64)
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, raw.size[::-1] * 2)
-    kept = _has_area(boxes)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
-    kept = _has_area(boxes)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     boxes, classes = boxes[kept], classes[kept]
     height, width = final_size(raw.size, ops)
     centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -96,10 +106,6 @@ def box_results(
         {"image_id": image_id, "category_id": id_, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for id_, (x0, y0, x1, y1), score in rows
     ]
-
-
-def _has_area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
 def _between(low: int, high: int, available: int, generator: np.random.Generator) -> int:

@@ -25,7 +25,7 @@ from visft_ds.tasks.matching import (
     generalized_box_iou,
     match,
 )
-from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
+from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
 _TASK_ROWS = 256
@@ -58,12 +58,17 @@ class DetectionHead(nn.Module):
         self.num_queries, self.encoder_dim = options.num_queries, narrow
         self.input_proj = nn.Conv2d(in_channels, narrow, kernel_size=1)
         self.task_embed = nn.Embedding(_TASK_ROWS, narrow)
-        self.encoder = TransformerEncoder(options.encoder_layers, narrow, *sizes, options.dropout)
+        encoder = (EncoderLayer(narrow, *sizes, options.dropout) for _ in range(options.encoder_layers))
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(encoder)})  # named as in the published files
+        for parameter in self.encoder.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
         self.memory_proj = nn.Linear(narrow, wide)
         self.position_proj = nn.Linear(narrow, wide)
         for projection in (self.memory_proj, self.position_proj):
             nn.init.xavier_uniform_(projection.weight)
-        self.decoder = Decoder(options.decoder_layers, wide, *sizes, options.dropout)
+        decoder = (DecoderLayer(wide, *sizes, options.dropout) for _ in range(options.decoder_layers))
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(decoder), "norm": nn.LayerNorm(wide)})
         self.query_embed = nn.Embedding(options.num_queries, wide)
         self.class_embed = nn.Linear(wide, options.num_classes + 1)
         self.box_embed = FeedForward(wide, wide, 4, num_layers=3)
@@ -79,10 +84,18 @@ class DetectionHead(nn.Module):
         batch_size = len(features)
         token = self.task_embed(torch.zeros(batch_size, 1, dtype=torch.int64, device=features.device))
         entries = torch.cat((token.to(patches.dtype), patches), dim=1)
-        encoded = self.encoder(entries, F.pad(positions, (0, 0, 1, 0)), F.pad(inside, (1, 0), value=True))
-        memory = patches + encoded[:, 1:]
+        places, entry_valid = F.pad(positions, (0, 0, 1, 0)), F.pad(inside, (1, 0), value=True)
+        for layer in self.encoder["layers"].children():
+            entries = layer(entries, places, entry_valid)
+        memory = self.memory_proj(patches + entries[:, 1:])
+        memory_key = memory + self.position_proj(positions)
         query = self.query_embed(torch.arange(self.num_queries, device=features.device)).expand(batch_size, -1, -1)
-        states = self.decoder(query, self.memory_proj(memory), self.position_proj(positions), inside)
+        state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
+        layers = []
+        for layer in self.decoder["layers"].children():
+            state = layer(state, query, memory, memory_key, inside[:, None])
+            layers.append(state)
+        states = self.decoder["norm"](torch.stack(layers))  # (L, B, Q, D)
         boxes = at_least_float32(self.box_embed(states)).sigmoid()
         return DetectionOutput(at_least_float32(self.class_embed(states)), boxes)
 

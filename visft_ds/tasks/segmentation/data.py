@@ -90,19 +90,14 @@ def segmentation_targets(
     or after a crop) give no target.
     """
     used = [one for one in raw.annotations if not one["iscrowd"] and one.get("segmentation")]
-    used = list(compress(used, _seen([one["bbox"] for one in used], raw.size, ops)))
+    boxes = np.array([one["bbox"] for one in used], dtype=np.float64).reshape(-1, 4)
+    stored, after = raw.size[::-1], final_size(raw.size, ops)[::-1]
+    low, high = boxes[:, :2].clip(0, stored), (boxes[:, :2] + boxes[:, 2:]).clip(0, stored)
+    scale, offset = placement(raw.size, ops)
+    # a mirrored box has its corners exchanged
+    moved = (low * scale + offset).clip(0, after) != (high * scale + offset).clip(0, after)
+    used = list(compress(used, ((high > low) & moved).all(axis=1)))
     masks = draw_masks([one["segmentation"] for one in used], raw.size, ops, mask_stride)
     covered = masks.any(axis=(1, 2))
     classes = np.array([labels[one["category_id"]] for one in used], dtype=np.int64)
     return {"masks": masks[covered], "labels": classes[covered]}
-
-
-def _seen(bboxes: Sequence[Sequence[float]], size: Size, ops: Sequence[Op]) -> npt.NDArray[np.bool_]:
-    """(n,) whether boxes (x, y, w, h) have area inside the stored image of `size` and inside that after `ops`."""
-    boxes, stored, after = np.array(bboxes, dtype=np.float64).reshape(-1, 4), size[::-1], final_size(size, ops)[::-1]
-    low, high = boxes[:, :2].clip(0, stored), (boxes[:, :2] + boxes[:, 2:]).clip(0, stored)
-    scale, offset = placement(size, ops)
-    # a mirrored box has its corners exchanged
-    moved = (low * scale + offset).clip(0, after) != (high * scale + offset).clip(0, after)
-    seen: npt.NDArray[np.bool_] = ((high > low) & moved).all(axis=1)
-    return seen

@@ -43,56 +43,38 @@ def draw_masks(segmentations: Sequence[Any], size: Size, ops: Sequence[Op], stri
 
     `segmentations` are polygons [[x, y, x, y, ...], ...] or run-length codes {"size", "counts"}, as in COCO.
     """
-    after = final_size(size, ops)
+    after, limit = final_size(size, ops), np.array([size[1], size[0]])
     grid = grid_size(after, stride)
-    to_fine = placement(size, ops) * [grid[1] * fine / after[1], grid[0] * fine / after[0]]
+    scale, offset = placement(size, ops) * [grid[1] * fine / after[1], grid[0] * fine / after[0]]  # to subsamples
     masks = np.zeros((len(segmentations), *grid), dtype=np.uint8)
     for mask, segmentation in zip(masks, segmentations, strict=True):
-        draw = _draw_code if isinstance(segmentation, Mapping) else _draw_polygons
-        draw(mask, segmentation, size, to_fine, fine)
+        code = dict(segmentation) if isinstance(segmentation, Mapping) else None
+        if code is not None:
+            x, y, width, height = coco_mask.toBbox(code)
+            outlines = [np.array([[x, y], [x + width, y + height]])]
+        else:  # far outside, the library takes memory in proportion to the distance
+            outlines = [np.reshape(polygon, (-1, 2)).clip(-limit, 2 * limit) for polygon in segmentation]
+        outlines = [outline * scale + offset for outline in outlines]
+        # the cells that the object can touch
+        corners = np.concatenate(outlines) / fine
+        left, top = np.maximum(np.floor(corners.min(axis=0)), 0).astype(int).tolist()
+        right, bottom = np.minimum(np.ceil(corners.max(axis=0)), grid[::-1]).astype(int).tolist()
+        if right <= left or bottom <= top:
+            continue
+        rows, columns = bottom - top, right - left
+        if code is None:
+            inside = [(outline - [left * fine, top * fine]).ravel().tolist() for outline in outlines]
+            samples = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(inside, rows * fine, columns * fine)))
+        else:  # the stored pixel under the centre of each subsample
+            y = np.floor((np.arange(top * fine, bottom * fine) + 0.5 - offset[1]) / scale[1]).astype(int)
+            x = np.floor((np.arange(left * fine, right * fine) + 0.5 - offset[0]) / scale[0]).astype(int)
+            shown = ((y >= 0) & (y < size[0]))[:, None] & ((x >= 0) & (x < size[1]))
+            samples = coco_mask.decode(code)[np.ix_(y.clip(0, size[0] - 1), x.clip(0, size[1] - 1))] * shown
+        counts = samples.T.reshape(columns, fine, rows, fine).sum(axis=1, dtype=np.uint8).sum(axis=2, dtype=np.uint8)
+        mask[top:bottom, left:right] = np.rint(counts.T * (255 / fine**2))
     return masks
 
 
 def decode_mask(segmentation: Any, size: Size) -> npt.NDArray[np.bool_]:
     """A COCO segmentation of an image of `size` as (H, W) bool."""
     return draw_masks([segmentation], size, [], stride=1, fine=1)[0] > 0
-
-
-def _draw_polygons(mask: Mask, polygons: Sequence[Sequence[float]], size: Size, to_fine: Any, fine: int) -> None:
-    limit = np.array([size[1], size[0]])  # far outside, the library takes memory in proportion to the distance
-    moved = [np.reshape(one, (-1, 2)).clip(-limit, 2 * limit) * to_fine[0] + to_fine[1] for one in polygons]
-    every = np.concatenate(moved)
-    if (window := _window(every.min(axis=0), every.max(axis=0), mask, fine)) is None:
-        return
-    top, bottom, left, right = window
-    inside = [(one - [left * fine, top * fine]).ravel().tolist() for one in moved]
-    code = coco_mask.merge(coco_mask.frPyObjects(inside, (bottom - top) * fine, (right - left) * fine))
-    mask[top:bottom, left:right] = _average(coco_mask.decode(code), fine)
-
-
-def _draw_code(mask: Mask, code: Mapping[str, Any], size: Size, to_fine: Any, fine: int) -> None:
-    x, y, width, height = coco_mask.toBbox(dict(code))
-    corners = np.array([[x, y], [x + width, y + height]]) * to_fine[0] + to_fine[1]
-    if (window := _window(corners.min(axis=0), corners.max(axis=0), mask, fine)) is None:
-        return
-    top, bottom, left, right = window
-    # the stored pixel under the centre of each subsample
-    rows = np.floor((np.arange(top * fine, bottom * fine) + 0.5 - to_fine[1, 1]) / to_fine[0, 1]).astype(int)
-    columns = np.floor((np.arange(left * fine, right * fine) + 0.5 - to_fine[1, 0]) / to_fine[0, 0]).astype(int)
-    inside = ((rows >= 0) & (rows < size[0]))[:, None] & ((columns >= 0) & (columns < size[1]))
-    picked = coco_mask.decode(dict(code))[np.ix_(rows.clip(0, size[0] - 1), columns.clip(0, size[1] - 1))]
-    mask[top:bottom, left:right] = _average(picked * inside, fine)
-
-
-def _window(low: Any, high: Any, mask: Mask, fine: int) -> tuple[int, int, int, int] | None:
-    """(top, bottom, left, right) of the cells between two corners (x, y) in subsamples; None for none."""
-    left, top = np.maximum(np.floor(low / fine), 0).astype(int).tolist()
-    right, bottom = np.minimum(np.ceil(high / fine), mask.shape[::-1]).astype(int).tolist()
-    return (top, bottom, left, right) if right > left and bottom > top else None
-
-
-def _average(samples: Mask, fine: int) -> Mask:
-    """Subsamples, 0 or 1 -> cells, 0 to 255."""
-    height, width = samples.shape[0] // fine, samples.shape[1] // fine
-    counts = samples.T.reshape(width, fine, height, fine).sum(axis=1, dtype=np.uint8).sum(axis=2, dtype=np.uint8)
-    return np.rint(counts.T * (255 / fine**2)).astype(np.uint8)
