@@ -39,8 +39,6 @@ _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 _COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
-#: They are no objects: detection and segmentation find none to learn from.
-_COUNTED_OF_MAPS = {"regions": "trainable"}
 _TURNED = "picture stored upright, as its EXIF data says and its annotations fit"
 _ASSUMED = "picture stored upright by its EXIF data; its size cannot tell (--exif ignore: the labels fit it as stored)"
 _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
@@ -116,7 +114,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     file, there = io.BytesIO(), set(index["image_id"].tolist())
     np.save(file, index, allow_pickle=False)
     images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
-    counted = _COUNTED if options.maps is None else _COUNTED_OF_MAPS
+    counted = _COUNTED if options.maps is None else {"regions": "trainable"}  # no objects, which other tasks learn
     shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
     manifest = Manifest(
         root=options.out,

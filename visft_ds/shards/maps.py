@@ -12,9 +12,7 @@ A map is a PNG of class numbers, indexed or grey. Category ids are the numbers o
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +35,20 @@ CITYSCAPES = {
 }
 
 
-@dataclass(frozen=True)
-class MapLayout:
-    """How a data set keeps its label maps."""
-
-    splits: Mapping[str, tuple[str, str]]  #: split -> folders of images and of maps
-    names: Callable[[], dict[int, str]]  #: class numbers and their names
-    void: frozenset[int]  #: numbers without a class
-    endings: tuple[str, str] = ("", "")  #: of the names of images and maps, before the suffix
+_PARTS_OF_ADE = {"train": "training", "val": "validation"}
+#: Layout -> split -> folders of images and of maps; and what the names of both end with, before the suffix.
+_FOLDERS = {
+    "ADE20k": {split: (f"images/{name}", f"annotations/{name}") for split, name in _PARTS_OF_ADE.items()},
+    "Cityscapes": {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")},
+}
+_ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
+OWN = "label maps"  #: the layout for maps of one's own
 
 
 def map_layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """(kind, folders of the maps) of each layout of the table above that a folder has."""
-    for kind in ("ADE20k", "Cityscapes", "label maps"):
-        if found := [folder / maps for _, maps in _layout(kind, folder, None).splits.values()]:
+    for kind in (*_FOLDERS, OWN):
+        if found := [maps for _, maps in _splits(kind, folder).values()]:
             yield kind, found
 
 
@@ -63,30 +61,27 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         ValueError: a map that is none, or with a number that has no name; more than a tenth of images or maps without
             the other.
     """
-    layout = _layout(kind, folder, void)
-    names, made = layout.names(), list[FolderSplit]()
-    if len(names) > VOID - 1:
-        raise ValueError(f"{folder} has {len(names)} classes; at most {VOID - 1} are allowed")
+    (names, voids), made = _classes(kind, folder, void), list[FolderSplit]()
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    for split, (images, maps) in layout.splits.items():
+    for split, (images, maps) in _splits(kind, folder).items():
         if wanted not in (None, split):
             continue
-        pictures = _by_name(folder / images, SUFFIXES, layout.endings[0])
-        labels, odd = _by_name(folder / maps, {".png"}, layout.endings[1]), Findings()
+        endings, odd = _ENDINGS.get(kind, ("", "")), Findings()
+        pictures, labels = _by_name(images, SUFFIXES, endings[0]), _by_name(maps, {".png"}, endings[1])
         for name in sorted(pictures.keys() ^ labels.keys()):
             odd.add("image without label map" if name in pictures else "label map without image", name)
-        odd.refuse_above_a_tenth(len(pictures.keys() | labels.keys()), folder / maps, "images and label maps")
+        odd.refuse_above_a_tenth(len(pictures.keys() | labels.keys()), maps, "images and label maps")
         both = sorted(pictures.keys() & labels.keys())
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         for number, name in enumerate(tqdm(both, desc=f"{split}: label maps", disable=None), 1):
             numbers = read_map(labels[name])
-            file = checked_name(str(pictures[name].relative_to(folder / images)), folder / images)
+            file = checked_name(str(pictures[name].relative_to(images)), images)
             entry = {"id": number, "file_name": file, "height": numbers.shape[0], "width": numbers.shape[1]}
             content["images"].append(entry)
-            for one in annotations_of_map(numbers, names, layout.void, labels[name]):
+            for one in annotations_of_map(numbers, names, voids, labels[name]):
                 identity = {"id": len(content["annotations"]) + 1, "image_id": number}
                 content["annotations"].append({**identity, **one})
-        made.append(FolderSplit(split, folder / images, None, None, odd, maps=content))
+        made.append(FolderSplit(split, images, None, None, odd, maps=content))
     return made
 
 
@@ -104,15 +99,15 @@ def read_map(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def annotations_of_map(
-    numbers: npt.NDArray[np.uint8], names: Mapping[int, str], void: frozenset[int], path: Path
+    numbers: npt.NDArray[np.uint8], names: Mapping[int, str], voids: frozenset[int], path: Path
 ) -> Iterator[dict[str, Any]]:
     """An annotation in COCO's terms, without ids, for each class of a map (H, W) that lies at `path`."""
     columns = np.asfortranarray(numbers)  # run-length codes go down columns
     for number in np.flatnonzero(np.bincount(numbers.ravel(), minlength=VOID + 1)).tolist():
-        if number in void:
+        if number in voids:
             continue
         if number not in names:
-            known = f"the classes have {min(names)} to {max(names)}, places without one {min(void)} (--void N)"
+            known = f"the classes have {min(names)} to {max(names)}, places without one {min(voids)} (--void N)"
             raise ValueError(f"{path}: the number {number} has no name: {known}")
         code = coco_mask.encode((columns == number).view(np.uint8))
         segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode("ascii")}
@@ -120,39 +115,32 @@ def annotations_of_map(
         yield {"category_id": number, **facts, "segmentation": segmentation}
 
 
-def _layout(kind: str, folder: Path, void: int | None) -> MapLayout:
-    """The layout of a kind, with those splits that the folder has."""
-    if kind == "ADE20k":
-        folders = {split: f"{split}ing" if split == "train" else "validation" for split in ("train", "val")}
-        splits = {split: (f"images/{name}", f"annotations/{name}") for split, name in folders.items()}
-        layout = MapLayout(splits, partial(_names_of_ade, folder / "objectInfo150.txt"), frozenset([void or 0]))
-    elif kind == "Cityscapes":
-        splits = {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")}
-        others = frozenset(range(VOID + 1)) - CITYSCAPES.keys()
-        layout = MapLayout(splits, lambda: CITYSCAPES, others, ("_leftImg8bit", "_gtFine_labelIds"))
+def _splits(kind: str, folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Split -> folders of images and maps, of those splits of a layout that a folder has."""
+    if kind == OWN and (folder / "classes.txt").is_file():
+        parts = [part.name for part in sorted(folder.glob("labels/*/")) if any(part.rglob("*.png"))]
+        folders = {SPLITS.get(part, part): (f"images/{part}", f"labels/{part}") for part in parts}
     else:
-        path, void = folder / "classes.txt", VOID if void is None else void
-        parts = [part for part in sorted(folder.glob("labels/*/")) if path.is_file() and any(part.rglob("*.png"))]
-        splits = {SPLITS.get(part.name, part.name): (f"images/{part.name}", f"labels/{part.name}") for part in parts}
-        layout = MapLayout(splits, partial(_names_of_lines, path, int(void == 0)), frozenset([void]))
-    there = {split: both for split, both in layout.splits.items() if all((folder / one).is_dir() for one in both)}
-    return MapLayout(there, layout.names, layout.void, layout.endings)
+        folders = _FOLDERS.get(kind, {})
+    there = {split: (folder / images, folder / maps) for split, (images, maps) in folders.items()}
+    return {split: both for split, both in there.items() if all(one.is_dir() for one in both)}
 
 
-def _names_of_ade(path: Path) -> dict[int, str]:
-    """Number -> first of the names in ADE20k's table, whose columns are divided by tabs, the number in the first."""
-    with reading(path, "ADE20k's table of 150 classes"):
-        rows = [line.split("\t") for line in read_bytes(path).decode().splitlines()[1:] if line.strip()]
-        return {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
-
-
-def _names_of_lines(path: Path, first: int) -> dict[int, str]:
-    """Number -> name of the lines of a file; the first line has the number `first`."""
-    with reading(path, "a list of classes, a name a line"):
-        names = [line.strip() for line in read_bytes(path).decode("utf-8-sig").strip().splitlines()]
-        if not names or not all(names) or len(set(names)) < len(names):
-            raise ValueError("each line must hold a name of its own")
-        return dict(enumerate(names, first))
+def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str], frozenset[int]]:
+    """(number -> name, numbers without a class) of a data set, of which `void` may be one."""
+    if kind == "Cityscapes":
+        return CITYSCAPES, frozenset(range(VOID + 1)) - CITYSCAPES.keys()
+    void = void if void is not None else VOID if kind == OWN else 0
+    path = folder / ("classes.txt" if kind == OWN else "objectInfo150.txt")
+    with reading(path, "a list of classes, a name of its own a line"):
+        lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").strip().splitlines()]
+        names = dict(enumerate(lines, int(void == 0)))
+        if kind != OWN:  # a table: a line of titles, then the number first and the names last
+            rows = [line.split("\t") for line in lines[1:]]
+            names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
+        if not 0 < len(set(names.values()) - {""}) == len(lines) - (kind != OWN) < VOID:
+            raise ValueError(f"it has {len(lines)} lines; at most {VOID - 1} names, no two alike, are allowed")
+        return names, frozenset([void])
 
 
 def _by_name(folder: Path, suffixes: set[str] | frozenset[str], ending: str) -> dict[str, Path]:
