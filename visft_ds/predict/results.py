@@ -78,13 +78,11 @@ class Prediction:
             masks = coco_mask.decode([one["segmentation"] for one in found]).transpose(2, 0, 1).astype(np.bool_)
         return Masks(*self._labels(found), masks)
 
-    @cached_property
-    def semantic(self) -> tuple[npt.NDArray[np.uint8], tuple[str, ...]] | None:
-        """(H, W) places among the names of all classes, and these; None: the model has no such task."""
-        if "semantic" not in self.results:
-            return None
-        places = {id_: place for place, id_ in enumerate(self.categories)}
-        return place_map(self.results["semantic"], self.image.shape[:2], places), tuple(self.categories.values())
+    @property
+    def semantic(self) -> npt.NDArray[np.uint8] | None:
+        """(H, W) category ids, the numbers of the label maps; None: the model has no such task."""
+        found, ids = self.results.get("semantic"), {id_: id_ for id_ in self.categories}
+        return None if found is None else place_map(found, self.image.shape[:2], ids)
 
     @property
     def caption(self) -> str | None:

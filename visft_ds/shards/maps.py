@@ -22,7 +22,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from PIL import Image
 from tqdm import tqdm
 
-from visft_ds.files import MAX_PIXELS, checked_name, read_bytes, reading
+from visft_ds.files import MAX_PIXELS, read_bytes, reading
 from visft_ds.shards.coco import Findings, FolderSplit
 from visft_ds.shards.yolo import SPLITS, SUFFIXES
 from visft_ds.tasks.classes import VOID
@@ -34,12 +34,16 @@ CITYSCAPES = {
     **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
 }
 
-
-_PARTS_OF_ADE = {"train": "training", "val": "validation"}
 #: Layout -> split -> folders of images and of maps; and what the names of both end with, before the suffix.
 _FOLDERS = {
-    "ADE20k": {split: (f"images/{name}", f"annotations/{name}") for split, name in _PARTS_OF_ADE.items()},
-    "Cityscapes": {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")},
+    "ADE20k": {
+        "train": ("images/training", "annotations/training"),
+        "val": ("images/validation", "annotations/validation"),
+    },
+    "Cityscapes": {
+        "train": ("leftImg8bit/train", "gtFine/train"),
+        "val": ("leftImg8bit/val", "gtFine/val"),
+    },
 }
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
 OWN = "label maps"  #: the layout for maps of one's own
@@ -75,12 +79,11 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         for number, name in enumerate(tqdm(both, desc=f"{split}: label maps", disable=None), 1):
             numbers = read_map(labels[name])
-            file = checked_name(str(pictures[name].relative_to(images)), images)
-            entry = {"id": number, "file_name": file, "height": numbers.shape[0], "width": numbers.shape[1]}
-            content["images"].append(entry)
+            height, width = numbers.shape
+            entry = {"file_name": str(pictures[name].relative_to(images)), "height": height, "width": width}
+            content["images"].append({"id": number, **entry})
             for one in annotations_of_map(numbers, names, voids, labels[name]):
-                identity = {"id": len(content["annotations"]) + 1, "image_id": number}
-                content["annotations"].append({**identity, **one})
+                content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **one})
         made.append(FolderSplit(split, images, None, None, odd, maps=content))
     return made
 
