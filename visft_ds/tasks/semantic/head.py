@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout2d(options.dropout)
         self.classifier = nn.Conv2d(in_channels, options.num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
+        self.classifier.bias = nn.Parameter(torch.zeros(options.num_classes))
 
     def forward(self, features: Tensor, valid: Tensor) -> SemanticOutput:
         """Logits of features (B, D, h, w); what an image's own cells give does not depend on `valid` (B, h, w)."""
