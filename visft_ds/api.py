@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import missing_inputs, render_missing
 from visft_ds.config.cli import DEFAULT_ENGINE, resolve_arguments
+from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.config.resolve import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.stop import StopFlag

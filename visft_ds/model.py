@@ -113,7 +113,8 @@ class MultiTaskModel(nn.Module):
         """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
         if batch.views is not None:
             return self._features_of_views(batch)
-        pixels, frames = normalise_pixels(self.backbone, batch.images, batch.sizes), self.frames(batch)
+        pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
+        frames = self.frames(batch) if self.packed else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features = at_least_float32(self.backbone(pixels) if frames is None else self.backbone(pixels, frames))
         if frames is None:
@@ -126,9 +127,9 @@ class MultiTaskModel(nn.Module):
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
 
         An image keeps the padding that its transform gave it, so that it looks as it would alone. None for images that
-        are not packed, or are all of one size: then there is no padding to save.
+        are all of one size: then there is no padding to save.
         """
-        if not self.packed or batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
             return None
         smallest = self.backbone.patch_size
         return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
@@ -181,7 +182,15 @@ class MultiTaskModel(nn.Module):
         with autocast_to(features.device, dtype):
             for task in batch.targets or self.heads:
                 inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
-                predicted[task] = self._with_extents(self.heads[task](features, valid, **inputs), batch)
+                predicted[task] = self.heads[task](features, valid, **inputs)
+        frames = self.frames(batch) if self.packed else None
+        if frames is not None:  # where each image lies in the maps of a mask head
+            pixels = torch.tensor(frames)
+            grids = pixels // self.backbone.patch_size
+            share = to_device(grids / grids.amax(dim=0) / pixels, batch.sizes.device)
+            for task, output in predicted.items():
+                if hasattr(output, "extents"):
+                    predicted[task] = replace(output, extents=share * batch.sizes)
         if loss_denominators is None:
             return predicted
         with autocast_to(features.device, None):
@@ -201,13 +210,3 @@ class MultiTaskModel(nn.Module):
                 losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}
-
-    def _with_extents(self, output: Any, batch: Batch) -> Any:
-        """The output of a head; over packed images, a mask head's with the `extents` of each image in its maps."""
-        frames = self.frames(batch)
-        if frames is None or not hasattr(output, "extents"):
-            return output
-        pixels = torch.tensor(frames)
-        grids = pixels // self.backbone.patch_size
-        share = grids / grids.amax(dim=0) / pixels
-        return replace(output, extents=to_device(share, batch.sizes.device) * batch.sizes)

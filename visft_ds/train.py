@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from visft_ds.checkpoint.export import begin_export
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
+from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.data import RunData, keep_features, open_data, open_loader
-from visft_ds.prepare.datasets import first_of
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
-from visft_ds.run.evaluation import Validation
-from visft_ds.run.folder import open_run_folder
+from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import RunLog, open_log
-from visft_ds.run.machine import Machine, by_main_process, check_machine, folder_of_run, rank_facts, settle_recompute
+from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.report import print_start
 from visft_ds.run.start import open_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def train(
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
     config, data = open_data(config, distributed.world_size())
-    machine = check_machine(config, data.vocabulary_size)
+    machine = check_machine(config, data.vocabulary)
     out = Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, machine.planned.batches)
     start_from = None if config.visft.start is None else open_start(config.visft, data)
@@ -93,15 +97,18 @@ def train(
     # 4: from here on all ranks act together.
     start_process_group()
     watchdog = Watchdog(distributed.rank(), config.visft.run.step_timeout)
-    with folder_of_run(out, config, resume), watchdog.watching():
+    with ExitStack() as stack:
+        distributed.by_main_process(lambda: stack.enter_context(locked(out)))
+        distributed.by_main_process(lambda: open_run_folder(out, config, resume))  # another run may have used it since
+        stack.enter_context(watchdog.watching())
+
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        distributed.assert_same_on_all_ranks(
-            {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
-        )
+        facts = {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
+        distributed.assert_same_on_all_ranks(facts)
         config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
-        precision = machine.planned.precision
+        precision, partition = machine.planned.precision, machine.planned.partition
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,
@@ -109,10 +116,11 @@ def train(
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=machine.placement,
+            placement=placement_for(machine.deepspeed_config, partition),
             start=start_from,
         )
-        keep_features(config.visft, data.sets, loader, prepared, precision)
+        if config.visft.features is not None:
+            keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
@@ -124,34 +132,35 @@ def train(
             config.optimizer.params,
             Schedule(config.scheduler, config.total_steps),
             seed=config.visft.seed,
-            partition=machine.planned.partition,
+            partition=partition,
             compile=config.visft.model.compile,
         )
-        with released(engine):
-            # 8: continue where an earlier start of this run was left.
-            state = RunState(config, engine, identity, data)
-            start = state.resume()
-            if distributed.is_main():
-                state.begin_export(prepared)
-                write_record(config, identity, command, start_from)
-                print_start(config, data, machine, prepared, start)
+        if distributed.kept_open:  # by a script that trains more than once
+            stack.enter_context(released(engine))
 
-            # 9: what will not fit into memory fails now, not after hours.
-            if config.visft.run.rehearsal and start < config.total_steps:
-                probe_memory(config.visft.model, engine, data, machine.planned.batches, watchdog)
+        # 8: continue where an earlier start of this run was left.
+        state = RunState(config, engine, identity, data)
+        start = state.resume()
+        if distributed.is_main():
+            begin_export(out / "export", prepared, data.vocabulary)
+            write_record(config, identity, command, start_from)
+            print_start(config, data, machine, prepared, start)
 
-            # 10: train, then export.
-            validation = None
-            if data.validation is not None:
-                judged = state.saver.judged
-                validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, judged)
-            run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
-            with (
-                closing(validation) if validation else nullcontext(),
-                open_log(config, start, callbacks, stop) as log,
-                state.saver,
-            ):
-                return _train_and_export(run, prepared, start, log)
+        # 9: what will not fit into memory fails now, not after hours.
+        if config.visft.run.rehearsal and start < config.total_steps:
+            probe_memory(config.visft.model, engine, data, machine.planned.batches, watchdog)
+
+        # 10: train, then export.
+        validation = None
+        if data.validation is not None:
+            from visft_ds.run.evaluation import Validation  # brings what measures
+
+            validation = Validation(config.visft, data.streams, data.validation, data.vocabulary, state.saver.judged)
+            stack.enter_context(closing(validation))
+        run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
+        log = stack.enter_context(open_log(config, start, callbacks, stop))
+        stack.enter_context(state.saver)
+        return _train_and_export(run, prepared, start, log)
 
 
 def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog) -> FitResult:
@@ -171,9 +180,9 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
         if validation and settings.keep_best:
             validation.poll(log, seconds=None)
         exported = state.take_best(step, log)
-        by_main_process(lambda: state.export(exported, prepared))
+        distributed.by_main_process(lambda: state.export(exported, prepared))
         if validation:
-            training = validation.on_training_images(run.engine.predict, first_of(run.data.sets))
+            training = validation.on_training_images(run.engine.predict, next(iter(run.data.sets.values())).manifest)
     stopped = Stop.NOT if complete else max(distributed.from_all_ranks(run.stop.reason))
     distributed.close()
     watchdog.leave()
@@ -202,7 +211,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         validation.draw(engine.predict, start, log)
     if validation and start and state.is_evaluated(start):
         # An earlier start may have ended between saving this step and evaluating it.
-        evaluated = distributed.broadcast_object(start in log.writer.evaluated)
+        evaluated = distributed.by_main_process(lambda: start in log.writer.evaluated)
         if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop):
             return start, False
         if state.ends_early(start, validation, log):

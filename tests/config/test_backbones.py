@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.fake_hub import FakeHub, Repository, fake_hub
-from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.backbones import named
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.config.preflight import missing_inputs, render_missing
 
 CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 TAGGED = {"tag": "openai", "input_size": [3, 224, 224], **CLIP}
@@ -124,4 +125,4 @@ def test_download_fetches_what_a_configuration_names(hub: FakeHub) -> None:
 def test_timms_own_names_are_models_of_timm(name: str) -> None:
     """Not EVA-ViT-E with a file of that name."""
     found, spelled = named(name), named(f"timm:{name}")
-    assert (found.weights, found.shape) == (spelled.weights, spelled.shape)
+    assert (found.weights, found.description) == (spelled.weights, spelled.description)

@@ -16,9 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.options import known_keys
-from visft_ds.config import ResolvedConfig, changed, deepspeed_dict, derive_batches, identity_differences, resolve
+from visft_ds.config import ResolvedConfig, changed, deepspeed_dict, derive_batches, resolve
 from visft_ds.config.cli import resolve_arguments
-from visft_ds.config.resolve import CONFIG_ROOT, NOT_IDENTITY, Tree, flatten, load_json, parse_assignment
+from visft_ds.config.resolve import (
+    CONFIG_ROOT,
+    NOT_IDENTITY,
+    Tree,
+    flatten,
+    identity_differences,
+    load_json,
+    parse_assignment,
+)
 from visft_ds.config.schema import PRESETS, BackboneOverrides
 from visft_ds.config.task_schema import SHARED
 
@@ -346,7 +354,7 @@ def test_flags_reach_the_configuration() -> None:
 def test_configuration_needs_no_tensor_library() -> None:
     """A wrong key must be reported in a second, also where torch takes ten to import."""
     code = (
-        "import sys; from visft_ds.config import *; from visft_ds.config.cli import resolve_arguments;"
+        "import sys; from visft_ds.config.cli import resolve_arguments; from visft_ds.config.preflight import *;"
         "import visft_ds.monitor.console, visft_ds.monitor.metrics;"
         "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.data.shards import Manifest, index_path
 

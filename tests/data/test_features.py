@@ -105,7 +105,7 @@ def test_samples_with_features_are_read_without_pixels(
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
         loader = StepLoader({"toy": reader}, plan_of(reader, 1), pipelines)
         if features is not None:
-            loader.keep_features(features)
+            loader.features = features
         return [batches[0] for _, batches in loader.steps(first, first + 2)]
 
     cache = FeatureCache(tmp_path, IDENTITY)

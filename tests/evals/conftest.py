@@ -24,6 +24,7 @@ from visft_ds.evals.runner import collect
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.heads import HeadInfo, head_file, save_head
 from visft_ds.prepare.data import vocabulary_of
+from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.run.record import write_run
@@ -46,6 +47,7 @@ class World:
 
     folder: Path
     configs: dict[int, ResolvedConfig]  #: of the stages
+    tree: Tree
 
     def run(self, stage: int) -> Path:
         return self.folder / f"stage{stage}"
@@ -62,15 +64,6 @@ class World:
     def shards(self) -> Path:
         return self.folder / "shards"
 
-    @property
-    def coco(self) -> Path:
-        return self.folder / "coco"
-
-    @property
-    def tree(self) -> Tree:
-        names = (f"annotations/{kind}_val2017.json" for kind in ("instances", "captions"))
-        return Tree(self.coco / "val2017", *(self.coco / name for name in names))
-
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -83,14 +76,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         stage: resolve(stage=stage, model="debug", settings=settings, flags=flags)
         for stage, settings in ((1, SETTINGS), (2, second))
     }
-    world = World(folder, configs)
-    tree = write_tree(folder / "tree", IMAGES)
-    (folder / "coco/annotations").mkdir(parents=True)
-    for old, new in zip(asdict(tree).values(), asdict(world.tree).values(), strict=True):
-        old.rename(new)
+    world = World(folder, configs, write_tree(folder / "tree", IMAGES))
     world.tree.edit(_many_words, "captions")
     pack(world.tree, folder / "draft")
-    _export(world, vocabulary_of(configs[1].visft, Manifest.load(folder / "draft", "val")))
+    _export(
+        world,
+        vocabulary_of(configs[1].visft, {"val": TrainingSet(Manifest.load(folder / "draft", "val"), ("captioning",))}),
+    )
     collected = _predictions(world, folder / "draft")
     world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
     world.tree.edit(lambda content: _caption(content, collected["captioning"]), "captions")

@@ -18,11 +18,10 @@ from scipy.ndimage import map_coordinates
 
 from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
-from visft_ds.evals.benchmarks import dense, intervals
+from visft_ds.evals.benchmarks import dense
 from visft_ds.evals.benchmarks.dense import pooled, segment_by_neighbours, segment_linearly
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
-from visft_ds.evals.benchmarks.intervals import resampled
-from visft_ds.evals.benchmarks.protocol import ImageSet, mean_ratio
+from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.shards.build import Options, build
 
 SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels
@@ -188,19 +187,6 @@ def test_numbers_are_those_of_an_independent_computation(monkeypatch: pytest.Mon
         mean = (judged[owner].numpy() * share).sum(axis=(1, 2)) / share.sum()
         np.testing.assert_allclose(means[number].numpy(), mean, rtol=1e-5)
     assert len(scores["objects knn"].values) == 6 and scores["objects knn"].groups is not None
-
-
-def test_bootstraps_draw_images() -> None:
-    """A mean of ratios of sums; resampling image by image gives the same spread, and several arrays share the draws."""
-    rng = np.random.default_rng(0)
-    unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)
-    values = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
-    plain = mean_ratio(values[rng.integers(0, 60, (intervals.DRAWS, 60))].sum(axis=1))
-    better = values + np.array([1.0, 0.0])[:, None]
-    means = resampled([values, better], None, np.random.default_rng(5))
-    assert means[0].std() == pytest.approx(plain.std(), rel=0.06)
-    assert means[0].mean() == pytest.approx(plain.mean(), abs=0.003)
-    assert (means[1] - means[0]).std() < means[0].std() / 5
 
 
 def test_the_command_judges_towers_of_every_kind(tmp_path: Path) -> None:

@@ -33,10 +33,9 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.data import pipeline_of
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.folder import BACKBONE_FILE
-from visft_ds.tasks import TASKS, Results, config_class
+from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
-from visft_ds.tasks.classes import COCO_NAMES
 
 
 def _evaluate(*arguments: Any) -> tuple[int, str, str]:
@@ -77,22 +76,17 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     return _finished(tmp_path_factory.mktemp("whole") / "out", "--run", world.run(2))
 
 
-def _oracle(truth: COCO, found: Results, kind: str) -> list[float]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        oracle = COCOeval(truth, truth.loadRes(found), kind)
-        oracle.evaluate()
-        oracle.accumulate()
-        oracle.summarize()
-    stats: list[float] = oracle.stats[:3].tolist()
-    return stats
-
-
 def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(world.tree.instances))
     for task, kind, prefix in (("detection", "bbox", "box"), ("segmentation", "segm", "mask")):
         found = _found(whole, task)
-        stats = _oracle(truth, [result for result in found if result["category_id"] in truth.cats], kind)
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(world.tree.instances))
+            judged = truth.loadRes([result for result in found if result["category_id"] in truth.cats])
+            oracle = COCOeval(truth, judged, kind)
+            oracle.evaluate()
+            oracle.accumulate()
+            oracle.summarize()
+        stats = oracle.stats[:3].tolist()
         assert 0.01 < stats[0] < 0.95, "the comparison below would not say much"
         measured = [whole.metrics[f"{prefix}/{name}"] for name in ("AP", "AP50", "AP75")]
         assert measured == pytest.approx(stats, abs=1e-9)
@@ -152,11 +146,12 @@ def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: 
 
 def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) -> None:
     """Single files give what the run gives; a search with beams says something else."""
-    exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
-    files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.adapter, "--data", world.shards]
-    captions = _finished(tmp_path / "captions", *files, "--tasks", "captioning", "--batch-size", 1)
+    export = world.run(1) / "export"
+    files = ["--backbone", export / BACKBONE_FILE, "--heads", export, "--adapter", world.adapter]
+    files += ["--data", world.shards, "--tasks", "captioning"]
+    captions = _finished(tmp_path / "captions", *files, "--batch-size", 1)
     assert captions.record["data"] == whole.record["data"] and len(_captions(captions)) == IMAGES
-    searched = _finished(tmp_path / "searched", *files, "--tasks", "captioning", "--beam-size", 2)
+    searched = _finished(tmp_path / "searched", *files, "--beam-size", 2)
     assert searched.record["decoding"]["captioning"]["beam_size"] == 2
     assert _captions(searched) != _captions(captions)
 
@@ -208,7 +203,7 @@ def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.Monk
     done: list[str] = []
     monkeypatch.setattr(distributed, "close", lambda: done.append("close"))
     monkeypatch.setattr("visft_ds.evals.evaluate.measure", lambda *_, **__: done.append("measure") or ({}, []))
-    for name in ("barrier", "gather_objects", "broadcast_object"):
+    for name in ("barrier", "gather_objects", "by_main_process"):
         own = getattr(distributed, name)
         monkeypatch.setattr(distributed, name, lambda *given, own=own, name=name: (done.append(name), own(*given))[1])
     evaluate(world.run(2), tasks="detection", limit=2)
@@ -221,21 +216,15 @@ def test_no_rank_waits_while_one_measures(world: World, monkeypatch: pytest.Monk
 
 def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> None:
     """Files without any description of themselves: words come from beside, the rest from the tensors."""
-    (tmp_path / "heads").mkdir()
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
-    for task in ("detection", "captioning"):
-        head = TASKS[task].build_head(32, {}, len(words) + 4)
-        save_published_head(head, task, tmp_path / f"heads/eva_e_{config_class(task).published}_heads.ckpt")
+    head = TASKS["captioning"].build_head(32, {}, len(words) + 4)
+    save_published_head(head, "captioning", tmp_path / "heads/eva_e_caption_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
-    tree = write_tree(tmp_path / "tree", 3)
-    tree.edit(lambda content: [one.update(name=COCO_NAMES[one["id"]]) for one in content["categories"]])
-    pack(tree, tmp_path / "shards")
-    common = [*files, "--data", tmp_path / "shards", "--tasks", "detection, captioning", "--limit", 2]
+    common = [*files, "--data", world.shards, "--limit", 2]
     word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     (tmp_path / "words.json").write_text(json.dumps(word_map))
     evaluation = _finished(tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
-    assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "caption"}
     said = {word for caption in _captions(evaluation).values() for word in caption.split()}
     assert said and said <= set(words)
     status, _, errors = _evaluate(*common, "--out", tmp_path / "no")

@@ -36,19 +36,6 @@ def _read(model: str, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
-def test_a_tower_of_ours_and_the_same_in_open_clip(tmp_path: Path) -> None:
-    """Its trunk is one of timm, whose own inner features both are."""
-    clip, images = make_clip(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    path = save_clip(clip, tmp_path / "clip.safetensors")
-    (tokens,) = clip.visual.trunk.forward_intermediates(
-        images, indices=[0], norm=True, intermediates_only=True, output_fmt="NCHW"
-    )
-    found = _read(f"{path}#0", images)
-    assert relative(found["patches"], tokens) < 1e-5
-    assert found["pooled"].shape == (2, tokens.shape[1])
-
-
 def _adapted(tmp_path: Path, model: str) -> tuple[Any, Adapter]:
     """The model's backbone with an adapter that does something, saved in the folder `adapter`."""
     backbone: Any = load_encoder(parse_model(model), "fp32").module.backbone
@@ -75,8 +62,6 @@ def test_adapted_and_merged_towers(tmp_path: Path) -> None:
     for model in (f"{path}+{tmp_path}/adapter", f"{tmp_path}/short.safetensors"):
         assert relative(_read(model, images)["patches"], wanted) < 1e-5
     assert relative(_read(f"{tmp_path}/short.safetensors#1", images)["patches"], wanted) > 1e-2
-    with pytest.raises(ValueError, match="no block 1"):
-        _read(f"{path}+{tmp_path}/adapter#1", images)
 
 
 @pytest.mark.parametrize(("name", "index"), [("test_vit", 2), ("test_efficientnet", 3)])
@@ -141,15 +126,9 @@ def test_one_forward_reads_what_each_cut_model_gives(
 def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = timm.create_model("test_vit", num_classes=0).state_dict()
     save_file({key: value.contiguous() for key, value in values.items()}, tmp_path / "vit.safetensors")
-    words = [
-        "layers",
-        "--model",
-        f"timm:test_vit:{tmp_path}/vit.safetensors",
-        "--benchmark",
-        f"dense={pictures},name=two",
-    ]
+    words = ["--model", f"timm:test_vit:{tmp_path}/vit.safetensors", "--benchmark", f"dense={pictures},name=two"]
     words += ["--threads", "0", "--primary", "dense/two knn mIoU", "--out", str(tmp_path / "out")]
-    assert evaluate(words) == 0
+    assert evaluate(["layers", *words]) == 0
     record = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert list(record["levels"]) == [f"blocks.{number}" for number in range(6)]
     choices = {one["number"]: one for one in record["choices"]}
@@ -173,5 +152,3 @@ def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert choice.block == "a" and choice.difference is not None and choice.difference.value == 0
     (choice,) = choose({name: {"n": Score("n", v, images)} for name, v in (("a", good), ("end", end))})
     assert (choice.block, choice.difference) == ("end", None)
-    with pytest.raises(ValueError, match="too few test images"):
-        choose({"end": {"n": Score("n", np.ones(3), np.zeros(3, dtype=np.int64))}})

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.evals.test_benchmarks import _record, _run, world
+from tests.evals.test_benchmarks import _record, _run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
 from visft_ds.evals.benchmarks.models import ModelSpec
 from visft_ds.evals.benchmarks.retention import load_classifier
@@ -21,7 +21,6 @@ from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_timm
 
-__all__ = ["world"]  # the fixture
 NAME, LATE = "test_efficientnet", ("blocks.[34].*.conv_pw",)
 
 
@@ -90,15 +89,8 @@ def test_a_tower_that_ended_early_lends_what_it_has(net: Path, tmp_path: Path) -
         torch.testing.assert_close(value, part.get(key, base[key]), rtol=0, atol=0)
 
 
-def test_who_has_no_classifier_is_told_in_one_line(world: Path, net: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    save_file({key: value.contiguous() for key, value in timm.create_model("test_resnet").state_dict().items()}, other)
-    base, clip = f"timm:{NAME}:{net}/base.safetensors", str(world / "clip.safetensors")
-    for models, message in (
-        ([f"{net}/bare.safetensors"], "no classifier"),
-        ([base, clip], "clip is no model of timm"),
-        ([base, f"timm:test_resnet:{other}"], "cannot feed the classifier"),
-    ):
-        arguments = [word for model in models for word in ("--model", model)]
-        status, _, errors = _run(*arguments, "--benchmark", f"retention={net}/pictures", "--out", tmp_path / "out")
-        assert status == 2 and message in errors
+@pytest.mark.parametrize(("first", "second", "said"), [("bare", "base", "no classifier"), ("base", "", "no model of")])
+def test_a_classifier_is_needed_and_a_model_that_feeds_it(net: Path, first: str, second: str, said: str) -> None:
+    specs = {name: ModelSpec(name, "timm", NAME, f"{net}/{name}.safetensors") for name in ("base", "bare")}
+    with pytest.raises(ValueError, match=said):
+        load_classifier(specs.get(second, ModelSpec("clip", "open_clip", "ViT-B-32")), specs[first])

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from tests.evals.test_benchmarks import _record, _run, world
-from tests.random_tower import save_adapter
 from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, two_sided
 from visft_ds.evals.benchmarks.models import parse_arms
 from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.benchmarks.table import rows_of, section, verdict
-from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture
 ARMS = {"base": ["base"], "new": ["new 1", "new 2", "new 3"]}
-
-
-def _results(values: dict[str, list[np.ndarray[Any, Any]]], groups: Any = None) -> Any:
-    """Model -> number -> score, of numbers that are given as (base, three seeds)."""
-    labels = [label for of in ARMS.values() for label in of]
-    return {
-        label: {name: Score(name, of[place], groups) for name, of in values.items()}
-        for place, label in enumerate(labels)
-    }
 
 
 def test_several_seeds_against_plain_loops() -> None:
@@ -39,7 +25,9 @@ def test_several_seeds_against_plain_loops() -> None:
     groups = np.repeat(np.arange(40), 3)
     base = (rng.random(120) < 0.5).astype(np.float64)
     news = [np.where(rng.random(120) < 0.1 + 0.1 * seed, 1.0, base) for seed in range(3)]
-    (row,) = rows_of(_results({"a": [base, *news]}, groups), ARMS)
+    labels = [label for of in ARMS.values() for label in of]
+    results = {label: {"a": Score("a", of, groups)} for label, of in zip(labels, (base, *news), strict=True)}
+    (row,) = rows_of(results, ARMS)
     each = [float((new - base).mean()) for new in news]
     of = row.seeds["new"]
     assert of.each == pytest.approx(each) and row.differences["new"].value == pytest.approx(np.mean(each))
@@ -137,13 +125,9 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
-    """An arm of three adapters; the record says which number was to decide, and no other is taken later."""
-    base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in adapter.tensors.items()}
-        save_adapter(replace(adapter, tensors=tensors), tmp_path / f"adapter{seed}")
-    seeds = ",".join(f"{base}+{tmp_path}/adapter{seed}" for seed in range(3))
+    """An arm of three models; the record says which number was to decide, and no other is taken later."""
+    base = world / "clip.safetensors"
+    seeds = ",".join(f"{base}+{world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
     command = ["--model", f"base={base}", "--model", f"seeds={seeds}", "--benchmark", f"retrieval={world}/coco"]
     command += ["--out", str(tmp_path / "out")]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))

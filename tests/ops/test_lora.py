@@ -101,8 +101,8 @@ def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dt
     x, a, b = (t.requires_grad_() for t in (x, a, b))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = lora_linear(x, weight.to(weight_dtype), bias, a, b, SCALE, QV, backend=backend)
-    if weight_dtype == torch.bfloat16:  # a 16-bit weight does so by itself
-        assert torch.equal(out, lora_linear(x, weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend))
+    if weight_dtype == torch.bfloat16:  # 16-bit input does so by itself
+        assert torch.equal(out, lora_linear(x.bfloat16(), weight.bfloat16(), bias, a, b, SCALE, QV, backend=backend))
     gradient = torch.randn_like(out)
     found = torch.autograd.grad(out, (x, a, b), gradient)
     exact = _dense(x, weight, bias, a, b, QV)

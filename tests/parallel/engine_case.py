@@ -317,7 +317,9 @@ def run_steps(engine: Any, start: int, stop: int, folder: Path | None = None, fe
         "named": [report.losses for report in reports],
         "rates": [dict(report.learning_rates) for report in reports],
         "values": state.parameters if state else {},
-        "scales": distributed.gather_objects([*(report.loss_scale for report in reports), engine.loss_scale.value]),
+        "scales": distributed.gather_objects(
+            [report.loss_scale for report in reports] + [engine.loss_scale and engine.loss_scale.value]
+        ),
         "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
     }
 

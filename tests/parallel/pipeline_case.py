@@ -112,7 +112,7 @@ def overflowing(engine: Any) -> dict[str, Any]:
     return {
         "hooked": distributed.gather_objects(len(hooks)),
         "reports": distributed.gather_objects((report.skipped, report.refused, report.gradient_norm)),
-        "scales": distributed.gather_objects(engine.loss_scale.value),
+        "scales": distributed.gather_objects(engine.loss_scale and engine.loss_scale.value),
         "skipped_steps": distributed.gather_objects(engine.deepspeed.skipped_steps),
         "states": (before, after),
     }

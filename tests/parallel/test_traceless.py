@@ -106,7 +106,7 @@ def compared(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict
             values, reports = run(engine, mode)
             report = reports[BAD]
             results[f"{precision}-{mode}"] = {
-                "scales": distributed.gather_objects(engine.loss_scale.value if engine.loss_scale.dynamic else None),
+                "scales": distributed.gather_objects(engine.loss_scale and engine.loss_scale.value),
                 "everyone": distributed.gather_objects([report.refused, report.skipped, dict(report.faults)]),
                 "equal": [torch.equal(values[key], value) for key, value in reference.items()],
                 "reports_equal": reports == without,

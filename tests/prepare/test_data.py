@@ -13,21 +13,22 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
-from visft_ds.config import resolve
+from visft_ds.config import changed, resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
-from visft_ds.prepare.data import open_data, pipeline_of, pipelines_of, plan_of, read_vocabulary, vocabulary_of
-from visft_ds.prepare.datasets import (
-    TrainingSet,
-    captioned,
-    check_samples,
-    data_identity,
-    needs_vocabulary,
-    open_training_data,
+from visft_ds.prepare.data import (
+    open_data,
+    pipeline_of,
+    pipelines_of,
+    plan_of,
+    read_vocabulary,
+    streams_of,
+    vocabulary_of,
 )
+from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_data
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -88,11 +89,11 @@ def with_sets(folder: Path, *settings: str, sets: Any = None) -> VisftConfig:
 
 def load(config: VisftConfig, steps: int) -> list[Any]:
     sets = open_training_data(config)
-    vocabulary = vocabulary_of(config, *captioned(sets))
+    vocabulary = vocabulary_of(config, sets)
     loader = StepLoader(
         {name: ShardReader(one.manifest) for name, one in sets.items()},
         plan_of(config, sets),
-        pipelines_of(config, sets, vocabulary),
+        pipelines_of(streams_of(config, sets["train"].manifest), sets, vocabulary),
         num_workers=0,
     )
     return [(whole, batches[0]) for whole, batches in loader.steps(0, steps)]
@@ -135,14 +136,18 @@ def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
 def test_the_words_of_all_captions_are_known(folder: Path) -> None:
     config = with_sets(folder, "visft.tasks.captioning.vocabulary.min_count=25")
     with pytest.raises(ValueError, match="min_count = 25"):
-        vocabulary_of(config, open_training_data(config)["train"].manifest)
-    words = vocabulary_of(config, *captioned(open_training_data(config)))
+        vocabulary_of(config, only(open_training_data(config)["train"].manifest, config))
+    words = vocabulary_of(config, open_training_data(config))
     assert words is not None and "picture" in words.words  # 24 times in one, 18 times in the other
 
 
 def test_the_content_of_all_sets_is_part_of_a_runs_identity(folder: Path) -> None:
-    alone, several = (open_training_data(with_sets(folder, sets=sets)) for sets in ([], None))
-    assert data_identity(alone) == alone["train"].manifest.fingerprint != data_identity(several)
+    def content(sets: list[Any] | None) -> str:
+        places = with_sets(folder, "visft.run.eval_every=0", sets=sets)
+        config = changed(resolve(stage=1, model="debug"), [f"visft={places.model_dump_json()}"])
+        return open_data(config, 1)[1].identity()["data set"]
+
+    assert content([]) == Manifest.load(folder, "train").fingerprint != content(None)
 
 
 def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
@@ -230,17 +235,18 @@ def test_the_minimum_count_decides_which_captions_words_are_known(splits: dict[s
     counts = {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
     assert dict(splits["train"].vocabulary) == counts
     for least in (12, 13):
-        words = vocabulary_of(config_of(f"visft.tasks.captioning.vocabulary.min_count={least}"), splits["train"])
+        config = config_of(f"visft.tasks.captioning.vocabulary.min_count={least}")
+        words = vocabulary_of(config, only(splits["train"], config))
         assert words is not None and set(words.words) == {word for word, count in counts.items() if count >= least}
 
 
 def test_only_tasks_with_words_have_a_vocabulary(splits: dict[str, Manifest]) -> None:
-    assert vocabulary_of(config_of("visft.tasks=detection,segmentation"), splits["mute"]) is None
+    assert vocabulary_of(config_of("visft.tasks=detection,segmentation"), {}) is None
     assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary({"detection": 1, "segmentation": 2})
     cut_otherwise = replace(splits["train"], options={**splits["train"].options, "tokenizer": "spaces-1"})
     for manifest, word in ((splits["mute"], "captions"), (cut_otherwise, "spaces-1")):
         with pytest.raises(ValueError, match=word):
-            vocabulary_of(config_of(), manifest)
+            vocabulary_of(config_of(), only(manifest, config_of()))
 
 
 def test_a_file_of_words_counts_instead_of_the_captions(splits: dict[str, Manifest], tmp_path: Path) -> None:
@@ -251,7 +257,8 @@ def test_a_file_of_words_counts_instead_of_the_captions(splits: dict[str, Manife
     published.write_text(json.dumps({"<start>": 4, "red": 2, "<pad>": 0, "<end>": 5, "zebra": 1, "<unk>": 3}))
     for file in (own, published):
         for manifest in (splits["train"], splits["mute"]):
-            assert vocabulary_of(config_of(f"visft.tasks.captioning.vocabulary.file={file}"), manifest) == words
+            config = config_of(f"visft.tasks.captioning.vocabulary.file={file}")
+            assert vocabulary_of(config, only(manifest, config)) == words
         assert read_vocabulary(file) == words
 
 

@@ -31,6 +31,7 @@ from visft_ds.evals.records import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.prepare.data import vocabulary_of
+from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run.evaluation import Validation
@@ -173,7 +174,7 @@ class Parts:
 def parts(shards: Path) -> Parts:
     settings = [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, **EXTRA}.items()]
     config = resolve(stage=1, model="debug", settings=settings)
-    vocabulary = vocabulary_of(config.visft, Manifest.load(shards, "train"))
+    vocabulary = vocabulary_of(config.visft, {"train": TrainingSet(Manifest.load(shards, "train"), ("captioning",))})
     assert vocabulary is not None
     return Parts(config, Manifest.load(shards, "val"), vocabulary)
 

@@ -15,8 +15,8 @@ from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
-from visft_ds.prepare.data import pipelines_of, plan_of, streams_of
-from visft_ds.prepare.datasets import open_training_data, settle_classes
+from visft_ds.prepare.data import open_data, pipelines_of, plan_of, streams_of
+from visft_ds.prepare.datasets import open_training_data
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
@@ -54,7 +54,8 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
 def settled(split: Manifest, *settings: str) -> ResolvedConfig:
     own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
     given = [f"visft.data.root={split.root}", "visft.mode=sampled", "visft.tasks=" + ",".join(BOTH)]
-    return settle_classes(resolve(stage=1, model="debug", settings=[*own, *given, *settings]), split)
+    config = resolve(stage=1, model="debug", settings=[*own, *given, "visft.run.eval_every=0", *settings])
+    return open_data(config, 1)[0]
 
 
 def num_classes(config: ResolvedConfig) -> list[int]:
@@ -67,7 +68,7 @@ def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits
     assert num_classes(config) == [len(OWN)] * 2
     sets = open_training_data(config.visft)
     reader = ShardReader(sets["train"].manifest)
-    made = pipelines_of(config.visft, sets, None)
+    made = pipelines_of(streams_of(config.visft, splits["own"]), sets, None)
     loader = StepLoader({"train": reader}, plan_of(config.visft, sets), made, num_workers=0)
     classes = {name: one.classes for name, one in streams_of(config.visft, splits["own"]).items()}
     true: dict[int, list[int]] = {}

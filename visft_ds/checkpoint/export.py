@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import Checkpoint, explained, newest_checkpoint, open_checkpoint
 from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import TaskConfig
@@ -68,16 +68,17 @@ def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary |
     """Write what a run does not train and no other folder is sure to have: drawn base weights, heads of stage 1.
 
     Without its record, which is written last, the folder is no export yet. Heads that work with words, and whose file
-    (a published one) has none, get those of `vocabulary`. Main process only.
+    (a published one) has none, get those of `vocabulary`. Main process only. Raises OSError: a full disk.
     """
-    (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
-    if prepared.base.drawn:
-        save_base(prepared.base, prepared.module.backbone, folder / BACKBONE_FILE)
-    for task, head in prepared.heads.items():
-        extra = dict(head.info.extra)
-        if vocabulary is not None and TASKS[task].uses_vocabulary:
-            extra.setdefault("vocabulary", vocabulary.to_dict())
-        save_head(head_file(folder, task), replace(head.info, extra=extra), _read(head.tensors))
+    with explained("what the run does not train", folder, "The same command continues"):
+        (folder / EXPORT_RECORD_FILE).unlink(missing_ok=True)
+        if prepared.base.drawn:
+            save_base(prepared.base, prepared.module.backbone, folder / BACKBONE_FILE)
+        for task, head in prepared.heads.items():
+            extra = dict(head.info.extra)
+            if vocabulary is not None and TASKS[task].uses_vocabulary:
+                extra.setdefault("vocabulary", vocabulary.to_dict())
+            save_head(head_file(folder, task), replace(head.info, extra=extra), _read(head.tensors))
 
 
 def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mapping[str, Lazy] | None = None) -> None:

@@ -32,6 +32,7 @@ from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pi
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
+_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _CHANGED = "content does not match its sha256; the file was changed or damaged"
 
 
@@ -109,15 +110,17 @@ def delete_checkpoint(path: Path) -> None:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint under its final name, complete or damaged, in order."""
-    return [step for step, final, _ in _folders(folder) if final]
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(int(name[1]) for name in names if name and not name[2])
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are complete, and a line for each newer one that was skipped."""
     skipped: list[str] = []
-    for _, _, path in reversed(_folders(folder)):
+    names = [name for path in folder.glob("step_*") if path.is_dir() and (name := _NAME.fullmatch(path.name))]
+    for name in sorted(names, key=lambda name: (int(name[1]), not name[2]), reverse=True):
         try:
-            return open_checkpoint(path), skipped
+            return open_checkpoint(folder / name[0]), skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     return None, skipped
@@ -206,9 +209,3 @@ def _tidy(folder: Path) -> None:
             delete_checkpoint(path)
         else:
             os.replace(path, path.with_suffix(""))
-
-
-def _folders(folder: Path) -> list[tuple[int, bool, Path]]:
-    """(step, whether it has its final name, path) of what may be a checkpoint; the last one is the first to try."""
-    found = [(re.fullmatch(r"step_(\d{8,})(\.old)?", path.name), path) for path in folder.glob("step_*")]
-    return sorted((int(match[1]), not match[2], path) for match, path in found if match and path.is_dir())

@@ -6,18 +6,6 @@ cli: the flags.
 """
 
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
-from visft_ds.config.preflight import Missing, missing_inputs, render_missing
-from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve
+from visft_ds.config.resolve import ResolvedConfig, changed, resolve
 
-__all__ = [
-    "Batches",
-    "Missing",
-    "ResolvedConfig",
-    "changed",
-    "deepspeed_dict",
-    "derive_batches",
-    "identity_differences",
-    "missing_inputs",
-    "render_missing",
-    "resolve",
-]
+__all__ = ["Batches", "ResolvedConfig", "changed", "deepspeed_dict", "derive_batches", "resolve"]

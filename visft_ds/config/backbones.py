@@ -13,26 +13,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visft_ds import pretrained
 from visft_ds.config.fields import nearest
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, available, load_json
 from visft_ds.files import read_bytes, reading
-from visft_ds.pretrained import (
-    HUB,
-    TIMM,
-    WEIGHT_SUFFIXES,
-    HubFile,
-    fetch,
-    local,
-    on_hub,
-    timm_name,
-    weights_among,
-    weights_of_timm,
-)
+from visft_ds.pretrained import HUB, TIMM, HubFile, local, on_hub
 
 #: Arguments of a model of timm that do not change its feature map, or that every backbone is made with.
 _IDLE = ("num_classes", "global_pool", "dynamic_img_size", "drop_rate", "drop_path_rate", "class_token", "img_size")
@@ -45,16 +35,7 @@ class Named:
     text: str  #: as it was given
     name: str | None  #: for run folders; None: that of the model stays
     weights: str | None  #: value of `visft.model.weights`; None: random ones
-    #: `preset`, `overrides` and `layers` of `visft.model`; empty where the name tells no model
-    shape: Mapping[str, Any]
-
-    @property
-    def description(self) -> dict[str, Any] | None:
-        """Preset and options of the model, where the name tells them."""
-        if not self.shape:
-            return None
-        layers = {"layers": self.shape["layers"]} if self.shape["layers"] else {}
-        return {"preset": self.shape["preset"], **self.shape["overrides"], **layers}
+    description: Mapping[str, Any] | None  #: preset and options of the model; None: the name tells no model
 
     def file(self, *, download: bool = False) -> Path:
         """The weights on this machine. Raises ValueError as `on_this_machine`, and where there are none."""
@@ -70,7 +51,7 @@ def on_this_machine(weights: str, *, download: bool) -> Path:
         return path
     if not download:
         raise ValueError(f"{name} is not in the hub's cache: --download fetches it; or give a file")
-    return fetch(name)
+    return pretrained.fetch(name)
 
 
 def named(text: str, *, download: bool = False) -> Named:
@@ -82,7 +63,7 @@ def named(text: str, *, download: bool = False) -> Named:
     path = Path(text)
     if text.startswith(TIMM):
         model = text.removeprefix(TIMM)
-        return Named(text, _slug(model), weights_of_timm(model), _shape(text))
+        return Named(text, _slug(model), pretrained.weights_of_timm(model), {"preset": text})
     if text.startswith(HUB):
         file = HubFile.parse(text)
         config = on_this_machine(f"{HUB}{file.repository}@{file.revision}/config.json", download=download)
@@ -90,12 +71,12 @@ def named(text: str, *, download: bool = False) -> Named:
     if text in available("models"):
         return Named(text, text, *_model_file(text))
     if path.is_dir():
-        inside = weights_among(inner.name for inner in path.iterdir())
+        inside = pretrained.weights_among(inner.name for inner in path.iterdir())
         if inside is None:
             raise ValueError(f"{text} has not one weight file to take: give the file")
         return Named(text, _slug(path.resolve().name), str(path / inside), _described(path / "config.json", text))
-    if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
-        return Named(text, None, text, {})
+    if path.is_file() or path.suffix in pretrained.WEIGHT_SUFFIXES:
+        return Named(text, None, text, None)
     try:
         return named(f"{TIMM}{text}")
     except ValueError as error:
@@ -111,24 +92,24 @@ def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:
             name.
     """
     shipped = {name: _model_file(name) for name in available("models")}
-    if model is None and found.shape:
-        presets = {shape["preset"]: name for name, (weights, shape) in shipped.items() if on_hub(weights or "")}
-        (nearest_preset,) = difflib.get_close_matches(found.shape["preset"], presets, n=1, cutoff=0.0)
+    options = dict(found.description or {})
+    if model is None and options:
+        presets = {other["preset"]: name for name, (weights, other) in shipped.items() if on_hub(weights or "")}
+        (nearest_preset,) = difflib.get_close_matches(options["preset"], presets, n=1, cutoff=0.0)
         model = found.text if found.text in shipped else presets[nearest_preset]
-    if model in shipped and shipped[model] == (found.weights, found.shape):
+    if model in shipped and shipped[model] == (found.weights, options):
         return model, {}
-    values = {"weights": found.weights, **found.shape, **({} if found.name is None else {"name": found.name})}
+    values: dict[str, Any] = {"weights": found.weights, **({} if found.name is None else {"name": found.name})}
+    if options:
+        values |= {"preset": options.pop("preset"), "layers": options.pop("layers", []), "overrides": options}
     return model, {f"visft.model.{key}": (value, f"--backbone {found.text}") for key, value in values.items()}
 
 
-def _shape(preset: str, overrides: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> dict[str, Any]:
-    return {"preset": preset, "overrides": dict(overrides or {}), "layers": list(layers)}
-
-
 def _model_file(name: str) -> tuple[str | None, dict[str, Any]]:
-    """Weights and shape of the backbone in a file in ds_configs/models."""
+    """Weights and description of the backbone in a file in ds_configs/models."""
     values = load_json(CONFIG_ROOT / "models" / f"{name}.json")["visft"]["model"]
-    return values["weights"], _shape(values["preset"], values.get("overrides"), values.get("layers", ()))
+    layers = {"layers": values["layers"]} if values.get("layers") else {}
+    return values["weights"], {"preset": values["preset"], **values.get("overrides", {}), **layers}
 
 
 def _described(path: Path, text: str) -> dict[str, Any]:
@@ -145,8 +126,8 @@ def _described(path: Path, text: str) -> dict[str, Any]:
         if len(sides) > 1:
             raise ValueError(f"it is made for images of {size} pixels: only squares can be had")
         mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
-        preset, image_size = timm_name(name, settings.get("tag"), mean, std, *sides)
-    return _shape(f"{TIMM}{preset}", {} if image_size is None else {"image_size": image_size})
+        preset, image_size = pretrained.timm_name(name, settings.get("tag"), mean, std, *sides)
+    return {"preset": f"{TIMM}{preset}", **({} if image_size is None else {"image_size": image_size})}
 
 
 def _slug(name: str) -> str:

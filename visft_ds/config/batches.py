@@ -35,14 +35,6 @@ class Batches:
         """Number of micro-batches in a global batch."""
         return self.dp * self.accumulation
 
-    def equations(self) -> list[str]:
-        """Equations of the batch sizes, a line for each stream."""
-        parts = "processes" if self.stages == 1 else "pipelines"
-        return [
-            f"{task}: {total} images = {self.micro[task]} x accumulation {self.accumulation} x {parts} {self.dp}"
-            for task, total in self.batch_size.items()
-        ]
-
 
 def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     """The smallest accumulation that suits every task: batch_size divides evenly and no micro-batch is too large.
@@ -70,17 +62,19 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
         raise ValueError("\n".join(lines))
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
     common = math.gcd(*shares.values())
-    for accumulation in (n for n in range(1, common + 1) if common % n == 0):
-        micro = {name: share // accumulation for name, share in shares.items()}
-        if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
-            return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
     for name, stream in streams.items():
         if (least := shares[name] // common) > stream.micro_batch:
             lines.append(
                 f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
                 f"{least} x accumulation {common} x processes {dp}"
             )
-    raise ValueError("\n".join(lines))
+    if lines:
+        raise ValueError("\n".join(lines))
+    for accumulation in (n for n in range(1, common + 1) if common % n == 0):
+        micro = {name: share // accumulation for name, share in shares.items()}
+        if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
+            break
+    return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
 
 
 def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:

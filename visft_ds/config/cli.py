@@ -119,7 +119,8 @@ def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, A
     if given.backbone is not None:
         model, of_backbone = model_of(named(given.backbone, download=given.download), model)
     if whole is None:
-        flags = {**of_backbone, **own.of_backbone(model, of_backbone, settings), **flags}
+        of_recipe = own.of_backbone(model, of_backbone, settings) if model in (own.MODEL, own.DEMO) else {}
+        flags = {**of_backbone, **of_recipe, **flags}
     model = model or DEFAULT_MODEL
     resolved = partial(resolve, stage=stage, model=model, engine=given.engine, whole=whole, settings=settings)
     config = resolved(flags=flags)

@@ -18,7 +18,7 @@ from visft_ds.data.shards import manifest_path
 from visft_ds.pretrained import TIMM
 from visft_ds.tasks import config_class
 
-MODEL = "own"
+MODEL, DEMO = "own", "lite0"  #: files in ds_configs/models; the second is the demo's
 #: Steps that 20 to 200 photographs need alike; more photographs are passed through so often instead.
 STEPS, PASSES = 550, 30
 VIEWS, EVALUATIONS = 12, 3
@@ -59,12 +59,12 @@ def lite0_of_pip() -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
 
 
-def of_backbone(model: str | None, backbone: Flags, settings: Sequence[str]) -> Flags:
+def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
     """Weights that pip brought, where none were named or are here, and the map that is read of another backbone."""
     if not backbone:
-        demo = model == "lite0" and not Path("weights/efficientnet_lite0.safetensors").exists()
+        here = model == DEMO and Path("weights/efficientnet_lite0.safetensors").exists()
         stated = any(text.startswith("visft.model.weights=") for text in settings)
-        weights = lite0_of_pip() if (demo or model == MODEL) and not stated else None
+        weights = None if here or stated else lite0_of_pip()
         return {} if weights is None else {"visft.model.weights": (str(weights), "pip's efficientnet_lite0")}
     preset, _ = backbone.get("visft.model.preset", ("", ""))
     if model != MODEL or not preset.startswith(TIMM):

@@ -98,7 +98,10 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
         sources = {by for key, by in config.sources.items() if key.startswith(f"visft.tasks.{name}.")}
         shipped = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json" in sources
         wanted = not shipped or any(source.startswith("--") for source in sources)
-        if not wanted and (lacks := task.lacks(sets[0].counts, sets[0].findings)):
+        counted, lacks = ("captions", "captions") if task.labels == "captions" else ("trainable", "objects")
+        if sets[0].counts.get(counted, 0):
+            lacks = task.misleads(sets[0].counts, sets[0].findings) or ""
+        if lacks and not wanted:
             found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
     if len(sets) == 1 and "maps" in sets[0].labels and "semantic" not in tasks:
         return {"visft.tasks.semantic": ({}, "the data, which has label maps"), **found}

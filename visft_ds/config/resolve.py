@@ -106,13 +106,11 @@ def _layer_file(folder: str, name: str) -> Path:
     return CONFIG_ROOT / folder / f"{name}.json"
 
 
-def display(path: Path) -> str:
-    """A path for messages; a shipped configuration is ds_configs/..., wherever it is installed."""
-    return str(path.relative_to(CONFIG_ROOT.parent) if path.is_relative_to(CONFIG_ROOT) else path)
+def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
+    """The object in a configuration file, which messages call `name`.
 
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
+    Raises ValueError, also for a key that stands twice; OSError for no file.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -120,7 +118,7 @@ def load_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a key stands twice in one object: {', '.join(key for key, _ in pairs)}")
         return found
 
-    with reading(display(path), "a configuration (a JSON object)"):
+    with reading(name or path, "a configuration (a JSON object)"):
         value = json.loads(read_bytes(path), object_pairs_hook=unique)
         if not isinstance(value, dict):
             raise ValueError(shorten(value))
@@ -225,12 +223,14 @@ def resolve(
         if stage not in (None, stated := tree.value("visft.stage")):
             raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it")
     for path in files:
-        values, source = load_json(path), display(path)
-        override = values.pop("override", {})
-        tree.lay(values, source)
+        # A shipped one is ds_configs/..., wherever it is installed.
+        source = str(path.relative_to(CONFIG_ROOT.parent) if path.is_relative_to(CONFIG_ROOT) else path)
+        values = load_json(path, source)
         with reading(source, 'a model file, with "override": {"stage1": {"optimizer.params.lr": 0.001}}'):
-            for key, value in override.get(f"stage{stage}", {}).items():
-                tree.assign(key, value, f"{source} (override)")
+            override = values.pop("override", {}).get(f"stage{stage}", {}).items()
+        tree.lay(values, source)
+        for key, value in override:
+            tree.assign(key, value, f"{source} (override)")
     for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
     for key, value in map(parse_assignment, settings):
@@ -260,8 +260,7 @@ def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
     """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
 
-    Raises:
-        ValueError: as `resolve`.
+    Raises ValueError as `resolve`.
     """
     return resolve(whole=(config.to_dict(), "the configuration"), engine=engine, settings=settings)
 

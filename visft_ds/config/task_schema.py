@@ -38,7 +38,7 @@ class Stream:
     """Kind of optimiser step: its tasks, batch size and share of the steps."""
 
     name: str  #: of the task, or "shared"
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  #: in the order of the table of tasks
     share: float  #: of the steps, relative to the other streams
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once
@@ -90,12 +90,6 @@ class TaskConfig(StreamConfig):
     updates: Positive | None = None
     head: StrictModel
     loss: BaseModel
-
-    @classmethod
-    def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
-        """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
-        counted, name = ("captions", "captions") if cls.labels == "captions" else ("trainable", "objects")
-        return cls.misleads(counts, findings) if counts.get(counted, 0) else name
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:

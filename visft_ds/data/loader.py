@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
@@ -81,42 +81,24 @@ class _BatchMaker(Dataset[Batch | Exception]):
             return error  # raised by the consumer: torch would wrap it into another message
 
 
+@dataclass(eq=False)
 class StepLoader:
-    """Loader of the batches of one data-parallel rank.
+    """Loader of the batches of one data-parallel rank."""
 
-    Args:
-        plan: the order; the loader never draws anything itself.
-        pipelines: task -> data set -> transform and collate.
-        dp_rank, dp_size, accumulation: this rank's part of each global batch.
-        role: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches
-            without pixels, of the same samples in the same order; None (between them) steps without batches.
-        num_workers: processes; 0 works in the caller's thread.
-        prefetch_steps: how many steps may be ready beyond the one in use.
-
-    `wait_seconds` is the time the last step made its consumer wait.
-    """
-
-    def __init__(
-        self,
-        sets: Mapping[str, ShardReader],
-        plan: Plan,
-        pipelines: Mapping[str, Mapping[str, SamplePipeline]],
-        *,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        accumulation: int = 1,
-        role: Role | None = "both",
-        num_workers: int = 0,
-        prefetch_steps: int = 2,
-    ) -> None:
-        self.plan, self.wait_seconds = plan, 0.0
-        self._part, self._accumulation = (dp_rank, dp_size, accumulation), accumulation if role else 0
-        self._maker = _BatchMaker(sets, pipelines, role or "both")
-        self._workers, self._ahead = num_workers, prefetch_steps * accumulation
-
-    def keep_features(self, features: FeatureCache) -> None:
-        """From the next call of `steps` on, give samples their kept features, if there are any, without pixels."""
-        self._maker = replace(self._maker, features=features)
+    sets: Mapping[str, ShardReader]
+    plan: Plan  #: the order; the loader never draws anything itself
+    pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
+    _: KW_ONLY
+    dp_rank: int = 0  #: with the next two, this rank's part of each global batch
+    dp_size: int = 1
+    accumulation: int = 1
+    #: "images" (first stage of a pipeline) gives batches without targets, "labels" (its last stage) batches without
+    #: pixels, of the same samples in the same order; None (between them) steps without batches
+    role: Role | None = "both"
+    num_workers: int = 0  #: processes; 0 works in the caller's thread
+    prefetch_steps: int = 2  #: how many steps may be ready beyond the one in use
+    features: FeatureCache | None = None  #: those that it has are given to samples in place of pixels
+    wait_seconds: float = field(default=0.0, init=False)  #: how long the last step made its consumer wait
 
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """The plan of each global batch from `start` to `stop` (exclusive), with this rank's micro-batches.
@@ -124,11 +106,15 @@ class StepLoader:
         An error in a worker appears here, at its step. Leaving the loop in any way ends the workers.
         """
         numbers = range(start, sys.maxsize if stop is None else stop)
-        split = (self.plan.split(self.plan.step(step), *self._part)[: self._accumulation] for step in numbers)
-        parts = itertools.chain.from_iterable(split)
-        batches = _made(self._maker, parts, self._workers, self._ahead)
-        remote = any(reader.manifest.remote for reader in self._maker.sets.values())
-        fetching = ThreadPoolExecutor(1, "fetch") if remote and self._accumulation else None
+        accumulation = self.accumulation if self.role else 0
+        split = (
+            self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation) for step in numbers
+        )
+        parts = (part for micro in split for part in micro[:accumulation])
+        maker = _BatchMaker(self.sets, self.pipelines, self.role or "both", self.features)
+        batches = _made(maker, parts, self.num_workers, self.prefetch_steps * accumulation)
+        remote = any(reader.manifest.remote for reader in self.sets.values())
+        fetching = ThreadPoolExecutor(1, "fetch") if remote and accumulation else None
         try:
             for step in numbers:
                 if fetching is not None:
@@ -136,7 +122,7 @@ class StepLoader:
                     for later in range(first, min(step + _FETCHED_STEPS + 1, numbers.stop)):
                         fetching.submit(self._fetch, later)
                 began = time.perf_counter()
-                micro_batches = list(itertools.islice(batches, self._accumulation))
+                micro_batches = list(itertools.islice(batches, accumulation))
                 self.wait_seconds = time.perf_counter() - began
                 yield self.plan.step(step), micro_batches
         finally:
@@ -146,13 +132,13 @@ class StepLoader:
 
     def close(self) -> None:
         """Close the shards. A later step opens them again."""
-        for reader in self._maker.sets.values():
+        for reader in self.sets.values():
             reader.close()
 
     def _fetch(self, step: int) -> None:
         """Copy the shards of a step. An error appears where they are read, which tries again."""
-        for part in self.plan.split(self.plan.step(step), *self._part):
-            manifest = self._maker.sets[part.dataset].manifest
+        for part in self.plan.split(self.plan.step(step), self.dp_rank, self.dp_size, self.accumulation):
+            manifest = self.sets[part.dataset].manifest
             for shard in np.unique(manifest.index["shard"][part.indices]).tolist():
                 manifest.fetch(shard)
 

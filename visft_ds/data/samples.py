@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +55,6 @@ class Targets:
 
     host: ClassVar[tuple[str, ...]] = ()  #: fields that only the host uses: it must not wait for a copy to come back
 
-    def to(self, device: torch.device) -> Self:
-        """The same targets on `device`, except the fields `host`."""
-        names = [one.name for one in fields(self) if one.name not in self.host]
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
-
     def head_inputs(self) -> dict[str, Tensor]:
         """Inputs of the head besides the features in training; most heads need none."""
         return {}
@@ -92,7 +87,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch with all that a model needs on `device`; the host does not wait (`ops.to_device`)."""
         images, sizes = to_device(self.images, device), to_device(self.sizes, device)
-        targets = {task: target.to(device) for task, target in self.targets.items()}
+        targets = {}
+        for task, target in self.targets.items():
+            names = [one.name for one in fields(target) if one.name not in target.host]
+            targets[task] = replace(target, **{name: to_device(getattr(target, name), device) for name in names})
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=images, sizes=sizes, targets=targets, views=views)
 

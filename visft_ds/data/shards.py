@@ -172,13 +172,6 @@ class Manifest:
             file = self.shards[shard]
             self.remote.copy(file.name, file.bytes, file.sha256)
 
-    def open(self, shard: int) -> int:
-        """Descriptor of a shard, fetched first if it is remote. Raises as `RemoteFolder.copy`."""
-        file = self.shards[shard]
-        if self.remote is not None:
-            return self.remote.open(file.name, file.bytes, file.sha256)
-        return os.open(Path(self.root, file.name), os.O_RDONLY | os.O_CLOEXEC)
-
 
 class DamagedSample(ValueError):
     """A sample whose bytes are not those that the index describes, or that are no image."""
@@ -216,7 +209,11 @@ class ShardReader:
         with self._lock:
             file = self._files.pop(shard, None)
             if file is None:
-                file = self.manifest.open(shard)
+                remote, about = self.manifest.remote, self.manifest.shards[shard]
+                if remote is None:
+                    file = os.open(Path(self.manifest.root, about.name), os.O_RDONLY | os.O_CLOEXEC)
+                else:  # fetched first
+                    file = remote.open(about.name, about.bytes, about.sha256)
                 if len(self._files) >= _MOST_OPEN:
                     os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = file

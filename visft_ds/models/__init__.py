@@ -30,5 +30,6 @@ def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any], dev
     layers = sizes.pop("layers", ())
     with torch.device("meta"):
         backbone = EvaViT(replace(PRESETS[preset], **sizes)).to(dtype)
-    backbone.read_after(layers)
+    if layers:
+        backbone.read_after(layers)
     return backbone.to_empty(device=device)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from visft_ds.ops import autocast_dtype, autocast_to, gelu, matmul_dtype
+from visft_ds.ops import autocast_dtype, autocast_to, gelu
 from visft_ds.ops.attention import Packing, attention_packed
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
@@ -56,20 +56,18 @@ _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in autocast's dtype, else in the weight's; its bias may come with the call."""
+    """A linear layer in the dtype of its input; its bias may come with the call."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight, bias = self.weight, self.bias if bias is None else bias
-        dtype = matmul_dtype(weight)
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        bias = self.bias if bias is None else bias
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in the dtype of its input, also under autocast, which would keep an fp32 copy of a 16-bit input."""
+    """Layer norm in the dtype of its input; of a 16-bit one autocast would keep an fp32 copy, so blocks turn it off."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with autocast_to(x.device, None):
-            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Patches(nn.Conv2d):
@@ -77,7 +75,7 @@ class Patches(nn.Conv2d):
     the last complete patch are dropped."""
 
     def forward(self, images: Tensor) -> Tensor:
-        dtype = matmul_dtype(self.weight)
+        dtype = autocast_dtype(images.device) or self.weight.dtype
         assert self.bias is not None
         map_ = F.conv2d(images.to(dtype), self.weight.to(dtype), self.bias.to(dtype), stride=self.stride)
         # Contiguous, since every sum of the residual stream would inherit the order of the convolution.
@@ -94,29 +92,14 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), or packed (1, T, D), without `proj`, which the block applies and may recompute."""
-        batch, length, width = x.shape
+    def forward(self, x: Tensor, images: int, packing: Packing | None = None) -> Tensor:
+        """(B * N, D) -> (B * N, D), or packed (T, D), without `proj`, which the block applies and may recompute."""
         qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
+        q, k, v = qkv.view(images, -1, 3, self.num_heads, x.shape[1] // self.num_heads).unbind(2)  # (B, N, heads, d)
         if packing is None:
-            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        else:
-            mixed = attention_packed(q[0], k[0], v[0], packing)
-        return mixed.reshape(batch, length, width)
-
-
-class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gelu(self.fc1(x)))
-        return out
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            return mixed.transpose(1, 2).reshape(x.shape)
+        return attention_packed(q[0], k[0], v[0], packing).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -128,22 +111,28 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(config.width, config.num_heads)
         self.norm2 = LayerNorm(config.width, eps=1e-6)
-        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        hidden = int(config.width * config.mlp_ratio)
+        self.mlp = nn.ModuleDict({"fc1": Linear(config.width, hidden), "fc2": Linear(hidden, config.width)})
 
     def forward(self, x: Tensor, packing: Packing | None = None, recompute_mlp: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D), in the dtype of the residual stream; with a packing (1, T, D)."""
+        # Branches compute in autocast's dtype, else in that of the matrices; `qkv.weight` would gather it under ZeRO-3.
+        dtype = autocast_dtype(x.device) or next(self.attn.qkv.parameters()).dtype
+        stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
         rest = partial(_checkpoint, self._projected_and_mlp) if recompute_mlp else self._projected_and_mlp
-        # The result of the first branch gets no name here, which would keep it in memory until the block ends.
-        x, branch = rest(x, self.attn(x if self.post_norm else self.norm1(x), packing))
-        return x + (self.norm2(branch) if self.post_norm else branch)
+        with autocast_to(x.device, None):
+            # What the first branch takes and gives gets no name, which would keep it in memory until the block ends.
+            stream, branch = rest(
+                stream, self.attn((stream if self.post_norm else self.norm1(stream)).to(dtype), len(x), packing)
+            )
+            stream = stream + (self.norm2(branch) if self.post_norm else branch)
+        return stream.view(x.shape)
 
     def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream after the first branch, and the result of the second branch."""
-        if self.post_norm:
-            x = x + self.norm1(self.attn.proj(attended))
-            return x, self.mlp(x)
-        x = x + self.attn.proj(attended)
-        return x, self.mlp(self.norm2(x))
+        """The residual stream after the first branch, and the result of the second branch, fc2(gelu(fc1(x)))."""
+        x = x + (self.norm1(self.attn.proj(attended)) if self.post_norm else self.attn.proj(attended))
+        given = x if self.post_norm else self.norm2(x)
+        return x, self.mlp["fc2"](gelu(self.mlp["fc1"](given.to(attended.dtype))))
 
 
 class _Recomputed(torch.autograd.Function):
@@ -173,11 +162,11 @@ class _Recomputed(torch.autograd.Function):
 def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
-    last = list(block.mlp.fc2.parameters())
-    followed = block.post_norm or any(each.requires_grad for each in last)
-    if not followed or any(hasattr(each, "ds_id") for each in last):
+    parameters = list(block.parameters())
+    followed = block.post_norm or any(each.requires_grad for each in block.mlp["fc2"].parameters())
+    if not followed or hasattr(parameters[0], "ds_id"):
         return _checkpoint(block, x, packing)
-    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)
     return out
 
@@ -209,7 +198,7 @@ class EvaViT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, eps=1e-6)
-        self.read_after(())
+        self.depth, self.layers_read, self.pruning = config.depth, tuple[int, ...](), ""
 
     def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
         """(B, 3, H, W), already normalised, at least one patch -> (B, D, h, w) after the last norm, channels last.
@@ -220,7 +209,7 @@ class EvaViT(nn.Module):
         to it, as in ViSFT's code.
         """
         if frames is None:
-            return self.feature_map(self.tokens(images), self.grid(images))
+            return self.feature_map(self.tokens(images), images.shape[-2:])
         grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
         first = int(self.cls_token is not None)
         packing = Packing.of([first + height * width for height, width in grids], images.device)
@@ -237,24 +226,23 @@ class EvaViT(nn.Module):
 
     def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
         """Input of the first block: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
-        size = self.grid(images)
         x = self.patch_embed(images)
         if autocast_dtype(x.device) is not None:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if grids is None:
-            return self._positioned(x, size)
         # Patches do not overlap: embedded once for the padded batch, where ZeRO-3 expects one call on every rank.
-        maps = zip(x.unflatten(1, size), grids, strict=True)
-        rows = [self._positioned(cells[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for cells, grid in maps]
-        return torch.cat(rows, dim=1)
-
-    def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, h*w, D) with positions added, after the class token if there is one."""
-        x = x + resized_positions(self.pos_embed[0, 1:], grid)
-        if self.cls_token is None:
-            return x
-        first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
-        return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
+        size = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        parts = [(x, size)]
+        if grids is not None:
+            maps = zip(x.unflatten(1, size), grids, strict=True)
+            parts = [(cells[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for cells, grid in maps]
+        rows = []
+        for part, grid in parts:
+            row = part + resized_positions(self.pos_embed[0, 1:], grid)
+            if self.cls_token is not None:
+                first = (self.cls_token + self.pos_embed[:, :1]).to(row.dtype)
+                row = torch.cat([first.expand(len(row), -1, -1), row], dim=1)
+            rows.append(row)
+        return rows[0] if grids is None else torch.cat(rows, dim=1)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """From now on the blocks run through torch.compile; numbers of images and tokens are symbols in it."""
@@ -272,7 +260,8 @@ class EvaViT(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        return f"width {self.width}, {self.depth} blocks" + (f", read after {self.ends()[-1]}" * bool(self.layers_read))
+        read = f", read after blocks.{self.depth - 1}" if self.layers_read else ""
+        return f"width {self.width}, {self.depth} blocks{read}"
 
     def ends(self) -> list[str]:
         """Names of the blocks that can be read, by number."""
@@ -280,20 +269,15 @@ class EvaViT(nn.Module):
 
     def read_after(self, layers: Sequence[int]) -> None:
         """Leave out the blocks behind these; the last norm stays. Raises ValueError for a block that it lacks."""
-        self.layers_read: tuple[int, ...] = tuple(layers)
-        if layers:
-            del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
+        self.layers_read = tuple(layers)
+        del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
         self.depth = len(self.blocks)
         self.pruning = f"model.prune_intermediate_layers([{self.depth - 1}])"  # of timm's model of the whole tower
 
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w) for images (B, 3, H, W)."""
-        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-
-    def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, [1 +] h*w, D) -> (B, D, h, w); the class token is left out."""
+    def feature_map(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, [1 +] h*w, D), of images of this height and width -> (B, D, h, w); the class token is left out."""
         patches = tokens if self.cls_token is None else tokens[:, 1:]
-        return patches.transpose(1, 2).reshape(patches.shape[0], self.width, *grid)
+        return patches.transpose(1, 2).unflatten(2, [side // self.patch_size for side in size])
 
 
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:

@@ -38,11 +38,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def matmul_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype a matrix product with this weight is computed in: autocast's, else the one the weight is stored in."""
-    return autocast_dtype(weight.device) or weight.dtype
-
-
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to what `autocast_dtype` returned elsewhere inside; for None it is off, for code that casts by hand."""
     if dtype == autocast_dtype(device):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import autocast_to, matmul_dtype, stand_in
+from visft_ds.ops import autocast_dtype, autocast_to, stand_in
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
@@ -45,7 +45,7 @@ def lora_linear(
     backend: str | None = None,
     wide: WideWeight | None = None,
 ) -> Tensor:
-    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else the weight's: (..., F).
+    """Linear layer plus low-rank updates of some output slices, in autocast's dtype, else that of x: (..., F).
 
     Gradients arrive in the dtype of their tensor, so fp32 adapters over 16-bit weights get fp32 gradients.
 
@@ -59,7 +59,7 @@ def lora_linear(
         backend: "eager", "augmented" or "triton"; None: `choose_backend`.
         wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
     """
-    dtype = matmul_dtype(weight)
+    dtype = autocast_dtype(x.device) or x.dtype
     backend = backend or choose_backend(weight.device, dtype)
     kept = wide.beside(weight, dtype, len(lora_a)) if wide and backend == "augmented" else None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
@@ -152,7 +152,7 @@ class _LoraLinear(torch.autograd.Function):
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
         ctx.save_for_backward(x if need_weight or need_a else None, u if need_b else None, weight, lora_a, lora_b)
-        ctx.scale, ctx.slices, ctx.backend, ctx.x_shape = scale, slices, backend, x.shape
+        ctx.scale, ctx.slices, ctx.backend, ctx.kept, ctx.x_shape = scale, slices, backend, kept, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         # To autograd no view: timm's EVA adds a bias in place.
         shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
@@ -173,7 +173,9 @@ class _LoraLinear(torch.autograd.Function):
             # Sums over tokens below: on CPUs it is faster to leave the wider tensor as it lies, and to transpose the
             # small result.
             xt: Any = None if x is None else x.reshape(-1, x.shape[-1]).t()
-            if need_x or need_a:
+            if (need_x or need_a) and ctx.kept is not None:  # as the forward left it
+                du = _product(dy, ctx.kept[:, weight.shape[1] :], ctx.scale)
+            elif need_x or need_a:
                 du = torch.cat([_product(dy[:, lo:hi], b[part], ctx.scale) for lo, hi, _, part in parts], dim=1)
             if need_x and ctx.backend == "triton":
                 from visft_ds.ops.triton_lora import sum_of_products

@@ -15,7 +15,7 @@ _NEVER = 2**31 - 1
 
 
 class LossScale:
-    """The dynamic loss scale of an engine in fp16; 1 in fp32 and bf16, which have none.
+    """The dynamic loss scale of an engine in fp16.
 
     DeepSpeed keeps a scaler of torch's on each rank and lets it decide after each parameter group. So the scale may
     grow between two groups of one step, whose second one is then divided by twice of what it was multiplied with; it
@@ -25,32 +25,22 @@ class LossScale:
 
     Args:
         engine: of DeepSpeed.
+        scaler: its own.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        scaler: torch.amp.GradScaler | None = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-        self._scaler = engine.torch_autocast_z0_gradscaler if scaler is None else scaler
-        self._state: dict[str, Any] = {}
-        if self._scaler is not None:
-            # A scaler makes its tensors when it scales a loss; pipeline stages without one divide by it all the same.
-            self._scaler.scale(torch.zeros((), device=engine.device))
-            self.restore(self._scaler.state_dict())
-
-    @property
-    def dynamic(self) -> bool:
-        """Return True if the loss scale is dynamic."""
-        return self._scaler is not None
+    def __init__(self, engine: Any, scaler: torch.amp.GradScaler) -> None:
+        self._engine, self._scaler = engine, scaler
+        # A scaler makes its tensors when it scales a loss; pipeline stages without one divide by it all the same.
+        scaler.scale(torch.zeros((), device=engine.device))
+        self.restore(scaler.state_dict())
 
     @property
     def value(self) -> float:
         """Factor on the loss of the next step."""
-        return float(self._state.get("scale", 1.0))
+        return float(self._state["scale"])
 
     def move(self, *, overflow: bool) -> None:
         """Take note of a finished step: fall by half after an overflow, double after 2000 steps without one."""
-        if self._scaler is None:
-            return
         state = dict(self._state)
         state["_growth_tracker"] = 0 if overflow else state["_growth_tracker"] + 1
         if overflow:
@@ -60,13 +50,11 @@ class LossScale:
         self.restore(state)
 
     def state(self) -> dict[str, float]:
-        """State for a checkpoint; empty where there is no scale."""
+        """State for a checkpoint."""
         return dict(self._state)
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from a state; one of another precision has none and changes nothing."""
-        if self._scaler is None or not state:
-            return
+        """Go on from a state."""
         self._state = dict(state)
         self._scaler.load_state_dict({**state, "growth_interval": _NEVER, "_growth_tracker": 0})
         if self._engine.zero_optimization_stage():

@@ -6,8 +6,8 @@ import atexit
 import math
 import os
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.ops import to_device
+
+T = TypeVar("T")
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
@@ -122,13 +124,20 @@ def from_all_ranks(value: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The `value` of one rank, of the main process unless another is named, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
+def by_main_process(action: Callable[[], T]) -> T:
+    """Result of an action of the main process; its ValueError or OSError is a ValueError of every rank. Collective."""
+    outcome: list[Any] = [None, ""]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    result, problem = outcome
+    if problem:
+        raise ValueError(problem)
+    return cast(T, result)
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:

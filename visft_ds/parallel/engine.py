@@ -109,7 +109,7 @@ def start_process_group() -> None:
 
 @contextlib.contextmanager
 def released(engine: Engine) -> Iterator[Engine]:
-    """The engine; its memory is freed at the end where the process goes on afterwards (`distributed.keep_open`).
+    """The engine, whose memory is freed at the end, for a process that goes on afterwards (`distributed.keep_open`).
 
     DeepSpeed hangs hooks into autograd that keep a model for ever; under ZeRO-3 a list and a cache do so too. A rank
     that failed among others frees nothing: it would wait for collectives that they never join.
@@ -119,7 +119,7 @@ def released(engine: Engine) -> Iterator[Engine]:
         yield engine
         succeeded = True
     finally:
-        if distributed.kept_open and (succeeded or distributed.world_size() == 1):
+        if succeeded or distributed.world_size() == 1:
             engine.deepspeed.destroy()
             parameter_offload.FWD_MODULE_STACK.clear()
             cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
@@ -175,7 +175,9 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
-        self.loss_scale = LossScale(self.deepspeed)
+        scaler = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None)
+        scaler = scaler or self.deepspeed.torch_autocast_z0_gradscaler
+        self.loss_scale = LossScale(self.deepspeed, scaler) if scaler else None  # None in fp32 and bf16
         self.should_update: Callable[[float], bool] = math.isfinite
         #: Most losses of a step: that of all tasks, of each its weighted and unweighted ones, and those for the log.
         self._most_losses = 1 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
@@ -192,14 +194,15 @@ class Engine:
         self.module.faults = []
         groups = self.deepspeed.optimizer.param_groups
         rates = {name: group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
-        scale, dynamic = self.loss_scale.value, self.loss_scale.dynamic
+        scale = self.loss_scale.value if self.loss_scale else None
         self._sums = {}
         losses, norm, accepted = self._step(step, batches, loss_denominators)
         refused: Refused = "loss"
         if accepted:
             overflow = not math.isfinite(norm)
-            self.loss_scale.move(overflow=overflow)
-            refused = "gradient" if overflow and not dynamic else ""
+            if self.loss_scale:
+                self.loss_scale.move(overflow=overflow)
+            refused = "gradient" if overflow and scale is None else ""
         faults: dict[int, Sequence[str]] = {}
         if refused:
             bad = [f"{name} is {float(value)}" for name, value in self._sums.items() if not value.isfinite()]
@@ -207,7 +210,7 @@ class Engine:
             faults = {rank: found for rank, found in enumerate(everywhere) if found}
             losses = {"loss": losses["loss"]}
         skipped = not refused and not math.isfinite(norm)
-        return StepReport(losses, norm / scale, rates, skipped, refused, faults, scale if dynamic else None)
+        return StepReport(losses, norm / (scale or 1.0), rates, skipped, refused, faults, scale)
 
     def _step(
         self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators
@@ -267,9 +270,11 @@ def build_engine(
         config: from `deepspeed_dict`.
         compile: "blocks": those of the backbone run through torch.compile, which is done once for all of them.
     """
-    from visft_ds.parallel.pipeline import PipelineEngine
-
-    module, groups = prepared.module, prepared.optimizer_groups()
+    module = prepared.module
+    groups = [
+        {"params": list(one.parameters), "lr": one.lr, "weight_decay": one.weight_decay, "name": one.name}
+        for one in prepared.groups
+    ]
     common: dict[str, Any] = {
         "build_optimizer": lambda groups: torch.optim.AdamW(groups, **optimizer.model_dump()),
         "schedule": schedule,
@@ -279,6 +284,8 @@ def build_engine(
     if partition is None:
         engine = Engine(module, groups, config, **common)
     else:
+        from visft_ds.parallel.pipeline import PipelineEngine
+
         engine = PipelineEngine(module, groups, config, bounds=partition.bounds, **common)
     if compile == "blocks":
         assert isinstance(module.backbone, EvaViT), "the configuration allows no other"

@@ -156,9 +156,12 @@ class PipelineEngine(Engine):
             group = self.deepspeed.grid.get_data_parallel_group()
             losses = distributed.mean_losses(self._sums, self._most_losses, group)
         last = (self.place.stages - 1) * self.place.dp_size
-        self._losses, scale = distributed.broadcast_object((losses, self.loss_scale.value), source=last)
+        scale = self.loss_scale.value if self.loss_scale else None
+        box = [(losses, scale)]
+        dist.broadcast_object_list(box, src=last)
+        self._losses, theirs = box[0]
         # The last stage's scale multiplied the gradients that came from there; no stage may divide by another one.
-        assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
+        assert scale == theirs, (scale, theirs)
         self._accepted = self.should_update(self._losses["loss"])
         step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
         if self._accepted:

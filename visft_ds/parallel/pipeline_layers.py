@@ -83,9 +83,8 @@ class HeadsLayer(Layer):
         model, backbone = self._whole
         batch = self.batch.to(tokens.device)
         height, width = padded_size(batch, backbone.patch_size)
-        grid = (height // backbone.patch_size, width // backbone.patch_size)
-        features = backbone.feature_map(self.norm(tokens), grid)
-        valid = valid_region(batch.sizes, (height, width), grid)
+        features = backbone.feature_map(self.norm(tokens), (height, width))
+        valid = valid_region(batch.sizes, (height, width), features.shape[-2:])
         output = model.outputs(at_least_float32(features), valid, batch, self.loss_denominators)
         self.on_output(output, checksum, self.batch)
         return output

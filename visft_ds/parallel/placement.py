@@ -17,7 +17,6 @@ from visft_ds.data.loader import Place
 from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition
-from visft_ds.parallel.pipeline_layers import owners
 from visft_ds.prepare.materialize import Placement
 
 
@@ -44,6 +43,8 @@ class OwnLayers(OnDevice):
 
     def held(self, module: MultiTaskModel) -> Container[str]:
         """Names in the layers of the stage."""
+        from visft_ds.parallel.pipeline_layers import owners
+
         stage = Place.of_rank(distributed.rank(), distributed.world_size(), len(self.bounds) - 1).stage
         return {name for name, owner in owners(module, self.bounds).items() if owner == stage}
 

@@ -62,7 +62,8 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
                 named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
         return None
-    return EngineState(found.pop(VALUE), found, updates_done(engine), engine.loss_scale.state())
+    scale = engine.loss_scale.state() if engine.loss_scale else {}
+    return EngineState(found.pop(VALUE), found, updates_done(engine), scale)
 
 
 def updates_done(engine: Engine) -> int:
@@ -99,7 +100,8 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         group["lr"] = base_lr * factor(state.updates)
     engine.deepspeed.global_steps = step
     engine.deepspeed.skipped_steps = step - state.updates
-    engine.loss_scale.restore(state.loss_scale)
+    if engine.loss_scale and state.loss_scale:
+        engine.loss_scale.restore(state.loss_scale)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensors_of
 
 FP32 = 4  #: bytes
+#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
+MEMORY_SHARE = 0.92
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed
 from visft_ds.planner.hardware import Cluster
-from visft_ds.planner.memory import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
+from visft_ds.planner.memory import MEMORY_SHARE, MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.time import PlannedTime, peak_seconds, step_time
-
-#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
-MEMORY_SHARE = 0.92
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,19 +26,17 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
     TrainingSet,
     cache_of,
-    captioned,
     check_same_categories,
     check_samples,
     classes_of_run,
-    data_identity,
-    first_of,
+    names_of,
     open_training_data,
     settle_classes,
-    windowed,
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -45,27 +45,20 @@ from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 class RunData:
     """Data of a run."""
 
-    sets: Mapping[str, TrainingSet]  #: the first one decides which categories there are
+    sets: Mapping[str, TrainingSet]
+    categories: Sequence[Category]  #: of the first set, ROOT/TRAIN: those that the heads know
     streams: Mapping[str, Stream]  #: with the classes of the run's heads
     pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: stream -> set -> what makes its training batches
     plan: Plan
     vocabulary: Vocabulary | None  #: None: no task works with words
     validation: Manifest | None  #: None: no evaluation during training
 
-    @property
-    def categories(self) -> Sequence[Category]:
-        """Categories that the heads know."""
-        return first_of(self.sets).categories
-
-    @property
-    def vocabulary_size(self) -> int | None:
-        """Number of ids; None without words."""
-        return self.vocabulary.size if self.vocabulary else None
-
     def identity(self) -> dict[str, str]:
         """Facts that must be the same on all ranks, and when a run goes on."""
+        content = [[name, one.manifest.fingerprint] for name, one in self.sets.items()]
+        several = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         found = {
-            "data set": data_identity(self.sets),
+            "data set": content[0][1] if len(content) == 1 else several,
             "order of samples": self.plan.describe(),
             "vocabulary": self.vocabulary.fingerprint if self.vocabulary else "none",
         }
@@ -80,22 +73,25 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     Raises ValueError for a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
     sets = open_training_data(config.visft)
-    config = settle_classes(config, first_of(sets))
-    config = settle_batches(config, sets, max(1, processes // config.pipeline_stages))
-    settings = config.visft
-    validation, vocabulary = None, vocabulary_of(settings, *captioned(sets))
+    first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
+    if "maps" in first.labels or not names_of(first.categories).keys() <= COCO_NAMES.keys():
+        config = settle_classes(config, first)
+    for stream in config.visft.streams().values():
+        images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())
+        smaller = images // dp_size * dp_size
+        if images < stream.batch_size and smaller:
+            key = f"{stream.key}.batch_size"
+            entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
+            visft = changed(config, [f"{key}={smaller}"]).visft
+            config = replace(config, visft=visft, adapted=(*config.adapted, entry))
+    settings, validation = config.visft, None
+    streams, vocabulary = streams_of(settings, first), vocabulary_of(settings, sets)
     if settings.run.eval_every:
         validation = Manifest.load(settings.data.root, settings.data.val, cache=cache_of(settings.data))
         check_samples(settings.tasks.enabled(), validation)
-        check_same_categories(validation, first_of(sets))
-    return config, RunData(
-        sets=sets,
-        streams=streams_of(settings, first_of(sets)),
-        pipelines=pipelines_of(settings, sets, vocabulary),
-        plan=plan_of(settings, sets),
-        vocabulary=vocabulary,
-        validation=validation,
-    )
+        check_same_categories(validation, first)
+    pipelines = pipelines_of(streams, sets, vocabulary)
+    return config, RunData(sets, first.categories, streams, pipelines, plan_of(settings, sets), vocabulary, validation)
 
 
 def is_here(config: VisftConfig) -> bool:
@@ -128,13 +124,12 @@ def keep_features(
     prepared: PreparedModel,
     precision: Precision,
 ) -> None:
-    """Let loader and model keep the features of a frozen backbone, if `visft.features` is set.
+    """Let loader and model keep the features of a frozen backbone, as `visft.features` says.
 
     Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
     Raises ValueError for a backbone that trains, or a folder that holds something else.
     """
-    if config.features is None:
-        return
+    assert config.features is not None
     if prepared.module.train_backbone:
         raise ValueError(
             "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
@@ -150,7 +145,7 @@ def keep_features(
     }
     features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
     prepared.module.feature_cache = features
-    loader.keep_features(features)
+    loader.features = features
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
@@ -171,12 +166,12 @@ def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
 
 
 def pipelines_of(
-    config: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
+    streams: Mapping[str, Stream], sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
 ) -> dict[str, dict[str, SamplePipeline]]:
     """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
     return {
         stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}
-        for stream in streams_of(config, first_of(sets)).values()
+        for stream in streams.values()
     }
 
 
@@ -186,33 +181,22 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     Raises ValueError for fewer samples that a stream can learn from than its batch size.
     """
     tasks = {
-        stream.name: TaskPlan(_samples_of(config, stream, sets), stream.batch_size, stream.share)
+        stream.name: TaskPlan(samples_of(config, stream, sets), stream.batch_size, stream.share)
         for stream in config.streams().values()
     }
     return Plan(tasks, config.seed, None if config.features is None else config.features.views)
 
 
-def settle_batches(config: ResolvedConfig, sets: Mapping[str, TrainingSet], dp_size: int) -> ResolvedConfig:
-    """The configuration with batches that are no larger than a data set, and that so many processes can share."""
-    for stream in config.visft.streams().values():
-        images = min(len(part.samples) for part in _samples_of(config.visft, stream, sets).values())
-        smaller = images // dp_size * dp_size
-        if images < stream.batch_size and smaller:
-            key = f"{stream.key}.batch_size"
-            entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
-            visft = changed(config, [f"{key}={smaller}"]).visft
-            config = replace(config, visft=visft, adapted=(*config.adapted, entry))
-    return config
-
-
-def _samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
+def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
     """Data set -> its samples that teach at least one task of the stream."""
     parts = {}
     for name, part in parts_of(stream, sets).items():
         selections = {TASKS[task].config.learns_from for task in part.tasks}
         manifest = sets[name].manifest
         samples = manifest.having(selections.pop() if len(selections) == 1 else "any")
-        shards = manifest.index["shard"][samples] if windowed(config.data, str(manifest.root)) else None
+        # Mixed within a few shards at a time, each is fetched once.
+        order = config.data.shuffle or ("windowed" if is_url(manifest.root) else "full")
+        shards = manifest.index["shard"][samples] if order == "windowed" else None
         parts[name] = SetPlan(samples, sets[name].weight, shards)
     return parts
 
@@ -223,17 +207,18 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
     return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
 
 
-def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
-    """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
+def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:
+    """The words of a run: those of the captions it learns from, or of a file; None where no task works with words.
 
     Raises ValueError for a tokenizer of another release, captions without words, or an unusable file.
     """
     words_of = config.tasks.with_words()
     if words_of is None:
         return None
-    settings = words_of[1].vocabulary
+    task, settings = words_of[0], words_of[1].vocabulary
     if settings.file is not None:
         return read_vocabulary(Path(settings.file))
+    manifests = [one.manifest for one in sets.values() if task in one.tasks]
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
     words: Counter[str] = Counter()
     for manifest in manifests:
@@ -245,7 +230,7 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
     try:
         return Vocabulary.from_counts(words, min_count=settings.min_count)
     except ValueError as error:
-        key = f"visft.tasks.{words_of[0]}.vocabulary.min_count"
+        key = f"visft.tasks.{task}.vocabulary.min_count"
         raise ValueError(f"{where}, {key} = {settings.min_count}: {error}") from error
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Category, Manifest
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.classes import classes_of, have_ids_of_coco
+from visft_ds.tasks.classes import classes_of
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,12 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
                     f"{task} out of visft.tasks, or of visft.data.sets.N.tasks"
                 )
         sets[name] = TrainingSet(manifest, tasks, weight)
-        if needs_categories(tasks):
-            check_same_categories(manifest, first_of(sets))
-    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first_of(sets))
+    first, *others = sets.values()
+    for one in others:
+        if any(enabled[task].labels != "captions" for task in one.tasks):
+            check_same_categories(one.manifest, first.manifest)
+    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest)
     return sets
-
-
-def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
-    """The splits whose words a captioning head has to know."""
-    return [one.manifest for one in sets.values() if needs_vocabulary(one.tasks)]
 
 
 def cache_of(data: DataConfig) -> Cache:
@@ -63,27 +57,11 @@ def cache_of(data: DataConfig) -> Cache:
     return Cache(Cache.folder if data.cache is None else Path(data.cache), data.cache_bytes)
 
 
-def data_identity(sets: Mapping[str, TrainingSet]) -> str:
-    """Digest of the content of all sets, which a run must have been made with to be resumed."""
-    content = [[name, one.manifest.fingerprint] for name, one in sets.items()]
-    return content[0][1] if len(sets) == 1 else hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def windowed(data: DataConfig, root: str) -> bool:
-    """Return True if the samples of a set are mixed within a few shards at a time, so that each is fetched once."""
-    return is_url(root) if data.shuffle is None else data.shuffle == "windowed"
-
-
 def workers_of(data: DataConfig) -> int:
     """Processes that read for this one. Without a GPU they would take the cores that compute."""
     if data.num_workers is not None or distributed.local_device().type == "cpu":
         return data.num_workers or 0
     return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.processes_here() - 1))
-
-
-def needs_categories(tasks: Sequence[str]) -> bool:
-    """Return True if one of the tasks learns from annotated objects or label maps."""
-    return any(TASKS[task].config.labels != "captions" for task in tasks)
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
@@ -104,7 +82,7 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
 
 def check_same_categories(manifest: Manifest, first: Manifest) -> None:
     """Raise ValueError for a split with a category, by id and name, that ROOT/TRAIN (`first`) lacks."""
-    known = _names(first.categories)
+    known = names_of(first.categories)
     other = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
     if other:
         theirs = known.get(other[0].coco_id, "absent")
@@ -115,21 +93,16 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
 
 
 def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
-    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where their ids are not COCO's, or
-    no head for these was published, and `num_classes` is not stated.
+    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where none are stated.
 
-    Raises:
-        ValueError: heads that cannot have classes for these categories.
+    That is for label maps, and for ids that are not COCO's.
     """
-    names, tasks = _names(first.categories), config.visft.tasks
+    tasks = config.visft.tasks
     for name, task in tasks.enabled().items():
-        own = task.published is None or not have_ids_of_coco(names)
-        if needs_categories([name]) and own and "num_classes" not in task.head.model_fields_set:
-            head = task.head.model_copy(update={"num_classes": len(names)})
+        if task.labels != "captions" and "num_classes" not in task.head.model_fields_set:
+            head = task.head.model_copy(update={"num_classes": len(first.categories)})
             tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
-    settled = replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
-    classes_of_run(settled.visft, first.categories)
-    return settled
+    return replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
 
 
 def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:
@@ -138,17 +111,13 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
     Raises ValueError for heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
     found = {
-        name: classes_of(name, task.head.model_dump(), _names(categories))
+        name: classes_of(name, task.head.model_dump(), names_of(categories))
         for name, task in config.tasks.enabled().items()
-        if needs_categories([name])
+        if task.labels != "captions"
     }
     return {name: classes for name, classes in found.items() if classes is not None}
 
 
-def first_of(sets: Mapping[str, TrainingSet]) -> Manifest:
-    """The split whose categories are those of the heads."""
-    return next(iter(sets.values())).manifest
-
-
-def _names(categories: Sequence[Category]) -> dict[int, str]:
+def names_of(categories: Sequence[Category]) -> dict[int, str]:
+    """Id -> name."""
     return {category.coco_id: category.name for category in categories}

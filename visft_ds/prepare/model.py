@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import nn
@@ -66,13 +66,6 @@ class PreparedModel:
         """Weights that it begins with, for its checkpoints."""
         heads = " ".join(sha256_file(head.tensors.path) for head in self.heads.values())
         return {"base weights": self.base.identity, "heads": heads or "trained here"}
-
-    def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The groups as torch optimisers take them."""
-        return [
-            {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name}
-            for g in self.groups
-        ]
 
 
 def prepare_model(
@@ -152,7 +145,7 @@ def plan_model(
     for name, task in config.tasks.enabled().items():
         with torch.device("meta"):
             head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
-        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
+        criterion = TASKS[name].losses(task.head, task.loss)
         tasks[name] = TaskModule(head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {})
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
     if config.lora is not None:
@@ -166,7 +159,20 @@ def plan_model(
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.packed, module.heads_in_fp32 = config.model.packed, config.heads.precision == "fp32"
-    _check_stage(module, config)
+
+    drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
+    must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if idle := [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]:
+        raise ValueError(
+            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
+            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
+        )
+    if config.stage == 2 and not module.train_backbone:
+        raise ValueError(
+            f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
+            "of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
+        )
     return module, groups
 
 
@@ -235,20 +241,3 @@ def stage_name(config: VisftConfig) -> str:
     if config.stage == 1:
         return "heads"
     return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])
-
-
-def _check_stage(module: MultiTaskModel, config: VisftConfig) -> None:
-    """Raise ValueError if no group holds what a stage has to train: drawn heads, adapters, some of the backbone."""
-    drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
-    must = [*drawn, *(["backbone.*.lora_*"] if config.lora else [])]
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    if idle := [name for name in frozen if any(fnmatchcase(name, glob) for glob in must)]:
-        raise ValueError(
-            f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
-            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
-        )
-    if config.stage == 2 and not module.train_backbone:
-        raise ValueError(
-            f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
-            "of it; give adapters (visft.lora) or a glob such as backbone.*bias (docs/training.md)"
-        )

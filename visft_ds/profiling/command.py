@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config import missing_inputs, render_missing
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.flags import Command
 from visft_ds.resilience.errors import tell
 

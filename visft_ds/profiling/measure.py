@@ -27,8 +27,9 @@ from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine, Schedule, build_engine, released, start_process_group
+from visft_ds.parallel.engine import Engine, Schedule, build_engine, start_process_group
 from visft_ds.parallel.pipeline import PipelineEngine
+from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.hardware import peak_rate
 from visft_ds.planner.memory import model_operations, plan_stream
 from visft_ds.prepare.data import RunData, open_data, open_loader
@@ -76,7 +77,7 @@ def measure_loader(config: ResolvedConfig, steps: int, warmup: int, *, synthetic
     """Samples a second of this rank's loader by itself, and the seconds of its threads by part, for each stream."""
     found: dict[str, Any] = {}
     with open_run_data(config, synthetic=synthetic) as (opened, data):
-        machine = check_machine(opened, data.vocabulary_size)
+        machine = check_machine(opened, data.vocabulary)
         for name in opened.visft.streams():
             with loading(opened, data, name, machine) as loader:
                 read = loader.steps(0, warmup + steps)
@@ -103,9 +104,8 @@ def open_run_data(config: ResolvedConfig, *, synthetic: bool) -> Iterator[tuple[
 @contextmanager
 def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
     """Build what `train` builds, in its order, without a run folder."""
-    with ExitStack() as stack:
-        config, data = stack.enter_context(open_run_data(config, synthetic=synthetic))
-        machine = check_machine(config, data.vocabulary_size)
+    with open_run_data(config, synthetic=synthetic) as (config, data):
+        machine = check_machine(config, data.vocabulary)
         start_process_group()
         config, machine = settle_recompute(config, machine)
         prepared = prepare_model(
@@ -115,7 +115,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
-            placement=machine.placement,
+            placement=placement_for(machine.deepspeed_config, machine.planned.partition),
         )
         engine = build_engine(
             prepared,
@@ -126,7 +126,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             partition=machine.planned.partition,
             compile=config.visft.model.compile,
         )
-        yield Session(config, data, machine, stack.enter_context(released(engine)))
+        yield Session(config, data, machine, engine)
 
 
 def drawn_shards(config: ResolvedConfig, folder: Path) -> Path:

@@ -75,7 +75,7 @@ def first_non_finite(
     """
     found: list[str] = []
     engine.should_update = lambda loss: False
-    if report.loss_scale is not None:
+    if engine.loss_scale and report.loss_scale is not None:
         engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
     with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)

@@ -109,7 +109,7 @@ class StopFlag:
         self.reason = max(self.reason, Stop[signal.Signals(number).name])
 
     def __bool__(self) -> bool:
-        if not self.reason and self._alone():
+        if not self.reason and self._above and self._alone():
             self.reason = Stop.LAUNCHER_GONE
         return bool(self.reason)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import Field
 
-from visft_ds.config import ResolvedConfig, identity_differences, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config.resolve import identity_differences
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 

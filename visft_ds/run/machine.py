@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
-from visft_ds.config import ResolvedConfig, changed, deepspeed_dict
+from visft_ds.config import ResolvedConfig, changed, deepspeed_dict, derive_batches
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
@@ -19,15 +17,11 @@ from visft_ds.ops import use_numerics
 from visft_ds.ops.lora import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
-from visft_ds.parallel.placement import placement_for
-from visft_ds.planner.memory import PlannedRun, run_of
-from visft_ds.planner.search import MEMORY_SHARE, choose_recompute, fitting_settings
-from visft_ds.prepare.materialize import Placement
-from visft_ds.prepare.model import choose_precision
+from visft_ds.planner.memory import MEMORY_SHARE, PlannedRun
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, choose_precision
 from visft_ds.resilience.memory import host_memory
-from visft_ds.run.folder import locked, open_run_folder, recorded_config, saved_something
-
-T = TypeVar("T")
+from visft_ds.run.folder import recorded_config, saved_something
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,17 +33,12 @@ class Machine:
     why_recompute: str
     deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
 
-    @property
-    def placement(self) -> Placement:
-        """Who holds which parameters; a pipeline divides them by cost."""
-        return placement_for(self.deepspeed_config, self.planned.partition)
 
-
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_size: int | None = None) -> Machine:
+def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_size: int | None = None) -> Machine:
     """Choose precision, kernels, batches and layers for the processes that there are. Nothing is allocated.
 
     Args:
-        vocabulary_size: of the captions; None where no task works with words.
+        vocabulary: of the captions; None where no task works with words.
         world_size: of a run that is only planned.
 
     Raises:
@@ -61,7 +50,8 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None, world_siz
     use_kernels(model.kernels, device)
     if tracker := config.visft.run.track:
         check_extra("visft.run.track", tracker, [tracker])
-    run = run_of(config, world_size, precision, vocabulary_size, device)
+    batches, words = derive_batches(config, world_size), vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
+    run = PlannedRun(config, batches, precision, words, device)
     use_numerics(device, tf32=run.tf32, deterministic=config.visft.run.deterministic)
     return Machine(run, why_precision, "as configured", deepspeed_dict(config, world_size, precision))
 
@@ -88,55 +78,39 @@ def settle_recompute(
     """
     if config.visft.model.recompute != "auto":
         return config, machine
-    out, run = Path(config.visft.run.out or ""), machine.planned
+    run = machine.planned
     rooms = distributed.gather_objects(memory_of(run.device))
-
-    def choose() -> tuple[str, str]:
-        if saved_something(out):
-            return recorded_config(out).visft.model.recompute, "as the run began"
-        if config.visft.stage == 1:
-            return "none", "a frozen backbone keeps nothing"
-        room = min(rooms or ())
-        chosen, needed = choose_recompute(run, room)
-        policy = chosen.config.visft.model.recompute
-        if must_fit and needed > room:
-            raise ValueError(
-                f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
-                f"{room / 2**30:.2f} GiB, as predicted. What helps: "
-                f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
-                "is tried whatever is predicted"
-            )
-        return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
-
-    policy, why = by_main_process(choose)
+    policy, why = distributed.by_main_process(lambda: _policy(run, min(rooms or ()), must_fit=must_fit))
     config = replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft)
     return config, replace(machine, planned=run.changed(config), why_recompute=why)
+
+
+def _policy(run: PlannedRun, room: int, *, must_fit: bool) -> tuple[str, str]:
+    """The policy of recomputing, where each rank has so many bytes, and why."""
+    from visft_ds.planner.search import (
+        choose_recompute,
+        fitting_settings,
+    )  # the planner, of which few runs need so much
+
+    settings = run.config.visft
+    out = Path(settings.run.out or "")
+    if saved_something(out):
+        return recorded_config(out).visft.model.recompute, "as the run began"
+    if settings.stage == 1:
+        return "none", "a frozen backbone keeps nothing"
+    chosen, needed = choose_recompute(run, room)
+    policy = chosen.config.visft.model.recompute
+    if must_fit and needed > room:
+        raise ValueError(
+            f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
+            f"{room / 2**30:.2f} GiB, as predicted. What helps: "
+            f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
+            "is tried whatever is predicted"
+        )
+    return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
     """Facts that must be equal on all ranks, by name: every setting, and the versions of what decides results."""
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
     return facts | {f"version of {name}": version for name, version in versions().items() if name != "platform"}
-
-
-@contextlib.contextmanager
-def folder_of_run(out: Path, config: ResolvedConfig, resume: str) -> Iterator[None]:
-    """Keep the run folder for this run: locked by the main process, then looked at once more. Collective."""
-    with contextlib.ExitStack() as stack:
-        by_main_process(lambda: stack.enter_context(locked(out)))
-        by_main_process(lambda: open_run_folder(out, config, resume))  # another run may have worked in it since
-        yield
-
-
-def by_main_process(action: Callable[[], T]) -> T:
-    """Result of an action of the main process; its ValueError or OSError is a ValueError of every rank. Collective."""
-    outcome: tuple[T | None, str] = (None, "")
-    if distributed.is_main():
-        try:
-            outcome = action(), ""
-        except (ValueError, OSError) as error:
-            outcome = None, str(error)
-    result, problem = distributed.broadcast_object(outcome)
-    if problem:
-        raise ValueError(problem)
-    return cast(T, result)

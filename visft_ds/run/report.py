@@ -39,7 +39,7 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     for task, classes in classes_of_run(config.visft, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in data.plan.tasks.items():
-        rows += [(f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} steps of {name}") for name in part.sets]
+        rows += [(f"epoch, {task}", f"steps of {name}: {data.plan.steps_per_epoch(task, name)}") for name in part.sets]
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
         rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
@@ -64,7 +64,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     if is_here(config.visft):
         config, data = open_data(config, processes)
         vocabulary = data.vocabulary
-    machine = check_machine(config, vocabulary.size if vocabulary else None, processes)
+    machine = check_machine(config, vocabulary, processes)
     config, machine = settle_recompute(config, machine, must_fit=False)
     run = machine.planned
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
@@ -106,10 +106,13 @@ def _sections(
     ]
     streams, batches = config.visft.streams().values(), run.batches
     zero = config.deepspeed["zero_optimization"]["stage"]
-    engine = f"ZeRO-{zero}, processes: {batches.dp}"
+    engine, parts = f"ZeRO-{zero}, processes: {batches.dp}", "processes"
     if batches.stages > 1:
-        engine = f"pipelines of {batches.stages} stages: {batches.dp}, ZeRO-{zero} between them"
-    learnt = [("engine", engine), *(("batch", line) for line in batches.equations())]
+        engine, parts = f"pipelines of {batches.stages} stages: {batches.dp}, ZeRO-{zero} between them", "pipelines"
+    learnt = [("engine", engine)]
+    for name, images in batches.batch_size.items():
+        division = f"{batches.micro[name]} x accumulation {batches.accumulation} x {parts} {batches.dp}"
+        learnt.append(("batch", f"{name}: {images} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
         learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))

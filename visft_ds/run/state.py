@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from visft_ds.checkpoint.export import begin_export, describe_heads, export_weights
+from visft_ds.checkpoint.export import describe_heads, export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
@@ -20,10 +21,11 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import gather_state, restore_state, trainable
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.model import PreparedModel
-from visft_ds.run.evaluation import Validation
 from visft_ds.run.folder import saved_something
 from visft_ds.run.log import RunLog
-from visft_ds.run.machine import by_main_process
+
+if TYPE_CHECKING:
+    from visft_ds.run.evaluation import Validation
 
 
 class RunState:
@@ -53,7 +55,7 @@ class RunState:
 
         Raises ValueError: damaged checkpoints only, none although there is an export, one of another run.
         """
-        place, scores = by_main_process(self._newest)
+        place, scores = distributed.by_main_process(self._newest)
         if place is None:
             return 0
         checkpoint = open_checkpoint(place)
@@ -97,7 +99,7 @@ class RunState:
         if not run.patience:
             return False
         validation.poll(log, seconds=None)
-        count, best = distributed.broadcast_object(self.saver.since_best())
+        count, best = distributed.by_main_process(self.saver.since_best)
         if best is None or count < run.patience:
             return False
         since = f"without a better {run.keep_best} than that of step {best}"
@@ -109,13 +111,13 @@ class RunState:
 
         Returns the step whose values the engine has now: `step`, its own, where no metric was named or measured.
         """
-        best = distributed.broadcast_object(self.saver.best())
+        best = distributed.by_main_process(self.saver.best)
         if best is None:
             return step
         if best != step:
             restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
         log.message(f"exports step {best}, the best by {self.saver.retention.best}")
-        return int(best)
+        return best
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
         """Descriptions of the heads that train in this run."""
@@ -124,12 +126,6 @@ class RunState:
         heads = {name.split(".")[1] for name in trainable(self._engine) if name.startswith("heads.")}
         tasks = {name: task for name, task in visft.tasks.enabled().items() if name in heads}
         return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
-
-    def begin_export(self, prepared: PreparedModel) -> None:
-        """Write what of the export is known before training. Main process only. Raises OSError: a full disk."""
-        folder = self._out / "export"
-        with explained("what the run does not train", folder, "The same command continues"):
-            begin_export(folder, prepared, self._data.vocabulary)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
         """Export the checkpoint of `step`, then the record. Main process only. Raises OSError: a full disk."""

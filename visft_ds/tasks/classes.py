@@ -35,11 +35,6 @@ def are_of_coco(names: Mapping[int, str]) -> bool:
     return names.items() <= COCO_NAMES.items()
 
 
-def have_ids_of_coco(names: Mapping[int, str]) -> bool:
-    """Return True if heads for these categories (id -> name) have the classes of the published heads by default."""
-    return names.keys() <= COCO_NAMES.keys()
-
-
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
     """The raw id of each class of a head with these options, for data of these categories (id -> name); None: as in
     the published heads. Any task but segmentation may have raw ids as classes.
@@ -50,11 +45,12 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     if "num_classes" not in options:
         return None
     number, published = options["num_classes"], options.get("labelling") == "published"
-    if published and not have_ids_of_coco(names):
+    ids_of_coco = names.keys() <= COCO_NAMES.keys()
+    if published and not ids_of_coco:
         raise ValueError(f"visft.tasks.{task}.head.labelling = published has COCO's ids only, and the data has others")
     as_published, least = min(names, default=0) >= 0, max(names, default=0) + 1
     if task == "segmentation":
-        as_published, least = have_ids_of_coco(names), len(COCO_NAMES)
+        as_published, least = ids_of_coco, len(COCO_NAMES)
     if as_published and number >= least:
         return None
     if number == len(names) and not published:

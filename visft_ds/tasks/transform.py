@@ -21,7 +21,7 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Transform from a raw sample to one with the targets of some tasks, in the order of TASKS."""
+    """Transform from a raw sample to one with the targets of some tasks."""
 
     train: bool
     geometry: Geometry
@@ -49,17 +49,16 @@ class ImageTransform:
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
     """The transform of a stream."""
-    tasks = [task for task in TASKS if task in stream.tasks]
-    made = {task: TASKS[task].targets(train, stream.image, vocabulary, stream.classes.get(task)) for task in tasks}
+    classes = stream.classes
+    made = {task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks}
     # What several tasks share cuts nothing out, as a caption describes the whole image.
     shared = of_options(ShortSides, stream.image) if stream.name == SHARED else None
     return ImageTransform(train, shared or TASKS[stream.name].geometry(stream.image), made)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:
-    """A batch with the targets of every task of the samples, in the order of `TASKS`; none if no labels were read."""
+    """A batch with the targets of every task of the samples, in their order; none if no labels were read."""
     batch = stack_samples(samples)
     assert batch.frames is not None
     height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
-    taught = [task for task in TASKS if task in samples[0].targets]
-    return replace(batch, targets={task: TASKS[task].pack(samples, (height, width)) for task in taught})
+    return replace(batch, targets={task: TASKS[task].pack(samples, (height, width)) for task in samples[0].targets})

@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet
-from visft_ds.evals.benchmarks.probes import NEIGHBOURS, STRENGTHS, TEMPERATURE, linear_probe, nearest_neighbours, vote
+from visft_ds.evals.benchmarks.probes import (
+    NEIGHBOURS,
+    STRENGTHS,
+    TEMPERATURE,
+    fitted,
+    linear_probe,
+    nearest_neighbours,
+    vote,
+)
 from visft_ds.evals.benchmarks.protocol import (
     PLAIN,
     Benchmark,
@@ -96,8 +104,6 @@ def segment_linearly(train: Tensor, cells: np.ndarray[Any, Any], test: Tensor) -
         train, test: (images, D, h, w).
         cells: (images, CELLS, CELLS), classes of the training images.
     """
-    from sklearn.linear_model import LogisticRegression
-
     each = max(1, min(CELLS * CELLS, PLACES // len(train)))
     chosen, labels = [], []
     for number, image in enumerate(train):
@@ -108,8 +114,7 @@ def segment_linearly(train: Tensor, cells: np.ndarray[Any, Any], test: Tensor) -
     features, truth = torch.cat(chosen).numpy(), np.concatenate(labels)
     middle = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     spread = math.sqrt(float(((features - middle) ** 2).mean())) or 1.0
-    model = LogisticRegression(C=1 / (DECAY * len(truth)), max_iter=_STEPS)
-    model.fit((features - middle) / spread, truth)
+    model = fitted((features - middle) / spread, truth, 1 / (DECAY * len(truth)), _STEPS)
     weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
     if len(model.classes_) == 2:  # scikit-learn keeps the second one's alone
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

@@ -76,11 +76,10 @@ class EvaEncoder(nn.Module):
             assert self.head is not None
             found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
         if "patches" in kinds:
-            found["patches"] = self.backbone.feature_map(tokens, self.backbone.grid(images))
+            found["patches"] = self.backbone.feature_map(tokens, images.shape[-2:])
         if "clip_patches" in kinds:
             assert self.head is not None
-            projected = self.head(tokens[:, first:]).transpose(1, 2)
-            found["clip_patches"] = projected.unflatten(2, self.backbone.grid(images))
+            found["clip_patches"] = self.backbone.feature_map(self.head(tokens), images.shape[-2:])
         return found
 
 

@@ -65,7 +65,7 @@ def judge(
     found: dict[tuple[str, str], tuple[list[Score], Tensor]] = {}
     for spec in specs:
         paths = {each.label: settings.cache / f"{_key(spec, specs[0], each, settings)}.npz" for each in benchmarks}
-        missing = distributed.broadcast_object([label for label, path in paths.items() if not path.is_file()])
+        missing = distributed.from_all_ranks([label for label, path in paths.items() if not path.is_file()])[0]
         encoder = load_encoder(spec, settings.precision) if missing else None
         for benchmark in benchmarks:
             if encoder is not None and not benchmark.answers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ DRAWS = 3  #: of these images; a test image counts with the share of draws in wh
 #: Few images cannot spare a fifth, so their C is fixed: 1 with features of unit variance.
 FEW_SHOT_STRENGTH = 1.0
 _ROWS, _STEPS = 1024, 5000
+_SMALL = 2**23  # numbers
 
 Array = npt.NDArray[np.float32]
 
@@ -100,11 +102,17 @@ def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: in
 def _predicted(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
     if len(np.unique(labels)) < 2:
         return np.full(len(test), labels[0], dtype=np.int64)
-    from sklearn.linear_model import LogisticRegression
-
     middle = train.mean(axis=0, dtype=np.float64)
     spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
-    model = LogisticRegression(C=strength, max_iter=_STEPS)
-    model.fit((train - middle) / spread, labels)
+    model = fitted((train - middle) / spread, labels, strength, _STEPS)
     predicted: IntArray = model.predict((test - middle) / spread).astype(np.int64)
     return predicted
+
+
+def fitted(features: Array, labels: IntArray, strength: float, steps: int) -> Any:
+    """scikit-learn's logistic regression; threads would spend more time on waiting than on products of small arrays."""
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1 if features.size < _SMALL else None, "blas"):
+        return LogisticRegression(C=strength, max_iter=steps).fit(features, labels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
-from visft_ds.ops import autocast_to, matmul_dtype
+from visft_ds.ops import autocast_dtype, autocast_to
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
@@ -196,7 +196,7 @@ class Recurrence(nn.Module):
         bias = torch.cat((self.decoder_att_bias, self.f_beta_bias, self.bias_hh))
         # Autocast would round them in every step.
         given = weight, bias, from_pixels, pixels
-        weight, bias, from_pixels, pixels = (one.to(matmul_dtype(one)) for one in given)
+        weight, bias, from_pixels, pixels = (one.to(autocast_dtype(one.device) or one.dtype) for one in given)
         states, attention = [], []
         for word in from_words.unbind(dim=1):
             # Both states stay float32, whatever the products are computed in.

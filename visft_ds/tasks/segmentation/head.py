@@ -1,4 +1,4 @@
-"""Segmentation head, single-scale Mask2Former, and its decoder: queries attend to the cells their own mask covers.
+"""Segmentation head, single-scale Mask2Former: queries attend to the cells their own mask covers.
 
 Letters: B images, h w patch grid, S = h*w cells, D backbone width, Q queries, E width, C classes, L prediction sets =
 decoder layers + 1.
@@ -48,59 +48,47 @@ class SegmentationHead(nn.Module):
     def __init__(self, in_channels: int, options: SegmentationHeadConfig) -> None:
         super().__init__()
         self.labelling: Labelling = options.labelling
+        self.width, self.num_queries = width, number = options.hidden_dim, options.num_queries
+        sizes = (options.num_heads, options.decoder_ffn_dim, options.dropout)
         self.pixel_decoder = PixelDecoder(in_channels, options)
-        self.decoder = MaskedDecoder(options)
+        layers = (DecoderLayer(width, *sizes, masked=True) for _ in range(options.decoder_layers))
+        self.decoder = nn.ModuleDict(
+            {
+                "query_feat": nn.Embedding(number, width),  # initial state of the queries
+                "query_pos": nn.Embedding(number, width),  # added to queries and keys of every attention
+                "level_embed": nn.Embedding(1, width),  # of the single scale; a row for each in Mask2Former
+                "layers": nn.ModuleList(layers),
+                "norm": nn.LayerNorm(width),
+                "class_embed": nn.Linear(width, options.num_classes + 1),
+                "mask_embed": FeedForward(width, width, width, num_layers=3),
+            }
+        )
 
     def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
         """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
         assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
         memory, mask_features = self.pixel_decoder(features, valid)
-        logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
-        return SegmentationOutput(logits, masks, self.labelling)
-
-
-class MaskedDecoder(nn.Module):
-    """Queries -> classes and masks, before the first layer and after each."""
-
-    def __init__(self, options: SegmentationHeadConfig) -> None:
-        super().__init__()
-        width, sizes = options.hidden_dim, (options.num_heads, options.decoder_ffn_dim, options.dropout)
-        self.width, self.num_queries = width, options.num_queries
-        self.query_feat = nn.Embedding(self.num_queries, width)  # initial state of the queries
-        self.query_pos = nn.Embedding(self.num_queries, width)  # added to queries and keys of every attention
-        self.level_embed = nn.Embedding(1, width)  # of the single scale; a row for each in Mask2Former
-        self.layers = nn.ModuleList(DecoderLayer(width, *sizes, masked=True) for _ in range(options.decoder_layers))
-        self.norm = nn.LayerNorm(width)
-        self.class_embed = nn.Linear(width, options.num_classes + 1)
-        self.mask_embed = FeedForward(width, width, width, num_layers=3)
-
-    def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (L, B, Q, C + 1) and mask logits (L, B, Q, h, w), which are 0 at padded cells.
-
-        memory (B, S, E) and mask_features (B, E, h, w) are the pixel decoder's; valid (B, h, w) bool, True inside the
-        image, at least once for each image.
-        """
-        device = memory.device
-        level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=device))
-        memory = memory + level
+        decoder, device = self.decoder, features.device
+        memory = memory + decoder["level_embed"](torch.zeros(1, dtype=torch.int64, device=device))
         memory_key = memory + sine_positions(valid, self.width).to(memory.dtype).flatten(1, 2)
         numbers = torch.arange(self.num_queries, device=device)
-        query = self.query_pos(numbers).expand(len(memory), -1, -1)
-        state = self.query_feat(numbers).expand(len(memory), -1, -1)
+        query = decoder["query_pos"](numbers).expand(len(memory), -1, -1)
+        state = decoder["query_feat"](numbers).expand(len(memory), -1, -1)
         inside = valid[:, None].flatten(2)  # (B, 1, S)
-        logits, masks = self._predict(state, mask_features, valid)
-        predictions = [(logits, masks)]
-        for layer in self.layers:
-            covered = (masks.detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
-            # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
-            allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
-            state = layer(state, query, memory, memory_key, allowed)
-            logits, masks = self._predict(state, mask_features, valid)
-            predictions.append((logits, masks))
-        return torch.stack([logits for logits, _ in predictions]), torch.stack([masks for _, masks in predictions])
-
-    def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""
-        normed = self.norm(state)
-        masks = torch.einsum("bqe,behw->bqhw", self.mask_embed(normed), mask_features)
-        return self.class_embed(normed), masks.masked_fill(~valid[:, None], 0.0)
+        logits: list[Tensor] = []
+        masks: list[Tensor] = []
+        for layer in (None, *decoder["layers"].children()):
+            if layer is not None:
+                covered = (masks[-1].detach().flatten(2).sigmoid() >= 0.5) & inside  # (B, Q, S)
+                # A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
+                allowed = torch.where(covered.any(dim=-1, keepdim=True), covered, inside)
+                state = layer(state, query, memory, memory_key, allowed)
+            normed = decoder["norm"](state)
+            predicted = torch.einsum("bqe,behw->bqhw", decoder["mask_embed"](normed), mask_features)
+            masks.append(predicted.masked_fill(~valid[:, None], 0.0))
+            logits.append(decoder["class_embed"](normed))
+        return SegmentationOutput(
+            logits=at_least_float32(torch.stack(logits)),
+            masks=at_least_float32(torch.stack(masks)),
+            labelling=self.labelling,
+        )

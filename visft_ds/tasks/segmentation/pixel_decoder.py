@@ -30,20 +30,14 @@ from visft_ds.tasks.transformer import sine_positions
 GROUPS = 32
 
 
-class MaskedGroupNorm(nn.Module):
-    """Group norm whose mean and variance are those of the valid cells; parameters of `nn.GroupNorm`."""
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group norm whose mean and variance are those of the valid cells."""
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), at least float32."""
         x = at_least_float32(x)
         inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
-        grouped = x.unflatten(1, (self.groups, -1)) * inside
+        grouped = x.unflatten(1, (self.num_groups, -1)) * inside
         count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
         mean = grouped.sum(dim=(2, 3, 4), keepdim=True) / count
         centred = (grouped - mean) * inside
