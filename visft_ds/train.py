@@ -105,7 +105,8 @@ def train(
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         facts = {**rank_facts(config), **data.identity(), "start": start_from.sha256 if start_from else ""}
         distributed.assert_same_on_all_ranks(facts)
-        config, machine = settle_recompute(config, machine)
+        if config.visft.model.recompute == "auto":
+            config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
         precision, partition = machine.planned.precision, machine.planned.partition

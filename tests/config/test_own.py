@@ -10,6 +10,7 @@ import pytest
 from visft_ds.config import ResolvedConfig, own
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.run.evaluation import Validation
+from visft_ds.run.report import told
 
 
 def _resolved(shards: Path, *flags: str) -> ResolvedConfig:
@@ -26,7 +27,7 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     assert visft.features.cache == "runs/stage1-own/features"
     assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
     assert visft.shared is not None and visft.shared.image.zoom == own.ZOOM_WITH_CAPTIONS
-    (line,) = own.told(config, 12)
+    (line,) = told(config, 12)
     assert line.startswith("12 photographs") and "550 steps of 16" in line
 
 
@@ -55,8 +56,8 @@ def test_other_backbones_are_read_where_a_cell_is_16_pixels(
 
 def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
     config = _resolved(shards, "--set", "visft.tasks.detection.head.type=detr")
-    assert any(line.startswith("warning") and "DETR" in line for line in own.told(config, 100))
-    assert not any(line.startswith("warning") for line in own.told(config, 101))
+    assert any(line.startswith("warning") and "DETR" in line for line in told(config, 100))
+    assert not any(line.startswith("warning") for line in told(config, 101))
 
 
 @pytest.mark.parametrize(

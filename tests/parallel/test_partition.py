@@ -7,10 +7,10 @@ from itertools import combinations, pairwise
 import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.loader import Place
 from visft_ds.parallel.partition import Partition, divide
 from visft_ds.planner.memory import run_of
+from visft_ds.prepare.model import deepspeed_dict
 
 COSTS = ([0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
 

@@ -22,9 +22,9 @@ import torch
 from tests.parallel.engine_case import results_of, write_results
 from tests.tiny import TINY
 from visft_ds.checkpoint.export import save_base
-from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
+from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.prepare.materialize import HOST, Placement, open_base
-from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model
+from visft_ds.prepare.model import PreparedModel, deepspeed_dict, plan_model, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # importing it costs seconds

@@ -5,7 +5,7 @@ schema: the allowed settings with their contradictions. resolve: from a stage, a
 cli: the flags.
 """
 
-from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
+from visft_ds.config.batches import Batches, derive_batches
 from visft_ds.config.resolve import ResolvedConfig, changed, resolve
 
-__all__ = ["Batches", "ResolvedConfig", "changed", "deepspeed_dict", "derive_batches", "resolve"]
+__all__ = ["Batches", "ResolvedConfig", "changed", "derive_batches", "resolve"]

@@ -1,14 +1,11 @@
-"""From one global batch per stream to what each process does, and to the dict `deepspeed.initialize` takes."""
+"""From one global batch per stream to what each process does."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from visft_ds.config.fields import Precision
 from visft_ds.config.resolve import ResolvedConfig
 
 
@@ -75,27 +72,3 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
         if all(micro[name] <= stream.micro_batch for name, stream in streams.items()):
             break
     return Batches(dp, accumulation, micro, {name: one.batch_size for name, one in streams.items()}, stages)
-
-
-def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:
-    """The plain dict for `deepspeed.initialize`: engine keys plus everything that is derived.
-
-    `precision` is what visft.model.precision means on this hardware. Raises ValueError as `derive_batches`.
-    """
-    assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
-    batches = derive_batches(config, world_size)
-    # DeepSpeed knows one batch; where tasks differ it gets the largest. It only checks and reports with it.
-    micro = max(batches.micro.values())
-    result = {
-        **copy.deepcopy(dict(config.deepspeed)),
-        "gradient_clipping": config.gradient_clipping,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batches.accumulation,
-        "train_batch_size": micro * batches.accumulation * batches.dp,
-        "steps_per_print": 10**9,
-    }
-    if precision != "fp32":
-        # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is fp32.
-        dtype = "bfloat16" if precision == "bf16" else "float16"
-        result["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    return result

@@ -26,8 +26,8 @@ VIEWS, EVALUATIONS = 12, 3
 MOST_KEPT = 2000
 #: Sides of a zoom's window: a caption may name what a small one cuts off.
 ZOOM_WITH_CAPTIONS = (0.8, 1.2)
-#: Photographs at which a DETR learns places by heart.
-FEW_FOR_DETR = 100
+#: Begins the source of every value that the photographs decided.
+BY_RECIPE = "the recipe for"
 
 
 def chosen(config: ResolvedConfig) -> Flags:
@@ -49,7 +49,7 @@ def chosen(config: ResolvedConfig) -> Flags:
     values |= {"visft.run.eval_every": every if judged else 0, "visft.run.save_every": every}
     if judged:
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
-    return {key: (value, f"the recipe for {images} photographs") for key, value in values.items()}
+    return {key: (value, f"{BY_RECIPE} {images} photographs") for key, value in values.items()}
 
 
 def lite0_of_pip() -> Path | None:
@@ -75,30 +75,3 @@ def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:
     sizes = ("shared.image.fixed_size", "tasks.detection.image.fixed_size", "tasks.segmentation.image.fixed_size")
     where = {f"visft.{key}": (side, f"the map of {preset}") for key in (*sizes, "tasks.captioning.image.size")}
     return {**where, "visft.model.layers": ([] if block is None else [block], f"the map of {preset}")}
-
-
-def told(config: ResolvedConfig, images: int) -> list[str]:
-    """Lines for the start of a run: what was chosen for photographs of one's own and why, and what will not work."""
-    visft, run, lines = config.visft, config.visft.run, list[str]()
-    detection = visft.tasks.enabled().get("detection")
-    head = None if detection is None else detection.head.model_dump()["type"]
-    if config.sources.get("visft.run.save_every", "").startswith("the recipe for"):
-        stream = next(iter(visft.streams().values()))
-        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
-        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end} at {stream.largest_side()} px"]
-        if head == "dense":
-            parts.append("boxes around the cells of its map (few photographs teach no DETR)")
-        if visft.features is not None:
-            kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
-            parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
-        parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
-        if run.keep_best:
-            count = math.ceil(config.total_steps / run.eval_every)
-            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
-        lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
-    if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
-        lines.append(
-            f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
-            "--set visft.tasks.detection.head.type=dense"
-        )
-    return lines

@@ -126,11 +126,6 @@ def run_of(place: Path) -> Path | None:
     return run if any((run / name).is_file() for name in (RECORD_FILE, EXPORT_RECORD_FILE)) else None
 
 
-def export_of(run: Path) -> Path:
-    """The folder of what a run has exported or will export; an export is its own."""
-    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
-
-
 def head_files(folder: Path, task: str) -> list[Path]:
     """Files that may hold a task's head: ours, a checkpoint's, else those named as the published ones.
 

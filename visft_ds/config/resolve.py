@@ -85,13 +85,6 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(nested, f"{prefix}{key}.")
 
 
-def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Lines for the keys that differ between two `identity()` dicts: `key: theirs -> ours`."""
-    absent = "(absent)"
-    pairs = ((key, theirs.get(key, absent), ours.get(key, absent)) for key in sorted({*theirs, *ours}))
-    return [f"{key}: {json.dumps(old)} -> {json.dumps(new)}" for key, old, new in pairs if old != new]
-
-
 def available(folder: str) -> list[str]:
     """Names that --engine ("engines") or --model ("models") accept."""
     return sorted(path.stem for path in (CONFIG_ROOT / folder).glob("*.json"))
@@ -107,10 +100,7 @@ def _layer_file(folder: str, name: str) -> Path:
 
 
 def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The object in a configuration file, which messages call `name`.
-
-    Raises ValueError, also for a key that stands twice; OSError for no file.
-    """
+    """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -240,33 +230,7 @@ def resolve(
             tree.assign(key, [{"name": "trained", "params": value}], "--set")
         else:
             tree.assign(key, value, "--set")
-    return _typed(tree)
 
-
-def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
-    """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
-    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
-    source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
-    tasks = tree.value("visft.tasks") or {}
-    for name in names:
-        if not isinstance(name, str) or tasks.get(name) is None:
-            near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
-            raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
-    for name in entries():
-        if name not in names:
-            tree.assign(f"visft.tasks.{name}", None, source)
-
-
-def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
-    """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
-
-    Raises ValueError as `resolve`.
-    """
-    return resolve(whole=(config.to_dict(), "the configuration"), engine=engine, settings=settings)
-
-
-def _typed(tree: Tree) -> ResolvedConfig:
-    """The typed configuration of a tree of values, with what follows from it. Raises ValueError: a line an error."""
     complete()
     try:
         # JSON mode: lists stand for tuples, everything else is as strict as the schema says.
@@ -293,6 +257,28 @@ def _typed(tree: Tree) -> ResolvedConfig:
         pipeline_stages=recipe.pipeline.stages if recipe.pipeline else 1,
         adapted=adapted,
     )
+
+
+def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
+    """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
+    tasks = tree.value("visft.tasks") or {}
+    for name in names:
+        if not isinstance(name, str) or tasks.get(name) is None:
+            near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
+            raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
+    for name in entries():
+        if name not in names:
+            tree.assign(f"visft.tasks.{name}", None, source)
+
+
+def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
+    """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
+
+    Raises ValueError as `resolve`.
+    """
+    return resolve(whole=(config.to_dict(), "the configuration"), engine=engine, settings=settings)
 
 
 def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[str, str]]:

@@ -19,16 +19,11 @@ import orjson
 from visft_ds.data.decode import decode_image
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
-from visft_ds.data.transforms import Geometry, Op
+from visft_ds.data.transforms import Op
 
 
 class _Transform(Protocol):
-    @property
-    def geometry(self) -> Geometry: ...
-
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample: ...
-
-    def targets(self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator) -> Mapping[str, Any]: ...
+    def __call__(self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None) -> Sample: ...
 
 
 @dataclass(frozen=True)

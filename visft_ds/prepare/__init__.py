@@ -1,1 +1,1 @@
-"""From a configuration to what trains: data sets, order of samples, the prepared model and its values."""
+"""From a configuration to what trains: data sets, order of samples, the prepared model, the keys of its engine."""

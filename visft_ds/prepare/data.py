@@ -29,7 +29,6 @@ from visft_ds.prepare.datasets import (
     check_same_categories,
     check_samples,
     classes_of_run,
-    names_of,
     open_training_data,
     settle_classes,
     workers_of,
@@ -74,7 +73,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     """
     sets = open_training_data(config.visft)
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
-    if "maps" in first.labels or not names_of(first.categories).keys() <= COCO_NAMES.keys():
+    if "maps" in first.labels or any(category.coco_id not in COCO_NAMES for category in first.categories):
         config = settle_classes(config, first)
     for stream in config.visft.streams().values():
         images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())

@@ -82,7 +82,7 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
 
 def check_same_categories(manifest: Manifest, first: Manifest) -> None:
     """Raise ValueError for a split with a category, by id and name, that ROOT/TRAIN (`first`) lacks."""
-    known = names_of(first.categories)
+    known = {category.coco_id: category.name for category in first.categories}
     other = [category for category in manifest.categories if known.get(category.coco_id) != category.name]
     if other:
         theirs = known.get(other[0].coco_id, "absent")
@@ -110,14 +110,10 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
 
     Raises ValueError for heads that cannot have classes for `categories`, those of ROOT/TRAIN.
     """
+    names = {category.coco_id: category.name for category in categories}
     found = {
-        name: classes_of(name, task.head.model_dump(), names_of(categories))
+        name: classes_of(name, task.head.model_dump(), names)
         for name, task in config.tasks.enabled().items()
         if task.labels != "captions"
     }
     return {name: classes for name, classes in found.items() if classes is not None}
-
-
-def names_of(categories: Sequence[Category]) -> dict[int, str]:
-    """Id -> name."""
-    return {category.coco_id: category.name for category in categories}

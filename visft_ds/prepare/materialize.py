@@ -88,8 +88,9 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         return random_weight(name, parameters[name].shape, model.weights_seed).to(storage)
 
     def buffers() -> dict[str, Tensor]:
-        values = dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
-        return {**values, **buffers_in(weights, parameters)}
+        if not list(backbone.buffers()):
+            return {}
+        return {**dict(drawn().named_buffers()), **buffers_in(weights, parameters)}
 
     if model.weights is None:
         values = {name: Lazy(tuple(value.shape), storage, partial(draw, name)) for name, value in parameters.items()}

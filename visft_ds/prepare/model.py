@@ -6,15 +6,17 @@ Stage 1: the heads train on a frozen backbone. Stage 2: the backbone trains, thr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
+from visft_ds.config import ResolvedConfig, derive_batches
 from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
@@ -215,6 +217,30 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     if requested == "bf16" and not has_bf16:
         raise ValueError(f"visft.model.precision: bf16 asked for, {name} has none; use fp16 or auto")
     return cast(Precision, requested), "as configured"
+
+
+def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision) -> dict[str, Any]:
+    """The plain dict for `deepspeed.initialize`: engine keys plus everything that is derived.
+
+    `precision` is what visft.model.precision means on this hardware. Raises ValueError as `derive_batches`.
+    """
+    assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
+    batches = derive_batches(config, world_size)
+    # DeepSpeed knows one batch; where tasks differ it gets the largest. It only checks and reports with it.
+    micro = max(batches.micro.values())
+    result = {
+        **copy.deepcopy(dict(config.deepspeed)),
+        "gradient_clipping": config.gradient_clipping,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batches.accumulation,
+        "train_batch_size": micro * batches.accumulation * batches.dp,
+        "steps_per_print": 10**9,
+    }
+    if precision != "fp32":
+        # No module is listed, so that DeepSpeed reduces gradients in the dtype of their parameter, which is fp32.
+        dtype = "bfloat16" if precision == "bf16" else "float16"
+        result["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return result
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:

@@ -107,7 +107,8 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     with open_run_data(config, synthetic=synthetic) as (config, data):
         machine = check_machine(config, data.vocabulary)
         start_process_group()
-        config, machine = settle_recompute(config, machine)
+        if config.visft.model.recompute == "auto":
+            config, machine = settle_recompute(config, machine)
         prepared = prepare_model(
             config.visft,
             config.optimizer.params,

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from visft_ds.config import Batches
 from visft_ds.config.schema import ModelConfig
 from visft_ds.data.loader import Place
 from visft_ds.data.plan import generator
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.samples import Batch, RawSample
 from visft_ds.data.shards import Role
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
@@ -122,19 +123,12 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
             objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1]
             outline = [0, 0, side, 0, side, side, 0, side]
             whole = {"bbox": [0, 0, side, side], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
-            samples = []
+            image, samples = None if role == "labels" else np.zeros((side, side, 3), np.uint8), []
             for number, in_image in enumerate(objects[:count].tolist()):
-                raw = RawSample(number, number, (side, side), None, [whole] * in_image, [caption])
-                sample = Sample(
-                    index=number,
-                    image_id=number,
-                    original_size=(side, side),
-                    size=(side, side),
-                    image=None if role == "labels" else torch.zeros((3, side, side), dtype=torch.uint8),
-                    random_key=number,
-                    targets={} if role == "images" else pipeline.transform.targets(raw, (), generator(number)),
-                )
-                samples.append(sample)
+                raw = RawSample(number, number, (side, side), image, [whole] * in_image, [caption])
+                sample = pipeline.transform(raw, generator(number), ops=())
+                targets = {} if role == "images" else sample.targets
+                samples.append(replace(sample, random_key=number, targets=targets))
             yield name, pipeline.collate(samples)
 
 

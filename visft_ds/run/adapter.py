@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE, export_of, run_of
+from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE, run_of
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.published import read_adapter
 from visft_ds.pretrained import local
-from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, export_of, recorded_config
 
 
 def adapter_at(path: Path) -> Adapter | None:

@@ -14,7 +14,6 @@ from pydantic import Field
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
-from visft_ds.config.resolve import identity_differences
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
@@ -72,10 +71,16 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         return
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
-    if differences := identity_differences(recorded_config(out).identity(), config.identity()):
-        listed = "".join(f"  {line}\n" for line in differences)
+    there, here, absent = recorded_config(out).identity(), config.identity(), "(absent)"
+    pairs = ((key, there.get(key, absent), here.get(key, absent)) for key in sorted({*there, *here}))
+    if listed := "".join(f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b):
         told = f"{out} holds a run with other settings (there -> here):\n{listed}"
         raise ValueError(f"{told}choose another --out, or give the settings of that run")
+
+
+def export_of(run: Path) -> Path:
+    """The folder of what a run has exported or will export; an export is its own."""
+    return run if (run / EXPORT_RECORD_FILE).is_file() else run / "export"
 
 
 def saved_something(out: Path) -> bool:

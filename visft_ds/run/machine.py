@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.config import ResolvedConfig, changed, deepspeed_dict, derive_batches
+from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.resolve import flatten
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import versions
@@ -18,7 +18,7 @@ from visft_ds.ops.lora import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.planner.memory import MEMORY_SHARE, PlannedRun
-from visft_ds.prepare.model import PUBLISHED_VOCABULARY, choose_precision
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, choose_precision, deepspeed_dict
 from visft_ds.resilience.memory import host_memory
 from visft_ds.run.folder import recorded_config, saved_something
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -76,38 +76,31 @@ def settle_recompute(
     Raises:
         ValueError: on every rank: no policy fits; says what helps.
     """
-    if config.visft.model.recompute != "auto":
-        return config, machine
-    run = machine.planned
+    from visft_ds.planner.search import choose_recompute, fitting_settings
+
+    out, run = Path(config.visft.run.out or ""), machine.planned
     rooms = distributed.gather_objects(memory_of(run.device))
-    policy, why = distributed.by_main_process(lambda: _policy(run, min(rooms or ()), must_fit=must_fit))
+
+    def choose() -> tuple[str, str]:
+        if saved_something(out):
+            return recorded_config(out).visft.model.recompute, "as the run began"
+        if config.visft.stage == 1:
+            return "none", "a frozen backbone keeps nothing"
+        room = min(rooms or ())
+        chosen, needed = choose_recompute(run, room)
+        policy = chosen.config.visft.model.recompute
+        if must_fit and needed > room:
+            raise ValueError(
+                f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
+                f"{room / 2**30:.2f} GiB, as predicted. What helps: "
+                f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
+                "is tried whatever is predicted"
+            )
+        return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
+
+    policy, why = distributed.by_main_process(choose)
     config = replace(config, visft=changed(config, [f"visft.model.recompute={policy}"]).visft)
     return config, replace(machine, planned=run.changed(config), why_recompute=why)
-
-
-def _policy(run: PlannedRun, room: int, *, must_fit: bool) -> tuple[str, str]:
-    """The policy of recomputing, where each rank has so many bytes, and why."""
-    from visft_ds.planner.search import (
-        choose_recompute,
-        fitting_settings,
-    )  # the planner, of which few runs need so much
-
-    settings = run.config.visft
-    out = Path(settings.run.out or "")
-    if saved_something(out):
-        return recorded_config(out).visft.model.recompute, "as the run began"
-    if settings.stage == 1:
-        return "none", "a frozen backbone keeps nothing"
-    chosen, needed = choose_recompute(run, room)
-    policy = chosen.config.visft.model.recompute
-    if must_fit and needed > room:
-        raise ValueError(
-            f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
-            f"{room / 2**30:.2f} GiB, as predicted. What helps: "
-            f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
-            "is tried whatever is predicted"
-        )
-    return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:

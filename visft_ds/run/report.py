@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds.config import ResolvedConfig, own
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.own import BY_RECIPE
 from visft_ds.config.preflight import head_files
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.layouts import open_backbone
@@ -18,10 +20,13 @@ from visft_ds.pretrained import local
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
 from visft_ds.tasks import TASKS
 
+#: Photographs at which a DETR learns places by heart.
+FEW_FOR_DETR = 100
+
 
 def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepared: PreparedModel, start: int) -> None:
     """Print the plan of a run that is about to train, after `start` steps. Main process only."""
-    for line in own.told(config, sum(len(one.manifest) for one in data.sets.values())):
+    for line in told(config, sum(len(one.manifest) for one in data.sets.values())):
         print(line, flush=True)
     module, model = prepared.module, config.visft.model
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
@@ -43,13 +48,36 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
         rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
-    sections = [
-        Section("model", facts),
-        *_sections(config, machine.planned, prepared.groups, start=start),
-        Section("data", rows),
-        Section("checks passed", [("-", note) for note in prepared.notes]),
-    ]
-    print_plan(_title(config), sections)
+    title, plan = _plan(config, machine.planned, prepared.groups, start=start)
+    passed = [("-", note) for note in prepared.notes]
+    print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])
+
+
+def told(config: ResolvedConfig, images: int) -> list[str]:
+    """Lines about photographs of one's own: what was chosen for them and why, and what will not work."""
+    visft, run, lines = config.visft, config.visft.run, list[str]()
+    detection = visft.tasks.enabled().get("detection")
+    head = None if detection is None else detection.head.model_dump()["type"]
+    if config.sources.get("visft.run.save_every", "").startswith(BY_RECIPE):
+        stream = next(iter(visft.streams().values()))
+        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end} at {stream.largest_side()} px"]
+        if head == "dense":
+            parts.append("boxes around the cells of its map (few photographs teach no DETR)")
+        if visft.features is not None:
+            kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
+            parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
+        parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
+        if run.keep_best:
+            count = math.ceil(config.total_steps / run.eval_every)
+            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
+        lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
+    if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
+        lines.append(
+            f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
+            "--set visft.tasks.detection.head.type=dense"
+        )
+    return lines
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
@@ -65,7 +93,8 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
         config, data = open_data(config, processes)
         vocabulary = data.vocabulary
     machine = check_machine(config, vocabulary, processes)
-    config, machine = settle_recompute(config, machine, must_fit=False)
+    if config.visft.model.recompute == "auto":
+        config, machine = settle_recompute(config, machine, must_fit=False)
     run = machine.planned
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     plan, capacity = plan_largest(run), memory_of(run.device)
@@ -77,11 +106,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     ]
     guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
-    sections = [
-        *_sections(config, run, groups, note),
-        Section("memory of a process at its fullest, predicted", memory),
-    ]
-    print_plan(f"{_title(config)} (dry run: nothing is started)", sections)
+    title, sections = _plan(config, run, groups, note)
+    sections.append(Section("memory of a process at its fullest, predicted", memory))
+    print_plan(f"{title} (dry run: nothing is started)", sections)
     # Of the files that are there, names and shapes are looked at.
     weights, heads = config.visft.model.weights, config.visft.heads.path
     if weights is not None and local(weights).is_file():
@@ -92,14 +119,11 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
         open_head(heads, task).check(head)
 
 
-def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
-
-
-def _sections(
+def _plan(
     config: ResolvedConfig, run: PlannedRun, groups: Sequence[TrainedGroup], note: str = "", start: int = 0
-) -> list[Section]:
-    """Sections of the plan: what trains, in which batches, how a pipeline is divided, what becomes of the run."""
+) -> tuple[str, list[Section]]:
+    """Title and sections of the plan: what trains, in which batches, how a pipeline is divided, what is kept."""
+    title = f"visft_ds stage {config.visft.stage} ({stage_name(config.visft)}), {config.visft.model.name}"
     trained = [
         (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0][-42:])
         for g in groups
@@ -126,7 +150,7 @@ def _sections(
         ("saved", kept),
         ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
     ]
-    return [
+    return title, [
         Section(f"what trains{note}", trained, ("group", "tensors", "values", "lr", "weight decay", "first")),
         Section("batches", learnt),
         *([Section("pipeline", run.partition.rows(batches.accumulation))] if run.partition else []),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,9 @@ class ImageTransform:
     geometry: Geometry
     tasks: Mapping[str, ImageTargets]
 
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        """Transform one sample; evaluation draws nothing from `generator`."""
-        ops = self.geometry.draw(raw.size, self.train, generator)
+    def __call__(self, raw: RawSample, generator: np.random.Generator, ops: Sequence[Op] | None = None) -> Sample:
+        """Transform one sample, by `ops` or those of the geometry; evaluation draws nothing from `generator`."""
+        ops = self.geometry.draw(raw.size, self.train, generator) if ops is None else ops
         inside = [op for op in ops if not (isinstance(op, Pad) and op.outside)]
         return Sample(
             index=raw.index,
@@ -38,13 +37,9 @@ class ImageTransform:
             size=final_size(raw.size, inside),
             image=None if raw.image is None else apply_to_image(raw.image, ops),
             random_key=0,
-            targets=self.targets(raw, inside, generator),
+            targets={task: targets(raw, inside, generator) for task, targets in self.tasks.items()},
             frame=final_size(raw.size, ops),
         )
-
-    def targets(self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator) -> dict[str, Any]:
-        """Labels of each task for the image after `ops`: arrays by name."""
-        return {task: targets(raw, ops, generator) for task, targets in self.tasks.items()}
 
 
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:

@@ -1,10 +1,9 @@
-"""Attention of the heads, and the transformer of detection: an encoder over the feature map and a wider decoder.
+"""Attention of the heads, and the layers of their transformers.
 
-Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width, L decoder layers.
+Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width.
 
 Architecture after DETR (Carion et al., arXiv 2005.12872, appendix A.3): post-norm layers, positions added to queries
-and keys of every attention but never to the values. The asymmetric widths, the task token and the residual around the
-encoder are those of UniT (Hu and Singh, arXiv 2102.10772), which the published ViSFT heads use.
+and keys of every attention but never to the values.
 
 A parameter is used only in the forward of the module that owns it, and these modules take and return tensors:
 ZeRO-3 gathers parameters in hooks that fire at module boundaries and look into tensors only. That is why attention is

@@ -21,6 +21,7 @@ from visft_ds.evals.benchmarks.models import parse_arms, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.table import Row, rows_of, section, verdict
 from visft_ds.evals.charts import block_chart, interval_chart
+from visft_ds.evals.records import BENCHMARKS, PICTURES
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
@@ -32,9 +33,8 @@ from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.tasks.pictures import save_png
 
-RECORD, CHART = "benchmarks.json", "differences.svg"
+CHART, CACHE = "differences.svg", "cache"
 LAYERS_RECORD, LAYERS_CHART = "layers.json", "layers.svg"
-PICTURES, CACHE = "pictures", "cache"
 _SHOWN = 8  # images of a sheet
 
 
@@ -46,7 +46,7 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     """
     began, settings = time.perf_counter(), settings_of(given)
     arms = parse_arms(given.model)
-    _check_folder(given.out, RECORD, given.primary)
+    _check_folder(given.out, BENCHMARKS, given.primary)
     benchmarks = parse_benchmarks(given.benchmark, given.primary)
     _start(benchmarks)
     results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
@@ -69,7 +69,7 @@ def run_benchmarks(given: argparse.Namespace) -> None:
     }
     labels = list(members)
     chart = _chart(rows, labels) if len(labels) > 1 else ""
-    _write(given, RECORD, record, CHART, chart, began)
+    _write(given, BENCHMARKS, record, CHART, chart, began)
     parts = [Section("models", list(record["models"].items())), section(rows, labels, given.primary)]
     if given.primary and len(labels) > 1:
         said = [(label, verdict(row, label)) for row in rows if row.name == given.primary for label in row.shown]

@@ -14,36 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import stdtrit
 
 from visft_ds.evals.benchmarks.protocol import FloatArray, IntArray, mean_ratio
+from visft_ds.evals.records import Interval
 
 DRAWS = 4000
 LEVEL = 0.95
 _CELLS = 4_000_000  # counts in memory at once
 _TIMES = 10
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its interval of LEVEL, by percentiles."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def sure(self) -> bool:
-        """Return True if the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-    def text(self, shown: bool = False) -> str:
-        """`+4.50 [+2.50, +6.40] *`, in percentage points; marked * where it is shown."""
-        value, low, high = (100 * part for part in (self.value, self.low, self.high))
-        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{' *' if shown else ''}"
 
 
 def resampled(several: Sequence[FloatArray], groups: IntArray | None, rng: np.random.Generator) -> FloatArray:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.evals.benchmarks.encoders import Encoder
-from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.benchmarks.judge import Settings, encode, forward
 from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, readable
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.table import rows_of
+from visft_ds.evals.records import Interval
 from visft_ds.parallel import distributed
 
 #: Name of what the whole model gives, if that is not what its last block gives.

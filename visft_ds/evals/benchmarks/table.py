@@ -15,7 +15,6 @@ import numpy as np
 
 from visft_ds.evals.benchmarks.intervals import (
     LEVEL,
-    Interval,
     holm,
     interval,
     over_both,
@@ -25,6 +24,7 @@ from visft_ds.evals.benchmarks.intervals import (
     with_few,
 )
 from visft_ds.evals.benchmarks.protocol import FloatArray, Score
+from visft_ds.evals.records import Interval
 from visft_ds.monitor.console import Section
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score

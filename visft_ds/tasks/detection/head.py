@@ -46,10 +46,10 @@ class DetectionOutput:
 class DetectionHead(nn.Module):
     """Feature map -> a fixed set of Q boxes with classes, from every decoder layer.
 
-    The asymmetric DETR of the published ViSFT heads: 1x1 projection to `encoder_dim`, a learnt task token in front of
-    the patches, encoder with a residual around it, linear projections of memory and positions to the wider
-    `decoder_dim`, decoder, a class layer and a box MLP that all decoder layers share. Initialisation: Xavier for the
-    encoder and the two projections, PyTorch's defaults elsewhere.
+    The asymmetric DETR of the published ViSFT heads, after UniT (Hu and Singh, arXiv 2102.10772): 1x1 projection to
+    `encoder_dim`, a learnt task token in front of the patches, encoder with a residual around it, linear projections of
+    memory and positions to the wider `decoder_dim`, decoder, and a norm, a class layer and a box MLP that all decoder
+    layers share. Initialisation: Xavier for the encoder and the two projections, PyTorch's defaults elsewhere.
     """
 
     def __init__(self, in_channels: int, options: DetectionHeadConfig) -> None:

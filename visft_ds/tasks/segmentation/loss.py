@@ -75,46 +75,39 @@ class SegmentationCriterion:
         given = (logits.shape[2], logits.shape[3] - 1, len(logits) - 1, output.labelling)
         assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
         keys = targets.keys[targets.counts > 0].tolist()
-        matching, *points = draw_points(keys, len(masks), self.points, masks.device)
+        matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
         matches = match_masks(logits, masks, targets, labels, matching, self.costs, image_ids)
         ce, wrong = class_losses(logits, labels, targets.counts, matches, self.no_object, loss_denominators)
-        bce, dice = self._mask_sums(masks, targets, matches, *points)
-        number = loss_denominators["masks"]
-        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, self._suffixes)
-        return {**losses, "class_error": wrong / number}
-
-    def _mask_sums(
-        self, masks: Tensor, targets: SegmentationTargets, matches: Matches, candidates: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sums (L,) of BCE and dice over the matched pairs; without any, zeros that still carry a (zero) gradient."""
-        layers = len(masks)
+        # Without any pair the sums (L,) are zeros that still carry a (zero) gradient.
         bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
         # the pairs are ordered by set and then by image, and every set has the same number of them
-        queries, objects = matches.queries.view(layers, -1), matches.objects.view(layers, -1)
-        every_set = torch.arange(layers, device=masks.device)[:, None]
-        # the image's first pair and first object, and its number among the images with objects, for which points exist
-        pair = first = number = 0
+        queries, objects = matches.queries.view(len(masks), -1), matches.objects.view(len(masks), -1)
+        every_set = torch.arange(len(masks), device=masks.device)[:, None]
+        # the image's first pair and first object, and its place among the images with objects, for which points exist
+        pair = first = place = 0
         for image, count in enumerate(targets.counts.tolist()):
             if count == 0:
                 continue
-            pairs = slice(pair, pair + min(count, self.head.num_queries))
+            pairs = slice(pair, pair + min(count, head.num_queries))
             predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
-            chosen = uncertain_points(predicted.detach(), candidates[number], uniform[number], self.uncertain, extent)
+            chosen = uncertain_points(predicted.detach(), candidates[place], uniform[place], self.uncertain, extent)
             true = targets.masks[first : first + count, None].to(masks.dtype) / 255  # stored as uint8
             # set by set, so that there is never a copy of the masks for every pair of every set
             sets = zip(objects[:, pairs] - first, chosen, strict=True)
             seen = [sample(true[rows], at, targets.mask_extents[image]).squeeze(1) for rows, at in sets]
             wanted = torch.stack(seen)  # (L, m, P) in [0, 1]
-            logits = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(wanted)
-            share = logits.sigmoid()
-            bce = bce + F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1).sum(dim=1)
+            x = sample(predicted.flatten(0, 1)[:, None], chosen.flatten(0, 1), extent).view_as(wanted)  # logits
+            share = x.sigmoid()
+            bce = bce + F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(dim=-1).sum(dim=1)
             # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
             overlap, areas = (share * wanted).sum(dim=-1), share.sum(dim=-1) + wanted.sum(dim=-1)
             dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
-            pair, first, number = pairs.stop, first + count, number + 1
-        return bce, dice
+            pair, first, place = pairs.stop, first + count, place + 1
+        number = loss_denominators["masks"]
+        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, self._suffixes)
+        return {**losses, "class_error": wrong / number}
 
 
 @torch.no_grad()
