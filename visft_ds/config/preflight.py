@@ -11,7 +11,7 @@ from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import BUILT_IN, config_class
+from visft_ds.tasks import config_class
 
 #: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
 #: https://github.com/salesforce/LAVIS, and a package of the extra `demo`.
@@ -77,7 +77,7 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
         model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else visft.model.name
         command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
         command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
-        command += f" --tasks {','.join(tasks)}" if len(tasks) < len(BUILT_IN) else ""
+        command += f" --tasks {','.join(tasks)}"
         found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
     return found
 
@@ -90,8 +90,7 @@ def is_url(place: str | Path) -> bool:
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
     """The settings that turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
 
-    A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
-    be left.
+    A task that the user mentions is wanted, and what it lacks is an error. Empty where nothing would be left.
     """
     tasks, found, sets = config.visft.tasks.enabled(), Flags(), training_sets(config)
     for name, task in tasks.items() if len(sets) == 1 else ():

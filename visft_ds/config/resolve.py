@@ -263,14 +263,14 @@ def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
-    tasks = tree.value("visft.tasks") or {}
+    tasks = {"semantic": {}, **(tree.value("visft.tasks") or {})}  # which is in no recipe, and has defaults for all
     for name in names:
         if not isinstance(name, str) or tasks.get(name) is None:
             near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
             raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
     for name in entries():
-        if name not in names:
-            tree.assign(f"visft.tasks.{name}", None, source)
+        if name not in names or not tasks[name]:
+            tree.assign(f"visft.tasks.{name}", {} if name in names else None, source)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:

@@ -36,14 +36,8 @@ CITYSCAPES = {
 
 #: Layout -> split -> folders of images and of maps; and what the names of both end with, before the suffix.
 _FOLDERS = {
-    "ADE20k": {
-        "train": ("images/training", "annotations/training"),
-        "val": ("images/validation", "annotations/validation"),
-    },
-    "Cityscapes": {
-        "train": ("leftImg8bit/train", "gtFine/train"),
-        "val": ("leftImg8bit/val", "gtFine/val"),
-    },
+    "ADE20k": {s: (f"images/{n}", f"annotations/{n}") for s, n in (("train", "training"), ("val", "validation"))},
+    "Cityscapes": {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")},
 }
 _ENDINGS = {"Cityscapes": ("_leftImg8bit", "_gtFine_labelIds")}
 OWN = "label maps"  #: the layout for maps of one's own
@@ -75,9 +69,9 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         for name in sorted(pictures.keys() ^ labels.keys()):
             odd.add("image without label map" if name in pictures else "label map without image", name)
         odd.refuse_above_a_tenth(len(pictures.keys() | labels.keys()), maps, "images and label maps")
-        both = sorted(pictures.keys() & labels.keys())
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-        for number, name in enumerate(tqdm(both, desc=f"{split}: label maps", disable=None), 1):
+        both = tqdm(sorted(pictures.keys() & labels.keys()), desc=f"{split}: label maps", disable=None)
+        for number, name in enumerate(both, 1):
             numbers = read_map(labels[name])
             height, width = numbers.shape
             entry = {"file_name": str(pictures[name].relative_to(images)), "height": height, "width": width}

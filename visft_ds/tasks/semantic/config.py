@@ -5,10 +5,10 @@ They are those of DINOv3's linear probe on ADE20k (https://github.com/facebookre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import Findings, TaskConfig
+from visft_ds.config.task_schema import TaskConfig
 
 
 class SemanticImage(StrictModel):
@@ -64,10 +64,6 @@ class SemanticTask(TaskConfig):
     image: SemanticImage = SemanticImage()
     head: SemanticHeadConfig = SemanticHeadConfig()
     loss: SemanticLoss = SemanticLoss()
-
-    @classmethod
-    def lacks(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
-        return None if counts.get("regions") else "label maps"
 
 
 CONFIG = SemanticTask
