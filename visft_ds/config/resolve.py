@@ -90,15 +90,6 @@ def available(folder: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_ROOT / folder).glob("*.json"))
 
 
-def _layer_file(folder: str, name: str) -> Path:
-    """The file of a name in ds_configs, or one of the user's own by its path. Raises ValueError."""
-    if name.endswith(".json"):
-        return Path(name)
-    if name not in (known := available(folder)):
-        raise ValueError(f"--{folder[:-1]} {name}: no .json file, and not in ds_configs/{folder}{nearest(name, known)}")
-    return CONFIG_ROOT / folder / f"{name}.json"
-
-
 def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
     """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
 
@@ -204,14 +195,21 @@ def resolve(
         ValueError: everything that is wrong with the configuration, one line each.
         OSError: a file of the user's own that cannot be read.
     """
-    tree, files = Tree(), [_layer_file("engines", engine or "zero1")]
+    tree, files = Tree(), list[Path]()
+    named = {"engines": engine or "zero1", "models": model}
     if whole is None:
-        files = [CONFIG_ROOT / f"stage{stage}.json", *files, _layer_file("models", model)]
+        files.append(CONFIG_ROOT / f"stage{stage}.json")
     else:
-        files = files if engine else []
+        named = {"engines": engine} if engine else {}
         tree.lay({key: value for key, value in whole[0].items() if not engine or key in OURS}, whole[1])
         if stage not in (None, stated := tree.value("visft.stage")):
             raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it")
+    for folder, name in named.items():
+        own = name.endswith(".json")
+        if not own and name not in (known := available(folder)):
+            nearby = nearest(name, known)
+            raise ValueError(f"--{folder[:-1]} {name}: no .json file, and not in ds_configs/{folder}{nearby}")
+        files.append(Path(name) if own else CONFIG_ROOT / folder / f"{name}.json")
     for path in files:
         # A shipped one is ds_configs/..., wherever it is installed.
         source = str(path.relative_to(CONFIG_ROOT.parent) if path.is_relative_to(CONFIG_ROOT) else path)

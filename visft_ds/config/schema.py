@@ -93,6 +93,15 @@ class ModelConfig(StrictModel):
         """Name of the model of timm that is the backbone; None for a tower of our own."""
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Settings that models of timm, and compiled blocks, do not take."""
+        if self.compile != "none" and self.kernels == "triton":
+            yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
+        shape = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]
+        used = {"recompute": self.recompute == "mlp", "packed": self.packed, "compile": self.compile != "none"}
+        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if self.timm is not None else ():
+            yield key, f"is of towers of our own; {self.preset} does not take it"
+
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -191,6 +200,15 @@ class RunConfig(StrictModel):
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A best checkpoint that is never measured or saved."""
+        if self.keep_best is not None and not self.eval_every:
+            yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+        elif self.keep_best is not None and self.eval_every % self.save_every:
+            yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
+        if self.patience and self.keep_best is None:
+            yield "patience", "needs a metric: set visft.run.keep_best"
+
 
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
@@ -235,23 +253,11 @@ class VisftConfig(StrictModel):
             yield "features", "stage 2 changes the backbone, and with it all features: must be null"
         if self.features is not None and model.packed:
             yield "model.packed", "must be false with visft.features, whose images pass the backbone one by one"
-        shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
-        used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
-        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if model.timm is not None else ():
-            yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
-        if model.compile != "none" and model.kernels == "triton":
-            yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own"
         if model.compile != "none" and not run.rehearsal:
             yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
-        measured = [name for task in enabled.values() for name in task.metrics]
-        if run.keep_best is not None and run.keep_best not in measured:
-            yield "run.keep_best", f"is no metric of this run's tasks{nearest(run.keep_best, measured)}"
-        elif run.keep_best is not None and not run.eval_every:
-            yield "run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
-        elif run.keep_best is not None and run.eval_every % run.save_every:
-            yield "run.keep_best", f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}"
-        if run.patience and run.keep_best is None:
-            yield "run.patience", "needs a metric: set visft.run.keep_best"
+        best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
+        if best is not None and best not in measured:
+            yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
 
     def filled(self) -> VisftConfig:
         """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""

@@ -26,6 +26,11 @@ _ATTEMPTS, _PAUSE = 4, 1.0  # seconds, doubled each time
 _TIMEOUT = 60.0  # seconds without a byte
 
 
+def is_url(place: str | Path) -> bool:
+    """Return True if a place is read over a network; it is looked for only when it is opened."""
+    return "://" in str(place) and not str(place).lower().startswith("file:")
+
+
 @dataclass(frozen=True)
 class Cache:
     """Folder for copies of remote shards, shared by all processes of a machine."""

@@ -19,8 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.preflight import is_url
 from visft_ds.config.resolve import flatten
+from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.records import BENCHMARKS, MAIN, METRICS, Evaluation, Interval, read_evaluation

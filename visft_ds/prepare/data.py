@@ -13,11 +13,11 @@ import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
 from visft_ds.config.fields import Precision
-from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
+from visft_ds.data.fetch import is_url
 from visft_ds.data.loader import Place, StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path

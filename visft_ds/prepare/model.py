@@ -47,11 +47,7 @@ class TrainedGroup:
     weight_decay: float
     names: tuple[str, ...]  #: qualified parameter names
     parameters: tuple[nn.Parameter, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of trained values."""
-        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)  # ZeRO-3 empties its tensors
+    count: int  #: of trained values; ZeRO-3 empties the parameters
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,9 @@ def apply_groups(
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
         decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
-        matched.append(TrainedGroup(group.name, lr, decay, names, tuple(named[name] for name in names)))
+        parameters = tuple(named[name] for name in names)
+        count = sum(parameter.numel() for parameter in parameters)
+        matched.append(TrainedGroup(group.name, lr, decay, names, parameters, count))
     if problems:
         raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
     for name, parameter in named.items():
