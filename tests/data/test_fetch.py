@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -17,13 +18,14 @@ from tests.coco_tree import make_split
 from tests.data.test_loader import PIPELINES
 from tests.ranks import run_ranks
 from tests.shard_server import Served, serve
-from visft_ds.config.schema import DataConfig
+from visft_ds.config import resolve
 from visft_ds.data import fetch
 from visft_ds.data.fetch import Cache
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.prepare.datasets import windowed
+from visft_ds.prepare.data import samples_of
+from visft_ds.prepare.datasets import TrainingSet
 
 SIZE = 1 << 30
 
@@ -168,6 +170,13 @@ def test_a_copy_that_is_gone_is_fetched_again(served: Served, tmp_path: Path) ->
     assert reader.read(0)[0] and served.shards["toy-000000.tar"] == 2
 
 
-def test_remote_shards_are_read_in_windows() -> None:
-    assert windowed(DataConfig(), "s3://bucket/coco") and not windowed(DataConfig(), "shards")
-    assert not windowed(DataConfig(shuffle="full"), "s3://bucket/coco")
+def test_remote_shards_are_read_in_windows(served: Served, tmp_path: Path) -> None:
+    remote = Manifest.load(served.url, "toy", Cache(tmp_path))
+
+    def windowed(manifest: Manifest, *settings: str) -> bool:
+        config = resolve(stage=1, model="debug", settings=["visft.tasks=detection", *settings]).visft
+        (stream,) = config.streams().values()
+        return samples_of(config, stream, {"train": TrainingSet(manifest, ("detection",))})["train"].shards is not None
+
+    assert windowed(remote) and not windowed(replace(remote, root=tmp_path))
+    assert not windowed(remote, "visft.data.shuffle=full")

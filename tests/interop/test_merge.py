@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +185,17 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter, _ = _case(tmp_path)
+
+    def towers() -> int:
+        return sum(isinstance(one, EvaViT) and not one.norm.weight.is_meta for one in gc.get_objects())
+
+    others, load = towers(), export.by_library
+
+    def by_library(*given: Any) -> Any:
+        assert towers() == others, "EVA-ViT-E has 16 GiB in fp32: one model at a time"
+        return load(*given)
+
+    monkeypatch.setattr(export, "by_library", by_library)
     words = ["--base", base, "--adapter", save_adapter(adapter, tmp_path / "adapter"), "--verify", "--dtype", dtype]
     assert _run(*words, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -203,7 +203,7 @@ def test_the_kept_wide_weight_computes_what_a_new_one_does(
 ) -> None:
     backbone = _frozen_but_adapters(targets=targets)
     with monkeypatch.context() as patch:
-        patch.setattr(ops.WideWeight, "beside", lambda *_: None)
+        patch.setattr(ops.WideWeight, "holds", lambda *_: False)
         made_anew = _trained(backbone, images)
     assert all(layer.weight.is_contiguous() for layer in lora_layers(backbone).values())
     names, values = list(backbone.state_dict()), {n: v.clone() for n, v in backbone.state_dict().items()}

@@ -105,10 +105,8 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, Any], str] | None) -> ResolvedConfig:
     """`resolve` with what backbone and data decide: the model, the recipe for photographs, the tasks, the length.
 
-    Tasks of the recipe that the data has no labels for take no part, but for those that are named.
-
-    Raises:
-        ValueError: as `resolve`; epochs of data whose number of images is not known yet.
+    Tasks of the recipe that the data has no labels for take no part, but for those that are named. Raises ValueError as
+    `resolve`, and for epochs of data whose number of images is not known yet.
     """
     stage, model, of_backbone = given.stage, given.model, Flags()
     settings = [*([f"visft.tasks={given.tasks}"] if given.tasks is not None else []), *given.set]
@@ -150,10 +148,7 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
     A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from. Numbers of
-    classes are left out: they are those of the data.
-
-    Raises:
-        ValueError: nothing there, or no readable record.
+    classes are left out: they are those of the data. Raises ValueError: nothing there, or no readable record.
     """
     run, place = run_of(Path(source)), folder_of_run(Path(source))
     if run is None and Path(source).exists():

@@ -160,6 +160,13 @@ class DataConfig(StrictModel):
         """(folder or URL, split) of all training sets."""
         return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Names that stand twice."""
+        names = [self.train, *(one.name for one in self.sets)]
+        for number, one in enumerate(self.sets):
+            if one.name in names[: number + 1]:
+                yield f"sets.{number}.name", f"another training set is called {one.name}; give each its own name"
+
 
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
@@ -228,7 +235,7 @@ class VisftConfig(StrictModel):
     run: RunConfig = RunConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings of another stage, mode or model, of no task, names that stand twice or that nothing has."""
+        """Settings of another stage, of no task or of another mode, and names that nothing has."""
         enabled, model, run = self.tasks.enabled(), self.model, self.run
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
@@ -240,13 +247,11 @@ class VisftConfig(StrictModel):
             yield "shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
         for name in [name for name, task in enabled.items() if self.mode == "sampled" and task.updates is None]:
             yield f"tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
-        groups, sets = [group.name for group in self.param_groups], [one.name for one in self.data.sets]
+        groups = [group.name for group in self.param_groups]
         for number, name in enumerate(groups):
             if name in groups[:number]:
                 yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
         for number, one in enumerate(self.data.sets):
-            if one.name in (self.data.train, *sets[:number]):
-                yield f"data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
         if self.features is not None and self.stage != 1:
@@ -309,6 +314,13 @@ class ZeroOptimization(StrictModel):
     offload_param: Offload = Offload()  #: of stage 3
     offload_optimizer: Offload = Offload()  #: of stages 1 to 3
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Offloading needs something that is divided."""
+        if self.offload_param.device != "none" and self.stage != 3:
+            yield "offload_param", "needs zero_optimization.stage = 3"
+        if self.offload_optimizer.device != "none" and self.stage == 0:
+            yield "offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
+
 
 class PipelineKeys(StrictModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
@@ -334,10 +346,6 @@ class Recipe(StrictModel):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Those of the engine, of the engine with the model, and of the length of the run."""
         visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
-        if zero.offload_param.device != "none" and zero.stage != 3:
-            yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"
-        if zero.offload_optimizer.device != "none" and zero.stage == 0:
-            yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
         if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
             yield "zero_force_ds_cpu_optimizer", "must be false with offload_optimizer: DeepSpeed would compile its own"
         if piped and zero.stage != 1:

@@ -93,13 +93,9 @@ def merge_files(given: argparse.Namespace) -> int:
             if share.retained < 0.9 or share.error > 0.5:
                 print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
         if given.verify:
-            wanted = layouts.load_backbone(place, model)
-            if adapter is not None:
-                adapter.install(wanted)
-            # 8 half-steps of the weights (0.4 to 3 were measured for 2 to 64 blocks); in fp32 the order of sums, B(Ax)
-            # against (BA)x, costs 1e-5.
+            # 8 half-steps of the weights (0.4 to 3 were measured); in fp32 the order of B(Ax) or (BA)x costs 1e-5.
             library, allowed = export.LIBRARIES[given.format], max(1e-5, 4 * torch.finfo(dtype).eps)
-            found = export.difference(export.by_library(given.format, stage, wanted), wanted)
+            found = export.difference(given.format, stage, place, model, adapter)
             print(f"verify   relative difference {found:.3g} by {library}, allowed {allowed:.2g}")
             if found > allowed:
                 print("merge: the result does not compute what base + adapter does: not written", file=sys.stderr)

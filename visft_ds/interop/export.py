@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visft_ds.interop import layouts
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.layouts import prefix_of
 from visft_ds.interop.weights import Lazy, Weights, finite
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
@@ -150,7 +150,7 @@ def timm(tower: Weights, file: Weights, backbone: Backbone) -> Written:
 
 def _whole_clip(prefix: str, text: str, tower: Weights, file: Weights, backbone: Backbone) -> Written:
     """EVA-CLIP's or open_clip's whole model: the tower under a prefix, the text side as it is, known by one name."""
-    mine = prefix_of(file) if isinstance(backbone, EvaViT) else ""
+    mine = layouts.prefix_of(file) if isinstance(backbone, EvaViT) else ""
     beside = {key: one for key, one in file.items() if not key.startswith(mine)} if mine else {}
     if text not in beside or not {"cls_token", "head.weight"} <= tower.keys():
         raise ValueError(
@@ -244,11 +244,15 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
 
 
 @torch.no_grad()
-def difference(got: Callable[[Tensor], Tensor], wanted: Backbone) -> float:
-    """|got - wanted| / |wanted| on two images of seeded noise."""
-    images = torch.randn(2, 3, wanted.image_size, wanted.image_size, generator=torch.Generator().manual_seed(0))
-    want: Tensor = wanted.eval()(images)
-    return float((got(images).float() - want).norm() / want.norm())
+def difference(form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None) -> float:
+    """|got - wanted| / |wanted| on two images of seeded noise. Only one of the two models is in memory at a time."""
+    tower: Backbone = layouts.load_backbone(base, model).eval()
+    images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
+    if adapter is not None:
+        adapter.install(tower)
+    wanted = tower(images)
+    tower = layouts.built(model, "meta")
+    return float((by_library(form, folder, tower)(images).float() - wanted).norm() / wanted.norm())
 
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:

@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in the dtype of its input; of a 16-bit one autocast would keep an fp32 copy, so blocks turn it off."""
+    """Layer norm in the dtype of its input; of a 16-bit one autocast would keep an fp32 copy: blocks have it off."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -94,7 +94,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, images: int, packing: Packing | None = None) -> Tensor:
         """(B * N, D) -> (B * N, D), or packed (T, D), without `proj`, which the block applies and may recompute."""
-        qkv: Tensor = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        q_bias, v_bias = self.q_bias, self.v_bias
+        qkv: Tensor = self.qkv(x, torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]))
         q, k, v = qkv.view(images, -1, 3, self.num_heads, x.shape[1] // self.num_heads).unbind(2)  # (B, N, heads, d)
         if packing is None:
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -114,19 +115,18 @@ class Block(nn.Module):
         hidden = int(config.width * config.mlp_ratio)
         self.mlp = nn.ModuleDict({"fc1": Linear(config.width, hidden), "fc2": Linear(hidden, config.width)})
 
-    def forward(self, x: Tensor, packing: Packing | None = None, recompute_mlp: bool = False) -> Tensor:
-        """(B, N, D) -> (B, N, D), in the dtype of the residual stream; with a packing (1, T, D)."""
-        # Branches compute in autocast's dtype, else in that of the matrices; `qkv.weight` would gather it under ZeRO-3.
-        dtype = autocast_dtype(x.device) or next(self.attn.qkv.parameters()).dtype
+    def forward(
+        self, x: Tensor, dtype: torch.dtype, packing: Packing | None = None, recompute_mlp: bool = False
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), in the dtype of the residual stream, its branches in `dtype`, without autocast; with
+        a packing (1, T, D)."""
         stream = x.flatten(0, 1)  # rows cost the host less than a batch of them
         rest = partial(_checkpoint, self._projected_and_mlp) if recompute_mlp else self._projected_and_mlp
-        with autocast_to(x.device, None):
-            # What the first branch takes and gives gets no name, which would keep it in memory until the block ends.
-            stream, branch = rest(
-                stream, self.attn((stream if self.post_norm else self.norm1(stream)).to(dtype), len(x), packing)
-            )
-            stream = stream + (self.norm2(branch) if self.post_norm else branch)
-        return stream.view(x.shape)
+        # What the first branch takes and gives gets no name here, which would keep it in memory until the block ends.
+        stream, branch = rest(
+            stream, self.attn((stream if self.post_norm else self.norm1(stream)).to(dtype), len(x), packing)
+        )
+        return (stream + (self.norm2(branch) if self.post_norm else branch)).view(x.shape)
 
     def _projected_and_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after the first branch, and the result of the second branch, fc2(gelu(fc1(x)))."""
@@ -143,7 +143,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *trained: nn.Parameter) -> Tensor:
-        ctx.run, ctx.trained, ctx.autocast = run, trained, autocast_dtype(x.device)
+        ctx.run, ctx.trained = run, trained
         ctx.save_for_backward(x)
         return run(x)
 
@@ -153,21 +153,21 @@ class _Recomputed(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         need_x = ctx.needs_input_grad[1]
         x = kept.detach().requires_grad_(need_x)
-        with torch.enable_grad(), autocast_to(x.device, ctx.autocast):
+        with torch.enable_grad(), autocast_to(x.device, None):
             out = ctx.run(x)
         found = torch.autograd.grad(out, [*([x] if need_x else []), *ctx.trained], grad, allow_unused=True)
         return None, *(found if need_x else (None, *found))
 
 
-def recomputed(block: Block, x: Tensor, packing: Packing | None) -> Tensor:
+def recomputed(block: Block, x: Tensor, dtype: torch.dtype, packing: Packing | None) -> Tensor:
     """A block that is computed again in the backward pass: by torch under ZeRO-3, and if nothing follows the last
     product of the block, a third of it, which torch then leaves out."""
     parameters = list(block.parameters())
     followed = block.post_norm or any(each.requires_grad for each in block.mlp["fc2"].parameters())
     if not followed or hasattr(parameters[0], "ds_id"):
-        return _checkpoint(block, x, packing)
+        return _checkpoint(block, x, dtype, packing)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    out: Tensor = _Recomputed.apply(lambda kept: block(kept, packing), x, *trained)
+    out: Tensor = _Recomputed.apply(lambda kept: block(kept, dtype, packing), x, *trained)
     return out
 
 
@@ -250,12 +250,16 @@ class EvaViT(nn.Module):
             block.compile(dynamic=True, backend=backend)
 
     def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Run a block, recomputed in the backward pass as `recompute` says."""
+        """Run a block in autocast's dtype, else in that of its matrices, recomputed in the backward pass as `recompute`
+        says."""
+        assert isinstance(block, Block)
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
-        if policy == "block":
-            assert isinstance(block, Block)
-            return recomputed(block, x, packing)
-        out: Tensor = block(x, packing, policy == "mlp")
+        # Not `qkv.weight`, which ZeRO-3 would gather.
+        dtype = autocast_dtype(x.device) or next(block.attn.qkv.parameters()).dtype
+        with autocast_to(x.device, None):
+            if policy == "block":
+                return recomputed(block, x, dtype, packing)
+            out: Tensor = block(x, dtype, packing, policy == "mlp")
         return out
 
     def describe(self) -> str:

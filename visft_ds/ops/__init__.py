@@ -12,7 +12,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from visft_ds.config.fields import Precision
@@ -95,8 +94,7 @@ class _Gelu(torch.autograd.Function):
         return F.gelu(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         into = dy if dy.is_contiguous() and x.is_contiguous() else torch.empty_like(x)
-        return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)
+        return torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=into)  # refuses a second derivative by itself

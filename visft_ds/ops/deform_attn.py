@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,12 +41,3 @@ def deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Ten
         samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         mixed = mixed + (samples * share.unsqueeze(1)).sum(dim=-1)
     return mixed.view(batch, heads * channels, queries).transpose(1, 2)
-
-
-def cell_centres(shapes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(S, 2) x and y in [0, 1] of the centre of every cell, in the order of `value`: where each query looks from."""
-    centres = []
-    for height, width in shapes:
-        y, x = ((torch.arange(size, device=device, dtype=dtype) + 0.5) / size for size in (height, width))
-        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1))
-    return torch.cat(centres)

@@ -61,7 +61,7 @@ def lora_linear(
     """
     dtype = autocast_dtype(x.device) or x.dtype
     backend = backend or choose_backend(weight.device, dtype)
-    kept = wide.beside(weight, dtype, len(lora_a)) if wide and backend == "augmented" else None
+    kept = wide if wide and backend == "augmented" and wide.holds(weight, dtype, len(lora_a)) else None
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out: Tensor = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, slices, backend, kept)
     return out
@@ -92,33 +92,39 @@ def parts_of(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice
 
 
 class WideWeight:
-    """[W | B] of a layer in the dtype of computation, kept from pass to pass, with the frozen W as a view into it.
+    """[W | B] and A of a layer in the dtype of computation, kept from pass to pass; the frozen W is a view into it.
 
-    So there is no second W: `beside` moves the values of the parameter and lets it look at them there; its name, shape
-    and values stay. Each forward writes B, so no stale value is multiplied, whoever changed it. Not for a W that trains
-    or that ZeRO-3 divides: their storage belongs to the engine. Nor without a graph: before DeepSpeed starts, it
+    So there is no second W: `holds` moves the values of the parameter and lets it look at them there; its name, shape
+    and values stay. Each forward writes A and B, so no stale value is multiplied, whoever changed it. Not for a W that
+    trains or that ZeRO-3 divides: their storage belongs to the engine. Nor without a graph: before DeepSpeed starts, it
     broadcasts weights, which have to be contiguous for that, and only checks run until then.
     """
+
+    wide: Tensor  #: [W | B] (F, K + G*r)
+    b: Tensor  #: its last columns, zero beside the slices
+    a: Tensor  #: (G*r, K)
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def beside(self, weight: Tensor, dtype: torch.dtype, width: int) -> Tensor | None:
-        """[W | B] (F, K + width), of which B is as the last pass left it; None where it is not kept."""
+    def holds(self, weight: Tensor, dtype: torch.dtype, width: int) -> bool:
+        """Return True if W is kept here, beside a B of this width."""
         if weight.dtype != dtype or weight.requires_grad or torch.compiler.is_compiling():
-            return None
-        rows, fan_in = weight.shape
+            return False
         buffer = self._buffer
         # `.to()`, a merge and the like give the weight another storage.
         if buffer is None or weight.untyped_storage()._cdata != buffer.untyped_storage()._cdata:
             if hasattr(weight, "ds_id") or weight.is_meta or not torch.is_grad_enabled():
-                return None
+                return False
+            rows, fan_in = weight.shape
             with torch.no_grad():
                 # Rows of a multiple of 16 bytes, which matrix units read fastest.
                 buffer = self._buffer = weight.new_zeros(rows, -(-(fan_in + width) // 8) * 8)
                 buffer[:, :fan_in] = weight
                 weight.data = buffer[:, :fan_in]
-        return buffer[:, : fan_in + width]
+                self.wide = buffer[:, : fan_in + width]
+                self.a, self.b = weight.new_empty(width, fan_in), self.wide[:, fan_in:]
+        return True
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -135,28 +141,28 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         slices: Slices,
         backend: str,
-        kept: Tensor | None,
+        kept: WideWeight | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        w, a, b = (tensor.to(x.dtype) for tensor in (weight, lora_a, lora_b))
+        w = weight.to(x.dtype)
+        a = lora_a.to(x.dtype) if kept is None else kept.a.copy_(lora_a)
         added = None if bias is None else bias.to(x.dtype)
         u = _product(rows, a.t(), scale)
         if backend == "eager":
-            y = _small_products(rows, u, w, added, b, slices)
+            y = _small_products(rows, u, w, added, lora_b.to(x.dtype), slices)
         elif backend == "augmented":
-            y = _one_product(rows, u, w, added, b, slices, kept)
+            y = _one_product(rows, u, w, added, lora_b, slices, kept)
         else:
             from visft_ds.ops.triton_lora import sum_of_products
 
-            y = sum_of_products(rows, w.t(), u, _spread(b, slices, b.new_zeros(len(w), u.shape[1])).t(), added)
+            y = sum_of_products(rows, w.t(), u, _spread(lora_b, slices, w.new_zeros(len(w), u.shape[1])).t(), added)
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
         ctx.save_for_backward(x if need_weight or need_a else None, u if need_b else None, weight, lora_a, lora_b)
         ctx.scale, ctx.slices, ctx.backend, ctx.kept, ctx.x_shape = scale, slices, backend, kept, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         # To autograd no view: timm's EVA adds a bias in place.
-        shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
-        return shaped
+        return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @once_differentiable
@@ -168,14 +174,14 @@ class _LoraLinear(torch.autograd.Function):
             grad.device, None
         ):  # the backward pass may run under another state of autocast than the forward
             dy = grad.reshape(-1, grad.shape[-1])
-            a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
-            parts = list(parts_of(ctx.slices, b.shape[1]))
+            parts = list(parts_of(ctx.slices, lora_b.shape[1]))
             # Sums over tokens below: on CPUs it is faster to leave the wider tensor as it lies, and to transpose the
             # small result.
             xt: Any = None if x is None else x.reshape(-1, x.shape[-1]).t()
-            if (need_x or need_a) and ctx.kept is not None:  # as the forward left it
-                du = _product(dy, ctx.kept[:, weight.shape[1] :], ctx.scale)
+            if ctx.kept is not None:  # as the forward left them
+                a, du = ctx.kept.a, _product(dy, ctx.kept.b, ctx.scale)
             elif need_x or need_a:
+                a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
                 du = torch.cat([_product(dy[:, lo:hi], b[part], ctx.scale) for lo, hi, _, part in parts], dim=1)
             if need_x and ctx.backend == "triton":
                 from visft_ds.ops.triton_lora import sum_of_products
@@ -203,11 +209,14 @@ def _small_products(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Ten
 
 
 def _one_product(
-    x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices, kept: Tensor | None
+    x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, b: Tensor, slices: Slices, kept: WideWeight | None
 ) -> Tensor:
     """[x | u] [W | B]^T: every number is rounded once."""
-    wide = torch.cat([w, w.new_zeros(len(w), u.shape[1])], dim=1) if kept is None else kept
-    _spread(b, slices, wide[:, w.shape[1] :])
+    if kept is None:
+        wide = torch.cat([w, _spread(b, slices, w.new_zeros(len(w), u.shape[1]))], dim=1)
+    else:
+        wide = kept.wide
+        _spread(b, slices, kept.b)
     rows = torch.cat([x, u], dim=1)
     return rows @ wide.t() if bias is None else torch.addmm(bias, rows, wide.t())
 

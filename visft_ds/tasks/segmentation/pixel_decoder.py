@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.ops.deform_attn import cell_centres, deform_attn
+from visft_ds.ops.deform_attn import deform_attn
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import SegmentationHeadConfig
 from visft_ds.tasks.transformer import sine_positions
@@ -83,7 +83,8 @@ class DeformableAttention(nn.Module):
         sizes = (self.num_heads, 1, self.num_points)
         offsets = offsets.unflatten(-1, (*sizes, 2))  # (B, S, M, 1, P, 2), in cells
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
-        centres = cell_centres([shape], query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
+        y, x = ((torch.arange(side, device=query.device, dtype=offsets.dtype) + 0.5) / side for side in shape)
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(end_dim=1)[:, None, None, None]
         # Width and height, made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([offsets.new_full((), side) for side in reversed(shape)])
         mixed = deform_attn(value, [shape], centres + offsets / extent, weights.unflatten(-1, sizes[1:]))
