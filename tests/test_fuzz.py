@@ -79,7 +79,8 @@ def readers() -> list[Reader]:
     def read_tree(folder: Path) -> None:
         _, splits, _ = recognise(folder)
         for number, split in enumerate(splits):
-            build(Options(split.images, split.instances, split.captions, folder / f"out{number}", "toy", maps=split.maps))
+            place = folder / f"out{number}"
+            build(Options(split.images, split.instances, split.captions, place, "toy", maps=split.maps))
 
     def read_weights(folder: Path) -> None:
         for path in folder.iterdir():
