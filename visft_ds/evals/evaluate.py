@@ -33,8 +33,6 @@ from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.pictures import Picture, grid, save_png
 
-_WORKERS = 2  # processes that decode
-
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -135,7 +133,7 @@ def evaluate(
         facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
         print_plan("visft_ds evaluation", [Section("model and data", facts)])
     with ShardReader(manifest) as reader:
-        began, workers = time.perf_counter(), workers_of(DataConfig(num_workers=_WORKERS))
+        began, workers = time.perf_counter(), workers_of(DataConfig())
         collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
         seconds = time.perf_counter() - began
         drawn = images if out is not None else 0
