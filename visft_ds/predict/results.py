@@ -97,8 +97,7 @@ class Prediction:
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
         parts += [f"{len(objects)} {kind}" for kind, (objects, _) in self._objects().items()]
-        parts += [] if self.caption is None else [repr(self.caption)]
-        parts += self._lines()
+        parts += [*([] if self.caption is None else [repr(self.caption)]), *self._lines()]
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
     def draw(self, *, side: int = SIDE) -> Image.Image:
@@ -125,9 +124,10 @@ class Prediction:
         return found
 
     def _lines(self) -> list[str]:
-        """Lines of tasks of other packages about the image."""
-        others = [task for task in self.results if task not in _SHOWN]
-        return [TASKS[task].describe(self.results[task], self.categories) for task in others]
+        """Lines of other tasks about the image."""
+        return [
+            TASKS[name].describe(found, self.categories) for name, found in self.results.items() if name not in _SHOWN
+        ]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""

@@ -73,9 +73,8 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
         both = tqdm(sorted(pictures.keys() & labels.keys()), desc=f"{split}: label maps", disable=None)
         for number, name in enumerate(both, 1):
             numbers = read_map(labels[name])
-            height, width = numbers.shape
-            entry = {"file_name": str(pictures[name].relative_to(images)), "height": height, "width": width}
-            content["images"].append({"id": number, **entry})
+            (height, width), file = numbers.shape, str(pictures[name].relative_to(images))
+            content["images"].append({"id": number, "file_name": file, "height": height, "width": width})
             for one in annotations_of_map(numbers, names, voids, labels[name]):
                 content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **one})
         made.append(FolderSplit(split, images, None, None, odd, maps=content))
