@@ -98,9 +98,11 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(x, torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]))
         q, k, v = qkv.view(images, -1, 3, self.num_heads, x.shape[1] // self.num_heads).unbind(2)  # (B, N, heads, d)
         if packing is None:
-            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            return mixed.transpose(1, 2).reshape(x.shape)
-        return attention_packed(q[0], k[0], v[0], packing).reshape(x.shape)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            mixed = attention_packed(q[0], k[0], v[0], packing)
+        return mixed.reshape(-1, mixed.shape[-2] * mixed.shape[-1])
 
 
 class Block(nn.Module):
