@@ -125,9 +125,7 @@ class Prediction:
 
     def _lines(self) -> list[str]:
         """Lines of other tasks about the image."""
-        return [
-            TASKS[name].describe(found, self.categories) for name, found in self.results.items() if name not in _SHOWN
-        ]
+        return [TASKS[n].describe(found, self.categories) for n, found in self.results.items() if n not in _SHOWN]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
