@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from tests.interop.published_reference import NAMES, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
+from tests.tiny import THREE
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.published import published_head, read_visft_lora
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
 from visft_ds.tasks.segmentation.head import SegmentationHead
 
 FILES = {
-    task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(TASKS, ("detection", "segment", "caption"), strict=True)
+    task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(THREE, ("detection", "segment", "caption"), strict=True)
 }
 HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
 
@@ -85,7 +85,7 @@ def folder(states: dict[str, dict[str, Tensor]], tmp_path_factory: pytest.TempPa
     return path
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_a_published_file_gives_the_head(folder: Path, states: dict[str, dict[str, Tensor]], task: str) -> None:
     found = open_head(folder / FILES[task], task)
     head, info = found.build(), found.info
@@ -96,7 +96,7 @@ def test_a_published_file_gives_the_head(folder: Path, states: dict[str, dict[st
     assert task != "segmentation" or info.options["labelling"] == "published"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_a_checkpoint_of_its_training_holds_everything(
     states: dict[str, dict[str, Tensor]], tmp_path: Path, task: str
 ) -> None:

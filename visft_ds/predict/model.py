@@ -175,9 +175,9 @@ class Model:
             RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
             for place, one in enumerate(images)
         ]
-        by_task: dict[str, Results] = {task: [] for task in self.tasks}
+        by_task, words = dict[str, Results]({task: [] for task in self.tasks}), self._loaded.vocabulary
         for stream in self._streams.values():
-            pipeline = pipeline_of(stream, self._loaded.vocabulary, train=False)
+            pipeline = pipeline_of(stream, words, train=False)
             groups: dict[torch.Size, list[Sample]] = {}
             for raw in raws:
                 sample = pipeline.transform(raw, generator(0))
@@ -185,11 +185,10 @@ class Model:
                 groups.setdefault(sample.image.shape, []).append(sample)
             for samples in groups.values():
                 batch = pipeline.collate(samples)
-                outputs = self._loaded.predict(batch)
+                outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
                 for task in stream.tasks:
-                    by_task[task] += TASKS[task].results(
-                        outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
-                    )
+                    classes = stream.classes.get(task)
+                    by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
         surest = {  # without scores that are no numbers, of a head whose training has diverged
             task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
             for task, results in by_task.items()

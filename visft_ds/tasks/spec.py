@@ -26,6 +26,7 @@ Options = Mapping[str, Any]  #: settings of images, of a head or of a loss
 Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
 Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
 LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
 ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
 
@@ -154,6 +155,10 @@ class Task(ABC):
     @abstractmethod
     def blank(self, images: int, size: Size, content: Content, options: Options) -> Targets:
         """Targets without content, as large as stated."""
+
+    def outputs(self, predict: Predict, batch: Batch, options: Options) -> Mapping[str, Any]:
+        """Outputs of heads by task; the first task of a stream is asked, with the options of its images."""
+        return predict(batch)
 
     @abstractmethod
     def results(

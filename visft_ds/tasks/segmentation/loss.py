@@ -193,8 +193,8 @@ def _mask_codes(
 
     With `regions` those of each mask's largest region, and the mean probabilities inside (else ones).
     """
-    rows = _interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
-    columns = _interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
+    rows = interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
+    columns = interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
     step = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
     codes: list[dict[str, Any]] = []
     qualities: list[float] = []
@@ -220,7 +220,7 @@ def keep_largest(inside: npt.NDArray[np.uint8], logits: npt.NDArray[Any]) -> flo
     return float(expit(logits[inside > 0]).mean())
 
 
-def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
+def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
     """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of the cells.
 
     As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only. Cells beyond
