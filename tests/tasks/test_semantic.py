@@ -27,8 +27,8 @@ from visft_ds.data.transforms import Crop, Flip, Pad
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.segmentation.masks import decode_mask
-from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss, SemanticTask
-from visft_ds.tasks.semantic.data import SemanticTargets, semantic_targets
+from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
+from visft_ds.tasks.semantic.data import semantic_targets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
 from visft_ds.tasks.semantic.results import Windows, cut_windows, measure_semantic, place_map, semantic_results
 
@@ -68,43 +68,27 @@ def test_a_cell_has_the_class_of_most_of_it() -> None:
     assert found.tolist() == [[1, VOID], [VOID, 4]]
 
 
-def _batch(*sizes: tuple[int, int]) -> tuple[SemanticOutput, SemanticTargets]:
-    """Logits over maps of stride 8, and labels of stride 4, of images in one batch."""
-    draw, samples = np.random.default_rng(len(sizes)), []
-    for number, (height, width) in enumerate(sizes):
-        cells = {"semantic": {"cells": _maps(draw, -(-height // 4), -(-width // 4))}}
-        samples.append(Sample(number, number, (height, width), (height, width), None, 0, cells))
-    height, width = (max(side) for side in zip(*sizes, strict=True))
-    targets = TASKS["semantic"].pack(samples, (height, width))
-    assert isinstance(targets, SemanticTargets)
-    return SemanticOutput(torch.randn(len(sizes), CLASSES, height // 8, width // 8, dtype=torch.float64)), targets
-
-
-def _loss(output: SemanticOutput, targets: SemanticTargets, cells: float) -> torch.Tensor:
-    criterion = SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss())
-    return criterion(output, targets, {"cells": torch.tensor(cells, dtype=torch.float64)})["ce"]
-
-
 def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None:
-    output, targets = _batch((64, 96), (64, 96))
-    criterion = SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss())
-    cells = criterion.count(batch_of(2, {"semantic": targets}))["cells"]
-    fine = F.interpolate(output.logits, targets.cells.shape[1:], mode="bilinear")
-    wanted = F.cross_entropy(fine, targets.cells.long(), ignore_index=VOID)
-    assert cells == (targets.cells != VOID).sum() and torch.allclose(_loss(output, targets, cells), wanted, rtol=1e-12)
-    one_by_one = [
-        _loss(
-            SemanticOutput(output.logits[place : place + 1]),
-            SemanticTargets(*(part[place : place + 1] for part in (targets.cells, targets.grids, targets.extents))),
-            cells,
-        )
-        for place in range(2)
-    ]
-    assert torch.allclose(sum(one_by_one, torch.zeros(())), wanted, rtol=1e-12)
-    padded = SemanticOutput(F.pad(output.logits, (0, 4, 0, 2), value=7.0))
-    shares = targets.extents * torch.tensor([8 / 10, 12 / 16])
-    wider = SemanticTargets(F.pad(targets.cells, (0, 8, 0, 4), value=VOID), targets.grids, shares)
-    assert torch.allclose(_loss(padded, wider, cells), wanted, rtol=1e-6)  # shares are float32
+    draw, criterion = (
+        np.random.default_rng(0),
+        SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss()),
+    )
+    targets = [{"semantic": {"cells": _maps(draw, 16, 24)}} for _ in range(2)]
+    samples = [Sample(n, n, (64, 96), (64, 96), None, 0, one) for n, one in enumerate(targets)]
+    logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), TASKS["semantic"].pack(samples, (64, 96))
+    number = criterion.count(batch_of(2, {"semantic": packed}))["cells"]
+
+    def loss(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+        return criterion(SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)})["ce"]
+
+    labels = torch.from_numpy(np.stack([one["semantic"]["cells"] for one in targets])).long()
+    fine = F.interpolate(logits, (16, 24), mode="bilinear")
+    wanted = F.cross_entropy(fine, labels, ignore_index=VOID)
+    assert number == (labels != VOID).sum() and torch.allclose(loss(logits, packed), wanted, rtol=1e-12)
+    alone = [loss(logits[n : n + 1], TASKS["semantic"].pack(samples[n : n + 1], (64, 96))) for n in range(2)]
+    assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
+    wider = TASKS["semantic"].pack(samples, (80, 128))
+    assert torch.allclose(loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6)  # float32 shares
 
 
 def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
@@ -116,19 +100,16 @@ def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
 
 
 def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probable() -> None:
-    sizes = torch.tensor([[64, 96], [64, 96]])
-    batch = batch_of(
-        2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=torch.tensor([[75, 113], [40, 50]])
-    )
+    sizes, stored = torch.tensor([[64, 96], [64, 96]]), torch.tensor([[75, 113], [40, 50]])
+    batch = batch_of(2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=stored)
     output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3)
     found = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
     for image, size in ((1, (75, 113)), (2, (40, 50))):
         wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[0].argmax(dim=0)
         own = [one for one in found if one["image_id"] == image]
         assert np.array_equal(place_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
-    assert {one["image_id"] for one in semantic_results(output, replace(batch, real=torch.tensor([True, False])))} == {
-        1
-    }
+    part = semantic_results(output, replace(batch, real=torch.tensor([True, False])))
+    assert {one["image_id"] for one in part} == {1}
 
 
 def test_windows_and_their_mean_are_those_of_transformers() -> None:
@@ -188,12 +169,6 @@ def test_mean_iou_and_accuracy_are_those_of_scikit_learn() -> None:
     assert measures["semantic/IoU/class 18"] == -1
     with pytest.raises(ValueError, match="labelled"):
         measure_semantic({**truth, "annotations": []}, entries[1], per_category=False)
-
-
-@pytest.mark.parametrize(("given", "key"), [({"window": 500}, "window"), ({"scale": (2.0, 0.5)}, "scale")])
-def test_contradictions(given: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=key):
-        SemanticTask(image=given)
 
 
 WAY = """

@@ -131,6 +131,8 @@ def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...
 def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()) -> TimmBackbone:
     """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone` comes in
     front of its class. Raises ValueError for one without a map that follows the size of its image, or no such block."""
+    from timm.layers import to_2tuple
+
     found: Any = model
     found.__class__ = type("TimmBackbone", (TimmBackbone, type(model)), {})
     backbone: TimmBackbone = found
@@ -140,7 +142,7 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     backbone.pixel_mean, backbone.pixel_std = tuple(config["mean"]), tuple(config["std"])
     backbone.classifier_names = classifier_names(config.get("classifier"))
     plain = hasattr(model, "num_prefix_tokens") and hasattr(embed, "patch_size")
-    backbone.patch = int(embed.patch_size[0]) if plain else None  # type: ignore[union-attr]
+    backbone.patch = int(to_2tuple(embed.patch_size)[0]) if plain else None  # type: ignore[union-attr]
     backbone.train()
     backbone.read_after(layers)
     if next(model.parameters()).is_meta:
