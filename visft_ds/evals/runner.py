@@ -14,8 +14,8 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.parallel import distributed
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
