@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
 from visft_ds.config.task_schema import TaskConfig
-from visft_ds.data.samples import Batch, RawSample, Sample, Targets
+from visft_ds.data.samples import Batch, Map, RawSample, Sample, Targets
 from visft_ds.data.transforms import Geometry, Op, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.spec import Content, ImageTargets, Task
@@ -64,7 +64,8 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(in_channels, options.num_classes)
 
-    def forward(self, features: Tensor, valid: Tensor) -> ClassificationOutput:
+    def forward(self, maps: Sequence[Map]) -> ClassificationOutput:
+        features, valid = maps[-1].features, maps[-1].valid
         shares = valid / valid.sum(dim=(1, 2), keepdim=True)
         return ClassificationOutput(self.classifier((features * shares[:, None]).sum(dim=(2, 3))))
 

@@ -47,6 +47,7 @@ def readers() -> list[Reader]:
     from PIL import Image
 
     from tests import finished
+    from tests.map_folder import write_own
     from tests.yolo_folder import write_yolo
     from visft_ds.checkpoint.format import open_checkpoint
     from visft_ds.data.shards import Manifest, ShardReader
@@ -78,7 +79,8 @@ def readers() -> list[Reader]:
     def read_tree(folder: Path) -> None:
         _, splits, _ = recognise(folder)
         for number, split in enumerate(splits):
-            build(Options(split.images, split.instances, split.captions, folder / f"out{number}", "toy"))
+            place = folder / f"out{number}"
+            build(Options(split.images, split.instances, split.captions, place, "toy", maps=split.maps))
 
     def read_weights(folder: Path) -> None:
         for path in folder.iterdir():
@@ -99,6 +101,7 @@ def readers() -> list[Reader]:
         Reader("split", copied(*shards.glob("val*")), read_split),
         Reader("COCO tree", tree(shards.parent / "toy"), read_tree),
         Reader("YOLO folder", write_yolo, read_tree),
+        Reader("label maps", write_own, read_tree),
         Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
         Reader("weights", copied(runs / "stage2/export/backbone.safetensors"), read_weights),
         Reader("export", tree(runs / "stage1/export"), load),

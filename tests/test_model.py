@@ -35,8 +35,8 @@ def test_an_image_lower_than_a_patch_trains() -> None:
     module, _ = build(1)
     low = torch.randint(0, 256, (3, 7, 7), dtype=torch.uint8)
     batch = collate_joint([replace(sample, size=(7, 7), image=low) for sample in samples(3)])
-    features, valid = module.features(batch)
-    assert features.shape[-2:] == (1, 1) and valid.all()
+    (one,) = module.features(batch)
+    assert one.features.shape[-2:] == (1, 1) and one.valid.all()
     losses = module(batch, loss_denominators(module, batch, 1))
     assert all(value.isfinite() for value in losses.values())
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+THREE = ("detection", "segmentation", "captioning")  #: the tasks of the recipes
 #: Key of a configuration -> value. Dropout is on: random numbers must survive a resume too.
 TINY: dict[str, Any] = {
     "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},

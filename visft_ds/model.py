@@ -6,7 +6,7 @@ wraps, which fire in that module's forward only. Letters: B images, H W pixels, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
 from visft_ds.ops import autocast_dtype, autocast_to, to_device
@@ -73,7 +73,7 @@ class MultiTaskModel(nn.Module):
     """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
 
     Args:
-        backbone: images (B, 3, H, W) -> features (B, D, h, w).
+        backbone: images (B, 3, H, W) -> maps (B, D, h, w).
         tasks: task name -> head and criterion.
         train_backbone: False in stage 1, where the backbone runs without a graph.
         heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
@@ -109,19 +109,26 @@ class MultiTaskModel(nn.Module):
         self.heads.train(mode and self.heads_active)
         return self
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
+    def features(self, batch: Batch) -> tuple[Map, ...]:
+        """What heads read: the maps of the backbone."""
         if batch.views is not None:
             return self._features_of_views(batch)
         pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
         frames = self.frames(batch) if self.packed else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            features = at_least_float32(self.backbone(pixels) if frames is None else self.backbone(pixels, frames))
+            found = [at_least_float32(one) for one in self.backbone(pixels, frames, prefixes=True)]
         if frames is None:
-            return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
-        grids = [(height // self.backbone.patch_size, width // self.backbone.patch_size) for height, width in frames]
-        parts = zip(batch.sizes, frames, grids, strict=True)
-        return features, stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
+            size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
+            return self._maps(found, [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps])
+        patch = self.backbone.patch_size
+        parts = zip(batch.sizes, frames, [(height // patch, width // patch) for height, width in frames], strict=True)
+        valid = stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
+        return self._maps(found, [valid] * len(found))  # of towers of ours, which have no prefixes
+
+    def _maps(self, found: Sequence[Tensor], valid: Sequence[Tensor]) -> tuple[Map, ...]:
+        """The maps that a backbone has found, and their prefixes, if there are any, which follow them."""
+        prefixes: Sequence[Tensor | None] = found[len(valid) :] or [None] * len(valid)
+        return tuple(Map(*one) for one in zip(found[: len(valid)], valid, prefixes, strict=True))
 
     def frames(self, batch: Batch) -> Grids | None:
         """Size in pixels at which the backbone sees each image of a packed batch: its own, without the batch's padding.
@@ -134,28 +141,30 @@ class MultiTaskModel(nn.Module):
         smallest = self.backbone.patch_size
         return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
 
-    def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _features_of_views(self, batch: Batch) -> tuple[Map, ...]:
         """`features` of images that pass through the backbone one by one, rounded as the cache stores them.
 
         So the features of an image depend neither on its neighbours in a batch nor on whether they came from the cache,
         and those that did need no pixels.
         """
         assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
-        images: list[tuple[Tensor, Tensor]] = []
+        images, regions = list[list[Tensor]](), list[list[Tensor]]()
         for place, view in enumerate(batch.views):
             height, width = (max(side, self.backbone.patch_size) for side in view.frame)
             size, stored = batch.sizes[place : place + 1], view.features
             if stored is None:
                 image = batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]]
                 with torch.no_grad():
-                    features = self.backbone(normalise_pixels(self.backbone, image, size))[0].permute(1, 2, 0)
-                stored = features.bfloat16()
+                    found = self.backbone(normalise_pixels(self.backbone, image, size), prefixes=True)
+                stored = tuple((one[0].permute(1, 2, 0) if one.ndim == 4 else one[0]).bfloat16() for one in found)
                 key, index = int(batch.random_keys[place]), int(batch.indices[place])
                 self.feature_cache.put(key, index, view.frame, stored)
-            features = stored.float()
-            images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
-        features, valid = (stack_padded(parts) for parts in zip(*images, strict=True))
-        return features.permute(0, 3, 1, 2), valid
+            images.append([one.float() for one in stored])
+            maps = [one for one in stored if one.ndim == 3]
+            regions.append([valid_region(size, (height, width), one.shape[:2])[0] for one in maps])
+        parts = [stack_padded(parts) for parts in zip(*images, strict=True)]
+        features = [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
+        return self._maps(features, [stack_padded(parts) for parts in zip(*regions, strict=True)])
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions where no denominators are given.
@@ -170,19 +179,22 @@ class MultiTaskModel(nn.Module):
             "<task>/<name>": each unweighted loss}.
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """
-        features, valid = self.features(batch)
-        return self.outputs(features, valid, batch, loss_denominators)
+        return self.outputs(self.features(batch), batch, loss_denominators)
 
     def outputs(
-        self, features: Tensor, valid: Tensor, batch: Batch, loss_denominators: LossDenominators | None = None
+        self, maps: Sequence[Map], batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
         """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
-        dtype = torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(features.device) == torch.bfloat16 else None
+        device = maps[-1].features.device
+        dtype = torch.bfloat16 if not self.heads_in_fp32 and autocast_dtype(device) == torch.bfloat16 else None
         predicted, losses = dict[str, Any](), dict[str, Tensor]()
-        with autocast_to(features.device, dtype):
+        with autocast_to(device, dtype):
             for task in batch.targets or self.heads:
-                inputs = self.decoding[task] if loss_denominators is None else batch.targets[task].head_inputs()
-                predicted[task] = self.heads[task](features, valid, **inputs)
+                head, inputs = self.heads[task], self.decoding[task]
+                if loss_denominators is not None:
+                    inputs = batch.targets[task].head_inputs()
+                    inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
+                predicted[task] = head(maps, **inputs)
         frames = self.frames(batch) if self.packed else None
         if frames is not None:  # where each image lies in the maps of a mask head
             pixels = torch.tensor(frames)
@@ -193,7 +205,7 @@ class MultiTaskModel(nn.Module):
                     predicted[task] = replace(output, extents=share * batch.sizes)
         if loss_denominators is None:
             return predicted
-        with autocast_to(features.device, None):
+        with autocast_to(device, None):
             for task, output in predicted.items():
                 criterion = self.criteria[task]
                 try:
@@ -207,6 +219,7 @@ class MultiTaskModel(nn.Module):
                     losses[task] = torch.stack(sums).sum() * torch.nan
                     continue
                 # names without a weight are for the log only
-                losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
+                weighted = [weight * parts[name] for name, weight in criterion.weights.items() if name in parts]
+                losses[task] = torch.stack(weighted).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.targets]).sum(), **losses}

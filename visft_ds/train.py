@@ -27,7 +27,7 @@ from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
 from visft_ds.run.record import write_record
 from visft_ds.run.report import print_start
-from visft_ds.run.start import open_start
+from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
@@ -142,6 +142,8 @@ def train(
         # 8: continue where an earlier start of this run was left.
         state = RunState(config, engine, identity, data)
         start = state.resume()
+        if not start:
+            measure_heads(engine, prepared, loader, data.streams, start_from)
         if distributed.is_main():
             begin_export(out / "export", prepared, data.vocabulary)
             write_record(config, identity, command, start_from)

@@ -28,8 +28,10 @@ from visft_ds.tasks.transform import collate_joint
 IDENTITY = {"base weights": "a", "data": "b"}
 
 
-def some(seed: int = 0) -> torch.Tensor:
-    return torch.randn((3, 2, 8), generator=torch.Generator().manual_seed(seed)).bfloat16()
+def some(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map and tokens in front of it."""
+    drawn = torch.randn((3, 2, 8), generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return drawn, drawn[0].clone()
 
 
 def test_what_one_process_keeps_others_find(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_what_one_process_keeps_others_find(tmp_path: Path) -> None:
     for cache in (one, other, pickle.loads(pickle.dumps(other))):  # noqa: S301
         view = cache.get(7, 3)
         assert view is not None and view.features is not None and view.frame == (42, 28)
-        assert torch.equal(view.features, some())
+        assert all(map(torch.equal, view.features, some()))
     elsewhere = FeatureCache(tmp_path, {**IDENTITY, "base weights": "c"})
     assert elsewhere.get(7, 3) is None and elsewhere.folder != one.folder
     nowhere = FeatureCache(None, IDENTITY)
@@ -140,8 +142,10 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
             frame = (sample.image.shape[1], sample.image.shape[2])
             image = sample.image if view is None else None
             parts.append(replace(sample, random_key=place + 1, image=image, view=view or View(frame)))
-        features, valid = module.features(collate_joint(parts))
-        for place, (expected, region) in enumerate(single):
+        (found,) = module.features(collate_joint(parts))
+        features, valid = found.features, found.valid
+        for place, (one,) in enumerate(single):
+            expected, region = one.features, one.valid
             h, w = expected.shape[-2:]
             assert torch.equal(features[place, :, :h, :w], expected[0].bfloat16().float()), (known, place)
             assert torch.equal(valid[place, :h, :w], region[0])

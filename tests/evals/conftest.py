@@ -15,7 +15,7 @@ import torch
 
 from tests.coco_tree import Tree, write_tree
 from tests.random_tower import adapter_of, merge, save_adapter, save_backbone
-from tests.tiny import TINY
+from tests.tiny import THREE, TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.data.shards import Category, Manifest, ShardReader
@@ -29,7 +29,7 @@ from visft_ds.prepare.model import prepare_model
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.run.record import write_run
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -111,7 +111,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         words = task == "captioning"
         options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
         extra = {"base_weights": prepared.base.identity, **({"vocabulary": vocabulary.to_dict()} if words else {})}
-        infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
+        infos[task] = HeadInfo(task, prepared.module.backbone.shapes, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
         record = write_run(world.run(stage), config.to_dict(), 1, ["train.py"])
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE)
@@ -128,7 +128,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
 
 def load_stage2(world: World) -> EvaluationModel:
     config = world.configs[2].visft
-    files = files_of_run(world.run(2), config, list(TASKS))
+    files = files_of_run(world.run(2), config, list(THREE))
     source = ModelSource(files, config.streams(), decoding={"captioning": {"max_length": 6}})
     return source.build("fp32", torch.device("cpu"))[0]
 

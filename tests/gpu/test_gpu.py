@@ -158,7 +158,7 @@ def tower_values(preset: str, how: str, dtype: str, images: Sequence[int], **siz
         tower.compile_blocks()
     pixels = torch.randn(*images, generator=generator).to(DEVICE)
     with torch.autocast(DEVICE.type, DTYPES[dtype], enabled=dtype != "fp32"):
-        out = tower(pixels)
+        (out,) = tower(pixels)
     up = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     return {"features": [out]}, {"gradients": torch.autograd.grad(out, [*lora_parameters(tower).values()], up)}
 

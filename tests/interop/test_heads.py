@@ -35,11 +35,11 @@ HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioni
 
 
 def _head(task: str) -> nn.Module:
-    return TASKS[task].build_head(WIDTH, OPTIONS[task], OPTIONS[task].get("vocabulary_size"))
+    return TASKS[task].build_head([(WIDTH, 14)], OPTIONS[task], OPTIONS[task].get("vocabulary_size"))
 
 
 def _saved(head: nn.Module, task: str, folder: Path) -> Path:
-    return save_head(head_file(folder, task), HeadInfo(task, WIDTH, OPTIONS[task]), head.state_dict())
+    return save_head(head_file(folder, task), HeadInfo(task, [[WIDTH, 14]], OPTIONS[task]), head.state_dict())
 
 
 def _described(head: nn.Module) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
     wanted = head.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
     opened = open_head(path, task).check(_head(task).to("meta"))
-    assert opened.info == HeadInfo(task, WIDTH, OPTIONS[task], [], {})
+    assert opened.info == HeadInfo(task, [[WIDTH, 14]], OPTIONS[task], [], {})
     assert all(torch.equal(opened.tensors.tensor(name, v.dtype), v) for name, v in wanted.items())
     with pytest.raises(ValueError, match="head is wanted"):
         open_head(path, next(name for name in HEADS if name != task))

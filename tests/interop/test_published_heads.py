@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 
 from tests.interop.published_reference import NAMES, OPTIONS, WIDTH, aliased, reference
 from tests.options import head_of
+from tests.tiny import THREE
+from visft_ds.data.samples import Map
 from visft_ds.interop.heads import open_head
 from visft_ds.interop.published import published_head, read_visft_lora
 from visft_ds.interop.weights import Lazy, Weights
-from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
+from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.detection.head import DetectionHead
 from visft_ds.tasks.segmentation.head import SegmentationHead
+from visft_ds.tasks.segmentation.plain import PlainHead
 
 FILES = {
-    task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(TASKS, ("detection", "segment", "caption"), strict=True)
+    task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(THREE, ("detection", "segment", "caption"), strict=True)
 }
 HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
 
@@ -58,7 +62,7 @@ def outputs(head: nn.Module) -> list[Tensor]:
     valid[1, 2:] = False
     more = (torch.tensor([[11, 3, 5, 12], [11, 4, 12, 0]]), torch.tensor([4, 3]))
     with torch.no_grad():
-        out = head(features, valid, *(more if isinstance(head, CaptioningHead) else ()))
+        out = head([Map(features, valid)], *(more if isinstance(head, CaptioningHead) else ()))
     fields = [name for name in ("logits", "boxes", "masks", "scores", "attention") if hasattr(out, name)]
     return [getattr(out, name) for name in fields]
 
@@ -85,18 +89,18 @@ def folder(states: dict[str, dict[str, Tensor]], tmp_path_factory: pytest.TempPa
     return path
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_a_published_file_gives_the_head(folder: Path, states: dict[str, dict[str, Tensor]], task: str) -> None:
     found = open_head(folder / FILES[task], task)
     head, info = found.build(), found.info
     assert type(head) is HEADS[task] and not head.training
     assert same(head, expected_head(task, states[task], OPTIONS[task]))
-    assert (info.task, info.in_channels, info.categories, info.extra) == (task, WIDTH, (), {"format": "visft"})
+    assert (info.task, info.shapes, info.categories, info.extra) == (task, [(WIDTH, 14)], (), {"format": "visft"})
     assert info.options.items() >= OPTIONS[task].items()
     assert task != "segmentation" or info.options["labelling"] == "published"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_a_checkpoint_of_its_training_holds_everything(
     states: dict[str, dict[str, Tensor]], tmp_path: Path, task: str
 ) -> None:
@@ -125,8 +129,8 @@ def test_full_size(width: int, parameters: tuple[int, int, int]) -> None:
         state = reference(width, sizes)
     file = Weights({name: Lazy.of(tensor) for name, tensor in state.items()}, Path("eva_e.ckpt"))
     for task, count in zip(HEADS, parameters, strict=True):
-        found, options, tensors = published_head(task, file)
-        assert found == width and options.items() >= sizes[task].items()
+        found, options, tensors, _ = published_head(task, file)
+        assert found == [(width, 14)] and options.items() >= sizes[task].items()
         assert sum(torch.Size(one.shape).numel() for one in tensors.values()) == count
         assert {theirs(task, name) for name in tensors} <= state.keys()
 
@@ -146,3 +150,65 @@ def test_what_does_not_fit_is_named(
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "heads.ckpt")
     with pytest.raises(ValueError, match=message):
         open_head(tmp_path / "heads.ckpt", task).build()
+
+
+def _pmt(maps: int, blocks: int, classes: int, queries: int) -> nn.Module:
+    """Modules with the names and shapes of PMT's decoder on a DINOv3 of width 32."""
+
+    def block() -> nn.ModuleDict:
+        parts = {name: nn.Linear(32, 32, bias=name != "k_proj") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        inner: dict[str, nn.Module] = {"attention": nn.ModuleDict(parts)}
+        inner["mlp"] = nn.ModuleDict({"up_proj": nn.Linear(32, 48), "down_proj": nn.Linear(48, 32)})
+        for number in "12":
+            inner[f"norm{number}"] = nn.LayerNorm(32)
+            inner[f"layer_scale{number}"] = nn.ParameterDict({"lambda1": torch.ones(32)})
+        return nn.ModuleDict(inner)
+
+    def upscale() -> nn.ModuleDict:
+        near = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        return nn.ModuleDict({"conv1": nn.ConvTranspose2d(32, 32, 2, 2), "conv2": near, "norm": nn.LayerNorm(32)})
+
+    def linear(*widths: int) -> nn.Sequential:
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())]
+        return nn.Sequential(*layers[:-1])
+
+    decoder = nn.ModuleDict(
+        {
+            "lateral_projections": nn.ModuleList(linear(32, 16, 32) for _ in range(maps)),
+            "scalers": nn.ParameterList(torch.ones(32) for _ in range(maps)),
+            "q": nn.Embedding(queries, 32),
+            "blocks": nn.ModuleList(block() for _ in range(blocks)),
+            "decoder_norm": nn.LayerNorm(32),
+            "upscale": nn.Sequential(upscale(), upscale()),
+            "mask_head": linear(32, 32, 32, 32),
+            "class_head": nn.Linear(32, classes + 1),
+        }
+    )
+    network = nn.ModuleDict({"decoder": decoder, "bn": nn.ModuleList(nn.BatchNorm1d(32) for _ in range(maps))})
+    return nn.ModuleDict({"network": network})
+
+
+def test_decoders_of_pmt_are_plain_heads(tmp_path: Path) -> None:
+    """Every tensor has its place, sizes follow from shapes, and statistics of batch norms become means and spreads."""
+    theirs = _pmt(maps=4, blocks=3, classes=80, queries=9)
+    with torch.no_grad():
+        for value in theirs.state_dict().values():
+            if value.is_floating_point():
+                value.add_(torch.rand_like(value))
+    state = {**theirs.state_dict(), "network.decoder.attn_mask_probs": torch.zeros(3)}
+    torch.save({"state_dict": state}, tmp_path / "pytorch_model.bin")
+    file = open_head(tmp_path, "segmentation")
+    assert file.info.shapes == [(32, 16)] * 4 and file.info.extra["layers"] == [2, 5, 8, 11]
+    wanted = {"type": "plain", "num_classes": 80, "num_queries": 9, "blocks": 3, "ffn_dim": 48}
+    assert file.info.options.items() >= wanted.items() and file.info.names() == COCO_NAMES
+    head = file.build()
+    assert isinstance(head, PlainHead)
+    assert len(list(head.parameters())) == len(list(theirs.parameters()))
+    x = torch.randn(2, 5, 32)
+    norm, lateral = theirs.eval().get_submodule("network.bn.2"), head.laterals[2]
+    ours = lateral.channels(x) * lateral.weight + lateral.bias
+    torch.testing.assert_close(ours, norm(x.transpose(1, 2)).transpose(1, 2), rtol=1e-5, atol=1e-6)
+    for name in ("blocks.1.attention.k_proj.weight", "upscale.1.conv2.weight", "mask_head.4.bias", "scalers.3"):
+        mine = {"blocks": "blocks.1.k.weight", "upscal": "upscale.1.near.weight", "mask_h": "mask3.bias"}
+        found = head.get_parameter(mine.get(name[:6], "laterals.3.gain"))
+        assert torch.equal(found, state[f"network.decoder.{name}"])

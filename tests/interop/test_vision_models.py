@@ -55,7 +55,7 @@ def test_transformers_loads_the_folder_by_itself(tmp_path: Path, name: str) -> N
     assert type(model).__name__ == json.loads((out / "config.json").read_text())["architectures"][0]
     assert not any(found.values()), found
     with torch.no_grad():
-        wanted = backbone(_images())
+        wanted = backbone(_images())[0]
         tokens = model.eval()(pixel_values=_images()).last_hidden_state
         if "clip" in name:
             tokens = model.post_layernorm(tokens)
@@ -89,8 +89,28 @@ def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
     model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         tokens = model.post_layernorm(model(pixel_values=_images()).last_hidden_state)
-        assert relative(tokens[:, 1:].mT.unflatten(2, (4, 4)), short(_images())) < TOLERANCE
+        assert relative(tokens[:, 1:].mT.unflatten(2, (4, 4)), short(_images())[0]) < TOLERANCE
     assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (tmp_path / "out" / README).read_text()
+
+
+def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
+    """Those of training, by transformers' backbone with `out_indices`, and by timm with the line of the card."""
+    name = "vit_test_patch8_dinov3"
+    base = random_base(name, tmp_path)
+    ours, adapter = adapted(name, base, layers=(0, 1))
+    save_adapter(adapter, tmp_path / "adapter")
+    given = ("--base", base, "--adapter", tmp_path / "adapter", "--verify", "--format")
+    for form in ("transformers", "timm"):
+        assert _run(*given, form, "--out", tmp_path / form) == 0
+    theirs = transformers.DINOv3ViTBackbone.from_pretrained(tmp_path / "transformers", out_indices=(1, 2)).eval()
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    (call,) = re.findall(r"`(model\.forward_intermediates[^`]+)`", (tmp_path / "timm" / README).read_text())
+    with torch.no_grad():
+        wanted, names = ours.eval()(_images()), {"model": model, "images": _images()}
+        exec(f"maps = {call}", names)
+        for found in (theirs(_images()).feature_maps, names["maps"]):
+            assert len(found) == 2 == len(wanted)
+            assert all(relative(one, want) < TOLERANCE for one, want in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +153,7 @@ def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None
     backbone, out = _export(name, tmp_path, "timm", behind="head.norm")
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
-        got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))
+        got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))[0]
     got = got if got.ndim == 4 else got[:, -16:].mT.unflatten(2, (4, 4))
     assert type(model).__name__ == "TimmWrapperModel" and relative(got, wanted) < TOLERANCE
 
@@ -150,7 +170,7 @@ def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.
     exec(compile(snippet.replace("BASE", str(base)), README, "exec"), names)
     with torch.no_grad():
         got = names["model"].base_model.model.forward_features(_images())[:, -16:].mT.unflatten(2, (4, 4))
-        assert relative(got, backbone(_images())) < TOLERANCE
+        assert relative(got, backbone(_images())[0]) < TOLERANCE
 
 
 def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
@@ -174,13 +194,14 @@ def test_onnxruntime_computes_the_same_for_any_number_of_images(
     images = torch.randn(5, 3, side, side)
     with torch.no_grad():
         assert (
-            relative(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), backbone(images)) < TOLERANCE
+            relative(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), backbone(images)[0])
+            < TOLERANCE
         )
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {"images": images.numpy()}
     exec(compile(snippet.replace("# features", "features"), README, "exec"), names)
-    assert names["features"].shape == tuple(backbone(images).shape)
+    assert names["features"].shape == tuple(backbone(images)[0].shape)
 
 
 @pytest.mark.slow
@@ -198,7 +219,7 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
     given = ("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
     assert _run(*given, "--out", out) == 0
     with torch.no_grad():
-        assert relative(by_library("onnx", out.parent, ours)(_images(28)), ours(_images(28))) < TOLERANCE
+        assert relative(by_library("onnx", out.parent, ours)(_images(28))[0], ours(_images(28))[0]) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -211,4 +232,4 @@ def test_weights_beyond_the_bound_of_protobuf_lie_beside_the_graph(
     export.write_onnx(ours, tmp_path / "tower.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tower.onnx", "tower.onnx.data"]
     with torch.no_grad():
-        assert relative(by_library("onnx", tmp_path, ours)(_images(28)), ours(_images(28))) < TOLERANCE
+        assert relative(by_library("onnx", tmp_path, ours)(_images(28))[0], ours(_images(28))[0]) < TOLERANCE

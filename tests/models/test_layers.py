@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import finished
+from tests import finished, small_timm
 from tests.random_tower import (
     adapter_of,
     build_backbone,
@@ -65,7 +65,7 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     with torch.no_grad():
         twin.forward_features(images)
         hook.remove()
-        features, wanted = cut(images), given[0]
+        features, wanted = cut(images)[0], given[0]
         wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
         assert torch.equal(features, _map_of(twin, wanted, features))
         exec(cut.pruning, {"model": twin})
@@ -85,7 +85,7 @@ def test_a_tower_of_ours_ends_after_a_block() -> None:
         x = whole.embed(images)
         for block in whole.blocks[:2]:
             x = whole.run_block(block, x)
-        assert torch.equal(cut.tokens(images), whole.norm(x))
+        assert torch.equal(cut.tokens(images)[0], whole.norm(x))
     assert cut.depth == 2 and sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
     with pytest.raises(ValueError, match="no block 3"):
         build_backbone("debug", **SMALL, layers=(3,))
@@ -119,7 +119,7 @@ def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: P
 def _features(files: ModelFiles, images: Tensor) -> Tensor:
     model, _ = ModelSource(files, {}).build("fp32", torch.device("cpu"))
     with torch.no_grad():
-        features: Tensor = model.module.backbone(images)
+        features: Tensor = model.module.backbone(images)[0]
     return features
 
 
@@ -140,7 +140,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     folder = _adapted(ours, base, targets[name], tmp_path)
     images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
     with torch.no_grad():
-        wanted = ours(images)
+        wanted = ours(images)[0]
     known = None if name == "eva" else {"preset": f"timm:{name}"}
     assert torch.equal(_features(ModelFiles(base, tmp_path, folder, known), images), wanted)
     assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
@@ -159,7 +159,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
             square = torch.randn(1, 3, 56, 56)
             model_of = {"preset": "debug", **SMALL, "class_token": True, "layers": (1,)}
             plain = load_backbone(out / "model.safetensors", model_of).eval()
-            got, wanted = model.forward_features(square)[:, 1:], plain(square).flatten(2).transpose(1, 2)
+            got, wanted = model.forward_features(square)[:, 1:], plain(square)[0].flatten(2).transpose(1, 2)
         else:
             got = _map_of(model, model.forward_features(images), wanted)
         assert relative(got, wanted) < TOLERANCE
@@ -175,10 +175,12 @@ def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
 
 def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
     """Width and base weights are the same, so that nothing else would show it."""
-    told = HeadInfo("detection", 32, {}, [], {"layers": [1]})
+    told = HeadInfo("detection", [(32, 14)], {}, [], {"layers": [1]})
     assert read_elsewhere(told, (1,)) is None
     assert "learnt to read block 1" in (read_elsewhere(told, ()) or "")
-    assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), (1,)) or "")
+    assert "block 1, 3" in (read_elsewhere(told, (1, 3)) or "")
+    told = HeadInfo("detection", [(32, 14)])
+    assert "learnt to read the last block" in (read_elsewhere(told, (1,)) or "")
 
 
 def test_base_weights_end_where_a_name_or_all_heads_say(tmp_path: Path) -> None:
@@ -203,3 +205,65 @@ def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
         assert not any("blocks.6" in name or "conv_head" in name for name, _ in backbone.named_parameters())
     names = {name for group in groups for name in group.names if name.endswith("lora_A")}
     assert len(names) == 14 and all(".conv_pw" in name for name in names)
+
+
+#: Backbone -> blocks: an Eva with registers, a ViT with a class token, networks of stages, and a tower of ours.
+SEVERAL = {
+    next(iter(small_timm.FAMILIES)): (0, 1),
+    "test_vit": (1, 3, 5),
+    "test_convnext": (1, 3),
+    "test_efficientnet": (1, 2, 4),
+    "eva": (0, 2),
+}
+
+
+def _of_blocks(name: str, layers: tuple[int, ...]) -> Any:
+    return build_backbone("debug", **SMALL, layers=layers) if name == "eva" else build_timm(name, layers=layers)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_maps_are_those_behind_their_blocks(name: str) -> None:
+    """Those of hooks in the whole model; gradients are equal when recomputed; the last map is a shorter model's."""
+    layers = SEVERAL[name]
+    cut, whole = _of_blocks(name, layers).eval(), _of_blocks(name, ()).eval()
+    images, given = torch.randn(2, 3, 64, 96), dict[str, Tensor]()
+    for number in layers:
+        block = whole.get_submodule(whole.ends()[number])
+        block.register_forward_hook(lambda *parts, number=number: given.update({number: parts[-1]}))
+    prefix = getattr(cut, "num_prefix_tokens", 0) if name != "eva" and cut.patch else 0
+    with torch.no_grad():
+        whole(images)
+        (*found,) = cut(images, prefixes=True)
+        (ends,) = _of_blocks(name, layers[-1:]).eval()(images)
+    assert len(found) == len(layers) * (2 if prefix else 1) and torch.equal(found[len(layers) - 1], ends)
+    for place, number in enumerate(layers):
+        wanted = given[number] if given[number].ndim == 4 else whole.norm(given[number])
+        width, stride = cut.shapes[place]
+        assert found[place].shape == (2, width, 64 // stride, 96 // stride)
+        if wanted.ndim == 3:
+            if prefix:
+                assert torch.equal(found[len(layers) + place], wanted[:, :prefix])
+            wanted = wanted[:, prefix:].transpose(1, 2).unflatten(2, found[place].shape[-2:])
+        assert torch.equal(found[place], wanted)
+    gradients = []
+    for cut.recompute in ("none", "block"):
+        cut.zero_grad()
+        sum(one.square().mean() for one in cut.train()(images)).backward()
+        gradients.append([parameter.grad for parameter in cut.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) and all(map(torch.equal, *gradients))
+
+
+def test_adapters_of_all_blocks_that_are_read_learn() -> None:
+    cut = build_timm("test_vit", layers=(0, 2))
+    inject_lora(cut, rank=2, alpha=2.0, targets=("q",))
+    move_adapters(cut, spread=0.2)
+    names = [name for name, _ in cut.named_parameters() if name.endswith("lora_B")]
+    for place, reached in ((0, 1), (1, 3)):  # a map reaches the blocks in front of it
+        cut.zero_grad()
+        cut(torch.randn(1, 3, 64, 64))[place].square().mean().backward()
+        moved = [name for name in names if (grad := cut.get_parameter(name).grad) is not None and grad.any()]
+        assert names == [f"blocks.{block}.attn.qkv.lora_B" for block in range(3)] and moved == names[:reached]
+    with pytest.raises(ValueError, match="must ascend"):
+        build_timm("test_vit", layers=(2, 0), device="meta")
+    with pytest.raises(ValueError, match="no map"):
+        build_timm("mixer_s16_224", layers=(0, 1), device="meta")

@@ -69,7 +69,7 @@ def test_the_papers_adapter_has_its_published_size(name: str, count: int) -> Non
 def test_injection_adds_names_and_keeps_the_old_parameters_and_the_output(images: Tensor) -> None:
     backbone = build_backbone("debug", **TINY)
     old = dict(backbone.named_parameters())
-    plain = backbone(images)
+    plain = backbone(images)[0]
     inject_lora(backbone, rank=4, targets=EVERYTHING)
     new = dict(backbone.named_parameters())
     assert all(new[name] is parameter for name, parameter in old.items())
@@ -77,7 +77,7 @@ def test_injection_adds_names_and_keeps_the_old_parameters_and_the_output(images
     added = {f"blocks.{n}.{layer}.lora_{kind}" for n in range(2) for layer in layers for kind in "AB"}
     assert set(new) - set(old) == added == set(lora_parameters(backbone))
     # B = 0: the same sums, up to the split of one product into two.
-    assert _difference(backbone(images), plain) < 1e-6
+    assert _difference(backbone(images)[0], plain) < 1e-6
 
 
 def test_start_values_are_loralibs_and_depend_on_the_seed_alone() -> None:
@@ -126,16 +126,16 @@ def test_forward_equals_the_dense_merge(images: Tensor, targets: tuple[str, ...]
     plain.load_state_dict(weights, strict=True)
     unchanged = build_backbone("debug", **TINY, dtype=torch.float64)
     images = images.double()
-    assert _difference(backbone(images), plain(images)) < 1e-12
-    assert _difference(plain(images), unchanged(images)) > 1e-3
+    assert _difference(backbone(images)[0], plain(images)[0]) < 1e-12
+    assert _difference(plain(images)[0], unchanged(images)[0]) > 1e-3
 
 
 def test_evaluation_mode_changes_nothing(images: Tensor) -> None:
     """loralib merges on eval(), and the reference then adds the update a second time."""
     backbone = _adapted()
-    trained = backbone.train()(images)
+    trained = backbone.train()(images)[0]
     weights = {name: value.clone() for name, value in backbone.state_dict().items()}
-    assert torch.equal(backbone.eval()(images), trained)
+    assert torch.equal(backbone.eval()(images)[0], trained)
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
 
 
@@ -144,9 +144,9 @@ def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images:
     for backbone in (exact, mixed):
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    exact(images).square().mean().backward()
+    exact(images)[0].square().mean().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed(images).square().mean().backward()
+        mixed(images)[0].square().mean().backward()
     wanted = lora_parameters(exact)
     for name, parameter in lora_parameters(mixed).items():
         assert parameter.dtype == torch.float32 and parameter.grad is not None
@@ -163,7 +163,7 @@ def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
         backbone.recompute = recompute
         backbone.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            backbone(images).square().mean().backward()
+            backbone(images)[0].square().mean().backward()
         found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
     assert {len(one) for one in found} == {len(list(backbone.parameters()))}
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -178,7 +178,7 @@ def augmented(monkeypatch: pytest.MonkeyPatch) -> None:
 def _trained(backbone: EvaViT, images: Tensor) -> list[Tensor]:
     """Output, and gradients of all that trains; from here on [W | B] is kept."""
     backbone.zero_grad()
-    output = backbone(images)
+    output = backbone(images)[0]
     output.square().mean().backward()
     return [output.detach(), *(p.grad.clone() for p in lora_parameters(backbone).values() if p.grad is not None)]
 

@@ -25,7 +25,7 @@ def test_a_forward_stays_on_its_device(task: str, monkeypatch: pytest.MonkeyPatc
                 fake = torch.empty(old.shape, dtype=old.dtype, device=DEVICE)
                 setattr(part, name, nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake)
         batch = on_host.to(DEVICE)
-        features, valid = module.features(batch)
-        output = module.heads[task](features, valid, **batch.targets[task].head_inputs())
+        (one,) = module.features(batch)
+        output = module.heads[task]([one], **batch.targets[task].head_inputs())
         found = [leaf for leaf in tree_leaves(list(vars(output).values())) if isinstance(leaf, Tensor)]
-    assert found and {tensor.device for tensor in (features, valid, *found)} == {DEVICE}
+    assert found and {tensor.device for tensor in (one.features, one.valid, *found)} == {DEVICE}

@@ -83,7 +83,7 @@ def planned_images(training: Training) -> float:
     shape: dict[str, Any] = {"width": width, "depth": depth, "mlp_ratio": ratio, "patch_size": patch}
     tower = build_backbone("eva_g", device="meta", seed=None, num_heads=16, image_size=side, class_token=True, **shape)
     with Tracer(torch.device("cuda"), torch.bfloat16, tower.parameters()) as tracer, operators_of(tracer.stands_for):
-        out = tower(torch.empty(training.images, 3, side, side, device="meta"))
+        out = tower(torch.empty(training.images, 3, side, side, device="meta"))[0]
         torch.autograd.backward(out, torch.empty_like(out))
     update = UPDATE_BYTES * sum(p.numel() for p in tower.parameters()) / (BANDWIDTH_SHARE * 1e9 * gpu.bandwidth)
     return training.images / (work_seconds(tracer.work, gpu) + update)

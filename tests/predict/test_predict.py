@@ -150,7 +150,7 @@ def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> Non
     assert isinstance(model.backbone, torch.nn.Module) and features.shape == (2, 16, 4, 4)
     sizes, one = torch.full((2, 2), 56), torch.zeros(2, dtype=torch.int64)
     batch = Batch(pixels, sizes, sizes, one, one, one, one == 0)
-    torch.testing.assert_close(features, model._loaded.module.features(batch)[0], rtol=0, atol=0)
+    torch.testing.assert_close(features, model._loaded.module.features(batch)[0].features, rtol=0, atol=0)
     torch.testing.assert_close(model.backbone(pixels / 255), features)
     alone = load_backbone(place / "runs/stage2")
     assert torch.equal(alone(pixels), features)

@@ -50,7 +50,7 @@ def learnt(backbone: EvaViT, images: Tensor, frames: Any = None, autocast: bool 
     """Features, and the gradients of the adapters."""
     backbone.zero_grad()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-        features = backbone(images) if frames is None else backbone(images, frames)
+        features = backbone(images)[0] if frames is None else backbone(images, frames)[0]
     # Not their mean square: behind a norm that is nearly constant, and its gradient nothing but rounding.
     (features * torch.arange(features.numel(), device=features.device).view_as(features).sin()).mean().backward()
     return [features.detach(), *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)]

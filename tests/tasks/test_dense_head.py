@@ -12,6 +12,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import batch_of, boxes_of
+from visft_ds.data.samples import Map
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, assign, dense_results
 
@@ -60,7 +61,7 @@ def _by_hand(output: DenseOutput, targets: DetectionTargets) -> list[list[int]]:
 
 
 def test_cells_answer_for_objects_as_counted_by_hand() -> None:
-    output = _head()(*_inputs(4))
+    output = _head()([Map(*_inputs(4))])
     targets = _targets([5, 4, 0, 7])
     assert assign(output, targets).tolist() == _by_hand(output, targets)
     nothing = assign(output, _targets([0, 0, 0, 0]))
@@ -69,8 +70,8 @@ def test_cells_answer_for_objects_as_counted_by_hand() -> None:
 
 def test_padding_changes_nothing() -> None:
     head, (features, valid) = _head(), _inputs(2)
-    padded = head(features, valid)
-    alone = head(features[1:, :, :4, :5], valid[1:, :4, :5])
+    padded = head([Map(features, valid)])
+    alone = head([Map(features[1:, :, :4, :5], valid[1:, :4, :5])])
     seen = padded.valid[1]
     torch.testing.assert_close(padded.logits[1, seen], alone.logits[0])
     torch.testing.assert_close(padded.boxes[1, seen], alone.boxes[0])
@@ -81,7 +82,7 @@ def test_padding_changes_nothing() -> None:
 def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
     head, criterion = _head(), criterion_of("detection", type="dense")
     assert isinstance(criterion, DenseCriterion)
-    output, targets = head(*_inputs(4)), _targets([3, 0, 6, 1])
+    output, targets = head([Map(*_inputs(4))]), _targets([3, 0, 6, 1])
     number = sum(targets.counts.tolist())
     whole = criterion(output, targets, {"boxes": torch.tensor(number).double()})
     ends, sums = [0, 3, 3, 9, 10], dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
@@ -96,7 +97,7 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
 
 
 def test_losses_are_those_of_the_field() -> None:
-    output, targets = _head()(*_inputs(1)), _targets([2])
+    output, targets = _head()([Map(*_inputs(1))]), _targets([2])
     losses = criterion_of("detection", type="dense")(output, targets, {"boxes": torch.tensor(2.0)})
     owner = assign(output, targets)[0]
     probability = output.logits[0].sigmoid()

@@ -21,6 +21,7 @@ import visft_ds.tasks.segmentation.loss
 from tests.options import criterion_of, head_of
 from tests.parallel.engine_case import build
 from tests.tasks.cases import batch_of, boxes_of, denominators, masks_of
+from visft_ds.data.samples import Map
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import Matches, solve
@@ -100,7 +101,7 @@ def learn(module: MultiTaskModel, task: str, targets: Any, *modes: Any, forced: 
         for mode in modes:
             stack.enter_context(mode)
         batch, divisors = batch_of(len(COUNTS), {task: targets}), {task: denominators(task, criterion, targets)}
-        loss = module.outputs(features, valid, batch, divisors)["loss"]
+        loss = module.outputs([Map(features, valid)], batch, divisors)["loss"]
     found.gradients += torch.autograd.grad(loss, [features, *module.heads[task].parameters()], allow_unused=True)
     return found
 
@@ -151,5 +152,5 @@ def test_cells_of_captions_are_pooled_in_float32(module: MultiTaskModel) -> None
     with head.encoder_att.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])):
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                head(*given, max_length=1)
+                head([Map(*given)], max_length=1)
     assert torch.equal(*pooled)

@@ -13,20 +13,20 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.options import alone, drawn, together
+from tests.tiny import THREE
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Op, final_size
-from visft_ds.tasks import TASKS
 from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
 SMALL: dict[str, Any] = {"short_sides": (40, 48, 56), "max_long": 90, "eval_short": 48, "eval_max_long": 90}
 CAPTIONS = ("a b", "c", "d e f", "b b b b", "f")
-SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(TASKS, count)]
+SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(THREE, count)]
 
 
-def _joint(train: bool = True, tasks: Any = tuple(TASKS), **options: Any) -> ImageTransform:
+def _joint(train: bool = True, tasks: Any = tuple(THREE), **options: Any) -> ImageTransform:
     return together(train, tasks, vocabulary=VOCABULARY, **{**SMALL, **options})
 
 
@@ -172,7 +172,7 @@ def _samples() -> list[Sample]:
 def test_ragged_images_and_the_frames_of_their_targets() -> None:
     samples = _samples()
     batch = collate_joint(samples)
-    assert batch.images.shape == (3, 3, 61, 61) and tuple(batch.targets) == tuple(TASKS)
+    assert batch.images.shape == (3, 3, 61, 61) and tuple(batch.targets) == tuple(THREE)
     assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [70, 71, 72]
     for padded, sample in zip(batch.images, samples, strict=True):
         height, width = sample.size

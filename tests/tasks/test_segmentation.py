@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import CLASSES, denominators, masks_of
+from visft_ds.data.samples import Map
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.segmentation.mask_points import draw_points
@@ -44,7 +45,7 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
     seen = []
     for sign in (-1.0, 1.0):  # every mask covers all or, with its sign turned, nothing: one or the other of each query
         nn.init.constant_(head.pixel_decoder.mask_proj.bias, sign)
-        seen.append(head(torch.ones(1, CHANNELS, 3, 4), valid).logits)
+        seen.append(head([Map(torch.ones(1, CHANNELS, 3, 4), valid)]).logits)
     assert torch.isfinite(seen[0]).all()
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
 
@@ -53,7 +54,7 @@ def test_parameters_are_used_by_their_owner_only() -> None:
     """ZeRO-3 has a parameter's values between the start and the end of its owner's forward, and nowhere else."""
     head = _head().eval()
     inputs = torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
-    expected = head(*inputs)
+    expected = head([Map(*inputs)])
     for module in head.modules():
         own = {parameter: parameter.detach().clone() for parameter in module.parameters(recurse=False)}
         if own:
@@ -64,7 +65,7 @@ def test_parameters_are_used_by_their_owner_only() -> None:
             for parameter in own:
                 parameter.data.fill_(torch.nan)
     with torch.no_grad():
-        output = head(*inputs)
+        output = head([Map(*inputs)])
     assert torch.equal(output.masks, expected.masks) and torch.equal(output.logits, expected.logits)
 
 

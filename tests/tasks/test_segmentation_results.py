@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -79,7 +80,7 @@ def test_only_real_images() -> None:
     scene = _scene((4, 4))
     output = SegmentationOutput(scene.logits.repeat(1, 2, 1, 1), scene.masks.repeat(1, 2, 1, 1, 1))
     results = postprocess(output, batch_of(2, real=torch.tensor([False, True])))
-    assert {result["image_id"] for result in results} == {2} and len(results) == 3
+    assert {result["image_id"] for result in results} == {2} and len(results) == 100
 
 
 def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
@@ -89,11 +90,26 @@ def test_of_own_heads_the_largest_region_counts_by_its_quality() -> None:
     output.masks[0, 0, 0, 0, :2] = 3
     output.masks[0, 0, 0, 2:, 3:] = 1
     batch = _show((4, 6), (4, 6), (4, 6))
-    (result,) = postprocess(output, batch)
+    result, *less = postprocess(output, batch)
+    assert all(one["segmentation"] == result["segmentation"] and one["score"] <= result["score"] for one in less)
     assert result["bbox"] == [3, 2, 3, 2] and coco_mask.area(result["segmentation"]) == 6
     best = float(output.logits[0, 0, 0].softmax(-1)[:-1].max())
     assert result["score"] == pytest.approx(best * torch.tensor(1.0).sigmoid().item(), rel=1e-5)
     assert postprocess(output, batch, threshold=0.9 * best) == []
+
+
+def test_of_own_heads_the_best_pairs_of_query_and_class_count() -> None:
+    """A mask has a result for each class that is likely enough, whichever query it is of."""
+    output = _scene((4, 6), queries=2)
+    output.logits[:] = -20
+    output.masks[:] = 2
+    for query, label, logit in ((0, 5, 3.0), (0, 7, 2.0), (1, 9, 1.0), (1, 80, 1.0)):
+        output.logits[0, 0, query, label] = logit
+    results = postprocess(output, _show((4, 6), (4, 6), (4, 6)), threshold=0.01)
+    inside = float(torch.tensor(2.0).sigmoid())
+    wanted = [(6, 1 / (1 + math.exp(-1))), (10, 0.5), (8, 1 / (1 + math.exp(1)))]
+    assert [one["category_id"] for one in results] == [label for label, _ in wanted]
+    assert [one["score"] for one in results] == pytest.approx([share * inside for _, share in wanted], rel=1e-5)
 
 
 def test_an_empty_mask_is_no_prediction() -> None:

@@ -16,6 +16,7 @@ from transformers.models.mask2former import modeling_mask2former as theirs
 
 from tests.options import criterion_of, head_of
 from tests.tasks.cases import masks_of
+from visft_ds.data.samples import Map
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion
@@ -140,7 +141,7 @@ def test_head_and_gradient(pair: tuple[Reference, SegmentationHead]) -> None:
     reference, head = pair
     features = torch.randn(2, CHANNELS, 6, 9, requires_grad=True)
     logits, masks = reference(features)
-    out = head(features, torch.ones(2, 6, 9, dtype=torch.bool))
+    out = head([Map(features, torch.ones(2, 6, 9, dtype=torch.bool))])
     torch.testing.assert_close(out.logits, torch.stack(logits), **CLOSE)
     torch.testing.assert_close(out.masks, torch.stack(masks), **CLOSE)
     # Every kind of mask occurs, else the comparison would say little about the masked attention.

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.options import criterion_of, head_of
 from tests.parallel.engine_case import build, global_batch, loss_denominators, part
 from tests.tasks.cases import CLASSES, boxes_of, denominators, masks_of
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.matching import match
@@ -111,7 +111,7 @@ def test_padding_changes_nothing(kind: Kind) -> None:
     batch = torch.randn(2, CHANNELS, 5, 6) * 10
     batch[1, :, :3, :4] = small[0]
     valid[0], valid[1, :3, :4] = True, True
-    alone, padded = head(small, torch.ones(1, 3, 4, dtype=torch.bool)), head(batch, valid)
+    alone, padded = head([Map(small, torch.ones(1, 3, 4, dtype=torch.bool))]), head([Map(batch, valid)])
     # float32 through five layers; sums run over another number of entries
     torch.testing.assert_close(padded.logits[:, 1], alone.logits[:, 0], rtol=1e-4, atol=1e-4)
     if kind.task == "detection":
@@ -126,7 +126,7 @@ def test_padding_changes_nothing(kind: Kind) -> None:
 def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
     """Engines that reduce gradients by bucket need one for each parameter in each step."""
     head, criterion, targets = kind.head(), kind.criterion(), kind.targets([0, 0])
-    output = head(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))
+    output = head([Map(torch.randn(2, CHANNELS, 3, 5), torch.ones(2, 3, 5, dtype=torch.bool))])
     losses = criterion(output, targets, denominators(kind.task, criterion, targets))
     assert {losses[name].item() for name in losses if not name.startswith(("ce", "card"))} == {0}
     sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
@@ -137,7 +137,7 @@ def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
 @both
 def test_predictions_are_float32_under_autocast(kind: Kind) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = kind.head()(torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool))
+        output = kind.head()([Map(torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool))])
     assert {value.dtype for value in vars(output).values() if isinstance(value, Tensor)} == {torch.float32}
 
 

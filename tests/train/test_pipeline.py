@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import finish, run_ranks, start_ranks, wait_for
-from tests.tiny import STEPS, command, losses, trained
-from visft_ds.tasks import TASKS
+from tests.tiny import STEPS, THREE, command, losses, trained
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +61,7 @@ def test_the_same_run_as_under_zero(shards: Path, zero: Path, tmp_path: Path, st
     assert judged(out) == pytest.approx(judged(zero), abs=1e-3)  # ranks of near ties may change places
     parameters, reference = trained(out), trained(zero)
     assert parameters.keys() == reference.keys()
-    for task in TASKS:
+    for task in THREE:
         exported, other = (load_file(folder / "export" / f"{task}.safetensors") for folder in (out, zero))
         assert exported.keys() == other.keys()
         assert all(tensor.shape == other[name].shape for name, tensor in exported.items())

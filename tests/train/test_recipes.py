@@ -27,9 +27,12 @@ SMALL = {
     "convnext_b": "convnext_atto.d2_in1k",
     "dinov2_b": "vit_small_patch14_dinov2.lvd142m",
     "dinov3_b": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_l": "vit_small_patch16_dinov3.lvd1689m",
     "eva02_b": "eva02_tiny_patch14_224.mim_in22k",
     "pe_b": "vit_pe_core_tiny_patch16_384.fb",
     "siglip2_b": "vit_base_patch32_siglip_256.v2_webli",
+    "tipsv2_b": "vit_base_patch14_reg1_tipsv2.webli",
+    "tipsv2_l": "vit_small_patch14_reg4_dinov2.lvd142m",
 }
 STEPS = 2
 SETTINGS: dict[str, Any] = {

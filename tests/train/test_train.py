@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from tests.coco_tree import make_split
 from tests.ranks import finish, run_ranks, start_command, start_ranks, wait_for
-from tests.tiny import STEPS, command, equal, steps_recorded
+from tests.tiny import STEPS, THREE, command, equal, steps_recorded
 from visft_ds.launch import main
-from visft_ds.tasks import TASKS
 
 #: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, sometimes).
 TRAIN_AND_LOOK = """
@@ -60,7 +59,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_pa
     (checkpoint,) = (out / "checkpoints").iterdir()
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert step < STEPS
-    assert not any((out / "export" / f"{task}.safetensors").exists() for task in TASKS)
+    assert not any((out / "export" / f"{task}.safetensors").exists() for task in THREE)
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def describe_heads(
             assert data.vocabulary is not None
             options["vocabulary_size"], known = data.vocabulary.size, []
             more["vocabulary"] = data.vocabulary.to_dict()
-        infos[name] = HeadInfo(name, backbone.width, options, known, more)
+        infos[name] = HeadInfo(name, backbone.shapes, options, known, more)
     return infos
 
 

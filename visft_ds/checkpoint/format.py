@@ -49,7 +49,7 @@ class Checkpoint:
         parameters, moments = load_file(self.path / _PARAMETERS), load_file(self.path / _MOMENTS)
         return EngineState(
             parameters=parameters,
-            moments={key: {name: moments[f"{key}/{name}"] for name in parameters} for key in MOMENTS},
+            moments={key: {n: moments[f"{key}/{n}"] for n in parameters if f"{key}/{n}" in moments} for key in MOMENTS},
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
         )

@@ -12,7 +12,7 @@ from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest, manifest_path
 from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
-from visft_ds.tasks import BUILT_IN, config_class
+from visft_ds.tasks import config_class
 
 #: Base weights that no hub has -> command that brings them: EVA-g's as in lavis/models/eva_vit.py of
 #: https://github.com/salesforce/LAVIS, and a package of the extra `demo`.
@@ -78,16 +78,15 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
         model = source if source.endswith(".json") and not source.startswith(CONFIG_ROOT.name) else visft.model.name
         command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
         command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
-        command += f" --tasks {','.join(tasks)}" if len(tasks) < len(BUILT_IN) else ""
+        command += f" --tasks {','.join(tasks)}"
         found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
     return found
 
 
 def tasks_without_labels(config: ResolvedConfig) -> Flags:
-    """The settings that turn tasks of the shipped recipe off that the shards do not teach.
+    """The settings that turn tasks of the shipped recipe off that the shards do not teach, and that of label maps on.
 
-    A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
-    be left.
+    A task that the user mentions is wanted, and what it lacks is an error. Empty where nothing would be left.
     """
     tasks, found, sets = config.visft.tasks.enabled(), Flags(), training_sets(config)
     for name, task in tasks.items() if len(sets) == 1 else ():
@@ -99,6 +98,8 @@ def tasks_without_labels(config: ResolvedConfig) -> Flags:
             lacks = task.misleads(sets[0].counts, sets[0].findings) or ""
         if lacks and not wanted:
             found[f"visft.tasks.{name}"] = None, f"the data, which has no {lacks}"
+    if len(sets) == 1 and "maps" in sets[0].labels and "semantic" not in tasks:
+        return {"visft.tasks.semantic": ({}, "the data, which has label maps"), **found}
     return found if len(found) < len(tasks) else {}
 
 
@@ -135,6 +136,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
             return [values] if f"visft_head.{task}" in (file.metadata() or {}) else []
     word = config_class(task).published
     ours, published = folder / f"{task}.safetensors", [folder / f"eva_{tower}_{word}_heads.ckpt" for tower in "eg"]
+    published += [folder / "pytorch_model.bin"] * (task == "segmentation")  # of PMT
     return [ours] if ours.is_file() else [path for path in published if path.is_file()]
 
 

@@ -20,7 +20,7 @@ from visft_ds.config.fields import nearest
 from visft_ds.config.schema import INSTEAD, OURS, OptimizerConfig, Recipe, SchedulerConfig, VisftConfig, complete
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import SECRET, redacted_values
-from visft_ds.tasks import BUILT_IN, entries
+from visft_ds.tasks import config_class, entries
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
@@ -60,8 +60,8 @@ class ResolvedConfig:
         plain: dict[str, Any] = {"gradient_clipping": self.gradient_clipping}
         for key in ("optimizer", "scheduler", "visft"):
             plain[key] = getattr(self, key).model_dump(mode="json")
-        tasks = plain["visft"]["tasks"].items()  # of other packages, those that train: installing one changes nothing
-        plain["visft"]["tasks"] = {name: task for name, task in tasks if task is not None or name in BUILT_IN}
+        tasks = plain["visft"]["tasks"].items()  # of those that are off the published ones: a new task changes nothing
+        plain["visft"]["tasks"] = {n: task for n, task in tasks if task is not None or config_class(n).published}
         return {**copy.deepcopy(dict(self.deepspeed)), **plain}
 
     def identity(self) -> dict[str, Any]:
@@ -261,14 +261,14 @@ def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
-    tasks = tree.value("visft.tasks") or {}
+    tasks = {"semantic": {}, **(tree.value("visft.tasks") or {})}  # which is in no recipe, and has defaults for all
     for name in names:
         if not isinstance(name, str) or tasks.get(name) is None:
             near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
             raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
     for name in entries():
-        if name not in names:
-            tree.assign(f"visft.tasks.{name}", None, source)
+        if name not in names or not tasks[name]:
+            tree.assign(f"visft.tasks.{name}", {} if name in names else None, source)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:

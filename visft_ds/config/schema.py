@@ -74,8 +74,8 @@ class ModelConfig(StrictModel):
     name: Name  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    #: numbers of the blocks whose maps are read, such as [5]; [] reads the last one (docs/training.md)
-    layers: Annotated[tuple[Count, ...], Field(max_length=1)] = ()
+    #: numbers of the blocks whose maps are read, such as [5] or [2, 5, 8, 11]; [] reads the last one (docs/training.md)
+    layers: tuple[Count, ...] = ()
     #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, a function of weights_seed
     weights: Text | None
     weights_seed: Count = 0
@@ -344,6 +344,9 @@ class Recipe(StrictModel):
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         if piped and model.packed:
             yield "visft.model.packed", "must be false with a pipeline"
+        plain = any(getattr(task.head, "type", "") == "plain" for task in visft.tasks.enabled().values())
+        if piped and (plain or len(model.layers) > 1):
+            yield "visft.model.layers", "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
         if piped and model.timm is not None:
             yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
         if model.compile != "none" and zero.stage == 3:

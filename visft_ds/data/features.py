@@ -3,14 +3,14 @@
 A file holds the features of one image under one geometry (flip, crop and size), named by the sample's random key, which
 decides the geometry. It is written whole or not at all; any number of processes may share a folder.
 
-Shape letters: h w patch grid, D width.
+Shape letters: h w patch grid, D width, P tokens.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from visft_ds.files import reading
 from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
-VERSION = "2"
+VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,15 @@ class View:
     """An image under a geometry that repeats after some epochs (`visft.features.views`)."""
 
     frame: tuple[int, int]  #: height and width in pixels, padding included
-    features: Tensor | None = None  #: (h, w, D) bfloat16; None: they are not kept yet
+    #: bfloat16, a map (h, w, D) of each block that is read, then the tokens (P, D) in front of them, if there are any;
+    #: None: they are not kept yet
+    features: tuple[Tensor, ...] | None = None
 
     def to(self, device: torch.device) -> View:
         """The same with its features on `device`."""
-        return self if self.features is None else View(self.frame, to_device(self.features, device))
+        if self.features is None:
+            return self
+        return View(self.frame, tuple(to_device(one, device) for one in self.features))
 
 
 class FeatureCache:
@@ -65,18 +69,20 @@ class FeatureCache:
             return None
         with reading(path, "kept features (delete it: they are computed again)"):
             with safetensors.safe_open(path, "pt") as file:
-                about, features = file.metadata(), file.get_tensor("features")
-            if about["index"] != str(index) or features.dtype != torch.bfloat16 or features.ndim != 3:
+                about = file.metadata()
+                features = tuple(file.get_tensor(str(place)) for place in range(len(file.keys())))
+            if about["index"] != str(index) or any(one.dtype != torch.bfloat16 for one in features):
                 raise ValueError(f"it is of sample {about['index']}, not of sample {index}")
             return View((int(about["height"]), int(about["width"])), features)
 
-    def put(self, key: int, index: int, frame: tuple[int, int], features: Tensor) -> None:
-        """Keep the features (h, w, D) bfloat16 of a view. Raises OSError if they cannot be written."""
+    def put(self, key: int, index: int, frame: tuple[int, int], features: Sequence[Tensor]) -> None:
+        """Keep the features of a view. Raises OSError if they cannot be written."""
         path = self._path(key)
         if path is not None and not path.exists():
             path.parent.mkdir(exist_ok=True)
             about = {"index": str(index), "height": str(frame[0]), "width": str(frame[1])}
-            _write(path, safetensors.torch.save({"features": features.cpu().contiguous()}, about))
+            tensors = {str(place): one.cpu().contiguous() for place, one in enumerate(features)}
+            _write(path, safetensors.torch.save(tensors, about))
 
     def _path(self, key: int) -> Path | None:
         name = f"{key:016x}.safetensors"

@@ -103,7 +103,8 @@ class StepLoader:
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """The plan of each global batch from `start` to `stop` (exclusive), with this rank's micro-batches.
 
-        An error in a worker appears here, at its step. Leaving the loop in any way ends the workers.
+        At `stop` the training is done: it decides the batches' `progress`. An error in a worker appears here, at its
+        step. Leaving the loop in any way ends the workers.
         """
         numbers = range(start, sys.maxsize if stop is None else stop)
         accumulation = self.accumulation if self.role else 0
@@ -124,11 +125,19 @@ class StepLoader:
                 began = time.perf_counter()
                 micro_batches = list(itertools.islice(batches, accumulation))
                 self.wait_seconds = time.perf_counter() - began
-                yield self.plan.step(step), micro_batches
+                done = 0.0 if stop is None else step / stop
+                yield self.plan.step(step), [replace(batch, progress=done) for batch in micro_batches]
         finally:
             batches.close()
             if fetching is not None:
                 fetching.shutdown(wait=False, cancel_futures=True)
+
+    def first_images(self, stream: str, count: int) -> Iterator[Batch]:
+        """The first images of a stream one by one, with pixels, the same in every process."""
+        plans = (plan for plan in map(self.plan.step, itertools.count()) if plan.task == stream)
+        parts = (one for plan in plans for one in self.plan.split(plan, 0, 1, len(plan.indices)))
+        maker = _BatchMaker(self.sets, self.pipelines, "both", self.features)
+        return _made(maker, itertools.islice(parts, count), 0, 0)
 
     def close(self) -> None:
         """Close the shards. A later step opens them again."""

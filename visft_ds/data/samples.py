@@ -1,6 +1,6 @@
 """Data structures between shard and head: a sample, then a batch, and how samples become one.
 
-Shape letters: B images, H W pixels, N objects of all images, concatenated.
+Shape letters: B images, H W pixels, N objects of all images, concatenated, D width, h w grid, P tokens.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Batch:
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
     #: host. None: all are as large as the batch.
     frames: Tensor | None = None
+    padded: bool = True  #: some image does not fill the batch
+    progress: float = 0.0  #: share of the training that was done before
 
     def pin_memory(self) -> Batch:
         """The batch with its pixels where a GPU can fetch them by itself; torch's DataLoader calls it."""
@@ -95,12 +97,22 @@ class Batch:
         return replace(self, images=images, sizes=sizes, targets=targets, views=views)
 
 
+@dataclass(frozen=True)
+class Map:
+    """Features of a batch behind one block of the backbone."""
+
+    features: Tensor  #: (B, D, h, w), at least float32
+    valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
+    prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
+
+
 def stack_samples(samples: Sequence[Sample]) -> Batch:
     """A batch without targets: images padded right and bottom with 0 to the largest height and width of the batch."""
     assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)
     assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
     frames = torch.tensor([sample.frame or sample.size for sample in samples])
+    sizes = torch.tensor([sample.size for sample in samples])
     images = torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
     if any(sample.image is not None for sample in samples):
         images = images.new_zeros((len(samples), 3, *frames.amax(dim=0).tolist()))
@@ -112,7 +124,7 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
             assert known or not images.numel(), "some samples of a batch have pixels and some have not"
     return Batch(
         images=images,
-        sizes=torch.tensor([sample.size for sample in samples]),
+        sizes=sizes,
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
         image_ids=torch.tensor([sample.image_id for sample in samples]),
@@ -120,4 +132,5 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         real=torch.ones(len(samples), dtype=torch.bool),
         views=views or None,
         frames=frames,
+        padded=bool((sizes != frames.amax(dim=0)).any()),
     )

@@ -38,7 +38,7 @@ INDEX_DTYPE = np.dtype(
         ("width", "<i4"),
         ("height", "<i4"),
         ("image_id", "<i8"),
-        ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
+        ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area; of label maps, the classes
         ("num_captions", "<i4"),
     ]
 )
@@ -157,9 +157,9 @@ class Manifest:
 
     @property
     def labels(self) -> frozenset[str]:
-        """Kinds of labels that the split was made with: "annotations" (of objects), "captions", or both."""
-        made_with = {"annotations": "instances", "captions": "captions"}
-        return frozenset(kind for kind, role in made_with.items() if role in self.sources or self.counts[kind])
+        """Kinds of labels that the split was made with: "annotations" (of objects) or "maps", "captions", or both."""
+        made_with = {"annotations": "instances", "maps": "maps", "captions": "captions"}
+        return frozenset(kind for kind, role in made_with.items() if role in self.sources or self.counts.get(kind))
 
     def having(self, labels: str) -> npt.NDArray[np.int64]:
         """Positions of the samples with "annotations" or "captions", or of "any"."""

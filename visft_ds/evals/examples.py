@@ -10,11 +10,10 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.plan import generator
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.runner import Predict
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Example
+from visft_ds.tasks.spec import Example, Predict
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -55,7 +54,7 @@ def draw_examples(
         for start in range(0, len(positions), stream.micro_batch):
             raws = [read_raw(reader, index) for index in positions[start : start + stream.micro_batch]]
             batch = pipeline.collate([pipeline.transform(raw, generator(0)) for raw in raws])
-            outputs = predict(batch)
+            outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
             for task in stream.tasks if distributed.is_main() else ():
                 results = TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 for raw in raws:

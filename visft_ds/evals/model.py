@@ -383,9 +383,10 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
 
 
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
-    if info.in_channels != backbone.width:
+    theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
+    if theirs != ours:
         raise ValueError(
-            f"{path} reads features of width {info.in_channels}, but the backbone has {backbone.describe()}: "
+            f"{path} reads maps of width {', '.join(map(str, theirs))}, but the backbone has {backbone.describe()}: "
             f"take the head and the backbone of the same model"
         )
     if problem := read_elsewhere(info, backbone.layers_read):

@@ -38,6 +38,8 @@ MEANINGS = {
     "APm": "medium objects",
     "APl": "large objects, area from 96² pixels",
     "AR100": "recall with 100 predictions an image",
+    "mIoU": "intersection over union of true and predicted pixels, mean over classes",
+    "accuracy": "share of pixels with the right class",
     "CIDEr": "weighted n-grams shared with the true captions, 0 to 10",
     "BLEU-4": "runs of up to four words",
     "ROUGE-L": "longest common subsequence of words",

@@ -5,20 +5,17 @@ The two are apart so that no rank has to wait in a collective while the main pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.loader import evaluation_batches
-from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.spec import Predict
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
-
-Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
 
 
 def collect(
@@ -54,7 +51,7 @@ def collect(
                 limit,
                 num_workers=num_workers,
             ):
-                outputs = predict(batch)
+                outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
                 for task, results in ours.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 bar.update(min(world * len(batch.real), count - bar.n))

@@ -76,7 +76,7 @@ class Adapter:
     def install(self, backbone: Backbone) -> None:
         """Put it into a backbone without adapters. Raises ValueError where it does not fit."""
         if tuple(self.model.get("layers", ())) != backbone.layers_read:
-            ours = max(backbone.layers_read, default="the last")
+            ours = ", ".join(map(str, backbone.layers_read)) or "the last"
             raise ValueError(f"the adapter is of {described(self.model)}, and this model is read after block {ours}")
         inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets)
         parameters = lora_parameters(backbone)

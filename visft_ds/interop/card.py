@@ -106,7 +106,10 @@ def card(
         options = "".join(f"{name}={value}, " for name, value in backbone.options.items())
         source = "pretrained=True" if base else 'checkpoint_path="BASE"'
         model = f'timm.create_model("{backbone.name}", num_classes=0, {options}{source})'
-    reading = f"\n\nIt was trained on what `{backbone.ends()[-1]}` gives: `{backbone.pruning}`, `forward_features`."
+    read = ", ".join(f"`{backbone.ends()[number]}`" for number in backbone.layers_read)
+    reading = f"\n\nIt was trained on what {read} gives: `{backbone.pruning}`, `forward_features`."
+    if len(backbone.layers_read) > 1:
+        reading = f"\n\nIt was trained on what {read} give, and only these may be read: `{backbone.pruning}`."
     return _TEXT.format(
         front=front.to_yaml().strip(),
         title=title,

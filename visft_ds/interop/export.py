@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,10 +189,11 @@ FORMATS: dict[str, Callable[[Weights, Weights, Backbone], Written]] = {
 
 
 def write_onnx(backbone: Backbone, path: Path) -> None:
-    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature map, for any B.
+    """Write a backbone (fp32, on the CPU) as a graph: normalised images of one size -> feature maps, for any B.
 
     torch's own exporter writes it (torch.export, `dynamo=True`). Raises ValueError where it cannot.
     """
+    names = [f"map_{number}" for number in backbone.layers_read] if len(backbone.shapes) > 1 else ["features"]
     side, size = backbone.image_size, sum(value.nbytes for value in backbone.parameters())
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each constant that it does not fold
     try:
@@ -203,7 +204,7 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
                 (torch.zeros(2, 3, side, side),),
                 dynamo=True,
                 input_names=["images"],
-                output_names=["features"],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
@@ -214,20 +215,23 @@ def write_onnx(backbone: Backbone, path: Path) -> None:
     program.save(path, external_data=size > _LARGEST_GRAPH)
 
 
-def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Tensor]:
-    """(B, 3, H, W) -> (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours."""
+def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(B, 3, H, W) -> maps (B, D, h, w), by the library that a format is for; `backbone`: the same model of ours.
+
+    transformers' classes of whole towers give the last map alone.
+    """
     if form == "onnx":
         import onnxruntime
 
         session: Any = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
     if form == "transformers":
         from transformers import AutoModel
 
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         # CLIP's last hidden state is in front of its last norm, which others have behind them.
         norm = model.post_layernorm if model.config.model_type == "clip_vision_model" else nn.Identity()
-        return lambda images: _map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)
+        return lambda images: [_map(norm(model.eval()(pixel_values=images).last_hidden_state), images, backbone)]
     if form == "open_clip":
         import open_clip
 
@@ -238,21 +242,29 @@ def by_library(form: str, folder: Path, backbone: Backbone) -> Callable[[Tensor]
         trunk = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         if isinstance(backbone, TimmBackbone):
             return as_backbone(trunk, backbone.name, backbone.options, backbone.layers_read).eval()
+    if len(backbone.layers_read) > 1:
+        reading = {"indices": list(backbone.layers_read), "norm": True, "intermediates_only": True}
+        return lambda images: list(trunk.forward_intermediates(images, **reading))
     if backbone.layers_read:
         trunk.prune_intermediate_layers([max(backbone.layers_read)])
-    return lambda images: _map(trunk.forward_features(images), images, backbone)
+    return lambda images: [_map(trunk.forward_features(images), images, backbone)]
 
 
 @torch.no_grad()
 def difference(form: str, folder: Path, base: Path, model: Mapping[str, Any], adapter: Adapter | None) -> float:
-    """|got - wanted| / |wanted| on two images of seeded noise. Only one of the two models is in memory at a time."""
+    """|got - wanted| / |wanted| on two images of seeded noise, the largest one of the maps that there are.
+
+    Only one of the two models is in memory at a time.
+    """
     tower: Backbone = layouts.load_backbone(base, model).eval()
     images = torch.randn(2, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(0))
     if adapter is not None:
         adapter.install(tower)
     wanted = tower(images)
     tower = layouts.built(model, "meta")
-    return float((by_library(form, folder, tower)(images).float() - wanted).norm() / wanted.norm())
+    found = by_library(form, folder, tower)(images)
+    pairs = zip(found, wanted[-len(found) :], strict=True)
+    return max(float((one.float() - want).norm() / want.norm()) for one, want in pairs)
 
 
 def _map(tokens: Tensor, images: Tensor, backbone: Backbone) -> Tensor:

@@ -27,14 +27,14 @@ _KEY = "visft_head"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """Description of a head: `build_head(in_channels, options, vocabulary_size)` of its task gives it.
+    """Description of a head: `build_head(shapes, options, vocabulary_size)` of its task gives it.
 
     `categories` are those of the data it was trained on, as COCO writes them; `extra` is what the trainer remembers:
     step, mode, base_weights (a fingerprint), layers (blocks of the backbone), vocabulary.
     """
 
     task: str
-    in_channels: int
+    shapes: Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map that it reads
     options: Mapping[str, Any] = field(default_factory=dict)
     categories: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class HeadFile:
         options, path = dict(self.info.options), self.tensors.path
         words = options.pop("vocabulary_size", None)
         with reading(path, f"a {self.info.task} head"), torch.device("meta"):
-            head = get_task(self.info.task).build_head(self.info.in_channels, options, words)
+            head = get_task(self.info.task).build_head(self.info.shapes, options, words)
         self.check(head)
         head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
         return head.eval()
@@ -103,8 +103,9 @@ def open_head(place: str | Path, task: str) -> HeadFile:
     file = open_weights(found[0])
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
     if told is None:
-        width, options, tensors = published_head(task, file)
-        return HeadFile(HeadInfo(task, width, options, extra={"format": "visft"}), tensors)
+        shapes, options, tensors, layers = published_head(task, file)
+        extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
+        return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
         info = HeadInfo(**json.loads(told))
         if info.task != task:
@@ -115,11 +116,11 @@ def open_head(place: str | Path, task: str) -> HeadFile:
 
 
 def read_elsewhere(info: HeadInfo, layers: Sequence[int]) -> str | None:
-    """Reason why a head cannot read the output of these blocks (none: the last); None if it can."""
+    """Reason why a head cannot read the maps of these blocks (none: the last); None if it can."""
     wanted = info.extra.get("layers", [])
     if wanted == list(layers):
         return None
-    theirs, ours = (f"block {max(read)}" if read else "the last block" for read in (wanted, layers))
+    theirs, ours = (f"block {', '.join(map(str, read))}" if read else "the last block" for read in (wanted, layers))
     return f"the {info.task} head learnt to read {theirs}, and the backbone is read after {ours}"
 
 

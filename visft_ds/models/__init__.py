@@ -1,4 +1,4 @@
-"""Backbones (image -> feature map) and the adapters that go into them."""
+"""Backbones (image -> feature maps) and the adapters that go into them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.pretrained import TIMM
 
-#: Both give (B, 3, H, W) -> (B, width, h, w), with a cell for `patch_size` pixels, normalise images by `pixel_mean` and
-#: `pixel_std`, recompute as `recompute` says, and read the blocks `layers_read`.
+#: Both give (B, 3, H, W) -> a map (B, D, h, w) for each of `shapes`, (D, pixels to a cell), and with `prefixes` also
+#: the tokens that a plain ViT has in front of its patches. They normalise images by `pixel_mean` and `pixel_std`,
+#: recompute as `recompute` says, and read the blocks `layers_read` (none: the last); `width` and `patch_size` are of
+#: the last map.
 Backbone = EvaViT | TimmBackbone
 
 

@@ -202,8 +202,9 @@ class EvaViT(nn.Module):
         self.norm = LayerNorm(config.width, eps=1e-6)
         self.depth, self.layers_read, self.pruning = config.depth, tuple[int, ...](), ""
 
-    def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
-        """(B, 3, H, W), already normalised, at least one patch -> (B, D, h, w) after the last norm, channels last.
+    def forward(self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), already normalised, at least one patch -> the maps (B, D, h, w) behind the blocks that are
+        read, each after the last norm, channels last. It has no `prefixes`: heads do not read a class token.
 
         With `frames`, the (height, width) of each image within the padded batch, features are those of each image
         alone: the patches of all images are packed into one row, positions are resized to each image's own grid, and
@@ -211,20 +212,25 @@ class EvaViT(nn.Module):
         to it, as in ViSFT's code.
         """
         if frames is None:
-            return self.feature_map(self.tokens(images), images.shape[-2:])
+            return tuple(self.feature_map(tokens, images.shape[-2:]) for tokens in self.tokens(images))
         grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
         first = int(self.cls_token is not None)
         packing = Packing.of([first + height * width for height, width in grids], images.device)
-        parts = zip(self.tokens(images, grids, packing)[0].split(packing.lengths), grids, strict=True)
-        return stack_padded([part[first:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2)
+        maps = []
+        for tokens in self.tokens(images, grids, packing):
+            parts = zip(tokens[0].split(packing.lengths), grids, strict=True)
+            maps.append(stack_padded([part[first:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2))
+        return tuple(maps)
 
-    def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed; the class token, if there is one, first."""
-        x = self.embed(images, grids)
-        for block in self.blocks:
+    def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed, behind each block that is read; the class
+        token, if there is one, first."""
+        x, read, found = self.embed(images, grids), self.layers_read or (self.depth - 1,), []
+        for number, block in enumerate(self.blocks):
             x = self.run_block(block, x, packing)
-        out: Tensor = self.norm(x)
-        return out
+            if number in read:
+                found.append(self.norm(x))
+        return tuple(found)
 
     def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
         """Input of the first block: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
@@ -266,8 +272,13 @@ class EvaViT(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        read = f", read after blocks.{self.depth - 1}" if self.layers_read else ""
-        return f"width {self.width}, {self.depth} blocks{read}"
+        read = ", ".join(f"blocks.{number}" for number in self.layers_read)
+        return f"width {self.width}, {self.depth} blocks" + (f", read after {read}" if read else "")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(D, pixels to a cell) of each map."""
+        return ((self.width, self.patch_size),) * max(1, len(self.layers_read))
 
     def ends(self) -> list[str]:
         """Names of the blocks that can be read, by number."""
@@ -279,6 +290,9 @@ class EvaViT(nn.Module):
         del self.blocks[block_number(layers, self.ends(), "the tower") + 1 :]
         self.depth = len(self.blocks)
         self.pruning = f"model.prune_intermediate_layers([{self.depth - 1}])"  # of timm's model of the whole tower
+        if len(layers) > 1:
+            indices = f"indices={list(layers)}, norm=True, intermediates_only=True"
+            self.pruning = f"model.forward_intermediates(images, {indices})"
 
     def feature_map(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
         """(B, [1 +] h*w, D), of images of this height and width -> (B, D, h, w); the class token is left out."""
@@ -287,7 +301,9 @@ class EvaViT(nn.Module):
 
 
 def block_number(layers: Sequence[int], ends: Sequence[str], model: str) -> int:
-    """The last of the blocks that are read. Raises ValueError if there is none of that number."""
+    """The last of the blocks that are read. Raises ValueError for one that there is not, or an order that descends."""
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"visft.model.layers: {list(layers)} must ascend")
     if (number := max(layers)) >= len(ends):
         raise ValueError(f"visft.model.layers: no block {number}: {model} has 0 to {len(ends) - 1} ({', '.join(ends)})")
     return number

@@ -1,10 +1,10 @@
-"""Any model of timm whose feature map follows the size of its image, as a backbone: image -> feature map.
+"""Any model of timm whose feature map follows the size of its image, as a backbone: image -> maps.
 
-The map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, else the last stage.
+A map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, else the last stage.
 What lies behind it (pooling, classifier) is left out. timm's `prune_intermediate_layers` ends a model after a block;
-a plain ViT keeps its last norm. Batch norms always compute with the statistics that came with the weights: a step of a
-few images, of one task, has others.
-Letters: B images, H W pixels, h w feature grid, D width.
+a plain ViT keeps its last norm, through which maps of earlier blocks pass, too, where several are read. Batch norms
+always compute with the statistics that came with the weights: a step of a few images, of one task, has others.
+Letters: B images, H W pixels, h w feature grid, D width, P tokens in front of the patches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class TimmBackbone(nn.Module):
     """Model of timm after `as_backbone`: the same module with another forward."""
 
     name: str  #: as timm knows it, with or without tag
-    width: int  #: D
-    patch_size: int  #: pixels of the image to one cell of the map, and the least side of an image
+    shapes: tuple[tuple[int, int], ...]  #: (D, pixels of the image to a cell) of each map
+    width: int  #: D of the last map
+    patch_size: int  #: pixels of the image to one cell of the last map, and the least side of an image
     patch: int | None  #: side of a patch of a plain ViT; None for networks that take any number of pixels
     image_size: int  #: the side that stored positions belong to; any size can be fed
     options: dict[str, int]  #: with which timm's model was made, beyond what all are made with
@@ -38,20 +39,31 @@ class TimmBackbone(nn.Module):
     left_out: dict[str, Tensor]  #: names, and values if there are any, of all that was left out
     layers_read: tuple[int, ...]  #: numbers of the blocks that are read; none: the last
     pruning: str  #: the call that makes timm's model end there, as a line of Python; empty if it is whole
+    reading: dict[str, Any]  #: arguments of timm's `forward_intermediates` that give several maps; else empty
     num_prefix_tokens: int  #: of a plain ViT, in front of its patches
     forward_features: Callable[[Tensor], Tensor]
     set_grad_checkpointing: Callable[[bool], None]
     prune_intermediate_layers: Callable[..., Any]
+    forward_intermediates: Callable[..., Any]
     #: "block": every block, or stage, is recomputed in the backward pass; or "none": timm knows no other policies.
     recompute = "none"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), already normalised -> (B, D, h, w)."""
+    def forward(self, images: Tensor, frames: None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), already normalised -> the maps (B, D, h, w); with `prefixes`, then the tokens (B, P, D) in
+        front of the patches of each, if a plain ViT has any. No `frames`: these models are not packed."""
         self.set_grad_checkpointing(self.recompute != "none")
         patch = self.patch
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        return self._map(self.forward_features(images), images)
+        before = self.num_prefix_tokens if patch is not None and prefixes else 0
+        if self.reading:
+            if not before:
+                return tuple(self.forward_intermediates(images, **self.reading))
+            pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
+            return tuple(part for parts in zip(*pairs, strict=True) for part in parts)
+        features = self.forward_features(images)
+        map_ = self._map(features, images)
+        return (map_, features[:, :before]) if before else (map_,)
 
     def map_of(self, given: Tensor, images: Tensor) -> Tensor:
         """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
@@ -76,7 +88,8 @@ class TimmBackbone(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        read = f", read after {self.ends()[-1]}" if self.layers_read else ""
+        ends = self.ends()
+        read = f", read after {', '.join(ends[number] for number in self.layers_read)}" if self.layers_read else ""
         return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels{read}"
 
     def ends(self) -> list[str]:
@@ -91,7 +104,7 @@ class TimmBackbone(nn.Module):
 
     def read_after(self, layers: Sequence[int]) -> None:
         """Leave out all that lies behind the last of these blocks. Raises ValueError for one that it does not have."""
-        self.layers_read = tuple(layers)
+        self.layers_read, self.reading = tuple(layers), {}
         if not layers:
             return
         number = block_number(layers, self.ends(), f"timm's {self.name}")
@@ -102,6 +115,12 @@ class TimmBackbone(nn.Module):
         self.left_out |= {name: value for name, value in before.items() if name not in self.state_dict()}
         arguments = "".join(f", {key}={value}" for key, value in more.items())
         self.pruning = f"model.prune_intermediate_layers([{index}]{arguments})"
+        if len(layers) > 1:
+            indices = [one + index - number for one in layers]
+            self.reading = {"indices": indices, "intermediates_only": True, **more}
+            self.reading |= {"norm": True} if self.patch is not None else {}
+            arguments = "".join(f", {key}={value}" for key, value in self.reading.items())
+            self.pruning = f"model.forward_intermediates(images{arguments})"
 
 
 def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -112,6 +131,8 @@ def classifier_names(classifier: str | tuple[str, ...] | None) -> tuple[str, ...
 def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers: Sequence[int] = ()) -> TimmBackbone:
     """Turn a model that `timm.create_model` made with these options into a backbone, in place: `TimmBackbone` comes in
     front of its class. Raises ValueError for one without a map that follows the size of its image, or no such block."""
+    from timm.layers import to_2tuple
+
     found: Any = model
     found.__class__ = type("TimmBackbone", (TimmBackbone, type(model)), {})
     backbone: TimmBackbone = found
@@ -121,14 +142,15 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     backbone.pixel_mean, backbone.pixel_std = tuple(config["mean"]), tuple(config["std"])
     backbone.classifier_names = classifier_names(config.get("classifier"))
     plain = hasattr(model, "num_prefix_tokens") and hasattr(embed, "patch_size")
-    backbone.patch = int(embed.patch_size[0]) if plain else None  # type: ignore[union-attr]
+    backbone.patch = int(to_2tuple(embed.patch_size)[0]) if plain else None  # type: ignore[union-attr]
     backbone.train()
     backbone.read_after(layers)
     if next(model.parameters()).is_meta:
-        backbone.width, backbone.patch_size, unused = _measured(backbone)
+        backbone.shapes, unused = _measured(backbone)
     else:
         twin = build_timm(name, image_size=options.get("img_size"), layers=layers, device="meta")
-        backbone.width, backbone.patch_size, unused = twin.width, twin.patch_size, [*twin.left_out]
+        backbone.shapes, unused = twin.shapes, [*twin.left_out]
+    backbone.width, backbone.patch_size = backbone.shapes[-1]
     before, owners = model.state_dict(), {key.rpartition(".")[0] for key in unused}
     for owner in sorted(owners):  # those inside of others come behind them
         parent, _, leaf = owner.rpartition(".")
@@ -138,23 +160,25 @@ def as_backbone(model: nn.Module, name: str, options: Mapping[str, int], layers:
     return backbone
 
 
-def _measured(backbone: TimmBackbone) -> tuple[int, int, list[str]]:
-    """(width, pixels to a cell, parameters of children that the map does not need) of a backbone on the meta device."""
+def _measured(backbone: TimmBackbone) -> tuple[tuple[tuple[int, int], ...], list[str]]:
+    """(shapes, parameters of children that the maps do not need) of a backbone on the meta device."""
     named = dict(backbone.named_parameters())
     try:
         with torch.enable_grad():
-            features = backbone(torch.empty(1, 3, _SIDE, 2 * _SIDE, device="meta"))
-            gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
-        _, width, rows, columns = features.shape
-        if columns // rows != 2:
-            raise ValueError(f"features of shape {tuple(features.shape)}")
+            maps = backbone(torch.empty(1, 3, _SIDE, 2 * _SIDE, device="meta"))
+            total = torch.stack([one.sum() for one in maps]).sum()
+            gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        sizes = [one.shape for one in maps]
+        if wrong := [tuple(size) for size in sizes if len(size) != 4 or size[3] // size[2] != 2]:
+            raise ValueError(f"features of shape {wrong[0]}")
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"timm's {backbone.name} gives no map that follows the size of its image, which heads need ({error}); "
             "plain ViTs and convolutional networks do"
         ) from error
     used = {name.partition(".")[0] for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
-    return width, backbone.patch or _SIDE // rows, [name for name in named if name.partition(".")[0] not in used]
+    unused = [name for name in named if name.partition(".")[0] not in used]
+    return tuple((size[1], backbone.patch or _SIDE // size[2]) for size in sizes), unused
 
 
 def build_timm(

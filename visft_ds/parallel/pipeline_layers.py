@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.matching import at_least_float32
@@ -85,7 +85,7 @@ class HeadsLayer(Layer):
         height, width = padded_size(batch, backbone.patch_size)
         features = backbone.feature_map(self.norm(tokens), (height, width))
         valid = valid_region(batch.sizes, (height, width), features.shape[-2:])
-        output = model.outputs(at_least_float32(features), valid, batch, self.loss_denominators)
+        output = model.outputs([Map(at_least_float32(features), valid)], batch, self.loss_denominators)
         self.on_output(output, checksum, self.batch)
         return output
 

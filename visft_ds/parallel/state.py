@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
+from visft_ds.tasks.channels import measured
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: What DeepSpeed counts as steps go by.
@@ -31,7 +32,7 @@ ToHost = Callable[[str, Tensor], Tensor]
 class EngineState:
     """Everything an optimiser carries from step to step."""
 
-    parameters: Mapping[str, Tensor]  #: name -> fp32 master value, on the CPU
+    parameters: Mapping[str, Tensor]  #: name -> fp32 master value, on the CPU; and what heads have measured
     moments: Mapping[str, Mapping[str, Tensor]]  #: "exp_avg" | "exp_avg_sq" -> name -> fp32, on the CPU
     updates: int  #: optimiser updates done; position of Adam's bias correction and of the schedule
     loss_scale: Mapping[str, float] = field(default_factory=dict)  #: dynamic loss scale of fp16 runs
@@ -60,6 +61,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
             tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
+    found[VALUE] |= {name: keep(f"{VALUE}/{name}", value) for name, value in measured(engine.module.heads).items()}
     if not distributed.is_main():
         return None
     scale = engine.loss_scale.state() if engine.loss_scale else {}
@@ -77,7 +79,8 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     Raises:
         ValueError: names or shapes differ from what trains here.
     """
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable(engine).items()}
+    values = {**trainable(engine), **measured(engine.module.heads)}
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in values.items()}
     found = {name: tuple(value.shape) for name, value in state.parameters.items()}
     if expected != found:
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -91,6 +94,8 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
             set_tensor(engine, parameter, state.moments[key][name], key)
+    for name, buffer in measured(engine.module.heads).items():
+        buffer.copy_(state.parameters[name])
     refresh_module(engine)
     scheduler = engine.deepspeed.lr_scheduler
     scheduler.last_epoch = state.updates

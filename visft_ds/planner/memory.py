@@ -123,7 +123,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
     targets = {task: TASKS[task].blank(images, (side, side), run.content, stream.image) for task in stream.tasks}
     pixels = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
     ids, sizes, real = torch.arange(images), torch.full((images, 2), side), torch.ones(images, dtype=torch.bool)
-    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets)
+    on_host = Batch(pixels, sizes, sizes, ids, ids, ids, real, targets, padded=False)
     denominators = loss_denominators_of(counts_of(module.criteria, [on_host]), 1, META)
     batch, trained = on_host.to(META), [parameter for group in groups for parameter in group.parameters]
     tracer = Tracer(run.device, None if storage == torch.float32 else storage, module.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -94,8 +95,15 @@ class Tracer(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
+    """Operations of a convolution's gradients, each as many as forward; torch counts a depthwise one as if dense."""
+    cells = x if rest[4] else gradient  # of a transposed one, each cell of its input meets the weights
+    return 2 * weight.numel() * len(cells) * math.prod(cells.shape[2:]) * sum(rest[7][:2])
+
+
 #: Operations by operator, as torch counts them; it leaves out products that are added in place.
 _FORMULAS: dict[Any, Any] = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_FORMULAS[torch.ops.aten.convolution_backward] = _convolution_backward
 
 
 @cache
@@ -154,5 +162,6 @@ def operators_of(device: torch.device, *, zero3: bool = False) -> Iterator[None]
         patch.object(F, "scaled_dot_product_attention", attention),
         patch.object(F, "linear", rounding(linear if zero3 else multiply)),
         patch.object(F, "conv2d", rounding(F.conv2d)),
+        patch.object(F, "conv_transpose2d", rounding(F.conv_transpose2d)),
     ):
         yield

@@ -16,9 +16,9 @@ from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.predict.images import OpenedImage, find_images, open_file, printable
 from visft_ds.predict.model import check_options, load
-from visft_ds.predict.results import category_name
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import refuse_filled
+from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import save_png
 
 RESULTS, PICTURES = "predictions.json", "pictures"

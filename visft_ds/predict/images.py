@@ -110,7 +110,6 @@ def _of_memory(image: object, what: str) -> OpenedImage:
         raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
     if isinstance(array, np.ndarray) and array.ndim == 2:
         array = np.stack([array] * 3, axis=-1)
-    allowed = str(array.dtype).endswith("uint8") and array.ndim == 3 and array.shape[2] == 3
-    if not allowed or 0 in array.shape:
+    if not (str(array.dtype).endswith("uint8") and array.ndim == 3 and array.shape[2] == 3 and 0 not in array.shape):
         raise ValueError(f"{what} has the shape {tuple(array.shape)} and numbers of {array.dtype}: {_ALLOWED}")
     return OpenedImage(np.array(array.numpy() if isinstance(array, Tensor) else array, order="C"), None)

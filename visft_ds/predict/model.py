@@ -100,7 +100,7 @@ class ImageFeatures(nn.Module):
         self.precision = loaded.precision
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of whole images; pixels right and below of the last whole patch are not seen.
+        """Features of whole images, the last map; pixels right and below of the last whole patch are not seen.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
@@ -124,7 +124,7 @@ class ImageFeatures(nn.Module):
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
         pixels = normalise_pixels(self.backbone, images, sizes)
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            return at_least_float32(self.backbone(pixels))
+            return at_least_float32(self.backbone(pixels)[-1])
 
 
 class Model:
@@ -175,9 +175,9 @@ class Model:
             RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
             for place, one in enumerate(images)
         ]
-        by_task: dict[str, Results] = {task: [] for task in self.tasks}
+        by_task, words = dict[str, Results]({task: [] for task in self.tasks}), self._loaded.vocabulary
         for stream in self._streams.values():
-            pipeline = pipeline_of(stream, self._loaded.vocabulary, train=False)
+            pipeline = pipeline_of(stream, words, train=False)
             groups: dict[torch.Size, list[Sample]] = {}
             for raw in raws:
                 sample = pipeline.transform(raw, generator(0))
@@ -185,11 +185,10 @@ class Model:
                 groups.setdefault(sample.image.shape, []).append(sample)
             for samples in groups.values():
                 batch = pipeline.collate(samples)
-                outputs = self._loaded.predict(batch)
+                outputs = TASKS[stream.tasks[0]].outputs(self._loaded.predict, batch, stream.image)
                 for task in stream.tasks:
-                    by_task[task] += TASKS[task].results(
-                        outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
-                    )
+                    classes = stream.classes.get(task)
+                    by_task[task] += TASKS[task].results(outputs[task], batch, words, classes, threshold)
         surest = {  # without scores that are no numbers, of a head whose training has diverged
             task: sorted((r for r in results if r.get("score", 1) >= 0), key=lambda r: -float(r.get("score", 1)))
             for task, results in by_task.items()

@@ -17,7 +17,9 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from PIL import Image
 
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.classes import category_name
 from visft_ds.tasks.pictures import SIDE, draw_objects, palette, side_by_side, with_text
+from visft_ds.tasks.semantic.results import draw_regions, place_map
 
 Floats = npt.NDArray[np.float32]
 _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute of their own
@@ -49,11 +51,6 @@ class Masks(Objects):
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
 
 
-def category_name(id_: int, categories: Mapping[int, str]) -> str:
-    """The name of a category; heads for COCO's ids may have classes that their training data had no name for."""
-    return categories.get(id_, f"category {id_}")
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """Boxes, masks and caption of one image, as far as the model has such heads."""
@@ -82,6 +79,12 @@ class Prediction:
         return Masks(*self._labels(found), masks)
 
     @property
+    def semantic(self) -> npt.NDArray[np.uint8] | None:
+        """(H, W) category ids, the numbers of the label maps; None: the model has no such task."""
+        found, ids = self.results.get("semantic"), {id_: id_ for id_ in self.categories}
+        return None if found is None else place_map(found, self.image.shape[:2], ids)
+
+    @property
     def caption(self) -> str | None:
         """None: the model has no such task."""
         return self.results["captioning"][0]["caption"] if "captioning" in self.results else None
@@ -94,8 +97,7 @@ class Prediction:
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
         parts += [f"{len(objects)} {kind}" for kind, (objects, _) in self._objects().items()]
-        parts += [] if self.caption is None else [repr(self.caption)]
-        parts += self._lines()
+        parts += [*([] if self.caption is None else [repr(self.caption)]), *self._lines()]
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
     def draw(self, *, side: int = SIDE) -> Image.Image:
@@ -108,6 +110,8 @@ class Prediction:
             tags = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
             drawn = draw_objects(self.image, found.names, tags, colours, **{kind: shapes}, side=side)
             panels.append((drawn, f"{kind}: {len(found)}"))
+        if regions := self.results.get("semantic"):
+            panels.append((draw_regions(self.image, regions, self.categories, side), "classes"))
         return Image.fromarray(side_by_side(*panels))
 
     def _objects(self) -> dict[str, tuple[Objects, Any]]:
@@ -120,9 +124,8 @@ class Prediction:
         return found
 
     def _lines(self) -> list[str]:
-        """Lines of tasks of other packages about the image."""
-        others = [task for task in self.results if task not in _SHOWN]
-        return [TASKS[task].describe(self.results[task], self.categories) for task in others]
+        """Lines of other tasks about the image."""
+        return [TASKS[n].describe(found, self.categories) for n, found in self.results.items() if n not in _SHOWN]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""

@@ -72,7 +72,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     """
     sets = open_training_data(config.visft)
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
-    if any(category.coco_id not in COCO_NAMES for category in first.categories):
+    if "maps" in first.labels or any(category.coco_id not in COCO_NAMES for category in first.categories):
         config = settle_classes(config, first)
     for stream in config.visft.streams().values():
         images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())

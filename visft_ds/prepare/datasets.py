@@ -45,7 +45,7 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
         sets[name] = TrainingSet(manifest, tasks, weight)
     first, *others = sets.values()
     for one in others:
-        if any(enabled[task].labels == "annotations" for task in one.tasks):
+        if any(enabled[task].labels != "captions" for task in one.tasks):
             check_same_categories(one.manifest, first.manifest)
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest)
     return sets
@@ -68,10 +68,9 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
     for task in tasks:
         labels = TASKS[task].config.labels
         if labels not in manifest.labels or not len(manifest.having(TASKS[task].config.learns_from)):
-            option = {"annotations": "instances"}.get(labels, labels)
             raise ValueError(
                 f"{manifest.root}/{manifest.split} has no sample with {labels}, which {task} needs: make the shards "
-                f"with --{option} FILE, or turn the task off with --set visft.tasks.{task}=null"
+                f"of data with {labels}, or turn the task off with --set visft.tasks.{task}=null"
             )
 
 
@@ -90,11 +89,11 @@ def check_same_categories(manifest: Manifest, first: Manifest) -> None:
 def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
     """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where none are stated.
 
-    That is for ids that are not COCO's.
+    That is for label maps, and for ids that are not COCO's.
     """
     tasks = config.visft.tasks
     for name, task in tasks.enabled().items():
-        if task.labels == "annotations" and "num_classes" not in task.head.model_fields_set:
+        if task.labels != "captions" and "num_classes" not in task.head.model_fields_set:
             head = task.head.model_copy(update={"num_classes": len(first.categories)})
             tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
     return replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
@@ -109,6 +108,6 @@ def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[
     found = {
         name: classes_of(name, task.head.model_dump(), names)
         for name, task in config.tasks.enabled().items()
-        if task.labels == "annotations"
+        if task.labels != "captions"
     }
     return {name: classes for name, classes in found.items() if classes is not None}

@@ -119,8 +119,10 @@ class Start:
         """Raise ValueError if these are not the values of what a run trains (names), or are of another base."""
         if self.base not in (None, base):
             raise ValueError(f"{self.place} was trained on other base weights ({self.base}); these are {base}")
-        parts, named = {_part(name) for name in self.tensors}, dict(module.named_parameters())
-        wanted = {name: named[name] for name in trained if _part(name) in parts}
+        parts, buffers = {_part(name) for name in self.tensors}, dict(module.named_buffers())
+        measured = [name for name in buffers if name.startswith("heads.")]
+        named = {**dict(module.named_parameters()), **buffers}
+        wanted = {name: named[name] for name in (*trained, *measured) if _part(name) in parts}
         fitted(self.tensors, wanted, behind=(), what="what this run trains (--reset-heads draws the heads anew)")
 
 
@@ -154,14 +156,17 @@ def fill_model(
     begun = Weights({}, Path()) if start is None else start.tensors
 
     def fill(part: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
-        for name, shape in list(part.named_parameters()):
-            qualified = prefix + name
-            if qualified in held:
+        buffers = () if part is backbone else part.named_buffers()
+        for name, like in [*part.named_parameters(), *buffers]:
+            qualified, trains = prefix + name, isinstance(like, nn.Parameter)
+            if qualified in held or not trains:
                 value = begun.tensor(qualified, torch.float32) if qualified in begun else read(name)
-                parameter = nn.Parameter(value.detach().to(shape.dtype), shape.requires_grad)
-                placement.place(parameter)
+                value = value.detach().to(like.dtype)
+                if trains:
+                    value = nn.Parameter(value, like.requires_grad)
+                    placement.place(value)
                 owner, _, leaf = name.rpartition(".")
-                part.get_submodule(owner).register_parameter(leaf, parameter)
+                setattr(part.get_submodule(owner), leaf, value)
 
     try:
         fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
@@ -179,5 +184,5 @@ def fill_model(
                 fill(head, f"heads.{task}.", partial(heads[task].tensors.tensor, dtype=torch.float32))
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
-            drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
+            drawn = TASKS[task].build_head(backbone.shapes, options, vocabulary_size).state_dict()
             fill(head, f"heads.{task}.", drawn.pop)

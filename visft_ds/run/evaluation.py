@@ -18,13 +18,14 @@ from visft_ds.data.loader import fork_server, start_worker
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
-from visft_ds.evals.runner import Predict, as_metrics, collect, measure
+from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
 from visft_ds.run.log import RunLog
 from visft_ds.tasks import Results, shown_metrics
+from visft_ds.tasks.spec import Predict
 from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Training images that a run is evaluated on at its end.
@@ -110,11 +111,11 @@ class Validation:
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
     def on_training_images(self, predict: Predict, training: Manifest) -> dict[str, float]:
-        """AP50 of the first training images, by name. Collective; empty on all ranks but the main process."""
+        """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process."""
         reader = ShardReader(training)
         collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
         metrics, _ = _measure(reader, collected or {}, TRAINING_IMAGES)
-        return {name: value for name, value in metrics.items() if name.endswith("/AP50")}
+        return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
     @staticmethod
     def compare(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import torch
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
 from visft_ds.config.preflight import run_of
 from visft_ds.config.schema import LoraConfig, VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.loader import StepLoader
 from visft_ds.interop.heads import check_heads, open_head
 from visft_ds.interop.layouts import described, model_of
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, examples, open_weights
 from visft_ds.models import build_empty
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import Start
+from visft_ds.prepare.model import PreparedModel
 from visft_ds.run.folder import named_steps, recorded_config
+from visft_ds.tasks.channels import measure_channels
+
+_MEASURED = 64  #: images
 
 
 def open_start(config: VisftConfig, data: RunData) -> Start | None:
@@ -41,6 +50,20 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
         told = f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}"
         raise ValueError(f"{told}; of an adapter alone give the folder {run}/export/adapter")
     return _of_run(config, data, run, checkpoint)
+
+
+def measure_heads(
+    engine: Engine, prepared: PreparedModel, loader: StepLoader, streams: Mapping[str, Stream], start: Start | None
+) -> None:
+    """Let heads that were drawn measure the channels that they read, on the first images of the plan. Collective."""
+    begun = {name.split(".")[1] for name in (start.tensors if start else ()) if name.startswith("heads.")}
+
+    def agree(value: Any) -> Any:
+        return distributed.by_main_process(lambda: value)
+
+    for stream in streams.values():
+        drawn = [engine.module.heads[task] for task in stream.tasks if task not in prepared.heads and task not in begun]
+        measure_channels(drawn, engine.predict, loader.first_images(stream.name, _MEASURED), agree)
 
 
 def _of_adapter(config: VisftConfig, place: Path) -> Start:

@@ -59,13 +59,14 @@ class Options:
     seed: int = 0  #: of the order
     exif: Exif = None
     masks_from_boxes: bool = False  #: an object without a mask gets the ellipse in its box
+    maps: CocoFile | None = None  #: label maps instead of instances
 
     def __post_init__(self) -> None:
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
             raise ValueError(f"split name {self.split!r}: only letters, digits, '-' and '_' are allowed")
         if (self.limit is not None and self.limit < 1) or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"limit {self.limit}, seed {self.seed}: a limit from 1 and a seed from 0 are allowed")
-        if self.instances is None and self.captions is None:
+        if self.instances is self.maps is self.captions is None:
             raise ValueError("there is nothing to learn: give --instances, --captions or both")
         if not self.images.is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
@@ -86,7 +87,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         ValueError: unusable input, more than a tenth of the images among it; another split of this name.
         OSError: writing failed; shards that are finished are kept.
     """
-    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes)
+    source = read_coco(options.instances, options.captions, options.ids, options.masks_from_boxes, options.maps)
     key = np.array([options.seed, 1], dtype=np.uint64)  # raw words stay the same over numpy's versions
     order = np.argsort(np.random.Philox(key=key).random_raw(len(source.images)), kind="stable")
     chosen = [source.images[place] for place in order[: options.limit].tolist()]
@@ -113,6 +114,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
     file, there = io.BytesIO(), set(index["image_id"].tolist())
     np.save(file, index, allow_pickle=False)
     images = [image for image in chosen if image.stamp != -1 and (dry_run or image.image_id in there)]
+    counted = _COUNTED if options.maps is None else {"regions": "trainable"}  # no objects, which other tasks learn
     shards = [ShardFile(one["name"], len(one["rows"]), one["bytes"], one["sha256"]) for one in records]
     manifest = Manifest(
         root=options.out,
@@ -120,7 +122,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         categories=source.categories,
         counts={
             "images": len(images),
-            **{kind: sum(getattr(image, name) for image in images) for kind, name in _COUNTED.items()},
+            **{kind: sum(getattr(image, name) for image in images) for kind, name in counted.items()},
             "captions": sum(len(image.captions) for image in images),
             "empty": sum(not image.objects and not image.captions for image in images),
             "left_out": len(left_out),

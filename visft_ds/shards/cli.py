@@ -1,4 +1,4 @@
-"""`visft shards`: COCO, YOLO or captioned images -> shards that any WebDataset reader opens.
+"""`visft shards`: COCO, YOLO, captioned images or label maps -> shards that any WebDataset reader opens.
 
 Exit status: 0 fine, 1 damage found, 2 wrong usage or unusable input, 130 interrupted.
 """
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
         prog=program("shards"),
-        description="COCO, YOLO or captioned images -> checked, reproducible shards",
+        description="COCO, YOLO, captioned images or label maps -> checked, reproducible shards",
         epilog="visft shards FOLDER is short for visft shards build FOLDER",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Make shards, index and manifest of a data set. A folder is recognised by its files: COCO, Roboflow's COCO "
-        "export, YOLO (data.yaml), or images with captions (jsonl)."
+        "export, YOLO (data.yaml), images with captions (jsonl), or with label maps (ADE20k, Cityscapes, your own)."
     )
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="FOLDER", help="a data set, or its data.yaml; else the next three")
@@ -75,6 +75,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
     add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name a line")
     add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
+    add("--void", type=int, metavar="N", help="number of places without a class in label maps (default: 255; ADE20k 0)")
     add("--limit", type=int, metavar="N", help="only the first N images of the order")
     add("--max-size", default="256MB", metavar="SIZE", help="of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the order of samples (default %(default)s)")
@@ -97,7 +98,7 @@ def _build(given: argparse.Namespace) -> None:
     if doubled := [f"--{name}" for name in _INPUTS if getattr(given, name) is not None]:
         raise ValueError(f"{given.folder} has its own files: leave out {', '.join(doubled)}, or the folder")
     place = Path(os.path.abspath(given.folder))
-    kind, splits, left = recognise(place, given.split, given.exif)
+    kind, splits, left = recognise(place, given.split, given.exif, given.void)
     out = given.out or Path(f"{place.parent if place.is_file() else place}-shards")
     print(f"{given.folder}: {kind}, {', '.join(split.name for split in splits)}")
     for path in left:
@@ -112,8 +113,8 @@ def _build(given: argparse.Namespace) -> None:
 
 def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
     named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
-    size = parse_size(given.max_size)
-    options = Options(split.images, split.instances, split.captions, out, split.name, max_size=size, **named)
+    named |= {"max_size": parse_size(given.max_size), "maps": split.maps}
+    options = Options(split.images, split.instances, split.captions, out, split.name, **named)
     began = time.perf_counter()
     made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
     verb = "would make" if given.dry_run else "made"

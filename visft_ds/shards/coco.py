@@ -43,6 +43,7 @@ class FolderSplit:
     instances: CocoFile | None
     captions: CocoFile | None
     odd: Findings = field(default_factory=Findings)  #: what was odd in the layout
+    maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
 
 
 def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -87,7 +88,11 @@ class CocoSource:
 
 
 def read_coco(
-    instances: CocoFile | None, captions: CocoFile | None, only: Path | None = None, ellipses: bool = False
+    instances: CocoFile | None,
+    captions: CocoFile | None,
+    only: Path | None = None,
+    ellipses: bool = False,
+    maps: CocoFile | None = None,
 ) -> CocoSource:
     """Read COCO JSON files; without instances, the images are those of the captions file.
 
@@ -103,7 +108,7 @@ def read_coco(
     if only is not None:
         with reading(only, "a list of image ids or file names"):
             names = {line.strip() for line in _read(only, "ids", files).decode("utf-8-sig").splitlines()} - {""}
-    for role, place in {"instances": instances, "captions": captions}.items():
+    for role, place in {"instances": instances, "maps": maps, "captions": captions}.items():
         if place is None:
             continue
         where = place if isinstance(place, Path) else f"the {role}"

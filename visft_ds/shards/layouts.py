@@ -15,6 +15,7 @@ import orjson
 
 from visft_ds.files import checked_name, read_bytes, reading
 from visft_ds.shards.coco import FolderSplit
+from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
@@ -24,15 +25,18 @@ _LOOKED_FOR = """looked for
   COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/; images in SPLIT/, images/
   Roboflow  SPLIT/_annotations.coco.json beside the images
   YOLO      data.yaml (names, train, val), images/ and labels/; give the path of one of another name
-  captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/"""
+  captions  metadata.jsonl or captions.jsonl (file_name, text) beside the images, here or in SPLIT/
+  maps      classes.txt, images/SPLIT, labels/SPLIT; ADE20k's and Cityscapes' own folders"""
 _SHOWN = 8  # names in a message
 
 
-def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tuple[str, list[FolderSplit], list[Path]]:
+def recognise(
+    place: Path, wanted: str | None = None, exif: Exif = None, void: int | None = None
+) -> tuple[str, list[FolderSplit], list[Path]]:
     """(kind of the data set, its splits, annotations that are not read) of a folder, or of the data.yaml of one.
 
     `wanted` is the name of the only split to look for. `exif` is for annotations that state no sizes: those of the
-    pictures as stored ("ignore"), or upright.
+    pictures as stored ("ignore"), or upright. `void` is the number of places without a class in label maps.
 
     Raises:
         ValueError: nothing that is known, or two things; no split of the name; the files of the layout are wrong.
@@ -53,6 +57,8 @@ def recognise(place: Path, wanted: str | None = None, exif: Exif = None) -> tupl
         splits = _coco(place, files, wanted)
     elif kind == "YOLO":
         splits = read_yolo(files[0], wanted, exif)
+    elif kind not in _BESIDE_IMAGES:
+        splits = read_maps(kind, place, wanted, void)
     else:
         splits = []
         for path in files:
@@ -107,6 +113,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             yield kind, beside
     if (folder / "data.yaml").is_file():
         yield "YOLO", [folder / "data.yaml"]
+    yield from map_layouts(folder)
 
 
 def _split_of(name: str) -> str:

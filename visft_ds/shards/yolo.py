@@ -23,7 +23,7 @@ from visft_ds.tasks.classes import COCO_NAMES
 SPLITS: Mapping[str, str] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 #: Whether pictures are turned as their EXIF data says; None: unless only the stored size fits the annotations.
 Exif = Literal["apply", "ignore"] | None
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 _MOST_OF_A_DESCRIPTION, _MOST_OF_A_TEXT = 1 << 20, 1 << 28  # bytes
 _ROUNDING = 1e-4  # coordinates with few decimals pass 0 and 1 by so much
 _BOX = 5  # values of a line
@@ -138,8 +138,8 @@ def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, 
 def _image_files(place: Path, roots: Sequence[Path]) -> Iterator[Path]:
     """The images in a folder, links to folders not followed, or in a text file that lists them."""
     if place.is_dir():
-        yield from (path for path in place.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    elif place.suffix.lower() in _SUFFIXES:
+        yield from (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    elif place.suffix.lower() in SUFFIXES:
         yield place
     else:
         for number, line in enumerate(map(str.strip, _text_of(place).splitlines()), 1):

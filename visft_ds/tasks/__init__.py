@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Results = list[dict[str, Any]]  #: COCO results format
 #: The tasks of this package; a run's losses are summed, and its tasks listed, in this order.
-BUILT_IN = ("detection", "segmentation", "captioning")
+BUILT_IN = ("detection", "segmentation", "captioning", "semantic")
 
 
 @cache

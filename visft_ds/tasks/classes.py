@@ -21,6 +21,13 @@ _NAMES = (
 #: COCO's 80 categories by their raw ids 1 to 90 (https://cocodataset.org), which have ten holes.
 COCO_NAMES: Mapping[int, str] = {number: name for number, name in enumerate(_NAMES.split(","), 1) if name}
 COCO_CATEGORY_IDS = tuple(COCO_NAMES)
+#: Number of a place without a class, in label maps of one's own and among labels of classes; those are below it.
+VOID = 255
+
+
+def category_name(id_: int, names: Mapping[int, str]) -> str:
+    """The name of a category; heads for COCO's ids may have classes that their training data had no name for."""
+    return names.get(id_, f"category {id_}")
 
 
 def are_of_coco(names: Mapping[int, str]) -> bool:

@@ -17,7 +17,7 @@ Colour = tuple[int, int, int]
 _PAPER: Colour = (250, 250, 248)
 INK: Colour = (45, 45, 48)
 SIDE = 448  #: of the longer side of an image in a picture, pixels
-_GAP, _TITLE, _TEXT = 12, 17, 14  # between panels; sizes of letters, pixels
+_GAP, _TITLE, TEXT = 12, 17, 14  # between panels; sizes of letters, pixels
 _OPACITY = 0.5  # of a mask
 
 
@@ -44,41 +44,46 @@ def draw_objects(
     masks: Sequence[npt.NDArray[np.bool_]] | None = None,
     side: int = SIDE,
 ) -> Picture:
-    """The scaled image with boxes (n, 4), or masks (n, H, W), and a tag for each; the first ones lie on top."""
+    """The scaled image with boxes (n, 4), or masks (n, H, W), and a tag for each; the first ones lie on top.
+
+    A tag stands at the corner of its box; of masks these are the boxes around them where none are given.
+    """
     base = np.asarray(scaled(image, side), dtype=np.float32).copy()
     scale, line = side / max(image.shape[:2]), max(2, side // 180)
     if masks is not None:
         edges = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
-        boxes = [(left, top, right - left, bottom - top) for left, top, right, bottom in edges]
+        boxes = boxes or [(left, top, right - left, bottom - top) for left, top, right, bottom in edges]
         for mask, name in reversed(list(zip(masks, names, strict=True))):
             inside = np.asarray(Image.fromarray(mask).resize((base.shape[1], base.shape[0])), dtype=bool)
             base[inside] = base[inside] * (1 - _OPACITY) + np.array(colours[name]) * _OPACITY
     canvas = Image.fromarray(base.round().astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     for (x, y, w, h), name, tag in reversed(list(zip(boxes, names, tags, strict=True))):
+        if not tag:
+            continue
         left, right = (min(max(end * scale, 0), canvas.width - 1) for end in (x, x + max(w, 0)))
         top, bottom = (min(max(end * scale, 0), canvas.height - 1) for end in (y, y + max(h, 0)))
         if masks is None:
             draw.rectangle((left, top, right, bottom), outline=colours[name], width=line)
-        place = draw.textbbox((left + line + 1, top), tag, font=letters(_TEXT))
+        place = draw.textbbox((left + line + 1, top), tag, font=letters(TEXT))
         moved = min(0.0, canvas.width - place[2] - 2)  # a tag at the right border begins further left
         draw.rectangle((place[0] + moved - 2, place[1] - 1, place[2] + moved + 2, place[3] + 1), fill=colours[name])
         # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour
         bright = float(np.dot(colours[name], (0.299, 0.587, 0.114))) > 140
         ink = (0, 0, 0) if bright else (255, 255, 255)
-        draw.text((left + line + 1 + moved, top), tag, fill=ink, font=letters(_TEXT))
+        draw.text((left + line + 1 + moved, top), tag, fill=ink, font=letters(TEXT))
     return np.asarray(canvas)
 
 
 def with_text(image: Picture, lines: Sequence[str], side: int = SIDE) -> Picture:
     """The scaled image above some lines of text, each wrapped to the width and cut off after four."""
     base = np.asarray(scaled(image, side))
-    signs = max(8, int(side / letters(_TEXT).getlength("n")))
+    signs = max(8, int(side / letters(TEXT).getlength("n")))
     text = "\n".join(textwrap.fill(line, signs, max_lines=4, placeholder=" …") for line in lines)
-    sheet = paper(base.shape[0] + (text.count("\n") + 2) * (_TEXT + 5), max(side, base.shape[1]))
+    sheet = paper(base.shape[0] + (text.count("\n") + 2) * (TEXT + 5), max(side, base.shape[1]))
     sheet[: base.shape[0], : base.shape[1]] = base
     canvas = Image.fromarray(sheet)
-    ImageDraw.Draw(canvas).multiline_text((3, base.shape[0] + 4), text, fill=INK, font=letters(_TEXT))
+    ImageDraw.Draw(canvas).multiline_text((3, base.shape[0] + 4), text, fill=INK, font=letters(TEXT))
     return np.asarray(canvas)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
@@ -25,7 +26,9 @@ from visft_ds.tasks.vocabulary import Vocabulary
 Options = Mapping[str, Any]  #: settings of images, of a head or of a loss
 Words = Vocabulary | None  #: None for all but a task whose settings are a `WordsConfig`
 Classes = Sequence[int] | None  #: the raw ids of a head's classes; None: those of the published head
+Shapes = Sequence[tuple[int, int]]  #: (width, pixels to a cell) of each map of a backbone
 LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `Engine.predict`
 #: (raw sample, geometric operations, the sample's random numbers) -> targets of one image, arrays by name.
 ImageTargets = Callable[[RawSample, Sequence[Op], np.random.Generator], Mapping[str, npt.NDArray[Any]]]
 
@@ -135,7 +138,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     config: ClassVar[type[TaskConfig]]
-    head: ClassVar[type[nn.Module]]  #: (in_channels, its settings); called with (features, valid)
+    head: ClassVar[type[nn.Module]]  #: (width of the last map, its settings); called with the maps of the backbone
     losses: ClassVar[Callable[..., Criterion]]  #: (the settings of the head, those of the loss)
     facts: ClassVar[Mapping[str, Any]] = {}  #: what its numbers depend on, for the record of an evaluation
 
@@ -154,6 +157,10 @@ class Task(ABC):
     @abstractmethod
     def blank(self, images: int, size: Size, content: Content, options: Options) -> Targets:
         """Targets without content, as large as stated."""
+
+    def outputs(self, predict: Predict, batch: Batch, options: Options) -> Mapping[str, Any]:
+        """Outputs of heads by task; the first task of a stream is asked, with the options of its images."""
+        return predict(batch)
 
     @abstractmethod
     def results(
@@ -183,20 +190,23 @@ class Task(ABC):
         """Return True if it works with words."""
         return issubclass(self.config, WordsConfig)
 
+    def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
+        """The schema of a part with these options."""
+        return type(self.config.model_fields[part].get_default(call_default_factory=True))
+
     def options(self, part: Literal["image", "head", "loss"], given: Options) -> dict[str, Any]:
         """Options of a part: those given, and the schema's defaults of the others."""
-        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
+        return {**self.schema(part, given)().model_dump(), **given}
 
     def settings(self, part: Literal["head", "loss"], given: Options) -> Any:
         """The same as an object of the schema, which knows nothing of the number of words."""
-        kind = type(self.config.model_fields[part].get_default(call_default_factory=True))
-        return kind(**{name: value for name, value in given.items() if name != "vocabulary_size"})
+        return self.schema(part, given)(**{name: one for name, one in given.items() if name != "vocabulary_size"})
 
-    def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
-        """A new head for features of that width; options that are left out are the schema's defaults."""
+    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
+        """A new head for maps of these shapes; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(in_channels, self.settings("head", options), **own)
+        return self.head(shapes[-1][0], self.settings("head", options), **own)
 
     def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
         """The criterion that fits a head with these options."""

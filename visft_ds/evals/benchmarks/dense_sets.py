@@ -9,7 +9,8 @@
 
 Label maps are PNG files that hold class numbers (indexed or grey), called as their images. Images are stretched to
 squares and labels to CELLS x CELLS cells (stride 4 at 224 pixels), the same for every model: a cell has the label of
-most of its pixels. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0.
+most of its pixels. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in shards
+of label maps void.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
 
     images = chosen(ImageSet(names, read, digest((manifest.fingerprint,))), places)
     categories = {category.coco_id: category.name for category in manifest.categories}
-    return _of_outlines(images, labels, categories, f"{root}/{split}")
+    empty = VOID if "maps" in manifest.labels else 0
+    return _of_outlines(images, labels, categories, f"{root}/{split}", empty)
 
 
 def _of_outlines(
@@ -203,12 +205,13 @@ def _of_outlines(
     labels: Sequence[tuple[tuple[int, int], Sequence[Mapping[str, Any]]]],
     categories: Mapping[int, str],
     where: str,
+    empty: int = 0,
 ) -> DenseSet:
-    """Images with the annotations of each, in COCO's terms."""
+    """Images with the annotations of each, in COCO's terms; cells that no annotation covers are of class `empty`."""
     numbers = {category: number for number, category in enumerate(sorted(categories))}
     cells, masks, objects = [], [], []
     for number, (size, found) in enumerate(gauge("outlines", len(labels), "images", labels)):
-        drawn = np.zeros((_SIDE, _SIDE), dtype=np.int64)
+        drawn = np.full((_SIDE, _SIDE), empty, dtype=np.int64)
         outlined = [(annotation, _outline(annotation, size, where)) for annotation in found]
         for annotation, area in sorted(outlined, key=lambda one: -int(one[1].sum())):
             if annotation["category_id"] not in numbers:

@@ -61,7 +61,7 @@ class EvaEncoder(nn.Module):
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
-        return self._of_tokens(self.backbone.tokens(images), images, kinds)
+        return self._of_tokens(self.backbone.tokens(images)[-1], images, kinds)
 
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """The same where a block of the backbone gives `given` and is the last."""
@@ -94,7 +94,7 @@ class FeatureMapEncoder(nn.Module):
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
-        patches: Tensor = self.backbone(images)
+        patches: Tensor = self.backbone(images)[-1]
         return self._of_map(_coarse(patches) if self.backbone.layers_read else patches, kinds)
 
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ width, V vocabulary size, K beams.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.task_schema import DecodingConfig
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.ops import autocast_dtype, autocast_to
 from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningLoss
 from visft_ds.tasks.captioning.data import CaptionTargets
@@ -82,15 +82,14 @@ class CaptioningHead(nn.Module):
 
     def forward(
         self,
-        features: Tensor,
-        valid: Tensor,
+        maps: Sequence[Map],
         captions: Tensor | None = None,
         lengths: Tensor | None = None,
         *,
         beam_size: int = DECODING.beam_size,
         max_length: int = DECODING.max_length,
     ) -> CaptioningOutput | GeneratedCaptions:
-        """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
+        """Scores of captions, or generated ones, from the last map.
 
         With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
         Without: the best caption of each image by beam search. `max_length` is the largest number of words, after which
@@ -101,6 +100,7 @@ class CaptioningHead(nn.Module):
         There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
         device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
         """
+        features, valid = maps[-1].features, maps[-1].valid
         with autocast_to(features.device, None):  # rounded, pooling would be most of the error of captions
             pixels = pool_valid(features, valid, self.grid)
         mean = pixels.mean(dim=1)

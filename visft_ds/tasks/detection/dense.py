@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, sigmoid_focal_loss
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
@@ -63,9 +63,9 @@ class DenseHead(nn.Module):
             nn.init.normal_(embed.weight, std=0.01)
             nn.init.constant_(embed.bias, bias)  # type: ignore[arg-type]
 
-    def forward(self, features: Tensor, valid: Tensor) -> DenseOutput:
-        """Scores and boxes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+    def forward(self, maps: Sequence[Map]) -> DenseOutput:
+        """Scores and boxes from the last map."""
+        features, valid = maps[-1].features, maps[-1].valid
         inside = valid[:, None].to(features.dtype)
         x = self.input_norm(self.input_proj(features), valid)
         for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Map
 from visft_ds.tasks import Results
 from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
@@ -29,6 +29,22 @@ from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, FeedForward, 
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
 _TASK_ROWS = 256
+
+
+_DETR = "transformer.decoders.detection.detection_coco."
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a layer.
+PUBLISHED_NAMES = {
+    "input_proj.": "input_proj.",
+    "task_embed.": "transformer.task_embeddings_enc.",
+    "encoder.": "transformer.encoder.",
+    "memory_proj.": "transformer.enc2dec_proj.",
+    "position_proj.": "transformer.pos_embed_proj.",
+    "decoder.layers.{n}.cross_attn.": f"{_DETR}layers.{{n}}.multihead_attn.",
+    "decoder.": _DETR,
+    "query_embed.": "query_embeds.detection.detection_coco.",
+    "class_embed.": "class_embeds.",
+    "box_embed.": "bbox_embeds.",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +89,9 @@ class DetectionHead(nn.Module):
         self.class_embed = nn.Linear(wide, options.num_classes + 1)
         self.box_embed = FeedForward(wide, wide, 4, num_layers=3)
 
-    def forward(self, features: Tensor, valid: Tensor) -> DetectionOutput:
-        """Boxes and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+    def forward(self, maps: Sequence[Map]) -> DetectionOutput:
+        """Boxes and classes from the last map."""
+        features, valid = maps[-1].features, maps[-1].valid
         # The residual stream keeps the features' precision; under autocast the projection would start it in 16 bit.
         patches = self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)  # (B, h*w, encoder)
         positions = sine_positions(valid, self.encoder_dim).to(features.dtype).flatten(start_dim=1, end_dim=2)

@@ -19,7 +19,7 @@ from visft_ds.tasks.detection.data import CropRecipe, DetectionTargets, detectio
 from visft_ds.tasks.detection.dense import DenseCriterion, DenseHead, DenseOutput, dense_results
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Shapes, Task, Words
 
 
 class Detection(Task):
@@ -46,9 +46,9 @@ class Detection(Task):
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
-    def build_head(self, in_channels: int, options: Options, vocabulary_size: int | None) -> nn.Module:
+    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
         head: DetectionHeadConfig = self.settings("head", options)
-        return (DenseHead if head.type == "dense" else DetectionHead)(in_channels, head)
+        return (DenseHead if head.type == "dense" else DetectionHead)(shapes[-1][0], head)
 
     def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:
         return (DenseCriterion if head.type == "dense" else DetectionCriterion)(head, loss)

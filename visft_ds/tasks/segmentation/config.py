@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Ascending, Count, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.config.fields import Above, Ascending, Count, Fraction, Positive, Probability, Rate, StrictModel, nearest
 from visft_ds.config.task_schema import Findings, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
@@ -30,8 +31,9 @@ class SegmentationImage(StrictModel):
 
 
 class SegmentationHeadConfig(StrictModel):
-    """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
+    """Options of the segmentation head that was published (single-scale Mask2Former)."""
 
+    type: Literal["mask2former"] = "mask2former"
     num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
     num_queries: Positive = 100
     hidden_dim: Positive = 256
@@ -50,6 +52,31 @@ class SegmentationHeadConfig(StrictModel):
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
             yield "hidden_dim", f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (groups)"
+
+
+class PlainHeadConfig(StrictModel):
+    """Options of the plain head, which reads all maps of the backbone (`visft.model.layers`)."""
+
+    type: Literal["plain"] = "plain"
+    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
+    num_queries: Positive = 200
+    blocks: Positive = 6
+    hidden_dim: Positive | None = None  #: null: the width of the last map
+    num_heads: Positive | None = None  #: null: each 64 wide
+    ffn_dim: Positive | None = None  #: null: hidden_dim
+    labelling: ClassVar[Labelling] = "contiguous"
+
+    @property
+    def decoder_layers(self) -> int:
+        """Prediction sets before the last."""
+        return self.blocks
+
+
+#: `type` of a head -> its options; the first is that of a head without one.
+HEADS: Mapping[str, type[SegmentationHeadConfig | PlainHeadConfig]] = {
+    "mask2former": SegmentationHeadConfig,
+    "plain": PlainHeadConfig,
+}
 
 
 class SegmentationLoss(StrictModel):
@@ -74,8 +101,25 @@ class SegmentationTask(TaskConfig):
     published = "segment"
 
     image: SegmentationImage = SegmentationImage()
-    head: SegmentationHeadConfig = SegmentationHeadConfig()
+    head: SegmentationHeadConfig | PlainHeadConfig = SegmentationHeadConfig()
     loss: SegmentationLoss = SegmentationLoss()
+
+    @field_validator("head", mode="wrap")
+    @classmethod
+    def _of_type(cls, given: Any, _: object) -> StrictModel:
+        """The options of the type that they name; those of another one are refused."""
+        if isinstance(given, StrictModel):
+            return given
+        named = str(given.get("type", "mask2former")) if isinstance(given, dict) else "mask2former"
+        if named not in HEADS:
+            found = [("type", f"must be {' or '.join(HEADS)}")]
+        else:
+            known = HEADS[named].model_fields
+            extra = [name for name in given if name not in known] if isinstance(given, dict) else []
+            found = [(name, f"is no option of a {named} head{nearest(name, known)}") for name in extra]
+        if found:
+            raise PydanticCustomError("contradictions", "{found}", {"found": found})
+        return HEADS[named].model_validate(given)
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:

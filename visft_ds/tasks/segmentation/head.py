@@ -10,15 +10,47 @@ is at least one half. The queries predict masks before the first layer already, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from visft_ds.data.samples import Map
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling, SegmentationHeadConfig
 from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 from visft_ds.tasks.transformer import DecoderLayer, FeedForward, sine_positions
+
+_PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
+_CROSS = f"{_PREDICTOR}transformer_cross_attention_layers.{{n}}."
+_SELF = f"{_PREDICTOR}transformer_self_attention_layers.{{n}}."
+_FFN = f"{_PREDICTOR}transformer_ffn_layers.{{n}}."
+#: Our names -> those of the published files (`interop.published`), the first whose beginning fits; {n} is a layer.
+PUBLISHED_NAMES = {
+    "pixel_decoder.input_proj.": f"{_PIXEL}input_proj.0.0.",
+    "pixel_decoder.input_norm.": f"{_PIXEL}input_proj.0.1.",
+    "pixel_decoder.level_embed.weight": f"{_PIXEL}transformer.level_embed",
+    "pixel_decoder.layers.": f"{_PIXEL}transformer.encoder.layers.",
+    "pixel_decoder.lateral_norm.": f"{_PIXEL}adapter_1.norm.",
+    "pixel_decoder.lateral_proj.": f"{_PIXEL}adapter_1.",
+    "pixel_decoder.output_norm.": f"{_PIXEL}layer_1.norm.",
+    "pixel_decoder.output_conv.": f"{_PIXEL}layer_1.",
+    "pixel_decoder.mask_proj.": f"{_PIXEL}mask_features.",
+    "decoder.query_feat.": f"{_PREDICTOR}query_feat.",
+    "decoder.query_pos.": f"{_PREDICTOR}query_embed.",
+    "decoder.level_embed.": f"{_PREDICTOR}level_embed.",
+    "decoder.layers.{n}.cross_attn.": f"{_CROSS}multihead_attn.",
+    "decoder.layers.{n}.norm1.": f"{_CROSS}norm.",
+    "decoder.layers.{n}.self_attn.": f"{_SELF}self_attn.",
+    "decoder.layers.{n}.norm2.": f"{_SELF}norm.",
+    "decoder.layers.{n}.linear1.": f"{_FFN}linear1.",
+    "decoder.layers.{n}.linear2.": f"{_FFN}linear2.",
+    "decoder.layers.{n}.norm3.": f"{_FFN}norm.",
+    "decoder.norm.": f"{_PREDICTOR}decoder_norm.",
+    "decoder.class_embed.": f"{_PREDICTOR}class_embed.",
+    "decoder.mask_embed.": f"{_PREDICTOR}mask_embed.",
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +96,9 @@ class SegmentationHead(nn.Module):
             }
         )
 
-    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
-        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
-        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+    def forward(self, maps: Sequence[Map]) -> SegmentationOutput:
+        """Masks and classes from the last map."""
+        features, valid = maps[-1].features, maps[-1].valid
         memory, mask_features = self.pixel_decoder(features, valid)
         decoder, device = self.decoder, features.device
         memory = memory + decoder["level_embed"](torch.zeros(1, dtype=torch.int64, device=device))

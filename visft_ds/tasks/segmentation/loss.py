@@ -24,13 +24,14 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import Matches, at_least_float32, by_layer, class_losses, solve
-from visft_ds.tasks.segmentation.config import SegmentationHeadConfig, SegmentationLoss
+from visft_ds.tasks.segmentation.config import PlainHeadConfig, SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.mask_points import draw_points, sample, uncertain_points
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
+_RESULTS = 100  #: of an image, as COCO's evaluation counts them
 
 
 class SegmentationCriterion:
@@ -41,13 +42,14 @@ class SegmentationCriterion:
     prediction is least certain, the others uniform (see `mask_points`).
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
-    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each.
+    the first layer), `_1` .. `_{layers - 1}` those of the earlier sets; `weights` holds the factor of each. A plain
+    head in evaluation mode gives the last set alone.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
-    def __init__(self, head: SegmentationHeadConfig, loss: SegmentationLoss) -> None:
+    def __init__(self, head: SegmentationHeadConfig | PlainHeadConfig, loss: SegmentationLoss) -> None:
         self.head, self.no_object = head, loss.no_object
         self.uncertain = int(loss.importance * loss.num_points)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform ones
@@ -72,8 +74,8 @@ class SegmentationCriterion:
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
         logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
-        given = (logits.shape[2], logits.shape[3] - 1, len(logits) - 1, output.labelling)
-        assert given == (head.num_queries, head.num_classes, head.decoder_layers, head.labelling), given
+        given, suffixes = (logits.shape[2], logits.shape[3] - 1, output.labelling), self._suffixes[-len(logits) :]
+        assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(logits), given
         keys = targets.keys[targets.counts > 0].tolist()
         matching, candidates, uniform = draw_points(keys, len(masks), self.points, masks.device)
         labels = targets.labels if head.labelling == "contiguous" else targets.labels + 1
@@ -106,7 +108,7 @@ class SegmentationCriterion:
             dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
             pair, first, place = pairs.stop, first + count, place + 1
         number = loss_denominators["masks"]
-        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, self._suffixes)
+        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, suffixes)
         return {**losses, "class_error": wrong / number}
 
 
@@ -157,32 +159,40 @@ def postprocess(
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
-    around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. As in ViSFT's code, a
-    query gives its best class apart from "no object", the softmax probability of that, and the pixels where its
-    bilinearly interpolated mask has a probability above one half. Unlike there, a query without a single pixel gives
-    nothing: it would count as a confident mistake. Of heads in our labelling, only the largest connected region of
-    these pixels counts, and the score is multiplied by the mean probability inside it (as in Mask2Former's code).
-    Images without `batch.real` are left out. The batch must have been resized without cropping, as evaluation
-    transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
+    around it in pixels, category_id the entry of `classes` (by default COCO's) for the class. A mask is where its
+    bilinearly interpolated logits are above 0; of heads in our labelling, the largest connected region of that, and
+    their results are the 100 pairs of a query and a class with the highest softmax probability, scored by that times
+    the mean probability inside the mask (as in Mask2Former's code). In the published labelling a query gives its best
+    class and the probability of that, as in ViSFT's code. A query without a single pixel gives nothing: it would count
+    as a confident mistake. Images without `batch.real` are left out. The batch must have been resized without cropping,
+    as evaluation transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
     classes = COCO_CATEGORY_IDS if classes is None else classes
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
-    scores, best = at_least_float32(output.logits[-1]).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
-    scores_host, best_host = scores.tolist(), best.tolist()
+    likely = at_least_float32(output.logits[-1]).softmax(dim=-1)[..., first:-1][..., : len(classes)]  # (B, Q, C)
+    if first == 0:
+        scores, pairs = likely.flatten(1).topk(min(_RESULTS, likely[0].numel()))
+        queries, best = pairs // likely.shape[2], pairs % likely.shape[2]
+    else:
+        scores, best = likely.max(dim=-1)
+        queries = torch.arange(likely.shape[1]).expand(len(likely), -1)
+    found = [part.tolist() for part in (queries, best, scores)]
     whole = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
     extents, results = whole if output.extents is None else output.extents, Results()
     for image in batch.real.nonzero().flatten().tolist():
-        kept = [query for query, score in enumerate(scores_host[image]) if not score < threshold]  # NaN is kept
-        masks = at_least_float32(output.masks[-1, image, kept])
+        kept = [one for one in zip(*(part[image] for part in found), strict=True) if not one[2] < threshold]  # NaN, too
+        shown = sorted({query for query, _, _ in kept})
+        masks = at_least_float32(output.masks[-1, image, shown])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
-        codes, qualities = _mask_codes(masks, shares, stored, regions=first == 0)
-        for query, code, quality in zip(kept, codes, qualities, strict=True):
-            score = scores_host[image][query] * quality
+        codes = dict(zip(shown, zip(*_mask_codes(masks, shares, stored, regions=first == 0), strict=True), strict=True))
+        for query, label, likelihood in kept:
+            code, quality = codes[query]
+            score = likelihood * quality
             if not coco_mask.area(code) or score < threshold:
                 continue
-            found = {"image_id": int(batch.image_ids[image]), "category_id": classes[best_host[image][query]]}
+            about = {"image_id": int(batch.image_ids[image]), "category_id": classes[label]}
             shape = {"size": stored, "counts": code["counts"].decode("ascii")}
-            results.append({**found, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score})
+            results.append({**about, "segmentation": shape, "bbox": coco_mask.toBbox(code).tolist(), "score": score})
     return results
 
 
@@ -193,8 +203,8 @@ def _mask_codes(
 
     With `regions` those of each mask's largest region, and the mean probabilities inside (else ones).
     """
-    rows = _interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
-    columns = _interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
+    rows = interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
+    columns = interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
     step = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
     codes: list[dict[str, Any]] = []
     qualities: list[float] = []
@@ -220,7 +230,7 @@ def keep_largest(inside: npt.NDArray[np.uint8], logits: npt.NDArray[Any]) -> flo
     return float(expit(logits[inside > 0]).mean())
 
 
-def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
+def interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
     """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of the cells.
 
     As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only. Cells beyond

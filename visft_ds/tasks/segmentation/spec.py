@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel
+from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
@@ -15,21 +17,29 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import SegmentationTask
+from visft_ds.tasks.segmentation.config import HEADS, SegmentationTask
 from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
+from visft_ds.tasks.segmentation.plain import PlainHead
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Shapes, Task, Words
 
 
 class Segmentation(Task):
-    """Single-scale Mask2Former."""
+    """Single-scale Mask2Former, or the plain head."""
 
     name = "segmentation"
     config = SegmentationTask
     head = SegmentationHead
     losses = SegmentationCriterion
+
+    def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
+        return HEADS[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
+
+    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
+        head = self.settings("head", options)
+        return PlainHead(shapes, head) if head.type == "plain" else SegmentationHead(shapes[-1][0], head)
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)

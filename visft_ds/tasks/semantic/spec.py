@@ -1,0 +1,95 @@
+"""Semantic segmentation as a task: what training, evaluation, export, prediction and planning ask of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
+
+from visft_ds.data.samples import Batch, Sample
+from visft_ds.data.transforms import Geometry, Size, of_options
+from visft_ds.tasks import Results
+from visft_ds.tasks.classes import VOID, category_name
+from visft_ds.tasks.pictures import Picture, side_by_side
+from visft_ds.tasks.segmentation.data import LargeScaleJitter
+from visft_ds.tasks.segmentation.masks import grid_size
+from visft_ds.tasks.semantic.config import SemanticTask
+from visft_ds.tasks.semantic.data import SemanticTargets, semantic_targets
+from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
+from visft_ds.tasks.semantic.results import (
+    Windows,
+    cut_windows,
+    draw_regions,
+    measure_semantic,
+    semantic_results,
+)
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Predict, Task, Words
+
+#: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
+_MULTIPLE = 32
+
+
+class Semantic(Task):
+    """A linear head on the map."""
+
+    name = "semantic"
+    config = SemanticTask
+    head = LinearHead
+    losses = SemanticCriterion
+
+    def geometry(self, options: Options) -> Geometry:
+        return of_options(LargeScaleJitter, {**options, "eval_multiple": _MULTIPLE})
+
+    def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
+        places = {id_: place for place, id_ in enumerate(range(VOID) if classes is None else classes)}
+        return partial(semantic_targets, places, options["mask_stride"])
+
+    def pack(self, samples: Sequence[Sample], frame: Size) -> SemanticTargets:
+        parts = [sample.targets[self.name]["cells"] for sample in samples]
+        grids = np.array([part.shape for part in parts])
+        cells = np.full((len(parts), *grids.max(axis=0)), VOID, dtype=np.uint8)
+        for packed, part in zip(cells, parts, strict=True):
+            packed[: part.shape[0], : part.shape[1]] = part
+        extents = np.array([sample.size for sample in samples]) / frame
+        return SemanticTargets(torch.from_numpy(cells), torch.from_numpy(grids), torch.from_numpy(extents).float())
+
+    def blank(self, images: int, size: Size, content: Content, options: Options) -> SemanticTargets:
+        grid = grid_size(size, int(options["mask_stride"]))
+        cells = torch.zeros(images, *grid, dtype=torch.uint8)
+        return SemanticTargets(cells, torch.tensor([grid]).expand(images, 2), torch.ones(images, 2))
+
+    def outputs(self, predict: Predict, batch: Batch, options: Options) -> Mapping[str, Any]:
+        side = options.get("window")
+        if side is None or options["fixed_size"] is not None:
+            return predict(batch)
+        windows, starts = cut_windows(batch, side)
+        height, width = windows.images.shape[-2:]
+        return {self.name: Windows(predict(windows)[self.name], starts, (height, width))}
+
+    def results(
+        self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
+    ) -> Results:
+        return semantic_results(output, batch, classes)
+
+    def measure(self, truth: Mapping[str, Any], results: Results, per_category: bool) -> dict[str, float]:
+        return measure_semantic(truth, results, per_category)
+
+    def describe(self, results: Results, names: Mapping[int, str]) -> str:
+        """Shares of the image, the largest first."""
+        parts = [(coco_mask.area(one["segmentation"]) / math.prod(one["segmentation"]["size"]), one) for one in results]
+        parts.sort(key=lambda part: -part[0])
+        return ", ".join(f"{category_name(one['category_id'], names)} {share:.0%}" for share, one in parts)
+
+    def picture(self, example: Example) -> Picture:
+        pixels = example.pixels()
+        kinds = {"ground truth": example.raw.annotations, "predicted": example.results}
+        panels = [(draw_regions(pixels, found, example.names), title) for title, found in kinds.items()]
+        return side_by_side(*panels)
+
+
+SPEC = Semantic()
