@@ -23,6 +23,8 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
+from visft_ds.model import MultiTaskModel
+from visft_ds.models.timm_backbone import build_timm
 from visft_ds.tasks.transform import collate_joint
 
 IDENTITY = {"base weights": "a", "data": "b"}
@@ -164,3 +166,31 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 def test_where_features_cannot_be_kept(stage: int, engine: str, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(stage=stage, engine=engine, model="debug", settings=["visft.features.views=2", *settings])
+
+
+def test_several_maps_and_their_prefixes_are_kept(tmp_path: Path) -> None:
+    """Of two images of unequal width, computed and then read: those of each alone, rounded."""
+    backbone = build_timm("test_vit", layers=(0, 2)).eval()
+    module = MultiTaskModel(backbone, {}, train_backbone=False, heads_active=False).eval()
+    sizes, ids = torch.tensor([[64, 96], [64, 64]]), torch.arange(2)
+    images = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
+    batch = Batch(images, sizes, sizes, ids, ids, ids + 5, ids == ids, frames=sizes)
+    single = []
+    for place, (height, width) in enumerate(sizes.tolist()):
+        one = slice(place, place + 1)
+        cut = replace(batch, images=images[one, :, :height, :width], sizes=sizes[one], frames=sizes[one])
+        single.append(module.features(cut))
+    module.feature_cache = FeatureCache(tmp_path, IDENTITY)
+    for known in (False, True):
+        frames = [(height, width) for height, width in sizes.tolist()]
+        kept = [module.feature_cache.get(5 + place, place) for place in range(2)]
+        assert all((view is not None) == known for view in kept)
+        views = tuple(view or View(frame) for view, frame in zip(kept, frames, strict=True))
+        for level, found in enumerate(module.features(replace(batch, views=views))):
+            assert found.prefix is not None
+            for place, own in enumerate(single):
+                h, w = own[level].features.shape[-2:]
+                wanted = own[level].features[0].bfloat16().float()
+                assert torch.equal(found.features[place, :, :h, :w], wanted) and found.valid[place].sum() == h * w
+                assert own[level].prefix is not None
+                assert torch.equal(found.prefix[place], own[level].prefix[0].bfloat16().float())

@@ -180,7 +180,7 @@ def test_frozen_bf16_tower_keeps_16_bit_branches_in_the_backward_pass(images: Te
     with torch.autocast(device, dtype=torch.bfloat16):
         stream = backbone.embed(images.to(device))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            out = backbone.run_block(backbone.blocks[0], stream)
+            (out,) = backbone.run_blocks(backbone.blocks[:1], stream)
     assert stream.dtype == out.dtype == torch.float32
     wide = [t.dtype for t in kept if t.numel() >= stream.numel()]
     assert len(wide) > 4 and set(wide) == {torch.bfloat16}

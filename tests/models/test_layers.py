@@ -84,7 +84,7 @@ def test_a_tower_of_ours_ends_after_a_block() -> None:
     with torch.no_grad():
         x = whole.embed(images)
         for block in whole.blocks[:2]:
-            x = whole.run_block(block, x)
+            (x,) = whole.run_blocks([block], x)
         assert torch.equal(cut.tokens(images)[0], whole.norm(x))
     assert cut.depth == 2 and sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
     with pytest.raises(ValueError, match="no block 3"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.planner.made_up import FIRST_IDS, OBJECTS, VOCABULARY, real_peak
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
@@ -15,7 +16,7 @@ from visft_ds.planner.hardware import GPUS, LINK_SHARE, NETWORK_SHARE, Cluster, 
 from visft_ds.planner.memory import PlannedRun, model_operations, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.search import choose_recompute, fitting_settings, forecast, search
 from visft_ds.planner.time import PRODUCT_SHARE, work_seconds
-from visft_ds.planner.trace import Work, operators_of
+from visft_ds.planner.trace import Tracer, Work, operators_of
 from visft_ds.tasks.spec import Content
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -233,3 +234,18 @@ def test_attention_is_planned_however_a_model_calls_it(device: str, named: dict[
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=None, **named)
         out.sum().backward()
     assert out.shape == q.shape and q.grad is not None and q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("groups", [1, 64])
+def test_gradients_of_a_convolution_cost_twice_its_forward(groups: int) -> None:
+    """Of a depthwise one, too, which torch counts as if it were dense."""
+    x, counted = torch.empty(2, 64, 12, 20, device="meta", requires_grad=True), []
+    for layer in (
+        nn.Conv2d(64, 64, 3, padding=1, groups=groups),
+        nn.ConvTranspose2d(64, 64, 2, stride=2, groups=groups),
+    ):
+        with Tracer(torch.device("cpu")) as tracer:
+            out = layer.to("meta")(x)
+            counted.append(tracer.operations)
+            torch.autograd.backward(out, torch.empty_like(out))
+        assert tracer.operations == 3 * counted[-1] == 3 * 2 * 2 * 240 * layer.weight.numel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -225,12 +225,8 @@ class EvaViT(nn.Module):
     def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), or packed (1, T, D), normed, behind each block that is read; the class
         token, if there is one, first."""
-        x, read, found = self.embed(images, grids), self.layers_read or (self.depth - 1,), []
-        for number, block in enumerate(self.blocks):
-            x = self.run_block(block, x, packing)
-            if number in read:
-                found.append(self.norm(x))
-        return tuple(found)
+        read = self.layers_read or (self.depth - 1,)
+        return tuple(self.norm(x) for x in self.run_blocks(self.blocks, self.embed(images, grids), packing, read))
 
     def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
         """Input of the first block: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
@@ -257,18 +253,25 @@ class EvaViT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True, backend=backend)
 
-    def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Run a block in autocast's dtype, else in that of its matrices, recomputed in the backward pass as `recompute`
-        says."""
-        assert isinstance(block, Block)
+    def run_blocks(
+        self, blocks: Iterable[nn.Module], x: Tensor, packing: Packing | None = None, read: Sequence[int] = (0,)
+    ) -> list[Tensor]:
+        """Run blocks in autocast's dtype, else in that of their matrices, recomputed in the backward pass as
+        `recompute` says. Returns the stream behind each of those whose number is in `read`."""
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
-        # Not `qkv.weight`, which ZeRO-3 would gather.
-        dtype = autocast_dtype(x.device) or next(block.attn.qkv.parameters()).dtype
-        with autocast_to(x.device, None):
-            if policy == "block":
-                return recomputed(block, x, dtype, packing)
-            out: Tensor = block(x, dtype, packing, policy == "mlp")
-        return out
+        autocast, found = autocast_dtype(x.device), []
+        with autocast_to(x.device, None):  # once for all blocks: it costs the host a tenth of a small block
+            for number, block in enumerate(blocks):
+                assert isinstance(block, Block)
+                # Not `qkv.weight`, which ZeRO-3 would gather.
+                dtype = autocast or next(block.attn.qkv.parameters()).dtype
+                if policy == "block":
+                    x = recomputed(block, x, dtype, packing)
+                else:
+                    x = block(x, dtype, packing, policy == "mlp")
+                if number in read:
+                    found.append(x)
+        return found
 
     def describe(self) -> str:
         """A few words for the console."""

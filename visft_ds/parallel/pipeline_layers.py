@@ -57,7 +57,8 @@ class BlockLayer(Layer):
     def forward(self, travelling: Travelling) -> Travelling:
         """Tokens to tokens of the same shape."""
         tokens, checksum = travelling
-        return self._whole[1].run_block(self.block, tokens), checksum
+        (tokens,) = self._whole[1].run_blocks([self.block], tokens)
+        return tokens, checksum
 
 
 class HeadsLayer(Layer):
