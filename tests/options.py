@@ -11,7 +11,7 @@ import numpy as np
 from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.transforms import Op, Size
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import ImageTransform, transform_of
+from visft_ds.tasks.transform import ImageTransform, pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 NO_CLASSES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
@@ -42,7 +42,7 @@ def alone(
     """The transform of images for one task, as in mode "sampled"."""
     given = NO_CLASSES if classes is None else {task: tuple(classes)}
     stream = Stream(task, (task,), 1.0, 1, 1, options(task, "image", **changed), given)
-    return transform_of(stream, vocabulary, train=train)
+    return pipeline_of(stream, vocabulary, train=train).transform
 
 
 def together(
@@ -51,7 +51,8 @@ def together(
     """The transform of images that tasks share."""
     image = SharedImage().model_dump()
     assert changed.keys() <= image.keys(), changed.keys() - image.keys()
-    return transform_of(Stream(SHARED, tuple(tasks), 1.0, 1, 1, image | changed), vocabulary, train=train)
+    stream = Stream(SHARED, tuple(tasks), 1.0, 1, 1, image | changed)
+    return pipeline_of(stream, vocabulary, train=train).transform
 
 
 def drawn(transform: ImageTransform, size: Size, random: np.random.Generator) -> list[Op]:

@@ -29,6 +29,7 @@ from visft_ds.run.record import write_record
 from visft_ds.run.report import print_start
 from visft_ds.run.start import measure_heads, open_start
 from visft_ds.run.state import RunState
+from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def train(
         # 8: continue where an earlier start of this run was left.
         state = RunState(config, engine, identity, data)
         start = state.resume()
-        if not start:
+        if not start and any(isinstance(part, Channels) for part in prepared.module.heads.modules()):
             measure_heads(engine, prepared, loader, data.streams, start_from)
         if distributed.is_main():
             begin_export(out / "export", prepared, data.vocabulary)

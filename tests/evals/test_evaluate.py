@@ -31,12 +31,12 @@ from visft_ds.evals.evaluate import evaluate
 from visft_ds.evals.records import Evaluation, read_evaluation
 from visft_ds.interop.adapter import Adapter
 from visft_ds.parallel import distributed
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.prepare.model import prepare_model
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
+from visft_ds.tasks.transform import pipeline_of
 
 
 def _evaluate(*arguments: Any) -> tuple[int, str, str]:

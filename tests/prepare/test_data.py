@@ -21,7 +21,6 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.data import (
     open_data,
-    pipeline_of,
     pipelines_of,
     plan_of,
     read_vocabulary,
@@ -30,6 +29,7 @@ from visft_ds.prepare.data import (
 )
 from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_data
 from visft_ds.shards.build import Options, build
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SILENT = (1, 4, 5)  #: places of the pictures without captions in "partly"

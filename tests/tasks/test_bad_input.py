@@ -15,8 +15,8 @@ from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.model import MultiTaskModel
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(tuple(f"word{number}" for number in range(VOCABULARY - 4)))

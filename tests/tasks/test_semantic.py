@@ -92,10 +92,14 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
 
 
 def test_the_head_starts_small_and_sees_a_cell_alone() -> None:
-    head = LinearHead(24, SemanticHeadConfig(num_classes=CLASSES)).eval()
-    features = torch.randn(2, 24, 5, 7)
-    whole = head([Map(features, torch.ones(2, 5, 7, dtype=torch.bool))]).logits
-    part = head([Map(features[:1, :, 1:3, 2:6], torch.ones(1, 2, 4, dtype=torch.bool))]).logits
+    head = LinearHead([16, 8], SemanticHeadConfig(num_classes=CLASSES)).eval()
+    fine, coarse = torch.randn(2, 16, 8, 12), torch.randn(2, 8, 4, 6)
+    same = F.interpolate(coarse, (8, 12), mode="bilinear")
+
+    def logits(*maps: torch.Tensor) -> torch.Tensor:
+        return head([Map(one, torch.ones(len(one), *one.shape[2:], dtype=torch.bool)) for one in maps]).logits
+
+    whole, part = logits(fine, coarse), logits(fine[:1, :, 1:3, 2:6], same[:1, :, 1:3, 2:6])
     assert torch.allclose(whole[:1, :, 1:3, 2:6], part, atol=1e-6) and 0.02 < whole.std() < 0.1
 
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,30 +73,20 @@ class SaveReport:
     write_seconds: float  #: writing, beside the training
 
 
+@dataclass
 class Saver(AbstractContextManager["Saver"]):
-    """Saves of one run; a context manager that lets none get lost at the end.
+    """Saves of one run; a context manager that lets none get lost at the end."""
 
-    Args:
-        folder: <run>/checkpoints.
-        identity: see `save_checkpoint`.
-        to_be_judged: see `Retention.obsolete`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, str],
-        retention: Retention,
-        to_be_judged: Callable[[int], bool] = lambda step: False,
-    ) -> None:
-        self.folder, self.identity, self.retention = folder, dict(identity), retention
-        self.saved = 0  #: step of the newest checkpoint, on disk as far as this rank knows
-        self._to_be_judged = to_be_judged
-        self._scores: dict[int, float | None] = {}
-        self._buffers: dict[str, Tensor] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._writing: Future[SaveReport] | None = None
-        self._reports: list[SaveReport] = []
+    folder: Path  #: <run>/checkpoints
+    identity: Mapping[str, str]  #: see `save_checkpoint`
+    retention: Retention
+    to_be_judged: Callable[[int], bool] = lambda step: False  #: see `Retention.obsolete`
+    saved: int = 0  #: step of the newest checkpoint, on disk as far as this rank knows
+    _scores: dict[int, float | None] = field(default_factory=dict)
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+    _pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "save"))
+    _writing: Future[SaveReport] | None = None
+    _reports: list[SaveReport] = field(default_factory=list)
 
     def resume(self, step: int, scores: Mapping[int, float | None]) -> None:
         """Take up a run whose checkpoint of `step` is on disk, with what its evaluations gave."""
@@ -163,7 +154,7 @@ class Saver(AbstractContextManager["Saver"]):
         """Delete what need not stay by these scores, or by all that are known. Main process, nothing being written."""
         scores = self._scores if scores is None else scores
         steps = saved_steps(self.folder)
-        for step in self.retention.obsolete(steps, self.saved, scores, self._to_be_judged):
+        for step in self.retention.obsolete(steps, self.saved, scores, self.to_be_judged):
             delete_checkpoint(checkpoint_path(self.folder, step))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -160,13 +160,6 @@ class DataConfig(StrictModel):
         """(folder or URL, split) of all training sets."""
         return [(self.root, self.train), *((one.root, one.split) for one in self.sets)]
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Names that stand twice."""
-        names = [self.train, *(one.name for one in self.sets)]
-        for number, one in enumerate(self.sets):
-            if one.name in names[: number + 1]:
-                yield f"sets.{number}.name", f"another training set is called {one.name}; give each its own name"
-
 
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
@@ -207,15 +200,6 @@ class RunConfig(StrictModel):
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which a rank ends with its stacks; 0: never
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A best checkpoint that is never measured or saved."""
-        if self.keep_best is not None and not self.eval_every:
-            yield "keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
-        elif self.keep_best is not None and self.eval_every % self.save_every:
-            yield "keep_best", f"needs eval_every = {self.eval_every} as a multiple of save_every = {self.save_every}"
-        if self.patience and self.keep_best is None:
-            yield "patience", "needs a metric: set visft.run.keep_best"
-
 
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
@@ -235,7 +219,7 @@ class VisftConfig(StrictModel):
     run: RunConfig = RunConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings of another stage, of no task or of another mode, and names that nothing has."""
+        """Settings of another stage, of no task or of another mode, and names that nothing has or that stand twice."""
         enabled, model, run = self.tasks.enabled(), self.model, self.run
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
@@ -251,7 +235,10 @@ class VisftConfig(StrictModel):
         for number, name in enumerate(groups):
             if name in groups[:number]:
                 yield f"param_groups.{number}.name", f"two groups are called {name}; give each its own name"
+        sets = [self.data.train, *(one.name for one in self.data.sets)]
         for number, one in enumerate(self.data.sets):
+            if one.name in sets[: number + 1]:
+                yield f"data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
         if self.features is not None and self.stage != 1:
@@ -261,6 +248,12 @@ class VisftConfig(StrictModel):
         if model.compile != "none" and not run.rehearsal:
             yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
         best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
+        if best is not None and not run.eval_every:
+            yield "run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+        elif best is not None and run.eval_every % run.save_every:
+            yield "run.keep_best", f"needs eval_every = {run.eval_every} as a multiple of save_every = {run.save_every}"
+        if best is None and run.patience:
+            yield "run.patience", "needs a metric: set visft.run.keep_best"
         if best is not None and best not in measured:
             yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
 
@@ -314,13 +307,6 @@ class ZeroOptimization(StrictModel):
     offload_param: Offload = Offload()  #: of stage 3
     offload_optimizer: Offload = Offload()  #: of stages 1 to 3
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Offloading needs something that is divided."""
-        if self.offload_param.device != "none" and self.stage != 3:
-            yield "offload_param", "needs zero_optimization.stage = 3"
-        if self.offload_optimizer.device != "none" and self.stage == 0:
-            yield "offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
-
 
 class PipelineKeys(StrictModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
@@ -346,6 +332,10 @@ class Recipe(StrictModel):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Those of the engine, of the engine with the model, and of the length of the run."""
         visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
+        if zero.offload_param.device != "none" and zero.stage != 3:
+            yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"
+        if zero.offload_optimizer.device != "none" and zero.stage == 0:
+            yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3"
         if zero.offload_optimizer.device != "none" and self.zero_force_ds_cpu_optimizer is not False:
             yield "zero_force_ds_cpu_optimizer", "must be false with offload_optimizer: DeepSpeed would compile its own"
         if piped and zero.stage != 1:

@@ -35,7 +35,7 @@ def is_url(place: str | Path) -> bool:
 class Cache:
     """Folder for copies of remote shards, shared by all processes of a machine."""
 
-    folder: Path = Path("~/.cache/visft/shards")
+    folder: Path | str | None = None  #: None: ~/.cache/visft/shards
     max_bytes: int = 200_000_000_000  #: of all copies; the least recently read ones go first
 
 
@@ -74,7 +74,7 @@ class RemoteFolder:
             ValueError: the file is not there, or not what the manifest says.
             OSError: the server failed, again and again.
         """
-        folder = self.cache.folder.expanduser()
+        folder = Path(self.cache.folder or "~/.cache/visft/shards").expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
         if path.exists():
             return path

@@ -15,6 +15,7 @@ import orjson
 from visft_ds.config.preflight import folder_of_run
 from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
+from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -26,7 +27,7 @@ from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import cache_of, needs_vocabulary, workers_of
+from visft_ds.prepare.datasets import needs_vocabulary, workers_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import recorded_config, refuse_filled
@@ -109,7 +110,8 @@ def evaluate(
     if run is not None:
         place = folder_of_run(Path(run))
         visft = recorded_config(place).visft
-        split, cache, data = split or visft.data.val, cache_of(visft.data), data or visft.data.root
+        split, data = split or visft.data.val, data or visft.data.root
+        cache = Cache(visft.data.cache, visft.data.cache_bytes)
         if command and out is None:
             out = place / "-".join(["evaluation", split, *([Path(run).name] if Path(run) != place else [])])
     split = split or "val"

@@ -11,10 +11,10 @@ from visft_ds.data.dataset import read_raw
 from visft_ds.data.plan import generator
 from visft_ds.data.shards import ShardReader
 from visft_ds.parallel import distributed
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Example, Predict
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 

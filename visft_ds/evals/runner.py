@@ -12,9 +12,9 @@ from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.parallel import distributed
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.spec import Predict
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
 

@@ -21,10 +21,10 @@ from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Prediction
-from visft_ds.prepare.data import pipeline_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.transform import pipeline_of
 
 
 def load(

@@ -17,7 +17,7 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.fetch import is_url
+from visft_ds.data.fetch import Cache, is_url
 from visft_ds.data.loader import Place, StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
@@ -25,7 +25,6 @@ from visft_ds.files import read_bytes, reading
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import (
     TrainingSet,
-    cache_of,
     check_same_categories,
     check_samples,
     classes_of_run,
@@ -36,7 +35,7 @@ from visft_ds.prepare.datasets import (
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_NAMES
-from visft_ds.tasks.transform import collate_joint, transform_of
+from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
 
@@ -86,7 +85,8 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     settings, validation = config.visft, None
     streams, vocabulary = streams_of(settings, first), vocabulary_of(settings, sets)
     if settings.run.eval_every:
-        validation = Manifest.load(settings.data.root, settings.data.val, cache=cache_of(settings.data))
+        cache = Cache(settings.data.cache, settings.data.cache_bytes)
+        validation = Manifest.load(settings.data.root, settings.data.val, cache)
         check_samples(settings.tasks.enabled(), validation)
         check_same_categories(validation, first)
     pipelines = pipelines_of(streams, sets, vocabulary)
@@ -145,11 +145,6 @@ def keep_features(
     features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
     prepared.module.feature_cache = features
     loader.features = features
-
-
-def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
-    """Transform and collate of a stream, with the sizes of its configuration."""
-    return SamplePipeline(transform_of(stream, vocabulary, train=train), collate_joint)
 
 
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import DataConfig, VisftConfig
@@ -33,7 +32,7 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
     data, enabled, sets = config.data, config.tasks.enabled(), dict[str, TrainingSet]()
     further = [(one.name, one.root, one.split, one.weight, one.tasks) for one in data.sets]
     for name, root, split, weight, stated in [(data.train, data.root, data.train, data.weight, None), *further]:
-        manifest = Manifest.load(root, split, cache=cache_of(data))
+        manifest = Manifest.load(root, split, Cache(data.cache, data.cache_bytes))
         labelled = [task for task in enabled if TASKS[task].config.labels in manifest.labels]
         tasks = tuple(task for task in enabled if task in (stated or labelled))
         check_samples(tasks, manifest)
@@ -50,11 +49,6 @@ def open_training_data(config: VisftConfig) -> dict[str, TrainingSet]:
             check_same_categories(one.manifest, first.manifest)
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first.manifest)
     return sets
-
-
-def cache_of(data: DataConfig) -> Cache:
-    """Folder for copies of remote shards."""
-    return Cache(Cache.folder if data.cache is None else Path(data.cache), data.cache_bytes)
 
 
 def workers_of(data: DataConfig) -> int:

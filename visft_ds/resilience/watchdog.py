@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch._C import _distributed_c10d
@@ -25,14 +26,16 @@ _LOOK = 1.0  #: seconds between looks at the clock
 _AFTER_YOU = 3.0
 
 
+@dataclass
 class Watchdog:
     """Ends this process, which is `rank`, when a timed phase takes longer than `timeout` seconds; 0: never."""
 
-    def __init__(self, rank: int, timeout: float) -> None:
-        self._rank, self._timeout = rank, timeout
-        self._doing, self._since, self._timed = "starting", time.monotonic(), False
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    rank: int
+    timeout: float
+    _doing: str = "starting"
+    _since: float = field(default_factory=time.monotonic)
+    _timed: bool = False
+    _leave: threading.Event = field(default_factory=threading.Event)
 
     def begin(self, doing: str, *, timed: bool = True) -> None:
         """Record the phase that begins; `timed=False` for what may take any time, such as an evaluation."""
@@ -45,7 +48,7 @@ class Watchdog:
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watchdog]:
         """Watch everything inside; a backend's error about a lost peer becomes a `LostRank` that says where we were."""
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield self
         except RuntimeError as error:
@@ -59,9 +62,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._leave.wait(_LOOK):
             seconds = time.monotonic() - self._since
-            if self._timeout and self._timed and seconds > self._timeout:
+            if self.timeout and self._timed and seconds > self.timeout:
                 text = f"no progress for {seconds:.0f} s in: {self._doing}; {last_collective()}"
-                print(f"[rank {self._rank}] stopped: {text}; stacks of this process:", file=sys.stderr, flush=True)
+                print(f"[rank {self.rank}] stopped: {text}; stacks of this process:", file=sys.stderr, flush=True)
                 with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr of a notebook has no descriptor
                     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
                 os._exit(LOST_CODE)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.samples import Batch, RawSample, Sample, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.tasks import TASKS
@@ -42,13 +43,14 @@ class ImageTransform:
         )
 
 
-def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
-    """The transform of a stream."""
+def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
+    """Transform and collate of a stream, with the sizes of its configuration."""
     classes = stream.classes
     made = {task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks}
     # What several tasks share cuts nothing out, as a caption describes the whole image.
     shared = of_options(ShortSides, stream.image) if stream.name == SHARED else None
-    return ImageTransform(train, shared or TASKS[stream.name].geometry(stream.image), made)
+    geometry = shared or TASKS[stream.name].geometry(stream.image)
+    return SamplePipeline(ImageTransform(train, geometry, made), collate_joint)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:

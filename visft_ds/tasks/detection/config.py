@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
+from visft_ds.config.fields import Above, Ascending, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import TaskConfig
 
 
@@ -15,17 +15,12 @@ class DetectionImage(StrictModel):
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
     crop_short_sides: Sides = (400, 500, 600)
-    crop_range: tuple[Positive, Positive] = (384, 600)
+    crop_range: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
     flip: Fraction = 0.5  #: probability
     eval_short: Positive = 800
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A range that is none."""
-        if self.crop_range[0] > self.crop_range[1]:
-            yield "crop_range", "must be [smallest, largest]"
 
 
 class DetectionHeadConfig(StrictModel):

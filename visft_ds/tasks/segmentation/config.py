@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, nearest
+from visft_ds.config.fields import Above, Ascending, Count, Fraction, Positive, Probability, Rate, StrictModel, nearest
 from visft_ds.config.task_schema import Findings, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
@@ -20,21 +20,14 @@ class SegmentationImage(StrictModel):
     """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
-    scale: tuple[Above, Above] = (0.1, 2.0)
+    scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
     flip: Fraction = 0.5  #: probability
-    pad_value: Count = 128
+    pad_value: Annotated[Count, Field(le=255)] = 128
     eval_short: Positive = 800
     eval_max_long: Positive = 1333
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """A range that is none, and a pixel that is none."""
-        if self.scale[0] > self.scale[1]:
-            yield "scale", "must be [smallest, largest]"
-        if self.pad_value > 255:
-            yield "pad_value", "must be a pixel value from 0 to 255"
 
 
 class SegmentationHeadConfig(StrictModel):

@@ -1,10 +1,11 @@
 """Linear head of semantic segmentation, and its loss.
 
-Letters: B images, D width, C classes, h w grid of the map, hm wm cells of the labels.
+Letters: B images, C classes, h w grid of a map, hm wm cells of the labels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, Map
+from visft_ds.tasks.channels import Channels
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.loss import interpolation
@@ -32,23 +34,26 @@ class SemanticOutput:
 
 
 class LinearHead(nn.Module):
-    """A linear map of each cell, whose channels have mean 0 and variance 1 before it.
+    """A linear function of each cell of all maps, which are brought to the largest grid.
 
-    DINOv3's linear head has a batch norm there, whose mean over a batch would depend on how the batch is divided.
+    DINOv3's has a batch norm in front, whose means would depend on how a batch is divided.
     """
 
-    def __init__(self, in_channels: int, options: SemanticHeadConfig) -> None:
+    def __init__(self, widths: Sequence[int], options: SemanticHeadConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(in_channels)
+        self.channels = Channels(sum(widths))
         self.dropout = nn.Dropout2d(options.dropout)
-        self.classifier = nn.Conv2d(in_channels, options.num_classes, 1)
+        self.classifier = nn.Conv2d(sum(widths), options.num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         self.classifier.bias = nn.Parameter(torch.zeros(options.num_classes))
 
     def forward(self, maps: Sequence[Map]) -> SemanticOutput:
-        """Logits from the last map; what an image's own cells give does not depend on its padding."""
-        normed = self.norm(maps[-1].features.movedim(1, -1)).movedim(-1, 1)
-        return SemanticOutput(at_least_float32(self.classifier(self.dropout(normed))))
+        """Logits on the largest grid."""
+        parts = [one.features for one in maps]
+        grid = max((part.shape[2:] for part in parts), key=math.prod)
+        parts = [part if part.shape[2:] == grid else F.interpolate(part, grid, mode="bilinear") for part in parts]
+        x = self.channels(torch.cat(parts, dim=1).movedim(1, -1)).movedim(-1, 1)
+        return SemanticOutput(at_least_float32(self.classifier(self.dropout(x))))
 
 
 class SemanticCriterion:

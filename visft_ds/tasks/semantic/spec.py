@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
+from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, of_options
@@ -28,14 +29,14 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Predict, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Predict, Shapes, Task, Words
 
 #: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
 _MULTIPLE = 32
 
 
 class Semantic(Task):
-    """A linear head on the map."""
+    """A linear head on the maps."""
 
     name = "semantic"
     config = SemanticTask
@@ -70,6 +71,9 @@ class Semantic(Task):
         windows, starts = cut_windows(batch, side)
         height, width = windows.images.shape[-2:]
         return {self.name: Windows(predict(windows)[self.name], starts, (height, width))}
+
+    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
+        return LinearHead([width for width, _ in shapes], self.settings("head", options))
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
