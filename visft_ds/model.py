@@ -192,7 +192,8 @@ class MultiTaskModel(nn.Module):
             for task in batch.targets or self.heads:
                 head, inputs = self.heads[task], self.decoding[task]
                 if loss_denominators is not None:
-                    inputs = batch.targets[task].head_inputs()
+                    target = batch.targets[task]
+                    inputs = {name: getattr(target, field) for name, field in target.head_inputs.items()}
                     inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
                 predicted[task] = head(maps, **inputs)
         frames = self.frames(batch) if self.packed else None

@@ -73,7 +73,8 @@ def published_head(
                 options["labelling"] = "published"
             if task == "captioning":
                 options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
-        head = get_task(task).build_head(shapes, options, options.get("vocabulary_size"))
+        spec = get_task(task)
+        head = spec.build_head(shapes, spec.settings("head", options), options.get("vocabulary_size"))
     names = {name: published_name(kind, name) for name in head.state_dict()}
     tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
     for ours, one in tensors.items() if kind == "pmt" else ():
