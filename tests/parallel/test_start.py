@@ -6,6 +6,7 @@ One rank:
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 import time
@@ -115,6 +116,8 @@ def anonymous() -> int:
 @contextmanager
 def peak(into: dict[str, int], name: str) -> Iterator[None]:
     """Note by how many bytes the process had grown at most meanwhile, and at the end."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # a run before may have told glibc to keep memory
+        trim(0)
     before, done, highest = anonymous(), threading.Event(), [0]
 
     def watch() -> None:

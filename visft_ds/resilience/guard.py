@@ -79,7 +79,9 @@ def first_non_finite(
         engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale})
     with watched(engine.module, found):
         engine.train_step(step, batches, loss_denominators)
-    everyone: list[list[str]] = distributed.from_all_ranks(found[:_SHOWN])
+    # The rows inside of a tower's block are of no one image: the block's own output names it.
+    images = [one for one in found if ", images [" in one][:1]
+    everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(found[:_SHOWN] + images)))
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
     return "".join(lines[:_SHOWN]) or "\n  made again, everything is finite: faulty hardware?"
 
