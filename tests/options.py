@@ -26,7 +26,8 @@ def options(task: str, part: Literal["image", "head", "loss"], **changed: Any) -
 
 def head_of(task: str, in_channels: int, vocabulary_size: int | None = None, **changed: Any) -> Any:
     """A head of the task."""
-    return TASKS[task].build_head([(in_channels, 16)], options(task, "head", **changed), vocabulary_size)
+    settings = TASKS[task].settings("head", options(task, "head", **changed))
+    return TASKS[task].build_head([(in_channels, 16)], settings, vocabulary_size)
 
 
 def criterion_of(task: str, **changed: Any) -> Any:

@@ -116,14 +116,13 @@ def check_device() -> Iterator[Finding]:
 
 def check_memory(model: str | None) -> Iterator[Finding]:
     """Compare the memory of a process with what both stages of a model are predicted to need."""
-    import torch
-
     from visft_ds.config import resolve
+    from visft_ds.parallel.distributed import local_device
     from visft_ds.planner.memory import plan_largest, run_of
     from visft_ds.prepare.model import choose_precision
     from visft_ds.run.machine import memory_of
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     room = memory_of(device)
     yield Finding(OK, "memory", f"{room / _GIB:.1f} GiB for a process on the {device.type}")
     for stage in (1, 2) if model is not None else ():

@@ -192,11 +192,11 @@ class MultiTaskModel(nn.Module):
             for task in batch.targets or self.heads:
                 head, inputs = self.heads[task], self.decoding[task]
                 if loss_denominators is not None:
-                    inputs = batch.targets[task].head_inputs()
+                    target = batch.targets[task]
+                    inputs = {name: getattr(target, field) for name, field in target.head_inputs.items()}
                     inputs |= {name: getattr(batch, name) for name in getattr(head, "reads", ())}
                 predicted[task] = head(maps, **inputs)
-        frames = self.frames(batch) if self.packed else None
-        if frames is not None:  # where each image lies in the maps of a mask head
+        if self.packed and (frames := self.frames(batch)) is not None:  # where images lie in the maps of a mask head
             pixels = torch.tensor(frames)
             grids = pixels // self.backbone.patch_size
             share = to_device(grids / grids.amax(dim=0) / pixels, batch.sizes.device)

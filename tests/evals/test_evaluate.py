@@ -223,7 +223,7 @@ def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> No
     """Files without any description of themselves: words come from beside, the rest from the tensors."""
     words = ["red", "green", "blue", "one"]
     torch.manual_seed(0)
-    head = TASKS["captioning"].build_head([(32, 14)], {}, len(words) + 4)
+    head = TASKS["captioning"].build_head([(32, 14)], TASKS["captioning"].settings("head", {}), len(words) + 4)
     save_published_head(head, "captioning", tmp_path / "heads/eva_e_caption_heads.ckpt")
     files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
     common = [*files, "--data", world.shards, "--limit", 2]

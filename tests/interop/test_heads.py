@@ -35,7 +35,8 @@ HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioni
 
 
 def _head(task: str) -> nn.Module:
-    return TASKS[task].build_head([(WIDTH, 14)], OPTIONS[task], OPTIONS[task].get("vocabulary_size"))
+    settings = TASKS[task].settings("head", OPTIONS[task])
+    return TASKS[task].build_head([(WIDTH, 14)], settings, OPTIONS[task].get("vocabulary_size"))
 
 
 def _saved(head: nn.Module, task: str, folder: Path) -> Path:

@@ -79,7 +79,8 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
     """Also where an image comes with padding of its own, as segmentation gives it in evaluation, and for a strip."""
     module = model()
     if task == "semantic":
-        head = TASKS[task].build_head(module.backbone.shapes, {"num_classes": 5}, None)
+        settings = TASKS[task].settings("head", {"num_classes": 5})
+        head = TASKS[task].build_head(module.backbone.shapes, settings, None)
         module.heads[task], module.decoding[task] = head.double(), {}
     module.eval()
     samples = [replace(sample, targets={}, original_size=(40, 60)) for sample in mixed()]

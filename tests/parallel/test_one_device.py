@@ -26,6 +26,7 @@ def test_a_forward_stays_on_its_device(task: str, monkeypatch: pytest.MonkeyPatc
                 setattr(part, name, nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake)
         batch = on_host.to(DEVICE)
         (one,) = module.features(batch)
-        output = module.heads[task]([one], **batch.targets[task].head_inputs())
+        target = batch.targets[task]
+        output = module.heads[task]([one], **{name: getattr(target, of) for name, of in target.head_inputs.items()})
         found = [leaf for leaf in tree_leaves(list(vars(output).values())) if isinstance(leaf, Tensor)]
     assert found and {tensor.device for tensor in (one.features, one.valid, *found)} == {DEVICE}

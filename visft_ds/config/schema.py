@@ -93,15 +93,6 @@ class ModelConfig(StrictModel):
         """Name of the model of timm that is the backbone; None for a tower of our own."""
         return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings that models of timm, and compiled blocks, do not take."""
-        if self.compile != "none" and self.kernels == "triton":
-            yield "compile", "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-        shape = [f"overrides.{name}" for name in self.overrides.model_dump(exclude_none=True) if name != "image_size"]
-        used = {"recompute": self.recompute == "mlp", "packed": self.packed, "compile": self.compile != "none"}
-        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if self.timm is not None else ():
-            yield key, f"is of towers of our own; {self.preset} does not take it"
-
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -219,8 +210,15 @@ class VisftConfig(StrictModel):
     run: RunConfig = RunConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Settings of another stage, of no task or of another mode, and names that nothing has or that stand twice."""
+        """Settings of another model, stage or mode or of no task, and names that nothing has or that stand twice."""
         enabled, model, run = self.tasks.enabled(), self.model, self.run
+        if model.compile != "none" and model.kernels == "triton":
+            problem = "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
+            yield "model.compile", problem
+        shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
+        used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
+        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if model.timm is not None else ():
+            yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):

@@ -1,4 +1,4 @@
-"""Data structures between shard and head: a sample, then a batch, and how samples become one.
+"""Data structures between shard and head: a sample, then a batch of samples.
 
 Shape letters: B images, H W pixels, N objects of all images, concatenated, D width, h w grid, P tokens.
 """
@@ -54,10 +54,8 @@ class Targets:
     """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
     host: ClassVar[tuple[str, ...]] = ()  #: fields that only the host uses: it must not wait for a copy to come back
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        """Inputs of the head besides the features in training; most heads need none."""
-        return {}
+    #: Arguments of the head besides the maps in training -> the fields that it gets; most heads need none.
+    head_inputs: ClassVar[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -104,33 +102,3 @@ class Map:
     features: Tensor  #: (B, D, h, w), at least float32
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
     prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
-
-
-def stack_samples(samples: Sequence[Sample]) -> Batch:
-    """A batch without targets: images padded right and bottom with 0 to the largest height and width of the batch."""
-    assert samples, "a batch needs at least one sample"
-    views = tuple(sample.view for sample in samples if sample.view is not None)
-    assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
-    frames = torch.tensor([sample.frame or sample.size for sample in samples])
-    sizes = torch.tensor([sample.size for sample in samples])
-    images = torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    if any(sample.image is not None for sample in samples):
-        images = images.new_zeros((len(samples), 3, *frames.amax(dim=0).tolist()))
-    for padded, sample in zip(images, samples, strict=True):
-        if sample.image is not None:
-            padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
-        else:
-            known = sample.view is not None and sample.view.features is not None
-            assert known or not images.numel(), "some samples of a batch have pixels and some have not"
-    return Batch(
-        images=images,
-        sizes=sizes,
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        indices=torch.tensor([sample.index for sample in samples]),
-        image_ids=torch.tensor([sample.image_id for sample in samples]),
-        random_keys=torch.tensor([sample.random_key for sample in samples]),
-        real=torch.ones(len(samples), dtype=torch.bool),
-        views=views or None,
-        frames=frames,
-        padded=bool((sizes != frames.amax(dim=0)).any()),
-    )

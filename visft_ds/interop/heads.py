@@ -27,7 +27,7 @@ _KEY = "visft_head"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """Description of a head: `build_head(shapes, options, vocabulary_size)` of its task gives it.
+    """Description of a head: `build_head` of its task gives it, of its shapes and settings.
 
     `categories` are those of the data it was trained on, as COCO writes them; `extra` is what the trainer remembers:
     step, mode, base_weights (a fingerprint), layers (blocks of the backbone), vocabulary.
@@ -64,10 +64,10 @@ class HeadFile:
 
     def build(self) -> nn.Module:
         """The head, fp32, on the CPU, in evaluation mode. Raises ValueError as `check`."""
-        options, path = dict(self.info.options), self.tensors.path
-        words = options.pop("vocabulary_size", None)
-        with reading(path, f"a {self.info.task} head"), torch.device("meta"):
-            head = get_task(self.info.task).build_head(self.info.shapes, options, words)
+        info, task = self.info, get_task(self.info.task)
+        with reading(self.tensors.path, f"a {info.task} head"), torch.device("meta"):
+            settings = task.settings("head", info.options)
+            head = task.build_head(info.shapes, settings, info.options.get("vocabulary_size"))
         self.check(head)
         head.load_state_dict({name: self.tensors.tensor(name, torch.float32) for name in self.tensors}, assign=True)
         return head.eval()

@@ -58,7 +58,7 @@ def published_head(
 
     Raises ValueError for a file without one.
     """
-    kind, layers = task, tuple[int, ...]()
+    kind, spec, layers = task, get_task(task), tuple[int, ...]()
     with reading(file.path, f"a {task} head of ViSFT or PMT"), torch.device("meta"):
         found = described({name: one.shape for name, one in file.items()}) if task == "segmentation" else None
         if found is not None:
@@ -68,12 +68,12 @@ def published_head(
             anchor = published_name(task, f"{first}weight") if first else ""
             if anchor not in file:
                 raise ValueError(f"no {task} head of visft_ds or ViSFT in it; it has {examples(file)}")
-            options, shapes = get_task(task).options("head", {}), [(file[anchor].shape[1], 14)]
+            options, shapes = spec.options("head", {}), [(file[anchor].shape[1], 14)]
             if task == "segmentation":
                 options["labelling"] = "published"
             if task == "captioning":
                 options["vocabulary_size"] = file[published_name(task, "embedding.weight")].shape[0]
-        head = get_task(task).build_head(shapes, options, options.get("vocabulary_size"))
+        head = spec.build_head(shapes, spec.settings("head", options), options.get("vocabulary_size"))
     names = {name: published_name(kind, name) for name in head.state_dict()}
     tensors = {ours: file[theirs] for ours, theirs in names.items() if theirs in file}
     for ours, one in tensors.items() if kind == "pmt" else ():

@@ -280,7 +280,6 @@ def build_engine(
         "schedule": schedule,
         "seed": seed,
     }
-    engine: Engine
     if partition is None:
         engine = Engine(module, groups, config, **common)
     else:

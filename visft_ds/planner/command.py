@@ -82,8 +82,7 @@ def print_arms(title: str, arms: Sequence[SearchArm]) -> None:
     best = arms[0]
     sections = [Section(f"engines, with at most {best.capacity / _GIB:.1f} GiB of a GPU", rows, columns)]
     for name, images in best.run.batches.batch_size.items():
-        at_once = f"{images} images a step, {best.run.batches.micro[name]} at once on a GPU"
-        what = f"{name} with {best.engine}: {at_once}"
+        what = f"{name} with {best.engine}: {images} images a step, {best.run.batches.micro[name]} at once on a GPU"
         memory = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in asdict(best.memory[name]).items() if size)
         seconds = ", ".join(f"{part} {spent:.3g}" for part, spent in asdict(best.seconds[name]).items() if spent)
         sections.append(Section(what, [("GiB", memory), ("seconds", seconds)]))

@@ -31,6 +31,7 @@ from visft_ds.tasks.spec import Content, counts_of, loss_denominators_of, tensor
 FP32 = 4  #: bytes
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
 MEMORY_SHARE = 0.92
+_TRACED: dict[tuple[Any, ...], TracedStep] = {}  # by all that a step depends on
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,6 @@ class TracedStep:
     layers: Sequence[int]  #: operations of each layer that a pipeline divides; none of timm's models
 
 
-_TRACED: dict[tuple[Any, ...], TracedStep] = {}
-
-
 def run_of(
     config: ResolvedConfig, processes: int, precision: Precision, words: int | None, device: torch.device | None
 ) -> PlannedRun:
@@ -110,13 +108,9 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
     zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
     key = (model, heads, repr(stream), images, run.precision, run.vocabulary_size, run.device.type, run.content, zero3)
-    if key not in _TRACED:
-        _TRACED[key] = _traced(run, stream, images, zero3)
-    return _TRACED[key]
-
-
-def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> TracedStep:
-    visft, storage = run.config.visft, DTYPES[run.precision]
+    if key in _TRACED:
+        return _TRACED[key]
+    storage = DTYPES[run.precision]
     module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
     module.train()
     side = stream.largest_side()
@@ -134,7 +128,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-    return TracedStep(
+    _TRACED[key] = TracedStep(
         forward=tracer.forward_peak,
         backward=tracer.peak,
         activations=tracer.peak_apart,
@@ -149,6 +143,7 @@ def _traced(run: PlannedRun, stream: Stream, images: int, zero3: bool) -> Traced
         tokens=images * (side // backbone.patch_size) ** 2 * backbone.width,
         layers=layers,
     )
+    return _TRACED[key]
 
 
 def model_operations(run: PlannedRun, stream: Stream) -> int:

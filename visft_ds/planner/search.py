@@ -48,9 +48,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}")
     run, capacity = run_of(config, cluster.count, precision, None, torch.device("cuda")), int(MEMORY_SHARE * gpu.memory)
     plain, batches, streams = run.with_policy("none"), run.batches, config.visft.streams()
-    if config.visft.stage == 1:
-        run = plain  # a frozen backbone keeps nothing
-    elif config.visft.model.recompute == "auto":
+    if config.visft.stage == 1 or config.visft.model.recompute == "auto":
         run, _ = choose_recompute(run, capacity)
 
     def mean(numbers: Mapping[str, float]) -> float:

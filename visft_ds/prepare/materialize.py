@@ -183,6 +183,6 @@ def fill_model(
             if task in heads:
                 fill(head, f"heads.{task}.", partial(heads[task].tensors.tensor, dtype=torch.float32))
                 continue
-            options = config.tasks.enabled()[task].head.model_dump()
-            drawn = TASKS[task].build_head(backbone.shapes, options, vocabulary_size).state_dict()
+            settings = config.tasks.enabled()[task].head
+            drawn = TASKS[task].build_head(backbone.shapes, settings, vocabulary_size).state_dict()
             fill(head, f"heads.{task}.", drawn.pop)

@@ -142,7 +142,7 @@ def plan_model(
     tasks = {}
     for name, task in config.tasks.enabled().items():
         with torch.device("meta"):
-            head = TASKS[name].build_head(backbone.shapes, task.head.model_dump(), vocabulary_size)
+            head = TASKS[name].build_head(backbone.shapes, task.head, vocabulary_size)
         criterion = TASKS[name].losses(task.head, task.loss)
         tasks[name] = TaskModule(head, criterion, task.decoding.model_dump() if isinstance(task, WordsConfig) else {})
     module = MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)

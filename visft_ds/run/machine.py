@@ -44,7 +44,9 @@ def check_machine(config: ResolvedConfig, vocabulary: Vocabulary | None, world_s
     Raises:
         ValueError: hardware that cannot do what is asked, or batches that cannot be divided.
     """
-    check_zero(config.deepspeed["zero_optimization"])
+    zero = config.deepspeed["zero_optimization"]
+    if not zero.keys() <= {"stage", "reduce_bucket_size"}:  # which the schema has checked; DeepSpeed's takes seconds
+        check_zero(zero)
     model, device, world_size = config.visft.model, distributed.local_device(), world_size or distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +55,21 @@ def write_run(
     parent: Parent | None = None,
 ) -> Path:
     """Write OUT/run.json in one move."""
+    commit = ""
+    if CHECKOUT is not None and (CHECKOUT / ".git").exists():
+        describe = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     record = RunFile(
         schema=RUN_SCHEMA,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=[redacted(word) for word in command],
         world_size=world_size,
         versions=versions(),
-        commit=_commit(),
+        commit=commit,
         config=redacted_values(config),
         identity=dict(identity or {}),
         parent=parent,
     )
     write_text(out / RECORD_FILE, record.model_dump_json(indent=2, by_alias=True) + "\n")
     return out / RECORD_FILE
-
-
-def _commit() -> str:
-    """Commit of the checkout that runs here, with "-dirty" where files differ from it; empty where it is none."""
-    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
-        return ""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -202,11 +202,9 @@ class Task(ABC):
         """The same as an object of the schema, which knows nothing of the number of words."""
         return self.schema(part, given)(**{name: one for name, one in given.items() if name != "vocabulary_size"})
 
-    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
-        """A new head for maps of these shapes; options that are left out are the schema's defaults."""
-        assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
-        own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(shapes[-1][0], self.settings("head", options), **own)
+    def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
+        """A new head with these settings for maps of these shapes; a task that works with words takes their number."""
+        return self.head(shapes[-1][0], head)
 
     def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
         """The criterion that fits a head with these options."""

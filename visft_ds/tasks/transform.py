@@ -6,13 +6,14 @@ It is drawn before anything else, the caption last: neither the pixels nor the c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.samples import Batch, RawSample, Sample, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import ImageTargets
@@ -54,8 +55,35 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:
-    """A batch with the targets of every task of the samples, in their order; none if no labels were read."""
-    batch = stack_samples(samples)
-    assert batch.frames is not None
-    height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
-    return replace(batch, targets={task: TASKS[task].pack(samples, (height, width)) for task in samples[0].targets})
+    """A batch with the targets of every task of the samples, in their order; none if no labels were read.
+
+    Images are padded right and bottom with 0 to the largest height and width of the batch.
+    """
+    assert samples, "a batch needs at least one sample"
+    views = tuple(sample.view for sample in samples if sample.view is not None)
+    assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
+    frames = torch.tensor([sample.frame or sample.size for sample in samples])
+    height, width = frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
+    sizes = torch.tensor([sample.size for sample in samples])
+    images = torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
+    if any(sample.image is not None for sample in samples):
+        images = images.new_zeros((len(samples), 3, height, width))
+    for padded, sample in zip(images, samples, strict=True):
+        if sample.image is not None:
+            padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+        else:
+            known = sample.view is not None and sample.view.features is not None
+            assert known or not images.numel(), "some samples of a batch have pixels and some have not"
+    return Batch(
+        images=images,
+        sizes=sizes,
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        image_ids=torch.tensor([sample.image_id for sample in samples]),
+        random_keys=torch.tensor([sample.random_key for sample in samples]),
+        real=torch.ones(len(samples), dtype=torch.bool),
+        targets={task: TASKS[task].pack(samples, (height, width)) for task in samples[0].targets},
+        views=views or None,
+        frames=frames,
+        padded=bool((sizes != frames.amax(dim=0)).any()),
+    )

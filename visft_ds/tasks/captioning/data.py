@@ -30,9 +30,7 @@ class CaptionTargets(Targets):
     lengths: Tensor  #: (B,) int64, ids of each caption, `<start>` and `<end>` included; at least 1
     references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored
     host: ClassVar = ("references",)
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        return {"captions": self.tokens, "lengths": self.lengths}
+    head_inputs: ClassVar = {"captions": "tokens", "lengths": "lengths"}
 
 
 def caption_targets(

@@ -7,17 +7,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.transforms import Geometry, Size, Square
 from visft_ds.tasks import Results
-from visft_ds.tasks.captioning.config import CaptioningTask
+from visft_ds.tasks.captioning.config import CaptioningHeadConfig, CaptioningTask
 from visft_ds.tasks.captioning.data import CaptionTargets, caption_targets
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
 from visft_ds.tasks.captioning.metrics import caption_metrics
 from visft_ds.tasks.captioning.tokenizer import TOKENIZER
 from visft_ds.tasks.pictures import Picture, side_by_side, with_text
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Shapes, Task, Words
 
 
 class Captioning(Task):
@@ -28,6 +29,10 @@ class Captioning(Task):
     head = CaptioningHead
     losses = CaptioningCriterion
     facts: ClassVar[Mapping[str, Any]] = {"caption_tokenizer": TOKENIZER}
+
+    def build_head(self, shapes: Shapes, head: CaptioningHeadConfig, vocabulary_size: int | None) -> nn.Module:
+        assert vocabulary_size is not None
+        return CaptioningHead(shapes[-1][0], head, vocabulary_size)
 
     def geometry(self, options: Options) -> Geometry:
         return Square(options["size"])

@@ -46,8 +46,7 @@ class Detection(Task):
         labels = torch.zeros(objects, dtype=torch.int64)
         return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
-    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
-        head: DetectionHeadConfig = self.settings("head", options)
+    def build_head(self, shapes: Shapes, head: DetectionHeadConfig, vocabulary_size: int | None) -> nn.Module:
         return (DenseHead if head.type == "dense" else DetectionHead)(shapes[-1][0], head)
 
     def losses(self, head: DetectionHeadConfig, loss: DetectionLoss) -> Criterion:

@@ -17,7 +17,7 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import HEADS, SegmentationTask
+from visft_ds.tasks.segmentation.config import HEADS, PlainHeadConfig, SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
@@ -37,9 +37,12 @@ class Segmentation(Task):
     def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
         return HEADS[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
 
-    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
-        head = self.settings("head", options)
-        return PlainHead(shapes, head) if head.type == "plain" else SegmentationHead(shapes[-1][0], head)
+    def build_head(
+        self, shapes: Shapes, head: SegmentationHeadConfig | PlainHeadConfig, vocabulary_size: int | None
+    ) -> nn.Module:
+        if isinstance(head, PlainHeadConfig):
+            return PlainHead(shapes, head)
+        return SegmentationHead(shapes[-1][0], head)
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)

@@ -19,7 +19,7 @@ from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.pictures import Picture, side_by_side
 from visft_ds.tasks.segmentation.data import LargeScaleJitter
 from visft_ds.tasks.segmentation.masks import grid_size
-from visft_ds.tasks.semantic.config import SemanticTask
+from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets, semantic_targets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
 from visft_ds.tasks.semantic.results import (
@@ -72,8 +72,8 @@ class Semantic(Task):
         height, width = windows.images.shape[-2:]
         return {self.name: Windows(predict(windows)[self.name], starts, (height, width))}
 
-    def build_head(self, shapes: Shapes, options: Options, vocabulary_size: int | None) -> nn.Module:
-        return LinearHead([width for width, _ in shapes], self.settings("head", options))
+    def build_head(self, shapes: Shapes, head: SemanticHeadConfig, vocabulary_size: int | None) -> nn.Module:
+        return LinearHead([width for width, _ in shapes], head)
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
