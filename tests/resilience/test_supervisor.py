@@ -12,7 +12,7 @@ import pytest
 from tests.ranks import start_command, wait_for
 from tests.resilience.test_stop import ranks_below
 from tests.tiny import command
-from visft_ds.resilience import supervisor
+from visft_ds.resilience import processes, supervisor
 from visft_ds.resilience.supervisor import GAVE_UP, main
 
 #: (step that an attempt saves, how it ends) of each attempt; the exit status; how many attempts are made.
@@ -78,3 +78,16 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_ends_it(shards: Path, tmp_pa
         process.kill()
     assert process.returncode == 143, output
     assert "stopped after step" in output and "restart 2" not in output
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_hangs_is_ended_after_another_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """As a stopped one does, which answers no signal."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\n[ "$RANK" = {lost} ] && exit 3\nkill -STOP $$\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(processes, "_GRACE", 0.5)
+    assert processes.start_ranks(["train"], 2) == 3

@@ -62,7 +62,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         command = [sys.executable, "-m", "visft_ds", *words]
         ranks.append(subprocess.Popen(command, env=environment, process_group=0))
     failed = None
-    while any(process.poll() is None for process in ranks):
+    while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
         if failed is None and any(process.returncode in _FAILED for process in ranks):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > _GRACE:
