@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
             if not (text := os.environ.get(name, "0")).isdecimal():
-                raise RankError(
-                    f"{name}={text} in the environment is no number: a launcher sets it, unset it otherwise"
-                )
+                raise RankError(f"{name}={text} in the environment is no number: unset it, launchers set it")
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)
-        if options.dry_run and int(os.environ.get("RANK", "0")) == 0:
+        if options.dry_run:
+            if int(os.environ.get("RANK", "0")):  # an error of this rank would make its launcher end the first
+                return 0
             from visft_ds.run.report import print_dry_run
 
             print_dry_run(config, count or int(os.environ.get("WORLD_SIZE", "1")))

@@ -42,6 +42,14 @@ def test_a_dry_run_shows_what_is_there_and_ends_with_what_is_missing(
     assert "visft.shared.batch_size: 24 -> 12, because of the number of images" in out
 
 
+def test_only_the_first_rank_makes_a_dry_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another one's error would end it before it has printed anything."""
+    monkeypatch.setenv("RANK", "1")
+    assert main([*DRY, "nowhere"]) == 0 and not capsys.readouterr().out
+
+
 def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tree = write_tree(tmp_path)
     build(Options(tree.images, tree.instances, None, tmp_path / "shards", "train"))
