@@ -108,7 +108,7 @@ class Injury:
             shard = self.shards / reader.manifest.shards[row["shard"]].name
         _flip(shard, offset)
         self.note = f"{shard.name}, byte {offset} ({part} of {row['image_id']:012d})"
-        self.says = [shard.name, f"key {row['image_id']:012d}", f"offset {row[f'{part}_offset']}"]
+        self.says = [shard.name, f"sample {row['image_id']:012d}", f"offset {row[f'{part}_offset']}"]
         self.mend = lambda: _flip(shard, offset)
 
     def fill_disk(self) -> None:
