@@ -110,7 +110,7 @@ class MultiTaskModel(nn.Module):
         return self
 
     def features(self, batch: Batch) -> tuple[Map, ...]:
-        """What heads read: the maps of the backbone."""
+        """Maps of the backbone, as heads read them."""
         if batch.views is not None:
             return self._features_of_views(batch)
         pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)

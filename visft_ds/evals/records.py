@@ -1,4 +1,4 @@
-"""What visft evaluate leaves in its folders, and reading it. Imports nothing heavy."""
+"""Files that visft evaluate leaves in its folders, and reading them. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.tasks import config_class, entries
 from visft_ds.tasks.pictures import Picture
 
-#: What visft evaluate leaves in its folder; METRICS is written last.
+#: Files that visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
 BENCHMARKS = "benchmarks.json"  #: of visft evaluate benchmarks
