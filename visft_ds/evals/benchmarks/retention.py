@@ -21,7 +21,7 @@ from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Sc
 from visft_ds.evals.model import adapter_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import model_in, open_model
-from visft_ds.interop.weights import examples, open_weights
+from visft_ds.interop.weights import examples
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_model, classifier_names
 from visft_ds.pretrained import TIMM
@@ -135,4 +135,4 @@ def _tensors(name: str, weights: str | None) -> dict[str, Tensor]:
     if weights is None:
         own: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
         return own
-    return {key: one.read() for key, one in open_weights(weights).items()}
+    return {key: one.read() for key, one in open_model(weights).items()}
