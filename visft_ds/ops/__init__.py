@@ -61,9 +61,8 @@ def use_numerics(device: torch.device, *, tf32: bool = False, deterministic: boo
         deterministic: an operator that has no version with one order of its sums is an error.
     """
     if device.type != "cuda":
-        if keep := getattr(
-            ctypes.CDLL(None), "mallopt", None
-        ):  # of glibc, which gives large tensors back to the system
+        # glibc's, which otherwise gives large tensors back to the system at once
+        if keep := getattr(ctypes.CDLL(None), "mallopt", None):
             keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
             keep(-3, 2**30)  # M_MMAP_THRESHOLD
         return
