@@ -29,9 +29,9 @@ APART = (
 RESERVED = {
     "deepspeed": ("parallel",),
     "webdataset": ("data",),
-    "timm": ("interop", "pretrained", "models.timm_backbone", "evals.benchmarks"),
+    "timm": ("interop", "pretrained", "models.timm_backbone", "evals.judge"),
     "peft": ("interop",),
-    "open_clip": ("interop", "evals.benchmarks"),
+    "open_clip": ("interop", "evals.judge"),
     "huggingface_hub": ("interop", "pretrained"),
     "triton": ("ops",),
     "flash_attn": ("ops",),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visft_ds.evals.benchmarks import classes, objects, ocr, retrieval
-from visft_ds.evals.benchmarks.classes import read_classes
-from visft_ds.evals.benchmarks.kinds import parse_benchmark, parse_benchmarks
+from visft_ds.evals.judge import classes, objects, ocr, retrieval
+from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
 
 
 def _image(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (8, 6)) -> Path:

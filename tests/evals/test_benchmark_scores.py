@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from visft_ds.evals.benchmarks import probes, retrieval
-from visft_ds.evals.benchmarks.classes import ClassSet
-from visft_ds.evals.benchmarks.images import from_arrays
-from visft_ds.evals.benchmarks.intervals import resampled
-from visft_ds.evals.benchmarks.ocr import _steps, fit, read
-from visft_ds.evals.benchmarks.probes import linear_probe, nearest_neighbours, probe
-from visft_ds.evals.benchmarks.protocol import Score, mean_ratio, rank_of
-from visft_ds.evals.benchmarks.table import rows_of, section
+from visft_ds.evals.judge import probes, retrieval
+from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.images import from_arrays
+from visft_ds.evals.judge.intervals import resampled
+from visft_ds.evals.judge.ocr import _steps, fit, read
+from visft_ds.evals.judge.probes import linear_probe, nearest_neighbours, probe
+from visft_ds.evals.judge.protocol import Score, mean_ratio, rank_of
+from visft_ds.evals.judge.table import rows_of, section
 
 
 def test_equal_answers_do_not_count_as_right() -> None:

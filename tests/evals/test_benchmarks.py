@@ -18,11 +18,11 @@ from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
-from visft_ds.evals.benchmarks import judge as judging
-from visft_ds.evals.benchmarks.classes import read_classes
-from visft_ds.evals.benchmarks.judge import Settings, encode_images
-from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.cli import main
+from visft_ds.evals.judge import scoring as judging
+from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.scoring import Settings, encode_images
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
 from visft_ds.run.folder import BACKBONE_FILE

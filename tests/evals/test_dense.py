@@ -18,10 +18,10 @@ from scipy.ndimage import map_coordinates
 
 from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
-from visft_ds.evals.benchmarks import dense
-from visft_ds.evals.benchmarks.dense import pooled, segment_by_neighbours, segment_linearly
-from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
-from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.evals.judge import dense
+from visft_ds.evals.judge.dense import pooled, segment_by_neighbours, segment_linearly
+from visft_ds.evals.judge.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
+from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.shards.build import Options, build
 
 SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels

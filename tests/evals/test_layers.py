@@ -16,14 +16,14 @@ from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import adapter_of, merge, move_adapters, relative, save_adapter
-from visft_ds.evals.benchmarks import dense, layers
-from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
-from visft_ds.evals.benchmarks.judge import Settings, judge
-from visft_ds.evals.benchmarks.kinds import parse_benchmark
-from visft_ds.evals.benchmarks.layers import choose, half_of, judge_blocks
-from visft_ds.evals.benchmarks.models import load_encoder, parse_model
-from visft_ds.evals.benchmarks.protocol import Score
 from visft_ds.evals.cli import main as evaluate
+from visft_ds.evals.judge import dense, layers
+from visft_ds.evals.judge.encoders import KINDS_WITHOUT_TEXT
+from visft_ds.evals.judge.kinds import parse_benchmark
+from visft_ds.evals.judge.layers import choose, half_of, judge_blocks
+from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.scoring import Settings, judge
 from visft_ds.interop.adapter import Adapter
 from visft_ds.models.lora import inject_lora
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.evals.test_benchmarks import _record, _run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
-from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.retention import load_classifier
+from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.retention import load_classifier
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters

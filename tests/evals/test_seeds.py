@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from tests.evals.test_benchmarks import _record, _run, world
-from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, two_sided
-from visft_ds.evals.benchmarks.models import parse_arms
-from visft_ds.evals.benchmarks.protocol import Score
-from visft_ds.evals.benchmarks.table import rows_of, section, verdict
+from visft_ds.evals.judge.intervals import holm, over_both, over_seeds, two_sided
+from visft_ds.evals.judge.models import parse_arms
+from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.table import rows_of, section, verdict
 
 __all__ = ["world"]  # the fixture
 ARMS = {"base": ["base"], "new": ["new 1", "new 2", "new 3"]}

@@ -13,7 +13,7 @@ import torch
 from tests.evals.test_benchmarks import _record, _run, world
 from tests.random_tower import save_adapter
 from visft_ds.evals.cli import main as evaluate
-from visft_ds.experiments.dose import WITHIN, as_noise, scale_for
+from visft_ds.evals.judge.dose import WITHIN, as_noise, scale_for
 from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture

@@ -18,8 +18,8 @@ from tests.coco_tree import write_tree
 from tests.random_tower import build_backbone, save_backbone
 from tests.ranks import REPOSITORY
 from tests.tiny import TINY
-from visft_ds.evals.benchmarks.models import load_encoder, parse_model
 from visft_ds.evals.cli import main as evaluate
+from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.interop.cli import main as merge
 from visft_ds.predict.model import load
 from visft_ds.shards.build import Options, build

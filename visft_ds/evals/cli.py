@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 #: Word behind visft evaluate -> its help, module and function.
 _COMMANDS = {
-    "benchmarks": (BENCHMARKS, "visft_ds.evals.benchmarks.command", "run_benchmarks"),
-    "layers": (LAYERS, "visft_ds.evals.benchmarks.command", "run_layers"),
-    "dose": (DOSE, "visft_ds.experiments.dose", "run_dose"),
+    "benchmarks": (BENCHMARKS, "visft_ds.evals.judge.command", "run_benchmarks"),
+    "layers": (LAYERS, "visft_ds.evals.judge.command", "run_layers"),
+    "dose": (DOSE, "visft_ds.evals.judge.dose", "run_dose"),
 }
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.encoders import Encoder
-from visft_ds.evals.benchmarks.images import SUFFIXES, from_files, image_files
-from visft_ds.evals.benchmarks.models import ModelSpec
-from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.images import SUFFIXES, from_files, image_files
+from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.evals.model import adapter_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import model_in, open_model

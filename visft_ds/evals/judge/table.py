@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from visft_ds.evals.benchmarks.intervals import (
+from visft_ds.evals.judge.intervals import (
     LEVEL,
     holm,
     interval,
@@ -23,7 +23,7 @@ from visft_ds.evals.benchmarks.intervals import (
     two_sided,
     with_few,
 )
-from visft_ds.evals.benchmarks.protocol import FloatArray, Score
+from visft_ds.evals.judge.protocol import FloatArray, Score
 from visft_ds.evals.records import Interval
 from visft_ds.monitor.console import Section
 

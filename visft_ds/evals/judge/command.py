@@ -13,14 +13,14 @@ from typing import Any
 
 import orjson
 
-from visft_ds.evals.benchmarks.intervals import LEVEL
-from visft_ds.evals.benchmarks.judge import Settings, judge
-from visft_ds.evals.benchmarks.kinds import parse_benchmarks
-from visft_ds.evals.benchmarks.layers import END, Choice, choose, judge_blocks
-from visft_ds.evals.benchmarks.models import parse_arms, parse_model
-from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.table import Row, rows_of, section, verdict
 from visft_ds.evals.charts import block_chart, interval_chart
+from visft_ds.evals.judge.intervals import LEVEL
+from visft_ds.evals.judge.kinds import parse_benchmarks
+from visft_ds.evals.judge.layers import END, Choice, choose, judge_blocks
+from visft_ds.evals.judge.models import parse_arms, parse_model
+from visft_ds.evals.judge.protocol import Benchmark, Score
+from visft_ds.evals.judge.scoring import Settings, judge
+from visft_ds.evals.judge.table import Row, rows_of, section, verdict
 from visft_ds.evals.records import BENCHMARKS, PICTURES
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.benchmarks.dense_sets import CELLS
-from visft_ds.evals.benchmarks.text import TextTower
+from visft_ds.evals.judge.dense_sets import CELLS
+from visft_ds.evals.judge.text import TextTower
 from visft_ds.files import reading
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, classifier_names

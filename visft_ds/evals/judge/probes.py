@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.evals.benchmarks.classes import ClassSet
-from visft_ds.evals.benchmarks.protocol import Benchmark, Features, FloatArray, IntArray, Score, hits, rank_of
+from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, IntArray, Score, hits, rank_of
 from visft_ds.monitor.console import gauge
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from scipy.optimize import brentq
 
-from visft_ds.evals.benchmarks.command import settings_of
-from visft_ds.evals.benchmarks.judge import MOVED, SAMPLE, Settings, forward, moved, pictures, sample_of
-from visft_ds.evals.benchmarks.kinds import parse_benchmark
-from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, parse_model
-from visft_ds.evals.benchmarks.protocol import Benchmark
+from visft_ds.evals.judge.command import settings_of
+from visft_ds.evals.judge.kinds import parse_benchmark
+from visft_ds.evals.judge.models import ModelSpec, load_encoder, parse_model
+from visft_ds.evals.judge.protocol import Benchmark
+from visft_ds.evals.judge.scoring import MOVED, SAMPLE, Settings, forward, moved, pictures, sample_of
 from visft_ds.evals.model import adapter_for
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import write_text

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.images import from_files, inside, read_lines
-from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, Score
+from visft_ds.evals.judge.images import from_files, inside, read_lines
+from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 
 WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
 UPDATES, BATCH, RATE = 1500, 64, 2e-3

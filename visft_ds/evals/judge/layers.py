@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.encoders import Encoder
-from visft_ds.evals.benchmarks.judge import Settings, encode, forward
-from visft_ds.evals.benchmarks.models import ModelSpec, load_encoder, readable
-from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.table import rows_of
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.models import ModelSpec, load_encoder, readable
+from visft_ds.evals.judge.protocol import Benchmark, Score
+from visft_ds.evals.judge.scoring import Settings, encode, forward
+from visft_ds.evals.judge.table import rows_of
 from visft_ds.evals.records import Interval
 from visft_ds.parallel import distributed
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
-from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.files import checked_name, open_image, read_bytes, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")

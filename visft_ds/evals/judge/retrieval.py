@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visft_ds.evals.benchmarks.images import from_files, inside, read_json
-from visft_ds.evals.benchmarks.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits, rank_of
+from visft_ds.evals.judge.images import from_files, inside, read_json
+from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits, rank_of
 from visft_ds.files import reading
 
 CAPTIONS = 5

@@ -47,6 +47,9 @@ class Score:
     values: FloatArray
     groups: IntArray | None = None  #: (n,); items of one group are no independent evidence (captions of an image)
     maps: npt.NDArray[np.int16] | None = None  #: (images, h, w), the class that the model sees in each place
+    #: (R,), the number by probes that learnt from R resamples of the training images, the same ones for every model.
+    retrained: FloatArray | None = None
+    lower: bool = False  #: is better, as of an error
 
     @property
     def value(self) -> float:
@@ -70,6 +73,9 @@ class Benchmark:
     answers: bool = False  #: it asks a classifier, and counts the answers that are the first model's, too
     #: (model -> score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture | None] | None = None
+    #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
+    #: probe of the other four: it chooses the layer.
+    held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config.fields import Precision
-from visft_ds.evals.benchmarks.encoders import (
+from visft_ds.evals.judge.encoders import (
     CLIP,
     KINDS_WITHOUT_TEXT,
     Encoder,
@@ -28,8 +28,8 @@ from visft_ds.evals.benchmarks.encoders import (
     square_preprocess,
     timm_encoder,
 )
-from visft_ds.evals.benchmarks.images import stamp
-from visft_ds.evals.benchmarks.text import projection_of, text_tower_in
+from visft_ds.evals.judge.images import stamp
+from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
 from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
 from visft_ds.models.eva_vit import EvaViT

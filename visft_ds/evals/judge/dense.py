@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet
-from visft_ds.evals.benchmarks.probes import (
+from visft_ds.evals.judge.dense_sets import CELLS, VOID, DenseSet
+from visft_ds.evals.judge.probes import (
     NEIGHBOURS,
     STRENGTHS,
     TEMPERATURE,
@@ -31,7 +31,7 @@ from visft_ds.evals.benchmarks.probes import (
     nearest_neighbours,
     vote,
 )
-from visft_ds.evals.benchmarks.protocol import (
+from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
     Features,

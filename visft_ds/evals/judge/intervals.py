@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import stdtrit
 
-from visft_ds.evals.benchmarks.protocol import FloatArray, IntArray, mean_ratio
+from visft_ds.evals.judge.protocol import FloatArray, IntArray, mean_ratio
 from visft_ds.evals.records import Interval
 
 DRAWS = 4000

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visft_ds.evals.benchmarks.images import changed, chosen, from_files, inside, read_json
-from visft_ds.evals.benchmarks.probes import linear_probe
-from visft_ds.evals.benchmarks.protocol import (
+from visft_ds.evals.judge.images import changed, chosen, from_files, inside, read_json
+from visft_ds.evals.judge.probes import linear_probe
+from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
     Features,

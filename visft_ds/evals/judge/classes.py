@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visft_ds.evals.benchmarks.images import (
+from visft_ds.evals.judge.images import (
     changed,
     chosen,
     from_arrays,
@@ -33,7 +33,7 @@ from visft_ds.evals.benchmarks.images import (
     read_json,
     read_lines,
 )
-from visft_ds.evals.benchmarks.protocol import (
+from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
     Features,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from visft_ds.evals.benchmarks import classes, dense_sets, objects
-from visft_ds.evals.benchmarks.dense import dense
-from visft_ds.evals.benchmarks.objects import grounding
-from visft_ds.evals.benchmarks.ocr import ocr, read_words
-from visft_ds.evals.benchmarks.probes import probe
-from visft_ds.evals.benchmarks.protocol import Benchmark
-from visft_ds.evals.benchmarks.retention import read_images, retention
-from visft_ds.evals.benchmarks.retrieval import read_captions, retrieval
+from visft_ds.evals.judge import classes, dense_sets, objects
+from visft_ds.evals.judge.dense import dense
+from visft_ds.evals.judge.objects import grounding
+from visft_ds.evals.judge.ocr import ocr, read_words
+from visft_ds.evals.judge.probes import probe
+from visft_ds.evals.judge.protocol import Benchmark
+from visft_ds.evals.judge.retention import read_images, retention
+from visft_ds.evals.judge.retrieval import read_captions, retrieval
 
 Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
 

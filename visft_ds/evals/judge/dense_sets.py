@@ -29,7 +29,7 @@ from PIL import Image
 
 from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader, manifest_path
-from visft_ds.evals.benchmarks.images import (
+from visft_ds.evals.judge.images import (
     SUFFIXES,
     chosen,
     digest,
@@ -38,7 +38,7 @@ from visft_ds.evals.benchmarks.images import (
     inside,
     read_json,
 )
-from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
+from visft_ds.evals.judge.protocol import ImageSet, IntArray
 from visft_ds.files import MAX_PIXELS, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import stored_segmentation
