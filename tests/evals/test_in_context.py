@@ -8,7 +8,16 @@ import torch
 from sklearn.neighbors import KNeighborsRegressor
 
 from visft_ds.evals.judge import in_context
-from visft_ds.evals.judge.in_context import NEIGHBOURS, RESAMPLES, TEMPERATURE, Memory, recall, remember, shares_of, vote
+from visft_ds.evals.judge.in_context import (
+    NEIGHBOURS,
+    RESAMPLES,
+    TEMPERATURE,
+    Memory,
+    recall,
+    remember,
+    shares_of,
+    vote,
+)
 from visft_ds.evals.judge.protocol import VOID, resamples
 
 

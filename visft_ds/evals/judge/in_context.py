@@ -1,7 +1,7 @@
 """In-context segmentation, with nothing trained: a patch takes its classes from the most similar patches in memory.
 
-Hummingbird's dense retrieval (https://arxiv.org/abs/2306.01667) as https://github.com/vpariza/open-hummingbird-eval runs
-it: a patch in memory has the shares of the classes among its pixels; the 30 nearest by cosine count by
+Hummingbird's dense retrieval (https://arxiv.org/abs/2306.01667), as https://github.com/vpariza/open-hummingbird-eval
+runs it: a patch in memory has the shares of the classes among its pixels; the 30 nearest by cosine count by
 softmax(similarity / 0.02). Pixels without a class have a share in none, and patches without any other are not kept.
 
 A bootstrap of the training images needs no second search: a nearest patch counts as often as its image was drawn.
