@@ -178,15 +178,3 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
     return {f"{name}.{kind}": getattr(layer, kind) for name, layer in lora_layers(module).items() for kind in KINDS}
-
-
-@torch.no_grad()
-def check_reached(module: nn.Module, inputs: Tensor) -> None:
-    """Raise ValueError if the forward bypasses an adapted layer, which would then train nothing, silently."""
-    layers, reached = lora_layers(module), set[nn.Module]()
-    hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in layers.values()]
-    module(inputs)
-    for hook in hooks:
-        hook.remove()
-    if missed := [name for name, layer in layers.items() if layer not in reached]:
-        raise ValueError(f"visft.lora.targets: the forward of the model passes by {missed[0]} ({len(missed)} such)")
