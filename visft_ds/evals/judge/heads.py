@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import VOID, resamples
+from visft_ds.evals.judge.protocol import resamples
 from visft_ds.monitor.console import gauge
+from visft_ds.tasks.classes import VOID
 
 RESAMPLES = 5
 BATCH = 16
@@ -28,8 +29,8 @@ _START = 1e-6  # of the rate, at the first step
 
 #: Outputs (B, heads, C, h, w), what is there, (heads, B) weights of images, generator -> loss, a mean over the batch.
 Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
-#: Numbers of BATCH images, step -> (their maps (B, D, h, w), what is there).
-Batches = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+#: Numbers of BATCH images, those of `order_of` -> (their maps (B, D, h, w), what is there).
+Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,21 @@ def rate_at(recipe: Recipe, step: int) -> float:
     return recipe.rate * (1 + math.cos(math.pi * (step - recipe.warm_up) / (recipe.steps - recipe.warm_up))) / 2
 
 
+def order_of(images: int, steps: int) -> Tensor:
+    """(steps * BATCH,) numbers of images, in rounds over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-steps * BATCH // images))]
+    return torch.cat(rounds)[: steps * BATCH]
+
+
 def fit(heads: Heads, images: int, batches: Batches, loss_of: Loss, recipe: Recipe) -> Heads:
     """Train heads: the first one on all images alike, each further one on a resample; batches are any model's."""
     weights = torch.from_numpy(np.stack([np.ones(images), *resamples(images, len(heads.bias) - 1)])).float()
-    order, drops, places = (torch.Generator().manual_seed(seed) for seed in range(3))
-    rounds = -(-recipe.steps * BATCH // images)
-    batches_of = torch.cat([torch.randperm(images, generator=order) for _ in range(rounds)]).split(BATCH)
+    drops, places = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    for step, drawn in zip(gauge("linear head", recipe.steps, "steps", range(recipe.steps)), batches_of, strict=False):
-        maps, truth = batches(drawn, step)
+    order = order_of(images, recipe.steps).split(BATCH)
+    for step, drawn in enumerate(gauge("linear head", recipe.steps, "steps", order)):
+        maps, truth = batches(drawn)
         loss = loss_of(heads(maps, drops), truth, weights[:, drawn].to(maps), places)
         optimizer.zero_grad()
         loss.backward()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import VOID, Label, resamples
+from visft_ds.evals.judge.protocol import Label, resamples
+from visft_ds.tasks.classes import VOID
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 RESAMPLES = 10  #: of the training images
@@ -61,18 +62,20 @@ def shares_of(label: Label, grid: tuple[int, ...], classes: int) -> np.ndarray[t
     return found
 
 
-def recall(memory: Memory, maps: Tensor) -> Iterator[Tensor]:
-    """For each image of (n, D, h, w): (1 + RESAMPLES, C, h, w), what its patches are by the memory and by resamples."""
+def recall(memory: Memory, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
+    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by resamples."""
     for image in maps.split(max(1, _ROWS // maps[0, 0].numel())):
         queries = image.flatten(2).transpose(1, 2).flatten(0, 1)
-        votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE)
+        votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE, draws)
         yield from votes.unflatten(1, (len(image), *maps.shape[-2:])).permute(1, 0, 4, 2, 3)
 
 
-def vote(memory: Memory, queries: Tensor, neighbours: int, temperature: float) -> Tensor:
-    """(1 + RESAMPLES, n, C): mean labels of the patches nearest to (n, D), each by exp(cosine / temperature)."""
+def vote(
+    memory: Memory, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES
+) -> Tensor:
+    """(1 + draws, n, C): mean labels of the patches nearest to (n, D), each by exp(cosine / temperature)."""
     images = int(memory.owners.max()) + 1
-    copies = torch.from_numpy(np.stack([np.ones(images, dtype=np.int64), *resamples(images, RESAMPLES)]))
+    copies = torch.from_numpy(np.stack([np.ones(images, dtype=np.int64), *resamples(images, draws)]))
     copies, found = copies.to(memory.owners.device), []
     for part in F.normalize(queries.to(memory.features), dim=1).split(_ROWS):
         similarity, places = _nearest(memory.features, part, _SEARCHED * neighbours)

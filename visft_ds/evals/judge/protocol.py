@@ -18,8 +18,7 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
-VOID = 255  #: in a label: no class
-Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or VOID
+Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or tasks.classes.VOID
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
@@ -78,6 +77,9 @@ class Benchmark:
     #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
     #: probe of the other four: it chooses the layer.
     held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
+    #: (encoder at the published size, `scoring.Settings`) -> scores by the published protocol, in place of `scores`;
+    #: None: that is what `scores` does.
+    published: Callable[[Any, Any], Iterator[Score]] | None = None
 
 
 def resamples(images: int, count: int) -> list[IntArray]:
