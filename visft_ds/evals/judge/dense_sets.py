@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
@@ -53,6 +54,12 @@ class Thing:
         """Number of its pixels."""
         return int(coco_mask.area(self.code))
 
+    @property
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """(H, W), 1 where it is."""
+        found: npt.NDArray[np.uint8] = coco_mask.decode(self.code)
+        return found
+
 
 @dataclass(frozen=True)
 class DenseSet:
@@ -71,7 +78,7 @@ class DenseSet:
 
 
 def read_train_and_test(
-    source: str, train: str | None, test: str | None, most: Mapping[str, int]
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """(images to train probes on, images to judge them on), in any layout of the table above.
 
@@ -163,7 +170,9 @@ def _of_maps(
         numbers = read_map(maps[place])
         with reading(kept[place], "an image"), Image.open(kept[place]) as image:
             if image.size != numbers.shape[::-1]:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, and its label map {maps[place]} others")
+                raise ValueError(
+                    f"it has {image.width} x {image.height} pixels, and its label map {maps[place]} others"
+                )
         return numbers - np.uint8(first)  # 0 of ADE20k becomes 255
 
     stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
@@ -223,7 +232,7 @@ def _of_outlines(
     def label(place: int) -> Label:
         drawn = np.full(labels[place][0], 0 if empty else VOID, dtype=np.uint8)
         for thing in things[place]:
-            drawn[coco_mask.decode(thing.code).astype(bool)] = VOID if thing.crowd else thing.label
+            drawn[thing.mask == 1] = VOID if thing.crowd else thing.label
         return drawn
 
     def known() -> Iterator[Thing]:
@@ -249,5 +258,7 @@ def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -
     if not shape:
         x, y, wide, high = annotation["bbox"]
         shape = [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
-    code: Mapping[str, Any] = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+    code: Mapping[str, Any] = (
+        shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+    )
     return code

@@ -151,7 +151,7 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
     """(..., C, H, W), the mean over the squares of an image (3, H, W) that cover it of what is seen in each.
 
     Args:
-        see: (B, 3, side, side) -> (B, ..., C, side, side). A shorter side of the image is filled up with 0.
+        see: (1, 3, side, side) -> (1, ..., C, side, side). A shorter side of the image is filled up with 0.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
@@ -159,7 +159,7 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
         sorted({min(start, size - side) for start in range(0, size - side + stride, stride)})
         for size in padded.shape[-2:]
     ]
-    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:], device=image.device)
+    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:])
     for top in starts[0]:
         for left in starts[1]:
             seen = see(padded[None, :, top : top + side, left : left + side])[0]
@@ -167,4 +167,4 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
                 total = seen.new_zeros(*seen.shape[:-2], *padded.shape[-2:])
             total[..., top : top + side, left : left + side] += seen
             times[top : top + side, left : left + side] += 1
-    return (total / times)[..., :height, :width]
+    return (total / times.to(total))[..., :height, :width]

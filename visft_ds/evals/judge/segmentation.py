@@ -10,58 +10,60 @@ without a class count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
-from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge import heads, in_context
-from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Heads, cross_entropy, enlarged, fit, order_of, windows
-from visft_ds.evals.judge.in_context import Memory, recall, remember, vote
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, hits, mean_ratio, rank_of
+from visft_ds.evals.judge.heads import BATCH, Batches, Heads, Recipe, cross_entropy, enlarged, fit, order_of
+from visft_ds.evals.judge.in_context import recall, remember
+from visft_ds.evals.judge.probes import by_neighbours
+from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, mean_ratio
 from visft_ds.evals.judge.protocols import QUICK, Protocol
-from visft_ds.evals.judge.scoring import Settings, forward, pictures
+from visft_ds.evals.judge.published import Sight
+from visft_ds.evals.judge.scoring import Settings
 from visft_ds.monitor.console import gauge
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
 
-SIDE = 224  #: of the labels that quick heads learn from, and of a picture on a sheet, pixels
 IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
+SIDE = 224  #: of the labels that quick heads learn from, and of a picture on a sheet, pixels
 _KEPT = 112  # pixels of the side of a segmentation that is kept for the sheet
-_PASSES = 2  # over the training images, of the published memory
-_STRIDE = 2 / 3  # of windows, in sides
+_PASSES = 2  # over the training images, for the published memory
 
 
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
     numbers = (IN_CONTEXT, LINEAR, *([OBJECTS] if test.things and train.things else []))
 
-    def scores(features: Features) -> Iterator[Score]:
-        for name in numbers:
-            yield _quick(name, train, features["train"]["patches"], test, features["test"]["patches"], protocol)
+    def scores(features: Features, wanted: Collection[str] = numbers) -> Iterator[Score]:
+        learnt, judged = (features[part]["patches"] for part in ("train", "test"))
+        for name in (name for name in numbers if name in wanted):
+            yield _quick(name, train, learnt, test, judged, protocol)
+
+    few = train.part(range(0, len(train.images), -(-len(train.images) // QUICK.images["train"])))
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        maps, places = features["patches"], np.arange(len(train.images))
+        maps, places = features["patches"], np.arange(len(few.images))
         held, rest = places[4::5].tolist(), places[places % 5 != 4].tolist()
         if not held:
-            raise ValueError(f"{label} has {len(places)} training images; a layer is chosen with five or more")
-        shorter = replace(QUICK.segmentation, steps=QUICK.segmentation.steps // 4, warm_up=QUICK.segmentation.warm_up // 4)
-        few = replace(QUICK, memory=QUICK.memory // 4, segmentation=shorter)
-        return _quick(number, train.part(rest), maps[rest], train.part(held), maps[held], few, alone=True).value
+            raise ValueError(f"{label} has {len(places)} images to train on; at least five choose a layer")
+        shorter = replace(
+            QUICK.segmentation, steps=QUICK.segmentation.steps // 4, warm_up=QUICK.segmentation.warm_up // 4
+        )
+        brief = replace(QUICK, memory=QUICK.memory // 4, segmentation=shorter)
+        return _quick(number, few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False).value
 
     return Benchmark(
         label,
@@ -72,31 +74,104 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
         scores,
         sheet=partial(segmentation_sheet, test),
         held_out=held_out,
-        published=None if protocol.name == "quick" else partial(_published, numbers, train, test, protocol),
+        choosing=few.images,
+        published=None if protocol.name == QUICK.name else partial(_published, numbers, train, test, protocol),
     )
 
 
 def _quick(
-    name: str, train: DenseSet, learnt: Tensor, test: DenseSet, judged: Tensor, protocol: Protocol, alone: bool = False
+    name: str,
+    train: DenseSet,
+    learnt: Tensor,
+    test: DenseSet,
+    judged: Tensor,
+    protocol: Protocol,
+    resampled: bool = True,
 ) -> Score:
-    """A number by maps (images, D, h, w) of each image; `alone`: without resamples."""
+    """A number by maps (images, D, h, w) of the images."""
     if name == OBJECTS:
-        return named(pooled(learnt, train), train, pooled(judged, test), test)
+        return _named(pooled(learnt, train), train, pooled(judged, test), test)
     if name == IN_CONTEXT:
         images = ((place, one, train.label(place)) for place, one in enumerate(learnt))
         memory = remember(images, len(train.classes), max(1, protocol.memory // len(learnt)))
-        return overlapping(name, recall(memory, judged, 0 if alone else in_context.RESAMPLES), test)
+        return overlapping(name, recall(memory, judged, in_context.RESAMPLES * resampled), test)
     truth = torch.from_numpy(np.stack([_square(train.label(place)) for place in range(len(learnt))]))
-    recipe, count = protocol.segmentation, 1 if alone else 1 + heads.RESAMPLES
-    fitted = fit(
-        Heads(count, learnt.shape[1], len(train.classes), recipe.dropout),
-        len(learnt),
+    fitted = _fitted(
+        learnt[:1],
+        train,
         lambda drawn: (learnt[drawn], truth[drawn]),
-        cross_entropy(recipe.stride),
-        recipe,
+        protocol.segmentation,
+        heads.RESAMPLES * resampled,
     )
     with torch.no_grad():
         return overlapping(name, (one for part in judged.split(BATCH) for one in fitted(part)), test)
+
+
+def _square(label: Label) -> Label:
+    return np.asarray(Image.fromarray(label).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
+def _fitted(example: Tensor, train: DenseSet, batches: Batches, recipe: Recipe, draws: int) -> Heads:
+    """Heads trained on maps like the example (1, D, h, w)."""
+    untrained = Heads(1 + draws, example.shape[1], len(train.classes), recipe.dropout).to(example.device)
+    return fit(untrained, len(train.images), batches, cross_entropy(recipe.stride), recipe)
+
+
+def _published(
+    numbers: Sequence[str],
+    train: DenseSet,
+    test: DenseSet,
+    protocol: Protocol,
+    encoder: Encoder,
+    settings: Settings,
+    wanted: Collection[str],
+) -> Iterator[Score]:
+    sight = Sight(encoder, settings)
+    if IN_CONTEXT in wanted:
+        yield overlapping(IN_CONTEXT, _recalled(sight, train, test, protocol.memory), test)
+    if LINEAR in wanted:
+        with torch.no_grad():
+            yield overlapping(LINEAR, _labelled(sight, train, test, protocol.segmentation), test)
+    if OBJECTS in wanted and OBJECTS in numbers:
+        known, asked = (pooled(chain.from_iterable(sight.whole(data.images)), data) for data in (train, test))
+        yield _named(known, train, asked, test)
+
+
+def _recalled(sight: Sight, train: DenseSet, test: DenseSet, most: int) -> Iterator[Tensor]:
+    """What each test image is by a memory of augmented training images."""
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
+    change = transforms.Compose([transforms.RandomResizedCrop(sight.side, (0.5, 2.0)), jitter])
+    order = list(range(len(train.images))) * _PASSES
+
+    def taught() -> Iterator[tuple[int, Tensor, Label]]:
+        places = iter(gauge(IN_CONTEXT, len(order), "images", order))
+        for maps, labels in sight.crops(train.images, train.label, order, sight.settings.batch_size, change):
+            # Ten million patches in float32 would be too large for a GPU.
+            for one, label in zip(maps.half() if maps.is_cuda else maps, labels.cpu().numpy(), strict=True):
+                yield next(places), one, label
+
+    memory = remember(taught(), len(train.classes), max(1, most // len(order)))
+    for maps in sight.whole(test.images):
+        yield from recall(memory, maps)
+
+
+def _labelled(sight: Sight, train: DenseSet, test: DenseSet, recipe: Recipe) -> Iterator[Tensor]:
+    """What each test image is by heads that are trained on augmented crops."""
+    side, grey = sight.side, [round(255 * mean) for mean in sight.encoder.normalisation[0]]
+    change = transforms.Compose(
+        [
+            transforms.RandomResize(side // 2, side * 2),
+            transforms.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: VOID, "others": grey}),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomPhotometricDistort(),
+        ]
+    )
+    order = order_of(len(train.images), recipe.steps).tolist()
+    crops = sight.crops(train.images, train.label, order, BATCH, change)
+    example = sight.see(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    with torch.enable_grad():
+        fitted = _fitted(example, train, lambda drawn: next(crops), recipe, heads.RESAMPLES)
+    return sight.in_windows(test.images, lambda maps: enlarged(fitted(maps), (side, side)).softmax(dim=2))
 
 
 def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
@@ -116,91 +191,68 @@ def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     return Score(name, values[0], maps=torch.stack(maps).to(torch.int16).numpy(), retrained=retrained)
 
 
-def named(known: Tensor, train: DenseSet, asked: Tensor, test: DenseSet) -> Score:
+def _named(known: Tensor, train: DenseSet, asked: Tensor, test: DenseSet) -> Score:
     """Score of naming the objects of test images (n, D) by those of the training images (m, D)."""
-    owners, labels = (torch.tensor([getattr(one, name) for one in train.things]) for name in ("owner", "label"))
-    memory = Memory(F.normalize(known, dim=1), F.one_hot(labels, len(train.classes)).to(known), owners.to(known.device))
-    votes = vote(memory, asked, in_context.VOTERS, in_context.WARMTH).cpu()
-    truth = torch.tensor([one.label for one in test.things])
-    right = np.stack([hits(rank_of(one, truth), 1) for one in votes])
-    groups = np.array([one.owner for one in test.things], dtype=np.int64)
-    return Score(OBJECTS, right[0], groups, retrained=right[1:].mean(axis=1))
+    labels, truth = (np.array([one.label for one in data.things], dtype=np.int64) for data in (train, test))
+    owners, groups = (np.array([one.owner for one in data.things], dtype=np.int64) for data in (train, test))
+    return replace(by_neighbours(OBJECTS, known, labels, asked, truth, owners), groups=groups)
 
 
 def pooled(maps: Iterable[Tensor], of: DenseSet) -> Tensor:
     """(objects, D), the mean of each object's part of the map (D, h, w) of its image."""
-    by_image: dict[int, list[Any]] = {}
+    by_image: dict[int, list[Thing]] = {}
     for thing in of.things:
         by_image.setdefault(thing.owner, []).append(thing)
     found = []
     for place, one in enumerate(maps):
         for thing in by_image.get(place, ()):
-            share = F.interpolate(thing.mask()[None, None], one.shape[-2:], mode="area")[0, 0].to(one)
-            found.append((one * share).sum(dim=(1, 2)) / share.sum())
+            share = F.interpolate(torch.from_numpy(thing.mask)[None, None].float(), one.shape[-2:], mode="area")
+            share = share[0, 0].to(one.device)
+            found.append(((one * share).sum(dim=(1, 2)) / share.sum()).cpu())
     return torch.stack(found)
 
 
-def _square(label: Label) -> Label:
-    return np.asarray(Image.fromarray(label).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture | None:
+    """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
+    only model has most wrong), each beside what is there and what each model sees; None without any.
+
+    The number above is the overlap in percent, over all classes (of objects, those) together: a few stray pixels of
+    another class would halve a mean over the classes of one image.
+
+    Args:
+        scores: model -> its score with maps.
+    """
+    if not (scores and count):
+        return None
+    empty = int(test.classes[0] == "")
+    each = {label: _overlap(score.values[..., empty:]) for label, score in scores.items()}
+    first, last = next(iter(each.values())), list(each.values())[-1]
+    chosen = np.argsort(-abs(last - first) if len(scores) > 1 else last, kind="stable")[:count].tolist()
+    colours = palette([str(number) for number in range(empty, VOID)])
+    table = np.full((VOID + 1, 3), 255, dtype=np.uint8)
+    table[empty:VOID] = list(colours.values())
+    rows = []
+    for place in chosen:
+        image = np.asarray(test.images.read(place).resize((SIDE, SIDE)))
+        seen = {"what is there": test.label(place)}
+        for label, score in scores.items():
+            assert score.maps is not None, label
+            seen[f"{label}: {100 * each[label][place]:.0f}"] = score.maps[place].astype(np.uint8)
+        painted = [(_painted(image, classes, table), title) for title, classes in seen.items()]
+        rows.append(side_by_side((image, "picture"), *painted))
+    return grid(rows)
 
 
-class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images and their labels: the n-th is the same for every model."""
-
-    def __init__(self, data: DenseSet, order: Iterable[int], change: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> None:
-        self.data, self.order, self.change = data, list(order), change
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        place = self.order[number]
-        image = tv_tensors.Image(pixels_of.pil_to_tensor(self.data.images.read(place)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(number)
-            return self.change(image, tv_tensors.Mask(torch.from_numpy(self.data.label(place))))
+def _overlap(values: FloatArray) -> FloatArray:
+    """(images,) of (images, 2, classes): intersections of all classes by their unions."""
+    above, below = values.sum(axis=2).T
+    overlap: FloatArray = above / np.maximum(below, 1)
+    return overlap
 
 
-def _published(
-    numbers: Iterable[str], train: DenseSet, test: DenseSet, protocol: Protocol, encoder: Encoder, settings: Settings
-) -> Iterator[Score]:
-    side, device = encoder.side, settings.device
-    mean, std = encoder.normalisation
-    store = torch.float16 if device.type == "cuda" else torch.float32
-
-    def see(pixels: Tensor) -> Tensor:
-        return forward(encoder, pixels, ("patches",), settings)["patches"].to(device)
-
-    def seen(crop: Tensor) -> Tensor:
-        scaled = pixels_of.to_dtype(crop, torch.float32, scale=True)
-        return see(pixels_of.normalize(scaled, list(mean), list(std)))
-
-    def maps(data: DenseSet) -> Iterator[Tensor]:
-        size, count = settings.batch_size, len(data.images)
-        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for pixels in pictures(encoder, data.images, batches, settings.threads):
-            yield see(pixels)
-
-    def crops(order: Iterable[int], size: int, change: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(Crops(train, order, change), size, num_workers=settings.threads)
-        return ((seen(images), labels.to(device)) for images, labels in loader)
-
-    encoder.module.to(device)
-    for name in numbers:
-        if name == OBJECTS:
-            known, asked = (pooled(chain.from_iterable(maps(data)), data) for data in (train, test))
-            yield named(known, train, asked, test)
-        elif name == IN_CONTEXT:
-            order = list(range(len(train.images))) * _PASSES
-            jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
-            change = transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 2.0)), jitter])
-            passes = crops(gauge("in-context memory", len(order), "images", order), settings.batch_size, change)
-            taught = chain.from_iterable(zip(images.to(store), labels, strict=True) for images, labels in passes)
-            memory = remember(
-                ((place, one, label.cpu().numpy()) for place, (one, label) in zip(order, taught, strict=True)),
-                len(train.classes),
-                max(1, protocol.memory // len(order)),
-            )
-            yield overlapping(name, chain.from_iterable(recall(memory, part) for part in maps(test)), test)
-        else:
-            yield overlapping(name, _in_windows(...), test)
+def _painted(image: Picture, classes: Label, table: Picture) -> Picture:
+    """An image under the colours of its classes; where there is none, pale."""
+    colours = table[_square(classes)]
+    pale = (colours == 255).all(axis=2, keepdims=True)
+    painted: Picture = np.where(pale, 0.35 * image + 0.65 * colours, 0.25 * image + 0.75 * colours).astype(np.uint8)
+    return painted
