@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -63,8 +63,12 @@ class Row:
     lower: bool  #: is better, as of an error
     values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
-    controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control; of the primary
-    last: Mapping[str, Difference]  #: tuned arm -> the same at the last layers of both; of the primary
+    # Of the primary number alone:
+    controls: Mapping[str, Mapping[str, Difference]] = field(
+        default_factory=dict
+    )  #: tuned -> control -> tuned minus it
+    last: Mapping[str, Difference] = field(default_factory=dict)  #: tuned -> its difference at the last layers of both
+    last_values: Mapping[str, Interval] = field(default_factory=dict)  #: base and tuned -> the number at the last layer
 
     def level(self, arm: str) -> str:
         """An arm's number as text: in percent, but an error in its own unit; empty without one."""
@@ -91,25 +95,27 @@ def rows_of(
     rows = []
     for name in names:
         having = _having(name, results, arms)
-        of_last = {} if last is None else _having(name, last, arms)
-        is_primary = name == primary
+        if not having:
+            continue
+        first = next(iter(having.values()))[0]
         row = Row(
             name,
-            len(next(iter(having.values()))[0].values) if having else 0,
-            any(seeds[0].lower for seeds in having.values()),
+            len(first.values),
+            first.lower,
             {arm: _value(name, seeds) for arm, seeds in having.items()},
             {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
-            {
-                trial.arm: {arm: _minus(name, having[trial.arm], having[arm]) for arm in trial.controls}
-                for trial in trials
-                if is_primary
-            },
-            {
-                trial.arm: _minus(name, of_last[trial.arm], of_last[base])
-                for trial in trials
-                if is_primary and trial.arm in of_last
-            },
         )
+        if name == primary:
+            ends = {} if last is None else _having(name, last, arms)
+            row = replace(
+                row,
+                controls={
+                    trial.arm: {arm: _minus(name, having[trial.arm], having[arm]) for arm in trial.controls}
+                    for trial in trials
+                },
+                last={trial.arm: _minus(name, ends[trial.arm], ends[base]) for trial in trials if ends},
+                last_values={arm: _value(name, seeds) for arm, seeds in ends.items()},
+            )
         rows.append(row)
     return _decided(rows, primary)
 

@@ -99,8 +99,8 @@ def _about(row: Row, rows: Sequence[Row], trial: Trial, base: str, best: bool) -
     }
     if last and word == "better placed":
         said[word] = (
-            f"{arm} is better than {base} by {last.text(percent=not lower)} in {row.name} at their last layers, but not "
-            f"shown to be better at their best ({by})"
+            f"{arm} is better than {base} by {last.text(percent=not lower)} in {row.name} at their last layers, but "
+            f"not shown to be better at their best ({by})"
         )
     sentences = [f"{said[word]}."]
     if word != "the same":

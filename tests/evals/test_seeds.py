@@ -1,0 +1,41 @@
+"""Arms of several seeds on a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.evals.test_benchmarks import _record, _run, world
+from visft_ds.evals.judge.models import parse_arms
+
+__all__ = ["world"]  # the fixture
+
+
+def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt", "c.pt", "l,m.pt", "x"):
+        Path(name).write_text("")
+    found = parse_arms(["base=a.pt", "s=a.pt+x,c.pt+x#5@0.5"])["s"]
+    parts = [(one.label, one.name, one.block, one.scale) for one in found]
+    assert parts == [("s 1", "a.pt", None, 1.0), ("s 2", "c.pt", 5, 0.5)]
+    assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
+    assert [one.label for one in parse_arms(["a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
+    with pytest.raises(ValueError, match="seeds"):
+        parse_arms(["a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
+
+
+def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
+    """An arm of three models; the record says which number was to decide, and no other is taken later."""
+    base = world / "clip.safetensors"
+    seeds = ",".join(f"{base}+{world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
+    command = [f"base={base}", f"seeds={seeds}", "--on", f"retrieval={world}/coco", "--out", str(tmp_path / "out")]
+    first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
+    status, said, errors = _run(*command, "--primary", first)
+    assert status == 0, errors
+    assert f"primary: {first}" in said and "significant: " in said
+    record = _record(tmp_path / "out")
+    assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
+    (row,) = (row for row in record["rows"] if row["name"] == first)
+    assert row["differences"].keys() == row["shown"].keys() == {"seeds"} and len(row["seeds"]["seeds"]["each"]) == 3
+    assert f"was judged by {first}" in _run(*command, "--primary", other)[2]
