@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.evals.test_benchmarks import _record, _run, world
+from tests.evals.test_judge import _record, _run, world
 from visft_ds.evals.judge.intervals import holm, over_both, over_seeds, two_sided
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.protocol import Score
@@ -120,16 +120,16 @@ def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     parts = [(one.label, one.name, one.block, one.scale) for one in found]
     assert parts == [("s 1", "a.pt", None, 1.0), ("s 2", "c.pt", 5, 0.5)]
     assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
-    with pytest.raises(ValueError, match="LABEL="):
-        parse_arms(["a.pt,b.pt"])
+    assert [one.label for one in parse_arms(["a.pt,b.pt"])["a"]] == ["a 1", "a 2"]
+    with pytest.raises(ValueError, match="seeds"):
+        parse_arms(["a=a.pt,b.pt", "b=a.pt,b.pt,c.pt"])
 
 
 def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
     """An arm of three models; the record says which number was to decide, and no other is taken later."""
     base = world / "clip.safetensors"
     seeds = ",".join(f"{base}+{world}/adapter@{scale}" for scale in (0.8, 1, 1.2))
-    command = ["--model", f"base={base}", "--model", f"seeds={seeds}", "--benchmark", f"retrieval={world}/coco"]
-    command += ["--out", str(tmp_path / "out")]
+    command = [f"base={base}", f"seeds={seeds}", "--on", f"retrieval={world}/coco", "--out", str(tmp_path / "out")]
     first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
     status, said, errors = _run(*command, "--primary", first)
     assert status == 0, errors
@@ -138,4 +138,4 @@ def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_pa
     assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
     (row,) = (row for row in record["rows"] if row["name"] == first)
     assert row["differences"].keys() == row["shown"].keys() == {"seeds"} and len(row["seeds"]["seeds"]["each"]) == 3
-    assert f"whose primary number was {first}" in _run(*command, "--primary", other)[2]
+    assert f"was judged by {first}" in _run(*command, "--primary", other)[2]

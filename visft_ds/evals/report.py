@@ -1,7 +1,7 @@
 """`visft report`: a page about one run, or about several side by side; one HTML file that needs no network.
 
-It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft evaluate benchmarks
-left on disk. A run may still be training; what it has not recorded is left out.
+It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge left
+ on disk. A run may still be training; what it has not recorded is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.records import BENCHMARKS, MAIN, METRICS, Evaluation, Interval, read_evaluation
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, Interval, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
@@ -57,7 +57,7 @@ class _Run:
     history: History
 
 
-def report_runs(folders: Sequence[Path], benchmarks: Path | None, out: Path | None) -> Path:
+def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) -> Path:
     """Write the page; returns its path.
 
     Raises:
@@ -85,7 +85,7 @@ def report_runs(folders: Sequence[Path], benchmarks: Path | None, out: Path | No
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_out_of_domain(benchmarks) if benchmarks else None,
+        beyond=_out_of_domain(judged) if judged else None,
         evaluations=evaluations,
         results=_results(evaluations),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
@@ -193,9 +193,9 @@ def _embed(picture: Picture) -> str:
 
 
 def _out_of_domain(folder: Path) -> dict[str, Any]:
-    """The table of `visft evaluate benchmarks`, as text."""
-    path = folder / BENCHMARKS
-    with reading(path, "a record of visft evaluate benchmarks"):
+    """The table of `visft judge`, as text."""
+    path = folder / JUDGED
+    with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
         labels, rows = list(record["arms"]), []
         for row in record["rows"]:
