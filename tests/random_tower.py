@@ -16,8 +16,9 @@ from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, base_parameters, model_of
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models import Backbone, build_empty
-from visft_ds.models.eva_vit import EvaViT, random_weight
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS, AdaptedLayer, dense_update, lora_layers, lora_parameters
+from visft_ds.prepare.materialize import random_weight
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
 

@@ -17,8 +17,8 @@ def test_the_steps_and_what_they_need() -> None:
     steps = demo.plan(Namespace(out=Path("demo"), train=100, processes=2, set=["visft.seed=1"])).steps
     needs = {name: set(step.needs) for name, step in steps.items()}
     assert needs["stage1"] == {"weights", "shards"} and "stage1" in needs["stage2"]
-    assert needs["out-of-domain"] >= {"stage1", "stage2", "style-b"} and "weights" not in needs["out-of-domain"]
-    assert needs["report"] >= {"evaluation1", "evaluation2", "out-of-domain"}
+    assert needs["judge"] >= {"stage1", "stage2", "style-b"} and "weights" not in needs["judge"]
+    assert needs["report"] >= {"evaluation1", "evaluation2", "judge"}
     assert all("visft.seed=1" in steps[f"stage{stage}"].command for stage in (1, 2))
 
 

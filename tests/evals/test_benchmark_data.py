@@ -163,13 +163,13 @@ def test_words(tmp_path: Path) -> None:
 
 def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
     root = _folders(tmp_path / "shapes", ["a", "b"])
-    given = [f"zero_shot={root}", f"zero_shot={root},name=again", f"probe={root}"]
-    found = parse_benchmarks(given, "probe/shapes knn")
-    assert [one.label for one in found] == ["zero_shot/shapes", "zero_shot/again", "probe/shapes"]
+    given = [f"zero_shot={root}", f"zero_shot={root},name=again", f"classification={root}"]
+    found = parse_benchmarks(given, "classification/shapes knn")[0]
+    assert [one.label for one in found] == ["zero_shot/shapes", "zero_shot/again", "classification/shapes"]
     for texts, primary, word in (
-        ([f"probe={root},spilt=val"], None, "spilt"),
-        (given[:1] * 2, None, "two benchmarks"),
-        (given, "probe/shapes kmn", "no such number"),
+        ([f"classification={root},spilt=val"], None, "spilt"),
+        (given[:1] * 2, None, "two of --on"),
+        (given, "classification/shapes kmn", "did you mean classification/shapes knn"),
     ):
         with pytest.raises(ValueError, match=word):
             parse_benchmarks(texts, primary)

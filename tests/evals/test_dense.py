@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from scipy.ndimage import map_coordinates
 
 from tests.clip_case import make_clip, save_clip
-from tests.evals.test_benchmarks import _record, _run
+from tests.evals.test_judge import _record, _run
 from visft_ds.evals.judge import dense
 from visft_ds.evals.judge.dense import pooled, segment_by_neighbours, segment_linearly
 from visft_ds.evals.judge.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
@@ -196,15 +196,14 @@ def test_the_command_judges_towers_of_every_kind(tmp_path: Path) -> None:
     base = save_clip(make_clip(), tmp_path / "clip.safetensors")
     net = timm.create_model("test_efficientnet", num_classes=0)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
-    command = ["--model", f"clip={base}", "--model", f"cnn=timm:test_efficientnet:{tmp_path}/net.safetensors"]
-    command += ["--benchmark", f"dense={tmp_path}/tree", "--out", tmp_path / "out"]
+    command = [f"clip={base}", f"cnn=timm:test_efficientnet:{tmp_path}/net.safetensors"]
+    command += ["--on", f"segmentation={tmp_path}/tree", "--out", tmp_path / "out"]
     status, said, errors = _run(*command)
     assert (status, errors) == (0, "")
     assert "feature shift" not in said  # maps of other shapes
     rows = {row["name"]: row for row in _record(tmp_path / "out")["rows"]}
-    assert list(rows) == [
-        f"dense/tree {name}" for name in ("linear mIoU", "knn mIoU", "objects knn", "objects linear", "objects text")
-    ]
-    assert (tmp_path / "out/pictures/dense-tree-linear-mIoU.png").is_file()
-    assert rows["dense/tree objects text"]["values"].keys() == {"clip"}
-    assert rows["dense/tree linear mIoU"]["items"] == 1 and rows["dense/tree objects knn"]["items"] == 3
+    numbers = ("linear mIoU", "knn mIoU", "objects knn", "objects linear", "objects text")
+    assert list(rows) == [f"segmentation/tree {name}" for name in numbers]
+    assert (tmp_path / "out/pictures/segmentation-tree-linear-mIoU.png").is_file()
+    assert rows["segmentation/tree objects text"]["values"].keys() == {"clip"}
+    assert rows["segmentation/tree linear mIoU"]["items"] == 1 and rows["segmentation/tree objects knn"]["items"] == 3

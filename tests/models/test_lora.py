@@ -18,12 +18,12 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
     TARGETS,
     LoRALinear,
-    check_reached,
     dense_update,
     inject_lora,
     lora_layers,
     lora_parameters,
 )
+from visft_ds.prepare.model import check_reached
 
 TINY = {"width": 32, "depth": 2, "num_heads": 4, "image_size": 56}
 EVERYTHING = tuple(TARGETS)

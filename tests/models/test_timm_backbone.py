@@ -18,9 +18,10 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.card import README
 from visft_ds.interop.layouts import load_backbone, model_of, open_backbone
 from visft_ds.interop.weights import save_tensors
-from visft_ds.models.lora import check_reached, inject_lora, lora_layers, lora_parameters
+from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.materialize import open_base
+from visft_ds.prepare.model import check_reached
 
 timm = pytest.importorskip("timm")
 # fp32, a few layers: both sides differ by the order of additions only (measured below 1e-6).

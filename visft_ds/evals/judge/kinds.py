@@ -1,56 +1,58 @@
-"""The benchmarks of a command line: `KIND=SOURCE[,key=value...]`, or `digits`."""
+"""What models are judged on, as a command line names it: `KIND=SOURCE[,key=value...]`, or `digits`."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from visft_ds.evals.judge import classes, dense_sets, objects
 from visft_ds.evals.judge.dense import dense
+from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
 from visft_ds.evals.judge.probes import probe
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.retention import read_images, retention
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 
 Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
 
+SEGMENTATION = "segmentation"
 #: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
 KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
+    SEGMENTATION: (lambda label, *at: dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
+    "classification": (lambda label, *at: probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
     "zero_shot": (
         lambda label, at, _, split: classes.zero_shot(label, classes.read_classes(at, split)),
         ("split", "name"),
     ),
-    "probe": (lambda label, *at: probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
     "retrieval": (lambda label, at, _, split: retrieval(label, read_captions(at, split)), ("split", "name")),
     "objects": (lambda label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
-    "dense": (lambda label, *at: dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
-    "retention": (lambda label, at, *_: retention(label, read_images(at)), ("name",)),
     "ocr": (lambda label, at, *_: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))), ("name",)),
+    "kept": (lambda label, at, *_: kept(label, read_images(at)), ("name",)),
 }
 
 
 def parse_benchmark(text: str) -> Benchmark:
-    """Read one benchmark of a command line; opens its data set, so far as to know what there is.
+    """Read one --on of a command line; opens its data set, so far as to know what there is.
 
     Raises:
         ValueError: an unknown kind or key, or whatever is wrong with the data set.
     """
-    name, _, rest = (f"probe={text}" if text == classes.DIGITS else text).partition("=")
+    name, _, rest = (f"classification={text}" if text == classes.DIGITS else text).partition("=")
     if name not in KINDS or not rest:
-        raise ValueError(f"--benchmark {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
+        raise ValueError(f"--on {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
     make, allowed = KINDS[name]
     source, *pairs = rest.split(",")
     options = dict(pair.partition("=")[::2] for pair in pairs)
     if unknown := [key for key, value in options.items() if key not in allowed or not value]:
-        raise ValueError(f"--benchmark {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"--on {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
     label = f"{name}/{options.get('name') or Path(source).name}"
     return make(label, source, options.get("train"), options.get("split"))
 
 
-def parse_benchmarks(texts: Sequence[str], primary: str | None = None) -> list[Benchmark]:
-    """All benchmarks of a command line.
+def parse_benchmarks(texts: Sequence[str], primary: str | None = None) -> tuple[list[Benchmark], str]:
+    """(all benchmarks of a command line, the number that decides: by default the first of the first segmentation).
 
     Raises:
         ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary number.
@@ -58,8 +60,14 @@ def parse_benchmarks(texts: Sequence[str], primary: str | None = None) -> list[B
     found = [parse_benchmark(text) for text in texts]
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"two benchmarks are called {twice[0]}: give one of them another name, as in ...,name=NAME")
+        raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")
     numbers = [f"{benchmark.label} {number}" for benchmark in found for number in benchmark.numbers]
-    if primary is not None and primary not in numbers:
-        raise ValueError(f"--primary {primary}: no such number; there are {', '.join(numbers)}")
-    return found
+    if primary is None:
+        primary = next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
+    if primary is None:
+        raise ValueError(f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(numbers)}")
+    if primary not in numbers:
+        near = difflib.get_close_matches(primary, numbers, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(numbers)}"
+        raise ValueError(f"--primary {primary}: no such number; {hint}")
+    return found, primary

@@ -5,7 +5,7 @@
 [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
 [LABEL=]timm:NAME[:FILE]           without a file timm's own weights
 ...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
-LABEL=MODEL,MODEL,...              one arm: trainings that differ by their seed
+[LABEL=]MODEL,MODEL,...            one arm: trainings that differ by their seed
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     """Label -> models of each arm of a command line; files are looked for, not opened.
 
     Raises:
-        ValueError: as `parse_model`; also for a list without label, two arms or models of one name, and numbers of
-            seeds that cannot be paired with those of the first arm.
+        ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that cannot be
+            paired with those of another arm.
     """
     arms = [_arm(text) for text in texts]
     labels = [name for label, models in arms for name in {label, *(model.label for model in models)}]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
-    base, first = arms[0]
-    for label, models in arms:
-        if len(models) > 1 and len(first) > 1 and len(models) != len(first):
-            raise ValueError(f"{label} has {len(models)} seeds and {base} {len(first)}: give as many, or one")
+    several = {label: len(models) for label, models in arms if len(models) > 1}
+    if len({*several.values()}) > 1:
+        told = ", ".join(f"{label} has {count}" for label, count in several.items())
+        raise ValueError(f"seeds are compared one by one, and {told}: give as many, or one")
     return dict(arms)
 
 
@@ -91,11 +91,9 @@ def _arm(text: str) -> tuple[str, tuple[ModelSpec, ...]]:
     if "," not in rest or Path(rest).exists():
         model = parse_model(text)
         return model.label, (model,)
-    listed = rest.split(",")
-    if match is None or not all(listed):
-        raise ValueError(f"--model {text}: several models are one arm: write LABEL=MODEL,MODEL")
-    label = match[1].strip()
-    return label, tuple(replace(parse_model(path), label=f"{label} {number}") for number, path in enumerate(listed, 1))
+    models = [parse_model(path) for path in rest.split(",")]
+    label = match[1].strip() if match else models[0].label
+    return label, tuple(replace(model, label=f"{label} {number}") for number, model in enumerate(models, 1))
 
 
 def parse_model(text: str) -> ModelSpec:
@@ -114,7 +112,7 @@ def parse_model(text: str) -> ModelSpec:
         is_address = inner.startswith(("hf-hub:", "local-dir:"))
         name, _, weights = (inner, "", "") if is_address else inner.partition(":")
         if factor or (end and library == "open_clip"):
-            raise ValueError(f"--model {text}: {factor or end} is for models of ours, and blocks for those of timm")
+            raise ValueError(f"{text}: {factor or end} is for models of ours, and blocks for those of timm")
         return ModelSpec(label or Path(name).name + end, library, name, weights or None, block=block)
     base, adapter = _files(rest)
     spec = ModelSpec("", "visft_ds", str(base), None, adapter, scale, block=block)
@@ -125,7 +123,7 @@ def parse_model(text: str) -> ModelSpec:
     elif base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
     if factor and spec.adapter is None:
-        raise ValueError(f"--model {text}: {factor} scales an adapter, and there is none")
+        raise ValueError(f"{text}: {factor} scales an adapter, and there is none")
     return replace(spec, label=label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem) + end)
 
 
@@ -137,9 +135,9 @@ def _files(text: str) -> tuple[Path, Path | None]:
         base, adapter = Path(text[:place]), Path(text[place + 1 :])
         if base.exists():
             if not adapter.exists():
-                raise ValueError(f"{adapter}: no such adapter (of --model {text})")
+                raise ValueError(f"{adapter}: no such adapter")
             return base, adapter
-    raise ValueError(f"--model {text}: {text.partition('+')[0]} does not exist; --help tells the forms of models")
+    raise ValueError(f"{text.partition('+')[0]} does not exist; --help tells the forms of models")
 
 
 def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:

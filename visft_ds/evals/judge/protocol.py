@@ -18,6 +18,8 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
+VOID = 255  #: in a label: no class
+Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or VOID
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
@@ -76,6 +78,12 @@ class Benchmark:
     #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
     #: probe of the other four: it chooses the layer.
     held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
+
+
+def resamples(images: int, count: int) -> list[IntArray]:
+    """How often each of some training images is drawn: the same draws for every model and number."""
+    even = np.full(images, 1 / images)
+    return [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
 
 
 def mean_ratio(sums: FloatArray) -> FloatArray:

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from visft_ds.config.fields import Precision
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
+from visft_ds.evals.judge.kept import load_classifier
 from visft_ds.evals.judge.models import ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.evals.judge.retention import load_classifier
 from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES

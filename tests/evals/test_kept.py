@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.evals.test_benchmarks import _record, _run
+from tests.evals.test_judge import _record, _run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
+from visft_ds.evals.judge.kept import load_classifier
 from visft_ds.evals.judge.models import ModelSpec
-from visft_ds.evals.judge.retention import load_classifier
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -58,8 +58,8 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
     base = net / "base.safetensors"
     command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"half={base}+{net}/adapter@0.5"]
     command += [f"merged={net}/merged.safetensors", f"bare={net}/bare.safetensors", f"none={base}+{net}/adapter@0"]
-    arguments = [word for model in command for word in ("--model", model)]
-    status, _, errors = _run(*arguments, "--benchmark", f"retention={net}/pictures", "--out", tmp_path)
+    primary = "kept/pictures answers"
+    status, _, errors = _run(*command, "--on", f"kept={net}/pictures", "--primary", primary, "--out", tmp_path)
     assert (status, errors) == (0, "")
     said = []
     for path in (base, net / "merged.safetensors"):
@@ -71,7 +71,7 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
     kept = float((said[0] == said[1]).double().mean())
     assert 0 < kept < 1
     (row,) = _record(tmp_path)["rows"]
-    assert row["name"] == "retention/pictures answers kept" and row["items"] == 24
+    assert row["name"] == primary and row["items"] == 24
     found = {label: of["value"] for label, of in row["values"].items()}
     assert found == {"base": 1, "own": kept, "merged": kept, "bare": kept, "none": 1, "half": found["half"]}
     assert row["differences"]["own"]["value"] == pytest.approx(kept - 1)

@@ -1,4 +1,4 @@
-"""Retention: how many of a classifier's own answers stay when its backbone was trained.
+"""How many of a classifier's own answers are kept when its backbone is trained.
 
 The classifier is that of the first model, a whole model of timm; every other model lends it its own tensors, merged or
 beside an adapter, by name. What lies behind a tower that ends early stays as it was. Images are prepared as timm does
@@ -27,17 +27,17 @@ from visft_ds.models.timm_backbone import build_model, classifier_names
 from visft_ds.pretrained import TIMM
 
 KIND = "answers"  #: (images,), the number of the class that a classifier says
-KEPT = "answers kept"  #: name of the number
+NUMBER = "answers"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
-def retention(label: str, images: ImageSet) -> Benchmark:
+def kept(label: str, images: ImageSet) -> Benchmark:
     """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
 
     def scores(features: Features) -> Iterator[Score]:
-        yield Score(KEPT, features["test"][KIND].double().numpy())
+        yield Score(NUMBER, features["test"][KIND].double().numpy())
 
-    return Benchmark(label, {"test": images}, (KIND,), (KEPT,), {"benchmark": "retention 2"}, scores, answers=True)
+    return Benchmark(label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 2"}, scores, answers=True)
 
 
 def read_images(source: str) -> ImageSet:
@@ -113,7 +113,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
     )
 
 
-_ASKS = "retention counts which answers of the first model's own classifier stay. But"
+_ASKS = "kept= counts which answers of the first model's own classifier stay. But"
 
 
 def _source(spec: ModelSpec) -> tuple[str, int | None, str | None]:

@@ -1,4 +1,4 @@
-"""tools/evaluate.py benchmarks from command line to files: models of every kind, resumed, and by several processes."""
+"""visft judge from command line to files: models of every kind, resumed, and by several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.clip_case import SIDE, make_clip, save_clip
 from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
-from visft_ds.evals.cli import main
+from visft_ds.evals.cli import judge
 from visft_ds.evals.judge import scoring as judging
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.models import load_encoder, parse_model
@@ -76,30 +76,32 @@ def _draw(root: Path) -> None:
 def _run(*arguments: Any) -> tuple[int, str, str]:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = main(["benchmarks", "--threads", "1", *map(str, arguments)])
+        status = judge([*map(str, arguments), "--threads", "1"])
     # A slow machine is told how much is left.
     said = [line for line in errors.getvalue().splitlines(keepends=True) if not re.search(r"\d+/\d+ .* left \d", line)]
     return status, out.getvalue(), "".join(said)
 
 
 def _record(out: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((out / "benchmarks.json").read_text())
+    record: dict[str, Any] = json.loads((out / "judge.json").read_text())
     return record
 
 
 def _all(world: Path) -> list[str]:
     base = world / "clip.safetensors"
     models = (f"base={base}", f"visft={base}+{world}/adapter@0.5", f"merged={world}/merged.safetensors")
-    kinds = (f"zero_shot={world}/shapes", f"probe={world}/shapes", f"retrieval={world}/coco", f"objects={world}/coco")
+    kinds = [f"{kind}={world}/shapes" for kind in ("zero_shot", "classification")]
+    kinds += [f"{kind}={world}/coco" for kind in ("retrieval", "objects")]
     return [
-        *(word for model in models for word in ("--model", model)),
-        *(word for kind in kinds for word in ("--benchmark", kind)),
+        *models,
+        *(word for kind in kinds for word in ("--on", kind)),
+        *("--primary", "zero_shot/shapes top1"),
     ]
 
 
 @pytest.fixture(scope="module")
 def finished(world: Path) -> Path:
-    """All benchmarks of three models; nothing to complain about."""
+    """Three models on data of four kinds; nothing to complain about."""
     status, _, errors = _run(*_all(world), "--out", world / "out")
     assert (status, errors) == (0, "")
     return world / "out"
@@ -115,9 +117,11 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     assert row["items"] == 24 and row["differences"].keys() == {"visft", "merged"}
     change = row["values"]["visft"]["value"] - row["values"]["base"]["value"]
     assert row["differences"]["visft"]["value"] == pytest.approx(change)
-    assert "x 0.5" in record["models"]["visft"] and 0 < record["moved"]["visft"] < record["moved"]["merged"]
-    svg = (finished / "differences.svg").read_text()
-    assert "merged: zero_shot/shapes top1" in svg
+    assert "x 0.5" in record["models"]["visft"] and 0 < record["doses"]["visft"] < record["doses"]["merged"]
+    page = (finished / "judge.html").read_text()
+    assert all(
+        f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page for of in record["verdicts"]
+    )
 
 
 def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:
@@ -151,7 +155,7 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
             patched.setattr(f"visft_ds.interop.{name}", refuse)
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
-    next((finished / "cache").iterdir()).unlink()  # that score alone is computed again
+    next((finished / "scores").iterdir()).unlink()  # that score alone is computed again
     assert _run(*_all(world), "--out", finished)[0] == 0 and _record(finished)["rows"] == before
 
 
@@ -209,12 +213,14 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
 
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     base, shapes = world / "clip.safetensors", f"zero_shot={world}/shapes"
+    primary = ("--primary", "zero_shot/shapes top1")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("")
-    for models, out, message in (
-        ([base, base], "out", "two models are called clip"),
-        ([base], "foreign", "is not empty"),
+    for models, words, out, message in (
+        ([base, base], primary, "out", "two models are called clip"),
+        ([base, f"tuned={base}"], primary, "foreign", "is not empty"),
+        ([base, f"tuned={base}"], (), "out", "segmentation"),
+        ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE is one model"),
     ):
-        words = [word for model in models for word in ("--model", model)]
-        status, _, errors = _run(*words, "--benchmark", shapes, "--out", tmp_path / out)
+        status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors

@@ -1,0 +1,66 @@
+"""In-context segmentation against scikit-learn's nearest neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsRegressor
+
+from visft_ds.evals.judge import in_context
+from visft_ds.evals.judge.in_context import (
+    NEIGHBOURS,
+    RESAMPLES,
+    TEMPERATURE,
+    Memory,
+    recall,
+    remember,
+    shares_of,
+    vote,
+)
+from visft_ds.evals.judge.protocol import VOID, resamples
+
+
+def _memory(rng: np.random.Generator, images: int, patches: int) -> Memory:
+    features = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(images * patches, 12))), dim=1)
+    labels = torch.from_numpy(rng.dirichlet(np.ones(5), size=len(features)))
+    return Memory(features, labels, torch.arange(images).repeat_interleave(patches))
+
+
+def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a resample, which is a memory with copies; and a bank in parts gives what it gives as a whole."""
+    rng = np.random.default_rng(0)
+    memory, queries = _memory(rng, 40, 10), rng.normal(size=(60, 12))
+    found = vote(memory, torch.from_numpy(queries), NEIGHBOURS, TEMPERATURE).numpy()
+    assert len(found) == 1 + RESAMPLES
+    for number, copies in enumerate([np.ones(40, dtype=np.int64), *resamples(40, RESAMPLES)][:4]):
+        places = np.repeat(np.arange(400), copies[memory.owners.numpy()])
+        model = KNeighborsRegressor(
+            NEIGHBOURS, metric="cosine", weights=lambda distance: np.exp(-distance / TEMPERATURE), algorithm="brute"
+        )
+        model.fit(memory.features.numpy()[places], memory.labels.numpy()[places])
+        np.testing.assert_allclose(found[number], model.predict(queries), atol=1e-6)
+    monkeypatch.setattr(in_context, "_BANK", 37)
+    np.testing.assert_allclose(vote(memory, torch.from_numpy(queries), NEIGHBOURS, TEMPERATURE).numpy(), found)
+
+
+def test_two_patches_by_hand() -> None:
+    """Void has no share in any class, and a patch of nothing else is not kept."""
+    label = np.array([[0, 1, VOID, VOID], [0, VOID, VOID, VOID]], dtype=np.uint8)
+    np.testing.assert_array_equal(shares_of(label, (1, 2), 2), [[0.5, 0.25], [0, 0]])
+    patches = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).unsqueeze(1)  # the first looks along the first axis
+    other = np.full((2, 4), 1, dtype=np.uint8)
+    memory = remember([(0, patches, label), (1, patches.flip(2), other)], 2, each=2)
+    assert memory.owners.tolist() == [0, 1, 1] and memory.features[0].tolist() == [1, 0]
+    (seen,) = recall(memory, torch.tensor([[[[1.0]], [[0.98]]]]))
+    near = 1 / np.hypot(1, 0.98)
+    weights = np.exp(np.array([near, near, 0.98 * near]) / TEMPERATURE)
+    expected = weights @ [[0.5, 0.25], [0, 1], [0, 1]] / weights.sum()
+    np.testing.assert_allclose(seen[0, :, 0, 0], expected, rtol=1e-4)
+
+
+def test_rare_classes_are_kept_first() -> None:
+    label = np.zeros((8, 8), dtype=np.uint8)
+    label[0, 0] = 1
+    memory = remember([(0, torch.randn(3, 8, 8), label)], 2, each=2)
+    assert sorted(memory.labels.argmax(dim=1).tolist()) == [0, 1]
