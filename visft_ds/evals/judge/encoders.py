@@ -105,7 +105,8 @@ class FeatureMapEncoder(nn.Module):
         """A map of an early stage of a convolutional network, averaged to a cell for COARSE pixels."""
         if self.backbone.patch is not None or patches.shape[-1] * COARSE <= images.shape[-1]:
             return patches
-        return F.adaptive_avg_pool2d(patches, [-(-side // COARSE) for side in images.shape[-2:]])
+        height, width = (-(-side // COARSE) for side in images.shape[-2:])
+        return F.adaptive_avg_pool2d(patches, (height, width))
 
     def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         found = {"pooled": patches.float().mean(dim=(2, 3)), "patches": patches}

@@ -119,10 +119,9 @@ def by_regression(
             predicted = _predicted(train[~held], labels[~held], train[held], candidate)
             accuracy.append(float((predicted == labels[held]).mean()))
         strength = STRENGTHS[int(np.argmax(accuracy))]
-    counts = [copies[rows] for copies in resamples(int(rows.max()) + 1, draws)]
-    said = [_predicted(train, labels, test, strength)]
-    said += [_predicted(train[often > 0], labels[often > 0], test, strength, often[often > 0]) for often in counts]
-    right = np.stack(said) == truth
+    copies = [np.ones(int(rows.max()) + 1, dtype=np.int64), *resamples(int(rows.max()) + 1, draws)]
+    drawn = [np.repeat(np.arange(len(rows)), often[rows]) for often in copies]
+    right = np.stack([_predicted(train[of], labels[of], test, strength) for of in drawn]) == truth
     return Score(name, right[0].astype(np.float64), retrained=right[1:].mean(axis=1))
 
 
@@ -134,20 +133,20 @@ def _held(labels: IntArray) -> npt.NDArray[np.bool_]:
     return held
 
 
-def _predicted(train: Array, labels: IntArray, test: Array, strength: float, often: IntArray | None = None) -> IntArray:
+def _predicted(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
     if len(np.unique(labels)) < 2:
         return np.full(len(test), labels[0], dtype=np.int64)
     middle = train.mean(axis=0, dtype=np.float64)
     spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
-    model = _regression((train - middle) / spread, labels, strength, often)
+    model = _regression((train - middle) / spread, labels, strength)
     predicted: IntArray = model.predict((test - middle) / spread).astype(np.int64)
     return predicted
 
 
-def _regression(features: Array, labels: IntArray, strength: float, often: IntArray | None) -> Any:
+def _regression(features: Array, labels: IntArray, strength: float) -> Any:
     """scikit-learn's logistic regression; threads would spend more time on waiting than on products of small arrays."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1 if features.size < _SMALL else None, "blas"):
-        return LogisticRegression(C=strength, max_iter=_STEPS).fit(features, labels, often)
+        return LogisticRegression(C=strength, max_iter=_STEPS).fit(features, labels)
