@@ -1,13 +1,11 @@
 """`visft report`: a page about one run, or about several side by side; one HTML file that needs no network.
 
-It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge left
- on disk. A run may still be training; what it has not recorded is left out.
+It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge
+left on disk. A run may still be training; what it has not recorded is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +13,19 @@ from typing import Any
 
 import numpy as np
 import orjson
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, Interval, read_evaluation
+from visft_ds.evals.judge.page import table_of
+from visft_ds.evals.pages import embedded, render
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, PICTURES, Evaluation, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
-from visft_ds.tasks.pictures import Picture, split_panels
+from visft_ds.tasks.pictures import split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {
@@ -74,18 +72,12 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         for label, folder in zip(labels, folders, strict=True)
     ]
     evaluations = _evaluations(runs)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("report.html.j2").render(
+    text = render(
+        "report.html.j2",
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_out_of_domain(judged) if judged else None,
+        beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
         results=_results(evaluations),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
@@ -180,40 +172,19 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     rows: dict[int, list[str]] = {}
     for image in shared[:_MOST_PICTURES]:
         pairs = [split_panels(of[image]) for of in drawn.values()]
-        rows[image] = [_embed(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
+        rows[image] = [embedded(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _embed(picture: Picture) -> str:
-    """A picture as the address of itself."""
-    buffer = io.BytesIO()
-    # No subsampling of colour: it would blur the thin coloured frames.
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=82, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _out_of_domain(folder: Path) -> dict[str, Any]:
-    """The table of `visft judge`, as text."""
+def _judged(folder: Path) -> dict[str, Any]:
+    """The table of `visft judge`, and its pictures."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        labels, rows = list(record["arms"]), []
-        for row in record["rows"]:
-            cells = []
-            for label in labels:
-                value, change = row["values"].get(label), row["differences"].get(label)
-                shown = bool(change and row["shown"].get(label))
-                cells.append(
-                    {
-                        "value": f"{100 * value['value']:.2f}" if value else _NONE,
-                        "change": Interval(**change).text(shown=shown) if change else "",
-                        "kind": ("up" if change["value"] > 0 else "down") if shown else "",
-                    }
-                )
-            rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
+        rows = table_of(record, record["rows"])
         names = [Path(name).name for name in record["pictures"]]
-    sheets = [_embed(np.asarray(open_image(folder / "pictures" / name))) for name in names]
-    return {"labels": labels, "rows": rows, "primary": record["primary"], "sheets": sheets}
+    sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
+    return {"record": record, "rows": rows, "sheets": sheets}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

@@ -14,13 +14,14 @@ from typing import Any
 import orjson
 import torch
 
-from visft_ds.evals.charts import interval_chart
 from visft_ds.evals.judge.dose import at_dose
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
+from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.scoring import Settings, judge
-from visft_ds.evals.judge.table import Row, rows_of, section, verdict
+from visft_ds.evals.judge.table import Trial, rows_of, section
+from visft_ds.evals.judge.verdict import judged
 from visft_ds.evals.records import JUDGED, PICTURES
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
@@ -31,14 +32,14 @@ from visft_ds.ops import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.tasks.pictures import save_png
+from visft_ds.tasks.pictures import Picture, save_png
 
-CHART, SCORES = "differences.svg", "scores"
-_SHOWN = 8  # images of a sheet
+PAGE, SCORES = "judge.html", "scores"
+_SHOWN = 6  # images of a sheet
 
 
 def run_judge(given: argparse.Namespace) -> None:
-    """Judge the models of a command line and write table, record and charts. Collective.
+    """Judge the models of a command line and write record and page. Collective.
 
     Raises:
         ValueError: wrong usage, or whatever is wrong with models and data.
@@ -48,7 +49,7 @@ def run_judge(given: argparse.Namespace) -> None:
     base, first, *_ = arms
     if len(arms[base]) > 1:
         raise ValueError(f"BASE is one model, and {base} has {len(arms[base])}")
-    controls = list(arms)[1 + len(given.tuned) :]
+    tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
     benchmarks, primary = parse_benchmarks(given.on, given.primary)
     _check_folder(given.out, primary)
     _start(benchmarks)
@@ -59,30 +60,38 @@ def run_judge(given: argparse.Namespace) -> None:
     if not distributed.is_main():
         return
     members = {label: [model.label for model in models] for label, models in arms.items()}
-    rows = rows_of(results, members, primary)
-    against = {one: rows_of(results, {one: members[one], first: members[first]}, primary) for one in controls}
     shifts = {arm: [moved[label] for label in labels if label in moved] for arm, labels in members.items()}
-    mean_shift = {arm: sum(of) / len(of) for arm, of in shifts.items() if of}
+    doses = {arm: sum(of) / len(of) for arm, of in shifts.items() if of}
+    trials = [Trial(arm, tuple(controls) if arm == first else (), None, doses.get(arm)) for arm in tuned]
+    rows = rows_of(results, members, trials, primary)
+    verdicts = judged(rows, trials, primary, base, best=False)
+    sheets = _sheets(benchmarks, {arm: results[of[0]] for arm, of in members.items()})
     record: dict[str, Any] = {
         "format": "visft_ds judge",
         "models": {model.label: str(model) for models in arms.values() for model in models},
         "arms": members,
-        "controls": controls,
+        "trials": [asdict(trial) for trial in trials],
         "primary": primary,
+        "protocol": "quick",
+        "best": False,
+        "layers": {},
+        "doses": doses,
+        "notes": [],
         "rows": [asdict(row) for row in rows],
-        "against": {label: [asdict(row) for row in of] for label, of in against.items()},
-        "moved": mean_shift,
-        "pictures": _pictures(given.out, benchmarks, {arm: results[of[0]] for arm, of in members.items()}),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "pictures": [f"{PICTURES}/{name}" for name in sheets],
+        "settings": {key: redacted(value) for key, value in vars(given).items()},
+        "processes": distributed.world_size(),
+        "seconds": round(time.perf_counter() - began, 3),
+        "versions": versions(),
+        "command": [redacted(word) for word in sys.argv],
     }
-    labels = list(members)
-    _write(given, record, _chart(rows, labels), began)
-    parts = [Section("models", list(record["models"].items())), section(rows, labels, primary)]
-    parts += [section(of, [label, first], primary) for label, of in against.items()]
-    said = [(label, verdict(row, label)) for row in rows if row.name == primary for label in row.shown]
-    parts.append(Section(f"primary: {primary}", said or [("not decided: too few of the models have it",)]))
-    if mean_shift:
+    _write(given.out, record, sheets)
+    parts = [Section("verdict", [(of.arm, f"{of.word}: {' '.join(of.sentences)}") for of in verdicts])]
+    parts += [Section("models", list(record["models"].items())), section(rows, list(members), primary)]
+    if doses:
         title = f"feature shift on {benchmarks[0].label}: |f - f0| / |f0 - mean of f0|"
-        parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in mean_shift.items()]))
+        parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in doses.items()]))
     print_plan("visft_ds judge", [*parts, Section("written", [(str(given.out),)])])
 
 
@@ -125,38 +134,23 @@ def _start(benchmarks: Sequence[Benchmark]) -> None:
     )
 
 
-def _write(given: argparse.Namespace, record: Mapping[str, Any], chart: str, began: float) -> None:
-    about = {
-        "settings": {key: redacted(value) for key, value in vars(given).items()},
-        "processes": distributed.world_size(),
-        "seconds": round(time.perf_counter() - began, 3),
-        "versions": versions(),
-        "command": [redacted(word) for word in sys.argv],
-    }
-    content = orjson.dumps({**record, **about}, option=orjson.OPT_INDENT_2)
-    write_atomically(given.out / JUDGED, lambda file: file.write(content))
-    write_atomically(given.out / CHART, lambda file: file.write(chart.encode()))
-
-
-def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    base, *others = labels
-    bars = [
-        (row.name if len(others) == 1 else f"{label}: {row.name}", change, row.shown.get(label, change.sure))
-        for row in rows
-        for label, change in row.differences.items()
-    ]
-    title = f"{others[0] if len(others) == 1 else 'each model'} minus {base}"
-    return interval_chart(bars, title=title, x_label="percentage points, with 95% intervals")
-
-
-def _pictures(out: Path, benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> list[str]:
-    """Write a sheet for each segmentation; returns their names."""
-    written = []
+def _sheets(benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> dict[str, Picture]:
+    """Name of a file -> what models see in some images, of each segmentation."""
+    found = {}
     for benchmark in benchmarks:
         name = f"{benchmark.label} linear mIoU"
         seen = {label: of[name] for label, of in results.items() if name in of}
         picture = benchmark.sheet(seen, _SHOWN) if benchmark.sheet else None
         if picture is not None:
-            written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
-            save_png(picture, out / written[-1])
-    return written
+            found[f"{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png"] = picture
+    return found
+
+
+def _write(out: Path, record: Mapping[str, Any], sheets: Mapping[str, Picture]) -> None:
+    """Write the record and the page made of it."""
+    content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
+    page = judge_page(orjson.loads(content), list(sheets.values())).encode()
+    for name, picture in sheets.items():
+        save_png(picture, out / PICTURES / name)
+    write_atomically(out / PAGE, lambda file: file.write(page))
+    write_atomically(out / JUDGED, lambda file: file.write(content))
