@@ -19,8 +19,9 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.judge.page import table_of
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, Interval, read_evaluation
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, PICTURES, Evaluation, read_evaluation
 from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
@@ -76,7 +77,7 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_out_of_domain(judged) if judged else None,
+        beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
         results=_results(evaluations),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
@@ -175,30 +176,15 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _out_of_domain(folder: Path) -> dict[str, Any]:
-    """The table of `visft judge`, as text."""
+def _judged(folder: Path) -> dict[str, Any]:
+    """The table of `visft judge`, and its pictures."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        labels, rows = list(record["arms"]), []
-        for row in record["rows"]:
-            cells = []
-            for label in labels:
-                value, change = row["values"].get(label), row["differences"].get(label)
-                shown = bool(change and change["shown"])
-                cells.append(
-                    {
-                        "value": f"{100 * value['value']:.2f}" if value else _NONE,
-                        "change": Interval(*(change[part] for part in ("value", "low", "high"))).text(shown)
-                        if change
-                        else "",
-                        "kind": ("up" if change["value"] > 0 else "down") if shown else "",
-                    }
-                )
-            rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
+        rows = table_of(record, record["rows"])
         names = [Path(name).name for name in record["pictures"]]
-    sheets = [embedded(np.asarray(open_image(folder / "pictures" / name))) for name in names]
-    return {"labels": labels, "rows": rows, "primary": record["primary"], "sheets": sheets}
+    sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
+    return {"record": record, "rows": rows, "sheets": sheets}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

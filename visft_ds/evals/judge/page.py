@@ -54,7 +54,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     """
     rows = {row["name"]: row for row in record["rows"]}
     primary = rows.pop(record["primary"])
-    base, *others = record["arms"]
+    base = next(iter(record["arms"]))
     changes = primary["differences"]
     bars = [(f"{arm} minus {base}", of) for arm, of in changes.items()]
     for tuned in (trial["arm"] for trial in record["trials"]):
@@ -71,16 +71,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
             title=primary["name"],
             x_label=f"{'hundredths of its unit' if primary['lower'] else 'percentage points'}, with 95 % intervals",
         ),
-        others=others,
-        price=[
-            {
-                "name": row["name"],
-                "n": row["items"],
-                "base": _level(row, base),
-                "cells": [(_level(row, arm), _change(row, row["differences"].get(arm))) for arm in others],
-            }
-            for row in rows.values()
-        ],
+        rows=table_of(record, list(rows.values())),
         curve=block_chart({arm: of["held_out"] for arm, of in curves.items()}, title=primary["name"]) if curves else "",
         chosen=[
             (number, [(arm, of["chosen"]) for arm, of in each.items()]) for number, each in record["layers"].items()
@@ -101,6 +92,18 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
         ],
         command=shlex.join(record["command"]),
     )
+
+
+def table_of(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a record for a page: each number of each arm, and its difference from the first one."""
+    return [
+        {
+            "name": row["name"],
+            "n": row["items"],
+            "cells": [(_level(row, arm), *_change(row, row["differences"].get(arm))) for arm in record["arms"]],
+        }
+        for row in rows
+    ]
 
 
 def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[str, Any]]:
