@@ -11,37 +11,42 @@ from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import Interval
 from visft_ds.tasks.pictures import Picture
 
-#: End of a number's name -> how it is measured, what --quick does instead, and where that is published.
+_LIMITS = "At most 1,000 images teach and 2,000 judge, seen once at the model's size, without augmentation."
+_DINO3 = "https://github.com/facebookresearch/dinov3"
+#: End of a number's name -> how it is measured; how the published protocol and --quick differ; a source.
 PROTOCOLS = {
     "in-context mIoU": (
-        "Nothing is trained. Images are stretched to 512 pixels (504 for patches of 14). Memory holds patches of two "
-        "augmented passes over the training images, at most 10,240,000. A patch takes the classes of its 30 nearest by "
-        "cosine, weighted by softmax(similarity / 0.02); the result is brought to the label's size.",
-        "one pass at the model's size without augmentation, at most 102,400 patches",
+        "Nothing is trained: a patch takes the classes of the 30 training patches nearest by cosine, weighted by "
+        "softmax(similarity / 0.02). Judged at the label's size.",
+        "Two augmented passes at 512 pixels (504 for patches of 14) fill a memory of at most 10,240,000 patches.",
+        f"Memory holds at most 102,400 patches. {_LIMITS}",
         "https://github.com/vpariza/open-hummingbird-eval",
     ),
     "linear mIoU": (
-        "A linear layer on batch-normalised patches: 40,000 steps of 16 crops of 512 pixels, AdamW at 1e-3. The test "
-        "image slides under a window of 512 by 341; it is judged at the label's size.",
-        "2,000 steps on features that were computed once, at the model's size",
-        "https://github.com/facebookresearch/dinov3, eval/segmentation",
+        "Batch normalisation and a linear layer on patches, by AdamW at 1e-3. Judged at the label's size.",
+        "40,000 steps of 16 augmented crops of 512 pixels; judged in windows of 512 pixels.",
+        f"2,000 steps of 16 images. {_LIMITS}",
+        f"{_DINO3}, eval/segmentation",
     ),
-    "objects kNN": ("Patches are averaged over each object; its 20 nearest training objects name it.", "", "ours"),
+    "objects kNN": ("The 20 objects nearest by the mean of their patches name an object.", "", "", "ours"),
     "RMSE": (
-        "A linear layer on batch-normalised patches gives 256 bins of depth: 38,400 steps of 16 crops, AdamW at 3e-4. "
-        "Errors are in metres, on Eigen's crop, as means over images.",
-        "features that were computed once, at the model's size",
-        "https://github.com/facebookresearch/dinov3, eval/depth",
+        "Batch normalisation and a linear layer on patches give 256 bins of depth, by AdamW at 3e-4. Metres, on "
+        "Eigen's crop, mean over images.",
+        "38,400 steps of 16 crops of 416 x 544 pixels; flips are averaged.",
+        f"2,000 steps of 16 images. {_LIMITS}",
+        f"{_DINO3}, eval/depth",
     ),
     "kNN": (
-        "The 20 nearest class tokens by cosine, weighted by softmax(similarity / 0.07).",
+        "The 20 class tokens nearest by cosine, weighted by softmax(similarity / 0.07).",
         "",
-        "https://github.com/facebookresearch/dinov3, eval/knn.py",
+        "",
+        f"{_DINO3}, eval/knn.py",
     ),
     "linear": (
-        "Logistic regression on the class token and the mean patch, its strength chosen on held-out training images.",
+        "Logistic regression on class token and mean patch, its strength chosen on a fifth of the training images.",
         "",
-        "https://github.com/facebookresearch/dinov2, eval/linear.py",
+        "",
+        "https://github.com/facebookresearch/dinov2, eval/linear.py (there by SGD)",
     ),
 }
 
@@ -133,11 +138,13 @@ def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[s
 
 
 def _protocols(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(number, how it was measured, source) of the numbers whose protocol is published or ours."""
+    """(number, how it was measured, source) of the numbers of a record."""
+    ends = [[end for end in PROTOCOLS if row["name"].endswith(f" {end}")] for row in record["rows"]]
+    numbers = dict.fromkeys(max(having, key=len) for having in ends if having)
     found = []
-    for end, (text, quick, source) in PROTOCOLS.items():
-        if any(row["name"].endswith(f" {end}") for row in record["rows"]):
-            found.append((end, f"{text} Here: {quick}." if quick and record["protocol"] == "quick" else text, source))
+    for number in numbers:
+        how, published, quick, source = PROTOCOLS[number]
+        found.append((number, f"{how} {quick if record['protocol'] == 'quick' else published}", source))
     return found
 
 
