@@ -41,7 +41,7 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
         slug = name.replace(" ", "-")
         table, runs = steps[f"{slug}-table"].command, ",".join(str(steps[f"{slug}-seed{seed}"].out) for seed in "01")
         assert table[1].startswith("base=") and table[2] == f"{name}={runs}"
-        assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b objects knn"
+        assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b in-context mIoU"
         if name != FIRST:
             beside = steps[f"{slug}-beside"]
             assert beside.command[2].startswith(f"{FIRST}=")

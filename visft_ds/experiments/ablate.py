@@ -123,7 +123,7 @@ class Plan:
         segmentations = [text for text in self.judges if text.startswith("segmentation=")]
         if not segmentations:
             raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
-        self.primary = f"{label_of(segmentations[0])} objects knn"
+        self.primary = f"{label_of(segmentations[0])} in-context mIoU"
         self.tables = {name: self._tables(name, arm) for name, arm in self.arms.items()}
 
     def _draw(self) -> None:

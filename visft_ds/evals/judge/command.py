@@ -138,7 +138,7 @@ def _sheets(benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, 
     """Name of a file -> what models see in some images, of each segmentation."""
     found = {}
     for benchmark in benchmarks:
-        name = f"{benchmark.label} linear mIoU"
+        name = f"{benchmark.label} in-context mIoU"
         seen = {label: of[name] for label, of in results.items() if name in of}
         picture = benchmark.sheet(seen, _SHOWN) if benchmark.sheet else None
         if picture is not None:

@@ -34,7 +34,7 @@ MOST = 5000  #: images of a folder; a larger one gives every k-th
 def kept(label: str, images: ImageSet) -> Benchmark:
     """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBER, features["test"][KIND].double().numpy())
 
     return Benchmark(label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 2"}, scores, answers=True)

@@ -7,7 +7,7 @@ are boxes to train on). The protocol of the ViSFT paper is not known to us; this
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from visft_ds.evals.judge.images import changed, chosen, from_files, inside, read_json
-from visft_ds.evals.judge.probes import linear_probe
+from visft_ds.evals.judge.probes import by_regression
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -49,13 +49,14 @@ class ObjectSet:
 def grounding(label: str, train: ObjectSet | None, test: ObjectSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         if "texts" in features and "clip" in features["test"]:
             ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), test.labels)
             yield Score("text top1", hits(ranks, 1), test.owners)
         if train is not None:
             learnt, judged = (features[name]["pooled"].numpy() for name in ("train", "test"))
-            yield Score("probe", linear_probe(learnt, train.labels, judged, test.labels), test.owners)
+            score = by_regression("probe", learnt, train.labels, judged, test.labels, train.owners)
+            yield replace(score, groups=test.owners)
 
     labels = [part.labels.tolist() for part in (test, train) if part is not None]
     owners, names = test.owners.tolist(), list(test.classes)

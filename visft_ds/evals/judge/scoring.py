@@ -76,7 +76,7 @@ def judge(
                 asked = load_classifier(spec, specs[0]) if benchmark.answers else encoder
                 features = encode(asked, benchmark, settings, f"{spec.label}: {benchmark.label}")
                 if distributed.is_main():
-                    _save(path, list(benchmark.scores(features)), sample_of(features))
+                    _save(path, list(benchmark.scores(features, benchmark.numbers)), sample_of(features))
                 while not path.is_file():  # no collective: scoring may take longer than its time limit
                     time.sleep(0.5)
             if distributed.is_main():
@@ -224,7 +224,7 @@ def _save(path: Path, scores: Sequence[Score], sample: Tensor) -> None:
     arrays: dict[str, Any] = {"names": np.array([score.name for score in scores]), "sample": sample.numpy()}
     for number, score in enumerate(scores):
         assert np.isfinite(score.values).all() and len(score.values), score.name
-        parts = {"values": score.values, "groups": score.groups, "maps": score.maps}
+        parts = {"values": score.values, "groups": score.groups, "maps": score.maps, "retrained": score.retrained}
         arrays |= {f"{number}.{name}": value for name, value in parts.items() if value is not None}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
