@@ -57,6 +57,16 @@ class Sight:
         """Pixels of a side of what it sees."""
         return self.encoder.side
 
+    def check_room(self, numbers: int, what: str) -> None:
+        """Raise ValueError if a GPU has no room for so many numbers in 16 bit, while they are gathered twice."""
+        if self.settings.device.type == "cuda":
+            needed, free = 4 * numbers, torch.cuda.mem_get_info(self.settings.device)[0]
+            if needed > free:
+                raise ValueError(
+                    f"{what} as published needs {needed / 2**30:.0f} GiB and {self.settings.device} has "
+                    f"{free / 2**30:.0f} GiB free: take a larger GPU, or give --quick"
+                )
+
     def see(self, pixels: Tensor) -> Tensor:
         """Features of images (B, 3, H, W) of bytes, whose sides are brought to multiples of the patch."""
         unit = next(unit for unit in _UNITS if self.side % unit == 0)

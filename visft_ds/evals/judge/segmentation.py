@@ -10,6 +10,7 @@ without a class count nowhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -130,6 +131,8 @@ def _recalled(sight: Sight, train: DenseSet, test: DenseSet, most: int) -> Itera
     jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
     change = transforms.Compose([transforms.RandomResizedCrop(sight.side, (0.5, 2.0)), jitter])
     order = list(range(len(train.images))) * _PASSES
+    channels, *grid = sight.see(torch.zeros(1, 3, sight.side, sight.side, dtype=torch.uint8)).shape[1:]
+    sight.check_room(min(most, len(order) * math.prod(grid)) * (channels + len(train.classes)), IN_CONTEXT)
 
     def taught() -> Iterator[tuple[int, Tensor, Label]]:
         places = iter(gauge(IN_CONTEXT, len(order), "images", order))
