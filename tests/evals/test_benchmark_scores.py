@@ -1,8 +1,6 @@
-"""The arithmetic of benchmarks: ranks, recalls, intervals, probes, reading words; against slow or other versions."""
+"""The arithmetic of benchmarks: ranks, recalls, probes, reading words; against slow or other versions."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -11,11 +9,9 @@ import torch
 from visft_ds.evals.judge import probes, retrieval
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.images import from_arrays
-from visft_ds.evals.judge.intervals import resampled
 from visft_ds.evals.judge.ocr import _steps, fit, read
 from visft_ds.evals.judge.probes import linear_probe, nearest_neighbours, probe
-from visft_ds.evals.judge.protocol import Score, mean_ratio, rank_of
-from visft_ds.evals.judge.table import rows_of, section
+from visft_ds.evals.judge.protocol import rank_of
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -40,54 +36,6 @@ def test_recall_against_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in range(11):
         order = (images @ texts[place]).argsort(descending=True).tolist()
         assert backward[place] == order.index(int(owners[place]))
-
-
-def test_bootstrap_is_that_of_resampled_items() -> None:
-    """Spread of the mean against plain resampling and, for shares, the formula; several arrays share the draws."""
-    rng = np.random.default_rng(0)
-    values = rng.random(200)
-    means = resampled([values], None, rng)[0]
-    plain = values[rng.integers(0, 200, (4000, 200))].mean(axis=1)
-    # the standard error of a standard deviation of 4,000 draws is 1.1 %
-    assert means.std() == pytest.approx(plain.std(), rel=0.06)
-    assert means.mean() == pytest.approx(values.mean(), abs=0.002)
-    right = (rng.random(1000) < 0.3).astype(np.float64)
-    share = right.mean()
-    assert resampled([right], None, rng)[0].std() == pytest.approx(math.sqrt(share * (1 - share) / 1000), rel=0.06)
-    unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)  # and of a mean of ratios of sums
-    ratios = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
-    plain = mean_ratio(ratios[rng.integers(0, 60, (4000, 60))].sum(axis=1))
-    means = resampled([ratios, ratios + np.array([1.0, 0.0])[:, None]], None, rng)
-    assert means[0].std() == pytest.approx(plain.std(), rel=0.06)
-    assert (means[1] - means[0]).std() < means[0].std() / 5
-
-
-def test_items_of_a_group_are_drawn_together() -> None:
-    """Five captions that all say the same about an image are one piece of evidence, not five."""
-    rng = np.random.default_rng(0)
-    once = rng.random(100)
-    alone = resampled([once], None, rng)[0].std()
-    grouped = resampled([np.repeat(once, 5)], np.repeat(np.arange(100), 5), rng)[0].std()
-    assert grouped == pytest.approx(alone, rel=0.06)
-    # groups of other sizes: the mean over items, not over groups
-    values, groups = np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 0, 7])
-    assert set(np.unique(resampled([values], groups, rng)[0]).tolist()) == {0.0, 0.75, 1.0}
-
-
-def test_differences_are_paired() -> None:
-    """Both models fail on the same items but one: the difference is sure, though each number is not."""
-    base = np.array([0.0, 1.0] * 100)
-    better = base.copy()
-    better[:40:2] = 1.0
-    results = {"base": {"a": Score("a", base)}, "new": {"a": Score("a", better)}, "poor": {}}
-    (row,) = rows_of(results)
-    change = row.differences["new"]
-    assert change.value == pytest.approx(0.1) and change.sure and 0.05 < change.low < change.high < 0.15
-    assert row.values["new"].high - row.values["new"].low > change.high - change.low
-    assert row.values.keys() == {"base", "new"} and row == rows_of(results)[0]
-    lines = section([row], ["base", "new", "poor"]).rows
-    assert lines[0][2:5] == ["50.00", "new", "60.00"] and lines[0][5].startswith("+10.00 [")
-    assert lines[1][3:] == ["poor", "", ""]
 
 
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

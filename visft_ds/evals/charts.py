@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -146,24 +147,20 @@ def interval_chart(bars: Sequence[tuple[str, Interval, bool]], *, title: str, x_
     return svg(draw, title=title, width=760, height=66 + 20 * len(bars))
 
 
-def block_chart(levels: Mapping[str, Mapping[str, Interval]], *, title: str) -> str:
-    """An `<svg>` element with a curve over places (place -> number -> value) for each number, in percent, and its
-    intervals as a band.
-    """
+def block_chart(curves: Mapping[str, Mapping[str, float]], *, title: str) -> str:
+    """An `<svg>` element with a curve over blocks (name -> block -> number) for each name, in percent."""
+    blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
         axes.set(ylabel="percent")
         axes.grid(axis="y")
-        step = -(-len(levels) // 24)  # more do not fit
-        places = range(len(levels))
-        axes.set_xticks(places[::step], list(levels)[::step], rotation=60, ha="right")
-        for number, name in enumerate(next(iter(levels.values()))):
-            colour, of = _CURVES[number % len(_CURVES)], [values[name] for values in levels.values()]
-            axes.plot(places, [100 * one.value for one in of], "o-", color=colour, ms=3, label=name)
-            low, high = [100 * one.low for one in of], [100 * one.high for one in of]
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+        step = -(-len(blocks) // 24)  # more do not fit
+        axes.set_xticks(range(len(blocks))[::step], blocks[::step], rotation=60, ha="right")
+        for (name, of), colour in zip(curves.items(), itertools.cycle(_CURVES), strict=False):
+            places, values = [blocks.index(block) for block in of], [100 * value for value in of.values()]
+            axes.plot(places, values, "o-", color=colour, ms=3, label=name)
         axes.legend(frameon=False)
 
     return svg(draw, title=title, width=640, height=340)

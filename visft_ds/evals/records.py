@@ -48,10 +48,10 @@ class Interval:
         """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
-    def text(self, shown: bool = False) -> str:
-        """`+4.50 [+2.50, +6.40] *`, in percentage points; marked * where it is shown."""
-        value, low, high = (100 * part for part in (self.value, self.low, self.high))
-        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{' *' if shown else ''}"
+    def text(self, shown: bool = False, percent: bool = True) -> str:
+        """`+4.50 [+2.50, +6.40] *`, in percentage points or in the number's own unit; marked * where it is shown."""
+        parts = [f"{100 * part:+.2f}" if percent else f"{part:+.3f}" for part in (self.value, self.low, self.high)]
+        return f"{parts[0]} [{parts[1]}, {parts[2]}]{' *' if shown else ''}"
 
 
 @dataclass(frozen=True)

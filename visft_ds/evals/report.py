@@ -6,28 +6,24 @@ It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluatio
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, Interval, read_evaluation
-from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
-from visft_ds.tasks.pictures import Picture, split_panels
+from visft_ds.tasks.pictures import split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {
@@ -74,14 +70,8 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         for label, folder in zip(labels, folders, strict=True)
     ]
     evaluations = _evaluations(runs)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("report.html.j2").render(
+    text = render(
+        "report.html.j2",
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
@@ -180,20 +170,12 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     rows: dict[int, list[str]] = {}
     for image in shared[:_MOST_PICTURES]:
         pairs = [split_panels(of[image]) for of in drawn.values()]
-        rows[image] = [_embed(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
+        rows[image] = [embedded(panel) for panel in (pairs[0][0], *(pair[1] for pair in pairs))]
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _embed(picture: Picture) -> str:
-    """A picture as the address of itself."""
-    buffer = io.BytesIO()
-    # No subsampling of colour: it would blur the thin coloured frames.
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=82, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _out_of_domain(folder: Path) -> dict[str, Any]:
-    """The table of `visft judge`, as text."""
+    """The verdicts and the table of `visft judge`, as text."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
@@ -201,19 +183,16 @@ def _out_of_domain(folder: Path) -> dict[str, Any]:
         for row in record["rows"]:
             cells = []
             for label in labels:
-                value, change = row["values"].get(label), row["differences"].get(label)
-                shown = bool(change and row["shown"].get(label))
-                cells.append(
-                    {
-                        "value": f"{100 * value['value']:.2f}" if value else _NONE,
-                        "change": Interval(**change).text(shown=shown) if change else "",
-                        "kind": ("up" if change["value"] > 0 else "down") if shown else "",
-                    }
-                )
+                value, change, of = row["values"].get(label), row["differences"].get(label), ("", "")
+                if change:
+                    by = Interval(change["value"], change["low"], change["high"])
+                    better = (by.value > 0) != row["lower"]
+                    of = by.text(change["shown"], not row["lower"]), ("down", "up")[better] if change["shown"] else ""
+                level = "" if value is None else f"{value['value'] if row['lower'] else 100 * value['value']:.2f}"
+                cells.append({"value": level or _NONE, "change": of[0], "kind": of[1]})
             rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
-        names = [Path(name).name for name in record["pictures"]]
-    sheets = [_embed(np.asarray(open_image(folder / "pictures" / name))) for name in names]
-    return {"labels": labels, "rows": rows, "primary": record["primary"], "sheets": sheets}
+        said = [" ".join(verdict["sentences"]) for verdict in record["verdicts"]]
+    return {"labels": labels, "rows": rows, "primary": record["primary"], "said": said}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def zero_shot(label: str, data: ClassSet) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
     numbers = ("top1", "top5") if len(data.classes) > 5 else ("top1",)
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         images, texts = features["test"]["clip"], features["texts"]["clip"]
         ranks = rank_by_text(images, texts, len(data.templates), data.labels)
         for name in numbers:

@@ -12,7 +12,7 @@ mIoU is the mean over classes of intersection over union, summed over the images
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ def dense(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Linear segmentation, patch kNN and, where objects are known, their names."""
     names, classes = list(test.names), max(train.classes, test.classes)
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         learnt, judged = (features[name]["patches"] for name in ("train", "test"))
         answers = segment_linearly(learnt, train.cells, judged)
         yield Score("linear mIoU", overlaps(answers, test.cells, classes), maps=answers.astype(np.int16))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge.dense_sets import CELLS
 from visft_ds.evals.judge.text import TextTower
 from visft_ds.files import reading
 from visft_ds.models.eva_vit import EvaViT
@@ -30,6 +29,7 @@ from visft_ds.models.timm_backbone import TimmBackbone, classifier_names
 
 KINDS = ("pooled", "clip", "patches", "clip_patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
+COARSE = 14  #: least pixels of a cell of an early stage's map: in-context compares all cells with all
 #: (mean, std) of the channels of RGB in [0, 1] that EVA-CLIP was trained and is evaluated with.
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -95,21 +95,22 @@ class FeatureMapEncoder(nn.Module):
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
         patches: Tensor = self.backbone(images)[-1]
-        return self._of_map(_coarse(patches) if self.backbone.layers_read else patches, kinds)
+        return self._of_map(self._coarse(patches, images) if self.backbone.layers_read else patches, kinds)
 
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """The same where a block of the backbone gives `given` and is the last."""
-        return self._of_map(_coarse(self.backbone.map_of(given, images)), kinds)
+        return self._of_map(self._coarse(self.backbone.map_of(given, images), images), kinds)
+
+    def _coarse(self, patches: Tensor, images: Tensor) -> Tensor:
+        """A map of an early stage of a convolutional network, averaged to a cell for COARSE pixels."""
+        if self.backbone.patch is not None or patches.shape[-1] * COARSE <= images.shape[-1]:
+            return patches
+        height, width = (-(-side // COARSE) for side in images.shape[-2:])
+        return F.adaptive_avg_pool2d(patches, (height, width))
 
     def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         found = {"pooled": patches.float().mean(dim=(2, 3)), "patches": patches}
         return {kind: value for kind, value in found.items() if kind in kinds}
-
-
-def _coarse(patches: Tensor) -> Tensor:
-    """A map of an early block, averaged to no more places than are judged."""
-    height, width = (min(side, CELLS) for side in patches.shape[-2:])
-    return patches if (height, width) == patches.shape[-2:] else F.adaptive_avg_pool2d(patches, (height, width))
 
 
 class _OpenClipEncoder(nn.Module):
@@ -218,7 +219,7 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     """A model of timm, without text side.
 
     Args:
-        name: of the model, with or without tag.
+        name: of the model, with or without tag, `hf-hub:...` or `local-dir:...`.
         weights: file; None: timm's own, which may be downloaded.
 
     Raises:
@@ -226,7 +227,8 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     """
     import timm
 
-    if not timm.is_model(name):
+    brings = name.startswith(("hf-hub:", "local-dir:"))
+    if not brings and not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; python -c 'import timm; print(timm.list_models(\"*vit*\"))'")
     with reading(weights or f"timm:{name}", f"weights of timm's {name}"):
         model = timm.create_model(name, pretrained=weights is None, num_classes=0)

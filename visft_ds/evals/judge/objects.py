@@ -7,7 +7,7 @@ are boxes to train on). The protocol of the ViSFT paper is not known to us; this
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class ObjectSet:
 def grounding(label: str, train: ObjectSet | None, test: ObjectSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         if "texts" in features and "clip" in features["test"]:
             ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), test.labels)
             yield Score("text top1", hits(ranks, 1), test.owners)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -39,7 +39,7 @@ class WordSet:
 def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     """Share of words read without mistake."""
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         alphabet = sorted({character for word in train.words for character in word})
         reader = fit(features["train"]["columns"], train.words, alphabet, UPDATES)
         found = read(reader, features["test"]["columns"], alphabet)

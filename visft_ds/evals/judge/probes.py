@@ -8,7 +8,7 @@ its strength of regularisation is the best of STRENGTHS on a fifth of the traini
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def probe(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
     shots = [count for count in SHOTS if count <= fewest]
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         learnt, judged = (features[name]["pooled"] for name in ("train", "test"))
         yield Score("knn", nearest_neighbours(learnt, train.labels, judged, test.labels, len(test.classes)))
         given = learnt.numpy(), train.labels, judged.numpy(), test.labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,8 @@ class Benchmark:
     kinds: Sequence[str]
     numbers: Sequence[str]  #: names of its scores; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
-    scores: Callable[[Features], Iterator[Score]]  #: the numbers of one model; higher is better
+    #: (features, names of the numbers that are wanted) -> the numbers of one model; others may come, too.
+    scores: Callable[[Features, Collection[str]], Iterator[Score]]
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
     answers: bool = False  #: it asks a classifier, and counts the answers that are the first model's, too

@@ -12,7 +12,7 @@ is. At most CAPTIONS captions of an image take part, the first ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class CaptionSet:
 def retrieval(label: str, data: CaptionSet) -> Benchmark:
     """R@1, R@5 and R@10 from image to text and from text to image."""
 
-    def scores(features: Features) -> Iterator[Score]:
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         images, texts = features["images"]["clip"], features["texts"]["clip"]
         owners = torch.from_numpy(data.owners)
         ranks = image_to_text(images, texts, owners)

@@ -1,8 +1,11 @@
-"""The one table of a comparison: each number of each arm, and its difference from the first arm.
+"""The table of a comparison: each number of each arm, and its differences.
 
-An arm is a model, or several of one recipe with different seeds. Differences are taken item by item before they are
-resampled: two models that fail on the same images differ surely by little, even if each of their numbers alone is
-unsure.
+An arm is a model, or several of one recipe with different seeds. The first arm is the base. Differences are taken item
+by item before they are resampled: two models that fail on the same images differ surely by little, even if each of
+their numbers alone is unsure.
+
+One number, the primary, decides by its own intervals. All differences of all other numbers are decided together, by
+Holm's method.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import numpy as np
 
 from visft_ds.evals.judge.intervals import (
     LEVEL,
+    combined,
+    detectable,
     holm,
     interval,
-    over_both,
-    over_seeds,
     resampled,
     two_sided,
     with_few,
@@ -31,12 +34,24 @@ Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """Parts of a difference over several seeds."""
+class Trial:
+    """A tuned arm, and the arms that it is judged by beside the base."""
 
-    each: tuple[float, ...]  #: the difference of each
-    items: Interval  #: of these seeds on other items
-    seeds: Interval  #: of other seeds on these items
+    arm: str
+    controls: tuple[str, ...] = ()  #: at its dose: noise, and what `--control` named
+    half: str | None = None  #: the arm of half its change
+    dose: float | None = None  #: how far it moved the base's features; None if it is of another architecture
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """Difference of two arms, over test items, training images and seeds."""
+
+    p: float  #: of zero, two-sided
+    alone: Interval  #: over test items alone
+    detectable: float  #: see `intervals.detectable`
+    each: tuple[float, ...]  #: of each seed
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,64 +60,86 @@ class Row:
 
     name: str
     items: int
+    lower: bool  #: is better, as of an error
     values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
-    differences: Mapping[str, Interval]  #: arm -> its number minus that of the first arm, over items and seeds
-    p: Mapping[str, float]  #: arm -> p value of its difference, two-sided
-    seeds: Mapping[str, Seeds]  #: arm of several seeds -> what its interval is made of
-    shown: Mapping[str, bool] = field(default_factory=dict)  #: arm -> decision about its difference, see `decide`
+    differences: Mapping[str, Difference]  #: arm -> its number minus the base's
+    # Of the primary number alone:
+    controls: Mapping[str, Mapping[str, Difference]] = field(
+        default_factory=dict
+    )  #: tuned -> control -> tuned minus it
+    last: Mapping[str, Difference] = field(default_factory=dict)  #: tuned -> its difference at the last layers of both
+    last_values: Mapping[str, Interval] = field(default_factory=dict)  #: base and tuned -> the number at the last layer
+
+    def level(self, arm: str) -> str:
+        """An arm's number as text: in percent, but an error in its own unit; empty without one."""
+        value = self.values.get(arm)
+        return "" if value is None else f"{value.value:.3f}" if self.lower else f"{100 * value.value:.2f}"
 
 
-def rows_of(results: Results, arms: Mapping[str, Sequence[str]] | None = None, primary: str | None = None) -> list[Row]:
+def rows_of(
+    results: Results,
+    arms: Mapping[str, Sequence[str]],
+    trials: Sequence[Trial],
+    primary: str,
+    last: Results | None = None,
+) -> list[Row]:
     """A row for each number, in the order in which they came.
 
     Args:
-        results: the first arm is what the others are compared with, seed by seed if both have several.
-        arms: name -> its models; None: each model is one.
-        primary: see `decide`.
+        results: scores at the layers that were chosen.
+        arms: name -> its models; the base first. Arms of as many seeds as another one are paired with it seed by seed.
+        last: scores of the base and of tuned arms at their last layers.
     """
-    arms = {label: [label] for label in results} if arms is None else arms
     names = dict.fromkeys(name for scores in results.values() for name in scores)
-    rows = [_row(name, results, arms) for name in names]
-    return rows if primary is None else decide(rows, primary)
+    base = next(iter(arms))
+    rows = []
+    for name in names:
+        having = _having(name, results, arms)
+        if not having:
+            continue
+        first = next(iter(having.values()))[0]
+        row = Row(
+            name,
+            len(first.values),
+            first.lower,
+            {arm: _value(name, seeds) for arm, seeds in having.items()},
+            {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
+        )
+        if name == primary:
+            ends = {} if last is None else _having(name, last, arms)
+            row = replace(
+                row,
+                controls={
+                    trial.arm: {arm: _minus(name, having[trial.arm], having[arm]) for arm in trial.controls}
+                    for trial in trials
+                },
+                last={trial.arm: _minus(name, ends[trial.arm], ends[base]) for trial in trials if ends},
+                last_values={arm: _value(name, seeds) for arm, seeds in ends.items()},
+            )
+        rows.append(row)
+    return _decided(rows, primary)
 
 
-def decide(rows: Sequence[Row], primary: str) -> list[Row]:
-    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm."""
-    shown: dict[str, dict[str, bool]] = {}
-    for label in dict.fromkeys(label for row in rows for label in row.p):
-        others = holm({row.name: row.p[label] for row in rows if label in row.p and row.name != primary})
-        for row in rows:
-            if label in row.p:
-                sure = row.differences[label].sure if row.name == primary else others[row.name]
-                shown.setdefault(row.name, {})[label] = sure
-    return [replace(row, shown=shown.get(row.name, {})) for row in rows]
+def _decided(rows: Sequence[Row], primary: str) -> list[Row]:
+    """Decide about all differences from the base but those of the primary number together."""
+    shown = holm({(row.name, arm): of.p for row in rows if row.name != primary for arm, of in row.differences.items()})
+    return [
+        row
+        if row.name == primary
+        else replace(
+            row, differences={arm: replace(of, shown=shown[row.name, arm]) for arm, of in row.differences.items()}
+        )
+        for row in rows
+    ]
 
 
-def _row(name: str, results: Results, arms: Mapping[str, Sequence[str]]) -> Row:
-    having = {
+def _having(name: str, results: Results, arms: Mapping[str, Sequence[str]]) -> dict[str, list[Score]]:
+    """Arm -> its scores of one number; without arms of which a model has none."""
+    return {
         arm: [results[label][name] for label in labels]
         for arm, labels in arms.items()
-        if all(name in results[label] for label in labels)
+        if all(name in results.get(label, ()) for label in labels)
     }
-    base = next(iter(arms))
-    values = {arm: _interval(name, *_resampled(name, seeds, None)) for arm, seeds in having.items()}
-    differences, p, of_seeds = {}, {}, {}
-    for arm, seeds in having.items() if base in having else ():
-        if arm == base:
-            continue
-        each, means = _resampled(name, seeds, having[base])
-        found = _interval(name, each, means), two_sided(over_both(each, means, _rng(name, "seeds")))
-        differences[arm], p[arm] = with_few(*found, _units(seeds[0]))
-        if len(each) > 1:
-            items = interval(float(each.mean()), means.mean(axis=0))
-            of_seeds[arm] = Seeds(tuple(each.tolist()), items, over_seeds(each))
-    count = len(next(iter(having.values()))[0].values) if having else 0
-    return Row(name, count, values, differences, p, of_seeds)
-
-
-def _units(score: Score) -> int:
-    """Number of independent items."""
-    return len(score.values if score.groups is None else np.unique(score.groups))
 
 
 def _rng(name: str, part: str = "") -> np.random.Generator:
@@ -110,47 +147,54 @@ def _rng(name: str, part: str = "") -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{name}{part}".encode()))
 
 
-def _interval(name: str, values: FloatArray, means: FloatArray) -> Interval:
-    return interval(float(values.mean()), over_both(values, means, _rng(name, "seeds")))
+def _value(name: str, seeds: Sequence[Score]) -> Interval:
+    values = np.array([score.value for score in seeds])
+    means = resampled([score.values for score in seeds], seeds[0].groups, _rng(name))
+    return interval(float(values.mean()), combined(values, means, _retrained(seeds), _rng(name, "others")))
 
 
-def _resampled(name: str, new: Sequence[Score], old: Sequence[Score] | None) -> tuple[FloatArray, FloatArray]:
-    """(numbers (seeds,), the same resampled (seeds, DRAWS)) of each seed, minus those of the old ones if given.
+def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
+    """Difference of one number, over all seeds of both arms by the same draws."""
+    count = max(len(new), len(old))
+    news, olds = (list(part) * count if len(part) == 1 else list(part) for part in (new, old))
+    assert all(score.values.shape == news[0].values.shape for score in (*news, *olds)), name
+    groups = news[0].groups
+    values = np.array([score.value - past.value for score, past in zip(news, olds, strict=True)])
+    if news[0].values.ndim == 1:  # item by item
+        pairs = zip(news, olds, strict=True)
+        means = resampled([score.values - past.values for score, past in pairs], groups, _rng(name))
+    else:
+        drawn = resampled([score.values for score in (*news, *olds)], groups, _rng(name))
+        means = drawn[:count] - drawn[count:]
+    now, then = _retrained(news), _retrained(olds)
+    retrained = None if now is None or then is None else now - then
+    draws = combined(values, means, retrained, _rng(name, "others"))
+    mean, units = float(values.mean()), len(news[0].values if groups is None else np.unique(groups))
+    whole = interval(mean, draws)
+    found, p = with_few(whole, two_sided(draws), units)
+    alone = interval(mean, means.mean(axis=0))
+    return Difference(
+        found.value, found.low, found.high, p, alone, detectable(whole), tuple(values.tolist()), found.sure
+    )
 
-    All seeds of both are resampled by the same draws.
+
+def _retrained(seeds: Sequence[Score]) -> FloatArray | None:
+    """(R,), mean over seeds of the number by retrained probes; None where nothing learns."""
+    of = [score.retrained for score in seeds if score.retrained is not None]
+    return np.mean(of, axis=0) if of else None
+
+
+def section(rows: Sequence[Row], arms: Sequence[str], primary: str) -> Section:
+    """The table for a console: a row for each number and arm; a difference with its interval, marked * if it is shown.
+
+    Numbers are in percent, errors in their own unit.
     """
-    count = max(len(new), len(old or ()))
-    new, olds = (list(part) * count if len(part) == 1 else list(part) for part in (new, old or ()))
-    assert all(score.values.shape == new[0].values.shape for score in (*new, *olds)), name
-    each, groups = [score.values for score in new], new[0].groups
-    if each[0].ndim == 1:  # item by item
-        each = [score.values - past.values for score, past in zip(new, olds, strict=True)] if olds else each
-        return np.array([float(one.mean()) for one in each]), resampled(each, groups, _rng(name))
-    drawn = resampled([*each, *(score.values for score in olds)], groups, _rng(name))
-    values = np.array([score.value for score in new])
-    if olds:
-        values = np.array([score.value - past.value for score, past in zip(new, olds, strict=True)])
-        drawn = drawn[:count] - drawn[count:]
-    return values, drawn
-
-
-def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = None) -> Section:
-    """The table for a console, in percent: a row for each number and arm; a difference with its interval, marked * if
-    it excludes zero; with a primary number, if it is significant.
-    """
-    base, *others = labels
+    base, *others = arms
     lines = []
     for row in rows:
-        percent = {label: f"{100 * value.value:.2f}" for label, value in row.values.items()}
-        for label in others or ("",):
-            change = row.differences.get(label)
-            text = "" if change is None else change.text(shown=row.shown.get(label, change.sure))
-            lines.append([row.name, str(row.items), percent.get(base, ""), label, percent.get(label, ""), text])
-    marked = "" if primary is None else f"; * is significant: {primary} by its own interval, the others by Holm"
-    columns = ["", "n", base, "", "", "difference"]
-    return Section(f"percent; of differences the {LEVEL:.0%} interval{marked}", lines, columns)
-
-
-def verdict(row: Row, label: str) -> str:
-    """A decided difference in words: "not significant: +0.40 [-1.90, +2.70]"."""
-    return f"{'' if row.shown[label] else 'not '}significant: {row.differences[label].text()}"
+        for arm in others:
+            change = row.differences.get(arm)
+            text = "" if change is None else change.text(change.shown, not row.lower)
+            lines.append([row.name, str(row.items), row.level(base), arm, row.level(arm), text])
+    title = f"{LEVEL:.0%} intervals; * is significant: {primary} by its own interval, the others by Holm"
+    return Section(title, lines, ["", "n", base, "", "", "difference"])
