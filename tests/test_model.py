@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.parallel.engine_case import build, global_batch, loss_denominators, samples
-from visft_ds.model import normalise_pixels, valid_region
+from visft_ds.data.samples import valid_region
+from visft_ds.model import normalise_pixels
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.transform import collate_joint
 

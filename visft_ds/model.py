@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.samples import Batch, Map
+from visft_ds.data.samples import Batch, Map, valid_region
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
+from visft_ds.models.lora import without_adapters
 from visft_ds.ops import autocast_dtype, autocast_to, to_device
+from visft_ds.tasks.anchor import anchor_losses
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion, LossDenominators, tensors_of
 
@@ -50,25 +52,6 @@ def normalise_pixels(backbone: Backbone, images: Tensor, sizes: Tensor) -> Tenso
     return F.pad(pixels, (0, short[1], 0, short[0]))
 
 
-def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel mask.
-
-    Args:
-        sizes: (B, 2) int64, height and width of the valid part in pixels.
-        image_size: (H, W) of the padded batch.
-        grid: (h, w) of the wanted mask.
-
-    Returns:
-        (B, h, w) bool, True = image.
-    """
-    axes = []
-    for axis in (0, 1):
-        # The same arithmetic as F.interpolate(mode="nearest"), which DETR's code applies to the padding mask.
-        cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
-        axes.append(cells[None, :] < sizes[:, axis, None])
-    return axes[0][:, :, None] & axes[1][:, None, :]
-
-
 class MultiTaskModel(nn.Module):
     """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
 
@@ -86,6 +69,8 @@ class MultiTaskModel(nn.Module):
 
     With `packed`, images of different sizes pass through the backbone as one row of tokens, without padding: features
     of an image are those of it alone. Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
+
+    `anchor` has the weights of losses that hold the features of adapters near those without; empty: there are none.
     """
 
     def __init__(
@@ -101,6 +86,7 @@ class MultiTaskModel(nn.Module):
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
         self.packed = self.heads_in_fp32 = False
+        self.anchor: Mapping[str, float] = {}
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -176,10 +162,20 @@ class MultiTaskModel(nn.Module):
 
         Returns:
             With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
-            "<task>/<name>": each unweighted loss}.
+            "<task>/<name>": each unweighted loss}; with an anchor "anchor" and "anchor/<name>" are among them.
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """
-        return self.outputs(self.features(batch), batch, loss_denominators)
+        if not self.anchor or loss_denominators is None:
+            return self.outputs(self.features(batch), batch, loss_denominators)
+        with torch.no_grad(), without_adapters(self.backbone):
+            base = self.features(batch)[-1]
+        torch.clear_autocast_cache()  # in torch 2.10 the casts that it keeps have no graph
+        maps = self.features(batch)
+        losses = self.outputs(maps, batch, loss_denominators)
+        with autocast_to(base.features.device, None):
+            token = getattr(self.backbone, "cls_token", None) is not None
+            held = anchor_losses(self.anchor, maps[-1], base, batch.random_keys, token)
+            return {**losses, **held, "loss": losses["loss"] + held["anchor"]}
 
     def outputs(
         self, maps: Sequence[Map], batch: Batch, loss_denominators: LossDenominators | None = None

@@ -158,8 +158,8 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     ("stage", "engine", "settings", "message"),
     [
         (2, "zero1", [], "stage 2"),
-        (1, "zero3", [], "a pipeline and ZeRO-3"),
-        (1, "pipeline", ["pipeline.stages=2"], "a pipeline and ZeRO-3"),
+        (1, "zero3", [], "ZeRO-3"),
+        (1, "pipeline", ["pipeline.stages=2"], "ZeRO-3"),
         (1, "zero1", ["visft.features.views=0"], "visft.features.views"),
     ],
 )

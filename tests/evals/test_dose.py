@@ -46,7 +46,9 @@ def test_a_control_is_brought_to_the_dose_of_what_it_controls(world: Path, tmp_p
     status, _, errors = _run(*words, "--primary", "zero_shot/shapes top1", "--out", tmp_path / "out")
     assert (status, errors) == (0, "")
     record = _record(tmp_path / "out")
-    moved = record["moved"]
+    moved = record["doses"]
     assert moved["equal"] == pytest.approx(moved["tuned"], rel=2 * WITHIN)
     assert abs(moved["other"] / moved["tuned"] - 1) > 0.03
-    assert record["controls"] == ["equal"] and record["against"]["equal"][0]["differences"].keys() == {"tuned"}
+    trial, other = record["trials"]
+    assert trial["controls"] == ["equal"] and other["controls"] == [] and trial["dose"] == moved["tuned"]
+    assert record["rows"][0]["controls"]["tuned"].keys() == {"equal"}

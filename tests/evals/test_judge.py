@@ -117,9 +117,11 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     assert row["items"] == 24 and row["differences"].keys() == {"visft", "merged"}
     change = row["values"]["visft"]["value"] - row["values"]["base"]["value"]
     assert row["differences"]["visft"]["value"] == pytest.approx(change)
-    assert "x 0.5" in record["models"]["visft"] and 0 < record["moved"]["visft"] < record["moved"]["merged"]
-    svg = (finished / "differences.svg").read_text()
-    assert "merged: zero_shot/shapes top1" in svg
+    assert "x 0.5" in record["models"]["visft"] and 0 < record["doses"]["visft"] < record["doses"]["merged"]
+    page = (finished / "judge.html").read_text()
+    assert all(
+        f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page for of in record["verdicts"]
+    )
 
 
 def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:

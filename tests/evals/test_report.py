@@ -107,7 +107,7 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [
         {"name": f"segmentation/b {name}", "items": 9, "values": {"before": interval, "after": interval}}
-        | {"differences": {"after": {"value": by, "low": by - 0.02, "high": by + 0.02}}, "shown": {"after": shown}}
+        | {"differences": {"after": {"value": by, "low": by - 0.02, "high": by + 0.02, "shown": shown}}}
         for name, by, shown in (("objects knn", 0.004, False), ("linear mIoU", -0.03, True))
     ]
     record = {"arms": {"before": [], "after": []}, "rows": rows, "primary": "segmentation/b objects knn"}

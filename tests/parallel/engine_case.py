@@ -101,6 +101,13 @@ def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTas
     return module, groups
 
 
+def build_anchored(stage: int, *, storage: torch.dtype = torch.float32) -> Any:
+    """`build`, with an anchor."""
+    module, groups = build(stage, storage=storage)
+    module.anchor = {"gram": 3e3, "cosine": 1e3}
+    return module, groups
+
+
 def samples(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> list[Sample]:
     """Images and labels of a step: a pure function of the step. One image has no object, one no caption."""
     sizes: Any = sides[step % len(sides)]
@@ -381,6 +388,7 @@ def every_run(out: Path, name: str, straight: str = "") -> dict[str, Any]:
             results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(engine, SAVED_AT, STEPS)}
     if straight:
         return results
+    results["stage2-anchor"] = run_steps(start_engine(2, name, "fp32", build=build_anchored), 0, STEPS)
     results["stage2-bf16"] = run_steps(start_engine(2, name, "bf16"), 0, STEPS)
     if name == "zero1":  # of all engines in `test_traceless.py`
         results["traceless"] = compared(name, ["fp32"], ["fault", "rehearsal"])

@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-from tests.parallel.engine_case import CLIP, GLOBAL_BATCH, SAVED_AT, SCALE, STEPS, results_of, train_plain
+from tests.parallel.engine_case import (
+    CLIP,
+    GLOBAL_BATCH,
+    SAVED_AT,
+    SCALE,
+    STEPS,
+    build_anchored,
+    results_of,
+    train_plain,
+)
 from tests.parallel.test_traceless import check as check_traceless
 
 #: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run with the
@@ -42,6 +51,7 @@ BF16_NORM, BF16_WEIGHTS = 1e-5, 5e-5
 def plain() -> dict[str, dict[str, Any]]:
     """The reference runs."""
     runs = {f"stage{stage}": train_plain(stage) for stage in (1, 2)}
+    runs["stage2-anchor"] = train_plain(2, build=build_anchored)
     # In 16 bit it matters which images are multiplied together: the process takes them one by one, as the ranks do.
     for stage, precision in ((2, "bf16"), (1, "fp16")):
         runs[f"stage{stage}-{precision}"] = train_plain(stage, precision, parts=GLOBAL_BATCH)
@@ -92,6 +102,12 @@ def test_equals_one_process_and_a_resume_is_the_same_run_bit_for_bit(
     check_equal(straight, plain[stage])
     assert resumed["exact"] and resumed["losses"] == straight["losses"][SAVED_AT:]
     assert all(torch.equal(straight["values"][name], value) for name, value in resumed["values"].items())
+
+
+def test_equals_one_process_with_an_anchor(trained: dict[str, Any], plain: dict[str, dict[str, Any]]) -> None:
+    check_equal(trained["stage2-anchor"], plain["stage2-anchor"])
+    pulled = [losses["anchor"] for losses in plain["stage2-anchor"]["named"]]
+    assert min(pulled) > 1e-3 and differences(trained["stage2-anchor"], plain["stage2"])["values"] > 100 * WEIGHTS
 
 
 def test_equals_one_process_in_bf16(

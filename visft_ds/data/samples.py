@@ -102,3 +102,22 @@ class Map:
     features: Tensor  #: (B, D, h, w), at least float32
     valid: Tensor  #: (B, h, w) bool, True in cells that show image; at least one of each
     prefix: Tensor | None = None  #: (B, P, D) tokens that a plain ViT has in front of its patches
+
+
+def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel mask.
+
+    Args:
+        sizes: (B, 2) int64, height and width of the valid part in pixels.
+        image_size: (H, W) of the padded batch.
+        grid: (h, w) of the wanted mask.
+
+    Returns:
+        (B, h, w) bool, True = image.
+    """
+    axes = []
+    for axis in (0, 1):
+        # The same arithmetic as F.interpolate(mode="nearest"), which DETR's code applies to the padding mask.
+        cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
+        axes.append(cells[None, :] < sizes[:, axis, None])
+    return axes[0][:, :, None] & axes[1][:, None, :]

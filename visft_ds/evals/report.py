@@ -1,7 +1,7 @@
 """`visft report`: a page about one run, or about several side by side; one HTML file that needs no network.
 
-It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge left
- on disk. A run may still be training; what it has not recorded is left out.
+It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge left on
+disk. A run may still be training; what it has not recorded is left out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.judge.page import change, level
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, Interval, read_evaluation
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
@@ -181,15 +182,7 @@ def _out_of_domain(folder: Path) -> dict[str, Any]:
         record = orjson.loads(read_bytes(path))
         labels, rows = list(record["arms"]), []
         for row in record["rows"]:
-            cells = []
-            for label in labels:
-                value, change, of = row["values"].get(label), row["differences"].get(label), ("", "")
-                if change:
-                    by = Interval(change["value"], change["low"], change["high"])
-                    better = (by.value > 0) != row["lower"]
-                    of = by.text(change["shown"], not row["lower"]), ("down", "up")[better] if change["shown"] else ""
-                level = "" if value is None else f"{value['value'] if row['lower'] else 100 * value['value']:.2f}"
-                cells.append({"value": level or _NONE, "change": of[0], "kind": of[1]})
+            cells = [(level(row, arm), *change(row, row["differences"].get(arm))) for arm in labels]
             rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
         said = [" ".join(verdict["sentences"]) for verdict in record["verdicts"]]
     return {"labels": labels, "rows": rows, "primary": record["primary"], "said": said}

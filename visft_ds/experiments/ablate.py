@@ -210,10 +210,11 @@ class Plan:
         for table in (table for tables in self.tables.values() for table in tables if table.name not in failed):
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
             label = list(record["arms"])[-1]
-            row = {"arm": label, "moved": round(record["moved"][label], 3)}
+            row = {"arm": label, "moved": round(record["doses"][label], 3)}
             row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
-            if label in record["against"]:
-                row[f"{FIRST} minus it"] = difference(record["against"][label], self.primary, FIRST)
+            (primary,) = (of for of in record["rows"] if of["name"] == self.primary)
+            if label in primary["controls"].get(FIRST, ()):
+                row[f"{FIRST} minus it"] = primary["controls"][FIRST][label]
             kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
             rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
         said = verdict(rows, self.given.seeds)

@@ -179,8 +179,8 @@ class Engine:
         scaler = scaler or self.deepspeed.torch_autocast_z0_gradscaler
         self.loss_scale = LossScale(self.deepspeed, scaler) if scaler else None  # None in fp32 and bf16
         self.should_update: Callable[[float], bool] = math.isfinite
-        #: Most losses of a step: that of all tasks, of each its weighted and unweighted ones, and those for the log.
-        self._most_losses = 1 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
+        #: Most losses of a step: the sum, an anchor's 3, of each task its weighted, unweighted and logged ones.
+        self._most_losses = 4 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
         self._sums: dict[str, Tensor] = {}  # losses of a step on this rank, means over its micro-batches
 
     def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:

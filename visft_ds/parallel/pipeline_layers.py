@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch, Map
-from visft_ds.model import MultiTaskModel, normalise_pixels, valid_region
+from visft_ds.data.samples import Batch, Map, valid_region
+from visft_ds.model import MultiTaskModel, normalise_pixels
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import LossDenominators

@@ -104,7 +104,7 @@ def run_of(
 def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     """Forward and backward pass of a micro-batch of the whole model; cached by all it depends on."""
     visft, images = run.config.visft, run.batches.micro[stream.name]
-    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
+    model = visft.model_dump_json(include={"stage", "model", "lora", "heads", "anchor", "param_groups"})
     heads = tuple(task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values())
     zero3 = run.config.deepspeed["zero_optimization"]["stage"] == 3
     key = (model, heads, repr(stream), images, run.precision, run.vocabulary_size, run.device.type, run.content, zero3)

@@ -22,7 +22,7 @@ from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
-from visft_ds.interop.layouts import is_small, other_base
+from visft_ds.interop.layouts import is_lora, is_small, other_base
 from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
@@ -156,6 +156,7 @@ def plan_model(
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
+    module.anchor = {term: weight for term, weight in config.anchor if weight}
     module.packed, module.heads_in_fp32 = config.model.packed, config.heads.precision == "fp32"
 
     drawn = ["heads.*"] if config.stage == 1 or config.heads.start == "random" else []
@@ -166,6 +167,9 @@ def plan_model(
             f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
+    moved = [name for group in groups for name in group.names if name.startswith("backbone.") and not is_lora(name)]
+    if module.anchor and moved:
+        raise ValueError(f"visft.anchor: the anchor is the tower without adapters, and {moved[0]} trains beside them")
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
             f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "

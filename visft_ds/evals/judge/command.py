@@ -81,7 +81,7 @@ def run_judge(given: argparse.Namespace) -> None:
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(given.out / JUDGED, lambda file: file.write(content))
     sheets = _sheets(benchmarks, {arm: results[members[arm][0]] for arm in (base, *tuned)})
-    page = judge_page(record, sheets)
+    page = judge_page(orjson.loads(content), sheets)
     write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
     doses = [(arm, f"{dose:.3f}", f"A = {record['scales'][arm]:.3g}") for arm, dose in trial.doses.items()]
     read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in trial.layers.items()]

@@ -210,6 +210,7 @@ class Judging:
         return results, last
 
     def _scores(self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str]) -> dict[str, Score]:
+        key: dict[str, Any]
         if benchmark.answers:
             key = {"of": spec.identity, "classifier": self.origin.identity}
             model = partial(load_classifier, spec, self.origin)

@@ -72,13 +72,6 @@ class PlainHeadConfig(StrictModel):
         return self.blocks
 
 
-#: `type` of a head -> its options; the first is that of a head without one.
-HEADS: Mapping[str, type[SegmentationHeadConfig | PlainHeadConfig]] = {
-    "mask2former": SegmentationHeadConfig,
-    "plain": PlainHeadConfig,
-}
-
-
 class SegmentationLoss(StrictModel):
     """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
 
@@ -91,18 +84,25 @@ class SegmentationLoss(StrictModel):
     importance: Fraction = 0.75
 
 
-class SegmentationTask(TaskConfig):
-    """`visft.tasks.segmentation`."""
+def of_kind(kind: type[StrictModel], given: Any, what: str) -> StrictModel:
+    """A section of which there are several kinds; keys of another one are refused as no options of `what`."""
+    known = kind.model_fields
+    other = [name for name in given if name not in known] if isinstance(given, dict) else []
+    if other:
+        raise refusal([(name, f"is no option of {what}{nearest(name, known)}") for name in other])
+    return kind.model_validate(given)
 
-    metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
-    shown = ("mask/AP", "mask/AP50")
-    main = "mask/AP50"
-    hub_task = "image-segmentation"
-    published = "segment"
 
-    image: SegmentationImage = SegmentationImage()
-    head: SegmentationHeadConfig | PlainHeadConfig = SegmentationHeadConfig()
-    loss: SegmentationLoss = SegmentationLoss()
+def refusal(found: list[tuple[str, str]]) -> PydanticCustomError:
+    """The error for pairs (key in a section, problem)."""
+    return PydanticCustomError("contradictions", "{found}", {"found": found})
+
+
+class MaskTask(TaskConfig):
+    """Settings of a task that has heads of several types."""
+
+    #: `type` of a head -> its options; the first is that of a head without one.
+    heads: ClassVar[Mapping[str, type[StrictModel]]]
 
     @field_validator("head", mode="wrap")
     @classmethod
@@ -110,16 +110,26 @@ class SegmentationTask(TaskConfig):
         """The options of the type that they name; those of another one are refused."""
         if isinstance(given, StrictModel):
             return given
-        named = str(given.get("type", "mask2former")) if isinstance(given, dict) else "mask2former"
-        if named not in HEADS:
-            found = [("type", f"must be {' or '.join(HEADS)}")]
-        else:
-            known = HEADS[named].model_fields
-            extra = [name for name in given if name not in known] if isinstance(given, dict) else []
-            found = [(name, f"is no option of a {named} head{nearest(name, known)}") for name in extra]
-        if found:
-            raise PydanticCustomError("contradictions", "{found}", {"found": found})
-        return HEADS[named].model_validate(given)
+        first = next(iter(cls.heads))
+        named = str(given.get("type", first)) if isinstance(given, dict) else first
+        if named not in cls.heads:
+            raise refusal([("type", f"must be {' or '.join(cls.heads)}")])
+        return of_kind(cls.heads[named], given, f"a {named} head")
+
+
+class SegmentationTask(MaskTask):
+    """`visft.tasks.segmentation`."""
+
+    metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
+    shown = ("mask/AP", "mask/AP50")
+    main = "mask/AP50"
+    hub_task = "image-segmentation"
+    published = "segment"
+    heads: ClassVar = {"mask2former": SegmentationHeadConfig, "plain": PlainHeadConfig}
+
+    image: SegmentationImage = SegmentationImage()
+    head: SegmentationHeadConfig | PlainHeadConfig = SegmentationHeadConfig()
+    loss: SegmentationLoss = SegmentationLoss()
 
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:

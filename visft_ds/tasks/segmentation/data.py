@@ -29,7 +29,7 @@ class SegmentationTargets(Targets):
     mask_extents: Tensor  #: (B, 2) float32, the same as a share of the grid (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
     keys: Tensor  #: (B,) int64, the samples' random keys, from which the criterion draws its points
-    host: ClassVar = ("counts", "keys")
+    host: ClassVar[tuple[str, ...]] = ("counts", "keys")
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,10 @@ class SegmentationCriterion:
     The points depend on an image's random key and on the layer alone: how the batch is split changes nothing.
     """
 
-    def __init__(self, head: SegmentationHeadConfig | PlainHeadConfig, loss: SegmentationLoss) -> None:
-        self.head, self.no_object = head, loss.no_object
+    def __init__(
+        self, head: SegmentationHeadConfig | PlainHeadConfig, loss: SegmentationLoss, task: str = "segmentation"
+    ) -> None:
+        self.head, self.no_object, self.task = head, loss.no_object, task
         self.uncertain = int(loss.importance * loss.num_points)
         #: points of an image and prediction set: for the matching, candidates for the uncertain ones, uniform ones
         self.points = (loss.num_points, int(loss.num_points * loss.oversample), loss.num_points - self.uncertain)
@@ -60,7 +62,7 @@ class SegmentationCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        counts = batch.targets["segmentation"].counts
+        counts = batch.targets[self.task].counts
         return {"masks": float(counts.sum()), "images": float(len(counts))}
 
     def __call__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,25 +17,23 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.pictures import Picture
-from visft_ds.tasks.segmentation.config import HEADS, PlainHeadConfig, SegmentationHeadConfig, SegmentationTask
+from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, SegmentationHeadConfig, SegmentationTask
 from visft_ds.tasks.segmentation.data import LargeScaleJitter, SegmentationTargets, segmentation_targets
 from visft_ds.tasks.segmentation.head import SegmentationHead
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, postprocess
 from visft_ds.tasks.segmentation.masks import decode_mask, grid_size
 from visft_ds.tasks.segmentation.plain import PlainHead
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Shapes, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Shapes, Task, Words
 
 
 class Segmentation(Task):
     """Single-scale Mask2Former, or the plain head."""
 
     name = "segmentation"
-    config = SegmentationTask
-    head = SegmentationHead
-    losses = SegmentationCriterion
+    config: ClassVar[type[MaskTask]] = SegmentationTask
 
     def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
-        return HEADS[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
+        return self.config.heads[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
 
     def build_head(
         self, shapes: Shapes, head: SegmentationHeadConfig | PlainHeadConfig, vocabulary_size: int | None
@@ -43,6 +41,9 @@ class Segmentation(Task):
         if isinstance(head, PlainHeadConfig):
             return PlainHead(shapes, head)
         return SegmentationHead(shapes[-1][0], head)
+
+    def losses(self, head: Any, loss: Any) -> Criterion:
+        return SegmentationCriterion(head, loss, self.name)
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)

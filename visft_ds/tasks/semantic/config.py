@@ -6,9 +6,12 @@ They are those of DINOv3's linear probe on ADE20k (https://github.com/facebookre
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, SegmentationLoss, of_kind
 
 
 class SemanticImage(StrictModel):
@@ -36,19 +39,31 @@ class SemanticImage(StrictModel):
 
 
 class SemanticHeadConfig(StrictModel):
-    """Keyword arguments of the linear head."""
+    """Options of the linear head."""
 
+    type: Literal["linear"] = "linear"
     num_classes: Positive = 150  #: as many as there are categories
     dropout: Probability = 0.1  #: of whole channels
 
 
+class SemanticPlainConfig(PlainHeadConfig):
+    """Options of the plain mask head, whose masks are summed by class."""
+
+    num_classes: Positive = 150  #: as many as there are categories
+    num_queries: Positive = 100
+
+
 class SemanticLoss(StrictModel):
-    """Weight of the cross-entropy."""
+    """Weight of the linear head's cross-entropy."""
 
     ce: Rate = 1.0
 
 
-class SemanticTask(TaskConfig):
+#: `type` of a head -> its loss.
+LOSSES: dict[str, type[SemanticLoss | SegmentationLoss]] = {"linear": SemanticLoss, "plain": SegmentationLoss}
+
+
+class SemanticTask(MaskTask):
     """`visft.tasks.semantic`."""
 
     metrics = ("semantic/mIoU", "semantic/accuracy")
@@ -57,13 +72,22 @@ class SemanticTask(TaskConfig):
     hub_task = "image-segmentation"
     labels = "maps"
     learns_from = "annotations"
+    heads: ClassVar = {"linear": SemanticHeadConfig, "plain": SemanticPlainConfig}
 
     updates: Positive | None = 40_000
     batch_size: Positive = 16
     micro_batch: Positive = 16
     image: SemanticImage = SemanticImage()
-    head: SemanticHeadConfig = SemanticHeadConfig()
-    loss: SemanticLoss = SemanticLoss()
+    head: SemanticHeadConfig | SemanticPlainConfig = SemanticHeadConfig()
+    #: that of the head; a plain one has the loss of `visft.tasks.segmentation`
+    loss: SemanticLoss | SegmentationLoss = Field(SemanticLoss(), validate_default=True)
+
+    @field_validator("loss", mode="wrap")
+    @classmethod
+    def _of_head(cls, given: Any, _: object, info: ValidationInfo) -> StrictModel:
+        """The loss of the head's type."""
+        named = getattr(info.data.get("head"), "type", "linear")
+        return of_kind(LOSSES[named], {} if isinstance(given, SemanticLoss) else given, f"the loss of a {named} head")
 
 
 CONFIG = SemanticTask

@@ -1,41 +1,35 @@
-"""Data of semantic segmentation: the class of each cell of an image.
+"""Data of semantic segmentation: masks of the classes of an image, or the class of each of its cells.
 
-Letters: B images, C classes, hm wm cells of the labels.
+Letters: B images, C classes, n classes of one image, hm wm cells of the masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Targets
-from visft_ds.data.transforms import Op
 from visft_ds.tasks.classes import VOID
-from visft_ds.tasks.segmentation.masks import draw_masks
+from visft_ds.tasks.segmentation.data import SegmentationTargets
 
 
 @dataclass(frozen=True)
-class SemanticTargets(Targets):
-    """Labels of a batch."""
+class SemanticTargets(SegmentationTargets):
+    """Masks of a batch, one for each class of an image."""
 
-    cells: Tensor  #: (B, hm, wm) uint8, places among the classes of the head, VOID where there is none and in padding
     grids: Tensor  #: (B, 2) int64, cells that cover each image
-    extents: Tensor  #: (B, 2) float32, height and width of each image as a share of the padded batch
-    host: ClassVar = ("grids", "extents")
+    shares: Tensor  #: `extents` on the host
+    host = ("counts", "keys", "grids", "shares")
 
-
-def semantic_targets(
-    places: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> dict[str, npt.NDArray[Any]]:
-    """Labels (hm, wm) uint8 of an image after `ops`: the class that covers most of a cell of at most `mask_stride`
-    pixels, VOID where most of it has none. `places` maps category ids.
-    """
-    covered = draw_masks([one["segmentation"] for one in raw.annotations], raw.size, ops, mask_stride)
-    none = 255 - covered.sum(axis=0, dtype=np.int32).clip(max=255)
-    classes = np.array([VOID, *(places[one["category_id"]] for one in raw.annotations)], dtype=np.uint8)
-    return {"cells": classes[np.concatenate([none[None], covered]).argmax(axis=0)]}
+    def cells(self) -> Iterator[Tensor]:
+        """Labels (hm, wm) int64 of each image: the class that covers most of a cell, VOID where most of it has none."""
+        first = 0
+        for count, (height, width) in zip(self.counts.tolist(), self.grids.tolist(), strict=True):
+            own = slice(first, first + count)
+            masks, labels = self.masks[own, :height, :width].int(), self.labels[own]
+            none = 255 - masks.sum(dim=0, keepdim=True, dtype=torch.int32).clamp(max=255)
+            most = torch.cat((none, masks)).argmax(dim=0)
+            yield torch.cat((labels.new_full((1,), VOID), labels))[most]
+            first += count

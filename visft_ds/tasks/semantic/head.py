@@ -63,7 +63,7 @@ class SemanticCriterion:
         self.weights = {"ce": loss.ce}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        return {"cells": float((batch.targets["semantic"].cells != VOID).sum())}
+        return {"cells": float(sum((cells != VOID).sum() for cells in batch.targets["semantic"].cells()))}
 
     def __call__(
         self,
@@ -72,13 +72,10 @@ class SemanticCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Any = None,
     ) -> dict[str, Tensor]:
-        extents = targets.extents if output.extents is None else output.extents
+        extents = targets.shares if output.extents is None else output.extents
         total = output.logits.new_zeros(())
-        images = zip(output.logits, targets.cells, extents.tolist(), targets.grids.tolist(), strict=True)
-        for logits, cells, shares, (height, width) in images:
-            rows = interpolation(logits.shape[1], shares[0], height, logits)
-            columns = interpolation(logits.shape[2], shares[1], width, logits)
-            labels = cells[None, :height, :width].long()
+        for logits, cells, shares in zip(output.logits, targets.cells(), extents.tolist(), strict=True):
+            rows, columns = (interpolation(logits.shape[1 + a], shares[a], cells.shape[a], logits) for a in (0, 1))
             fine = (rows @ logits @ columns.T)[None]  # (1, C, hm, wm)
-            total = total + F.cross_entropy(fine, labels, ignore_index=VOID, reduction="sum")
+            total = total + F.cross_entropy(fine, cells[None], ignore_index=VOID, reduction="sum")
         return {"ce": total / loss_denominators["cells"]}

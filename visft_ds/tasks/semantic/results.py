@@ -1,6 +1,6 @@
 """Predictions of semantic segmentation: a class for each pixel of an image, also from windows, and how good they are.
 
-Letters: B images, N windows, C classes, H W pixels of the stored image, h w grid of a map.
+Letters: B images, N windows, n of them of one image, C classes, Q queries, H W pixels of the stored image, h w grid.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.pictures import SIDE, TEXT, Picture, draw_objects, letters, palette
+from visft_ds.tasks.segmentation.head import SegmentationOutput
 from visft_ds.tasks.segmentation.loss import interpolation
 from visft_ds.tasks.segmentation.masks import decode_mask
 from visft_ds.tasks.semantic.head import SemanticOutput
@@ -33,9 +34,9 @@ _TAGGED = 0.003  # share of an image from which on a region has its name in a pi
 class Windows:
     """The output of a head for squares out of a batch's images, along the longer side of each."""
 
-    output: SemanticOutput  #: of N windows
+    output: SemanticOutput | SegmentationOutput  #: of N windows
     starts: Sequence[Sequence[int]]  #: first pixels of each image's windows, in the image as it was evaluated
-    frame: tuple[int, int]  #: height and width of a window, with padding
+    frame: Sequence[int]  #: height and width of a window, with padding
 
 
 def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
@@ -59,32 +60,45 @@ def cut_windows(batch: Batch, side: int) -> tuple[Batch, list[list[int]]]:
 
 
 @torch.no_grad()
-def semantic_results(output: SemanticOutput | Windows, batch: Batch, classes: Sequence[int] | None = None) -> Results:
+def semantic_results(
+    output: SemanticOutput | SegmentationOutput | Windows, batch: Batch, classes: Sequence[int] | None = None
+) -> Results:
     """Predictions in COCO's results format: image_id, category_id, segmentation, one for each class of an image.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; category_id is the entry of
     `classes` for the class, or its place. The probabilities of the classes are interpolated to that size, where windows
-    overlap their mean, and the most probable one is taken. Images without `batch.real` are left out.
+    overlap their mean, and the most probable one is taken. Masks are interpolated to the image as it was evaluated; a
+    class has there the sum over queries of its probability times the mask's. Images without `batch.real` are left out.
     """
-    found, frame = Results(), batch.images.shape[-2:]
+    found = Results()
     for image in batch.real.nonzero().flatten().tolist():
         stored, size = batch.original_sizes[image].tolist(), batch.sizes[image].tolist()
         if isinstance(output, Windows):
+            made, starts, frame = output.output, output.starts[image], output.frame
             first = sum(map(len, output.starts[:image]))
-            scores = output.output.logits[first : first + len(output.starts[image])].softmax(dim=1)  # (n, C, h, w)
-            along = 0 if size[0] > size[1] else 1
-            starts = [output.starts[image] if axis == along else [0] for axis in (0, 1)]
-            rows, columns = (
-                _merging(scores.shape[2 + axis], output.frame[axis], size[axis], starts[axis], stored[axis], scores)
-                for axis in (0, 1)
-            )
-            scores = torch.cat([*scores], dim=1 + along)
         else:
-            scores = output.logits[image].softmax(dim=0)
-            extents = [one / whole for one, whole in zip(size, frame, strict=True)]
-            shares = extents if output.extents is None else output.extents[image].tolist()
-            rows, columns = (interpolation(scores.shape[1 + a], shares[a], stored[a], scores) for a in (0, 1))
-        places = most_probable(scores, rows, columns)
+            made, starts, first, frame = output, [0], image, batch.images.shape[-2:]
+        covered = [min(one, whole) for one, whole in zip(size, frame, strict=True)]
+        shares = [one / whole for one, whole in zip(covered, frame, strict=True)]
+        if made.extents is not None:
+            shares = made.extents[image].tolist()
+        own = slice(first, first + len(starts))
+        if isinstance(made, SemanticOutput):
+            maps, weights = made.logits[own].softmax(dim=1), None
+        else:
+            masks, weights = made.masks[-1, own], made.logits[-1, own].softmax(dim=-1)[..., :-1].transpose(1, 2)
+            rows, columns = (interpolation(masks.shape[2 + a], shares[a], covered[a], masks) for a in (0, 1))
+            maps, shares = (rows @ masks @ columns.T).sigmoid(), [1.0, 1.0]
+        along = 0 if size[0] > size[1] else 1
+        matrices = []
+        for axis in (0, 1):
+            cells, pixels = maps.shape[2 + axis], stored[axis]
+            if isinstance(output, Windows):
+                fine = interpolation(cells, shares[axis], covered[axis], maps)
+                matrices.append(_merging(fine, size[axis], starts if axis == along else [0], pixels))
+            else:
+                matrices.append(interpolation(cells, shares[axis], pixels, maps))
+        places = most_probable(maps, weights, along, *matrices)
         for place in np.unique(places).tolist():
             code = coco_mask.encode(np.asfortranarray(places == place).view(np.uint8))
             segmentation = {"size": stored, "counts": code["counts"].decode("ascii")}
@@ -94,25 +108,30 @@ def semantic_results(output: SemanticOutput | Windows, batch: Batch, classes: Se
     return found
 
 
-def _merging(cells: int, frame: int, size: int, starts: Sequence[int], stored: int, like: Tensor) -> Tensor:
+def _merging(fine: Tensor, size: int, starts: Sequence[int], stored: int) -> Tensor:
     """Matrix (stored, len(starts) * cells) from cells of windows along an axis, one window after the other, to pixels.
 
-    Each window is interpolated to its own pixels of the image as it was evaluated (`size`), where windows overlap the
-    mean is taken, and all of it is interpolated to the stored size.
+    Each window is interpolated to its own pixels (`fine`) of the image as it was evaluated (`size`), where windows
+    overlap the mean is taken, and all of it is interpolated to the stored size.
     """
-    covered = min(frame, size)
-    fine = interpolation(cells, covered / frame, covered, like)  # (pixels, cells) of a window
-    merged = like.new_zeros(size, len(starts) * cells)
+    covered, cells = fine.shape
+    merged = fine.new_zeros(size, len(starts) * cells)
     for number, start in enumerate(starts):
         merged[start : start + covered, number * cells : (number + 1) * cells] = fine
-    return interpolation(size, 1.0, stored, like) @ (merged / merged.sum(dim=1, keepdim=True))
+    return interpolation(size, 1.0, stored, fine) @ (merged / merged.sum(dim=1, keepdim=True))
 
 
-def most_probable(scores: Tensor, rows: Tensor, columns: Tensor) -> Places:
-    """(H, W) best class of scores (C, h, w), interpolated by `rows` (H, h) and `columns` (W, w)."""
+def most_probable(maps: Tensor, weights: Tensor | None, along: int, rows: Tensor, columns: Tensor) -> Places:
+    """(H, W) best class of maps of n windows, which lie one after the other along an axis.
+
+    The maps are probabilities (n, C, h, w), or masks (n, Q, h, w), whose `weights` (n, C, Q) are the classes'. They are
+    interpolated by `rows` (H, h), or (H, n * h), and `columns`.
+    """
     tops, bests = list[Tensor](), list[Tensor]()
-    for first in range(0, len(scores), _GROUP):  # never all classes at full size
-        top, best = (rows @ scores[first : first + _GROUP] @ columns.T).max(dim=0)
+    for first in range(0, maps.shape[1] if weights is None else weights.shape[1], _GROUP):
+        group = slice(first, first + _GROUP)  # never all classes at full size
+        scores = maps[:, group] if weights is None else torch.einsum("ncq,nqhw->nchw", weights[:, group], maps)
+        top, best = (rows @ torch.cat([*scores], dim=1 + along) @ columns.T).max(dim=0)
         tops.append(top)
         bests.append((best + first).to(torch.uint8))
     chosen = torch.stack(tops).argmax(dim=0, keepdim=True)

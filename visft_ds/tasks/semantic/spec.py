@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import nn
@@ -17,10 +16,10 @@ from visft_ds.data.transforms import Geometry, Size, of_options
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.pictures import Picture, side_by_side
-from visft_ds.tasks.segmentation.data import LargeScaleJitter
-from visft_ds.tasks.segmentation.masks import grid_size
-from visft_ds.tasks.semantic.config import SemanticHeadConfig, SemanticTask
-from visft_ds.tasks.semantic.data import SemanticTargets, semantic_targets
+from visft_ds.tasks.segmentation.data import LargeScaleJitter, segmentation_targets
+from visft_ds.tasks.segmentation.spec import Segmentation
+from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
+from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
 from visft_ds.tasks.semantic.results import (
     Windows,
@@ -29,40 +28,33 @@ from visft_ds.tasks.semantic.results import (
     measure_semantic,
     semantic_results,
 )
-from visft_ds.tasks.spec import Classes, Content, Example, ImageTargets, Options, Predict, Shapes, Task, Words
+from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Predict, Shapes, Words
 
 #: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
 _MULTIPLE = 32
 
 
-class Semantic(Task):
-    """A linear head on the maps."""
+class Semantic(Segmentation):
+    """A linear head on the maps, or the plain mask head, which learn from masks of classes."""
 
     name = "semantic"
     config = SemanticTask
-    head = LinearHead
-    losses = SemanticCriterion
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, {**options, "eval_multiple": _MULTIPLE})
 
     def targets(self, train: bool, options: Options, words: Words, classes: Classes) -> ImageTargets:
         places = {id_: place for place, id_ in enumerate(range(VOID) if classes is None else classes)}
-        return partial(semantic_targets, places, options["mask_stride"])
+        return partial(segmentation_targets, places, options["mask_stride"])
 
     def pack(self, samples: Sequence[Sample], frame: Size) -> SemanticTargets:
-        parts = [sample.targets[self.name]["cells"] for sample in samples]
-        grids = np.array([part.shape for part in parts])
-        cells = np.full((len(parts), *grids.max(axis=0)), VOID, dtype=np.uint8)
-        for packed, part in zip(cells, parts, strict=True):
-            packed[: part.shape[0], : part.shape[1]] = part
-        extents = np.array([sample.size for sample in samples]) / frame
-        return SemanticTargets(torch.from_numpy(cells), torch.from_numpy(grids), torch.from_numpy(extents).float())
+        masks, grids = super().pack(samples, frame), [one.targets[self.name]["masks"].shape[1:] for one in samples]
+        return SemanticTargets(**vars(masks), grids=torch.tensor(grids), shares=masks.extents)
 
     def blank(self, images: int, size: Size, content: Content, options: Options) -> SemanticTargets:
-        grid = grid_size(size, int(options["mask_stride"]))
-        cells = torch.zeros(images, *grid, dtype=torch.uint8)
-        return SemanticTargets(cells, torch.tensor([grid]).expand(images, 2), torch.ones(images, 2))
+        masks = super().blank(images, size, content, options)
+        grids = torch.tensor([masks.masks.shape[1:]]).expand(images, 2)
+        return SemanticTargets(**vars(masks), grids=grids, shares=masks.extents)
 
     def outputs(self, predict: Predict, batch: Batch, options: Options) -> Mapping[str, Any]:
         side = options.get("window")
@@ -72,8 +64,17 @@ class Semantic(Task):
         height, width = windows.images.shape[-2:]
         return {self.name: Windows(predict(windows)[self.name], starts, (height, width))}
 
-    def build_head(self, shapes: Shapes, head: SemanticHeadConfig, vocabulary_size: int | None) -> nn.Module:
-        return LinearHead([width for width, _ in shapes], head)
+    def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
+        if isinstance(head, SemanticHeadConfig):
+            return LinearHead([width for width, _ in shapes], head)
+        return super().build_head(shapes, head, vocabulary_size)
+
+    def losses(self, head: Any, loss: Any) -> Criterion:
+        return SemanticCriterion(head, loss) if isinstance(head, SemanticHeadConfig) else super().losses(head, loss)
+
+    def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
+        head = self.settings("head", head_options)
+        return self.losses(head, LOSSES[head.type](**loss_options))
 
     def results(
         self, output: Any, batch: Batch, words: Words, classes: Classes = None, threshold: float = 0.0
