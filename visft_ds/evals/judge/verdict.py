@@ -87,7 +87,7 @@ def _about(row: Row, rows: Sequence[Row], trial: Trial, base: str, best: bool) -
     by = gain.text(percent=not lower)
     equal = "of the same feature shift"
     said = {
-        "the same": f"no feature of {arm} differs from those of {base}",
+        "the same": f"No feature of {arm} differs from those of {base}",
         "gained": f"{arm} is better than {base} by {by} {where}, and better than {' and '.join(controls)} {equal}",
         "moved, not gained": f"{arm} is better than {base} by {by} {where}, but not shown to be better than "
         f"{' and '.join(name for name, of in others.items() if of.low <= 0)} {equal}",

@@ -1,0 +1,153 @@
+"""The verdict's words, its sentences, and the page they stand on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ortho_group
+
+from tests.evals.test_statistics import scored
+from visft_ds.evals.judge.page import judge_page
+from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.scoring import moved
+from visft_ds.evals.judge.table import Results, Row, Trial, rows_of
+from visft_ds.evals.judge.verdict import Verdict, judged, word_for
+from visft_ds.evals.records import Interval
+
+PRIMARY = "segmentation/voc in-context mIoU"
+UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Interval(-0.03, -0.05, -0.01)
+
+
+@pytest.mark.parametrize(
+    ("word", "gain", "last", "controls"),
+    [
+        ("gained", UP, UP, [UP, UP]),
+        ("gained", UP, DOWN, [UP]),
+        ("moved, not gained", UP, UP, [UP, AROUND]),
+        ("moved, not gained", UP, UP, [DOWN]),
+        ("better placed", AROUND, UP, [UP]),
+        ("not shown", AROUND, AROUND, [UP]),
+        ("not shown", AROUND, None, [UP]),
+        ("lost", DOWN, UP, [UP]),
+    ],
+)
+def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, controls: list[Interval]) -> None:
+    named = {f"control {number}": of for number, of in enumerate(controls)}
+    assert word_for(gain, last, named, 0.2, same=False, best=True) == word
+
+
+def test_words_of_other_architectures_last_layers_and_twins() -> None:
+    assert word_for(UP, UP, {}, None, same=False, best=True) == "better, without control"
+    assert word_for(AROUND, AROUND, {}, None, same=False, best=True) == "not shown"
+    assert word_for(UP, None, {"noise": UP}, 0.2, same=False, best=False) == "better placed"  # never "gained"
+    assert word_for(UP, None, {"noise": AROUND}, 0.2, same=False, best=False) == "moved, not gained"
+    none = Interval(0.0, 0.0, 0.0)
+    assert word_for(none, none, {}, 0.0, same=True, best=True) == "the same"
+    assert word_for(none, none, {}, 0.1, same=True, best=True) == "not shown"
+
+
+def _compared(base: torch.Tensor, tuned: torch.Tensor, labels: np.ndarray[Any, Any]) -> tuple[list[Row], Verdict]:
+    """Two towers whose features of 40 + 40 images are given, by in-context segmentation."""
+    scores = {
+        name: scored(of[:40], labels[:40], of[40:], labels[40:]) for name, of in (("base", base), ("tuned", tuned))
+    }
+    results = {name: {PRIMARY: score} for name, score in scores.items()}
+    trials = [Trial("tuned", dose=moved(base, tuned))]
+    rows = rows_of(results, {name: [name] for name in results}, trials, PRIMARY, results)
+    (verdict,) = judged(rows, trials, PRIMARY, "base")
+    return rows, verdict
+
+
+def test_itself_is_the_same_and_a_rotation_of_it_is_not_better() -> None:
+    """Every difference and bound is exactly zero; cosines do not change by an orthogonal matrix, features do."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (80, 4, 4))
+    features = np.eye(3, 12)[labels] + rng.normal(0, 0.5, (80, 4, 4, 12))
+    base, turned = (
+        torch.from_numpy(of).permute(0, 3, 1, 2) for of in (features, features @ ortho_group.rvs(12, random_state=rng))
+    )
+    (row,), verdict = _compared(base, base.clone(), labels)
+    for of in (row.differences["tuned"], row.last["tuned"]):
+        assert (of.value, of.low, of.high, of.alone.low, of.alone.high, of.detectable) == (0.0,) * 6
+    assert verdict.word == "the same" and verdict.sentences == ("No feature of tuned differs from those of base.",)
+    (row,), verdict = _compared(base, turned, labels)
+    assert row.differences["tuned"].value == 0.0 and verdict.word == "not shown"
+
+
+def _results() -> Results:
+    """A tuned arm that gains in its primary number and pays in others, with noise and half of it."""
+    rng = np.random.default_rng(0)
+    changes: dict[str, tuple[float, float, float]] = {
+        PRIMARY: (0.03, 0.0, 0.02),
+        "segmentation/voc linear mIoU": (0.02, -0.01, 0.01),
+        "classification/<digits> kNN": (-0.04, -0.05, -0.02),
+        "depth/nyu RMSE": (0.02, 0.03, 0.0),
+        "kept/voc top-1": (-0.25, -0.5, -0.125),
+    }
+    found: dict[str, dict[str, Score]] = {arm: {} for arm in ("base", "tuned", "noise", "half")}
+    for name, of_arms in changes.items():
+        base = np.ones(200) if name.startswith("kept/") else rng.random(200)
+        for arm, change in zip(found, (0.0, *of_arms), strict=True):
+            values = base + change + (rng.normal(0, 0.03, 200) if change else 0)
+            if name.startswith("kept/"):
+                values = (np.arange(200) >= -200 * change).astype(float)
+            found[arm][name] = Score(name, values, lower=name.endswith("RMSE"))
+    return found
+
+
+def _judged(**changed: Any) -> tuple[list[Row], list[Trial], list[Verdict]]:
+    results, trials = _results(), [Trial("tuned", ("noise",), "half", 0.25)]
+    rows = rows_of(results, {arm: [arm] for arm in results}, trials, PRIMARY, results)
+    return rows, trials, judged(rows, trials, PRIMARY, "base", **changed)
+
+
+def test_price_and_half_follow_the_verdict() -> None:
+    """An error that grows is a price; what rose, or is not shown to fall, is none."""
+    _, _, (verdict,) = _judged()
+    first, price, half = verdict.sentences
+    assert verdict.word == "gained" and first.startswith("tuned is better than base by +2.73") and "noise" in first
+    assert "kNN -4." in price and "RMSE +0.018" in price and "linear" not in price and "75.00 %" in price
+    assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half
+    _, _, (verdict,) = _judged(best=False)
+    assert verdict.word == "better placed"
+
+
+def _texts(page: str) -> Iterator[str]:
+    yield from (text for text in page.replace("<", ">").split(">") if text.strip())
+
+
+def test_the_page_tells_all_of_the_record() -> None:
+    """Made of what JSON keeps; without network and with names escaped."""
+    rows, trials, verdicts = _judged()
+    held_out = {f"blocks.{block}": 0.1 * block for block in range(4)}
+    arms = {arm: [arm] for arm in _results()}
+    record = {
+        "models": {arm: f"{arm}.safetensors" for arm in arms},
+        "arms": arms,
+        "trials": [asdict(trial) for trial in trials],
+        "primary": PRIMARY,
+        "protocol": "quick",
+        "layers": {PRIMARY: {arm: {"chosen": "blocks.3", "held_out": held_out} for arm in ("base", "tuned")}},
+        "doses": {"tuned": 0.25, "noise": 0.248, "half": 0.13},
+        "notes": ["tuned ends before base: both are compared up to blocks.3."],
+        "rows": [asdict(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "seconds": 61.2,
+        "versions": {"torch": "2.15"},
+        "command": ["visft", "judge", "base.safetensors", "a run"],
+    }
+    page = judge_page(json.loads(json.dumps(record)), [np.zeros((20, 30, 3), np.uint8)])
+    texts = list(_texts(page))
+    assert "tuned: gained" in texts and verdicts[0].sentences[0] in texts and record["notes"][0] in texts
+    assert "base, blocks.3" in texts and "0.248" in texts and rows[0].level("noise") in texts
+    assert rows[0].controls["tuned"]["noise"].text(True) in texts and "tuned, last layer" in texts
+    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text(True) in texts
+    assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
+    assert any("not comparable with published numbers" in text for text in texts)
+    assert page.count("<svg") == 2 and 'src="http' not in page and "<script" not in page
