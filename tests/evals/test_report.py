@@ -106,16 +106,21 @@ def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> N
 def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> None:
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [
-        {"name": f"segmentation/b {name}", "items": 9, "values": {"before": interval, "after": interval}}
+        {
+            "name": f"segmentation/b {name}",
+            "items": 9,
+            "lower": False,
+            "values": {"before": interval, "after": interval},
+        }
         | {"differences": {"after": {"value": by, "low": by - 0.02, "high": by + 0.02, "shown": shown}}}
         for name, by, shown in (("objects knn", 0.004, False), ("linear mIoU", -0.03, True))
     ]
     record = {"arms": {"before": [], "after": []}, "rows": rows, "primary": "segmentation/b objects knn"}
-    save_png(np.zeros((20, 30, 3), np.uint8), tmp_path / "table/pictures/one.png")
-    (tmp_path / "table/judge.json").write_text(json.dumps(record | {"pictures": ["pictures/one.png"]}))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/judge.json").write_text(json.dumps(record | {"verdicts": [{"sentences": ["a & b", "c"]}]}))
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")
     assert '<small class="">+0.40 [-1.60, +2.40]<' in text and '<small class="down">-3.00 [-5.00, -1.00] *<' in text
-    assert text.count("segmentation by each model") == 1 and "objects knn was named before the run" in text
+    assert "<p>a &amp; b c</p>" in text and "objects knn was named before the run" in text
     (tmp_path / "table/judge.json").write_text('{"rows": 3}')
     assert report([str(tmp_path / "run"), "--judge", str(tmp_path / "table")]) == 2
 

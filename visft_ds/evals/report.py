@@ -18,7 +18,7 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.judge.page import change, level
+from visft_ds.evals.judge.page import change_of, level_of
 from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import read_bytes, reading
@@ -182,7 +182,7 @@ def _out_of_domain(folder: Path) -> dict[str, Any]:
         record = orjson.loads(read_bytes(path))
         labels, rows = list(record["arms"]), []
         for row in record["rows"]:
-            cells = [(level(row, arm), *change(row, row["differences"].get(arm))) for arm in labels]
+            cells = [(level_of(row, arm), *change_of(row, row["differences"].get(arm))) for arm in labels]
             rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
         said = [" ".join(verdict["sentences"]) for verdict in record["verdicts"]]
     return {"labels": labels, "rows": rows, "primary": record["primary"], "said": said}

@@ -30,16 +30,14 @@ class Dosimeter:
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
         self._block, self._settings, self._blocks = block, settings, benchmark.held_out is not None
         encoder = load_encoder(base, settings.precision, blocks=self._blocks)
-        images = benchmark.sets.get("train") or benchmark.sets["test"]
+        images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
         count = min(MOST, len(images))
         batches = [
             range(start, min(start + settings.batch_size, count)) for start in range(0, count, settings.batch_size)
         ]
         self._images = list(pictures(encoder, images, batches, settings.threads))
-        kinds = [kind for kind in _KINDS if kind in encoder.kinds and kind in benchmark.kinds]
-        if not kinds:
-            raise ValueError(f"{benchmark.label} reads no {', '.join(_KINDS)} of {base.label}: name another --primary")
-        self._kind = kinds[0]
+        kinds = [kind for kind in _KINDS if kind in encoder.kinds]
+        self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
         self._base = self._features(encoder)
 
     def dose(self, encoder: Encoder) -> float:

@@ -200,8 +200,11 @@ class Mixture:
         new, old = weights_of(own), weights_of(load_encoder(spec.origin, precision, blocks=blocks))
         if not alike(new, old):
             raise ValueError(f"{spec.label} is of another architecture than {spec.origin.label}")
-        changed = {name: value.float() - old[name].float() for name, value in new.items() if value.is_floating_point()}
-        self.changes = {name: change for name, change in changed.items() if change.any()}
+        self.changes = {
+            name: value.float() - old[name].float()
+            for name, value in new.items()
+            if value.is_floating_point() and not torch.equal(value, old[name].to(value))
+        }
         if spec.noise is not None:
             trained = dict(_named(own, nn.Module.named_parameters))
             self.changes = {n: _noise(n, one, spec.noise) for n, one in self.changes.items() if n in trained}

@@ -76,8 +76,8 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
             {
                 "name": row["name"],
                 "n": row["items"],
-                "base": level(row, base),
-                "cells": [(level(row, arm), change(row, row["differences"].get(arm))) for arm in others],
+                "base": level_of(row, base),
+                "cells": [(level_of(row, arm), change_of(row, row["differences"].get(arm))) for arm in others],
             }
             for row in rows.values()
         ],
@@ -114,8 +114,8 @@ def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[s
         def line(arm: str, against: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
             dose, layer = record["doses"].get(arm), chosen.get(arm)
             name = arm if layer is None else f"{arm}, {layer}"
-            changes = (change(primary, primary["differences"].get(arm)), change(primary, against))
-            return name, "" if dose is None else f"{dose:.3f}", level(primary, arm), *changes
+            changes = (change_of(primary, primary["differences"].get(arm)), change_of(primary, against))
+            return name, "" if dose is None else f"{dose:.3f}", level_of(primary, arm), *changes
 
         beside = primary["controls"][tuned].items()
         lines = [line(base), line(tuned), *(line(arm, of) for arm, of in beside)]
@@ -123,7 +123,7 @@ def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[s
         if tuned in primary["last"]:
             ends = primary["last_values"]
             lines.append((f"{base}, last layer", "", _number(primary, ends[base]["value"]), ("", ""), ("", "")))
-            number, change = _number(primary, ends[tuned]["value"]), change(primary, primary["last"][tuned])
+            number, change = _number(primary, ends[tuned]["value"]), change_of(primary, primary["last"][tuned])
             lines.append((f"{tuned}, last layer", "", number, change, ("", "")))
         found.append({"arm": tuned, "lines": lines})
     return found
@@ -146,12 +146,12 @@ def _number(row: Mapping[str, Any], value: float) -> str:
     return f"{value:.3f}" if row["lower"] else f"{100 * value:.2f}"
 
 
-def level(row: Mapping[str, Any], arm: str) -> str:
+def level_of(row: Mapping[str, Any], arm: str) -> str:
     """An arm's number as text."""
     return _number(row, row["values"][arm]["value"]) if arm in row["values"] else "–"
 
 
-def change(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> tuple[str, str]:
+def change_of(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> tuple[str, str]:
     """(difference as text, class of its colour) in a cell."""
     if of is None:
         return "", ""
