@@ -164,12 +164,12 @@ def test_words(tmp_path: Path) -> None:
 def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
     root = _folders(tmp_path / "shapes", ["a", "b"])
     given = [f"zero_shot={root}", f"zero_shot={root},name=again", f"classification={root}"]
-    found = parse_benchmarks(given, "classification/shapes knn")[0]
+    found = parse_benchmarks(given, "classification/shapes kNN")[0]
     assert [one.label for one in found] == ["zero_shot/shapes", "zero_shot/again", "classification/shapes"]
     for texts, primary, word in (
         ([f"classification={root},spilt=val"], None, "spilt"),
         (given[:1] * 2, None, "two of --on"),
-        (given, "classification/shapes kmn", "did you mean classification/shapes knn"),
+        (given, "classification/shapes kMN", "did you mean classification/shapes kNN"),
     ):
         with pytest.raises(ValueError, match=word):
             parse_benchmarks(texts, primary)

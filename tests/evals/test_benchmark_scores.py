@@ -10,8 +10,8 @@ from visft_ds.evals.judge import probes, retrieval
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.images import from_arrays
 from visft_ds.evals.judge.ocr import _steps, fit, read
-from visft_ds.evals.judge.probes import linear_probe, nearest_neighbours, probe
-from visft_ds.evals.judge.protocol import rank_of
+from visft_ds.evals.judge.probes import by_neighbours, by_regression, classification
+from visft_ds.evals.judge.protocol import rank_of, resamples
 
 
 def test_equal_answers_do_not_count_as_right() -> None:
@@ -41,43 +41,48 @@ def test_recall_against_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    monkeypatch.setattr(probes, "_ROWS", 7)
+    monkeypatch.setattr(probes, "ROWS", 7)
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 30)
     centres = rng.normal(size=(4, 6))
     train, test = (centres[own] + rng.normal(size=(len(own), 6)) for own in (labels, truth))
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     wanted = model.fit(train, labels).predict(test) == truth
-    found = nearest_neighbours(torch.from_numpy(train), labels, torch.from_numpy(test), truth, 4)
-    assert found.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
+    found = by_neighbours("kNN", torch.from_numpy(train), labels, torch.from_numpy(test), truth)
+    assert found.values.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
+    places = np.repeat(np.arange(60), resamples(60, 1)[0])
+    again = model.fit(train[places], labels[places]).predict(test) == truth
+    assert found.retrained is not None and found.retrained[0] == again.mean()
 
 
-def test_linear_probe_ignores_the_scale_of_features_and_finds_what_is_there() -> None:
+def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> None:
     rng = np.random.default_rng(0)
     labels, truth = np.arange(100) % 2, np.arange(80) % 2
     train, test = (rng.normal(size=(len(own), 5)).astype(np.float32) for own in (labels, truth))
     train[:, 0] += 6 * labels
     test[:, 0] += 6 * truth
-    right = linear_probe(train, labels, test, truth)
-    assert right.mean() > 0.95
-    assert (linear_probe(train * 1000 + 5, labels, test * 1000 + 5, truth) == right).all()
-    assert 0.2 < linear_probe(rng.normal(size=(100, 5)).astype(np.float32), labels, test, truth).mean() < 0.8
-    assert (linear_probe(train[:1], labels[:1], test, truth) == (truth == 0)).all()  # one class is all it knows
+    score = by_regression("linear", train, labels, test, truth)
+    assert score.value > 0.95 and score.retrained is not None and score.retrained.min() > 0.7
+    assert (by_regression("linear", train * 1000 + 5, labels, test * 1000 + 5, truth).values == score.values).all()
+    noise = rng.normal(size=(100, 5)).astype(np.float32)
+    assert 0.2 < by_regression("linear", noise, labels, test, truth).value < 0.8
+    one = by_regression("linear", train[:1], labels[:1], test, truth)  # one class is all it knows
+    assert (one.values == (truth == 0)).all()
 
 
-def test_shots_are_as_many_as_the_rarest_class_has_and_the_same_for_every_model() -> None:
-    images = from_arrays(np.zeros((12, 2, 2), dtype=np.uint8), "x")
-    data = ClassSet(images, np.repeat(np.arange(3), 4), ("a", "b", "c"))
-    benchmark = probe("probe/x", data, data)
-    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    both = {"train": {"pooled": features}, "test": {"pooled": features}}
-    found = list(benchmark.scores(both))
-    assert [one.name for one in found] == ["knn", "linear", "1-shot", "2-shot", "4-shot"]
-    # with all images of a class drawn in every draw, all draws are the same
-    assert set(found[-1].values.tolist()) <= {0.0, 1.0}
-    again = list(benchmark.scores(both))
-    assert all((one.values == other.values).all() for one, other in zip(found, again, strict=True))
-    assert list(benchmark.numbers) == [one.name for one in found]
+def test_classification_reads_class_token_and_mean_patch_and_chooses_by_training_images() -> None:
+    """kNN reads the class token alone, which is noise here."""
+    data = ClassSet(from_arrays(np.zeros((40, 2, 2), dtype=np.uint8), "x"), np.arange(40) % 2, ("a", "b"))
+    benchmark = classification("classification/x", data, data)
+    drawn = torch.randn(2, 2, 40, 5, generator=torch.Generator().manual_seed(0))
+    drawn[:, 1, :, 0] += 8 * torch.from_numpy(data.labels)
+    parts = {
+        part: {"pooled": token, "mean": mean} for part, (token, mean) in zip(("train", "test"), drawn, strict=True)
+    }
+    noise, linear = benchmark.scores(parts, benchmark.numbers)
+    assert (noise.name, linear.name) == tuple(benchmark.numbers) and linear.value > 0.95 > noise.value
+    assert benchmark.held_out is not None
+    assert benchmark.held_out(parts["train"], "linear") > 0.85 > benchmark.held_out(parts["train"], "kNN")
 
 
 def test_a_reader_learns_words_that_stand_in_the_columns() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Recipe, cross_entropy, enlarged, fit, rate_at, windows
-from visft_ds.evals.judge.protocol import VOID
+from visft_ds.tasks.classes import VOID
 
 
 def test_a_head_is_an_affine_map_after_batch_norm() -> None:
@@ -73,7 +73,7 @@ def test_a_trained_head_is_logistic_regression() -> None:
     maps, truth = _problem()
     recipe = Recipe(steps=250, warm_up=20, rate=0.05, decay=0.0)
     heads = fit(
-        Heads(1, 6, 3, 0.0), BATCH, lambda drawn, _: (maps[drawn], truth[drawn]), cross_entropy(recipe.stride), recipe
+        Heads(1, 6, 3, 0.0), BATCH, lambda drawn: (maps[drawn], truth[drawn]), cross_entropy(recipe.stride), recipe
     )
     x, y = maps.permute(0, 2, 3, 1).reshape(-1, 6).numpy(), truth.numpy().ravel()
     x = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -90,7 +90,7 @@ def test_resamples_leave_the_first_head_alone() -> None:
 
     def trained(count: int) -> Heads:
         heads = Heads(count, 6, 3, 0.1)
-        return fit(heads, BATCH, lambda drawn, _: (maps[drawn], truth[drawn]), cross_entropy(1), recipe)
+        return fit(heads, BATCH, lambda drawn: (maps[drawn], truth[drawn]), cross_entropy(1), recipe)
 
     alone, beside = trained(1), trained(1 + RESAMPLES)
     torch.testing.assert_close(beside.weight[0], alone.weight[0])

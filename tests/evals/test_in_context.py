@@ -18,7 +18,8 @@ from visft_ds.evals.judge.in_context import (
     shares_of,
     vote,
 )
-from visft_ds.evals.judge.protocol import VOID, resamples
+from visft_ds.evals.judge.protocol import resamples
+from visft_ds.tasks.classes import VOID
 
 
 def _memory(rng: np.random.Generator, images: int, patches: int) -> Memory:

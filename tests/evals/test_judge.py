@@ -110,7 +110,7 @@ def finished(world: Path) -> Path:
 def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     record = _record(finished)
     rows = {row["name"]: row for row in record["rows"]}
-    wanted = ["top1", "knn", "linear", "1-shot", "image to text R@1", "text to image R@10", "text top1"]
+    wanted = ["top1", "kNN", "linear", "image to text R@1", "text to image R@10", "text top1"]
     assert all(any(name.endswith(end) for name in rows) for end in wanted)
     assert list(record["models"]) == ["base", "visft", "merged"]
     row = rows["retrieval/coco text to image R@5"]

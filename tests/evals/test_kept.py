@@ -59,7 +59,9 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
     command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"half={base}+{net}/adapter@0.5"]
     command += [f"merged={net}/merged.safetensors", f"bare={net}/bare.safetensors", f"none={base}+{net}/adapter@0"]
     primary = "kept/pictures answers"
-    status, _, errors = _run(*command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path)
+    status, _, errors = _run(
+        *command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path
+    )
     assert (status, errors) == (0, "")
     said = []
     for path in (base, net / "merged.safetensors"):

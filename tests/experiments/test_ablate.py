@@ -10,7 +10,19 @@ import pytest
 
 from tests.tiny import TINY
 from visft_ds.experiments import ablate
-from visft_ds.experiments.ablate import EQUAL, FIRST, PERMUTED, Plan, _parser, main, verdict
+from visft_ds.experiments.ablate import (
+    ANCHORS,
+    EQUAL,
+    FIRST,
+    MINUS_IT,
+    MINUS_IT_KEPT,
+    PERMUTED,
+    Plan,
+    _parser,
+    anchors_pay,
+    main,
+    verdict,
+)
 from visft_ds.steps import Step
 
 WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
@@ -18,7 +30,7 @@ WORDS = ["--model", "debug", "--seeds", "2", "--out", "out"]
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Step]:
-    arms = ["--arms", f"{PERMUTED},soup,one stage", "--arm", "rank 4: visft.lora.rank=4"]
+    arms = ["--arms", f"{PERMUTED},soup,one stage,{','.join(ANCHORS)}", "--arm", "rank 4: visft.lora.rank=4"]
     return Plan(_parser().parse_args([*WORDS, *arms])).steps.steps
 
 
@@ -37,11 +49,11 @@ def test_both_stages_of_the_control_have_the_labels_of_other_images(steps: dict[
 
 
 def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dict[str, Step]) -> None:
-    for name in (FIRST, PERMUTED, "rank 4"):
+    for name in (FIRST, PERMUTED, "rank 4", *ANCHORS):
         slug = name.replace(" ", "-")
         table, runs = steps[f"{slug}-table"].command, ",".join(str(steps[f"{slug}-seed{seed}"].out) for seed in "01")
         assert table[1].startswith("base=") and table[2] == f"{name}={runs}"
-        assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b objects knn"
+        assert _value(steps[f"{slug}-table"], "--primary") == "segmentation/style-b in-context mIoU"
         if name != FIRST:
             beside = steps[f"{slug}-beside"]
             assert beside.command[2].startswith(f"{FIRST}=")
@@ -70,6 +82,27 @@ def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[f
     told = verdict(rows, 5)
     assert said in told and told.startswith("The claim stands") == ("Zero" not in told)
     assert "2 seeds of the 5" in verdict(rows, 2) and "seeds of" not in told
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept", "said"),
+    [
+        (
+            (0.1, -0.2, 0.4),
+            (-1.1, -2.0, -0.2),
+            "pays: 'two stages' minus it is +0.1 [-0.2, +0.4] of the gain and -1.1 [",
+        ),
+        ((0.1, -0.2, 0.6), (-1.1, -2.0, -0.2), "does not pay"),
+        ((0.1, -0.2, 0.4), (-1.1, -2.0, 0.1), "does not pay"),
+    ],
+)
+def test_an_anchor_pays_where_it_keeps_both(gain: tuple[float, ...], kept: tuple[float, ...], said: str) -> None:
+    of = [{k: v / 100 for k, v in zip(("value", "low", "high"), one, strict=True)} for one in (gain, kept)]
+    row: dict[str, Any] = {MINUS_IT: of[0], MINUS_IT_KEPT: of[1]}
+    (told,) = anchors_pay(
+        [{"arm": FIRST}, row | {"arm": f"{ANCHORS[0]} {EQUAL}"}, row | {"arm": f"{PERMUTED} {EQUAL}"}]
+    )
+    assert told.startswith(f"The {ANCHORS[0]}") and said in told
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_onnxruntime_computes_the_same_for_any_number_of_images(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [(), (0,)])
+@pytest.mark.parametrize("layers", [(), (0,), (0, 1)])
 def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> None:
     """It is that of `visft_ds.load_backbone`: without the class token that its base has."""
     pytest.importorskip("onnxruntime")
@@ -219,7 +219,27 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
     given = ("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
     assert _run(*given, "--out", out) == 0
     with torch.no_grad():
-        assert relative(by_library("onnx", out.parent, ours)(_images(28))[0], ours(_images(28))[0]) < TOLERANCE
+        found = by_library("onnx", out.parent, ours)(_images(28))
+        for one, wanted in zip(found, ours(_images(28)), strict=True):
+            assert relative(one, wanted) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_every_map_is_an_output_of_a_graph(tmp_path: Path) -> None:
+    """Those behind the blocks that are read, without the tokens in front of them, for any number of images."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    name = "vit_test_plus_patch8_dinov3_qkvb"
+    base, out = random_base(name, tmp_path), tmp_path / "out"
+    ours, adapter = adapted(name, base, layers=(0, 1))
+    save_adapter(adapter, tmp_path / "adapter")
+    given = ("--base", base, "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
+    assert _run(*given, "--out", out) == 0
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_outputs()] == ["map_0", "map_1"]
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        for one, wanted in zip(by_library("onnx", out, ours)(images), ours(images), strict=True):
+            assert one.shape == wanted.shape and relative(one, wanted) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import orjson
 import pytest
 from PIL import Image
 
+from tests.map_folder import write_own
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.shards.cli import main as shards_main
 from visft_ds.shards.permute import others
@@ -49,3 +51,19 @@ def test_labels_lie_beside_another_image_which_takes_their_size(split: Manifest,
     words += [f"--{kind}={tmp_path}/tree/annotations/{kind}_toy2017.json" for kind in ("instances", "captions")]
     assert shards_main(["build", *words]) == 0
     assert len(Manifest.load(tmp_path / "again", "toy")) == len(reader)
+
+
+def test_label_maps_stay_label_maps(tmp_path: Path) -> None:
+    write_own(tmp_path / "data")
+    assert shards_main([str(tmp_path / "data"), "--out", str(tmp_path / "shards")]) == 0
+    assert shards_main(["permute", str(tmp_path / "shards"), "--out", str(tmp_path / "tree")]) == 0
+    assert shards_main([str(tmp_path / "tree"), "--out", str(tmp_path / "again")]) == 0
+    for name in ("train", "val"):
+        split, again = (Manifest.load(tmp_path / folder, name) for folder in ("shards", "again"))
+        assert "maps" in again.labels and "annotations" not in again.labels and again.categories == split.categories
+        before, after = (coco_dataset(ShardReader(one)) for one in (split, again))
+        masks = [
+            {(a["image_id"], a["category_id"]): a["segmentation"] for a in one["annotations"]}
+            for one in (before, after)
+        ]
+        assert masks[0] == masks[1] and len(after["images"]) == len(again) == len(split)

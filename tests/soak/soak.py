@@ -33,7 +33,7 @@ SETTINGS = {
     "visft.run.step_timeout": 60.0,
     "visft.run.eval_every": EVAL_EVERY,
     "visft.run.pictures": 0,  # of which the small disk would be full after 1,500 steps
-    "visft.data.val": "train",
+    "visft.data.val": "val",  # with shards of its own, which are never damaged: a failed evaluation is not made again
     "scheduler.params.warmup_num_steps": 5,
 }
 
@@ -133,7 +133,8 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
 
 def _make_shards(out: Path) -> Path:
     tree = write_tree(out / "coco", 24)
-    build(Options(tree.images, tree.instances, tree.captions, out / "shards", "train", max_size=40_960))
+    for split in ("train", "val"):
+        build(Options(tree.images, tree.instances, tree.captions, out / "shards", split, max_size=40_960))
     return out / "shards"
 
 

@@ -1,7 +1,7 @@
 """`visft report`: a page about one run, or about several side by side; one HTML file that needs no network.
 
-It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge left on
-disk. A run may still be training; what it has not recorded is left out.
+It reads only what runs (run.json, metrics.jsonl), visft evaluate (RUN/evaluation-SPLIT) and visft judge
+left on disk. A run may still be training; what it has not recorded is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from visft_ds.config import ResolvedConfig
@@ -18,10 +19,10 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.judge.page import change_of, level_of
+from visft_ds.evals.judge.page import table_of
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
-from visft_ds.files import read_bytes, reading
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, PICTURES, Evaluation, read_evaluation
+from visft_ds.files import open_image, read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
@@ -76,7 +77,7 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_out_of_domain(judged) if judged else None,
+        beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
         results=_results(evaluations),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
@@ -175,17 +176,15 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _out_of_domain(folder: Path) -> dict[str, Any]:
-    """The verdicts and the table of `visft judge`, as text."""
+def _judged(folder: Path) -> dict[str, Any]:
+    """The table of `visft judge`, and its pictures."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        labels, rows = list(record["arms"]), []
-        for row in record["rows"]:
-            cells = [(level_of(row, arm), *change_of(row, row["differences"].get(arm))) for arm in labels]
-            rows.append({"name": row["name"], "main": row["name"] == record["primary"], "cells": cells})
-        said = [" ".join(verdict["sentences"]) for verdict in record["verdicts"]]
-    return {"labels": labels, "rows": rows, "primary": record["primary"], "said": said}
+        rows = table_of(record, record["rows"])
+        names = [Path(name).name for name in record["pictures"]]
+    sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
+    return {"record": record, "rows": rows, "sheets": sheets}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
@@ -35,6 +36,7 @@ from visft_ds.prepare.datasets import (
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_NAMES
+from visft_ds.tasks.matching import beyond_queries
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -82,6 +84,10 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
             visft = changed(config, [f"{key}={smaller}"]).visft
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
+    for task, given in config.visft.tasks.enabled().items():
+        objects = [one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks]
+        if line := beyond_queries(task, given.most_objects(), np.concatenate(objects)):
+            config = replace(config, adapted=(*config.adapted, line))
     settings, validation = config.visft, None
     streams, vocabulary = streams_of(settings, first), vocabulary_of(settings, sets)
     if settings.run.eval_every:
@@ -142,9 +148,8 @@ def keep_features(
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
-    features = FeatureCache(None if config.features.cache is None else Path(config.features.cache), identity)
-    prepared.module.feature_cache = features
-    loader.features = features
+    folder = None if config.features.cache is None else Path(config.features.cache)
+    prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
 
 
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:

@@ -42,8 +42,8 @@ class FolderSplit:
     images: Path
     instances: CocoFile | None
     captions: CocoFile | None
-    odd: Findings = field(default_factory=Findings)  #: what was odd in the layout
     maps: CocoFile | None = None  #: label maps, as instances of which no two of an image overlap
+    odd: Findings = field(default_factory=Findings, kw_only=True)  #: what was odd in the layout
 
 
 def lines_of(findings: Mapping[str, Sequence[Any]]) -> list[str]:

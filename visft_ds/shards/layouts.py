@@ -19,7 +19,7 @@ from visft_ds.shards.maps import map_layouts, read_maps
 from visft_ds.shards.yolo import SPLITS, Exif, listed_image, read_yolo
 
 _YEAR = re.compile(r"^(train|val|test)\d{4}$")
-_COCO_FILE = re.compile(r"(?:(instances|captions)_)?(.+)\.json")
+_COCO_FILE = re.compile(r"(?:(instances|maps|captions)_)?(.+)\.json")
 _BESIDE_IMAGES = {"Roboflow": ("_annotations.coco.json",), "captions": ("metadata.jsonl", "captions.jsonl")}
 _LOOKED_FOR = """looked for
   COCO      instances_SPLIT.json, captions_SPLIT.json or SPLIT.json, here or in annotations/; images in SPLIT/, images/
@@ -145,4 +145,4 @@ def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[Folde
         if role in parts or parts["images"] != images:
             raise ValueError(f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}")
         parts[role] = path
-    return [FolderSplit(name, p["images"], p.get("instances"), p.get("captions")) for name, p in found.items()]
+    return [FolderSplit(name, p["images"], *map(p.get, ("instances", "captions", "maps"))) for name, p in found.items()]

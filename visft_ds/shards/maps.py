@@ -77,7 +77,7 @@ def read_maps(kind: str, folder: Path, wanted: str | None = None, void: int | No
             content["images"].append({"id": number, "file_name": file, "height": height, "width": width})
             for one in annotations_of_map(numbers, names, voids, labels[name]):
                 content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **one})
-        made.append(FolderSplit(split, images, None, None, odd, maps=content))
+        made.append(FolderSplit(split, images, None, None, content, odd=odd))
     return made
 
 

@@ -34,8 +34,7 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
         objects, captions = coco_dataset(reader), caption_dataset(reader)["annotations"]
         images.mkdir()
         for image, place in zip(objects["images"], others(len(reader), seed).tolist(), strict=True):
-            data, _ = reader.read(place, "images")
-            assert data is not None
+            data = reader.read(place, "images")[0] or b""
             image["file_name"] = f"{image['id']:012d}.jpg"
             frame, size = image_frame(data), (image["width"], image["height"])
             if frame.format == "JPEG" and (frame.width, frame.height) == size:
@@ -44,7 +43,8 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
                 resized += 1
                 picture = open_image(data, upright=False).resize(size, Image.Resampling.BICUBIC)
                 picture.save(images / image["file_name"], "JPEG", quality=_QUALITY)
-        for kind, listed in {"instances": objects["annotations"], "captions": captions}.items():
+        first = "maps" if "maps" in reader.manifest.labels else "instances"
+        for kind, listed in {first: objects["annotations"], "captions": captions}.items():
             content = {**objects, "annotations": [{**one, "id": number} for number, one in enumerate(listed, 1)]}
             (out / "annotations" / f"{kind}_{split}2017.json").write_bytes(orjson.dumps(content))
         yield split, {"images": len(reader), "objects": len(objects["annotations"]), "resized": resized}

@@ -99,7 +99,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
                 odd.add("label without image", label)
         odd.refuse_above_a_tenth(len(beside) + len(used), where, "labels")
         content = {"images": images, "annotations": annotations, "categories": categories}
-        made.append(FolderSplit(split, folder, content, None, odd))
+        made.append(FolderSplit(split, folder, content, None, odd=odd))
     return made
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -124,6 +126,16 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
             same = np.ones_like(objects)
             found.append(np.stack([layer * same, image * same, queries, objects + start]))
     return Matches(*to_device(torch.from_numpy(np.concatenate(found, axis=1)), cost.device))
+
+
+def beyond_queries(task: str, queries: int | None, objects: npt.NDArray[Any]) -> str | None:
+    """A line about images, whose numbers of objects are given, with more than a head has queries; None without any."""
+    beyond = objects[:0] if queries is None else (objects - queries).clip(min=0)
+    if not beyond.any():
+        return None
+    told = f"{task}: {beyond.sum()} of {objects.sum()} objects teach nothing in a step"
+    images = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
+    return f"{told}, as {images} (visft.tasks.{task}.head.num_queries)"
 
 
 def centers_to_corners(boxes: Tensor) -> Tensor:

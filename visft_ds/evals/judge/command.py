@@ -18,6 +18,7 @@ from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Benchmark, Score
+from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
@@ -45,7 +46,8 @@ def run_judge(given: argparse.Namespace) -> None:
     """
     began, settings = time.perf_counter(), _settings(given)
     arms = parse_arms([given.base, *given.tuned, *given.control])
-    benchmarks, primary = parse_benchmarks(given.on, given.primary)
+    protocol = QUICK if given.quick else PUBLISHED
+    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol)
     _check_folder(given.out, primary)
     _start(benchmarks)
     tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
@@ -64,7 +66,7 @@ def run_judge(given: argparse.Namespace) -> None:
         "arms": members,
         "trials": [asdict(one) for one in trials],
         "primary": primary,
-        "protocol": "quick" if given.quick else "published",
+        "protocol": protocol.name,
         "best": trial.best,
         "layers": trial.layers,
         "doses": trial.doses,

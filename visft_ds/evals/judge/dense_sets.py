@@ -1,22 +1,21 @@
-"""Images with a label for each place in them, and where there are such, the outlines of their objects.
+"""Images with a class for each pixel, and where there are such, the outlines of their objects.
 
-| layout | found by | void |
+| layout | found by | no class |
 |---|---|---|
 | COCO tree | `annotations/instances_<split>2017.json` beside `<split>2017/` | crowds |
 | shards of ours | a manifest of the split | crowds |
-| ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0 |
+| ADE20k | `images/{training,validation}`, `annotations/{training,validation}` | 0; class n is number n + 1 |
+| Pascal VOC | `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation/{train,val}.txt` | 255 |
 | any | `images/<split>`, `labels/<split>` | 255 |
 
-Label maps are PNG files that hold class numbers (indexed or grey), called as their images. Images are stretched to
-squares and labels to CELLS x CELLS cells (stride 4 at 224 pixels), the same for every model: a cell has the label of
-most of its pixels. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in shards
-of label maps void.
+Label maps are PNG files of class numbers (indexed or grey), called as their images. Labels keep their size; images are
+stretched to squares. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in
+shards of label maps without a class.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,30 +28,37 @@ from PIL import Image
 
 from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Manifest, ShardReader, manifest_path
-from visft_ds.evals.judge.images import (
-    SUFFIXES,
-    chosen,
-    digest,
-    from_files,
-    image_files,
-    inside,
-    read_json,
-)
-from visft_ds.evals.judge.protocol import ImageSet, IntArray
-from visft_ds.files import MAX_PIXELS, open_image, read_bytes, reading
+from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, inside, read_json, read_lines
+from visft_ds.evals.judge.protocol import ImageSet, Label
+from visft_ds.files import open_image, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import stored_segmentation
+from visft_ds.shards.maps import read_map
+from visft_ds.tasks.classes import VOID
 
-CELLS, VOID = 56, -1
-#: Images of a part; a larger one gives every k-th.
-MOST = {"train": 1000, "test": 2000}
-_FINE = 4  # pixels of a cell's side
-_SIDE = CELLS * _FINE
-_SMALLEST = 1.0  # cells below which nobody could recognise an object
+_SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
 _SPLITS = ("val", "test", "validation")
 
-Cells = npt.NDArray[np.int16]
-Shares = npt.NDArray[np.uint8]
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of an image."""
+
+    owner: int  #: number of the image
+    label: int
+    code: Mapping[str, Any]  #: run-length code of its pixels
+    crowd: bool = False
+
+    @property
+    def area(self) -> int:
+        """Number of its pixels."""
+        return int(coco_mask.area(self.code))
+
+    @property
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """(H, W), 1 where it is."""
+        found: npt.NDArray[np.uint8] = coco_mask.decode(self.code)
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,27 +66,24 @@ class DenseSet:
     """Images, what is where in them, and their objects."""
 
     images: ImageSet
-    cells: Cells  #: (images, CELLS, CELLS), class or VOID
-    masks: Shares  #: (objects, CELLS, CELLS), how many 16ths of a cell an object covers
-    labels: IntArray  #: (objects,), places in `names`
-    owners: IntArray  #: (objects,), numbers of their images
-    names: tuple[str, ...]  #: of the categories of objects; empty where no objects are known
+    label: Callable[[int], Label]  #: of an image
+    classes: tuple[str, ...]  #: their names; "": no object is there
+    things: tuple[Thing, ...] = ()  #: objects that are large enough and no crowds, in the order of their images
 
-    @property
-    def classes(self) -> int:
-        """Number of classes of cells."""
-        return int(self.cells.max()) + 1
-
-    @property
-    def truth(self) -> str:
-        """Hash of all labels."""
-        return digest(
-            np.ascontiguousarray(part).tobytes() for part in (self.cells, self.masks, self.labels, self.owners)
-        )
+    def part(self, places: Sequence[int]) -> DenseSet:
+        """Some of the images."""
+        numbers = {place: number for number, place in enumerate(places)}
+        things = tuple(replace(one, owner=numbers[one.owner]) for one in self.things if one.owner in numbers)
+        return DenseSet(chosen(self.images, places), lambda number: self.label(places[number]), self.classes, things)
 
 
-def read_train_and_test(source: str, train: str | None, test: str | None) -> tuple[DenseSet, DenseSet]:
+def read_train_and_test(
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
+) -> tuple[DenseSet, DenseSet]:
     """(images to train probes on, images to judge them on), in any layout of the table above.
+
+    Args:
+        most: images of "train" and "test"; of a larger part every k-th.
 
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
@@ -95,14 +98,21 @@ def read_train_and_test(source: str, train: str | None, test: str | None) -> tup
             raise ValueError(f"{source} has no part {part}; it has {', '.join(parts)}")
     if learnt == held:
         raise ValueError(f"{source}: probes would learn from {learnt} and be judged on it: name two parts")
-    found = reader(learnt, MOST["train"]), reader(held, MOST["test"])
-    if found[0].names != found[1].names:
-        lone = sorted(set(found[0].names) ^ set(found[1].names))
-        raise ValueError(f"{source}: {learnt} and {held} have other categories or order: {', '.join(lone[:5])}")
+    found = [reader(learnt, most["train"]), reader(held, most["test"])]
+    seen = []
     for part, one in zip((learnt, held), found, strict=True):
-        if len(np.unique(one.cells[one.cells != VOID])) < 2:
+        counts = np.zeros(VOID + 1, dtype=np.int64)
+        for place in gauge(f"labels of {part}", len(one.images), "images", range(len(one.images))):
+            counts += np.bincount(one.label(place).ravel(), minlength=VOID + 1)
+        seen.append(np.flatnonzero(counts[:VOID]))
+        if len(seen[-1]) < 2:
             raise ValueError(f"{source}: {part} has labels of one class only; a probe needs two")
-    return found
+    if not found[0].classes:  # label maps do not name them
+        numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
+        found = [replace(one, classes=numbers) for one in found]
+    if lone := sorted(set(found[0].classes) ^ set(found[1].classes)):
+        raise ValueError(f"{source}: {learnt} and {held} have other categories: {', '.join(lone[:5])}")
+    return found[0], found[1]
 
 
 Reader = Callable[[str, int], DenseSet]
@@ -118,11 +128,18 @@ def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
         return partial(_of_shards, root), splits
     if (root / "annotations/training").is_dir():
         known = {"train": "training", "val": "validation"}
-        return partial(_of_folders, root, lambda s: (f"images/{known[s]}", f"annotations/{known[s]}"), 0), list(known)
+        of_ade = {name: (root / "images" / folder, root / "annotations" / folder) for name, folder in known.items()}
+        return lambda part, most: _of_maps(root, *of_ade[part], most, first=1), list(known)
+    if listed := sorted(root.glob("ImageSets/Segmentation/*.txt")):
+        folders = root / "JPEGImages", root / "SegmentationClass"
+        names = {path.stem: read_lines(path) for path in listed}
+        return lambda part, most: _of_maps(root, *folders, most, names[part]), list(names)
     if (root / "labels").is_dir():
         parts = sorted(path.name for path in (root / "labels").iterdir() if path.is_dir())
-        return partial(_of_folders, root, lambda split: (f"images/{split}", f"labels/{split}"), 255), parts
-    raise ValueError(f"{root} has no dense labels: give a COCO tree, shards, ADE20k, or images/SPLIT and labels/SPLIT")
+        return lambda part, most: _of_maps(root, root / "images" / part, root / "labels" / part, most), parts
+    raise ValueError(
+        f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
+    )
 
 
 def _places(count: int, most: int) -> list[int]:
@@ -130,41 +147,36 @@ def _places(count: int, most: int) -> list[int]:
     return list(range(0, count, max(1, -(-count // most))))
 
 
-def _of_folders(root: Path, folders: Callable[[str], tuple[str, str]], void: int, split: str, most: int) -> DenseSet:
-    """Images beside their label maps."""
-    place, labels = (root / name for name in folders(split))
-    files = image_files(place) if place.is_dir() else []
+def _of_maps(
+    root: Path, folder: Path, labels: Path, most: int, names: Sequence[str] | None = None, first: int = 0
+) -> DenseSet:
+    """Images beside their label maps.
+
+    Args:
+        names: of the files, if not all count.
+        first: number of class 0 in the maps; what is below is void.
+    """
+    files = image_files(folder) if folder.is_dir() else []
+    if names is not None:
+        wanted = frozenset(names)
+        files = [path for path in files if path.stem in wanted]
     if not files:
-        raise ValueError(f"{place} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
+        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
     kept = [files[number] for number in _places(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
-    cells = np.stack([_cells_of_map(path, void) for path in gauge("label maps", len(maps), "images", maps)])
-    images, none = replace(from_files(kept, root), stretched=True), np.zeros(0, dtype=np.int64)
-    return DenseSet(images, cells, np.zeros((0, CELLS, CELLS), np.uint8), none, none, ())
+    images = from_files(kept, root)
 
+    def label(place: int) -> Label:
+        numbers = read_map(maps[place])
+        with reading(kept[place], "an image"), Image.open(kept[place]) as image:
+            if image.size != numbers.shape[::-1]:
+                raise ValueError(
+                    f"it has {image.width} x {image.height} pixels, and its label map {maps[place]} others"
+                )
+        return numbers - np.uint8(first)  # 0 of ADE20k becomes 255
 
-def _cells_of_map(path: Path, void: int) -> Cells:
-    """(CELLS, CELLS) of a PNG of class numbers, which are kept as they are."""
-    with reading(path, "a label map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-        if image.mode not in ("P", "L", "I", "I;16"):
-            raise ValueError(f"it is a picture of mode {image.mode}: give class numbers as indexed or grey PNG")
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed are {MAX_PIXELS:,} in all")
-        numbers = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)).astype(np.int64)
-        numbers[numbers == void] = VOID
-        if numbers.max() >= 1 << 12:
-            raise ValueError(f"it holds class {numbers.max()}: class numbers are below {1 << 12}, and {void} is void")
-        return _most_of(numbers)
-
-
-def _most_of(numbers: IntArray) -> Cells:
-    """(CELLS, CELLS), the most frequent number of each cell of (_SIDE, _SIDE); of equally frequent ones the least."""
-    kinds, places = np.unique(numbers, return_inverse=True)
-    blocks = places.reshape(CELLS, _FINE, CELLS, _FINE).transpose(0, 2, 1, 3).reshape(CELLS * CELLS, _FINE**2)
-    counts = np.zeros((len(blocks), len(kinds)), dtype=np.int64)
-    np.add.at(counts, (np.arange(len(blocks))[:, None], blocks), 1)
-    most: Cells = kinds[counts.argmax(axis=1)].astype(np.int16).reshape(CELLS, CELLS)
-    return most
+    stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
+    return DenseSet(replace(images, stretched=True, fingerprint=stamped), label, ())
 
 
 def _of_coco(root: Path, split: str, most: int) -> DenseSet:
@@ -196,8 +208,7 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
 
     images = chosen(ImageSet(names, read, digest((manifest.fingerprint,))), places)
     categories = {category.coco_id: category.name for category in manifest.categories}
-    empty = VOID if "maps" in manifest.labels else 0
-    return _of_outlines(images, labels, categories, f"{root}/{split}", empty)
+    return _of_outlines(images, labels, categories, f"{root}/{split}", [] if "maps" in manifest.labels else [""])
 
 
 def _of_outlines(
@@ -205,45 +216,49 @@ def _of_outlines(
     labels: Sequence[tuple[tuple[int, int], Sequence[Mapping[str, Any]]]],
     categories: Mapping[int, str],
     where: str,
-    empty: int = 0,
+    empty: Sequence[str] = ("",),
 ) -> DenseSet:
-    """Images with the annotations of each, in COCO's terms; cells that no annotation covers are of class `empty`."""
-    numbers = {category: number for number, category in enumerate(sorted(categories))}
-    cells, masks, objects = [], [], []
-    for number, (size, found) in enumerate(gauge("outlines", len(labels), "images", labels)):
-        drawn = np.full((_SIDE, _SIDE), empty, dtype=np.int64)
-        outlined = [(annotation, _outline(annotation, size, where)) for annotation in found]
-        for annotation, area in sorted(outlined, key=lambda one: -int(one[1].sum())):
-            if annotation["category_id"] not in numbers:
-                raise ValueError(f"{where}: an annotation has category {annotation['category_id']} of no list")
-            label = numbers[annotation["category_id"]]
-            drawn[area] = VOID if annotation["iscrowd"] else label + 1
-            share = area.reshape(CELLS, _FINE, CELLS, _FINE).sum(axis=(1, 3)).astype(np.uint8)
-            if not annotation["iscrowd"] and share.sum() >= _SMALLEST * _FINE**2:
-                masks.append(share)
-                objects.append((label, number))
-        cells.append(_most_of(drawn))
-    if not objects:
-        raise ValueError(f"{where} has no object of at least {_SMALLEST:g} of {CELLS} x {CELLS} cells that is no crowd")
-    owned = np.array(objects, dtype=np.int64)
-    names = tuple(categories[category] for category in sorted(categories))
-    return DenseSet(replace(images, stretched=True), np.stack(cells), np.stack(masks), owned[:, 0], owned[:, 1], names)
+    """Images with (size, annotations) of each, in COCO's terms; `empty` is the name of what none covers, if any."""
+    numbers = {category: number for number, category in enumerate(sorted(categories), len(empty))}
+    things: list[list[Thing]] = []
+    for owner, (size, found) in enumerate(labels):
+        if strange := [one["category_id"] for one in found if one["category_id"] not in numbers]:
+            raise ValueError(f"{where}: an annotation has category {strange[0]} of no list")
+        outlined = (
+            Thing(owner, numbers[one["category_id"]], _outline(one, size, where), bool(one["iscrowd"])) for one in found
+        )
+        things.append(sorted(outlined, key=lambda thing: -thing.area))
+
+    def label(place: int) -> Label:
+        drawn = np.full(labels[place][0], 0 if empty else VOID, dtype=np.uint8)
+        for thing in things[place]:
+            drawn[thing.mask == 1] = VOID if thing.crowd else thing.label
+        return drawn
+
+    def known() -> Iterator[Thing]:
+        for ((height, width), _), found in zip(labels, things, strict=True):
+            yield from (one for one in found if not one.crowd and one.area >= _SMALLEST * height * width)
+
+    if not any(known()):
+        raise ValueError(f"{where} has no object of at least {_SMALLEST:.2%} of its image that is no crowd")
+    if len(numbers) + len(empty) > VOID:
+        raise ValueError(f"{where} has {len(numbers)} categories; at most {VOID - 1} are allowed")
+    classes = (*empty, *(categories[category] for category in sorted(categories)))
+    facts = [[one.owner, one.label, one.crowd, one.code["counts"]] for found in things for one in found]
+    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, str(facts))))
+    return DenseSet(stamped, label, classes, tuple(known()))
 
 
-def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> npt.NDArray[np.bool_]:
-    """(_SIDE, _SIDE) of a mask, or of the box where there is none; polygons are drawn at this size, not the image's."""
-    height, width = size
-    stretch = np.array([_SIDE / width, _SIDE / height])
+def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> Mapping[str, Any]:
+    """Run-length code of a mask, or of the box where there is none."""
     given = annotation.get("segmentation") or None
-    shape = stored_segmentation(given, height, width)
+    shape = stored_segmentation(given, *size)
     if shape is None and given is not None:
         raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")
-    if isinstance(shape, Mapping):
-        mask = Image.fromarray(coco_mask.decode(dict(shape)))
-        return np.asarray(mask.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)).astype(bool)
     if not shape:
         x, y, wide, high = annotation["bbox"]
         shape = [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
-    polygons = [(np.reshape(polygon, (-1, 2)) * stretch).clip(0, _SIDE).ravel().tolist() for polygon in shape]
-    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, _SIDE, _SIDE)))
-    return np.asarray(drawn).astype(bool)
+    code: Mapping[str, Any] = (
+        shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+    )
+    return code

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import VOID, resamples
+from visft_ds.evals.judge.protocol import resamples
 from visft_ds.monitor.console import gauge
+from visft_ds.tasks.classes import VOID
 
 RESAMPLES = 5
 BATCH = 16
@@ -28,8 +29,8 @@ _START = 1e-6  # of the rate, at the first step
 
 #: Outputs (B, heads, C, h, w), what is there, (heads, B) weights of images, generator -> loss, a mean over the batch.
 Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
-#: Numbers of BATCH images, step -> (their maps (B, D, h, w), what is there).
-Batches = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+#: Numbers of BATCH images, those of `order_of` -> (their maps (B, D, h, w), what is there).
+Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,21 @@ def rate_at(recipe: Recipe, step: int) -> float:
     return recipe.rate * (1 + math.cos(math.pi * (step - recipe.warm_up) / (recipe.steps - recipe.warm_up))) / 2
 
 
+def order_of(images: int, steps: int) -> Tensor:
+    """(steps * BATCH,) numbers of images, in rounds over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-steps * BATCH // images))]
+    return torch.cat(rounds)[: steps * BATCH]
+
+
 def fit(heads: Heads, images: int, batches: Batches, loss_of: Loss, recipe: Recipe) -> Heads:
     """Train heads: the first one on all images alike, each further one on a resample; batches are any model's."""
     weights = torch.from_numpy(np.stack([np.ones(images), *resamples(images, len(heads.bias) - 1)])).float()
-    order, drops, places = (torch.Generator().manual_seed(seed) for seed in range(3))
-    rounds = -(-recipe.steps * BATCH // images)
-    batches_of = torch.cat([torch.randperm(images, generator=order) for _ in range(rounds)]).split(BATCH)
+    drops, places = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    for step, drawn in zip(gauge("linear head", recipe.steps, "steps", range(recipe.steps)), batches_of, strict=False):
-        maps, truth = batches(drawn, step)
+    order = order_of(images, recipe.steps).split(BATCH)
+    for step, drawn in enumerate(gauge("linear head", recipe.steps, "steps", order)):
+        maps, truth = batches(drawn)
         loss = loss_of(heads(maps, drops), truth, weights[:, drawn].to(maps), places)
         optimizer.zero_grad()
         loss.backward()
@@ -144,7 +151,7 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
     """(..., C, H, W), the mean over the squares of an image (3, H, W) that cover it of what is seen in each.
 
     Args:
-        see: (B, 3, side, side) -> (B, ..., C, side, side). A shorter side of the image is filled up with 0.
+        see: (1, 3, side, side) -> (1, ..., C, side, side). A shorter side of the image is filled up with 0.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
@@ -152,7 +159,7 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
         sorted({min(start, size - side) for start in range(0, size - side + stride, stride)})
         for size in padded.shape[-2:]
     ]
-    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:], device=image.device)
+    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:])
     for top in starts[0]:
         for left in starts[1]:
             seen = see(padded[None, :, top : top + side, left : left + side])[0]
@@ -160,4 +167,4 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
                 total = seen.new_zeros(*seen.shape[:-2], *padded.shape[-2:])
             total[..., top : top + side, left : left + side] += seen
             times[top : top + side, left : left + side] += 1
-    return (total / times)[..., :height, :width]
+    return (total / times.to(total))[..., :height, :width]

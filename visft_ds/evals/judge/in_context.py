@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import VOID, Label, resamples
+from visft_ds.evals.judge.protocol import Label, resamples
+from visft_ds.tasks.classes import VOID
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 RESAMPLES = 10  #: of the training images
 _SEARCHED = 4  # times as many neighbours: so many remain when some images are not drawn
-_ROWS, _BANK = 1024, 2**20  # that are compared at once
+ROWS = 1024  #: queries that are compared at once
+_BANK = 2**20  # that they are compared with at once
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Memory:
     """What queries are compared with."""
 
     features: Tensor  #: (m, D) of length 1
-    labels: Tensor  #: (m, C), shares of the classes
+    labels: Tensor  #: (m, C), shares of the classes; or (m,), numbers of them
     owners: Tensor  #: (m,), numbers of the images
 
 
@@ -57,32 +59,35 @@ def shares_of(label: Label, grid: tuple[int, ...], classes: int) -> np.ndarray[t
     rows, columns = (np.arange(size) * cells // size for size, cells in zip(label.shape, grid, strict=True))
     places = (rows[:, None] * grid[1] + columns) * (VOID + 1) + label
     counts = np.bincount(places.ravel(), minlength=grid[0] * grid[1] * (VOID + 1)).reshape(-1, VOID + 1)
-    found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = counts[:, :classes] / counts.sum(axis=1, keepdims=True)
+    found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = counts[:, :classes] / np.maximum(
+        counts.sum(axis=1, keepdims=True), 1
+    )
     return found
 
 
-def recall(memory: Memory, maps: Tensor) -> Iterator[Tensor]:
-    """For each image of (n, D, h, w): (1 + RESAMPLES, C, h, w), what its patches are by the memory and by resamples."""
-    for image in maps.split(max(1, _ROWS // maps[0, 0].numel())):
-        queries = image.flatten(2).transpose(1, 2).flatten(0, 1)
-        votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE)
-        yield from votes.unflatten(1, (len(image), *maps.shape[-2:])).permute(1, 0, 4, 2, 3)
+def recall(memory: Memory, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
+    """For each image of (n, D, h, w): (1 + draws, C, h, w), what its patches are by the memory and by resamples."""
+    for images in maps.split(max(1, ROWS // maps[0, 0].numel())):
+        queries = images.flatten(2).transpose(1, 2).flatten(0, 1)
+        votes = vote(memory, queries, NEIGHBOURS, TEMPERATURE, draws)
+        yield from votes.unflatten(1, (len(images), *maps.shape[-2:])).permute(1, 0, 4, 2, 3)
 
 
-def vote(memory: Memory, queries: Tensor, neighbours: int, temperature: float) -> Tensor:
-    """(1 + RESAMPLES, n, C): mean labels of the patches nearest to (n, D), each by exp(cosine / temperature)."""
+def vote(memory: Memory, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES) -> Tensor:
+    """(1 + draws, n, C): mean labels of the patches nearest to (n, D), each by exp(cosine / temperature)."""
     images = int(memory.owners.max()) + 1
-    copies = torch.from_numpy(np.stack([np.ones(images, dtype=np.int64), *resamples(images, RESAMPLES)]))
-    copies, found = copies.to(memory.owners.device), []
-    for part in F.normalize(queries.to(memory.features), dim=1).split(_ROWS):
-        similarity, places = _nearest(memory.features, part, _SEARCHED * neighbours)
-        # Copies of a patch are equally near: as many count as there is room for.
-        room = copies[:, memory.owners[places]].cumsum(dim=2).clamp(max=neighbours)
-        taken = room.diff(dim=2, prepend=torch.zeros_like(room[..., :1]))
-        weights = taken * ((similarity - similarity[:, :1]) / temperature).exp()
-        summed = torch.einsum("rnk,nkc->rnc", weights, memory.labels[places])
-        found.append(summed / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(summed.dtype).tiny))
-    return torch.cat(found, dim=1)
+    copies = torch.from_numpy(np.stack([np.ones(images, dtype=np.int64), *resamples(images, draws)]))
+    part = F.normalize(queries.to(memory.features), dim=1)
+    similarity, places = _nearest(memory.features, part, _SEARCHED * neighbours if draws else neighbours)
+    # Copies of a patch are equally near: as many count as there is room for.
+    room = copies.to(places.device)[:, memory.owners[places]].cumsum(dim=2).clamp(max=neighbours)
+    taken = room.diff(dim=2, prepend=torch.zeros_like(room[..., :1]))
+    weights = taken * ((similarity - similarity[:, :1]) / temperature).exp()
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    if memory.labels.ndim == 2:
+        return torch.einsum("rnk,nkc->rnc", weights, memory.labels[places])
+    votes = weights.new_zeros(*weights.shape[:2], int(memory.labels.max()) + 1)
+    return votes.scatter_add(2, memory.labels[places].expand_as(weights), weights)
 
 
 def _nearest(bank: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:

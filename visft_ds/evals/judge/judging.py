@@ -20,6 +20,7 @@ from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.scoring import Settings, remembered, score
 from visft_ds.evals.judge.table import Trial
 
+SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
 Results = dict[str, dict[str, Score]]  #: model -> name -> score
 
 
@@ -215,7 +216,7 @@ class Judging:
             key = {"of": spec.identity, "classifier": self.origin.identity}
             model = partial(load_classifier, spec, self.origin)
         else:
-            key, model = {"of": spec.identity, "block": block}, partial(self._read_after, spec, block)
+            key, model = {"of": spec.identity, "block": block}, partial(self._read_after, spec, block, benchmark)
         scores = score(model, key, benchmark, wanted, self.settings, spec.label)
         if benchmark.answers:  # scores are the answers themselves
             said = self._answers.setdefault(benchmark.label, scores)
@@ -223,8 +224,11 @@ class Judging:
             scores = [replace(one, values=(one.values == of.values).astype(float)) for one, of in pairs]
         return {f"{benchmark.label} {one.name}": one for one in scores}
 
-    def _read_after(self, spec: ModelSpec, block: str) -> Encoder:
-        return read_after(self._load(spec, blocks=block != END), block)
+    def _read_after(self, spec: ModelSpec, block: str, benchmark: Benchmark) -> Encoder:
+        encoder = self._load(spec, blocks=block != END or benchmark.published is not None)
+        if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
+            encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
+        return read_after(encoder, block)
 
     def _load(self, spec: ModelSpec, *, blocks: bool) -> Encoder:
         """A model; the last one stays in memory."""

@@ -7,33 +7,44 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from visft_ds.evals.judge import classes, dense_sets, objects
-from visft_ds.evals.judge.dense import dense
 from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
-from visft_ds.evals.judge.probes import probe
+from visft_ds.evals.judge.probes import classification
 from visft_ds.evals.judge.protocol import Benchmark
+from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
+from visft_ds.evals.judge.segmentation import segmentation
 
-Make = Callable[[str, str, str | None, str | None], Benchmark]  #: of label, source, part to train on, part to judge
+#: Of protocol, label, source, part to train on, part to judge.
+Make = Callable[[Protocol, str, str, str | None, str | None], Benchmark]
 
 SEGMENTATION = "segmentation"
 #: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
 KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
-    SEGMENTATION: (lambda label, *at: dense(label, *dense_sets.read_train_and_test(*at)), ("split", "train", "name")),
-    "classification": (lambda label, *at: probe(label, *classes.read_train_and_test(*at)), ("split", "train", "name")),
+    SEGMENTATION: (
+        lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
+        ("split", "train", "name"),
+    ),
+    "classification": (
+        lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
+        ("split", "train", "name"),
+    ),
     "zero_shot": (
-        lambda label, at, _, split: classes.zero_shot(label, classes.read_classes(at, split)),
+        lambda _, label, at, __, split: classes.zero_shot(label, classes.read_classes(at, split)),
         ("split", "name"),
     ),
-    "retrieval": (lambda label, at, _, split: retrieval(label, read_captions(at, split)), ("split", "name")),
-    "objects": (lambda label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
-    "ocr": (lambda label, at, *_: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))), ("name",)),
-    "kept": (lambda label, at, *_: kept(label, read_images(at)), ("name",)),
+    "retrieval": (lambda _, label, at, __, split: retrieval(label, read_captions(at, split)), ("split", "name")),
+    "objects": (lambda _, label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
+    "ocr": (
+        lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
+        ("name",),
+    ),
+    "kept": (lambda _, label, at, *__: kept(label, read_images(at)), ("name",)),
 }
 
 
-def parse_benchmark(text: str) -> Benchmark:
+def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     """Read one --on of a command line; opens its data set, so far as to know what there is.
 
     Raises:
@@ -48,16 +59,16 @@ def parse_benchmark(text: str) -> Benchmark:
     if unknown := [key for key, value in options.items() if key not in allowed or not value]:
         raise ValueError(f"--on {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
     label = f"{name}/{options.get('name') or Path(source).name}"
-    return make(label, source, options.get("train"), options.get("split"))
+    return make(protocol, label, source, options.get("train"), options.get("split"))
 
 
-def parse_benchmarks(texts: Sequence[str], primary: str | None = None) -> tuple[list[Benchmark], str]:
+def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protocol) -> tuple[list[Benchmark], str]:
     """(all benchmarks of a command line, the number that decides: by default the first of the first segmentation).
 
     Raises:
         ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary number.
     """
-    found = [parse_benchmark(text) for text in texts]
+    found = [parse_benchmark(text, protocol) for text in texts]
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import Settings, encode_images, forward
+from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
 from visft_ds.parallel import distributed
 
 #: Name of what the whole model gives, if that is not what its last block gives.
@@ -108,8 +108,7 @@ def levels_of(
     """
     held_out = benchmark.held_out
     assert held_out is not None
-    images = benchmark.sets["train"]
-    kinds = [kind for kind in benchmark.kinds if kind in ("patches", "pooled")]
+    images, kinds = benchmark.choosing or benchmark.sets["train"], kinds_of(encoder, benchmark)
     levels: dict[str, dict[str, float]] = {number: {} for number in benchmark.numbers if number in (*DIRECT, *HEADS)}
     direct = [number for number in levels if number in DIRECT]
     encoder.module.to(settings.device)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from visft_ds.evals.judge.images import changed, chosen, from_files, inside, read_json
-from visft_ds.evals.judge.probes import linear_probe
+from visft_ds.evals.judge.probes import by_regression
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -55,7 +55,8 @@ def grounding(label: str, train: ObjectSet | None, test: ObjectSet) -> Benchmark
             yield Score("text top1", hits(ranks, 1), test.owners)
         if train is not None:
             learnt, judged = (features[name]["pooled"].numpy() for name in ("train", "test"))
-            yield Score("probe", linear_probe(learnt, train.labels, judged, test.labels), test.owners)
+            score = by_regression("probe", learnt, train.labels, judged, test.labels, train.owners)
+            yield replace(score, groups=test.owners)
 
     labels = [part.labels.tolist() for part in (test, train) if part is not None]
     owners, names = test.owners.tolist(), list(test.classes)

@@ -54,7 +54,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     """
     rows = {row["name"]: row for row in record["rows"]}
     primary = rows.pop(record["primary"])
-    base, *others = record["arms"]
+    base = next(iter(record["arms"]))
     changes = primary["differences"]
     bars = [(f"{arm} minus {base}", of) for arm, of in changes.items()]
     for tuned in (trial["arm"] for trial in record["trials"]):
@@ -71,16 +71,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
             title=primary["name"],
             x_label=f"{'hundredths of its unit' if primary['lower'] else 'percentage points'}, with 95 % intervals",
         ),
-        others=others,
-        price=[
-            {
-                "name": row["name"],
-                "n": row["items"],
-                "base": level_of(row, base),
-                "cells": [(level_of(row, arm), change_of(row, row["differences"].get(arm))) for arm in others],
-            }
-            for row in rows.values()
-        ],
+        rows=table_of(record, list(rows.values())),
         curve=block_chart({arm: of["held_out"] for arm, of in curves.items()}, title=primary["name"]) if curves else "",
         chosen=[
             (number, [(arm, of["chosen"]) for arm, of in each.items()]) for number, each in record["layers"].items()
@@ -103,6 +94,18 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     )
 
 
+def table_of(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a record for a page: each number of each arm, and its difference from the first one."""
+    return [
+        {
+            "name": row["name"],
+            "n": row["items"],
+            "cells": [(_level(row, arm), *_change(row, row["differences"].get(arm))) for arm in record["arms"]],
+        }
+        for row in rows
+    ]
+
+
 def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of each tuned arm, rows of the primary number: arm, feature shift, number, minus base, tuned minus it."""
     base = next(iter(record["arms"]))
@@ -114,8 +117,8 @@ def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[s
         def line(arm: str, against: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
             dose, layer = record["doses"].get(arm), chosen.get(arm)
             name = arm if layer is None else f"{arm}, {layer}"
-            changes = (change_of(primary, primary["differences"].get(arm)), change_of(primary, against))
-            return name, "" if dose is None else f"{dose:.3f}", level_of(primary, arm), *changes
+            changes = (_change(primary, primary["differences"].get(arm)), _change(primary, against))
+            return name, "" if dose is None else f"{dose:.3f}", _level(primary, arm), *changes
 
         beside = primary["controls"][tuned].items()
         lines = [line(base), line(tuned), *(line(arm, of) for arm, of in beside)]
@@ -123,7 +126,7 @@ def _gains(record: Mapping[str, Any], primary: Mapping[str, Any]) -> list[dict[s
         if tuned in primary["last"]:
             ends = primary["last_values"]
             lines.append((f"{base}, last layer", "", _number(primary, ends[base]["value"]), ("", ""), ("", "")))
-            number, change = _number(primary, ends[tuned]["value"]), change_of(primary, primary["last"][tuned])
+            number, change = _number(primary, ends[tuned]["value"]), _change(primary, primary["last"][tuned])
             lines.append((f"{tuned}, last layer", "", number, change, ("", "")))
         found.append({"arm": tuned, "lines": lines})
     return found
@@ -146,12 +149,11 @@ def _number(row: Mapping[str, Any], value: float) -> str:
     return f"{value:.3f}" if row["lower"] else f"{100 * value:.2f}"
 
 
-def level_of(row: Mapping[str, Any], arm: str) -> str:
-    """An arm's number as text."""
+def _level(row: Mapping[str, Any], arm: str) -> str:
     return _number(row, row["values"][arm]["value"]) if arm in row["values"] else "–"
 
 
-def change_of(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> tuple[str, str]:
+def _change(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> tuple[str, str]:
     """(difference as text, class of its colour) in a cell."""
     if of is None:
         return "", ""

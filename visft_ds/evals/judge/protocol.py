@@ -18,8 +18,7 @@ from visft_ds.tasks.pictures import Picture
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)  #: sentences about a class, unless a data set brings others
-VOID = 255  #: in a label: no class
-Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or VOID
+Label = npt.NDArray[np.uint8]  #: (H, W), the class of each pixel of an image, or tasks.classes.VOID
 _ROWS = 4096  # images that are compared with all classes at once
 #: Set of images -> kind -> (images, ...) float32 on the CPU; "texts" -> "clip" -> (texts, E) of length 1, if the model
 #: has a text side.
@@ -69,7 +68,7 @@ class Benchmark:
     kinds: Sequence[str]
     numbers: Sequence[str]  #: names of its scores; a model may lack some
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
-    #: (features, names of the numbers that are wanted) -> the numbers of one model; others may come, too.
+    #: The numbers of one model, of those that are wanted (where that saves time).
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
@@ -77,8 +76,12 @@ class Benchmark:
     #: (model -> score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture | None] | None = None
     #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
-    #: probe of the other four: it chooses the layer.
+    #: probe of the other four; more is better: it chooses the layer.
     held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
+    choosing: ImageSet | None = None  #: what `held_out` sees in place of "train"
+    #: (encoder at the published size, `scoring.Settings`, wanted numbers) -> scores by the published protocol, in place
+    #: of `scores`; None: that is what `scores` does.
+    published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
 
 
 def resamples(images: int, count: int) -> list[IntArray]:

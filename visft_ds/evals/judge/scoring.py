@@ -34,6 +34,10 @@ from visft_ds.parallel import distributed
 VERSION = 2  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
 COLUMN_ROWS = 2
+_DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
+    "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
+    "mean": lambda patches: patches.mean(dim=(2, 3)),
+}
 _PARTS = ("values", "groups", "maps", "retrained")  # arrays of a score
 _AHEAD = 3  # batches that are decoded before they are needed
 
@@ -85,9 +89,13 @@ def score(
     if distributed.from_all_ranks(not path.is_file())[0]:
         encoder = load()
         check_fits(encoder, label, benchmark)
-        features = encode(encoder, benchmark, settings, f"{label}: {benchmark.label}")
+        if benchmark.published is None:
+            features = encode(encoder, benchmark, settings, f"{label}: {benchmark.label}")
+            scores = benchmark.scores(features, wanted)
+        else:
+            scores = benchmark.published(encoder, settings, wanted)
         if distributed.is_main():
-            _save(path, [one for one in benchmark.scores(features, wanted) if one.name in wanted])
+            _save(path, [one for one in scores if one.name in wanted])
         _wait_for(path)
     return _load(path) if distributed.is_main() else []
 
@@ -100,20 +108,22 @@ def _wait_for(path: Path) -> None:
 
 def check_fits(encoder: Encoder, label: str, benchmark: Benchmark) -> None:
     """Raise ValueError for a model that lacks what a benchmark needs."""
-    if not _kinds(encoder, benchmark):
+    if not kinds_of(encoder, benchmark):
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
     if benchmark.needs_text and encoder.text is None:
         raise ValueError(f"{label} has no text side, which {benchmark.label} compares with: give a whole CLIP file")
 
 
-def _kinds(encoder: Encoder, benchmark: Benchmark) -> list[str]:
-    having = {*encoder.kinds, *(["columns"] if "patches" in encoder.kinds else [])}
-    return [kind for kind in benchmark.kinds if kind in having]
+def kinds_of(encoder: Encoder, benchmark: Benchmark) -> list[str]:
+    """The kinds of features that a benchmark reads of a model, with those that come out of its patches."""
+    return [
+        kind for kind in benchmark.kinds if kind in encoder.kinds or ("patches" in encoder.kinds and kind in _DERIVED)
+    ]
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:
     """Everything that a benchmark reads of a model, on the main process. Collective."""
-    kinds, found = _kinds(encoder, benchmark), {}
+    kinds, found = kinds_of(encoder, benchmark), {}
     for name, images in benchmark.sets.items():
         # Texts are compared with what is judged alone.
         wanted = [kind for kind in kinds if not (name == "train" and kind.startswith("clip"))]
@@ -159,14 +169,16 @@ def encode_images(
 
 @torch.inference_mode()
 def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings) -> dict[str, Tensor]:
-    """Kind -> features of a batch of images, float32 on the device; "columns": (images, COLUMN_ROWS * D, w)."""
-    wanted = {"patches" if kind == "columns" else kind for kind in kinds}
+    """Kind -> features of a batch of images, float32 on the device."""
+    wanted = {"patches" if kind in _DERIVED else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
     with torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32):
         found = encoder.module(pixels.to(settings.device, non_blocking=True), wanted)
-    for name in [name for name in found if name.split(" ")[-1] == "patches"] if "columns" in kinds else ():
-        columns = F.adaptive_avg_pool2d(found.pop(name).float(), (COLUMN_ROWS, None)).flatten(1, 2)
-        found[name.replace("patches", "columns")] = columns
+    for name in [name for name in found if name.endswith("patches")]:
+        patches, begin = found[name].float(), name.removesuffix("patches")
+        found |= {f"{begin}{kind}": _DERIVED[kind](patches) for kind in kinds if kind in _DERIVED}
+        if "patches" not in kinds:
+            del found[name]
     return {name: value.float() for name, value in found.items()}
 
 

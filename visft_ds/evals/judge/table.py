@@ -63,10 +63,9 @@ class Row:
     lower: bool  #: is better, as of an error
     values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
+    #: tuned -> control -> tuned minus it, of the primary number and of answers kept
+    controls: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
     # Of the primary number alone:
-    controls: Mapping[str, Mapping[str, Difference]] = field(
-        default_factory=dict
-    )  #: tuned -> control -> tuned minus it
     last: Mapping[str, Difference] = field(default_factory=dict)  #: tuned -> its difference at the last layers of both
     last_values: Mapping[str, Interval] = field(default_factory=dict)  #: base and tuned -> the number at the last layer
 
@@ -105,14 +104,17 @@ def rows_of(
             {arm: _value(name, seeds) for arm, seeds in having.items()},
             {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
         )
+        if name == primary or name.startswith("kept/"):
+            there = [trial for trial in trials if trial.arm in having]
+            beside = {trial.arm: [arm for arm in trial.controls if arm in having] for trial in there}
+            controls = {
+                arm: {of: _minus(name, having[arm], having[of]) for of in others} for arm, others in beside.items()
+            }
+            row = replace(row, controls=controls)
         if name == primary:
             ends = {} if last is None else _having(name, last, arms)
             row = replace(
                 row,
-                controls={
-                    trial.arm: {arm: _minus(name, having[trial.arm], having[arm]) for arm in trial.controls}
-                    for trial in trials
-                },
                 last={trial.arm: _minus(name, ends[trial.arm], ends[base]) for trial in trials if ends},
                 last_values={arm: _value(name, seeds) for arm, seeds in ends.items()},
             )

@@ -71,5 +71,8 @@ class DetectionTask(TaskConfig):
     head: DetectionHeadConfig = DetectionHeadConfig()
     loss: DetectionLoss = DetectionLoss()
 
+    def most_objects(self) -> int | None:
+        return self.head.num_queries if self.head.type == "detr" else None
+
 
 CONFIG = DetectionTask

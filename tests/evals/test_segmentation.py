@@ -1,0 +1,209 @@
+"""Segmentation: labels of every layout at their own size, numbers against scikit-learn, and the published protocol."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from faster_coco_eval import mask as coco_mask
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import jaccard_score
+from torch.nn import functional as F
+
+from visft_ds.evals.judge import segmentation as module
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
+from visft_ds.evals.judge.encoders import timm_encoder
+from visft_ds.evals.judge.protocol import ImageSet, Label
+from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.segmentation import overlapping, pooled, segmentation
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks.classes import VOID
+
+SIDE = 112  # of the pictures here
+ALL = QUICK.images
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3)).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts", "void"), [("annotations", ("training", "validation"), 0), ("labels", ("train", "val"), VOID)]
+)
+def test_label_maps(tmp_path: Path, labels: str, parts: tuple[str, str], void: int) -> None:
+    """Class numbers are those of the file, and what the layout, ADE20K's or any, calls void is none."""
+    numbers = np.repeat(np.array([[1, 2]], dtype=np.uint8), SIDE // 2, axis=1).repeat(SIDE, axis=0)
+    numbers[:20] = void
+    for folder in parts:
+        _picture(tmp_path / "images" / folder / "one.jpg")
+        (tmp_path / labels / folder).mkdir(parents=True)
+        Image.fromarray(numbers).save(tmp_path / labels / folder / "one.png")
+    first = int(void == 0)  # 0 of ADE20K's is no class
+    for part in read_train_and_test(ALL, str(tmp_path)):
+        label = part.label(0)
+        assert (label[:20] == VOID).all() and part.images.stretched and not part.things
+        assert (label[20:, : SIDE // 2] == 1 - first).all() and (label[20:, SIDE // 2 :] == 2 - first).all()
+        assert part.classes == tuple("012"[: 3 - first])
+
+
+def test_voc_and_wrong_maps(tmp_path: Path) -> None:
+    """Pascal VOC lists its parts; a map of another size than its image, or of one class alone, is refused."""
+    numbers = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    numbers[:5], numbers[5:9] = 3, VOID
+    (tmp_path / "SegmentationClass").mkdir()
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    for part in ("train", "val"):
+        _picture(tmp_path / f"JPEGImages/{part}.jpg")
+        Image.fromarray(numbers).save(tmp_path / f"SegmentationClass/{part}.png")
+        (tmp_path / f"ImageSets/Segmentation/{part}.txt").write_text(f"{part}\n")
+    train, test = read_train_and_test(ALL, str(tmp_path))
+    assert train.images.names == ["JPEGImages/train.jpg"] and np.array_equal(test.label(0), numbers)
+    for wrong, word in ((numbers[1:], "pixels"), (np.full_like(numbers, VOID), "one class")):
+        Image.fromarray(wrong).save(tmp_path / "SegmentationClass/val.png")
+        with pytest.raises(ValueError, match=word):
+            read_train_and_test(ALL, str(tmp_path))
+
+
+def _box(x: float, y: float, width: float, height: float) -> list[list[float]]:
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _coco(root: Path) -> None:
+    """A large object by its polygon, a small one on top by its run-length code, one by its box alone, a crowd."""
+    code = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    code[8:16, 8:16] = 1
+    packed = coco_mask.encode(code)
+    annotations: list[dict[str, Any]] = [
+        {
+            "category_id": 9,
+            "bbox": [8, 8, 8, 8],
+            "segmentation": {"size": [SIDE, SIDE], "counts": packed["counts"].decode()},
+        },
+        {"category_id": 5, "bbox": [0, 0, 40, 40], "segmentation": _box(0, 0, 40, 40)},
+        {"category_id": 5, "bbox": [60, 60, 20, 20], "segmentation": []},
+        {"category_id": 9, "bbox": [100, 0, 4, 4], "iscrowd": 1, "segmentation": _box(100, 0, 4, 4)},
+    ]
+    for number, one in enumerate(annotations):
+        one |= {"id": number + 1, "image_id": 1, "area": 1.0, "iscrowd": one.get("iscrowd", 0)}
+    (root / "annotations").mkdir()
+    for part in ("train", "val"):
+        _picture(root / f"{part}2017/1.jpg")
+        image = {"id": 1, "file_name": "1.jpg", "height": SIDE, "width": SIDE, "license": 1}
+        categories = [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}]
+        content = {"images": [image], "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
+
+
+def _check_coco(part: DenseSet) -> None:
+    label = part.label(0)
+    assert part.classes == ("", "cat", "dog")
+    assert (label[8:16, 8:16] == 2).all() and (label[:8, :40] == 1).all() and (label[60:80, 60:80] == 1).all()
+    assert (label[:4, 100:104] == VOID).all() and (label[90:] == 0).all()
+    assert [(thing.label, thing.owner) for thing in part.things] == [(1, 0), (1, 0), (2, 0)]  # by size; crowds are none
+    assert part.things[2].mask.sum() == 8 * 8
+
+
+def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
+    tree, shards = tmp_path / "tree", tmp_path / "shards"
+    tree.mkdir()
+    _coco(tree)
+    for part in read_train_and_test(ALL, str(tree)):
+        _check_coco(part)
+    for split in ("train", "val"):
+        build(Options(tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split))
+    for part in read_train_and_test(ALL, str(shards)):
+        _check_coco(part)
+        assert part.images.read(0).size == (SIDE, SIDE)
+
+
+def test_overlaps_are_scikit_learns() -> None:
+    """At the size of each label, over the classes that are there or said; void counts nowhere."""
+    rng = np.random.default_rng(0)
+    labels = [rng.choice([0, 1, 3, VOID], size).astype(np.uint8) for size in ((30, 41), (17, 23))]
+    maps = torch.from_numpy(rng.normal(size=(2, 3, 5, 4, 6)))
+    maps[:, :, 2] = -9  # a class that is neither there nor said
+    score = overlapping("x", maps, _set(labels, "abcde"))
+    for draw in range(3):
+        said = [
+            F.interpolate(one[draw : draw + 1], label.shape, mode="bilinear")[0].argmax(dim=0).numpy()
+            for one, label in zip(maps, labels, strict=True)
+        ]
+        truth, answers = (
+            np.concatenate([one[label != VOID] for one, label in zip(of, labels, strict=True)]) for of in (labels, said)
+        )
+        expected = jaccard_score(truth, answers, average="macro")
+        assert (score.value if draw == 0 else score.retrained[draw - 1]) == pytest.approx(expected)  # type: ignore[index]
+
+
+def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> DenseSet:
+    """Images whose grey levels are their labels."""
+    pictures = [Image.fromarray((60 * (label % 4)).astype(np.uint8)).convert("RGB") for label in labels]
+    images = ImageSet([str(place) for place in range(len(labels))], lambda place: pictures[place], "x", stretched=True)
+    return DenseSet(images, lambda place: labels[place], tuple(names), things)
+
+
+def test_objects_are_means_over_their_outlines() -> None:
+    rng = np.random.default_rng(0)
+    masks = [np.asfortranarray(rng.integers(0, 2, (12, 18)), dtype=np.uint8) for _ in range(3)]
+    things = tuple(Thing(owner, 0, coco_mask.encode(mask)) for owner, mask in zip((0, 2, 2), masks, strict=True))
+    maps = torch.from_numpy(rng.normal(size=(3, 5, 4, 6)))
+    found = pooled(maps, _set([np.zeros((12, 18), np.uint8)] * 3, "a", things))
+    for one, thing, mask in zip(found, things, masks, strict=True):
+        share = mask.reshape(4, 3, 6, 3).mean(axis=(1, 3))
+        mean = (maps[thing.owner].numpy() * share).sum(axis=(1, 2)) / share.sum()
+        np.testing.assert_allclose(one.numpy(), mean, rtol=1e-5)
+
+
+def _blocks(rng: np.random.Generator, count: int) -> list[Label]:
+    """Labels (32, 32) of four squares, each of one of three classes."""
+    return [rng.integers(0, 3, (2, 2)).repeat(16, 0).repeat(16, 1).astype(np.uint8) for _ in range(count)]
+
+
+def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that hold the classes are nearly always right, noise is not, and held-out training images tell."""
+    rng = np.random.default_rng(0)
+    parts = {name: _set(_blocks(rng, count), "abc") for name, count in (("train", 40), ("test", 10))}
+    few = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=60, warm_up=2, rate=0.02))
+    monkeypatch.setattr(module, "QUICK", few)
+    benchmark = segmentation("segmentation/x", parts["train"], parts["test"], few)
+    good, bad = {}, {}
+    for name, part in parts.items():
+        truth = np.stack([part.label(place)[8::16, 8::16] for place in range(len(part.images))])
+        noise = torch.from_numpy(rng.normal(size=(len(truth), 4, 2, 2))).float()
+        bad[name] = {"patches": noise}
+        good[name] = {"patches": noise + 6 * F.one_hot(torch.from_numpy(truth).long(), 4).permute(0, 3, 1, 2)}
+    assert benchmark.numbers == ("in-context mIoU", "linear mIoU")
+    for name in benchmark.numbers:
+        (found,), (chance,) = benchmark.scores(good, [name]), benchmark.scores(bad, [name])
+        assert found.name == name and found.value > 0.6 > 0.4 > chance.value
+        assert found.retrained is not None and found.retrained.std() < 0.05
+        assert benchmark.held_out is not None
+        assert benchmark.held_out(good["train"], name) > 0.4 > benchmark.held_out(bad["train"], name)
+
+
+def test_the_published_protocol(tmp_path: Path) -> None:
+    """Augmented crops teach, windows judge, at a size that is not the labels'; twice the same."""
+    rng = np.random.default_rng(0)
+    train, test = _set(_blocks(rng, 6), "abc"), _set(_blocks(rng, 2), "abc")
+    code = coco_mask.encode(np.asfortranarray(np.eye(32, dtype=np.uint8)))
+    train, test = (replace(one, things=(Thing(0, 1, code), Thing(1, 2, code))) for one in (train, test))
+    steps = replace(PUBLISHED.segmentation, steps=3, warm_up=1)
+    benchmark = segmentation("segmentation/x", train, test, replace(PUBLISHED, memory=100, segmentation=steps))
+    net = timm.create_model("test_efficientnet", num_classes=0)
+    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
+    encoder = replace(timm_encoder("test_efficientnet", f"{tmp_path}/net.safetensors"), side=64)
+    settings = Settings(torch.device("cpu"), "fp32", tmp_path, 4, 0)
+    assert benchmark.published is not None
+    first, second = ({s.name: s for s in benchmark.published(encoder, settings, benchmark.numbers)} for _ in range(2))
+    assert tuple(first) == benchmark.numbers == ("in-context mIoU", "linear mIoU", "objects kNN")
+    for name, score in first.items():
+        assert 0 <= score.value <= 1 and np.array_equal(score.values, second[name].values)
