@@ -78,6 +78,7 @@ def test_itself_is_the_same_and_a_rotation_of_it_is_not_better() -> None:
     assert verdict.word == "the same" and verdict.sentences == ("No feature of tuned differs from those of base.",)
     (row,), verdict = _compared(base, turned, labels)
     assert row.differences["tuned"].value == 0.0 and verdict.word == "not shown"
+    assert verdict.sentences[0].endswith("both at their best layers, and the interval holds zero.")
 
 
 def _results() -> Results:
@@ -116,6 +117,25 @@ def test_price_and_half_follow_the_verdict() -> None:
     assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half
     _, _, (verdict,) = _judged(best=False)
     assert verdict.word == "better placed"
+
+
+def test_sentences_name_what_decided() -> None:
+    results = dict(_results())
+    arms = {arm: [arm] for arm in results}
+    trials = [Trial("tuned", ("noise",), None, 0.25)]
+
+    def said(last: Results) -> tuple[str, str]:
+        (verdict,) = judged(rows_of(results, arms, trials, PRIMARY, last), trials, PRIMARY, "base")
+        return verdict.word, verdict.sentences[0]
+
+    results["noise"] = results["tuned"]
+    word, sentence = said(results)
+    assert word == "moved, not gained" and sentence.endswith(
+        "not shown to be better than noise of the same feature shift."
+    )
+    results["base"], last = results["tuned"], {"base": results["base"], "tuned": results["tuned"]}
+    word, sentence = said(last)
+    assert word == "better placed" and "+2.73" in sentence and "at their best (+0.00 [+0.00, +0.00])" in sentence
 
 
 def _texts(page: str) -> Iterator[str]:

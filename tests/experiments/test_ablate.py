@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.tiny import TINY
+from visft_ds.evals.judge.protocol import Score
+from visft_ds.evals.judge.table import Trial, rows_of
 from visft_ds.experiments import ablate
 from visft_ds.experiments.ablate import (
     ANCHORS,
+    BASE,
     EQUAL,
     FIRST,
     MINUS_IT,
@@ -103,6 +108,25 @@ def test_an_anchor_pays_where_it_keeps_both(gain: tuple[float, ...], kept: tuple
         [{"arm": FIRST}, row | {"arm": f"{ANCHORS[0]} {EQUAL}"}, row | {"arm": f"{PERMUTED} {EQUAL}"}]
     )
     assert told.startswith(f"The {ANCHORS[0]}") and said in told
+
+
+def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(_parser().parse_args([*WORDS[:-1], str(tmp_path), "--arms", ANCHORS[0]]))
+    equal, drawn = f"{ANCHORS[0]} {EQUAL}", np.random.default_rng(0).random(400)
+    right = {BASE: (0.2, 1.0), FIRST: (0.5, 0.6), ANCHORS[0]: (0.4, 0.9), equal: (0.5, 0.8)}  #: shares of the items
+    arms = ([BASE, FIRST], [BASE, ANCHORS[0]], [BASE, FIRST, equal])
+    for table, names in zip(plan.tables[FIRST] + plan.tables[ANCHORS[0]], arms, strict=True):
+        numbers = {arm: zip((plan.primary, "kept/answers"), right[arm], strict=True) for arm in names}
+        results = {arm: {name: Score(name, 1.0 * (drawn < share)) for name, share in of} for arm, of in numbers.items()}
+        trials = [Trial(names[1], tuple(names[2:]))]
+        rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
+        record = {"arms": {arm: [arm] for arm in names}, "doses": dict.fromkeys(names, 0.2)}
+        table.mkdir()
+        (table / "judge.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}))
+    plan.write({})
+    assert f"The {equal} pays" in " ".join(capsys.readouterr().out.split())
+    found = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert found[equal][MINUS_IT]["value"] == 0 and found[equal][MINUS_IT_KEPT]["high"] < 0 and len(found) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from visft_ds.interop.heads import HeadInfo, head_file, open_head, save_head
+from visft_ds.interop.weights import save_tensors
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.head import CaptioningHead
 from visft_ds.tasks.detection.head import DetectionHead
@@ -70,6 +72,17 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
     assert all(torch.equal(opened.tensors.tensor(name, v.dtype), v) for name, v in wanted.items())
     with pytest.raises(ValueError, match="head is wanted"):
         open_head(path, next(name for name in HEADS if name != task))
+
+
+def test_a_head_whose_file_names_the_width_of_its_map(tmp_path: Path) -> None:
+    """As they were exported when every head read one."""
+    head = _head("detection")
+    told = {"task": "detection", "in_channels": WIDTH, "options": OPTIONS["detection"], "categories": [], "extra": {}}
+    save_tensors(tmp_path / "detection.safetensors", head.state_dict(), {"visft_head": json.dumps(told)})
+    opened = open_head(tmp_path, "detection")
+    again = opened.build().state_dict()
+    assert [width for width, _ in opened.info.shapes] == [WIDTH]
+    assert all(torch.equal(again[name], value) for name, value in head.state_dict().items())
 
 
 def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:

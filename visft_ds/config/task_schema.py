@@ -91,10 +91,6 @@ class TaskConfig(StreamConfig):
     head: StrictModel
     loss: BaseModel
 
-    def most_objects(self) -> int | None:
-        """Objects of an image that its head can learn in a step; None: all."""
-        return None
-
     @classmethod
     def misleads(cls, counts: Mapping[str, int], findings: Findings) -> str | None:
         """Name what labels lack that would therefore teach something wrong; None: nothing."""

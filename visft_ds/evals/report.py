@@ -181,7 +181,7 @@ def _judged(folder: Path) -> dict[str, Any]:
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        rows = table_of(record, record["rows"])
+        rows = table_of(record)
         names = [Path(name).name for name in record["pictures"]]
     sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
     return {"record": record, "rows": rows, "sheets": sheets}

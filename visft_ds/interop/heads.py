@@ -97,8 +97,7 @@ def open_head(place: str | Path, task: str) -> HeadFile:
     found = head_files(Path(place), task)
     if len(found) != 1:
         raise ValueError(f"{place} holds {len(found) or 'no'} {task} heads; stage 1 writes them into RUN/export")
-    published = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)
-    if published and published[1] != config_class(task).published:
+    if (word := re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", found[0].name)) and word[1] != config_class(task).published:
         raise ValueError(f"{found[0]} is the file of another head, in which the {task} head is untrained")
     file = open_weights(found[0])
     told = file.metadata.get(_KEY) or file.metadata.get(f"{_KEY}.{task}")
@@ -107,7 +106,9 @@ def open_head(place: str | Path, task: str) -> HeadFile:
         extra = {"format": "visft", **({"layers": list(layers)} if layers else {})}
         return HeadFile(HeadInfo(task, shapes, options, extra=extra), tensors)
     with reading(file.path, "a head of visft_ds"):
-        info = HeadInfo(**json.loads(told))
+        values = json.loads(told)
+        values.setdefault("shapes", [(values.pop("in_channels", None), 14)])  # earlier heads read one map of any stride
+        info = HeadInfo(**values)
         if info.task != task:
             raise ValueError(f"it is a {info.task} head; a {task} head is wanted")
         info.names()
@@ -181,8 +182,7 @@ def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | Non
     for task, info in infos.items():
         if TASKS[task].uses_vocabulary:
             assert vocabulary is not None, f"{task} works with a vocabulary"
-            own = info.vocabulary()
-            if own is None:
+            if (own := info.vocabulary()) is None:
                 vocabulary.check_size(info.options["vocabulary_size"])
             else:
                 own.check_same(vocabulary, this=f"the {task} head", that=where)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
@@ -86,7 +85,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
     for task, given in config.visft.tasks.enabled().items():
         objects = [one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks]
-        if line := beyond_queries(task, given.most_objects(), np.concatenate(objects)):
+        if line := beyond_queries(task, given.head, objects):
             config = replace(config, adapted=(*config.adapted, line))
     settings, validation = config.visft, None
     streams, vocabulary = streams_of(settings, first), vocabulary_of(settings, sets)

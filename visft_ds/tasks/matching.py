@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -128,10 +129,14 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
     return Matches(*to_device(torch.from_numpy(np.concatenate(found, axis=1)), cost.device))
 
 
-def beyond_queries(task: str, queries: int | None, objects: npt.NDArray[Any]) -> str | None:
-    """A line about images, whose numbers of objects are given, with more than a head has queries; None without any."""
-    beyond = objects[:0] if queries is None else (objects - queries).clip(min=0)
-    if not beyond.any():
+def beyond_queries(task: str, head: BaseModel, numbers: Sequence[npt.NDArray[Any]]) -> str | None:
+    """A line about images, whose `numbers` of objects are given, with more than a head with these settings has queries.
+
+    None without any. A dense head has no queries.
+    """
+    objects, queries = np.concatenate(numbers), getattr(head, "num_queries", None)
+    beyond = (objects - (queries or 0)).clip(min=0)
+    if queries is None or getattr(head, "type", "") == "dense" or not beyond.any():
         return None
     told = f"{task}: {beyond.sum()} of {objects.sum()} objects teach nothing in a step"
     images = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"

@@ -88,16 +88,10 @@ def read_train_and_test(
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
     """
-    root = Path(source)
-    if not root.is_dir():
+    if not Path(source).is_dir():
         raise ValueError(f"{source}: no such folder; give one with images and labels")
-    reader, parts = _layout(root)
-    learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
-    for part in (learnt, held):
-        if part not in parts:
-            raise ValueError(f"{source} has no part {part}; it has {', '.join(parts)}")
-    if learnt == held:
-        raise ValueError(f"{source}: probes would learn from {learnt} and be judged on it: name two parts")
+    reader, parts = _layout(Path(source))
+    learnt, held = parts_of(source, parts, train, test)
     found = [reader(learnt, most["train"]), reader(held, most["test"])]
     seen = []
     for part, one in zip((learnt, held), found, strict=True):
@@ -113,6 +107,17 @@ def read_train_and_test(
     if lone := sorted(set(found[0].classes) ^ set(found[1].classes)):
         raise ValueError(f"{source}: {learnt} and {held} have other categories: {', '.join(lone[:5])}")
     return found[0], found[1]
+
+
+def parts_of(source: str, parts: Sequence[str], train: str | None, test: str | None) -> tuple[str, str]:
+    """(part to train on, part to judge on) of those that a data set has; the given ones or the usual ones."""
+    learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
+    for part in (learnt, held):
+        if part not in parts:
+            raise ValueError(f"{source} has no part {part}; it has {', '.join(parts) or 'none'}")
+    if learnt == held:
+        raise ValueError(f"{source}: probes would learn from {learnt} and be judged on it: name two parts")
+    return learnt, held
 
 
 Reader = Callable[[str, int], DenseSet]
@@ -142,7 +147,7 @@ def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
     )
 
 
-def _places(count: int, most: int) -> list[int]:
+def every(count: int, most: int) -> list[int]:
     """Every k-th place, so that there are `most` of them or fewer."""
     return list(range(0, count, max(1, -(-count // most))))
 
@@ -162,7 +167,7 @@ def _of_maps(
         files = [path for path in files if path.stem in wanted]
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
-    kept = [files[number] for number in _places(len(files), most)]
+    kept = [files[number] for number in every(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
     images = from_files(kept, root)
 
@@ -183,7 +188,7 @@ def _of_coco(root: Path, split: str, most: int) -> DenseSet:
     path, folder = root / f"annotations/instances_{split}2017.json", root / f"{split}2017"
     with reading(path, "a COCO annotation file"):
         content = read_json(path)
-        kept = [content["images"][place] for place in _places(len(content["images"]), most)]
+        kept = [content["images"][place] for place in every(len(content["images"]), most)]
         of_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in kept}
         for one in content["annotations"]:
             if one["image_id"] in of_image:
@@ -197,7 +202,7 @@ def _of_coco(root: Path, split: str, most: int) -> DenseSet:
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(str(root), split)
     reader = ShardReader(manifest)
-    places = _places(len(reader), most)
+    places = every(len(reader), most)
     found = labels_of_split(reader, places)
     labels = [((label["height"], label["width"]), label["annotations"]) for label in found]
     names = [f"{split} {manifest.index[place]['image_id']}" for place in range(len(reader))]

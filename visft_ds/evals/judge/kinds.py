@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from visft_ds.evals.judge import classes, dense_sets, objects
+from visft_ds.evals.judge.depth import depth, read_depth
 from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
@@ -24,6 +25,10 @@ SEGMENTATION = "segmentation"
 KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
     SEGMENTATION: (
         lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
+        ("split", "train", "name"),
+    ),
+    "depth": (
+        lambda how, label, *at: depth(label, *read_depth(how.images, *at), how),
         ("split", "train", "name"),
     ),
     "classification": (

@@ -90,6 +90,14 @@ def resamples(images: int, count: int) -> list[IntArray]:
     return [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
 
 
+def fifth(images: int) -> tuple[list[int], list[int]]:
+    """(four fifths of the training images, the fifth that chooses a layer)."""
+    if images < 5:
+        raise ValueError(f"a fifth of the training images chooses a layer, and there are {images}: give --layers last")
+    places = np.arange(images)
+    return places[places % 5 != 4].tolist(), places[4::5].tolist()
+
+
 def mean_ratio(sums: FloatArray) -> FloatArray:
     """Mean over the classes of (..., 2, C) sums, first by second; those whose second is 0 do not count."""
     above, below = sums[..., 0, :], sums[..., 1, :]

@@ -19,6 +19,7 @@ from visft_ds.evals.judge.heads import windows
 from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
+_UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
 _STRIDE = 2 / 3  # of windows, in their sides
 
 Truth = Callable[[int], npt.NDArray[Any]]  #: of an image, (H, W)
@@ -56,8 +57,10 @@ class Sight:
         return self.encoder.side
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Features of images (B, 3, H, W) of bytes."""
-        scaled = pixels_of.to_dtype(pixels, torch.float32, scale=True)
+        """Features of images (B, 3, H, W) of bytes, whose sides are brought to multiples of the patch."""
+        unit = next(unit for unit in _UNITS if self.side % unit == 0)
+        size = [max(1, round(side / unit)) * unit for side in pixels.shape[-2:]]
+        scaled = pixels_of.to_dtype(pixels_of.resize(pixels, size), torch.float32, scale=True)
         mean, std = map(list, self.encoder.normalisation)
         return self._forward(pixels_of.normalize(scaled, mean, std))
 

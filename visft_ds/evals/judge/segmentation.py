@@ -24,13 +24,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge import heads, in_context
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing, every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, Batches, Heads, Recipe, cross_entropy, enlarged, fit, order_of
 from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.probes import by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, mean_ratio
-from visft_ds.evals.judge.protocols import QUICK, Protocol
+from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, fifth, mean_ratio
+from visft_ds.evals.judge.protocols import QUICK, Protocol, shortened
 from visft_ds.evals.judge.published import Sight
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.monitor.console import gauge
@@ -52,17 +52,11 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
         for name in (name for name in numbers if name in wanted):
             yield _quick(name, train, learnt, test, judged, protocol)
 
-    few = train.part(range(0, len(train.images), -(-len(train.images) // QUICK.images["train"])))
+    few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        maps, places = features["patches"], np.arange(len(few.images))
-        held, rest = places[4::5].tolist(), places[places % 5 != 4].tolist()
-        if not held:
-            raise ValueError(f"{label} has {len(places)} images to train on; at least five choose a layer")
-        shorter = replace(
-            QUICK.segmentation, steps=QUICK.segmentation.steps // 4, warm_up=QUICK.segmentation.warm_up // 4
-        )
-        brief = replace(QUICK, memory=QUICK.memory // 4, segmentation=shorter)
+        maps, (rest, held) = features["patches"], fifth(len(few.images))
+        brief = replace(QUICK, memory=QUICK.memory // 4, segmentation=shortened(QUICK.segmentation))
         return _quick(number, few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False).value
 
     return Benchmark(

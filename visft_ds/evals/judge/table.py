@@ -4,15 +4,15 @@ An arm is a model, or several of one recipe with different seeds. The first arm 
 by item before they are resampled: two models that fail on the same images differ surely by little, even if each of
 their numbers alone is unsure.
 
-One number, the primary, decides by its own intervals. All differences of all other numbers are decided together, by
-Holm's method.
+One number, the primary, decides by its own intervals. All differences from the base of all other numbers are decided
+together, by Holm's method.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Difference(Interval):
     alone: Interval  #: over test items alone
     detectable: float  #: see `intervals.detectable`
     each: tuple[float, ...]  #: of each seed
-    shown: bool = False
+    shown: bool  #: by its own interval, or by Holm
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,9 @@ class Row:
     lower: bool  #: is better, as of an error
     values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
-    #: tuned -> control -> tuned minus it, of the primary number and of answers kept
-    controls: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
-    # Of the primary number alone:
-    last: Mapping[str, Difference] = field(default_factory=dict)  #: tuned -> its difference at the last layers of both
-    last_values: Mapping[str, Interval] = field(default_factory=dict)  #: base and tuned -> the number at the last layer
+    controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
+    last: Mapping[str, Difference]  #: tuned arm -> its difference at the last layers of both
+    last_values: Mapping[str, Interval]  #: base and tuned arms -> the number at the last layer
 
     def level(self, arm: str) -> str:
         """An arm's number as text: in percent, but an error in its own unit; empty without one."""
@@ -97,28 +95,23 @@ def rows_of(
         if not having:
             continue
         first = next(iter(having.values()))[0]
-        row = Row(
-            name,
-            len(first.values),
-            first.lower,
-            {arm: _value(name, seeds) for arm, seeds in having.items()},
-            {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
-        )
-        if name == primary or name.startswith("kept/"):
-            there = [trial for trial in trials if trial.arm in having]
-            beside = {trial.arm: [arm for arm in trial.controls if arm in having] for trial in there}
-            controls = {
-                arm: {of: _minus(name, having[arm], having[of]) for of in others} for arm, others in beside.items()
-            }
-            row = replace(row, controls=controls)
-        if name == primary:
-            ends = {} if last is None else _having(name, last, arms)
-            row = replace(
-                row,
-                last={trial.arm: _minus(name, ends[trial.arm], ends[base]) for trial in trials if ends},
-                last_values={arm: _value(name, seeds) for arm, seeds in ends.items()},
+        ends = {} if last is None else _having(name, last, arms)
+        rows.append(
+            Row(
+                name,
+                len(first.values),
+                first.lower,
+                {arm: _value(name, seeds) for arm, seeds in having.items()},
+                {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
+                {
+                    one.arm: {arm: _minus(name, having[one.arm], having[arm]) for arm in one.controls if arm in having}
+                    for one in trials
+                    if one.arm in having
+                },
+                {one.arm: _minus(name, ends[one.arm], ends[base]) for one in trials if {one.arm, base} <= ends.keys()},
+                {arm: _value(name, seeds) for arm, seeds in ends.items()},
             )
-        rows.append(row)
+        )
     return _decided(rows, primary)
 
 

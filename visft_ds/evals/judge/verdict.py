@@ -76,37 +76,42 @@ def word_for(
 
 
 def _about(row: Row, rows: Sequence[Row], trial: Trial, base: str, best: bool) -> Verdict:
-    arm, lower = trial.arm, row.lower
-    gain, last, controls = row.differences[arm], row.last.get(arm), row.controls[arm]
-    others = {name: _upwards(of, lower) for name, of in controls.items()}
+    arm, percent = trial.arm, not row.lower
+    gain, last = row.differences[arm], row.last.get(arm)
+    controls = {name: _upwards(of, row.lower) for name, of in row.controls[arm].items()}
     changes = [of.differences[arm] for of in rows if arm in of.differences]
-    same = all(one.low == one.high == 0 for one in changes)
-    at_last = _upwards(last, lower) if last else None
-    word = word_for(_upwards(gain, lower), at_last, others, trial.dose, same=same, best=best)
-    where = f"in {row.name}, both at their {'best' if best else 'last'} layers"
-    by = gain.text(percent=not lower)
-    equal = "of the same feature shift"
+    word = word_for(
+        _upwards(gain, row.lower),
+        None if last is None else _upwards(last, row.lower),
+        controls,
+        trial.dose,
+        same=all(one.low == one.high == 0 for one in changes),
+        best=best,
+    )
+    by = f"{gain.text(percent=percent)} in {row.name}, both at their {'best' if best else 'last'} layers"
+    better, equal = f"{arm} is better than {base} by {by}", "of the same feature shift"
+    failed = " and ".join(name for name, of in controls.items() if of.low <= 0)
+    least = f"{100 * gain.detectable:.2f}" if percent else f"{gain.detectable:.3f}"
+    could = f"; a difference of {least} would probably be shown" if gain.detectable else ""
     said = {
         "the same": f"No feature of {arm} differs from those of {base}",
-        "gained": f"{arm} is better than {base} by {by} {where}, and better than {' and '.join(controls)} {equal}",
-        "moved, not gained": f"{arm} is better than {base} by {by} {where}, but not shown to be better than "
-        f"{' and '.join(name for name, of in others.items() if of.low <= 0)} {equal}",
-        "better, without control": f"{arm} is better than {base} by {by} {where}; two architectures have no control "
-        f"{equal}",
-        "lost": f"{arm} is worse than {base} by {by} {where}",
-        "not shown": f"{arm} minus {base} is {by} {where}, and the interval holds zero",
-        "better placed": f"{arm} is better than {base} by {by} {where}; their best layers were not compared",
+        "gained": f"{better}, and better than {' and '.join(controls)} {equal}",
+        "moved, not gained": f"{better}, but not shown to be better than {failed} {equal}",
+        "better, without control": f"{better}; two architectures have no control {equal}",
+        "better placed": f"{better}; their best layers were not compared",
+        "lost": f"{arm} is worse than {base} by {by}",
+        "not shown": f"{arm} minus {base} is {by}, and the interval holds zero{could}",
     }
     if last and word == "better placed":
         said[word] = (
-            f"{arm} is better than {base} by {last.text(percent=not lower)} in {row.name} at their last layers, but "
-            f"not shown to be better at their best ({by})"
+            f"{arm} is better than {base} by {last.text(percent=percent)} in {row.name} at their last layers, but not "
+            f"shown to be better at their best ({gain.text(percent=percent)})"
         )
     sentences = [f"{said[word]}."]
     if word != "the same":
         sentences.append(f"Price: {_price(rows, row, arm)}.")
         if trial.half:
-            change = row.differences[trial.half].text(percent=not lower)
+            change = row.differences[trial.half].text(percent=percent)
             sentences.append(f"Half of the change gives {change}; price: {_price(rows, row, trial.half)}.")
     return Verdict(arm, word, tuple(sentences))
 

@@ -71,8 +71,5 @@ class DetectionTask(TaskConfig):
     head: DetectionHeadConfig = DetectionHeadConfig()
     loss: DetectionLoss = DetectionLoss()
 
-    def most_objects(self) -> int | None:
-        return self.head.num_queries if self.head.type == "detr" else None
-
 
 CONFIG = DetectionTask

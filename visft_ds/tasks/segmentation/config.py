@@ -116,9 +116,6 @@ class MaskTask(TaskConfig):
             raise refusal([("type", f"must be {' or '.join(cls.heads)}")])
         return of_kind(cls.heads[named], given, f"a {named} head")
 
-    def most_objects(self) -> int | None:
-        return getattr(self.head, "num_queries", None)
-
 
 class SegmentationTask(MaskTask):
     """`visft.tasks.segmentation`."""

@@ -80,8 +80,7 @@ def semantic_results(
             made, starts, first, frame = output, [0], image, batch.images.shape[-2:]
         covered = [min(one, whole) for one, whole in zip(size, frame, strict=True)]
         shares = [one / whole for one, whole in zip(covered, frame, strict=True)]
-        if made.extents is not None:
-            shares = made.extents[image].tolist()
+        shares = shares if made.extents is None else made.extents[image].tolist()
         own = slice(first, first + len(starts))
         if isinstance(made, SemanticOutput):
             maps, weights = made.logits[own].softmax(dim=1), None
@@ -101,10 +100,8 @@ def semantic_results(
         places = most_probable(maps, weights, along, *matrices)
         for place in np.unique(places).tolist():
             code = coco_mask.encode(np.asfortranarray(places == place).view(np.uint8))
-            segmentation = {"size": stored, "counts": code["counts"].decode("ascii")}
-            category = place if classes is None else classes[place]
-            one = {"image_id": int(batch.image_ids[image]), "category_id": category, "segmentation": segmentation}
-            found.append(one)
+            about = {"image_id": int(batch.image_ids[image]), "category_id": classes[place] if classes else place}
+            found.append({**about, "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")}})
     return found
 
 

@@ -21,13 +21,7 @@ from visft_ds.tasks.segmentation.spec import Segmentation
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets
 from visft_ds.tasks.semantic.head import LinearHead, SemanticCriterion
-from visft_ds.tasks.semantic.results import (
-    Windows,
-    cut_windows,
-    draw_regions,
-    measure_semantic,
-    semantic_results,
-)
+from visft_ds.tasks.semantic.results import Windows, cut_windows, draw_regions, measure_semantic, semantic_results
 from visft_ds.tasks.spec import Classes, Content, Criterion, Example, ImageTargets, Options, Predict, Shapes, Words
 
 #: Sides of images in evaluation are multiples of it, so that patches and strides lose no strip.
@@ -61,8 +55,7 @@ class Semantic(Segmentation):
         if side is None or options["fixed_size"] is not None:
             return predict(batch)
         windows, starts = cut_windows(batch, side)
-        height, width = windows.images.shape[-2:]
-        return {self.name: Windows(predict(windows)[self.name], starts, (height, width))}
+        return {self.name: Windows(predict(windows)[self.name], starts, windows.images.shape[-2:])}
 
     def build_head(self, shapes: Shapes, head: Any, vocabulary_size: int | None) -> nn.Module:
         if isinstance(head, SemanticHeadConfig):
