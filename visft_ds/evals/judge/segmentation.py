@@ -56,7 +56,7 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps, (rest, held) = features["patches"], fifth(len(few.images))
-        brief = replace(QUICK, memory=QUICK.memory // 4, segmentation=shortened(QUICK.segmentation))
+        brief = replace(QUICK, memory=QUICK.memory // 16, segmentation=shortened(QUICK.segmentation))
         return _quick(number, few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False).value
 
     return Benchmark(
