@@ -58,8 +58,8 @@ def test_metres_and_loss_by_hand() -> None:
 def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     """Of NYU's size 426 x 560 pixels are judged, and the border of training images does not teach."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path, (480, 640), 1)))
-    truth = test.depth(0)
-    assert (truth > 0).sum() == 426 * 560 and (train.depth(0) > 0).sum() == 427 * 565
+    truth = test.label(0)
+    assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
     rmse, delta = _measured(said, test)
     known = truth[45:471, 41:601].astype(np.float64)
@@ -67,7 +67,7 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     assert delta.value == pytest.approx((np.maximum(3 / known, known / 3) < 1.25).mean()) and not delta.lower
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "depth/test/0.png")
     with pytest.raises(ValueError, match="no depth"):
-        test.depth(0)
+        test.label(0)
 
 
 def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         return random_weight(name, parameters[name].shape, model.weights_seed).to(storage)
 
     def buffers() -> dict[str, Tensor]:
-        if not list(backbone.buffers()):
-            return {}
-        return {**dict(drawn().named_buffers()), **buffers_in(weights, parameters)}
+        return {**dict(drawn().named_buffers()), **buffers_in(weights, parameters)} if [*backbone.buffers()] else {}
 
     if model.weights is None:
         values = {name: Lazy(tuple(value.shape), storage, partial(draw, name)) for name, value in parameters.items()}
@@ -122,8 +120,8 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
         frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
         angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
         axis = torch.cat((angles.sin(), angles.cos()), dim=1)
-        columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
-        return F.pad(torch.cat((columns, rows), dim=1), (0, width - 4 * count, 1, 0))[None]
+        both = torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, 0)), dim=1)
+        return F.pad(both, (0, width - 4 * count, 1, 0))[None]
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5

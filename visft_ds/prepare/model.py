@@ -151,8 +151,8 @@ def plan_model(
     groups = apply_groups(module, config.param_groups, defaults)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
-    # What runs with a graph and with dropout, and what is recomputed in the backward pass.
-    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    names = [name for group in groups for name in group.names if name.startswith("backbone.")]
+    module.train_backbone = bool(names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
     module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
@@ -167,9 +167,8 @@ def plan_model(
             f"stage {stage_name(config)!r} must train {', '.join(must)}, but {len(idle)} of these parameters are in no "
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
-    moved = [name for group in groups for name in group.names if name.startswith("backbone.") and not is_lora(name)]
-    if module.anchor and moved:
-        raise ValueError(f"visft.anchor: the anchor is the tower without adapters, and {moved[0]} trains beside them")
+    if module.anchor and (more := [name for name in names if not is_lora(name)]):
+        raise ValueError(f"visft.anchor: the anchor is the tower without adapters, and {more[0]} trains beside them")
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
             f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
@@ -198,8 +197,7 @@ def apply_groups(
         lr = defaults.lr if group.lr is None else group.lr
         decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
         parameters = tuple(named[name] for name in names)
-        count = sum(parameter.numel() for parameter in parameters)
-        matched.append(TrainedGroup(group.name, lr, decay, names, parameters, count))
+        matched.append(TrainedGroup(group.name, lr, decay, names, parameters, sum(map(torch.numel, parameters))))
     if problems:
         raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
     for name, parameter in named.items():

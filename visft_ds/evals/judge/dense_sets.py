@@ -15,7 +15,7 @@ shards of label maps without a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ class DenseSet:
     """Images, what is where in them, and their objects."""
 
     images: ImageSet
-    label: Callable[[int], Label]  #: of an image
+    label: Callable[[int], npt.NDArray[Any]]  #: of an image; in metres where depth is asked
     classes: tuple[str, ...]  #: their names; "": no object is there
     things: tuple[Thing, ...] = ()  #: objects that are large enough and no crowds, in the order of their images
 
@@ -134,17 +134,21 @@ def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
     if (root / "annotations/training").is_dir():
         known = {"train": "training", "val": "validation"}
         of_ade = {name: (root / "images" / folder, root / "annotations" / folder) for name, folder in known.items()}
-        return lambda part, most: _of_maps(root, *of_ade[part], most, first=1), list(known)
+        return lambda part, most: of_maps(root, *of_ade[part], most, _ade), list(known)
     if listed := sorted(root.glob("ImageSets/Segmentation/*.txt")):
         folders = root / "JPEGImages", root / "SegmentationClass"
-        names = {path.stem: read_lines(path) for path in listed}
-        return lambda part, most: _of_maps(root, *folders, most, names[part]), list(names)
+        names = {path.stem: frozenset(read_lines(path)) for path in listed}
+        return lambda part, most: of_maps(root, *folders, most, names=names[part]), list(names)
     if (root / "labels").is_dir():
         parts = sorted(path.name for path in (root / "labels").iterdir() if path.is_dir())
-        return lambda part, most: _of_maps(root, root / "images" / part, root / "labels" / part, most), parts
+        return lambda part, most: of_maps(root, root / "images" / part, root / "labels" / part, most), parts
     raise ValueError(
         f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
     )
+
+
+def _ade(path: Path) -> Label:
+    return read_map(path) - np.uint8(1)  # 0 becomes 255
 
 
 def every(count: int, most: int) -> list[int]:
@@ -152,33 +156,31 @@ def every(count: int, most: int) -> list[int]:
     return list(range(0, count, max(1, -(-count // most))))
 
 
-def _of_maps(
-    root: Path, folder: Path, labels: Path, most: int, names: Sequence[str] | None = None, first: int = 0
+def of_maps(
+    root: Path,
+    folder: Path,
+    labels: Path,
+    most: int,
+    read: Callable[[Path], npt.NDArray[Any]] = read_map,
+    names: Collection[str] | None = None,
 ) -> DenseSet:
-    """Images beside their label maps.
-
-    Args:
-        names: of the files, if not all count.
-        first: number of class 0 in the maps; what is below is void.
-    """
+    """Images beside maps that are called as they are; `names` are those of the files, if not all count."""
     files = image_files(folder) if folder.is_dir() else []
-    if names is not None:
-        wanted = frozenset(names)
-        files = [path for path in files if path.stem in wanted]
+    files = [path for path in files if names is None or path.stem in names]
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
     kept = [files[number] for number in every(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
     images = from_files(kept, root)
 
-    def label(place: int) -> Label:
-        numbers = read_map(maps[place])
+    def label(place: int) -> npt.NDArray[Any]:
+        numbers = read(maps[place])
         with reading(kept[place], "an image"), Image.open(kept[place]) as image:
             if image.size != numbers.shape[::-1]:
                 raise ValueError(
                     f"it has {image.width} x {image.height} pixels, and its label map {maps[place]} others"
                 )
-        return numbers - np.uint8(first)  # 0 of ADE20k becomes 255
+        return numbers
 
     stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
     return DenseSet(replace(images, stretched=True, fingerprint=stamped), label, ())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,11 +27,10 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge import heads
-from visft_ds.evals.judge.dense_sets import every, parts_of
+from visft_ds.evals.judge.dense_sets import DenseSet, every, of_maps, parts_of
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Batches, Heads, Loss, Recipe, enlarged, fit, order_of
-from visft_ds.evals.judge.images import chosen, digest, from_files, image_files
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score, fifth
+from visft_ds.evals.judge.heads import BATCH, Heads, Loss, Recipe, enlarged, fit
+from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.protocols import QUICK, Protocol, shortened
 from visft_ds.evals.judge.published import Sight
 from visft_ds.evals.judge.scoring import Settings
@@ -49,55 +48,34 @@ _CROP = (416, 544)
 Metres = npt.NDArray[np.float32]  # (H, W); 0: not known
 
 
-@dataclass(frozen=True)
-class DepthSet:
-    """Images and how far away all in them is."""
-
-    images: ImageSet
-    files: tuple[Path, ...]
-    inner: tuple[slice, slice]  #: rows and columns that count in maps of NYU's size
-
-    def depth(self, place: int) -> Metres:
-        """Of an image; 0 wherever it does not count."""
-        path = self.files[place]
-        with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-            if not image.mode.startswith("I"):
-                raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
-            metres = np.asarray(image).astype(np.float32) / np.float32(1000)
-            metres[(metres < NEAREST) | (metres > FARTHEST)] = 0
-            if metres.shape == _NYU:
-                counting = np.zeros_like(metres)
-                counting[self.inner] = metres[self.inner]
-                metres = counting
-            if not metres.any():
-                raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
-            return metres
-
-    def part(self, places: list[int]) -> DepthSet:
-        """Some of the images."""
-        files = tuple(self.files[place] for place in places)
-        return replace(self, images=chosen(self.images, places), files=files)
-
-
 def read_depth(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
-) -> tuple[DepthSet, DepthSet]:
-    """(images to train heads on, images to judge them on). Raises ValueError for a part without images or maps."""
-    root, found = Path(source), []
-    parts = sorted(path.name for path in root.glob("depth/*/"))
-    for name, part, inner in zip(most, parts_of(source, parts, train, test), (_TAUGHT, _EIGEN), strict=True):
-        files = image_files(root / "images" / part)
-        kept = [files[place] for place in every(len(files), most[name])]
-        maps = [root / "depth" / part / f"{path.stem}.png" for path in kept]
-        if not kept:
-            raise ValueError(f"{root / 'images' / part} has no images")
-        images = from_files(kept, root)
-        stamp = digest((images.fingerprint, from_files(maps, root).fingerprint))
-        found.append(DepthSet(replace(images, stretched=True, fingerprint=stamp), tuple(maps), inner))
-    return found[0], found[1]
+) -> tuple[DenseSet, DenseSet]:
+    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
+    root = Path(source)
+    parts = parts_of(source, sorted(path.name for path in root.glob("depth/*/")), train, test)
+    learnt, held = (
+        of_maps(root, root / "images" / part, root / "depth" / part, count, partial(_read, counting))
+        for part, count, counting in zip(parts, most.values(), (_TAUGHT, _EIGEN), strict=True)
+    )
+    return learnt, held
 
 
-def depth(label: str, train: DepthSet, test: DepthSet, protocol: Protocol) -> Benchmark:
+def _read(counting: tuple[slice, slice], path: Path) -> Metres:
+    """The metres of a map; 0 where they are not known or not within the rows and columns that count of NYU's size."""
+    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
+        given = np.asarray(image).astype(np.float32) / np.float32(1000)
+        found = np.zeros_like(given)
+        inner = counting if given.shape == _NYU else (slice(None), slice(None))
+        found[inner] = np.where((given >= NEAREST) & (given <= FARTHEST), given, 0)[inner]
+        if not found.any():
+            raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
+        return found
+
+
+def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """RMSE and delta1 of a linear head."""
 
     def scores(features: Features, wanted: Collection[str] = NUMBERS) -> Iterator[Score]:
@@ -124,24 +102,23 @@ def depth(label: str, train: DepthSet, test: DepthSet, protocol: Protocol) -> Be
 
 
 def _quick(
-    train: DepthSet, learnt: Tensor, test: DepthSet, judged: Tensor, recipe: Recipe, resampled: bool = True
+    train: DenseSet, learnt: Tensor, test: DenseSet, judged: Tensor, recipe: Recipe, resampled: bool = True
 ) -> list[Score]:
     """Both scores by maps (images, D, h, w) of the images."""
     squares = [
-        Image.fromarray(train.depth(place)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+        Image.fromarray(train.label(place)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
         for place in range(len(learnt))
     ]
     truth = torch.stack([torch.from_numpy(np.array(square)) for square in squares])
-    draws = heads.RESAMPLES * resampled
-    fitted = _fitted(learnt[:1], len(learnt), lambda drawn: (learnt[drawn], truth[drawn]), recipe, draws)
+    fitted = fit(
+        Heads(1 + heads.RESAMPLES * resampled, learnt.shape[1], BINS, recipe.dropout),
+        len(learnt),
+        lambda drawn: (learnt[drawn], truth[drawn]),
+        silog(recipe.stride),
+        recipe,
+    )
     with torch.no_grad():
         return _measured((one for part in judged.split(BATCH) for one in metres(fitted(part))), test)
-
-
-def _fitted(example: Tensor, images: int, batches: Batches, recipe: Recipe, draws: int) -> Heads:
-    """Heads trained on maps like the example (1, D, h, w)."""
-    untrained = Heads(1 + draws, example.shape[1], BINS, recipe.dropout).to(example.device)
-    return fit(untrained, images, batches, silog(recipe.stride), recipe)
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -170,11 +147,11 @@ def silog(stride: int) -> Loss:
     return loss
 
 
-def _measured(seen: Iterable[Tensor], test: DepthSet) -> list[Score]:
+def _measured(seen: Iterable[Tensor], test: DenseSet) -> list[Score]:
     """Scores of the metres (heads, h, w) that are seen in each test image."""
     found = []
     for place, one in enumerate(seen):
-        truth = torch.from_numpy(test.depth(place)).to(one)
+        truth = torch.from_numpy(test.label(place)).to(one)
         known = truth > 0
         said = enlarged(one, (truth.shape[0], truth.shape[1]))[:, known].clamp(NEAREST, FARTHEST).double()
         error, ratio = said - truth[known], said / truth[known]
@@ -186,21 +163,18 @@ def _measured(seen: Iterable[Tensor], test: DepthSet) -> list[Score]:
 
 
 def _published(
-    train: DepthSet, test: DepthSet, recipe: Recipe, encoder: Encoder, settings: Settings, wanted: Collection[str]
+    train: DenseSet, test: DenseSet, recipe: Recipe, encoder: Encoder, settings: Settings, wanted: Collection[str]
 ) -> Iterator[Score]:
     """On crops, without a border where images are NYU's; an image and its mirror image are judged."""
-    sight, size = Sight(encoder, settings), len(train.images)
+    sight = Sight(encoder, settings)
+    crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
 
     def change(image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        if truth.shape == _NYU:
-            image, truth = image[(..., *_TAUGHT)], truth[_TAUGHT]
-        crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
-        both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image), tv_tensors.Mask(truth))
+        inner = _TAUGHT if truth.shape == _NYU else (slice(None), slice(None))
+        both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image[(..., *inner)]), tv_tensors.Mask(truth[inner]))
         return both
 
-    crops = sight.crops(train.images, train.depth, order_of(size, recipe.steps).tolist(), BATCH, change)
-    example = sight.see(torch.zeros(1, 3, *_CROP, dtype=torch.uint8))
-    fitted = _fitted(example, size, lambda drawn: next(crops), recipe, heads.RESAMPLES)
+    fitted = sight.fitted(train.images, train.label, change, BINS, silog(recipe.stride), recipe)
 
     def seen() -> Iterator[Tensor]:
         for place in range(len(test.images)):

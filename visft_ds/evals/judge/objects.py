@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visft_ds.evals.judge.images import changed, chosen, from_files, inside, read_json
+from visft_ds.evals.judge.images import changed, from_files, inside, read_json
 from visft_ds.evals.judge.probes import by_regression
 from visft_ds.evals.judge.protocol import (
     PLAIN,
@@ -104,27 +104,19 @@ def read_objects(root: Path, split: str) -> ObjectSet:
     with reading(path, "a COCO annotation file"):
         content = read_json(path)
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        place = {image["id"]: number for number, image in enumerate(content["images"])}
-        files = [inside(folder, image["file_name"], path) for image in content["images"]]
         if len(set(names.values())) < len(names):
             raise ValueError("two categories have the same name: no text can tell them apart")
         numbers = {category: number for number, category in enumerate(names)}
-        boxes: list[tuple[int, Box, int]] = []
-        for one in content["annotations"]:
-            x, y, width, height = map(float, one["bbox"])
-            owner, label = place[one["image_id"]], numbers[one["category_id"]]
-            if not one.get("iscrowd") and min(width, height) >= SMALLEST:
-                boxes.append((owner, (x, y, width, height), label))
+        files = {image["id"]: inside(folder, image["file_name"], path) for image in content["images"]}
+        large = [one for one in content["annotations"] if not one.get("iscrowd") and min(one["bbox"][2:]) >= SMALLEST]
+        labels = np.array([numbers[one["category_id"]] for one in large], dtype=np.int64)
+        pictures = from_files([files[one["image_id"]] for one in large], root)
+        boxes: list[Box] = [(float(x), float(y), float(w), float(h)) for x, y, w, h in (one["bbox"] for one in large)]
     if not boxes:
         raise ValueError(f"{path} has no box of at least {SMALLEST:g} x {SMALLEST:g} pixels that is no crowd")
-    boxes.sort(key=lambda entry: entry[0])  # neighbours share their image
-    used = sorted({number for number, _, _ in boxes})
-    position = {number: order for order, number in enumerate(used)}
-    owners = np.array([position[number] for number, _, _ in boxes], dtype=np.int64)
-    pictures = chosen(from_files([files[number] for number in used], root), owners.tolist())
-    how = f"crop {MARGIN} {[box for _, box, _ in boxes]}"
-    images = changed(pictures, lambda number, image: crop(image, boxes[number][1]), how)
-    return ObjectSet(images, np.array([label for _, _, label in boxes], np.int64), owners, tuple(names.values()))
+    owners = np.unique([one["image_id"] for one in large], return_inverse=True)[1].astype(np.int64)
+    images = changed(pictures, lambda number, image: crop(image, boxes[number]), f"crop {MARGIN} {boxes}")
+    return ObjectSet(images, labels, owners, tuple(names.values()))
 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:
@@ -133,7 +125,5 @@ def crop(image: Image.Image, box: Box) -> Image.Image:
     side = max(1, round(MARGIN * max(width, height)))
     left, top = round(x + width / 2 - side / 2), round(y + height / 2 - side / 2)
     canvas = Image.new("RGB", (side, side), _GREY)
-    inside_image = (max(left, 0), max(top, 0), min(left + side, image.width), min(top + side, image.height))
-    if inside_image[0] < inside_image[2] and inside_image[1] < inside_image[3]:
-        canvas.paste(image.crop(inside_image), (inside_image[0] - left, inside_image[1] - top))
+    canvas.paste(image, (-left, -top))
     return canvas

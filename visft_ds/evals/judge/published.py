@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import windows
+from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, fit, order_of, windows
 from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
@@ -78,6 +79,23 @@ class Sight:
         loader = DataLoader(_Crops(images, truth, order, change), size, num_workers=self.settings.threads)
         for pixels, there in loader:
             yield self.see(pixels), there.to(self.settings.device)
+
+    def fitted(
+        self,
+        images: ImageSet,
+        truth: Truth,
+        change: Callable[[Any, Any], Any],
+        outputs: int,
+        loss: Loss,
+        recipe: Recipe,
+    ) -> Heads:
+        """Heads that are trained on random crops."""
+        order = order_of(len(images), recipe.steps).tolist()
+        crops = self.crops(images, truth, order, BATCH, change)
+        first = next(crops)  # which tells the number of channels
+        untrained = Heads(1 + RESAMPLES, first[0].shape[1], outputs, recipe.dropout).to(self.settings.device)
+        batches = chain([first], crops)
+        return fit(untrained, len(images), lambda drawn: next(batches), loss, recipe)
 
     def in_windows(self, images: ImageSet, head: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """For each image, its shorter side as long as the encoder's, the mean of what a head says in windows.

@@ -26,7 +26,7 @@ from torchvision.transforms import v2 as transforms
 from visft_ds.evals.judge import heads, in_context
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, every
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Batches, Heads, Recipe, cross_entropy, enlarged, fit, order_of
+from visft_ds.evals.judge.heads import BATCH, Heads, Recipe, cross_entropy, enlarged, fit
 from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.probes import by_neighbours
 from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, fifth, mean_ratio
@@ -56,7 +56,7 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps, (rest, held) = features["patches"], fifth(len(few.images))
-        brief = replace(QUICK, memory=QUICK.memory // 4, segmentation=shortened(QUICK.segmentation))
+        brief = replace(QUICK, memory=QUICK.memory // 16, segmentation=shortened(QUICK.segmentation))
         return _quick(number, few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False).value
 
     return Benchmark(
@@ -90,12 +90,12 @@ def _quick(
         memory = remember(images, len(train.classes), max(1, protocol.memory // len(learnt)))
         return overlapping(name, recall(memory, judged, in_context.RESAMPLES * resampled), test)
     truth = torch.from_numpy(np.stack([_square(train.label(place)) for place in range(len(learnt))]))
-    fitted = _fitted(
-        learnt[:1],
-        train,
+    fitted = fit(
+        Heads(1 + heads.RESAMPLES * resampled, learnt.shape[1], len(train.classes), protocol.segmentation.dropout),
+        len(learnt),
         lambda drawn: (learnt[drawn], truth[drawn]),
+        cross_entropy(protocol.segmentation.stride),
         protocol.segmentation,
-        heads.RESAMPLES * resampled,
     )
     with torch.no_grad():
         return overlapping(name, (one for part in judged.split(BATCH) for one in fitted(part)), test)
@@ -103,12 +103,6 @@ def _quick(
 
 def _square(label: Label) -> Label:
     return np.asarray(Image.fromarray(label).resize((SIDE, SIDE), Image.Resampling.NEAREST))
-
-
-def _fitted(example: Tensor, train: DenseSet, batches: Batches, recipe: Recipe, draws: int) -> Heads:
-    """Heads trained on maps like the example (1, D, h, w)."""
-    untrained = Heads(1 + draws, example.shape[1], len(train.classes), recipe.dropout).to(example.device)
-    return fit(untrained, len(train.images), batches, cross_entropy(recipe.stride), recipe)
 
 
 def _published(
@@ -160,11 +154,10 @@ def _labelled(sight: Sight, train: DenseSet, test: DenseSet, recipe: Recipe) -> 
             transforms.RandomPhotometricDistort(),
         ]
     )
-    order = order_of(len(train.images), recipe.steps).tolist()
-    crops = sight.crops(train.images, train.label, order, BATCH, change)
-    example = sight.see(torch.zeros(1, 3, side, side, dtype=torch.uint8))
     with torch.enable_grad():
-        fitted = _fitted(example, train, lambda drawn: next(crops), recipe, heads.RESAMPLES)
+        fitted = sight.fitted(
+            train.images, train.label, change, len(train.classes), cross_entropy(recipe.stride), recipe
+        )
     return sight.in_windows(test.images, lambda maps: enlarged(fitted(maps), (side, side)).softmax(dim=2))
 
 
@@ -172,7 +165,7 @@ def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a place its class."""
     found, maps, classes = [], [], len(test.classes)
     for place, one in enumerate(seen):
-        label = torch.from_numpy(test.label(place)).to(one.device)
+        label = torch.from_numpy(test.label(place)).to(one.device).long()
         said = enlarged(one, (label.shape[0], label.shape[1])).argmax(dim=1)
         known = label != VOID
         pairs = said[:, known] + classes * label[known] + classes**2 * torch.arange(len(said)).to(label.device)[:, None]
