@@ -83,7 +83,7 @@ def plan(given: argparse.Namespace) -> Steps:
         runs.append(steps.add(f"stage{stage}", *words, resumes=True))
         out = f"stage{stage}/evaluation-val"
         steps.add(f"evaluation{stage}", "evaluate", "--run", str(runs[-1]), out=out)
-    words = [f"before={runs[0]}", f"after={runs[1]}", "--primary", PRIMARY]
+    words = [f"before={runs[0]}", f"after={runs[1]}", "--quick", "--layers", "last"]
     words += ["--on", f"segmentation={other},name=style-b", "--on", f"kept={other}/val2017,name=style-b"]
     judged = steps.add("judge", "judge", *words, resumes=True)
     words = ["--base", str(weights), "--adapter", f"{runs[1]}/export/adapter", "--format", "timm", "--verify"]

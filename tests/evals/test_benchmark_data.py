@@ -12,6 +12,7 @@ from PIL import Image
 from visft_ds.evals.judge import classes, objects, ocr, retrieval
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.kinds import parse_benchmark, parse_benchmarks
+from visft_ds.evals.judge.protocols import QUICK
 
 
 def _image(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (8, 6)) -> Path:
@@ -154,7 +155,7 @@ def test_words(tmp_path: Path) -> None:
     lines = '\ufeffword_1.png, "Tired,\\"ness"\nword_2.png, "!!"\nword_3.png, "É3"\n'
     (tmp_path / "train/gt.txt").write_text(lines, encoding="utf-8")
     (tmp_path / "test/labels.txt").write_text("words/word_1.png\tNew York\n")
-    benchmark = parse_benchmark(f"ocr={tmp_path},name=x")
+    benchmark = parse_benchmark(f"ocr={tmp_path},name=x", QUICK)
     assert benchmark.settings["words"] == [("tiredness", "3"), ("newyork",)] and benchmark.sets["train"].stretched
     (tmp_path / "test/labels.txt").write_text("../train/word_1.png\ta\n")
     with pytest.raises(ValueError, match="out of its folder"):
@@ -164,7 +165,7 @@ def test_words(tmp_path: Path) -> None:
 def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
     root = _folders(tmp_path / "shapes", ["a", "b"])
     given = [f"zero_shot={root}", f"zero_shot={root},name=again", f"classification={root}"]
-    found = parse_benchmarks(given, "classification/shapes kNN")[0]
+    found = parse_benchmarks(given, "classification/shapes kNN", QUICK)[0]
     assert [one.label for one in found] == ["zero_shot/shapes", "zero_shot/again", "classification/shapes"]
     for texts, primary, word in (
         ([f"classification={root},spilt=val"], None, "spilt"),
@@ -172,4 +173,4 @@ def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
         (given, "classification/shapes kMN", "did you mean classification/shapes kNN"),
     ):
         with pytest.raises(ValueError, match=word):
-            parse_benchmarks(texts, primary)
+            parse_benchmarks(texts, primary, QUICK)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
-from tests.random_tower import save_adapter
+from tests.random_tower import relative, save_adapter
 from visft_ds.evals.judge.dose import WITHIN, scale_for
+from visft_ds.evals.judge.models import Mixture, load_encoder, parse_arms
 from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture
@@ -26,29 +28,45 @@ __all__ = ["world"]  # the fixture
 @pytest.mark.parametrize("wanted", [0.02, 0.35, 0.8])
 def test_a_scale_is_found_for_any_dose(dose: Callable[[float], float], wanted: float) -> None:
     calls = []
-    scale = scale_for(lambda scale: calls.append(scale) or dose(scale), wanted)  # type: ignore[func-returns-value]
-    assert abs(dose(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+    scale, found = scale_for(lambda scale: calls.append(scale) or dose(scale), wanted, "x")  # type: ignore[func-returns-value]
+    assert found == dose(scale) and abs(dose(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
 
 
 def test_a_dose_that_no_scale_reaches_is_told() -> None:
-    with pytest.raises(ValueError, match="no scale up to 8 was found"):
-        scale_for(lambda scale: min(scale, 0.1), 0.3)
+    with pytest.raises(ValueError, match="no A up to 8"):
+        scale_for(lambda scale: min(scale, 0.1), 0.3, "x")
 
 
-def test_a_control_is_brought_to_the_dose_of_what_it_controls(world: Path, tmp_path: Path) -> None:
-    """Measured on the same images and the same features as the shift that is printed."""
+def test_controls_are_brought_to_the_dose_of_what_they_control(world: Path, tmp_path: Path) -> None:
+    """A control that is named, noise that comes by itself, and half, which keeps its own dose."""
     base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
     save_adapter(replace(adapter, tensors=other), tmp_path / "other")
-    words = [f"base={base}", f"tuned={base}+{world}/adapter", f"other={base}+{tmp_path}/other"]
-    words += ["--control", f"equal={base}+{tmp_path}/other", "--on", f"zero_shot={world}/shapes"]
-    status, _, errors = _run(*words, "--primary", "zero_shot/shapes top1", "--out", tmp_path / "out")
+    words = [f"base={base}", f"tuned={world}/merged.safetensors", "--control", f"equal={base}+{tmp_path}/other"]
+    words += ["--on", f"zero_shot={world}/shapes", "--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
+    status, _, errors = _run(*words)
     assert (status, errors) == (0, "")
     record = _record(tmp_path / "out")
-    moved = record["doses"]
-    assert moved["equal"] == pytest.approx(moved["tuned"], rel=2 * WITHIN)
-    assert abs(moved["other"] / moved["tuned"] - 1) > 0.03
-    trial, other = record["trials"]
-    assert trial["controls"] == ["equal"] and other["controls"] == [] and trial["dose"] == moved["tuned"]
-    assert record["rows"][0]["controls"]["tuned"].keys() == {"equal"}
+    doses, (trial,) = record["doses"], record["trials"]
+    assert trial == {"arm": "tuned", "controls": ["noise", "equal"], "half": "half", "dose": doses["tuned"]}
+    assert [doses["noise"], doses["equal"]] == pytest.approx([doses["tuned"]] * 2, rel=WITHIN)
+    assert doses["half"] < 0.9 * doses["tuned"] and record["scales"]["half"] == 0.5
+    assert record["rows"][0]["controls"]["tuned"].keys() == {"noise", "equal"}
+
+
+def test_what_is_mixed_of_merged_weights_is_what_the_adapter_gives_at_that_scale(world: Path) -> None:
+    base, image = world / "clip.safetensors", torch.randn(2, 3, SIDE, SIDE)
+    arms = parse_arms([f"{base}", f"a={base}+{world}/adapter@0.3", f"b={world}/merged.safetensors@0.3"])
+    own, merged = (load_encoder(arms[label][0], "fp32").module for label in "ab")
+    with torch.no_grad():
+        assert relative(merged(image, ["pooled"])["pooled"], own(image, ["pooled"])["pooled"]) < 1e-6
+
+
+def test_noise_is_as_large_as_what_was_learnt_and_where_it_was(world: Path) -> None:
+    (tuned,) = parse_arms([str(world / "clip.safetensors"), f"t={world}/merged.safetensors"])["t"]
+    learnt, noise = (Mixture(replace(tuned, noise=seed), "fp32").changes for seed in (None, 1))
+    assert learnt.keys() == noise.keys() == {f"blocks.{number}.attn.qkv.weight" for number in (0, 1)}
+    for name, change in learnt.items():
+        assert float(noise[name].norm()) == pytest.approx(float(change.norm()), rel=1e-5)
+        assert abs(float((noise[name] * change).sum() / change.norm() ** 2)) < 0.1

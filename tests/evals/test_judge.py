@@ -19,7 +19,7 @@ from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
 from visft_ds.evals.cli import judge
-from visft_ds.evals.judge import scoring as judging
+from visft_ds.evals.judge import judging
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.scoring import Settings, encode_images
@@ -95,7 +95,7 @@ def _all(world: Path) -> list[str]:
     return [
         *models,
         *(word for kind in kinds for word in ("--on", kind)),
-        *("--primary", "zero_shot/shapes top1"),
+        *("--primary", "zero_shot/shapes top1", "--layers", "last"),
     ]
 
 
@@ -207,8 +207,6 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     spec = parse_model(f"before={run}")
     assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")
-    with pytest.raises(ValueError, match=r"scales an adapter"):
-        parse_model(f"{run}@0.5")
 
 
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
@@ -221,6 +219,7 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
         ([base, f"tuned={base}"], primary, "foreign", "is not empty"),
         ([base, f"tuned={base}"], (), "out", "segmentation"),
         ([f"{base},{base}", f"tuned={base}"], primary, "out", "BASE is one model"),
+        ([f"{base}@0.5", f"tuned={base}"], primary, "out", "BASE is one model"),
     ):
         status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors

@@ -59,7 +59,9 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
     command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"half={base}+{net}/adapter@0.5"]
     command += [f"merged={net}/merged.safetensors", f"bare={net}/bare.safetensors", f"none={base}+{net}/adapter@0"]
     primary = "kept/pictures answers"
-    status, _, errors = _run(*command, "--on", f"kept={net}/pictures", "--primary", primary, "--out", tmp_path)
+    status, _, errors = _run(
+        *command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path
+    )
     assert (status, errors) == (0, "")
     said = []
     for path in (base, net / "merged.safetensors"):
@@ -78,23 +80,25 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
 
 
 def test_a_tower_that_ended_early_lends_what_it_has(net: Path, tmp_path: Path) -> None:
-    """Tensors of the other file replace those of the same name, all others stay the first model's."""
-    base = load_file(net / "base.safetensors")
-    part = {key: value + 1 for key, value in base.items() if key.startswith("blocks.0.") and value.is_floating_point()}
-    save_tensors(tmp_path / "part.safetensors", part, header_of(build_timm(NAME)))
+    """Its tensors replace those of the same name, all others stay BASE's."""
+    base, cut = load_file(net / "base.safetensors"), build_timm(NAME, layers=(0,))
+    part = {key: base[key] + base[key].is_floating_point() for key in cut.state_dict()}
+    save_tensors(tmp_path / "part.safetensors", part, header_of(cut))
     first = ModelSpec("base", "timm", NAME, str(net / "base.safetensors"))
     found = load_classifier(ModelSpec("part", "visft_ds", str(tmp_path / "part.safetensors")), first)
     values = {key.removeprefix("model."): value for key, value in found.module.state_dict().items()}
-    assert values.keys() == base.keys()
+    assert values.keys() == base.keys() and 0 < len(part) < len(base)
     for key, value in values.items():
         torch.testing.assert_close(value, part.get(key, base[key]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("first", "second", "said"), [("bare", "base", "no classifier"), ("base", "", "no model of")])
-def test_a_classifier_is_needed_and_a_model_that_feeds_it(net: Path, first: str, second: str, said: str) -> None:
-    specs = {name: ModelSpec(name, "timm", NAME, f"{net}/{name}.safetensors") for name in ("base", "bare")}
-    with pytest.raises(ValueError, match=said):
-        load_classifier(specs.get(second, ModelSpec("clip", "open_clip", "ViT-B-32")), specs[first])
+def test_a_classifier_is_needed_and_a_model_that_feeds_it(net: Path, tmp_path: Path) -> None:
+    base, bare = (ModelSpec(name, "timm", NAME, f"{net}/{name}.safetensors") for name in ("base", "bare"))
+    with pytest.raises(ValueError, match="no classifier"):
+        load_classifier(base, bare)
+    save_tensors(tmp_path / "vit.safetensors", timm.create_model("test_vit", num_classes=0).state_dict(), {})
+    with pytest.raises(ValueError, match="cannot feed it"):
+        load_classifier(ModelSpec("vit", "timm", "test_vit", str(tmp_path / "vit.safetensors")), base)
 
 
 def test_the_file_of_pip_brings_the_classifier_under_the_names_of_timm() -> None:

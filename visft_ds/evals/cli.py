@@ -34,11 +34,13 @@ JUDGE = """Compare models that were trained further with the one they began as, 
     visft judge base.pt RUN --on segmentation=coco --out OUT
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
 
-A list of runs is one recipe with several seeds. A control is scaled until it moves features as far as the trained
-model does: `permuted labels`, for instance. Scores are kept by models and data: another one costs only itself.
+A list of runs is one recipe with several seeds. Models are read after their best blocks, by held-out training images;
+a gain is one over the best block of BASE, over noise that moves features as far, and over every control, which is
+scaled until it does: a run on permuted labels, for instance. Writes judge.html, judge.json and scores/ by models and
+data: another one costs only itself.
 
-models: [LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
-    #BLOCK behind one reads it there
+models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
+    behind one, #BLOCK reads it there, and @A takes so much of what training changed
 
 kinds of --on (and their keys):
     segmentation    by patches, and names of objects: COCO, shards, ADE20k, images/ labels/ (split, train, name)
@@ -78,6 +80,8 @@ def judge(arguments: Sequence[str]) -> int:
     add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
     add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, brought to its dose; repeatable")
     add("--primary", metavar="NUMBER", help="the number that decides (default: the first of the first segmentation)")
+    add("--quick", action="store_true", help="features once, at the model's size; minutes, not hours")
+    add("--layers", choices=("all", "last"), default="all", help="read at the best or the last (default %(default)s)")
     add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new or of an earlier start (default judge)")
     add("--cache", type=Path, metavar="DIR", help="of scores, shared by several --out (default OUT/scores)")
     add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")

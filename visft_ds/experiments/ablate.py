@@ -202,7 +202,8 @@ class Plan:
         for title, compared in tables.items():
             words = ["judge", f"{BASE}={base}", *compared, "--primary", self.primary]
             words += [part for judge in self.judges for part in ("--on", judge)]
-            words += ["--cache", f"{self.given.out}/scores"]
+            words += ["--cache", f"{self.given.out}/scores", "--quick"]
+            words += [] if name == FIRST else ["--layers", "last"]
             found.append(self.steps.add(f"{_slug(name)}-{title}", *words, resumes=True))
         return found
 
@@ -212,17 +213,17 @@ class Plan:
         """Print the verdict and one table of all arms; write them as table.json and table.md."""
         from visft_ds.monitor.console import Section, print_plan
 
-        rows = []
+        rows: list[dict[str, Any]] = []
         for table in (table for tables in self.tables.values() for table in tables if table.name not in failed):
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
-            label = list(record["arms"])[-1]
-            row = {"arm": label, "moved": round(record["doses"][label], 3)}
-            row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
-            for of in record["rows"]:
-                if label in of["controls"].get(FIRST, ()):
-                    row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][FIRST][label]
             kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
-            rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
+            for label in [name for name in [*record["arms"]][1:] if name not in [row["arm"] for row in rows]]:
+                row = {"arm": label, "moved": round(record["doses"][label], 3)}
+                row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
+                for of in record["rows"]:
+                    if label in of["controls"].get(FIRST, ()):
+                        row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][FIRST][label]
+                rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
         said = " ".join([verdict(rows, self.given.seeds), *anchors_pay(rows)])
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [[_cell(row.get(column)) for column in columns] for row in rows]

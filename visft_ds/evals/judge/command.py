@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,16 @@ from typing import Any
 import orjson
 import torch
 
-from visft_ds.evals.judge.dose import at_dose
+from visft_ds.evals.judge.judging import Judging
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Benchmark, Score
-from visft_ds.evals.judge.scoring import Settings, judge
-from visft_ds.evals.judge.table import Trial, rows_of, section
+from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
-from visft_ds.evals.records import JUDGED, PICTURES
+from visft_ds.evals.records import JUDGED
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
@@ -32,70 +32,74 @@ from visft_ds.ops import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.tasks.pictures import Picture, save_png
+from visft_ds.tasks.pictures import Picture
 
 PAGE, SCORES = "judge.html", "scores"
 _SHOWN = 6  # images of a sheet
 
 
 def run_judge(given: argparse.Namespace) -> None:
-    """Judge the models of a command line and write record and page. Collective.
+    """Judge the models of a command line; write record and page, print verdict and table. Collective.
 
     Raises:
         ValueError: wrong usage, or whatever is wrong with models and data.
     """
-    began, settings = time.perf_counter(), settings_of(given)
+    began, settings = time.perf_counter(), _settings(given)
     arms = parse_arms([given.base, *given.tuned, *given.control])
-    base, first, *_ = arms
-    if len(arms[base]) > 1:
-        raise ValueError(f"BASE is one model, and {base} has {len(arms[base])}")
-    tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
-    benchmarks, primary = parse_benchmarks(given.on, given.primary)
+    protocol = QUICK if given.quick else PUBLISHED
+    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol)
     _check_folder(given.out, primary)
     _start(benchmarks)
-    for label in controls:
-        arms[label] = at_dose(arms[label], arms[first], benchmarks[0], settings)
-    results, moved = judge([model for models in arms.values() for model in models], benchmarks, settings)
+    tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
+    trial = Judging(arms, tuned, benchmarks, primary, settings, best=given.layers == "all")
+    trials = [trial.dosed(arm, controls if arm == tuned[0] else ()) for arm in tuned]
+    results, last = trial.scores()
     distributed.close()
     if not distributed.is_main():
         return
-    members = {label: [model.label for model in models] for label, models in arms.items()}
-    shifts = {arm: [moved[label] for label in labels if label in moved] for arm, labels in members.items()}
-    doses = {arm: sum(of) / len(of) for arm, of in shifts.items() if of}
-    trials = [Trial(arm, tuple(controls) if arm == first else (), None, doses.get(arm)) for arm in tuned]
-    rows = rows_of(results, members, trials, primary)
-    verdicts = judged(rows, trials, primary, base, best=False)
-    sheets = _sheets(benchmarks, {arm: results[of[0]] for arm, of in members.items()})
+    base, members = next(iter(arms)), {arm: [one.label for one in models] for arm, models in trial.arms.items()}
+    rows = rows_of(results, members, trials, primary, last if trial.best else None)
+    verdicts = judged(rows, trials, primary, base, trial.best)
     record: dict[str, Any] = {
         "format": "visft_ds judge",
-        "models": {model.label: str(model) for models in arms.values() for model in models},
+        "models": {one.label: str(one) for models in trial.arms.values() for one in models},
         "arms": members,
-        "trials": [asdict(trial) for trial in trials],
+        "trials": [asdict(one) for one in trials],
         "primary": primary,
-        "protocol": "quick",
-        "best": False,
-        "layers": {},
-        "doses": doses,
-        "notes": [],
+        "protocol": protocol.name,
+        "best": trial.best,
+        "layers": trial.layers,
+        "doses": trial.doses,
+        "scales": {arm: sum(one.scale for one in of) / len(of) for arm, of in trial.arms.items() if arm in trial.doses},
+        "notes": trial.notes,
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "pictures": [f"{PICTURES}/{name}" for name in sheets],
         "settings": {key: redacted(value) for key, value in vars(given).items()},
         "processes": distributed.world_size(),
         "seconds": round(time.perf_counter() - began, 3),
         "versions": versions(),
-        "command": [redacted(word) for word in sys.argv],
+        "command": [redacted(word) for word in ("visft", "judge", *sys.argv[2:])],
     }
-    _write(given.out, record, sheets)
-    parts = [Section("verdict", [(of.arm, f"{of.word}: {' '.join(of.sentences)}") for of in verdicts])]
-    parts += [Section("models", list(record["models"].items())), section(rows, list(members), primary)]
-    if doses:
-        title = f"feature shift on {benchmarks[0].label}: |f - f0| / |f0 - mean of f0|"
-        parts.append(Section(title, [(arm, f"{value:.3f}") for arm, value in doses.items()]))
-    print_plan("visft_ds judge", [*parts, Section("written", [(str(given.out),)])])
+    content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
+    write_atomically(given.out / JUDGED, lambda file: file.write(content))
+    sheets = _sheets(benchmarks, {arm: results[members[arm][0]] for arm in (base, *tuned)})
+    page = judge_page(orjson.loads(content), sheets)
+    write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
+    doses = [(arm, f"{dose:.3f}", f"A = {record['scales'][arm]:.3g}") for arm, dose in trial.doses.items()]
+    read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in trial.layers.items()]
+    parts = [
+        Section("verdict", [(one.arm, one.word, " ".join(one.sentences)) for one in verdicts]),
+        Section("models", list(record["models"].items())),
+        Section("best layer, by held-out training images", read),
+        section(rows, list(members), primary),
+        Section("feature shift: |f - f0| / |f0 - mean of f0|", doses),
+        Section("notes", [(note,) for note in trial.notes]),
+        Section("written", [(str(given.out / PAGE),)]),
+    ]
+    print_plan("visft judge", [part for part in parts if part.rows])
 
 
-def settings_of(given: argparse.Namespace) -> Settings:
+def _settings(given: argparse.Namespace) -> Settings:
     """Settings by the flags. Raises ValueError for numbers out of range and packages that are not installed."""
     check_extra("visft judge", "eval", EVAL)
     check_least(given, batch_size=1, threads=0)
@@ -134,23 +138,15 @@ def _start(benchmarks: Sequence[Benchmark]) -> None:
     )
 
 
-def _sheets(benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> dict[str, Picture]:
-    """Name of a file -> what models see in some images, of each segmentation."""
-    found = {}
+def _sheets(benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> list[Picture]:
+    """A sheet for each segmentation, by its first number that is a map."""
+    found = []
     for benchmark in benchmarks:
-        name = f"{benchmark.label} in-context mIoU"
-        seen = {label: of[name] for label, of in results.items() if name in of}
-        picture = benchmark.sheet(seen, _SHOWN) if benchmark.sheet else None
-        if picture is not None:
-            found[f"{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png"] = picture
+        for number in benchmark.numbers if benchmark.sheet else ():
+            seen = {arm: of[name] for arm, of in results.items() if (name := f"{benchmark.label} {number}") in of}
+            if seen and all(one.maps is not None for one in seen.values()):
+                assert benchmark.sheet is not None
+                sheet = benchmark.sheet(seen, _SHOWN)
+                found += [] if sheet is None else [sheet]
+                break
     return found
-
-
-def _write(out: Path, record: Mapping[str, Any], sheets: Mapping[str, Picture]) -> None:
-    """Write the record and the page made of it."""
-    content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-    page = judge_page(orjson.loads(content), list(sheets.values())).encode()
-    for name, picture in sheets.items():
-        save_png(picture, out / PICTURES / name)
-    write_atomically(out / PAGE, lambda file: file.write(page))
-    write_atomically(out / JUDGED, lambda file: file.write(content))

@@ -1,88 +1,87 @@
 """Equal dose: a control at the scale at which it moves features as far as the model that it is a control of.
 
 Arms that moved features by different amounts cannot be compared: the one that moved further gains and loses more. The
-dose is |f - f0| / |f0 - mean of f0|, on the first test images of a benchmark.
+dose is |f - f0| / |f0 - mean of f0|, f0 the features of BASE after the same block, on at most MOST images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from scipy.optimize import brentq
+from torch import Tensor
 
-from visft_ds.evals.judge.models import ModelSpec, load_encoder
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.layers import read_after
+from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import MOVED, SAMPLE, Settings, forward, moved, pictures, sample_of
-from visft_ds.evals.model import adapter_for
-from visft_ds.models.lora import lora_parameters
-from visft_ds.parallel import distributed
+from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
+MOST = 256  #: images
 WITHIN = 0.01  #: share of the wanted dose by which it may be missed
-_FURTHEST = 8.0  # scale
+FURTHEST = 8.0  #: scale
+_KINDS = ("patches", "pooled", "clip")  # the first that a data set and a model have
 
 
-def at_dose(
-    control: Sequence[ModelSpec], tuned: Sequence[ModelSpec], benchmark: Benchmark, settings: Settings
-) -> tuple[ModelSpec, ...]:
-    """Each control at the dose of its model, seed by seed.
+class Dosimeter:
+    """How far models move the features of BASE after a block, on the first training images of a data set."""
 
-    Raises:
-        ValueError: models without an adapter, one that moves nothing, or a dose that no scale reaches.
-    """
-    count, found = max(len(control), len(tuned)), []
-    for number in range(count):
-        spec, like = control[number % len(control)], tuned[number % len(tuned)]
-        wanted = measure(like, benchmark, settings)(like.scale)
-        if not wanted:
-            raise ValueError(f"{like.label} moves no feature: there is no dose to bring {spec.label} to")
-        scale = distributed.from_all_ranks(scale_for(measure(spec, benchmark, settings), wanted))[0]
-        label = spec.label if len(control) == count else f"{spec.label} {number + 1}"
-        found.append(replace(spec, label=label, scale=scale))
-    return tuple(found)
+    def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
+        self._block, self._settings, self._blocks = block, settings, benchmark.held_out is not None
+        encoder = load_encoder(base, settings.precision, blocks=self._blocks)
+        images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
+        count = min(MOST, len(images))
+        batches = [
+            range(start, min(start + settings.batch_size, count)) for start in range(0, count, settings.batch_size)
+        ]
+        self._images = list(pictures(encoder, images, batches, settings.threads))
+        kinds = [kind for kind in _KINDS if kind in encoder.kinds]
+        self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
+        self._base = self._features(encoder)
 
+    def dose(self, encoder: Encoder) -> float:
+        """|f - f0| / |f0 - mean of f0|, the mean of each channel."""
+        mean = self._base.mean(dim=[axis for axis in range(self._base.ndim) if axis != 1], keepdim=True)
+        change = self._features(encoder) - self._base
+        return float(change.norm() / (self._base - mean).norm().clamp(min=1e-12))
 
-def measure(spec: ModelSpec, benchmark: Benchmark, settings: Settings) -> Callable[[float], float]:
-    """A function: scale of the model's adapter -> how far it moves the features of the first images.
+    def of(self, spec: ModelSpec) -> float:
+        """The dose of a model."""
+        return self.dose(load_encoder(spec, self._settings.precision, blocks=self._blocks))
 
-    Raises ValueError for a model without adapter, or if the benchmark reads none of MOVED.
-    """
-    if spec.adapter is None:
-        raise ValueError(f"{spec.label} has no adapter whose dose could be measured")
-    adapter = adapter_for(Path(spec.name), spec.adapter)
-    encoder = load_encoder(spec, settings.precision)
-    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
-    encoder.module.to(settings.device)
-    batch = next(pictures(encoder, images, [range(min(SAMPLE, len(images)))], settings.threads))
-    read = [kind for kind in MOVED if kind in encoder.kinds and kind in benchmark.kinds]
-    if not read:
-        raise ValueError(f"{benchmark.label} reads no {', '.join(MOVED)} of {spec.label}: give another --on")
-    parameters = {name.partition(".")[2]: value for name, value in lora_parameters(encoder.module).items()}
+    def scale_of(self, spec: ModelSpec, wanted: float) -> tuple[float, float]:
+        """(A, dose), at which a mixture of BASE and a model has the wanted dose. Raises ValueError if none has."""
+        mixture = Mixture(spec, self._settings.precision, blocks=self._blocks)
+        return scale_for(lambda scale: self.dose(mixture.at(scale)), wanted, spec.label)
 
-    def features(scale: float) -> torch.Tensor:
-        with torch.no_grad():
-            for name, value in adapter.scaled(scale).tensors.items():
-                if name in parameters:  # a tower may be cut behind some
-                    parameters[name].copy_(value)
-        return sample_of({"test": forward(encoder, batch, read[:1], settings)})
-
-    base = features(0.0)
-    return lambda scale: moved(base, features(scale))
+    def _features(self, encoder: Encoder) -> Tensor:
+        encoder.module.to(self._settings.device)
+        reader = read_after(encoder, self._block)
+        parts = [forward(reader, batch, [self._kind], self._settings)[self._kind].cpu() for batch in self._images]
+        return torch.cat(parts)
 
 
-def scale_for(dose: Callable[[float], float], wanted: float) -> float:
-    """The scale at which a dose is as wanted, to WITHIN of it. Raises ValueError if no scale was found."""
-    high = 1.0
-    while (above := dose(high)) < wanted:
-        high *= 2
-        if high > _FURTHEST:
-            raise ValueError(f"no scale up to {_FURTHEST:g} was found that moves features by {wanted:.4g}")
+def scale_for(dose: Callable[[float], float], wanted: float, label: str) -> tuple[float, float]:
+    """(A, its dose), the dose within WITHIN of what is wanted. Raises ValueError if no A up to FURTHEST reaches it."""
+    if not wanted:
+        return 0.0, 0.0
+    measured = {0.0: 0.0}
 
     def beyond(scale: float) -> float:
         """Zero within the tolerance, so that the search ends there."""
-        by = (above if scale == high else dose(scale) if scale else 0.0) - wanted
+        if scale not in measured:
+            measured[scale] = dose(scale)
+        by = measured[scale] - wanted
         return 0.0 if abs(by) <= WITHIN * wanted else by
 
-    return float(brentq(beyond, 0.0, high))
+    high = 1.0
+    while beyond(high) < 0:
+        high *= 2
+        if high > FURTHEST:
+            raise ValueError(
+                f"{label}: no A up to {FURTHEST:g} moves features by {wanted:.3f}; {FURTHEST:g} moves them by "
+                f"{measured[FURTHEST]:.3f}"
+            )
+    found = float(brentq(beyond, max(scale for scale in measured if beyond(scale) <= 0), high))
+    return found, measured[found]

@@ -129,7 +129,7 @@ class _OpenClipEncoder(nn.Module):
             tokens = trunk.forward_features(images)
             found["pooled"] = trunk.forward_head(tokens, pre_logits=True)
             found["clip"] = F.normalize(self.visual.head(trunk.forward_head(tokens)).float(), dim=-1)  # type: ignore[operator]
-            found["patches"] = _patches(trunk, tokens)
+            found["patches"] = _patches(trunk, tokens, images)
             return {kind: found[kind] for kind in kinds}
         if "patches" in kinds or "clip_patches" in kinds:
             outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
@@ -153,15 +153,15 @@ class _TimmEncoder(nn.Module):
         if "pooled" in kinds:
             found["pooled"] = self.model.forward_head(tokens, pre_logits=True)
         if "patches" in kinds:
-            found["patches"] = _patches(self.model, tokens)
+            found["patches"] = _patches(self.model, tokens, images)
         return found
 
 
-def _patches(model: Any, tokens: Tensor) -> Tensor:
+def _patches(model: Any, tokens: Tensor, images: Tensor) -> Tensor:
     """The feature map out of what timm's `forward_features` returns."""
     if tokens.ndim == 4:
         return tokens.permute(0, 3, 1, 2) if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else tokens
-    height, width = model.patch_embed.grid_size
+    height, width = (images.shape[axis + 2] // model.patch_embed.patch_size[axis] for axis in (0, 1))
     return tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
@@ -231,7 +231,11 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     if not brings and not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; python -c 'import timm; print(timm.list_models(\"*vit*\"))'")
     with reading(weights or f"timm:{name}", f"weights of timm's {name}"):
-        model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        options = {"pretrained": weights is None, "num_classes": 0}
+        try:
+            model = timm.create_model(name, **options, dynamic_img_size=True)
+        except TypeError:  # convolutional networks take any size
+            model = timm.create_model(name, **options)
         if weights is not None:
             values = timm.models.load_state_dict(weights, weights_only=True)  # older versions would run code of pickles
             classifiers = classifier_names(model.pretrained_cfg.get("classifier"))

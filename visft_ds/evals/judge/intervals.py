@@ -7,7 +7,7 @@ forty times as long for 50,000 shares, and knows no groups of items.)
 
 A probe also depends on the images it learnt from. Probes retrained on resamples of them say by how much: the standard
 deviation of their difference, times a standard normal value, is added to each draw. Resampling test items alone finds a
-difference between equal models in 6 to 12 % of cases instead of 5 (docs/evidence.md).
+difference between equal models in 9 % of cases instead of 5 (docs/evidence.md).
 
 Seeds are few, so they follow Student's t: s / sqrt(k) times a value of Student's t with k - 1 degrees of freedom is
 added, s being the spread of the k seeds. Where seeds decide, drawing three of them with replacement covers 80 % instead

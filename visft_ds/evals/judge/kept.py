@@ -1,8 +1,7 @@
 """How many of a classifier's own answers are kept when its backbone is trained.
 
-The classifier is that of the first model, a whole model of timm; every other model lends it its own tensors, merged or
-beside an adapter, by name. What lies behind a tower that ends early stays as it was. Images are prepared as timm does
-it for the first model.
+The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name. What lies
+behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.images import SUFFIXES, from_files, image_files
-from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.evals.model import adapter_for
 from visft_ds.files import reading
 from visft_ds.interop.layouts import model_in, open_model
-from visft_ds.interop.weights import examples
-from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.models.timm_backbone import build_model, classifier_names
 from visft_ds.pretrained import TIMM
 
@@ -66,40 +61,29 @@ class _Answers(nn.Module):
         return {KIND: self.model(images).argmax(dim=1)}
 
 
-def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
-    """The first model's classifier behind the backbone of a model; on the CPU, in fp32.
+def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
+    """BASE's classifier behind the backbone of a model; on the CPU, in fp32.
 
     Raises:
-        ValueError: the first model brings no classifier, or the other one is of another architecture.
+        ValueError: BASE brings no classifier, or the model is of another architecture.
     """
     import timm
 
-    name, side, weights = _source(first)
+    name, side, weights = _source(base)
     configured = timm.get_pretrained_cfg(name)
     classifiers = classifier_names(configured.classifier if configured else None)
     values = _tensors(name, weights)
     classes = next((len(values[key]) for one in classifiers if (key := f"{one}.weight") in values), None)
     if classes is None:
-        raise ValueError(f"{_ASKS} {first.label} brings none: {weights} has no classifier of timm's {name}")
-    if (spec.name, spec.weights) != (first.name, first.weights):
-        own, _, weights = _source(spec)
-        if own.partition(".")[0] != name.partition(".")[0]:
-            raise ValueError(f"{_ASKS} {spec.label} is timm's {own}, which cannot feed the classifier of {name}")
-        lent = _tensors(own, weights)
-        values |= {key: lent[key] for key in lent if not key.startswith(tuple(f"{one}." for one in classifiers))}
+        raise ValueError(f"{_ASKS} {base.label} brings none: {weights} has no classifier of timm's {name}")
     _, _, options = build_model(name, side, "meta", 0)
     model = timm.create_model(name, num_classes=classes, **options)
     with reading(weights or name, f"weights of timm's {name}"):
         model.load_state_dict(values)
-    if spec.adapter is not None:
-        adapter = adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
-        inject_lora(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-        parameters = lora_parameters(model)
-        if foreign := adapter.tensors.keys() - parameters.keys():
-            raise ValueError(f"{spec.adapter} is no adapter of timm's {name}: {examples(sorted(foreign))}")
-        with torch.no_grad():
-            for key, value in adapter.tensors.items():
-                parameters[key].copy_(value)
+    own = weights_of(load_encoder(spec, "fp32"))
+    if not alike(own, model.state_dict()):
+        raise ValueError(f"{_ASKS} {spec.label} cannot feed it: it is no {name} of timm")
+    model.load_state_dict(own, strict=False)
     config = timm.data.resolve_model_data_config(model)
     if "img_size" in options:
         config["input_size"] = (3, options["img_size"], options["img_size"])
@@ -113,7 +97,7 @@ def load_classifier(spec: ModelSpec, first: ModelSpec) -> Encoder:
     )
 
 
-_ASKS = "kept= counts which answers of the first model's own classifier stay. But"
+_ASKS = "kept= counts which answers of BASE's own classifier stay. But"
 
 
 def _source(spec: ModelSpec) -> tuple[str, int | None, str | None]:

@@ -13,7 +13,7 @@ from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
 from visft_ds.evals.judge.probes import classification
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.protocols import QUICK, Protocol
+from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
 
@@ -49,7 +49,7 @@ KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
 }
 
 
-def parse_benchmark(text: str, protocol: Protocol = QUICK) -> Benchmark:
+def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     """Read one --on of a command line; opens its data set, so far as to know what there is.
 
     Raises:
@@ -67,9 +67,7 @@ def parse_benchmark(text: str, protocol: Protocol = QUICK) -> Benchmark:
     return make(protocol, label, source, options.get("train"), options.get("split"))
 
 
-def parse_benchmarks(
-    texts: Sequence[str], primary: str | None = None, protocol: Protocol = QUICK
-) -> tuple[list[Benchmark], str]:
+def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protocol) -> tuple[list[Benchmark], str]:
     """(all benchmarks of a command line, the number that decides: by default the first of the first segmentation).
 
     Raises:

@@ -1,10 +1,11 @@
 """The models of a comparison, as a command line names them.
 
-[LABEL=]FILE[+ADAPTER][@SCALE]     weights of a tower of ours in any known layout, with an adapter or merged
-[LABEL=]RUN[@SCALE]                what a finished training leaves: its base and, after stage 2, its adapter
+[LABEL=]FILE[+ADAPTER]             weights of a tower of ours in any known layout, with an adapter or merged
+[LABEL=]RUN                        what a finished training leaves: its base and, after stage 2, its adapter
 [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
-[LABEL=]timm:NAME[:FILE]           without a file timm's own weights
+[LABEL=]timm:NAME[:FILE]           without a file timm's own weights; also timm:hf-hub:..., timm:local-dir:...
 ...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
+...@A                              so many times the adapter, or BASE + A (MODEL - BASE) of whole weights
 [LABEL=]MODEL,MODEL,...            one arm: trainings that differ by their seed
 """
 
@@ -12,10 +13,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from visft_ds.config.fields import Precision
 from visft_ds.evals.judge.encoders import (
@@ -33,6 +38,7 @@ from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
 from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
 from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
 from visft_ds.run.folder import recorded_config
@@ -50,7 +56,9 @@ class ModelSpec:
     name: str  #: a file, or what the library calls the model
     weights: str | None = None  #: of another library
     adapter: Path | None = None
-    scale: float = 1.0  #: factor on the effect of the adapter
+    scale: float = 1.0  #: factor on the effect of the adapter, or on the difference from `origin`
+    noise: int | None = None  #: seed of noise in place of the difference from `origin`
+    origin: ModelSpec | None = None  #: BASE of the comparison
     model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run records them
     block: int | None = None  #: that it is read after
 
@@ -59,16 +67,25 @@ class ModelSpec:
         """Everything that its features depend on, in JSON's types; files by name, size and time."""
         paths = [Path(text) for text in (self.name, self.weights or "", self.adapter or "") if text]
         files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
-        return asdict(self) | {"label": "", "adapter": "", "files": [f"{file.name} {stamp(file)}" for file in files]}
+        own = asdict(replace(self, origin=None)) | {"label": "", "adapter": ""}
+        origin = self.origin.identity if self.origin is not None and self.mixed else None
+        return own | {"origin": origin, "files": [f"{file.name} {stamp(file)}" for file in files]}
+
+    @property
+    def mixed(self) -> bool:
+        """Return True if its weights are computed from those of `origin`."""
+        return self.noise is not None or (self.adapter is None and self.scale != 1)
 
     def __str__(self) -> str:
         parts = [self.name if self.library == "visft_ds" else f"{self.library} {self.name}", self.weights]
-        parts += [f"+ {self.adapter} x {self.scale:g}" if self.adapter else None]
+        parts += [f"+ {self.adapter}" if self.adapter else None]
+        parts += [None if self.noise is None else f"as noise {self.noise}"]
+        parts += [None if self.scale == 1 else f"x {self.scale:.4g}"]
         return " ".join([*filter(None, parts), *([] if self.block is None else [f"after block {self.block}"])])
 
 
 def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
-    """Label -> models of each arm of a command line; files are looked for, not opened.
+    """Label -> models of each arm of a command line, BASE first; files are looked for, not opened.
 
     Raises:
         ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that cannot be
@@ -82,7 +99,10 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     if len({*several.values()}) > 1:
         told = ", ".join(f"{label} has {count}" for label, count in several.items())
         raise ValueError(f"seeds are compared one by one, and {told}: give as many, or one")
-    return dict(arms)
+    (first, (base, *more)), *others = arms
+    if more or base.mixed:
+        raise ValueError(f"BASE is one model as it is, and {first} is {len(more) + 1} x {base.scale:g}")
+    return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
 def _arm(text: str) -> tuple[str, tuple[ModelSpec, ...]]:
@@ -100,7 +120,7 @@ def parse_model(text: str) -> ModelSpec:
     """Read one model of a command line; files are looked for, not opened.
 
     Raises:
-        ValueError: a file that is not there, or a scale without an adapter.
+        ValueError: a file that is not there.
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
@@ -111,9 +131,9 @@ def parse_model(text: str) -> ModelSpec:
     if colon and library in ("open_clip", "timm"):
         is_address = inner.startswith(("hf-hub:", "local-dir:"))
         name, _, weights = (inner, "", "") if is_address else inner.partition(":")
-        if factor or (end and library == "open_clip"):
-            raise ValueError(f"{text}: {factor or end} is for models of ours, and blocks for those of timm")
-        return ModelSpec(label or Path(name).name + end, library, name, weights or None, block=block)
+        if end and library == "open_clip":
+            raise ValueError(f"{text}: blocks are read of models of ours and of timm, not of open_clip")
+        return ModelSpec(label or Path(name).name + end, library, name, weights or None, scale=scale, block=block)
     base, adapter = _files(rest)
     spec = ModelSpec("", "visft_ds", str(base), None, adapter, scale, block=block)
     if (base / "run.json").is_file():
@@ -122,8 +142,6 @@ def parse_model(text: str) -> ModelSpec:
         spec = replace(spec, name=name, adapter=files.adapter, model=files.model)
     elif base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
-    if factor and spec.adapter is None:
-        raise ValueError(f"{text}: {factor} scales an adapter, and there is none")
     return replace(spec, label=label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem) + end)
 
 
@@ -140,35 +158,112 @@ def _files(text: str) -> tuple[Path, Path | None]:
     raise ValueError(f"{text.partition('+')[0]} does not exist; --help tells the forms of models")
 
 
-def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
+def load_encoder(spec: ModelSpec, precision: Precision, *, blocks: bool = False) -> Encoder:
     """Build a model on the CPU; the matrices of a tower of ours are stored in the precision they compute in.
 
+    Args:
+        blocks: without text side, such that it can be read after each block, where its blocks are known.
+
     Raises:
-        ValueError: whatever is wrong with one of its files, or a block that it does not have.
+        ValueError: whatever is wrong with one of its files, a block that it does not have, or an origin of another
+            architecture.
     """
-    if spec.library == "visft_ds":
-        encoder = _load_own(spec, precision)
-    else:
-        build = open_clip_encoder if spec.library == "open_clip" else timm_encoder
-        encoder = build(spec.name, spec.weights)
+    if spec.mixed:
+        return Mixture(spec, precision, blocks=blocks).at(spec.scale)
     if spec.block is None:
-        return encoder
-    encoder = readable(encoder, spec)
-    backbone: Any = encoder.module.backbone
+        encoder = _load(spec, precision)
+        return (_readable(encoder, spec) or _load(spec, precision)) if blocks else encoder
+    cut = _readable(_load(spec, precision), spec)
+    if cut is None:
+        raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
+    backbone: Any = cut.module.backbone
     backbone.read_after((spec.block,))
-    return encoder
+    return cut
 
 
-def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
+def _load(spec: ModelSpec, precision: Precision) -> Encoder:
+    if spec.library == "visft_ds":
+        return _load_own(spec, precision)
+    build = open_clip_encoder if spec.library == "open_clip" else timm_encoder
+    return build(spec.name, spec.weights)
+
+
+class Mixture:
+    """W0 + A (W1 - W0) for any A: W0 of a model's origin, W1 its own, adapter merged; or noise in place of W1 - W0.
+
+    Noise is Gaussian in every parameter that changed, of the norm of its change.
+    """
+
+    def __init__(self, spec: ModelSpec, precision: Precision, *, blocks: bool = False) -> None:
+        assert spec.origin is not None
+        own = load_encoder(replace(spec, scale=1.0, noise=None), precision, blocks=blocks)
+        new, old = weights_of(own), weights_of(load_encoder(spec.origin, precision, blocks=blocks))
+        if not alike(new, old):
+            raise ValueError(f"{spec.label} is of another architecture than {spec.origin.label}")
+        self.changes = {
+            name: value.float() - old[name].float()
+            for name, value in new.items()
+            if value.is_floating_point() and not torch.equal(value, old[name].to(value))
+        }
+        if spec.noise is not None:
+            trained = dict(_named(own, nn.Module.named_parameters))
+            self.changes = {n: _noise(n, one, spec.noise) for n, one in self.changes.items() if n in trained}
+        self._own, self._old = own, {name: old[name] for name in self.changes}
+
+    @torch.no_grad()
+    def at(self, scale: float) -> Encoder:
+        """The encoder of that A; one before it changes, too."""
+        for layer in lora_layers(self._own.module).values():
+            layer.lora_B.zero_()
+        for name, value in _named(self._own, nn.Module.named_parameters, nn.Module.named_buffers):
+            if name in self.changes:
+                value.copy_(self._old[name].float() + scale * self.changes[name])
+        return self._own
+
+
+def weights_of(encoder: Encoder) -> dict[str, Tensor]:
+    """All tensors of a model by the names that its library gives them, an adapter merged."""
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(encoder.module).items()}
+    found = dict(_named(encoder, nn.Module.named_parameters, nn.Module.named_buffers))
+    for name, layer in layers.items():
+        short, weight = name.partition(".")[2], layer.weight.detach().float()
+        update = dense_update(len(weight), layer.lora_A, layer.lora_B, layer.slices, layer.scale).detach()
+        found[short] = weight + update.view_as(weight)
+    return {name: value.detach() for name, value in found.items() if name.rpartition(".")[2] not in KINDS}
+
+
+def alike(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> bool:
+    """Return True for weights of one architecture; the new one may end earlier."""
+    return all(name in old and value.shape == old[name].shape for name, value in new.items())
+
+
+def _named(encoder: Encoder, *of: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of both sides of a model, without the name of the encoder's own part."""
+    for each in of:
+        yield from ((name.partition(".")[2], value) for name, value in each(encoder.module))
+        yield from ((f"text {name}", value) for name, value in (each(encoder.text.module) if encoder.text else ()))
+
+
+def _noise(name: str, change: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    drawn = torch.randn(change.shape, generator=generator)
+    return drawn * (change.norm() / drawn.norm())
+
+
+def _readable(encoder: Encoder, spec: ModelSpec) -> Encoder | None:
     """The same as a backbone that can be read after each block, without text side; parameters are shared.
 
-    Raises ValueError for a network whose blocks are not known.
+    None for a network whose blocks are not known; then the encoder is of no use any more.
     """
     module: Any = encoder.module
     if spec.library == "timm":
-        module = FeatureMapEncoder(as_backbone(module.model, spec.name, {}))
+        name = module.model.pretrained_cfg["architecture"] if ":" in spec.name else spec.name
+        try:
+            module = FeatureMapEncoder(as_backbone(module.model, name, {}))
+        except ValueError:  # it has no map
+            return None
     if not isinstance(module, (EvaEncoder, FeatureMapEncoder)) or not module.backbone.ends():
-        raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
+        return None
     return replace(encoder, module=module.requires_grad_(False).eval(), kinds=KINDS_WITHOUT_TEXT, text=None)
 
 

@@ -1,7 +1,7 @@
-"""A model and a benchmark -> scores of single items, kept on disk under a hash of what they depend on.
+"""A model and a data set -> scores of single items, kept on disk under a hash of what they depend on.
 
 A batch goes to one process whatever their number, so that numbers do not depend on it. A killed command has lost what
-it was at: one benchmark by one model. All processes need the same folder.
+it was at: one data set by one model. All processes need the same folder.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,20 @@ from torch.nn import functional as F
 
 from visft_ds.config.fields import Precision
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
-from visft_ds.evals.judge.kept import load_classifier
-from visft_ds.evals.judge.models import ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.interop.weights import write_atomically
+from visft_ds.interop.weights import write_atomically, write_text
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 
-VERSION = 1  #: changes when the same model and data would give other scores
-SAMPLE = 64  #: test images on which it is measured how far features moved
-MOVED = ("patches", "pooled", "clip")  #: kinds of features whose movement is measured, the first that is there
+VERSION = 2  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
 COLUMN_ROWS = 2
+_DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
+    "columns": lambda patches: F.adaptive_avg_pool2d(patches, (COLUMN_ROWS, None)).flatten(1, 2),
+    "mean": lambda patches: patches.mean(dim=(2, 3)),
+}
+_PARTS = ("values", "groups", "maps", "retrained")  # arrays of a score
 _AHEAD = 3  # batches that are decoded before they are needed
 
 
@@ -52,68 +53,77 @@ class Settings:
     threads: int
 
 
-def judge(
-    specs: Sequence[ModelSpec], benchmarks: Sequence[Benchmark], settings: Settings
-) -> tuple[dict[str, dict[str, Score]], dict[str, float]]:
-    """(label -> name -> score, label -> how far features moved from the first model's), on the main process.
+def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], Any]) -> Any:
+    """What `make` gives on the main process, in JSON's types, computed once for the same `what`. Collective."""
+    path = settings.cache / f"{_hash(what, settings)}.json"
+    if distributed.from_all_ranks(not path.is_file())[0]:
+        value = make()
+        if distributed.is_main():
+            write_text(path, json.dumps(value))
+        _wait_for(path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    Collective; one model is in memory at a time.
+
+def score(
+    load: Callable[[], Encoder],
+    key: Mapping[str, Any],
+    benchmark: Benchmark,
+    wanted: Collection[str],
+    settings: Settings,
+    label: str,
+) -> list[Score]:
+    """The wanted numbers of a model, on the main process. Collective.
+
+    Args:
+        load: gives the model, read where it is to be.
+        key: all that it depends on, in JSON's types.
+        label: name of the model in messages.
 
     Raises:
-        ValueError: a model that lacks what a benchmark needs, an image that cannot be read, features that are NaN.
+        ValueError: a model that lacks what the benchmark needs, an image that cannot be read, features that are NaN.
     """
-    found: dict[tuple[str, str], tuple[list[Score], Tensor]] = {}
-    for spec in specs:
-        paths = {each.label: settings.cache / f"{_key(spec, specs[0], each, settings)}.npz" for each in benchmarks}
-        missing = distributed.from_all_ranks([label for label, path in paths.items() if not path.is_file()])[0]
-        encoder = load_encoder(spec, settings.precision) if missing else None
-        for benchmark in benchmarks:
-            if encoder is not None and not benchmark.answers:
-                check_fits(encoder, spec.label, benchmark)
-        for benchmark in benchmarks:
-            path = paths[benchmark.label]
-            if encoder is not None and benchmark.label in missing:
-                asked = load_classifier(spec, specs[0]) if benchmark.answers else encoder
-                features = encode(asked, benchmark, settings, f"{spec.label}: {benchmark.label}")
-                if distributed.is_main():
-                    _save(path, list(benchmark.scores(features, benchmark.numbers)), sample_of(features))
-                while not path.is_file():  # no collective: scoring may take longer than its time limit
-                    time.sleep(0.5)
-            if distributed.is_main():
-                found[spec.label, benchmark.label] = _load(path)
-    if not distributed.is_main():
-        return {}, {}
-    results: dict[str, dict[str, Score]] = {spec.label: {} for spec in specs}
-    moved_by: dict[str, float] = {}
-    for benchmark in benchmarks:
-        base, sample = found[specs[0].label, benchmark.label]
-        for spec in specs:
-            scores, own = found[spec.label, benchmark.label]
-            if benchmark.answers:  # whose scores are the answers themselves
-                pairs = zip(scores, base, strict=True)
-                scores = [replace(one, values=(one.values == of.values).astype(float)) for one, of in pairs]
-            results[spec.label] |= {f"{benchmark.label} {score.name}": score for score in scores}
-            if benchmark is benchmarks[0] and spec is not specs[0] and own.numel() and own.shape == sample.shape:
-                moved_by[spec.label] = moved(sample, own)
-    return results, moved_by
+    names = sorted(wanted)
+    images = {name: images.fingerprint for name, images in benchmark.sets.items()}
+    of = {"model": key, "images": images, "benchmark": benchmark.settings, "numbers": names}
+    path = settings.cache / f"{_hash(of, settings)}.npz"
+    if distributed.from_all_ranks(not path.is_file())[0]:
+        encoder = load()
+        check_fits(encoder, label, benchmark)
+        if benchmark.published is None:
+            features = encode(encoder, benchmark, settings, f"{label}: {benchmark.label}")
+            scores = benchmark.scores(features, wanted)
+        else:
+            scores = benchmark.published(encoder, settings, wanted)
+        if distributed.is_main():
+            _save(path, [one for one in scores if one.name in wanted])
+        _wait_for(path)
+    return _load(path) if distributed.is_main() else []
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until the main process has written a file; no collective: that may take longer than its time limit."""
+    while not path.is_file():
+        time.sleep(0.5)
 
 
 def check_fits(encoder: Encoder, label: str, benchmark: Benchmark) -> None:
     """Raise ValueError for a model that lacks what a benchmark needs."""
-    if not _kinds(encoder, benchmark):
+    if not kinds_of(encoder, benchmark):
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
     if benchmark.needs_text and encoder.text is None:
         raise ValueError(f"{label} has no text side, which {benchmark.label} compares with: give a whole CLIP file")
 
 
-def _kinds(encoder: Encoder, benchmark: Benchmark) -> list[str]:
-    having = {*encoder.kinds, *(["columns"] if "patches" in encoder.kinds else [])}
-    return [kind for kind in benchmark.kinds if kind in having]
+def kinds_of(encoder: Encoder, benchmark: Benchmark) -> list[str]:
+    """The kinds of features that a benchmark reads of a model, with those that come out of its patches."""
+    return [
+        kind for kind in benchmark.kinds if kind in encoder.kinds or ("patches" in encoder.kinds and kind in _DERIVED)
+    ]
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:
     """Everything that a benchmark reads of a model, on the main process. Collective."""
-    kinds, found = _kinds(encoder, benchmark), {}
+    kinds, found = kinds_of(encoder, benchmark), {}
     for name, images in benchmark.sets.items():
         # Texts are compared with what is judged alone.
         wanted = [kind for kind in kinds if not (name == "train" and kind.startswith("clip"))]
@@ -138,7 +148,7 @@ def encode_images(
                 if not torch.isfinite(value.sum()):
                     where = f"{kind} of {images.names[batch[0]]} or of the {len(batch) - 1} images after it"
                     raise ValueError(f"{where} is NaN or infinite in {settings.precision}: try --precision fp32")
-                found[f"{batch[0]:09d} {kind}"] = value
+                found[f"{batch[0]:09d} {kind}"] = value.cpu().contiguous()
             bar.update(min(len(batch) * world, len(images) - bar.n))
     if world > 1:  # through files: NCCL would gather on the GPU
         part = settings.cache / f"part-{rank}.safetensors"
@@ -159,15 +169,17 @@ def encode_images(
 
 @torch.inference_mode()
 def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings) -> dict[str, Tensor]:
-    """Kind -> features of a batch of images, float32 on the CPU; "columns": (images, COLUMN_ROWS * D, w)."""
-    wanted = {"patches" if kind == "columns" else kind for kind in kinds}
+    """Kind -> features of a batch of images, float32 on the device."""
+    wanted = {"patches" if kind in _DERIVED else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
     with torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32):
         found = encoder.module(pixels.to(settings.device, non_blocking=True), wanted)
-    for name in [name for name in found if name.split(" ")[-1] == "patches"] if "columns" in kinds else ():
-        columns = F.adaptive_avg_pool2d(found.pop(name).float(), (COLUMN_ROWS, None)).flatten(1, 2)
-        found[name.replace("patches", "columns")] = columns
-    return {name: value.float().cpu().contiguous() for name, value in found.items()}
+    for name in [name for name in found if name.endswith("patches")]:
+        patches, begin = found[name].float(), name.removesuffix("patches")
+        found |= {f"{begin}{kind}": _DERIVED[kind](patches) for kind in kinds if kind in _DERIVED}
+        if "patches" not in kinds:
+            del found[name]
+    return {name: value.float() for name, value in found.items()}
 
 
 def pictures(encoder: Encoder, images: ImageSet, batches: Sequence[range], threads: int) -> Iterator[Tensor]:
@@ -192,48 +204,27 @@ def pictures(encoder: Encoder, images: ImageSet, batches: Sequence[range], threa
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def sample_of(features: Features) -> Tensor:
-    """Features of the first SAMPLE test images, in half precision; empty without any kind of MOVED."""
-    of = features.get("test") or next(iter(features.values()))
-    kinds = [kind for kind in MOVED if kind in of]
-    return of[kinds[0]][:SAMPLE].half() if kinds else torch.empty(0)
+def _hash(what: Mapping[str, Any], settings: Settings) -> str:
+    """A name for what depends on these things, and on how models are run."""
+    all_of_it = {**what, "version": VERSION, "precision": settings.precision, "device": settings.device.type}
+    return hashlib.sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def moved(old: Tensor, new: Tensor) -> float:
-    """|f - f0| / |f0 - mean of f0| of features (n, D, ...), the mean of each channel."""
-    old, new = old.float(), new.float()
-    mean = old.mean(dim=[axis for axis in range(old.ndim) if axis != 1], keepdim=True)
-    return float((new - old).norm() / (old - mean).norm().clamp(min=1e-12))
-
-
-def _key(spec: ModelSpec, first: ModelSpec, benchmark: Benchmark, settings: Settings) -> str:
-    """A name for scores: of the files of a model, of the images and of the protocol."""
-    what: dict[str, Any] = {
-        "version": VERSION,
-        "model": spec.identity,
-        "classifier": first.identity if benchmark.answers else None,
-        "precision": settings.precision,
-        "device": settings.device.type,
-        "images": {name: images.fingerprint for name, images in benchmark.sets.items()},
-        "benchmark": benchmark.settings,
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _save(path: Path, scores: Sequence[Score], sample: Tensor) -> None:
-    arrays: dict[str, Any] = {"names": np.array([score.name for score in scores]), "sample": sample.numpy()}
+def _save(path: Path, scores: Sequence[Score]) -> None:
+    lower = [score.lower for score in scores]
+    arrays: dict[str, Any] = {"names": np.array([score.name for score in scores]), "lower": np.array(lower)}
     for number, score in enumerate(scores):
         assert np.isfinite(score.values).all() and len(score.values), score.name
-        parts = {"values": score.values, "groups": score.groups, "maps": score.maps, "retrained": score.retrained}
+        parts = {name: getattr(score, name) for name in _PARTS}
         arrays |= {f"{number}.{name}": value for name, value in parts.items() if value is not None}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def _load(path: Path) -> tuple[list[Score], Tensor]:
+def _load(path: Path) -> list[Score]:
     with np.load(path, allow_pickle=False) as file:
         part = {name: file[name] for name in file.files}
-    scores = [
-        Score(str(name), part[f"{n}.values"], part.get(f"{n}.groups"), part.get(f"{n}.maps"))
-        for n, name in enumerate(part["names"])
-    ]
-    return scores, torch.from_numpy(part["sample"])
+    found = []
+    for number, name in enumerate(part["names"]):
+        arrays: Any = {one: part.get(f"{number}.{one}") for one in _PARTS}
+        found.append(Score(str(name), lower=bool(part["lower"][number]), **arrays))
+    return found

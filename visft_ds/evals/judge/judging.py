@@ -1,0 +1,238 @@
+"""What `visft judge` compares: models at their best blocks, and controls that moved features as far.
+
+Of one architecture two arms come by themselves: `noise` in every parameter that training changed, at the dose of the
+tuned model, and `half` of its change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+from visft_ds.evals.judge.dose import Dosimeter
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.kept import load_classifier
+from visft_ds.evals.judge.layers import END, blocks_of, chosen, levels_of, read_after
+from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
+from visft_ds.evals.judge.protocol import Benchmark, Score
+from visft_ds.evals.judge.scoring import Settings, remembered, score
+from visft_ds.evals.judge.table import Trial
+
+SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
+Results = dict[str, dict[str, Score]]  #: model -> name -> score
+
+
+class Judging:
+    """Arms of a comparison, where they are read, how far they moved features, and their scores. All collective."""
+
+    def __init__(
+        self,
+        arms: Mapping[str, Sequence[ModelSpec]],
+        tuned: Sequence[str],
+        benchmarks: Sequence[Benchmark],
+        primary: str,
+        settings: Settings,
+        *,
+        best: bool,
+    ) -> None:
+        """
+        Args:
+            arms: BASE, the tuned ones, controls.
+            best: models are read at their best blocks; otherwise at the end.
+        """
+        self.base = next(iter(arms))
+        (self.origin,) = arms[self.base]
+        self.given, self.benchmarks, self.primary, self.settings, self.best = arms, benchmarks, primary, settings, best
+        self.arms: dict[str, Sequence[ModelSpec]] = {self.base: arms[self.base]}  #: in the order of the table
+        self.doses: dict[str, float] = {}
+        self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
+        self.notes: list[str] = []
+        self._of = {arm: arm for arm in (self.base, *tuned)}  # arm -> the one whose blocks it is read after
+        self._last = dict.fromkeys(self._of, END)
+        self._loaded: tuple[Any, Encoder] | None = None
+        self._meter: tuple[str, Dosimeter] | None = None
+        self._answers: dict[str, list[Score]] = {}
+        self._pairs = {arm: [self._pair(one) for one in arms[arm]] for arm in tuned}
+        self._place()
+
+    # ---------------------------------------------------------------------------------------------------------- blocks
+
+    def _pair(self, spec: ModelSpec) -> dict[str, Any]:
+        """Whether a model is of BASE's architecture, and the blocks of both."""
+
+        def make() -> dict[str, Any]:
+            own, base = (load_encoder(one, self.settings.precision, blocks=True) for one in (spec, self.origin))
+            return {
+                "alike": alike(weights_of(own), weights_of(base)),
+                "own": blocks_of(own, self.settings),
+                "base": blocks_of(base, self.settings),
+            }
+
+        found: dict[str, Any] = remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
+        return found
+
+    def _place(self) -> None:
+        """Choose the block after which each arm is read, for every number."""
+        base = dict(next(iter(self._pairs.values()))[0]["base"])
+        for arm, pairs in self._pairs.items():
+            own = pairs[0]["own"]
+            if pairs[0]["alike"] and list(own) == list(base)[: len(own)] != list(base):
+                base = {name: base[name] for name in own}
+                self._last[self.base] = list(base)[-1]
+                self.notes.append(f"{arm} ends after {self._last[self.base]}: {self.base} is compared up to there.")
+        if not self.best:
+            return
+        sizes = {self.base: base, **{arm: pairs[0]["own"] for arm, pairs in self._pairs.items()}}
+        ranked: dict[str, list[str]] = {}
+        for benchmark in (one for one in self.benchmarks if one.held_out):
+            for arm in sizes:
+                if len(sizes[arm]) == 1 or self.given[arm][0].block is not None:
+                    continue
+                levels = [self._levels(one, benchmark, sizes[arm], ranked.get(arm, ())) for one in self.given[arm]]
+                of = chosen(levels, benchmark)
+                held = next(iter(of.values()))["held_out"]
+                ranked.setdefault(arm, sorted(held, key=lambda name: -held[name]))
+                for number, choice in of.items():
+                    self.layers.setdefault(f"{benchmark.label} {number}", {})[arm] = choice
+
+    def _levels(
+        self, spec: ModelSpec, benchmark: Benchmark, sizes: Mapping[str, int], ranked: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        what = {"levels": spec.identity, "blocks": list(sizes), "ranked": list(ranked)}
+        what |= {"images": benchmark.sets["train"].fingerprint, "benchmark": benchmark.settings}
+        said = f"{spec.label}, all blocks: {benchmark.label}"
+
+        def make() -> dict[str, dict[str, float]]:
+            return levels_of(self._load(spec, blocks=True), benchmark, sizes, ranked, self.settings, said)
+
+        found: dict[str, dict[str, float]] = remembered(what, self.settings, make)
+        return found
+
+    def _block(self, arm: str, number: str) -> str:
+        """The block that an arm is read after for a number."""
+        of = self._of[arm]
+        if not any(one.held_out and number.startswith(f"{one.label} ") for one in self.benchmarks):
+            return END
+        name = self.layers.get(number, {}).get(of, {}).get("chosen", self._last[of])
+        return END if self._last[of] == END and name == self._end(of) else str(name)
+
+    def _end(self, arm: str) -> str:
+        """Name of the last block of an arm that is whole."""
+        pairs = next(iter(self._pairs.values())) if arm == self.base else self._pairs[arm]
+        return list(pairs[0]["base" if arm == self.base else "own"])[-1]
+
+    # ----------------------------------------------------------------------------------------------------------- doses
+
+    def dosed(self, arm: str, controls: Sequence[str]) -> Trial:
+        """Add a tuned arm and those that it is judged by, brought to its dose.
+
+        Raises:
+            ValueError: controls of another architecture, or a dose that none reaches.
+        """
+        self.arms[arm] = self.given[arm]
+        if not all(pair["alike"] for pair in self._pairs[arm]):
+            if controls:
+                raise ValueError(f"{arm} is of another architecture than {self.base}: there is no --control of it")
+            return Trial(arm)
+        doses = [self._dose(arm, one) for one in self.given[arm]]
+        self.doses[arm] = sum(doses) / len(doses)
+        of = "" if len(self._pairs) == 1 else f" of {arm}"
+        beside = {name: self.given[name] for name in controls}
+        if self.best and self.doses[arm]:
+            noise = [replace(one, noise=number) for number, one in enumerate(self.given[arm])]
+            beside = {f"noise{of}": noise, **beside}
+        for name, models in beside.items():
+            found = []
+            for number, wanted in enumerate(doses):
+                scale, _ = self._scale(arm, one := models[number % len(models)], wanted)
+                label = name if len(doses) == 1 else f"{name} {number + 1}"
+                found.append(replace(one, label=label, scale=scale))
+            self._add(name, arm, found)
+        half = f"half{of}" if self.best and self.doses[arm] else None
+        if half is not None:
+            labels = [half if len(doses) == 1 else f"{half} {number + 1}" for number in range(len(doses))]
+            pairs = zip(self.given[arm], labels, strict=True)
+            self._add(half, arm, [replace(one, label=label, scale=one.scale / 2) for one, label in pairs])
+        return Trial(arm, tuple(beside), half, self.doses[arm])
+
+    def _add(self, name: str, arm: str, models: Sequence[ModelSpec]) -> None:
+        self.arms[name], self._of[name] = models, arm
+        self.doses[name] = sum(self._dose(arm, one) for one in models) / len(models)
+
+    def _dose(self, arm: str, spec: ModelSpec) -> float:
+        return float(self._measured(arm, {"dose": spec.identity}, lambda meter: meter.of(spec)))
+
+    def _scale(self, arm: str, spec: ModelSpec, wanted: float) -> Any:
+        what = {"scale": spec.identity, "wanted": wanted}
+        return self._measured(arm, what, lambda meter: meter.scale_of(spec, wanted))
+
+    def _measured(self, arm: str, what: Mapping[str, Any], measure: Callable[[Dosimeter], Any]) -> Any:
+        """What the dosimeter tells at the block that an arm is read after."""
+        block, benchmark = self._block(arm, self.primary), self._deciding
+        images = {name: images.fingerprint for name, images in benchmark.sets.items()}
+        where = {"base": self.origin.identity, "block": block, "kinds": list(benchmark.kinds), "images": images}
+
+        def make() -> Any:
+            if self._meter is None or self._meter[0] != block:
+                self._meter = block, Dosimeter(self.origin, block, benchmark, self.settings)
+            return measure(self._meter[1])
+
+        return remembered({**what, **where}, self.settings, make)
+
+    @cached_property
+    def _deciding(self) -> Benchmark:
+        """The data set of the primary number."""
+        (found,) = (one for one in self.benchmarks if self.primary in [f"{one.label} {name}" for name in one.numbers])
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- scores
+
+    def scores(self) -> tuple[Results, Results]:
+        """(scores of all models, the primary one of BASE and tuned models at their ends), on the main process."""
+        results: Results = {}
+        last: Results = {}
+        for arm, models in self.arms.items():
+            for spec in models:
+                found = results[spec.label] = {}
+                for benchmark in self.benchmarks:
+                    numbers: dict[str, list[str]] = {}
+                    for number in benchmark.numbers:
+                        numbers.setdefault(self._block(arm, f"{benchmark.label} {number}"), []).append(number)
+                    for block, wanted in numbers.items():
+                        found |= self._scores(spec, block, benchmark, wanted)
+                if self._of[arm] != arm:
+                    continue
+                block, end = self._block(arm, self.primary), self._last[arm]
+                number = self.primary.removeprefix(f"{self._deciding.label} ")
+                at_end = found if block == end else self._scores(spec, end, self._deciding, [number])
+                last[spec.label] = {name: at_end[name] for name in at_end if name == self.primary}
+        return results, last
+
+    def _scores(self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str]) -> dict[str, Score]:
+        key: dict[str, Any]
+        if benchmark.answers:
+            key = {"of": spec.identity, "classifier": self.origin.identity}
+            model = partial(load_classifier, spec, self.origin)
+        else:
+            key, model = {"of": spec.identity, "block": block}, partial(self._read_after, spec, block, benchmark)
+        scores = score(model, key, benchmark, wanted, self.settings, spec.label)
+        if benchmark.answers:  # scores are the answers themselves
+            said = self._answers.setdefault(benchmark.label, scores)
+            pairs = zip(scores, said, strict=True)
+            scores = [replace(one, values=(one.values == of.values).astype(float)) for one, of in pairs]
+        return {f"{benchmark.label} {one.name}": one for one in scores}
+
+    def _read_after(self, spec: ModelSpec, block: str, benchmark: Benchmark) -> Encoder:
+        encoder = self._load(spec, blocks=block != END or benchmark.published is not None)
+        if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
+            encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
+        return read_after(encoder, block)
+
+    def _load(self, spec: ModelSpec, *, blocks: bool) -> Encoder:
+        """A model; the last one stays in memory."""
+        if self._loaded is None or self._loaded[0] != (spec, blocks):
+            self._loaded = None
+            self._loaded = (spec, blocks), load_encoder(spec, self.settings.precision, blocks=blocks)
+        return self._loaded[1]

@@ -1,0 +1,153 @@
+"""Blocks of a model: read together in one forward, and the best of them for each number.
+
+The last block of a tower often has not the best features, so that a gain over it may be no more than a better place.
+BASE and every tuned model are read after the block that is best on a fifth of the *training* images, by a probe of the
+other four fifths. Numbers that train nothing are asked for every block; trained heads for the CANDIDATES best of those,
+and the last. The other numbers of a data set take the block of its first one.
+
+As many blocks are read in one forward as fit into MOST bytes of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.protocol import Benchmark
+from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
+from visft_ds.parallel import distributed
+
+#: Name of what the whole model gives, if that is not what its last block gives.
+END = "end"
+MOST = 8 * 2**30  #: bytes of a data set's features of all blocks that are read together
+CANDIDATES = 3  #: best blocks of a data set's first number among which heads are trained
+DIRECT = ("in-context mIoU", "kNN")  #: numbers that train nothing
+HEADS = ("linear mIoU", "linear", "RMSE")
+
+
+class _Enough(Exception):
+    """What lies behind need not be computed."""
+
+
+class _Reader(nn.Module):
+    """A model read after several of its blocks in one forward."""
+
+    def __init__(self, module: nn.Module, blocks: Mapping[str, str]) -> None:
+        super().__init__()
+        self.module, self.blocks = module, blocks  #: beginning of the names of features -> block
+
+    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        model: Any = self.module
+        given: dict[str, Tensor] = {}
+        inner = [name for name in self.blocks.values() if name != END]
+
+        def keep(name: str, output: Tensor) -> None:
+            given[name] = output
+            if len(given) == len(self.blocks):
+                raise _Enough
+
+        hooks = [
+            model.backbone.get_submodule(name).register_forward_hook(lambda *parts, name=name: keep(name, parts[-1]))
+            for name in inner
+        ]
+        try:
+            end = model(images, kinds)
+        except _Enough:
+            end = {}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found: dict[str, Tensor] = {}
+        for begin, name in self.blocks.items():
+            of = end if name == END else model.of_block(given.pop(name), images, kinds)
+            found |= {f"{begin}{kind}": value for kind, value in of.items()}
+        return found
+
+
+def read_after(encoder: Encoder, block: str) -> Encoder:
+    """The encoder read after a block."""
+    return encoder if block == END else replace(encoder, module=_Reader(encoder.module, {"": block}))
+
+
+def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
+    """Bytes of an image's map after each block, in order; the end is left out if it is the last block."""
+    model: Any = encoder.module
+    if not hasattr(model, "of_block"):
+        return {END: 0}
+    encoder.module.to(settings.device)
+    image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
+    reader = _Reader(model, {f"{name} ": name for name in (*model.backbone.ends(), END)})
+    found = {
+        name.partition(" ")[0]: value
+        for name, value in forward(replace(encoder, module=reader), image, ["patches"], settings).items()
+    }
+    *_, last, end = found.values()
+    if last.shape == end.shape and torch.equal(last, end):
+        del found[END]
+    return {name: 4 * value.numel() for name, value in found.items()}
+
+
+def levels_of(
+    encoder: Encoder,
+    benchmark: Benchmark,
+    sizes: Mapping[str, int],
+    ranked: Sequence[str],
+    settings: Settings,
+    label: str,
+) -> dict[str, dict[str, float]]:
+    """Number -> block -> the number on held-out training images, more is better; on the main process. Collective.
+
+    Args:
+        sizes: the blocks to choose from, and bytes of an image's map of each.
+        ranked: the best blocks by another data set, for one whose numbers all need trained heads.
+    """
+    held_out = benchmark.held_out
+    assert held_out is not None
+    images, kinds = benchmark.choosing or benchmark.sets["train"], kinds_of(encoder, benchmark)
+    levels: dict[str, dict[str, float]] = {number: {} for number in benchmark.numbers if number in (*DIRECT, *HEADS)}
+    direct = [number for number in levels if number in DIRECT]
+    encoder.module.to(settings.device)
+
+    def read(blocks: Sequence[str], numbers: Sequence[str]) -> None:
+        for group in _groups({name: sizes[name] for name in blocks}, MOST // len(images)) if numbers else ():
+            reader = _Reader(encoder.module, {f"{name} ": name for name in group})
+            found = encode_images(replace(encoder, module=reader), images, kinds, settings, label)
+            for name in group if distributed.is_main() else ():
+                own = {kind: found.pop(f"{name} {kind}") for kind in kinds}
+                for number in numbers:
+                    levels[number][name] = held_out(own, number)
+
+    read(list(sizes), direct)
+    if direct:
+        first = levels[direct[0]]
+        ranked = distributed.from_all_ranks(sorted(first, key=lambda name: -first[name]))[0]
+    candidates = {*[name for name in ranked if name in sizes][:CANDIDATES], list(sizes)[-1]}
+    read([name for name in sizes if name in candidates], [number for number in levels if number in HEADS])
+    return levels
+
+
+def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]], benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for number in levels[0]:
+        shared = [name for name in levels[0][number] if all(name in of[number] for of in levels)]
+        means = {name: sum(of[number][name] for of in levels) / len(levels) for name in shared}
+        found[number] = {"chosen": max(means, key=lambda name: means[name]), "held_out": means}
+    first = next(iter(found.values()))
+    return {number: found.get(number, first) for number in benchmark.numbers}
+
+
+def _groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Neighbouring blocks whose features of an image take at most `most` bytes together; at least one."""
+    group: list[str] = []
+    for name, size in sizes.items():
+        if group and sum(sizes[one] for one in group) + size > most:
+            yield group
+            group = []
+        group.append(name)
+    yield group
