@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from visft_ds.config import ResolvedConfig
@@ -21,8 +20,8 @@ from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.judge.page import table_of
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, PICTURES, Evaluation, read_evaluation
-from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
+from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
@@ -177,14 +176,11 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
 
 
 def _judged(folder: Path) -> dict[str, Any]:
-    """The table of `visft judge`, and its pictures."""
+    """The verdicts and the table of `visft judge`."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        rows = table_of(record)
-        names = [Path(name).name for name in record["pictures"]]
-    sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
-    return {"record": record, "rows": rows, "sheets": sheets}
+        return {"record": record, "rows": table_of(record), "verdicts": record["verdicts"]}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record
