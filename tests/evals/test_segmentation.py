@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
-from visft_ds.evals.judge import segmentation as module
+from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.encoders import timm_encoder
 from visft_ds.evals.judge.protocol import ImageSet, Label
@@ -174,7 +174,7 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(0)
     parts = {name: _set(_blocks(rng, count), "abc") for name, count in (("train", 40), ("test", 10))}
     few = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=60, warm_up=2, rate=0.02))
-    monkeypatch.setattr(module, "QUICK", few)
+    monkeypatch.setattr(protocols, "BRIEF", few)
     benchmark = segmentation("segmentation/x", parts["train"], parts["test"], few)
     good, bad = {}, {}
     for name, part in parts.items():
