@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as pixels_of
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, fit, order_of, windows
 from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.evals.judge.scoring import Settings, forward, pictures
+from visft_ds.evals.judge.scoring import Settings, forward, pictures, to_device
 
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
 _STRIDE = 2 / 3  # of windows, in their sides
@@ -119,5 +119,5 @@ class Sight:
             yield windows(lambda part: head(self.see(part)), pixels, side, int(_STRIDE * side))
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        self.encoder.module.to(self.settings.device)
+        to_device(self.encoder, self.settings)
         return forward(self.encoder, pixels, ("patches",), self.settings)["patches"].to(self.settings.device)
