@@ -86,7 +86,13 @@ class Sight:
         self, images: ImageSet, truth: Truth, order: Sequence[int], size: int, change: Callable[[Any, Any], Any]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (features, truth) of the images of an order after a random change of both."""
-        loader = DataLoader(_Crops(images, truth, order, change), size, num_workers=self.settings.threads)
+        workers = self.settings.threads
+        loader = DataLoader(
+            _Crops(images, truth, order, change),
+            size,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # readers of images are closures, which no pipe takes
+        )
         for pixels, there in loader:
             yield self.see(pixels), there.to(self.settings.device)
 
@@ -120,4 +126,7 @@ class Sight:
 
     def _forward(self, pixels: Tensor) -> Tensor:
         self.encoder.module.to(self.settings.device)
-        return forward(self.encoder, pixels, ("patches",), self.settings)["patches"].to(self.settings.device)
+        found = forward(self.encoder, pixels, ("patches",), self.settings)["patches"]
+        if not torch.isfinite(found.sum()):
+            raise ValueError(f"features are NaN or infinite in {self.settings.precision}: try --precision fp32")
+        return found
