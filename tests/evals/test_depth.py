@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from visft_ds.evals.judge import depth as module
-from visft_ds.evals.judge.depth import BINS, _measured, depth, metres, read_depth, silog
+from visft_ds.evals.judge import heads, protocols
+from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, read_depth, silog
 from visft_ds.evals.judge.encoders import timm_encoder
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
@@ -61,7 +62,7 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
-    rmse, delta = _measured(said, test)
+    rmse, delta = _measured(NUMBERS, said, test)
     known = truth[45:471, 41:601].astype(np.float64)
     assert rmse.lower and rmse.value == pytest.approx(np.sqrt(((3 - known) ** 2).mean()))
     assert delta.value == pytest.approx((np.maximum(3 / known, known / 3) < 1.25).mean()) and not delta.lower
@@ -74,9 +75,9 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus it."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
     few = replace(QUICK, depth=replace(QUICK.depth, steps=120, warm_up=10, rate=0.1))
-    monkeypatch.setattr(module, "QUICK", few)
+    monkeypatch.setattr(protocols, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
-    monkeypatch.setattr(module, "_SIDE", 48)
+    monkeypatch.setattr(heads, "SIDE", 48)
     ramp = torch.linspace(-1, 1, 8).expand(8, 1, 6, 8)
     features = torch.cat([ramp, torch.randn(8, 3, 6, 8, generator=torch.Generator().manual_seed(0))], dim=1)
     benchmark = depth("depth/x", train, test, few)
@@ -91,5 +92,5 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_CROP", (32, 32))
     whole = depth("depth/x", train, test, replace(PUBLISHED, depth=replace(PUBLISHED.depth, steps=2, warm_up=1)))
     assert whole.published is not None
-    first, second = ([score.value for score in whole.published(encoder, settings, ())] for _ in range(2))
+    first, second = ([score.value for score in whole.published(encoder, settings, NUMBERS)] for _ in range(2))
     assert first == second and 0 < first[0] < 10

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import jaccard_score
 from torch.nn import functional as F
 
-from visft_ds.evals.judge import segmentation as module
+from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
 from visft_ds.evals.judge.encoders import timm_encoder
 from visft_ds.evals.judge.protocol import ImageSet, Label
@@ -174,7 +174,7 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(0)
     parts = {name: _set(_blocks(rng, count), "abc") for name, count in (("train", 40), ("test", 10))}
     few = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=60, warm_up=2, rate=0.02))
-    monkeypatch.setattr(module, "QUICK", few)
+    monkeypatch.setattr(protocols, "BRIEF", few)
     benchmark = segmentation("segmentation/x", parts["train"], parts["test"], few)
     good, bad = {}, {}
     for name, part in parts.items():
@@ -192,7 +192,7 @@ def test_quick_numbers_and_the_choice_of_a_layer(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_published_protocol(tmp_path: Path) -> None:
-    """Augmented crops teach, windows judge, at a size that is not the labels'; twice the same."""
+    """Augmented crops teach, windows judge, at a size that is not the labels'; the same with workers."""
     rng = np.random.default_rng(0)
     train, test = _set(_blocks(rng, 6), "abc"), _set(_blocks(rng, 2), "abc")
     code = coco_mask.encode(np.asfortranarray(np.eye(32, dtype=np.uint8)))
@@ -202,9 +202,11 @@ def test_the_published_protocol(tmp_path: Path) -> None:
     net = timm.create_model("test_efficientnet", num_classes=0)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
     encoder = replace(timm_encoder("test_efficientnet", f"{tmp_path}/net.safetensors"), side=64)
-    settings = Settings(torch.device("cpu"), "fp32", tmp_path, 4, 0)
     assert benchmark.published is not None
-    first, second = ({s.name: s for s in benchmark.published(encoder, settings, benchmark.numbers)} for _ in range(2))
+    first, second = (
+        {score.name: score for score in benchmark.published(encoder, settings, benchmark.numbers)}
+        for settings in (Settings(torch.device("cpu"), "fp32", tmp_path, 4, threads) for threads in (0, 2))
+    )
     assert tuple(first) == benchmark.numbers == ("in-context mIoU", "linear mIoU", "objects kNN")
     for name, score in first.items():
         assert 0 <= score.value <= 1 and np.array_equal(score.values, second[name].values)

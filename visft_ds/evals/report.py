@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from visft_ds.config import ResolvedConfig
@@ -21,27 +20,12 @@ from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
 from visft_ds.evals.judge.page import table_of
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, PICTURES, Evaluation, read_evaluation
-from visft_ds.files import open_image, read_bytes, reading
+from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
+from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
 
-#: Name of a metric, without the part before the slash -> what it means.
-MEANINGS = {
-    "AP": "average precision, mean over IoU 0.50 to 0.95",
-    "AP50": "at IoU 0.50",
-    "AP75": "at IoU 0.75",
-    "APs": "small objects, area below 32² pixels",
-    "APm": "medium objects",
-    "APl": "large objects, area from 96² pixels",
-    "AR100": "recall with 100 predictions an image",
-    "mIoU": "intersection over union of true and predicted pixels, mean over classes",
-    "accuracy": "share of pixels with the right class",
-    "CIDEr": "weighted n-grams shared with the true captions, 0 to 10",
-    "BLEU-4": "runs of up to four words",
-    "ROUGE-L": "longest common subsequence of words",
-}
 _MOST_PICTURES = 6  # of a task
 _NONE = "–"
 
@@ -79,7 +63,8 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         states=[_state(run) for run in runs],
         beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
-        results=_results(evaluations),
+        results=[found for main in MAIN.values() if (found := _numbers(evaluations, main.partition("/")[0]))],
+        mains=list(MAIN.values()),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
         curves=charts({run.label: run.history for run in runs}),
         facts=_side_by_side([_facts(run) for run in runs]),
@@ -135,34 +120,10 @@ def _total(run: _Run) -> int | None:
         return None
 
 
-def _results(evaluations: Sequence[Evaluation]) -> list[list[dict[str, Any]]]:
-    """By task, rows of each number and its differences from the first evaluation."""
-    parts = []
-    for main_metric in MAIN.values():
-        prefix = main_metric.partition("/")[0]
-        names = dict.fromkeys(name for one in evaluations for name in one.metrics)
-        rows = []
-        for name in (name for name in names if name.startswith(f"{prefix}/") and name.count("/") == 1):
-            values = [one.metrics.get(name, -1.0) for one in evaluations]
-            rows.append(
-                {
-                    "name": name,
-                    "meaning": MEANINGS.get(name.partition("/")[2], ""),
-                    "main": name == main_metric,
-                    "numbers": [_number(value) for value in values],
-                    "changes": ["", *(_change(values[0], value) for value in values[1:])],
-                }
-            )
-        parts.append(rows)
-    return [rows for rows in parts if rows]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if value >= 0 else _NONE  # -1 is COCO's mark for "there is nothing of this kind to find"
-
-
-def _change(first: float, other: float) -> str:
-    return f"{other - first:+.4f}" if min(first, other) >= 0 else _NONE
+def _numbers(evaluations: Sequence[Evaluation], task: str) -> list[str]:
+    """Names of a task's numbers, without those of categories."""
+    names = dict.fromkeys(name for one in evaluations for name in one.metrics)
+    return [name for name in names if name.startswith(f"{task}/") and name.count("/") == 1]
 
 
 def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
@@ -177,14 +138,11 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
 
 
 def _judged(folder: Path) -> dict[str, Any]:
-    """The table of `visft judge`, and its pictures."""
+    """The verdicts and the table of `visft judge`."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record = orjson.loads(read_bytes(path))
-        rows = table_of(record)
-        names = [Path(name).name for name in record["pictures"]]
-    sheets = [embedded(np.asarray(open_image(folder / PICTURES / name)), "png") for name in names]
-    return {"record": record, "rows": rows, "sheets": sheets}
+        return {"record": record, "rows": table_of(record), "verdicts": record["verdicts"]}
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

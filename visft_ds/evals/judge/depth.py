@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,18 +26,17 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge import heads
-from visft_ds.evals.judge.dense_sets import DenseSet, every, of_maps, parts_of
+from visft_ds.evals.judge.dense_sets import DenseSet, of_maps, parts_of
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Heads, Loss, Recipe, enlarged, fit
-from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
-from visft_ds.evals.judge.protocols import QUICK, Protocol, shortened
+from visft_ds.evals.judge.heads import BATCH, Loss, enlarged, fit_to_features
+from visft_ds.evals.judge.protocol import Benchmark, Score
+from visft_ds.evals.judge.protocols import Protocol, probe
 from visft_ds.evals.judge.published import Sight
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.files import read_bytes, reading
 
 NUMBERS = ("RMSE", "delta1")
 BINS, NEAREST, FARTHEST = 256, 1e-3, 10.0  #: metres
-_SIDE = 224  # of the maps that quick heads learn from, pixels
 _PLAIN_STEPS = 100  # before the variance counts
 _NYU = (480, 640)  # height and width
 _EIGEN = slice(45, 471), slice(41, 601)
@@ -77,48 +75,22 @@ def _read(counting: tuple[slice, slice], path: Path) -> Metres:
 
 def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """RMSE and delta1 of a linear head."""
-
-    def scores(features: Features, wanted: Collection[str] = NUMBERS) -> Iterator[Score]:
-        yield from _quick(train, features["train"]["patches"], test, features["test"]["patches"], protocol.depth)
-
-    few = train.part(every(len(train.images), QUICK.images["train"]))
-
-    def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        maps, (rest, held), brief = features["patches"], fifth(len(few.images)), shortened(QUICK.depth)
-        found = _quick(few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False)
-        return next(-score.value if score.lower else score.value for score in found if score.name == number)
-
-    return Benchmark(
-        label,
-        {"train": train.images, "test": test.images},
-        ("patches",),
-        NUMBERS,
-        {"benchmark": "depth 1", "protocol": asdict(protocol)},
-        scores,
-        held_out=held_out,
-        choosing=few.images,
-        published=None if protocol.name == QUICK.name else partial(_published, train, test, protocol.depth),
-    )
+    return probe(label, "depth 1", NUMBERS, train, test, protocol, _quick, _published)
 
 
 def _quick(
-    train: DenseSet, learnt: Tensor, test: DenseSet, judged: Tensor, recipe: Recipe, resampled: bool = True
-) -> list[Score]:
-    """Both scores by maps (images, D, h, w) of the images."""
-    squares = [
-        Image.fromarray(train.label(place)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
-        for place in range(len(learnt))
-    ]
-    truth = torch.stack([torch.from_numpy(np.array(square)) for square in squares])
-    fitted = fit(
-        Heads(1 + heads.RESAMPLES * resampled, learnt.shape[1], BINS, recipe.dropout),
-        len(learnt),
-        lambda drawn: (learnt[drawn], truth[drawn]),
-        silog(recipe.stride),
-        recipe,
-    )
+    wanted: Collection[str],
+    train: DenseSet,
+    learnt: Tensor,
+    test: DenseSet,
+    judged: Tensor,
+    protocol: Protocol,
+    resampled: bool,
+) -> Iterator[Score]:
+    loss, draws = silog(protocol.depth.stride), heads.RESAMPLES * resampled
+    fitted = fit_to_features(learnt, train.label, BINS, loss, protocol.depth, draws)
     with torch.no_grad():
-        return _measured((one for part in judged.split(BATCH) for one in metres(fitted(part))), test)
+        yield from _measured(wanted, (one for part in judged.split(BATCH) for one in metres(fitted(part))), test)
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -147,7 +119,7 @@ def silog(stride: int) -> Loss:
     return loss
 
 
-def _measured(seen: Iterable[Tensor], test: DenseSet) -> list[Score]:
+def _measured(wanted: Collection[str], seen: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
     """Scores of the metres (heads, h, w) that are seen in each test image."""
     found = []
     for place, one in enumerate(seen):
@@ -158,12 +130,19 @@ def _measured(seen: Iterable[Tensor], test: DenseSet) -> list[Score]:
         within = torch.maximum(ratio, 1 / ratio) < 1.25
         found.append(torch.stack([(error**2).mean(dim=1).sqrt(), within.double().mean(dim=1)]).cpu())
     values = torch.stack(found, dim=2).numpy()  # (numbers, heads, images)
-    pairs = zip(NUMBERS, values, strict=True)
-    return [Score(name, of[0], retrained=of[1:].mean(axis=1), lower=name == "RMSE") for name, of in pairs]
+    for name, (first, *others) in zip(NUMBERS, values, strict=True):
+        if name in wanted:
+            retrained = np.array([other.mean() for other in others])
+            yield Score(name, first, retrained=retrained, lower=name == "RMSE")
 
 
 def _published(
-    train: DenseSet, test: DenseSet, recipe: Recipe, encoder: Encoder, settings: Settings, wanted: Collection[str]
+    wanted: Collection[str],
+    train: DenseSet,
+    test: DenseSet,
+    protocol: Protocol,
+    encoder: Encoder,
+    settings: Settings,
 ) -> Iterator[Score]:
     """On crops, without a border where images are NYU's; an image and its mirror image are judged."""
     sight = Sight(encoder, settings)
@@ -174,7 +153,7 @@ def _published(
         both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image[(..., *inner)]), tv_tensors.Mask(truth[inner]))
         return both
 
-    fitted = sight.fitted(train.images, train.label, change, BINS, silog(recipe.stride), recipe)
+    fitted = sight.fitted(train.images, train.label, change, BINS, silog(protocol.depth.stride), protocol.depth)
 
     def seen() -> Iterator[Tensor]:
         for place in range(len(test.images)):
@@ -183,4 +162,4 @@ def _published(
             yield (both[0] + both[1].flip(2)) / 2
 
     with torch.no_grad():
-        yield from _measured(seen(), test)
+        yield from _measured(wanted, seen(), test)

@@ -16,7 +16,7 @@ from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.layers import read_after
 from visft_ds.evals.judge.models import Mixture, ModelSpec, load_encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import Settings, forward, pictures, to_device
+from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 MOST = 256  #: images
 WITHIN = 0.01  #: share of the wanted dose by which it may be missed
@@ -56,7 +56,7 @@ class Dosimeter:
         return scale_for(lambda scale: self.dose(mixture.at(scale)), wanted, spec.label)
 
     def _features(self, encoder: Encoder) -> Tensor:
-        to_device(encoder, self._settings)
+        encoder.module.to(self._settings.device)
         reader = read_after(encoder, self._block)
         parts = [forward(reader, batch, [self._kind], self._settings)[self._kind].cpu() for batch in self._images]
         return torch.cat(parts)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.protocol import Benchmark
-from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of, to_device
+from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
 from visft_ds.parallel import distributed
 
 #: Name of what the whole model gives, if that is not what its last block gives.
@@ -79,7 +79,7 @@ def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
     model: Any = encoder.module
     if not hasattr(model, "of_block"):
         return {END: 0}
-    to_device(encoder, settings)
+    encoder.module.to(settings.device)
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
     reader = _Reader(model, {f"{name} ": name for name in (*model.backbone.ends(), END)})
     found = {
@@ -111,7 +111,7 @@ def levels_of(
     images, kinds = benchmark.choosing or benchmark.sets["train"], kinds_of(encoder, benchmark)
     levels: dict[str, dict[str, float]] = {number: {} for number in benchmark.numbers if number in (*DIRECT, *HEADS)}
     direct = [number for number in levels if number in DIRECT]
-    to_device(encoder, settings)
+    encoder.module.to(settings.device)
 
     def read(blocks: Sequence[str], numbers: Sequence[str]) -> None:
         for group in _groups({name: sizes[name] for name in blocks}, MOST // len(images)) if numbers else ():

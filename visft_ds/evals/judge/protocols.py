@@ -13,10 +13,16 @@ https://github.com/facebookresearch/dinov3 (the linear heads). Quick numbers are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
+from torch import Tensor
+
+from visft_ds.evals.judge.dense_sets import DenseSet, every
+from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import Recipe
+from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
+from visft_ds.evals.judge.scoring import Settings
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,6 @@ class Protocol:
     depth: Recipe
 
 
-def shortened(recipe: Recipe) -> Recipe:
-    """A quarter of it, for heads that choose between layers."""
-    return replace(recipe, steps=recipe.steps // 4, warm_up=recipe.warm_up // 4)
-
-
 _EVERYTHING = 10**9
 QUICK = Protocol(
     "quick",
@@ -43,6 +44,13 @@ QUICK = Protocol(
     Recipe(steps=2000, warm_up=75, rate=1e-3, decay=1e-3, dropout=0.1, stride=4),
     Recipe(steps=2000, warm_up=667, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0, stride=4),
 )
+#: By which a layer is chosen, on a fifth of the training images.
+BRIEF = replace(
+    QUICK,
+    memory=6_400,
+    segmentation=replace(QUICK.segmentation, steps=500, warm_up=19),
+    depth=replace(QUICK.depth, steps=500, warm_up=167),
+)
 PUBLISHED = Protocol(
     "published",
     {"train": _EVERYTHING, "test": _EVERYTHING},
@@ -50,3 +58,47 @@ PUBLISHED = Protocol(
     Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1),
     Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
 )
+
+#: (wanted numbers, training images, their maps (n, D, h, w), test images, their maps, protocol, whether probes are
+#: retrained on resamples) -> scores.
+Quick = Callable[[Collection[str], DenseSet, Tensor, DenseSet, Tensor, Protocol, bool], Iterator[Score]]
+#: (wanted numbers, training images, test images, protocol, encoder, its settings) -> scores.
+Published = Callable[[Collection[str], DenseSet, DenseSet, Protocol, Encoder, Settings], Iterator[Score]]
+
+
+def probe(
+    label: str,
+    version: str,
+    numbers: Sequence[str],
+    train: DenseSet,
+    test: DenseSet,
+    protocol: Protocol,
+    quick: Quick,
+    published: Published,
+) -> Benchmark:
+    """The benchmark of a probe of feature maps."""
+    few = train.part(every(len(train.images), QUICK.images["train"]))
+
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+        learnt, judged = (features[part]["patches"] for part in ("train", "test"))
+        yield from quick([name for name in numbers if name in wanted], train, learnt, test, judged, protocol, True)
+
+    def held_out(features: Mapping[str, Tensor], number: str) -> float:
+        maps, (rest, held) = features["patches"], fifth(len(few.images))
+        (score,) = quick([number], few.part(rest), maps[rest], few.part(held), maps[held], BRIEF, False)
+        return -score.value if score.lower else score.value
+
+    def whole(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
+        yield from published([name for name in numbers if name in wanted], train, test, protocol, encoder, settings)
+
+    return Benchmark(
+        label,
+        {"train": train.images, "test": test.images},
+        ("patches",),
+        numbers,
+        {"benchmark": version, "protocol": asdict(protocol), "classes": test.classes},
+        scores,
+        held_out=held_out,
+        choosing=few.images,
+        published=whole if protocol.name == PUBLISHED.name else None,
+    )

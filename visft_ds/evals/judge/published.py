@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as pixels_of
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, fit, order_of, windows
 from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.evals.judge.scoring import Settings, forward, pictures, to_device
+from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
 _STRIDE = 2 / 3  # of windows, in their sides
@@ -86,7 +86,13 @@ class Sight:
         self, images: ImageSet, truth: Truth, order: Sequence[int], size: int, change: Callable[[Any, Any], Any]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (features, truth) of the images of an order after a random change of both."""
-        loader = DataLoader(_Crops(images, truth, order, change), size, num_workers=self.settings.threads)
+        workers = self.settings.threads
+        loader = DataLoader(
+            _Crops(images, truth, order, change),
+            size,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # readers of images are closures, which no pipe takes
+        )
         for pixels, there in loader:
             yield self.see(pixels), there.to(self.settings.device)
 
@@ -119,5 +125,8 @@ class Sight:
             yield windows(lambda part: head(self.see(part)), pixels, side, int(_STRIDE * side))
 
     def _forward(self, pixels: Tensor) -> Tensor:
-        to_device(self.encoder, self.settings)
-        return forward(self.encoder, pixels, ("patches",), self.settings)["patches"].to(self.settings.device)
+        self.encoder.module.to(self.settings.device)
+        found = forward(self.encoder, pixels, ("patches",), self.settings)["patches"]
+        if not torch.isfinite(found.sum()):
+            raise ValueError(f"features are NaN or infinite in {self.settings.precision}: try --precision fp32")
+        return found

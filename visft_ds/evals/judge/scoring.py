@@ -139,7 +139,7 @@ def encode_images(
     """Kind -> (images, ...) on the main process; each process encodes every so many-th batch. Collective."""
     size, rank, world = settings.batch_size, distributed.rank(), distributed.world_size()
     batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    to_device(encoder, settings)
+    encoder.module.to(settings.device)
     found: dict[str, Tensor] = {}
     with gauge(what, len(images), "images", enabled=distributed.is_main()) as bar:
         own = batches[rank::world]
@@ -167,20 +167,13 @@ def encode_images(
     return {kind: torch.cat(parts) for kind, parts in of_kind.items()}
 
 
-def to_device(encoder: Encoder, settings: Settings) -> None:
-    """Move a model; convolutions are a third faster where channels come last, on CPUs, too."""
-    module: Any = encoder.module.to(settings.device)
-    module.to(memory_format=torch.channels_last)
-
-
 @torch.inference_mode()
 def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: Settings) -> dict[str, Tensor]:
     """Kind -> features of a batch of images, float32 on the device."""
     wanted = {"patches" if kind in _DERIVED else kind for kind in kinds}
     dtype = DTYPES[settings.precision]
     with torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32):
-        images = pixels.to(settings.device, non_blocking=True, memory_format=torch.channels_last)
-        found = encoder.module(images, wanted)
+        found = encoder.module(pixels.to(settings.device, non_blocking=True), wanted)
     for name in [name for name in found if name.endswith("patches")]:
         patches, begin = found[name].float(), name.removesuffix("patches")
         found |= {f"{begin}{kind}": _DERIVED[kind](patches) for kind in kinds if kind in _DERIVED}

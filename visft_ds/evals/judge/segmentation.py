@@ -11,8 +11,8 @@ without a class count nowhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -25,13 +25,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge import heads, in_context
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing, every
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Heads, Recipe, cross_entropy, enlarged, fit
+from visft_ds.evals.judge.heads import BATCH, Recipe, cross_entropy, enlarged, fit_to_features
 from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.probes import by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, Features, FloatArray, Label, Score, fifth, mean_ratio
-from visft_ds.evals.judge.protocols import QUICK, Protocol, shortened
+from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Label, Score, mean_ratio
+from visft_ds.evals.judge.protocols import Protocol, probe
 from visft_ds.evals.judge.published import Sight
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.monitor.console import gauge
@@ -39,7 +39,7 @@ from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
 
 IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
-SIDE = 224  #: of the labels that quick heads learn from, and of a picture on a sheet, pixels
+SIDE = 224  #: of a picture on a sheet, pixels
 _KEPT = 112  # pixels of the side of a segmentation that is kept for the sheet
 _PASSES = 2  # over the training images, for the published memory
 
@@ -47,73 +47,40 @@ _PASSES = 2  # over the training images, for the published memory
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
     numbers = (IN_CONTEXT, LINEAR, *([OBJECTS] if test.things and train.things else []))
-
-    def scores(features: Features, wanted: Collection[str] = numbers) -> Iterator[Score]:
-        learnt, judged = (features[part]["patches"] for part in ("train", "test"))
-        for name in (name for name in numbers if name in wanted):
-            yield _quick(name, train, learnt, test, judged, protocol)
-
-    few = train.part(every(len(train.images), QUICK.images["train"]))
-
-    def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        maps, (rest, held) = features["patches"], fifth(len(few.images))
-        brief = replace(QUICK, memory=QUICK.memory // 16, segmentation=shortened(QUICK.segmentation))
-        return _quick(number, few.part(rest), maps[rest], few.part(held), maps[held], brief, resampled=False).value
-
-    return Benchmark(
-        label,
-        {"train": train.images, "test": test.images},
-        ("patches",),
-        numbers,
-        {"benchmark": "segmentation 1", "protocol": asdict(protocol), "classes": test.classes},
-        scores,
-        sheet=partial(segmentation_sheet, test),
-        held_out=held_out,
-        choosing=few.images,
-        published=None if protocol.name == QUICK.name else partial(_published, numbers, train, test, protocol),
-    )
+    found = probe(label, "segmentation 1", numbers, train, test, protocol, _quick, _published)
+    return replace(found, sheet=partial(segmentation_sheet, test))
 
 
 def _quick(
-    name: str,
+    wanted: Collection[str],
     train: DenseSet,
     learnt: Tensor,
     test: DenseSet,
     judged: Tensor,
     protocol: Protocol,
-    resampled: bool = True,
-) -> Score:
-    """A number by maps (images, D, h, w) of the images."""
-    if name == OBJECTS:
-        return _named(pooled(learnt, train), train, pooled(judged, test), test)
-    if name == IN_CONTEXT:
+    resampled: bool,
+) -> Iterator[Score]:
+    classes, recipe = len(train.classes), protocol.segmentation
+    if IN_CONTEXT in wanted:
         images = ((place, one, train.label(place)) for place, one in enumerate(learnt))
-        memory = remember(images, len(train.classes), max(1, protocol.memory // len(learnt)))
-        return overlapping(name, recall(memory, judged, in_context.RESAMPLES * resampled), test)
-    truth = torch.from_numpy(np.stack([_square(train.label(place)) for place in range(len(learnt))]))
-    fitted = fit(
-        Heads(1 + heads.RESAMPLES * resampled, learnt.shape[1], len(train.classes), protocol.segmentation.dropout),
-        len(learnt),
-        lambda drawn: (learnt[drawn], truth[drawn]),
-        cross_entropy(protocol.segmentation.stride),
-        protocol.segmentation,
-    )
-    with torch.no_grad():
-        return overlapping(name, (one for part in judged.split(BATCH) for one in fitted(part)), test)
-
-
-def _square(label: Label) -> Label:
-    return np.asarray(Image.fromarray(label).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        memory = remember(images, classes, max(1, protocol.memory // len(learnt)))
+        yield overlapping(IN_CONTEXT, recall(memory, judged, in_context.RESAMPLES * resampled), test)
+    if LINEAR in wanted:
+        loss, draws = cross_entropy(recipe.stride), heads.RESAMPLES * resampled
+        fitted = fit_to_features(learnt, train.label, classes, loss, recipe, draws)
+        with torch.no_grad():
+            yield overlapping(LINEAR, (one for part in judged.split(BATCH) for one in fitted(part)), test)
+    if OBJECTS in wanted:
+        yield _named(pooled(learnt, train), train, pooled(judged, test), test)
 
 
 def _published(
-    numbers: Sequence[str],
+    wanted: Collection[str],
     train: DenseSet,
     test: DenseSet,
     protocol: Protocol,
     encoder: Encoder,
     settings: Settings,
-    wanted: Collection[str],
 ) -> Iterator[Score]:
     sight = Sight(encoder, settings)
     if IN_CONTEXT in wanted:
@@ -121,7 +88,7 @@ def _published(
     if LINEAR in wanted:
         with torch.no_grad():
             yield overlapping(LINEAR, _labelled(sight, train, test, protocol.segmentation), test)
-    if OBJECTS in wanted and OBJECTS in numbers:
+    if OBJECTS in wanted:
         known, asked = (pooled(chain.from_iterable(sight.whole(data.images)), data) for data in (train, test))
         yield _named(known, train, asked, test)
 
@@ -243,7 +210,7 @@ def _overlap(values: FloatArray) -> FloatArray:
 
 def _painted(image: Picture, classes: Label, table: Picture) -> Picture:
     """An image under the colours of its classes; where there is none, pale."""
-    colours = table[_square(classes)]
+    colours = table[np.asarray(Image.fromarray(classes).resize((SIDE, SIDE), Image.Resampling.NEAREST))]
     pale = (colours == 255).all(axis=2, keepdims=True)
     painted: Picture = np.where(pale, 0.35 * image + 0.65 * colours, 0.25 * image + 0.75 * colours).astype(np.uint8)
     return painted

@@ -129,7 +129,7 @@ def _price(rows: Sequence[Row], primary: Row, arm: str) -> str:
         for row in others
         if row.differences[arm].shown and _upwards(row.differences[arm], row.lower).value < 0
     ]
-    nothing = f"none of {len(others)} other numbers is shown to be worse" if others else "no other number was judged"
+    nothing = f"no other number of {len(others)} is shown to be worse" if others else "no other number was judged"
     kept = [row for row in rows if row.name.startswith(KEPT) and arm in row.values]
     answers = [f"{row.level(arm)} % of the classifier's answers are unchanged ({row.name})" for row in kept]
     return "; ".join([", ".join(worse) or nothing, *answers])
