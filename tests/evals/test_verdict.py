@@ -169,4 +169,4 @@ def test_the_page_tells_all_of_the_record() -> None:
     assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text(True) in texts
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
     assert any("not comparable with published numbers" in text for text in texts)
-    assert page.count("<svg") == 2 and 'src="http' not in page and "<script" not in page
+    assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

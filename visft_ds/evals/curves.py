@@ -5,16 +5,21 @@ A number that a run did not record is a chart less, never an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visft_ds.evals.charts import Series, line_chart, smooth
+import numpy as np
+from scipy.ndimage import uniform_filter1d
+
+from visft_ds.evals.charts import COLOURS, Series, line_chart
 from visft_ds.evals.records import MAIN
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 
-COLOURS = ("#2c6fbb", "#c2571a", "#3c8d40", "#8a4fa3", "#b8901c", "#177f86", "#b0386c", "#6f7479")
+#: A smoothed value is the mean over this share of the line.
+WINDOW = 1 / 40
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ class History:
         return {name for entry in (*self.steps, *self.others) for name in entry}
 
     def points(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and numbers of a name."""
-        found = [(entry["step"], float(entry[name])) for entry in (*self.steps, *self.others) if name in entry]
-        return [step for step, _ in found], [value for _, value in found]
+        """Steps and numbers of a name, without those that are no numbers."""
+        having = [entry for entry in (*self.steps, *self.others) if math.isfinite(entry.get(name, math.nan))]
+        return [entry["step"] for entry in having], [float(entry[name]) for entry in having]
 
     @property
     def last(self) -> int:
@@ -84,7 +89,8 @@ def _chart(
         colour, told = COLOURS[number % len(COLOURS)], label if len(histories) > 1 else ""
         if not plain:
             series.append(Series(xs, ys, colour, faint=True))
-            ys, told = smooth(ys), told or "smoothed"
+            of = np.asarray(ys)
+            ys, told = uniform_filter1d(of, 1 + int(WINDOW * len(of)), mode="nearest").tolist(), told or "smoothed"
         series.append(Series(xs, ys, colour, name=told))
     return line_chart(series, title=title, y_label=unit, linear=linear or plain) if series else ""
 

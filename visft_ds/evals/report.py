@@ -26,21 +26,6 @@ from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
 
-#: Name of a metric, without the part before the slash -> what it means.
-MEANINGS = {
-    "AP": "average precision, mean over IoU 0.50 to 0.95",
-    "AP50": "at IoU 0.50",
-    "AP75": "at IoU 0.75",
-    "APs": "small objects, area below 32² pixels",
-    "APm": "medium objects",
-    "APl": "large objects, area from 96² pixels",
-    "AR100": "recall with 100 predictions an image",
-    "mIoU": "intersection over union of true and predicted pixels, mean over classes",
-    "accuracy": "share of pixels with the right class",
-    "CIDEr": "weighted n-grams shared with the true captions, 0 to 10",
-    "BLEU-4": "runs of up to four words",
-    "ROUGE-L": "longest common subsequence of words",
-}
 _MOST_PICTURES = 6  # of a task
 _NONE = "–"
 
@@ -78,7 +63,8 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         states=[_state(run) for run in runs],
         beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
-        results=_results(evaluations),
+        results=[found for main in MAIN.values() if (found := _numbers(evaluations, main.partition("/")[0]))],
+        mains=list(MAIN.values()),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
         curves=charts({run.label: run.history for run in runs}),
         facts=_side_by_side([_facts(run) for run in runs]),
@@ -134,34 +120,10 @@ def _total(run: _Run) -> int | None:
         return None
 
 
-def _results(evaluations: Sequence[Evaluation]) -> list[list[dict[str, Any]]]:
-    """By task, rows of each number and its differences from the first evaluation."""
-    parts = []
-    for main_metric in MAIN.values():
-        prefix = main_metric.partition("/")[0]
-        names = dict.fromkeys(name for one in evaluations for name in one.metrics)
-        rows = []
-        for name in (name for name in names if name.startswith(f"{prefix}/") and name.count("/") == 1):
-            values = [one.metrics.get(name, -1.0) for one in evaluations]
-            rows.append(
-                {
-                    "name": name,
-                    "meaning": MEANINGS.get(name.partition("/")[2], ""),
-                    "main": name == main_metric,
-                    "numbers": [_number(value) for value in values],
-                    "changes": ["", *(_change(values[0], value) for value in values[1:])],
-                }
-            )
-        parts.append(rows)
-    return [rows for rows in parts if rows]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if value >= 0 else _NONE  # -1 is COCO's mark for "there is nothing of this kind to find"
-
-
-def _change(first: float, other: float) -> str:
-    return f"{other - first:+.4f}" if min(first, other) >= 0 else _NONE
+def _numbers(evaluations: Sequence[Evaluation], task: str) -> list[str]:
+    """Names of a task's numbers, without those of categories."""
+    names = dict.fromkeys(name for one in evaluations for name in one.metrics)
+    return [name for name in names if name.startswith(f"{task}/") and name.count("/") == 1]
 
 
 def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visft_ds.evals.charts import block_chart, interval_chart
+from visft_ds.evals.charts import COLOURS, Series, line_chart
 from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import Interval
 from visft_ds.tasks.pictures import Picture
@@ -18,13 +19,14 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     Args:
         sheets: pictures of what models see.
     """
-    (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
     base = next(iter(record["arms"]))
-    bars = [(f"{arm} minus {base}", of) for arm, of in primary["differences"].items()]
-    for tuned in (trial["arm"] for trial in record["trials"]):
-        bars += [(f"{tuned} minus {arm}", of) for arm, of in primary["controls"][tuned].items()]
-        bars += [(f"{tuned} minus {base}, last layers", primary["last"][tuned])] if tuned in primary["last"] else []
+    (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
     curves = {arm: of["held_out"] for arm, of in record["layers"].get(primary["name"], {}).items()}
+    blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
+    series = [
+        Series([blocks.index(block) for block in of], [100 * value for value in of.values()], colour, arm)
+        for (arm, of), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False)
+    ]
     return render(
         "judge/judge.html.j2",
         title=f"{', '.join(trial['arm'] for trial in record['trials'])} against {base}",
@@ -33,13 +35,10 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
         primary=primary,
         number=_number,
         change=_change,
-        gain_chart=interval_chart(
-            [(name, _interval(of), bool(of["shown"])) for name, of in bars],
-            title=primary["name"],
-            x_label=f"{'hundredths of its unit' if primary['lower'] else 'percentage points'}, with 95 % intervals",
-        ),
         table=table_of(record),
-        curve=block_chart(curves, title=primary["name"]) if curves else "",
+        curve=line_chart(series, title=primary["name"], y_label="percent", linear=True, places=blocks)
+        if curves
+        else "",
         sheets=[embedded(sheet, "png") for sheet in sheets],
         command=shlex.join(record["command"]),
     )

@@ -79,7 +79,7 @@ def _about(row: Row, rows: Sequence[Row], trial: Trial, base: str, best: bool) -
     arm, percent = trial.arm, not row.lower
     gain, last = row.differences[arm], row.last.get(arm)
     controls = {name: _upwards(of, row.lower) for name, of in row.controls[arm].items()}
-    changes = [of.differences[arm] for of in rows if arm in of.differences]
+    changes = [*(of.differences[arm] for of in rows if arm in of.differences), *([last] if last else [])]
     word = word_for(
         _upwards(gain, row.lower),
         None if last is None else _upwards(last, row.lower),
