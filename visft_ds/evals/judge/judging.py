@@ -50,7 +50,6 @@ class Judging:
         self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
         self.notes: list[str] = []
         self._of = {arm: arm for arm in (self.base, *tuned)}  # arm -> the one whose blocks it is read after
-        self._last = dict.fromkeys(self._of, END)
         self._loaded: tuple[Any, Encoder] | None = None
         self._meter: tuple[str, Dosimeter] | None = None
         self._answers: dict[str, list[Score]] = {}
@@ -76,15 +75,16 @@ class Judging:
     def _place(self) -> None:
         """Choose the block after which each arm is read, for every number."""
         base = dict(next(iter(self._pairs.values()))[0]["base"])
+        self._ends = {self.base: list(base)[-1]}
         for arm, pairs in self._pairs.items():
             own = pairs[0]["own"]
             if pairs[0]["alike"] and list(own) == list(base)[: len(own)] != list(base):
                 base = {name: base[name] for name in own}
-                self._last[self.base] = list(base)[-1]
-                self.notes.append(f"{arm} ends after {self._last[self.base]}: {self.base} is compared up to there.")
+                self.notes.append(f"{arm} ends after {list(base)[-1]}: {self.base} is compared up to there.")
+            self._ends[arm] = list(own)[-1]
+        sizes = self._sizes = {self.base: base, **{arm: pairs[0]["own"] for arm, pairs in self._pairs.items()}}
         if not self.best:
             return
-        sizes = {self.base: base, **{arm: pairs[0]["own"] for arm, pairs in self._pairs.items()}}
         ranked: dict[str, list[str]] = {}
         for benchmark in (one for one in self.benchmarks if one.held_out):
             for arm in sizes:
@@ -110,18 +110,16 @@ class Judging:
         found: dict[str, dict[str, float]] = remembered(what, self.settings, make)
         return found
 
-    def _block(self, arm: str, number: str) -> str:
+    def _name(self, arm: str, number: str) -> str:
         """The block that an arm is read after for a number."""
         of = self._of[arm]
-        if not any(one.held_out and number.startswith(f"{one.label} ") for one in self.benchmarks):
-            return END
-        name = self.layers.get(number, {}).get(of, {}).get("chosen", self._last[of])
-        return END if self._last[of] == END and name == self._end(of) else str(name)
+        return str(self.layers.get(number, {}).get(of, {}).get("chosen", list(self._sizes[of])[-1]))
 
-    def _end(self, arm: str) -> str:
-        """Name of the last block of an arm that is whole."""
-        pairs = next(iter(self._pairs.values())) if arm == self.base else self._pairs[arm]
-        return list(pairs[0]["base" if arm == self.base else "own"])[-1]
+    def _block(self, arm: str, number: str) -> str:
+        """The same, END where that is all of the model."""
+        name, of = self._name(arm, number), self._of[arm]
+        is_read = any(one.held_out and number.startswith(f"{one.label} ") for one in self.benchmarks)
+        return END if not is_read or name == self._ends[of] else name
 
     # ----------------------------------------------------------------------------------------------------------- doses
 
@@ -170,7 +168,8 @@ class Judging:
 
     def _measured(self, arm: str, what: Mapping[str, Any], measure: Callable[[Dosimeter], Any]) -> Any:
         """What the dosimeter tells at the block that an arm is read after."""
-        block, benchmark = self._block(arm, self.primary), self._deciding
+        benchmark = self._deciding
+        block = self._name(arm, self.primary) if benchmark.held_out else END
         images = {name: images.fingerprint for name, images in benchmark.sets.items()}
         where = {"base": self.origin.identity, "block": block, "kinds": list(benchmark.kinds), "images": images}
 
@@ -204,7 +203,8 @@ class Judging:
                         found |= self._scores(spec, block, benchmark, wanted)
                 if self._of[arm] != arm:
                     continue
-                block, end = self._block(arm, self.primary), self._last[arm]
+                last_name = list(self._sizes[arm])[-1]
+                block, end = self._block(arm, self.primary), END if last_name == self._ends[arm] else last_name
                 number = self.primary.removeprefix(f"{self._deciding.label} ")
                 at_end = found if block == end else self._scores(spec, end, self._deciding, [number])
                 last[spec.label] = {name: at_end[name] for name in at_end if name == self.primary}
