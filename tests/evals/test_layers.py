@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.evals.test_judge import _record, _run
-from visft_ds.evals.judge import command, layers, models, segmentation
+from visft_ds.evals.judge import command, layers, models, protocols
 from visft_ds.evals.judge.encoders import Encoder, FeatureMapEncoder, square_preprocess
 from visft_ds.evals.judge.protocols import QUICK
 
@@ -83,8 +83,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(models, "_load_own", load)
     brief = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=8, warm_up=1))
-    for module in (command, segmentation):
-        monkeypatch.setattr(module, "QUICK", brief)
+    monkeypatch.setattr(command, "QUICK", brief)
+    monkeypatch.setattr(protocols, "BRIEF", brief)
     for name in TOWERS:
         (tmp_path / f"{name}.pt").write_text(name)
     return tmp_path
