@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from visft_ds.evals.judge import depth as module
-from visft_ds.evals.judge import heads, protocols
+from visft_ds.evals.judge import protocols, sources
 from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, read_depth, silog
 from visft_ds.evals.judge.encoders import timm_encoder
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
@@ -77,7 +77,7 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     few = replace(QUICK, depth=replace(QUICK.depth, steps=120, warm_up=10, rate=0.1))
     monkeypatch.setattr(protocols, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
-    monkeypatch.setattr(heads, "SIDE", 48)
+    monkeypatch.setattr(sources, "SIDE", 48)
     ramp = torch.linspace(-1, 1, 8).expand(8, 1, 6, 8)
     features = torch.cat([ramp, torch.randn(8, 3, 6, 8, generator=torch.Generator().manual_seed(0))], dim=1)
     benchmark = depth("depth/x", train, test, few)

@@ -74,7 +74,7 @@ def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> Non
     assert 0 < kept < 1
     (row,) = _record(tmp_path)["rows"]
     assert row["name"] == primary and row["items"] == 24
-    found = {label: of["value"] for label, of in row["values"].items()}
+    found = row["values"]
     assert found == {"base": 1, "own": kept, "merged": kept, "bare": kept, "none": 1, "half": found["half"]}
     assert row["differences"]["own"]["value"] == pytest.approx(kept - 1)
 

@@ -83,9 +83,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return Encoder(module, module.kinds, square_preprocess(SIDE, *GREY), GREY, SIDE, None)
 
     monkeypatch.setattr(models, "_load_own", load)
-    for module, name in ((command, "QUICK"), (protocols, "BRIEF")):
-        recipe = replace(QUICK.segmentation, steps=8, warm_up=1)
-        monkeypatch.setattr(module, name, replace(getattr(module, name), segmentation=recipe))
+    brief = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=8, warm_up=1))
+    monkeypatch.setattr(command, "QUICK", brief)
+    monkeypatch.setattr(protocols, "BRIEF", brief)
     for name in TOWERS:
         (tmp_path / f"{name}.pt").write_text(name)
     return tmp_path

@@ -103,19 +103,24 @@ def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> N
 
 
 def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> None:
-    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = [
-        {
-            "name": f"segmentation/b {name}",
-            "items": 9,
-            "lower": False,
-            "values": {"before": interval, "after": interval},
+        {"name": f"segmentation/b {name}", "items": 9, "lower": False, "values": {"before": 0.5, "after": 0.5 + by}}
+        | {
+            "differences": {
+                "after": {
+                    "value": by,
+                    "low": by - 0.02,
+                    "high": by + 0.02,
+                    "better": False,
+                    "worse": worse,
+                    "shown": worse,
+                }
+            }
         }
-        | {"differences": {"after": {"value": by, "low": by - 0.02, "high": by + 0.02, "shown": shown}}}
-        for name, by, shown in (("in-context mIoU", 0.004, False), ("linear mIoU", -0.03, True))
+        for name, by, worse in (("in-context mIoU", 0.004, False), ("linear mIoU", -0.03, True))
     ]
-    said = {"arm": "after", "word": "not shown", "sentences": ["One.", "Two."]}
-    record = {"arms": {"before": [], "after": []}, "rows": rows, "primary": rows[0]["name"], "verdicts": [said]}
+    record = {"format": "visft_ds judge", "arms": {"before": [], "after": []}, "rows": rows, "primary": rows[0]["name"]}
+    record["verdicts"] = [{"arm": "after", "word": "not shown", "sentences": ["One.", "Two."]}]
     (tmp_path / "table").mkdir()
     (tmp_path / "table/judge.json").write_text(json.dumps(record))
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,12 +15,32 @@ from scipy.stats import ortho_group
 from tests.evals.test_statistics import scored
 from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Score
-from visft_ds.evals.judge.table import Results, Row, Trial, rows_of
+from visft_ds.evals.judge.table import Difference, Results, Row, Trial, rows_of
 from visft_ds.evals.judge.verdict import Verdict, judged, word_for
 from visft_ds.evals.records import Interval
 
 PRIMARY = "segmentation/voc in-context mIoU"
 UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Interval(-0.03, -0.05, -0.01)
+
+
+def _word(
+    gain: Interval,
+    last: Interval | None = None,
+    controls: Sequence[Interval] = (),
+    dose: float | None = 0.2,
+    *,
+    same: bool = False,
+    best: bool = True,
+) -> str:
+    def difference(of: Interval) -> Difference:
+        better, worse = of.low > 0, of.high < 0
+        parts = {"p": 0.5, "shown": better or worse, "alone": of, "detectable": 0.02, "each": ()}
+        return Difference(of.value, of.low, of.high, better=better, worse=worse, **parts)  # type: ignore[arg-type]
+
+    named = {f"control {number}": difference(of) for number, of in enumerate(controls)}
+    ends = {} if last is None else {"tuned": difference(last)}
+    row = Row(PRIMARY, 250, False, {}, {"tuned": difference(gain)}, {"tuned": named}, ends, {})
+    return word_for(row, Trial("tuned", tuple(named), None, dose), same=same, best=best)
 
 
 @pytest.mark.parametrize(
@@ -37,18 +57,17 @@ UP, AROUND, DOWN = Interval(0.03, 0.01, 0.05), Interval(0.01, -0.01, 0.03), Inte
     ],
 )
 def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, controls: list[Interval]) -> None:
-    named = {f"control {number}": of for number, of in enumerate(controls)}
-    assert word_for(gain, last, named, 0.2, same=False, best=True) == word
+    assert _word(gain, last, controls) == word
 
 
 def test_words_of_other_architectures_last_layers_and_twins() -> None:
-    assert word_for(UP, UP, {}, None, same=False, best=True) == "better, without control"
-    assert word_for(AROUND, AROUND, {}, None, same=False, best=True) == "not shown"
-    assert word_for(UP, None, {"noise": UP}, 0.2, same=False, best=False) == "better placed"  # never "gained"
-    assert word_for(UP, None, {"noise": AROUND}, 0.2, same=False, best=False) == "moved, not gained"
+    assert _word(UP, UP, dose=None) == "better, without control"
+    assert _word(AROUND, AROUND, dose=None) == "not shown"
+    assert _word(UP, controls=[UP], best=False) == "better placed"  # never "gained"
+    assert _word(UP, controls=[AROUND], best=False) == "moved, not gained"
     none = Interval(0.0, 0.0, 0.0)
-    assert word_for(none, none, {}, 0.0, same=True, best=True) == "the same"
-    assert word_for(none, none, {}, 0.1, same=True, best=True) == "not shown"
+    assert _word(none, none, dose=0.0, same=True) == "the same"
+    assert _word(none, none, same=True) == "not shown"
 
 
 def _compared(base: torch.Tensor, tuned: torch.Tensor, labels: np.ndarray[Any, Any]) -> tuple[list[Row], Verdict]:
@@ -77,7 +96,7 @@ def test_itself_is_the_same_and_a_rotation_of_it_is_not_better() -> None:
     assert verdict.word == "the same" and verdict.sentences == ("No feature of tuned differs from those of base.",)
     (row,), verdict = _compared(base, turned, labels)
     assert row.differences["tuned"].value == 0.0 and verdict.word == "not shown"
-    assert verdict.sentences[0].endswith("both at their best layers, and the interval holds zero.")
+    assert "minus base is +0.00 [+0.00, +0.00] in" in verdict.sentences[0]
 
 
 def _results() -> Results:
@@ -165,8 +184,8 @@ def test_the_page_tells_all_of_the_record() -> None:
     texts = list(_texts(page))
     assert "tuned: gained" in texts and verdicts[0].sentences[0] in texts and record["notes"][0] in texts
     assert "base, blocks.3" in texts and "0.248" in texts and rows[0].level("noise") in texts
-    assert rows[0].controls["tuned"]["noise"].text(True) in texts and "tuned, last layer" in texts
-    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text(True) in texts
+    assert rows[0].controls["tuned"]["noise"].text() + " *" in texts and "tuned, last layer" in texts
+    assert "classification/&lt;digits&gt; kNN" in texts and rows[2].differences["half"].text() + " *" in texts
     assert "visft judge base.safetensors &#39;a run&#39;" in texts and page.count("data:image/png") == 1
     assert any("not comparable with published numbers" in text for text in texts)
     assert page.count("<svg") == 1 and 'src="http' not in page and "<script" not in page

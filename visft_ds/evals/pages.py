@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from visft_ds.evals.records import Interval, number_text
 from visft_ds.tasks.pictures import Picture
 
 
@@ -22,7 +24,12 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"number": number_text, "interval": _interval}
     return environment.get_template(template).render(**values)
+
+
+def _interval(of: Mapping[str, Any], percent: bool) -> str:
+    return Interval(of["value"], of["low"], of["high"]).text(percent)
 
 
 def embedded(picture: Picture, form: str = "jpeg") -> str:

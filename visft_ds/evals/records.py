@@ -17,7 +17,7 @@ from visft_ds.tasks.pictures import Picture
 #: Files that visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
-JUDGED = "judge.json"  #: of visft judge
+JUDGE, JUDGED = "visft_ds judge", "judge.json"  #: of visft judge
 
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
 MAIN = {name: str(config_class(name).main) for name in entries()}
@@ -35,6 +35,11 @@ def counted(images: int | None, total: int | None) -> str:
     return f"{images} images" if total in (None, images) else f"{images} of {total} images"
 
 
+def number_text(value: float, percent: bool = True) -> str:
+    """A number as text, in percent or in its own unit."""
+    return f"{100 * value:.2f}" if percent else f"{value:.3f}"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A number with its interval, by percentiles."""
@@ -48,10 +53,12 @@ class Interval:
         """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
-    def text(self, shown: bool = False, percent: bool = True) -> str:
-        """`+4.50 [+2.50, +6.40] *`, in percentage points or in the number's own unit; marked * where it is shown."""
-        parts = [f"{100 * part:+.2f}" if percent else f"{part:+.3f}" for part in (self.value, self.low, self.high)]
-        return f"{parts[0]} [{parts[1]}, {parts[2]}]{' *' if shown else ''}"
+    def text(self, percent: bool = True) -> str:
+        """`+4.50 [+2.50, +6.40]`, in percentage points or in the number's own unit."""
+        value, low, high = (
+            f"{100 * part:+.2f}" if percent else f"{part:+.3f}" for part in (self.value, self.low, self.high)
+        )
+        return f"{value} [{low}, {high}]"
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.curves import History, charts, read_history
-from visft_ds.evals.judge.page import table_of
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGED, MAIN, METRICS, Evaluation, read_evaluation
+from visft_ds.evals.records import JUDGE, JUDGED, MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import read_bytes, reading
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
@@ -138,11 +137,13 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
 
 
 def _judged(folder: Path) -> dict[str, Any]:
-    """The verdicts and the table of `visft judge`."""
+    """What `visft judge` wrote."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
-        record = orjson.loads(read_bytes(path))
-        return {"record": record, "rows": table_of(record), "verdicts": record["verdicts"]}
+        record: dict[str, Any] = orjson.loads(read_bytes(path))
+        if record["format"] != JUDGE:
+            raise ValueError(f"its format is not {JUDGE}")
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------- what runs record

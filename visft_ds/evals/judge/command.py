@@ -22,7 +22,7 @@ from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
-from visft_ds.evals.records import JUDGED
+from visft_ds.evals.records import JUDGE, JUDGED
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
@@ -68,7 +68,7 @@ def run_judge(given: argparse.Namespace) -> None:
     rows = rows_of(results, members, trials, primary, last if trial.best else None)
     verdicts = judged(rows, trials, primary, base, trial.best)
     record: dict[str, Any] = {
-        "format": "visft_ds judge",
+        "format": JUDGE,
         "models": {one.label: str(one) for models in trial.arms.values() for one in models},
         "arms": members,
         "trials": [asdict(one) for one in trials],

@@ -11,7 +11,7 @@ maps of 480 x 640 pixels the part counts that Eigen et al. named.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,16 +23,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
-from torchvision.transforms.v2 import functional as pixels_of
 
-from visft_ds.evals.judge import heads
 from visft_ds.evals.judge.dense_sets import DenseSet, of_maps, parts_of
-from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Loss, enlarged, fit_to_features
+from visft_ds.evals.judge.heads import Loss, enlarged
 from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.protocols import Protocol, probe
-from visft_ds.evals.judge.published import Sight
-from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.sources import Kept, Sight
 from visft_ds.files import read_bytes, reading
 
 NUMBERS = ("RMSE", "delta1")
@@ -75,22 +71,26 @@ def _read(counting: tuple[slice, slice], path: Path) -> Metres:
 
 def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """RMSE and delta1 of a linear head."""
-    return probe(label, "depth 1", NUMBERS, train, test, protocol, _quick, _published)
+    return probe(label, "depth 1", NUMBERS, train, test, protocol, _scores)
 
 
-def _quick(
-    wanted: Collection[str],
-    train: DenseSet,
-    learnt: Tensor,
-    test: DenseSet,
-    judged: Tensor,
-    protocol: Protocol,
-    resampled: bool,
-) -> Iterator[Score]:
-    loss, draws = silog(protocol.depth.stride), heads.RESAMPLES * resampled
-    fitted = fit_to_features(learnt, train.label, BINS, loss, protocol.depth, draws)
+def _scores(source: Kept | Sight, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
+    fitted = source.heads(BINS, silog(protocol.depth.stride), protocol.depth, _cropped)
     with torch.no_grad():
-        yield from _measured(wanted, (one for part in judged.split(BATCH) for one in metres(fitted(part))), test)
+        seen = source.said(lambda maps: metres(fitted(maps)), in_windows=False)
+        yield from _measured(wanted, seen, source.test)
+
+
+def _cropped(side: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Crops of the published size, whatever the side; of NYU's images without their border."""
+    crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
+
+    def change(image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        inner = _TAUGHT if truth.shape == _NYU else (slice(None), slice(None))
+        both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image[(..., *inner)]), tv_tensors.Mask(truth[inner]))
+        return both
+
+    return change
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -134,32 +134,3 @@ def _measured(wanted: Collection[str], seen: Iterable[Tensor], test: DenseSet) -
         if name in wanted:
             retrained = np.array([other.mean() for other in others])
             yield Score(name, first, retrained=retrained, lower=name == "RMSE")
-
-
-def _published(
-    wanted: Collection[str],
-    train: DenseSet,
-    test: DenseSet,
-    protocol: Protocol,
-    encoder: Encoder,
-    settings: Settings,
-) -> Iterator[Score]:
-    """On crops, without a border where images are NYU's; an image and its mirror image are judged."""
-    sight = Sight(encoder, settings)
-    crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
-
-    def change(image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        inner = _TAUGHT if truth.shape == _NYU else (slice(None), slice(None))
-        both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image[(..., *inner)]), tv_tensors.Mask(truth[inner]))
-        return both
-
-    fitted = sight.fitted(train.images, train.label, change, BINS, silog(protocol.depth.stride), protocol.depth)
-
-    def seen() -> Iterator[Tensor]:
-        for place in range(len(test.images)):
-            pixels = pixels_of.pil_to_tensor(test.images.read(place))
-            both = metres(fitted(sight.see(torch.stack([pixels, pixels.flip(2)]))))
-            yield (both[0] + both[1].flip(2)) / 2
-
-    with torch.no_grad():
-        yield from _measured(wanted, seen(), test)

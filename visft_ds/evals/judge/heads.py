@@ -12,12 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +24,6 @@ from visft_ds.tasks.classes import VOID
 
 RESAMPLES = 5
 BATCH = 16
-SIDE = 224  #: of what is there in images whose features are kept, pixels
 SPARSE = 8
 _START = 1e-6  # of the rate, at the first step
 
@@ -109,18 +105,6 @@ def fit(heads: Heads, images: int, batches: Batches, loss_of: Loss, recipe: Reci
             group["lr"] = rate_at(recipe, step)
         optimizer.step()
     return heads.eval()
-
-
-def fit_to_features(
-    maps: Tensor, truth: Callable[[int], npt.NDArray[Any]], outputs: int, loss: Loss, recipe: Recipe, draws: int
-) -> Heads:
-    """Heads for maps (images, D, h, w) and what is there, (H, W) of each image, which is brought to SIDE x SIDE."""
-    squares = (
-        Image.fromarray(truth(place)).resize((SIDE, SIDE), Image.Resampling.NEAREST) for place in range(len(maps))
-    )
-    there = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
-    untrained = Heads(1 + draws, maps.shape[1], outputs, recipe.dropout)
-    return fit(untrained, len(maps), lambda drawn: (maps[drawn], there[drawn]), loss, recipe)
 
 
 def _clip(heads: Heads, most: float) -> None:

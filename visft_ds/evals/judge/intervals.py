@@ -85,14 +85,6 @@ def combined(
     return spread
 
 
-def detectable(found: Interval) -> float:
-    """The least true difference that an interval this wide would exclude from zero in four of five repetitions.
-
-    That is 2.8 standard errors, of which the half interval is 1.96.
-    """
-    return (found.high - found.low) / 2 * (2.8 / 1.96)
-
-
 def two_sided(means: FloatArray) -> float:
     """p value of zero among resampled differences, never less than their number can tell."""
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))

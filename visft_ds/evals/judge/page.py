@@ -9,7 +9,6 @@ from typing import Any
 
 from visft_ds.evals.charts import COLOURS, Series, line_chart
 from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import Interval
 from visft_ds.tasks.pictures import Picture
 
 
@@ -33,47 +32,9 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
         record=record,
         base=base,
         primary=primary,
-        number=_number,
-        change=_change,
-        table=table_of(record),
         curve=line_chart(series, title=primary["name"], y_label="percent", linear=True, places=blocks)
         if curves
         else "",
         sheets=[embedded(sheet, "png") for sheet in sheets],
         command=shlex.join(record["command"]),
     )
-
-
-def table_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a record for a page: each number of each arm, and its difference from the first one."""
-    return [
-        {
-            "name": row["name"],
-            "n": row["items"],
-            "cells": [
-                (_number(row, row["values"].get(arm)), _change(row, row["differences"].get(arm)))
-                for arm in record["arms"]
-            ],
-        }
-        for row in record["rows"]
-    ]
-
-
-def _interval(of: Mapping[str, Any]) -> Interval:
-    return Interval(of["value"], of["low"], of["high"])
-
-
-def _number(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> str:
-    """A value as text: in percent, an error in its own unit."""
-    if of is None:
-        return "–"
-    return f"{of['value']:.3f}" if row["lower"] else f"{100 * of['value']:.2f}"
-
-
-def _change(row: Mapping[str, Any], of: Mapping[str, Any] | None) -> tuple[str, str]:
-    """(difference as text, class of its colour) in a cell."""
-    if of is None:
-        return "", ""
-    shown = of.get("shown", False)
-    better = (of["value"] > 0) != row["lower"]
-    return _interval(of).text(shown, not row["lower"]), ("up" if better else "down") if shown else ""

@@ -23,6 +23,7 @@ from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import Recipe
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.scoring import Settings
+from visft_ds.evals.judge.sources import Kept, Sight
 
 
 @dataclass(frozen=True)
@@ -59,37 +60,27 @@ PUBLISHED = Protocol(
     Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
 )
 
-#: (wanted numbers, training images, their maps (n, D, h, w), test images, their maps, protocol, whether probes are
-#: retrained on resamples) -> scores.
-Quick = Callable[[Collection[str], DenseSet, Tensor, DenseSet, Tensor, Protocol, bool], Iterator[Score]]
-#: (wanted numbers, training images, test images, protocol, encoder, its settings) -> scores.
-Published = Callable[[Collection[str], DenseSet, DenseSet, Protocol, Encoder, Settings], Iterator[Score]]
+#: (what a probe reads, wanted numbers, protocol) -> scores.
+Scores = Callable[[Kept | Sight, Collection[str], Protocol], Iterator[Score]]
 
 
 def probe(
-    label: str,
-    version: str,
-    numbers: Sequence[str],
-    train: DenseSet,
-    test: DenseSet,
-    protocol: Protocol,
-    quick: Quick,
-    published: Published,
+    label: str, version: str, numbers: Sequence[str], train: DenseSet, test: DenseSet, protocol: Protocol, of: Scores
 ) -> Benchmark:
     """The benchmark of a probe of feature maps."""
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        learnt, judged = (features[part]["patches"] for part in ("train", "test"))
-        yield from quick([name for name in numbers if name in wanted], train, learnt, test, judged, protocol, True)
+        return of(Kept(train, features["train"]["patches"], test, features["test"]["patches"]), wanted, protocol)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps, (rest, held) = features["patches"], fifth(len(few.images))
-        (score,) = quick([number], few.part(rest), maps[rest], few.part(held), maps[held], BRIEF, False)
+        kept = Kept(few.part(rest), maps[rest], few.part(held), maps[held], resampled=False)
+        (score,) = of(kept, [number], BRIEF)
         return -score.value if score.lower else score.value
 
-    def whole(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
-        yield from published([name for name in numbers if name in wanted], train, test, protocol, encoder, settings)
+    def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
+        return of(Sight(train, test, encoder, settings), wanted, protocol)
 
     return Benchmark(
         label,
@@ -100,5 +91,5 @@ def probe(
         scores,
         held_out=held_out,
         choosing=few.images,
-        published=whole if protocol.name == PUBLISHED.name else None,
+        published=published if protocol.name == PUBLISHED.name else None,
     )

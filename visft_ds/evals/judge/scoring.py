@@ -145,7 +145,7 @@ def encode_images(
         own = batches[rank::world]
         for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
-                if not (finite := value.flatten(1).isfinite().all(dim=1)).all():
+                if not (finite := value.reshape(len(value), -1).isfinite().all(dim=1)).all():
                     where = images.names[batch[int(finite.logical_not().nonzero()[0])]]
                     raise ValueError(
                         f"{kind} of {where}: NaN or infinite in {settings.precision}; try --precision fp32"

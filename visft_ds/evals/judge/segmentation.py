@@ -10,11 +10,10 @@ without a class count nowhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import torch
@@ -24,111 +23,61 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge import heads, in_context
-from visft_ds.evals.judge.dense_sets import DenseSet, Thing
-from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, Recipe, cross_entropy, enlarged, fit_to_features
-from visft_ds.evals.judge.in_context import recall, remember
+from visft_ds.evals.judge import in_context
+from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.heads import cross_entropy, enlarged
+from visft_ds.evals.judge.in_context import recall
 from visft_ds.evals.judge.probes import by_neighbours
 from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Label, Score, mean_ratio
 from visft_ds.evals.judge.protocols import Protocol, probe
-from visft_ds.evals.judge.published import Sight
-from visft_ds.evals.judge.scoring import Settings
-from visft_ds.monitor.console import gauge
+from visft_ds.evals.judge.sources import SIDE, Kept, Sight
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
 
 IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
-SIDE = 224  #: of a picture on a sheet, pixels
+_GREY = (124, 116, 104)  # about the mean of a model's normalisation
 _KEPT = 112  # pixels of the side of a segmentation that is kept for the sheet
-_PASSES = 2  # over the training images, for the published memory
 
 
 def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
     """In-context and linear mIoU and, where objects are known, their kNN."""
     numbers = (IN_CONTEXT, LINEAR, *([OBJECTS] if test.things and train.things else []))
-    found = probe(label, "segmentation 1", numbers, train, test, protocol, _quick, _published)
+    found = probe(label, "segmentation 1", numbers, train, test, protocol, _scores)
     return replace(found, sheet=partial(segmentation_sheet, test))
 
 
-def _quick(
-    wanted: Collection[str],
-    train: DenseSet,
-    learnt: Tensor,
-    test: DenseSet,
-    judged: Tensor,
-    protocol: Protocol,
-    resampled: bool,
-) -> Iterator[Score]:
-    classes, recipe = len(train.classes), protocol.segmentation
+def _scores(source: Kept | Sight, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
+    train, test, recipe = source.train, source.test, protocol.segmentation
     if IN_CONTEXT in wanted:
-        images = ((place, one, train.label(place)) for place, one in enumerate(learnt))
-        memory = remember(images, classes, max(1, protocol.memory // len(learnt)))
-        yield overlapping(IN_CONTEXT, recall(memory, judged, in_context.RESAMPLES * resampled), test)
+        memory = source.memory(protocol.memory, _cropped)
+        draws = in_context.RESAMPLES * source.resampled
+        seen = chain.from_iterable(recall(memory, maps, draws) for maps in source.whole(test))
+        yield overlapping(IN_CONTEXT, seen, test)
     if LINEAR in wanted:
-        loss, draws = cross_entropy(recipe.stride), heads.RESAMPLES * resampled
-        fitted = fit_to_features(learnt, train.label, classes, loss, recipe, draws)
+        fitted = source.heads(len(train.classes), cross_entropy(recipe.stride), recipe, _distorted)
         with torch.no_grad():
-            yield overlapping(LINEAR, (one for part in judged.split(BATCH) for one in fitted(part)), test)
+            yield overlapping(LINEAR, source.said(fitted, in_windows=True), test)
     if OBJECTS in wanted:
-        yield _named(pooled(learnt, train), train, pooled(judged, test), test)
+        known, asked = (pooled(chain.from_iterable(source.whole(data)), data) for data in (train, test))
+        labels, truth = (np.array([one.label for one in data.things], dtype=np.int64) for data in (train, test))
+        owners, groups = (np.array([one.owner for one in data.things], dtype=np.int64) for data in (train, test))
+        yield replace(by_neighbours(OBJECTS, known, labels, asked, truth, owners), groups=groups)
 
 
-def _published(
-    wanted: Collection[str],
-    train: DenseSet,
-    test: DenseSet,
-    protocol: Protocol,
-    encoder: Encoder,
-    settings: Settings,
-) -> Iterator[Score]:
-    sight = Sight(encoder, settings)
-    if IN_CONTEXT in wanted:
-        yield overlapping(IN_CONTEXT, _recalled(sight, train, test, protocol.memory), test)
-    if LINEAR in wanted:
-        with torch.no_grad():
-            yield overlapping(LINEAR, _labelled(sight, train, test, protocol.segmentation), test)
-    if OBJECTS in wanted:
-        known, asked = (pooled(chain.from_iterable(sight.whole(data.images)), data) for data in (train, test))
-        yield _named(known, train, asked, test)
-
-
-def _recalled(sight: Sight, train: DenseSet, test: DenseSet, most: int) -> Iterator[Tensor]:
-    """What each test image is by a memory of augmented training images."""
+def _cropped(side: int) -> transforms.Compose:
     jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
-    change = transforms.Compose([transforms.RandomResizedCrop(sight.side, (0.5, 2.0)), jitter])
-    order = list(range(len(train.images))) * _PASSES
-    channels, *grid = sight.see(torch.zeros(1, 3, sight.side, sight.side, dtype=torch.uint8)).shape[1:]
-    sight.check_room(min(most, len(order) * math.prod(grid)) * (channels + len(train.classes)), IN_CONTEXT)
-
-    def taught() -> Iterator[tuple[int, Tensor, Label]]:
-        places = iter(gauge(IN_CONTEXT, len(order), "images", order))
-        for maps, labels in sight.crops(train.images, train.label, order, sight.settings.batch_size, change):
-            # Ten million patches in float32 would be too large for a GPU.
-            for one, label in zip(maps.half() if maps.is_cuda else maps, labels.cpu().numpy(), strict=True):
-                yield next(places), one, label
-
-    memory = remember(taught(), len(train.classes), max(1, most // len(order)))
-    for maps in sight.whole(test.images):
-        yield from recall(memory, maps)
+    return transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 2.0)), jitter])
 
 
-def _labelled(sight: Sight, train: DenseSet, test: DenseSet, recipe: Recipe) -> Iterator[Tensor]:
-    """What each test image is by heads that are trained on augmented crops."""
-    side, grey = sight.side, [round(255 * mean) for mean in sight.encoder.normalisation[0]]
-    change = transforms.Compose(
+def _distorted(side: int) -> transforms.Compose:
+    return transforms.Compose(
         [
             transforms.RandomResize(side // 2, side * 2),
-            transforms.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: VOID, "others": grey}),
+            transforms.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: VOID, "others": _GREY}),
             transforms.RandomHorizontalFlip(),
             transforms.RandomPhotometricDistort(),
         ]
     )
-    with torch.enable_grad():
-        fitted = sight.fitted(
-            train.images, train.label, change, len(train.classes), cross_entropy(recipe.stride), recipe
-        )
-    return sight.in_windows(test.images, lambda maps: enlarged(fitted(maps), (side, side)).softmax(dim=2))
 
 
 def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
@@ -149,24 +98,14 @@ def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     return Score(name, values[0], maps=torch.stack(maps).to(torch.int16).numpy(), retrained=retrained)
 
 
-def _named(known: Tensor, train: DenseSet, asked: Tensor, test: DenseSet) -> Score:
-    """Score of naming the objects of test images (n, D) by those of the training images (m, D)."""
-    labels, truth = (np.array([one.label for one in data.things], dtype=np.int64) for data in (train, test))
-    owners, groups = (np.array([one.owner for one in data.things], dtype=np.int64) for data in (train, test))
-    return replace(by_neighbours(OBJECTS, known, labels, asked, truth, owners), groups=groups)
-
-
 def pooled(maps: Iterable[Tensor], of: DenseSet) -> Tensor:
     """(objects, D), the mean of each object's part of the map (D, h, w) of its image."""
-    by_image: dict[int, list[Thing]] = {}
-    for thing in of.things:
-        by_image.setdefault(thing.owner, []).append(thing)
+    things = {owner: list(own) for owner, own in groupby(of.things, key=lambda thing: thing.owner)}
     found = []
     for place, one in enumerate(maps):
-        for thing in by_image.get(place, ()):
+        for thing in things.get(place, ()):
             share = F.interpolate(torch.from_numpy(thing.mask)[None, None].float(), one.shape[-2:], mode="area")
-            share = share[0, 0].to(one.device)
-            found.append(((one * share).sum(dim=(1, 2)) / share.sum()).cpu())
+            found.append((one.cpu() * share[0]).sum(dim=(1, 2)) / share.sum())
     return torch.stack(found)
 
 

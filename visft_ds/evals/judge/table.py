@@ -16,18 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from visft_ds.evals.judge.intervals import (
-    LEVEL,
-    combined,
-    detectable,
-    holm,
-    interval,
-    resampled,
-    two_sided,
-    with_few,
-)
+from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, two_sided, with_few
 from visft_ds.evals.judge.protocol import FloatArray, Score
-from visft_ds.evals.records import Interval
+from visft_ds.evals.records import Interval, number_text
 from visft_ds.monitor.console import Section
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
@@ -48,10 +39,13 @@ class Difference(Interval):
     """Difference of two arms, over test items, training images and seeds."""
 
     p: float  #: of zero, two-sided
-    alone: Interval  #: over test items alone
-    detectable: float  #: see `intervals.detectable`
-    each: tuple[float, ...]  #: of each seed
+    better: bool  #: the whole interval is
+    worse: bool
     shown: bool  #: by its own interval, or by Holm
+    alone: Interval  #: over test items alone
+    #: The least true difference that would be shown in four of five repetitions: 2.8 standard errors.
+    detectable: float
+    each: tuple[float, ...]  #: of each seed
 
 
 @dataclass(frozen=True)
@@ -61,16 +55,15 @@ class Row:
     name: str
     items: int
     lower: bool  #: is better, as of an error
-    values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
+    values: Mapping[str, float]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
     last: Mapping[str, Difference]  #: tuned arm -> its difference at the last layers of both
-    last_values: Mapping[str, Interval]  #: base and tuned arms -> the number at the last layer
+    last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
 
     def level(self, arm: str) -> str:
-        """An arm's number as text: in percent, but an error in its own unit; empty without one."""
-        value = self.values.get(arm)
-        return "" if value is None else f"{value.value:.3f}" if self.lower else f"{100 * value.value:.2f}"
+        """An arm's number as text; empty without one."""
+        return number_text(self.values[arm], not self.lower) if arm in self.values else ""
 
 
 def rows_of(
@@ -101,7 +94,7 @@ def rows_of(
                 name,
                 len(first.values),
                 first.lower,
-                {arm: _value(name, seeds) for arm, seeds in having.items()},
+                {arm: _mean(seeds) for arm, seeds in having.items()},
                 {arm: _minus(name, of, having[base]) for arm, of in having.items() if arm != base and base in having},
                 {
                     one.arm: {arm: _minus(name, having[one.arm], having[arm]) for arm in one.controls if arm in having}
@@ -109,7 +102,7 @@ def rows_of(
                     if one.arm in having
                 },
                 {one.arm: _minus(name, ends[one.arm], ends[base]) for one in trials if {one.arm, base} <= ends.keys()},
-                {arm: _value(name, seeds) for arm, seeds in ends.items()},
+                {arm: _mean(seeds) for arm, seeds in ends.items()},
             )
         )
     return _decided(rows, primary)
@@ -142,10 +135,8 @@ def _rng(name: str, part: str = "") -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{name}{part}".encode()))
 
 
-def _value(name: str, seeds: Sequence[Score]) -> Interval:
-    values = np.array([score.value for score in seeds])
-    means = resampled([score.values for score in seeds], seeds[0].groups, _rng(name))
-    return interval(float(values.mean()), combined(values, means, _retrained(seeds), _rng(name, "others")))
+def _mean(seeds: Sequence[Score]) -> float:
+    return float(np.mean([score.value for score in seeds]))
 
 
 def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
@@ -167,9 +158,18 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
     mean, units = float(values.mean()), len(news[0].values if groups is None else np.unique(groups))
     whole = interval(mean, draws)
     found, p = with_few(whole, two_sided(draws), units)
-    alone = interval(mean, means.mean(axis=0))
+    above, below = found.low > 0, found.high < 0
     return Difference(
-        found.value, found.low, found.high, p, alone, detectable(whole), tuple(values.tolist()), found.sure
+        found.value,
+        found.low,
+        found.high,
+        p,
+        better=below if news[0].lower else above,
+        worse=above if news[0].lower else below,
+        shown=above or below,
+        alone=interval(mean, means.mean(axis=0)),
+        detectable=(whole.high - whole.low) / 2 * (2.8 / 1.96),  # half an interval is 1.96 standard errors
+        each=tuple(values.tolist()),
     )
 
 
@@ -189,7 +189,7 @@ def section(rows: Sequence[Row], arms: Sequence[str], primary: str) -> Section:
     for row in rows:
         for arm in others:
             change = row.differences.get(arm)
-            text = "" if change is None else change.text(change.shown, not row.lower)
+            text = "" if change is None else f"{change.text(not row.lower)}{' *' if change.shown else ''}"
             lines.append([row.name, str(row.items), row.level(base), arm, row.level(arm), text])
     title = f"{LEVEL:.0%} intervals; * is significant: {primary} by its own interval, the others by Holm"
     return Section(title, lines, ["", "n", base, "", "", "difference"])

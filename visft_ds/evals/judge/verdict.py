@@ -14,11 +14,11 @@ alone were compared, "gained" is never said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from visft_ds.evals.judge.table import Row, Trial
-from visft_ds.evals.records import Interval
+from visft_ds.evals.records import number_text
 
 KEPT = "kept/"  #: beginning of the numbers that count kept answers of the base's classifier
 
@@ -40,96 +40,75 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
         best: each model was read at its best layer; otherwise all at their last.
     """
     (row,) = (row for row in rows if row.name == primary)
-    return [_about(row, rows, trial, base, best) for trial in trials]
+    found = []
+    for trial in trials:
+        changes = [of.get(trial.arm) for each in rows for of in (each.differences, each.last)]
+        same = all(change.low == change.high == 0 for change in changes if change)
+        word = word_for(row, trial, same=same, best=best)
+        sentences = [f"{_sentence(word, row, trial.arm, base, best)}."]
+        if word != "the same":
+            sentences.append(f"Price: {_price(rows, row, trial.arm)}.")
+            if trial.half:
+                change = row.differences[trial.half].text(not row.lower)
+                sentences.append(f"Half of the change gives {change}; price: {_price(rows, row, trial.half)}.")
+        found.append(Verdict(trial.arm, word, tuple(sentences)))
+    return found
 
 
-def word_for(
-    gain: Interval,
-    last: Interval | None,
-    controls: Mapping[str, Interval],
-    dose: float | None,
-    *,
-    same: bool,
-    best: bool,
-) -> str:
-    """The word of a verdict; intervals are of differences where above zero is better.
+def word_for(row: Row, trial: Trial, *, same: bool, best: bool) -> str:
+    """The word of a verdict.
 
     Args:
-        gain: tuned minus base.
-        last: the same at the last layers of both.
-        controls: tuned minus each control.
-        dose: how far features moved; None between two architectures.
+        row: of the primary number.
         same: every difference is zero.
-        best: the gain is at the best layers of both.
+        best: the differences are at the best layers of both.
     """
-    if same and dose == 0:
+    gain, last = row.differences[trial.arm], row.last.get(trial.arm)
+    if same and trial.dose == 0:
         return "the same"
-    if gain.high < 0:
+    if gain.worse:
         return "lost"
-    if gain.low > 0:
-        if dose is None:
-            return "better, without control"
-        if any(of.low <= 0 for of in controls.values()):
-            return "moved, not gained"
-        return "gained" if best else "better placed"
-    return "better placed" if last is not None and last.low > 0 else "not shown"
+    if not gain.better:
+        return "better placed" if last and last.better else "not shown"
+    if trial.dose is None:
+        return "better, without control"
+    if not all(of.better for of in row.controls[trial.arm].values()):
+        return "moved, not gained"
+    return "gained" if best else "better placed"
 
 
-def _about(row: Row, rows: Sequence[Row], trial: Trial, base: str, best: bool) -> Verdict:
-    arm, percent = trial.arm, not row.lower
-    gain, last = row.differences[arm], row.last.get(arm)
-    controls = {name: _upwards(of, row.lower) for name, of in row.controls[arm].items()}
-    changes = [*(of.differences[arm] for of in rows if arm in of.differences), *([last] if last else [])]
-    word = word_for(
-        _upwards(gain, row.lower),
-        None if last is None else _upwards(last, row.lower),
-        controls,
-        trial.dose,
-        same=all(one.low == one.high == 0 for one in changes),
-        best=best,
-    )
-    by = f"{gain.text(percent=percent)} in {row.name}, both at their {'best' if best else 'last'} layers"
+def _sentence(word: str, row: Row, arm: str, base: str, best: bool) -> str:
+    gain, percent, controls = row.differences[arm], not row.lower, row.controls[arm]
+    if word == "better placed" and best:
+        return (
+            f"{arm} is better than {base} by {row.last[arm].text(percent)} in {row.name} at their last layers, but not "
+            f"shown to be better at their best ({gain.text(percent)})"
+        )
+    by = f"{gain.text(percent)} in {row.name}, both at their {'best' if best else 'last'} layers"
     better, equal = f"{arm} is better than {base} by {by}", "of the same feature shift"
-    failed = " and ".join(name for name, of in controls.items() if of.low <= 0)
-    least = f"{100 * gain.detectable:.2f}" if percent else f"{gain.detectable:.3f}"
-    could = f"; a difference of {least} would probably be shown" if gain.detectable else ""
-    said = {
+    failed = " and ".join(name for name, of in controls.items() if not of.better)
+    least = number_text(gain.detectable, percent)
+    return {
         "the same": f"No feature of {arm} differs from those of {base}",
         "gained": f"{better}, and better than {' and '.join(controls)} {equal}",
         "moved, not gained": f"{better}, but not shown to be better than {failed} {equal}",
         "better, without control": f"{better}; two architectures have no control {equal}",
         "better placed": f"{better}; their best layers were not compared",
         "lost": f"{arm} is worse than {base} by {by}",
-        "not shown": f"{arm} minus {base} is {by}, and the interval holds zero{could}",
-    }
-    if last and word == "better placed":
-        said[word] = (
-            f"{arm} is better than {base} by {last.text(percent=percent)} in {row.name} at their last layers, but not "
-            f"shown to be better at their best ({gain.text(percent=percent)})"
-        )
-    sentences = [f"{said[word]}."]
-    if word != "the same":
-        sentences.append(f"Price: {_price(rows, row, arm)}.")
-        if trial.half:
-            change = row.differences[trial.half].text(percent=percent)
-            sentences.append(f"Half of the change gives {change}; price: {_price(rows, row, trial.half)}.")
-    return Verdict(arm, word, tuple(sentences))
-
-
-def _upwards(of: Interval, lower: bool) -> Interval:
-    """A difference of which more is better."""
-    return Interval(-of.value, -of.high, -of.low) if lower else of
+        "not shown": f"{arm} minus {base} is {by}; a difference of {least} would probably be shown",
+    }[word]
 
 
 def _price(rows: Sequence[Row], primary: Row, arm: str) -> str:
     """The numbers that are shown to be worse than the base's, and the answers of its classifier that are kept."""
-    others = [row for row in rows if row is not primary and arm in row.differences and not row.name.startswith(KEPT)]
-    worse = [
-        f"{row.name} {row.differences[arm].text(percent=not row.lower)}"
-        for row in others
-        if row.differences[arm].shown and _upwards(row.differences[arm], row.lower).value < 0
-    ]
+    having = [row for row in rows if row is not primary and arm in row.differences]
+    others = [row for row in having if not row.name.startswith(KEPT)]
+    changes = [(row, row.differences[arm]) for row in others]
+    worse = [f"{row.name} {of.text(not row.lower)}" for row, of in changes if of.shown and of.worse]
     nothing = f"no other number of {len(others)} is shown to be worse" if others else "no other number was judged"
-    kept = [row for row in rows if row.name.startswith(KEPT) and arm in row.values]
-    answers = [f"{row.level(arm)} % of the classifier's answers are unchanged ({row.name})" for row in kept]
-    return "; ".join([", ".join(worse) or nothing, *answers])
+    kept = [
+        f"{row.level(arm)} % of the classifier's answers are unchanged ({row.name})"
+        for row in having
+        if row not in others
+    ]
+    return "; ".join([", ".join(worse) or nothing, *kept])
