@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from visft_ds.evals.judge import classes, objects, ocr, retrieval
@@ -116,11 +117,12 @@ def test_boxes_are_seen_as_crops() -> None:
     assert np.asarray(objects.crop(image, (200, 200, 20, 20))).min() == 128  # a box outside of its image
 
 
-def _instances(root: Path, split: str, names: list[tuple[int, str]]) -> None:
+def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
+    """Small ones and crowds are left out; what a box is called does not depend on what covers nothing."""
     box = {"iscrowd": 0, "image_id": 1}
     content = {
-        "images": [{"id": 2, "file_name": "none.jpg"}, {"id": 1, "file_name": "a.jpg"}],
-        "categories": [{"id": number, "name": name} for number, name in names],
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 60, "width": 90}],
+        "categories": [{"id": 5, "name": "cat"}, {"id": 9, "name": "dog"}],
         "annotations": [
             {**box, "id": 1, "category_id": 5, "bbox": [0, 0, 20, 30]},
             {**box, "id": 2, "category_id": 9, "bbox": [10, 10, 20, 15]},
@@ -128,23 +130,24 @@ def _instances(root: Path, split: str, names: list[tuple[int, str]]) -> None:
             {**box, "id": 4, "category_id": 9, "bbox": [30, 10, 40, 20]},
         ],
     }
-    _image(root / f"{split}2017/a.jpg", size=(90, 60))
-    (root / "annotations").mkdir(exist_ok=True)
-    (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
-
-
-def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
-    """Small ones and crowds are left out; images without boxes need not be there; categories may be in any order."""
-    _instances(tmp_path, "val", [(5, "cat"), (9, "dog")])
-    train, test = objects.read_train_and_test(str(tmp_path), None, None)
-    assert train is None and test.classes == ("cat", "dog") and test.labels.tolist() == [0, 1]
-    assert objects.grounding("objects/x", None, test).needs_text and test.images.read(1).size == (48, 48)
-    _instances(tmp_path, "train", [(9, "dog"), (5, "cat")])
-    train, test = objects.read_train_and_test(str(tmp_path), None, None)
-    assert train is not None and train.labels.tolist() == [0, 1] and train.classes == test.classes
-    _instances(tmp_path, "val", [(5, "cat"), (9, "bird")])
-    with pytest.raises(ValueError, match="other categories: bird, dog"):
-        objects.read_train_and_test(str(tmp_path), None, None)
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        _image(tmp_path / f"{split}2017/a.jpg", size=(90, 60))
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    benchmark = parse_benchmark(f"objects={tmp_path}", QUICK)
+    images = benchmark.sets["test"]
+    assert [images.read(place).size for place in range(len(images))] == [(48, 48), (36, 36)] and not images.stretched
+    features = {part: {"pooled": torch.tensor([[1.0, 0], [0, 1]])} for part in ("train", "test")}
+    (score,) = benchmark.scores(features, benchmark.numbers)
+    assert (
+        score.name == "probe"
+        and score.values.tolist() == [1, 1]
+        and benchmark.texts
+        == [
+            "a photo of a cat.",
+            "a photo of a dog.",
+        ]
+    )
 
 
 def test_words(tmp_path: Path) -> None:

@@ -59,16 +59,18 @@ def _draw(root: Path) -> None:
         for place in range(6):
             # each its own colour: towers of random weights tell little else apart
             pixels = (rng.integers(0, 180, 3) + rng.integers(0, 75, (40, 52, 3))).astype(np.uint8)
-            for path in (root / "shapes" / name / f"{place}.png", root / f"coco/val2017/{number}-{place}.png"):
+            file = f"{number}-{place}.png"
+            for path in (root / "shapes" / name / file, root / "coco/val2017" / file, root / "coco/train2017" / file):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
             image = len(coco["images"])
-            coco["images"].append({"id": image, "file_name": f"{number}-{place}.png"})
+            coco["images"].append({"id": image, "file_name": file, "height": 40, "width": 52})
             box = {"bbox": [2, 3, 20, 30], "iscrowd": 0, "category_id": number, "image_id": image}
             coco["annotations"].append({"id": image, **box})
             captions += [{"image_id": image, "caption": f"{name} {place}, {word}"} for word in ("seen", "drawn")]
     (root / "coco/annotations").mkdir()
-    (root / "coco/annotations/instances_val2017.json").write_text(json.dumps(coco))
+    for part in ("train", "val"):
+        (root / f"coco/annotations/instances_{part}2017.json").write_text(json.dumps(coco))
     told = {"images": coco["images"], "annotations": captions}
     (root / "coco/annotations/captions_val2017.json").write_text(json.dumps(told))
 

@@ -15,7 +15,7 @@ shards of label maps without a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,11 @@ class Thing:
     def area(self) -> int:
         """Number of its pixels."""
         return int(coco_mask.area(self.code))
+
+    @property
+    def box(self) -> tuple[float, ...]:
+        """Left, top, width and height."""
+        return tuple(coco_mask.toBbox(self.code).tolist())
 
     @property
     def mask(self) -> npt.NDArray[np.uint8]:
@@ -104,8 +109,9 @@ def read_train_and_test(
     if not found[0].classes:  # label maps do not name them
         numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
         found = [replace(one, classes=numbers) for one in found]
-    if lone := sorted(set(found[0].classes) ^ set(found[1].classes)):
-        raise ValueError(f"{source}: {learnt} and {held} have other categories: {', '.join(lone[:5])}")
+    if found[0].classes != found[1].classes:
+        lone = sorted(set(found[0].classes) ^ set(found[1].classes))
+        raise ValueError(f"{source}: {learnt} and {held} have other categories or order: {', '.join(lone[:5])}")
     return found[0], found[1]
 
 
@@ -242,18 +248,18 @@ def _of_outlines(
             drawn[thing.mask == 1] = VOID if thing.crowd else thing.label
         return drawn
 
-    def known() -> Iterator[Thing]:
-        for ((height, width), _), found in zip(labels, things, strict=True):
-            yield from (one for one in found if not one.crowd and one.area >= _SMALLEST * height * width)
-
-    if not any(known()):
-        raise ValueError(f"{where} has no object of at least {_SMALLEST:.2%} of its image that is no crowd")
     if len(numbers) + len(empty) > VOID:
         raise ValueError(f"{where} has {len(numbers)} categories; at most {VOID - 1} are allowed")
     classes = (*empty, *(categories[category] for category in sorted(categories)))
     facts = [[one.owner, one.label, one.crowd, one.code["counts"]] for found in things for one in found]
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, str(facts))))
-    return DenseSet(stamped, label, classes, tuple(known()))
+    large = (
+        thing
+        for ((height, width), _), found in zip(labels, things, strict=True)
+        for thing in found
+        if not thing.crowd and thing.area >= _SMALLEST * height * width
+    )
+    return DenseSet(stamped, label, classes, tuple(large))
 
 
 def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> Mapping[str, Any]:

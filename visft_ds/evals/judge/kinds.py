@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from visft_ds.evals.judge import classes, dense_sets, objects
+from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.depth import depth, read_depth
 from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.objects import grounding
@@ -40,7 +40,10 @@ KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
         ("split", "name"),
     ),
     "retrieval": (lambda _, label, at, __, split: retrieval(label, read_captions(at, split)), ("split", "name")),
-    "objects": (lambda _, label, *at: grounding(label, *objects.read_train_and_test(*at)), ("split", "train", "name")),
+    "objects": (
+        lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
+        ("split", "train", "name"),
+    ),
     "ocr": (
         lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
         ("name",),
