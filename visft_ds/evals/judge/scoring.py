@@ -145,9 +145,11 @@ def encode_images(
         own = batches[rank::world]
         for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
-                if not torch.isfinite(value.sum()):
-                    where = f"{kind} of {images.names[batch[0]]} or of the {len(batch) - 1} images after it"
-                    raise ValueError(f"{where} is NaN or infinite in {settings.precision}: try --precision fp32")
+                if not (finite := value.reshape(len(value), -1).isfinite().all(dim=1)).all():
+                    where = images.names[batch[int(finite.logical_not().nonzero()[0])]]
+                    raise ValueError(
+                        f"{kind} of {where}: NaN or infinite in {settings.precision}; try --precision fp32"
+                    )
                 found[f"{batch[0]:09d} {kind}"] = value.cpu().contiguous()
             bar.update(min(len(batch) * world, len(images) - bar.n))
     if world > 1:  # through files: NCCL would gather on the GPU
