@@ -27,6 +27,7 @@ TOWERS = {
     "copied": ((0.0, 1.0, 1.0), False),
     "turned": ((0.0, 1.0, 0.0), True),
     "short": ((0.0, 1.0), False),
+    "wide": ((0.0, 1.0, 0.0, 1.0), False),
 }
 
 
@@ -146,3 +147,12 @@ def test_a_base_is_compared_up_to_where_the_tuned_model_ends(data: Path) -> None
     record = _judged(data, "short")
     assert "ends after blocks.1" in record["notes"][0]
     assert record["verdicts"][0]["word"] == "the same" and json.dumps(record["layers"]).count("blocks.2") == 0
+
+
+def test_published_protocols_need_a_gpu_or_a_word(data: Path) -> None:
+    """The hours that they would take are told before anything is encoded; a control has to be of the architecture."""
+    names = [f"base={data}/middle.pt", f"tuned={data}/copied.pt", "--on", f"segmentation={data}/two"]
+    status, _, errors = _run(*names, "--out", data / "out")
+    assert status == 2 and "hours without a GPU" in errors and not (data / "out").exists()
+    status, _, errors = _run(*names, "--quick", "--control", f"other={data}/wide.pt", "--out", data / "out")
+    assert status == 2 and "not of one architecture" in errors

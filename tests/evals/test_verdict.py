@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from scipy.stats import ortho_group
 
-from tests.evals.test_statistics import scored
 from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Score
 from visft_ds.evals.judge.table import Difference, Results, Row, Trial, rows_of
@@ -68,35 +65,6 @@ def test_words_of_other_architectures_last_layers_and_twins() -> None:
     none = Interval(0.0, 0.0, 0.0)
     assert _word(none, none, dose=0.0, same=True) == "the same"
     assert _word(none, none, same=True) == "not shown"
-
-
-def _compared(base: torch.Tensor, tuned: torch.Tensor, labels: np.ndarray[Any, Any]) -> tuple[list[Row], Verdict]:
-    """Two towers whose features of 40 + 40 images are given, by in-context segmentation."""
-    scores = {
-        name: scored(of[:40], labels[:40], of[40:], labels[40:]) for name, of in (("base", base), ("tuned", tuned))
-    }
-    results = {name: {PRIMARY: score} for name, score in scores.items()}
-    trials = [Trial("tuned", dose=float((tuned - base).norm() / base.norm()))]
-    rows = rows_of(results, {name: [name] for name in results}, trials, PRIMARY, results)
-    (verdict,) = judged(rows, trials, PRIMARY, "base")
-    return rows, verdict
-
-
-def test_itself_is_the_same_and_a_rotation_of_it_is_not_better() -> None:
-    """Every difference and bound is exactly zero; cosines do not change by an orthogonal matrix, features do."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, (80, 4, 4))
-    features = np.eye(3, 12)[labels] + rng.normal(0, 0.5, (80, 4, 4, 12))
-    base, turned = (
-        torch.from_numpy(of).permute(0, 3, 1, 2) for of in (features, features @ ortho_group.rvs(12, random_state=rng))
-    )
-    (row,), verdict = _compared(base, base.clone(), labels)
-    for of in (row.differences["tuned"], row.last["tuned"]):
-        assert (of.value, of.low, of.high, of.alone.low, of.alone.high, of.detectable) == (0.0,) * 6
-    assert verdict.word == "the same" and verdict.sentences == ("No feature of tuned differs from those of base.",)
-    (row,), verdict = _compared(base, turned, labels)
-    assert row.differences["tuned"].value == 0.0 and verdict.word == "not shown"
-    assert "minus base is +0.00 [+0.00, +0.00] in" in verdict.sentences[0]
 
 
 def _results() -> Results:

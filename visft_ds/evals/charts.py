@@ -5,12 +5,9 @@ from __future__ import annotations
 import html
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any
 
 #: Values that differ by more than this factor are drawn on a logarithmic axis.
 WIDE = 4.0
@@ -48,34 +45,23 @@ class Series:
     faint: bool = False  #: thin and pale, behind the others
 
 
-def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: float) -> str:
-    """An `<svg>` element of width x height points with what `draw` puts into a figure; `title` is read out aloud."""
-    from matplotlib import style  # takes a second
-    from matplotlib.figure import Figure
-
-    text = io.StringIO()
-    with style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of other scripts: the reader's program has fonts
-        figure = Figure((width / 72, height / 72), layout="constrained")
-        draw(figure)
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    element = text.getvalue().partition("<svg ")[2]  # a page has no room for the XML declaration
-    return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
-
-
 def line_chart(
     series: Sequence[Series], *, title: str, y_label: str, linear: bool = False, places: Sequence[str] = ()
 ) -> str:
     """An `<svg>` element with grid lines and a legend of the named series, over optimiser steps or named places.
 
     Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
-    than WIDE times the smallest: a loss falls most in its first steps.
+    than WIDE times the smallest: a loss falls most in its first steps. `title` is also read out aloud.
     """
+    from matplotlib import style  # takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
     values = [y for curve in series for y in curve.ys]
-
-    def draw(figure: Figure) -> None:
-        from matplotlib.ticker import LogLocator
-
+    text = io.StringIO()
+    with style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of other scripts: the reader's program has fonts
+        figure = Figure((640 / 72, 340 / 72) if places else (360 / 72, 260 / 72), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, weight="bold")
         axes.set(ylabel=y_label, xlabel="" if places else "optimiser step")
@@ -90,18 +76,10 @@ def line_chart(
         for curve in series:
             width, strength = (1, 0.35) if curve.faint else (2, 1)
             marker = "o" if len(curve.xs) < 50 else ""  # of a lone point nothing else is seen
-            axes.plot(
-                curve.xs,
-                curve.ys,
-                marker,
-                ls="-",
-                ms=3,
-                color=curve.colour,
-                lw=width,
-                alpha=strength,
-                label=curve.name or "_",
-            )
+            drawn: dict[str, Any] = {"color": curve.colour, "lw": width, "alpha": strength, "label": curve.name or "_"}
+            axes.plot(curve.xs, curve.ys, marker, ls="-", ms=3, **drawn)
         if any(curve.name for curve in series):
             axes.legend(frameon=False)
-
-    return svg(draw, title=title, width=640 if places else 360, height=340 if places else 260)
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    element = text.getvalue().partition("<svg ")[2]  # a page has no room for the XML declaration
+    return f'<svg role="img" aria-label="{html.escape(title)}" {element}'

@@ -18,9 +18,7 @@ from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.examples import draw_examples
-from visft_ds.evals.model import (
-    source_of,
-)
+from visft_ds.evals.model import source_of
 from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted, results_name
 from visft_ds.evals.runner import as_metrics, collect, measure
 from visft_ds.interop.heads import check_categories

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import torch
 
-from visft_ds.evals.judge.judging import Judging
+from visft_ds.evals.judge.judging import Judging, hours_of
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.page import judge_page
@@ -49,6 +49,13 @@ def run_judge(given: argparse.Namespace) -> None:
     protocol = QUICK if given.quick else PUBLISHED
     benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol)
     _check_folder(given.out, primary)
+    published = sum(one.published is not None for one in benchmarks)
+    if published and settings.device.type == "cpu" and given.device == "auto":
+        models = sum(map(len, arms.values())) * (3 if given.layers == "all" else 1)  # with noise and half
+        hours = hours_of(arms[next(iter(arms))][0], published * models, settings)
+        raise ValueError(
+            f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
+        )
     _start(benchmarks)
     tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
     trial = Judging(arms, tuned, benchmarks, primary, settings, best=given.layers == "all")

@@ -6,10 +6,13 @@ tuned model, and `half` of its change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
+
+import torch
 
 from visft_ds.evals.judge.dose import Dosimeter
 from visft_ds.evals.judge.encoders import Encoder
@@ -17,9 +20,10 @@ from visft_ds.evals.judge.kept import load_classifier
 from visft_ds.evals.judge.layers import END, blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Score
-from visft_ds.evals.judge.scoring import Settings, remembered, score
+from visft_ds.evals.judge.scoring import Settings, forward, remembered, score
 from visft_ds.evals.judge.table import Trial
 
+CROPS = 640_000  #: that a published head learns from
 SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
 Results = dict[str, dict[str, Score]]  #: model -> name -> score
 
@@ -41,6 +45,9 @@ class Judging:
         Args:
             arms: BASE, the tuned ones, controls.
             best: models are read at their best blocks; otherwise at the end.
+
+        Raises:
+            ValueError: controls of another architecture, and what is wrong with models and data.
         """
         self.base = next(iter(arms))
         (self.origin,) = arms[self.base]
@@ -54,6 +61,9 @@ class Judging:
         self._meter: tuple[str, Dosimeter] | None = None
         self._answers: dict[str, list[Score]] = {}
         self._pairs = {arm: [self._pair(one) for one in arms[arm]] for arm in tuned}
+        for arm in [name for name in arms if name not in self._of]:
+            if not all(pair["alike"] for pair in [*self._pairs[tuned[0]], *map(self._pair, arms[arm])]):
+                raise ValueError(f"--control {arm}: it, {tuned[0]} and {self.base} are not of one architecture")
         self._place()
 
     # ---------------------------------------------------------------------------------------------------------- blocks
@@ -69,8 +79,7 @@ class Judging:
                 "base": blocks_of(base, self.settings),
             }
 
-        found: dict[str, Any] = remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
-        return found
+        return remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
 
     def _place(self) -> None:
         """Choose the block after which each arm is read, for every number."""
@@ -107,8 +116,7 @@ class Judging:
         def make() -> dict[str, dict[str, float]]:
             return levels_of(self._load(spec, blocks=True), benchmark, sizes, ranked, self.settings, said)
 
-        found: dict[str, dict[str, float]] = remembered(what, self.settings, make)
-        return found
+        return remembered(what, self.settings, make)
 
     def _name(self, arm: str, number: str) -> str:
         """The block that an arm is read after for a number."""
@@ -127,58 +135,48 @@ class Judging:
         """Add a tuned arm and those that it is judged by, brought to its dose.
 
         Raises:
-            ValueError: controls of another architecture, or a dose that none reaches.
+            ValueError: a dose that no mixture reaches.
         """
-        self.arms[arm] = self.given[arm]
+        self.arms[arm] = tuned = self.given[arm]
         if not all(pair["alike"] for pair in self._pairs[arm]):
-            if controls:
-                raise ValueError(f"{arm} is of another architecture than {self.base}: there is no --control of it")
             return Trial(arm)
-        doses = [self._dose(arm, one) for one in self.given[arm]]
+        doses = [self._measured(arm, one)[1] for one in tuned]
         self.doses[arm] = sum(doses) / len(doses)
         of = "" if len(self._pairs) == 1 else f" of {arm}"
-        beside = {name: self.given[name] for name in controls}
-        if self.best and self.doses[arm]:
-            noise = [replace(one, noise=number) for number, one in enumerate(self.given[arm])]
-            beside = {f"noise{of}": noise, **beside}
+        themselves = self.best and self.doses[arm] > 0
+        beside = {f"noise{of}": [replace(one, noise=number) for number, one in enumerate(tuned)]} if themselves else {}
+        beside |= {name: list(self.given[name]) for name in controls}
         for name, models in beside.items():
-            found = []
-            for number, wanted in enumerate(doses):
-                scale, _ = self._scale(arm, one := models[number % len(models)], wanted)
-                label = name if len(doses) == 1 else f"{name} {number + 1}"
-                found.append(replace(one, label=label, scale=scale))
-            self._add(name, arm, found)
-        half = f"half{of}" if self.best and self.doses[arm] else None
+            pairs = [(models[number % len(models)], wanted) for number, wanted in enumerate(doses)]
+            self._add(name, arm, [(one, self._measured(arm, one, wanted)) for one, wanted in pairs])
+        half = f"half{of}" if themselves else None
         if half is not None:
-            labels = [half if len(doses) == 1 else f"{half} {number + 1}" for number in range(len(doses))]
-            pairs = zip(self.given[arm], labels, strict=True)
-            self._add(half, arm, [replace(one, label=label, scale=one.scale / 2) for one, label in pairs])
+            self._add(half, arm, [(one, self._measured(arm, replace(one, scale=one.scale / 2))) for one in tuned])
         return Trial(arm, tuple(beside), half, self.doses[arm])
 
-    def _add(self, name: str, arm: str, models: Sequence[ModelSpec]) -> None:
-        self.arms[name], self._of[name] = models, arm
-        self.doses[name] = sum(self._dose(arm, one) for one in models) / len(models)
+    def _add(self, name: str, arm: str, models: Sequence[tuple[ModelSpec, tuple[float, float]]]) -> None:
+        """Add an arm of mixtures, each with (A, its dose), that is read where another arm is."""
+        labels = [name] if len(models) == 1 else [f"{name} {number + 1}" for number in range(len(models))]
+        pairs = zip(models, labels, strict=True)
+        self.arms[name] = [replace(one, label=label, scale=scale) for (one, (scale, _)), label in pairs]
+        self.doses[name] = sum(dose for _, (_, dose) in models) / len(models)
+        self._of[name] = arm
 
-    def _dose(self, arm: str, spec: ModelSpec) -> float:
-        return float(self._measured(arm, {"dose": spec.identity}, lambda meter: meter.of(spec)))
-
-    def _scale(self, arm: str, spec: ModelSpec, wanted: float) -> Any:
-        what = {"scale": spec.identity, "wanted": wanted}
-        return self._measured(arm, what, lambda meter: meter.scale_of(spec, wanted))
-
-    def _measured(self, arm: str, what: Mapping[str, Any], measure: Callable[[Dosimeter], Any]) -> Any:
-        """What the dosimeter tells at the block that an arm is read after."""
+    def _measured(self, arm: str, spec: ModelSpec, wanted: float | None = None) -> tuple[float, float]:
+        """(A, dose) of a model where an arm is read, or the A that gives the wanted dose."""
         benchmark = self._deciding
         block = self._name(arm, self.primary) if benchmark.held_out else END
         images = {name: images.fingerprint for name, images in benchmark.sets.items()}
-        where = {"base": self.origin.identity, "block": block, "kinds": list(benchmark.kinds), "images": images}
+        what = {"dose": spec.identity, "wanted": wanted, "base": self.origin.identity, "block": block}
 
-        def make() -> Any:
+        def make() -> tuple[float, float]:
             if self._meter is None or self._meter[0] != block:
                 self._meter = block, Dosimeter(self.origin, block, benchmark, self.settings)
-            return measure(self._meter[1])
+            meter = self._meter[1]
+            return (spec.scale, meter.of(spec)) if wanted is None else meter.scale_of(spec, wanted)
 
-        return remembered({**what, **where}, self.settings, make)
+        scale, dose = remembered({**what, "kinds": list(benchmark.kinds), "images": images}, self.settings, make)
+        return scale, dose
 
     @cached_property
     def _deciding(self) -> Benchmark:
@@ -236,3 +234,11 @@ class Judging:
             self._loaded = None
             self._loaded = (spec, blocks), load_encoder(spec, self.settings.precision, blocks=blocks)
         return self._loaded[1]
+
+
+def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
+    """Hours that so many heads of published protocols take, by the time of one image."""
+    encoder = load_encoder(spec, settings.precision, blocks=True)
+    began = time.perf_counter()
+    forward(encoder, torch.zeros(1, 3, encoder.side, encoder.side), ("patches",), settings)
+    return (time.perf_counter() - began) * (SIDE / encoder.side) ** 2 * CROPS * heads / 3600
