@@ -23,16 +23,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
 from visft_ds.data.dataset import labels_of_split
-from visft_ds.data.shards import Manifest, ShardReader, manifest_path
-from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, inside, read_json, read_lines
+from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
+from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.files import open_image, reading
 from visft_ds.monitor.console import gauge
-from visft_ds.shards.coco import stored_segmentation
+from visft_ds.shards.coco import read_coco
 from visft_ds.shards.maps import read_map
 from visft_ds.tasks.classes import VOID
 
@@ -193,26 +194,17 @@ def of_maps(
 
 
 def _of_coco(root: Path, split: str, most: int) -> DenseSet:
-    path, folder = root / f"annotations/instances_{split}2017.json", root / f"{split}2017"
-    with reading(path, "a COCO annotation file"):
-        content = read_json(path)
-        kept = [content["images"][place] for place in every(len(content["images"]), most)]
-        of_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in kept}
-        for one in content["annotations"]:
-            if one["image_id"] in of_image:
-                of_image[one["image_id"]].append(one | {"iscrowd": one.get("iscrowd", 0)})
-        files = [inside(folder, image["file_name"], path) for image in kept]
-        categories = {category["id"]: str(category["name"]) for category in content["categories"]}
-        labels = [((int(image["height"]), int(image["width"])), of_image[image["id"]]) for image in kept]
-        return _of_outlines(from_files(files, folder), labels, categories, str(path))
+    source = read_coco(root / f"annotations/instances_{split}2017.json", None)
+    kept = [source.images[place] for place in every(len(source.images), most)]
+    folder = root / f"{split}2017"
+    images = from_files([folder / image.file_name for image in kept], folder)
+    return _of_outlines(images, [orjson.loads(image.label()) for image in kept], source.categories)
 
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
     manifest = Manifest.load(str(root), split)
     reader = ShardReader(manifest)
     places = every(len(reader), most)
-    found = labels_of_split(reader, places)
-    labels = [((label["height"], label["width"]), label["annotations"]) for label in found]
     names = [f"{split} {manifest.index[place]['image_id']}" for place in range(len(reader))]
 
     def read(place: int) -> Image.Image:
@@ -220,58 +212,52 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
         return open_image(data or b"", reader.describe(place), upright=False)
 
     images = chosen(ImageSet(names, read, digest((manifest.fingerprint,))), places)
-    categories = {category.coco_id: category.name for category in manifest.categories}
-    return _of_outlines(images, labels, categories, f"{root}/{split}", [] if "maps" in manifest.labels else [""])
+    labels = list(labels_of_split(reader, places))
+    return _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
 
 
 def _of_outlines(
-    images: ImageSet,
-    labels: Sequence[tuple[tuple[int, int], Sequence[Mapping[str, Any]]]],
-    categories: Mapping[int, str],
-    where: str,
-    empty: Sequence[str] = ("",),
+    images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
-    """Images with (size, annotations) of each, in COCO's terms; `empty` is the name of what none covers, if any."""
-    numbers = {category: number for number, category in enumerate(sorted(categories), len(empty))}
+    """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
+    if len(categories) + len(empty) > VOID:
+        raise ValueError(f"{images.names[0]} has {len(categories)} categories; at most {VOID - 1} are allowed")
+    ordered = sorted(categories, key=lambda category: category.coco_id)
+    numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
     things: list[list[Thing]] = []
-    for owner, (size, found) in enumerate(labels):
-        if strange := [one["category_id"] for one in found if one["category_id"] not in numbers]:
-            raise ValueError(f"{where}: an annotation has category {strange[0]} of no list")
-        outlined = (
-            Thing(owner, numbers[one["category_id"]], _outline(one, size, where), bool(one["iscrowd"])) for one in found
-        )
+    for owner, image in enumerate(labels):
+        outlined = [
+            Thing(
+                owner, numbers[one["category_id"]], _outline(one, image["height"], image["width"]), bool(one["iscrowd"])
+            )
+            for one in image["annotations"]
+        ]
         things.append(sorted(outlined, key=lambda thing: -thing.area))
 
     def label(place: int) -> Label:
-        drawn = np.full(labels[place][0], 0 if empty else VOID, dtype=np.uint8)
+        size = labels[place]["height"], labels[place]["width"]
+        drawn = np.full(size, 0 if empty else VOID, dtype=np.uint8)
         for thing in things[place]:
             drawn[thing.mask == 1] = VOID if thing.crowd else thing.label
         return drawn
 
-    if len(numbers) + len(empty) > VOID:
-        raise ValueError(f"{where} has {len(numbers)} categories; at most {VOID - 1} are allowed")
-    classes = (*empty, *(categories[category] for category in sorted(categories)))
+    classes = (*empty, *(category.name for category in ordered))
     facts = [[one.owner, one.label, one.crowd, one.code["counts"]] for found in things for one in found]
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, str(facts))))
     large = (
         thing
-        for ((height, width), _), found in zip(labels, things, strict=True)
+        for image, found in zip(labels, things, strict=True)
         for thing in found
-        if not thing.crowd and thing.area >= _SMALLEST * height * width
+        if not thing.crowd and thing.area >= _SMALLEST * image["height"] * image["width"]
     )
     return DenseSet(stamped, label, classes, tuple(large))
 
 
-def _outline(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> Mapping[str, Any]:
+def _outline(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
     """Run-length code of a mask, or of the box where there is none."""
-    given = annotation.get("segmentation") or None
-    shape = stored_segmentation(given, *size)
-    if shape is None and given is not None:
-        raise ValueError(f"{where}: a mask of image {annotation.get('image_id')} is no segmentation")
-    if not shape:
-        x, y, wide, high = annotation["bbox"]
-        shape = [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
+    x, y, wide, high = annotation["bbox"]
+    shape = annotation["segmentation"] or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
     code: Mapping[str, Any] = (
-        shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+        shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
     )
     return code
