@@ -38,6 +38,7 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     line = next(line for line in first.stdout.splitlines() if demo.PRIMARY in line and "[" in line)
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page
-    assert "in domain" in first.stdout and page.count("segmentation by each model") == 1
+    judged = (tmp_path / "demo/judge/judge.html").read_text(encoding="utf-8")
+    assert "in domain" in first.stdout and judged.count("segmentations by each model") == 1
     again = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "$ visft" not in again.stdout

@@ -158,5 +158,5 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "The claim" in capfd.readouterr().out
     table = json.loads((tmp_path / "out/table.json").read_text())
     rows = {row["arm"]: row for row in table["rows"]}
-    assert list(rows)[:3] == [FIRST, PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
+    assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
     assert rows[f"{PERMUTED} {EQUAL}"]["moved"] == pytest.approx(rows[FIRST]["moved"], rel=0.2)

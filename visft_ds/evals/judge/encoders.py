@@ -5,7 +5,6 @@ Every encoder is a module `(images, kinds) -> {kind: tensor}` that computes all 
     pooled  (B, D)        one vector of an image, before any projection into a space shared with texts
     clip    (B, E)        the CLIP embedding, of length 1
     patches (B, D, h, w)  the feature map
-    clip_patches (B, E, h, w)  each place of it, projected as the class token is; of any length
 
 and takes images as its `preprocess` makes them: RGB, resized and cropped to squares, normalised.
 """
@@ -27,7 +26,7 @@ from visft_ds.files import reading
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone, classifier_names
 
-KINDS = ("pooled", "clip", "patches", "clip_patches")
+KINDS = ("pooled", "clip", "patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
 COARSE = 14  #: least pixels of a cell of an early stage's map: in-context compares all cells with all
 #: (mean, std) of the channels of RGB in [0, 1] that EVA-CLIP was trained and is evaluated with.
@@ -77,9 +76,6 @@ class EvaEncoder(nn.Module):
             found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
         if "patches" in kinds:
             found["patches"] = self.backbone.feature_map(tokens, images.shape[-2:])
-        if "clip_patches" in kinds:
-            assert self.head is not None
-            found["clip_patches"] = self.backbone.feature_map(self.head(tokens), images.shape[-2:])
         return found
 
 
@@ -119,8 +115,7 @@ class _OpenClipEncoder(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
-        by_token = getattr(visual, "proj", None) is not None and getattr(visual, "attn_pool", 0) is None
-        self.kinds = KINDS if by_token else KINDS[:3]
+        self.kinds = KINDS
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -131,11 +126,9 @@ class _OpenClipEncoder(nn.Module):
             found["clip"] = F.normalize(self.visual.head(trunk.forward_head(tokens)).float(), dim=-1)  # type: ignore[operator]
             found["patches"] = _patches(trunk, tokens, images)
             return {kind: found[kind] for kind in kinds}
-        if "patches" in kinds or "clip_patches" in kinds:
+        if "patches" in kinds:
             outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
             found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
-            if "clip_patches" in kinds:
-                found["clip_patches"] = torch.einsum("bdhw,de->behw", found["patches"], self.visual.proj)
         else:
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)

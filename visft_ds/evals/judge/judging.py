@@ -79,8 +79,7 @@ class Judging:
                 "base": blocks_of(base, self.settings),
             }
 
-        found: dict[str, Any] = remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
-        return found
+        return remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
 
     def _place(self) -> None:
         """Choose the block after which each arm is read, for every number."""
@@ -117,8 +116,7 @@ class Judging:
         def make() -> dict[str, dict[str, float]]:
             return levels_of(self._load(spec, blocks=True), benchmark, sizes, ranked, self.settings, said)
 
-        found: dict[str, dict[str, float]] = remembered(what, self.settings, make)
-        return found
+        return remembered(what, self.settings, make)
 
     def _name(self, arm: str, number: str) -> str:
         """The block that an arm is read after for a number."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h,
     "mean": lambda patches: patches.mean(dim=(2, 3)),
 }
 _PARTS = ("values", "groups", "maps", "retrained")  # arrays of a score
+T = TypeVar("T")
 _AHEAD = 3  # batches that are decoded before they are needed
 
 
@@ -53,7 +54,7 @@ class Settings:
     threads: int
 
 
-def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], Any]) -> Any:
+def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T]) -> T:
     """What `make` gives on the main process, in JSON's types, computed once for the same `what`. Collective."""
     path = settings.cache / f"{_hash(what, settings)}.json"
     if distributed.from_all_ranks(not path.is_file())[0]:
@@ -61,7 +62,8 @@ def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], A
         if distributed.is_main():
             write_text(path, json.dumps(value))
         _wait_for(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    found: T = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def score(
