@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from visft_ds.evals.judge import probes, retrieval
 from visft_ds.evals.judge.classes import ClassSet
 from visft_ds.evals.judge.images import from_arrays
 from visft_ds.evals.judge.ocr import _steps, fit, read
-from visft_ds.evals.judge.probes import by_neighbours, by_regression, classification
+from visft_ds.evals.judge.probes import Rows, by_neighbours, by_regression, classification
 from visft_ds.evals.judge.protocol import rank_of, resamples
 
 
@@ -48,7 +50,7 @@ def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
     train, test = (centres[own] + rng.normal(size=(len(own), 6)) for own in (labels, truth))
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     wanted = model.fit(train, labels).predict(test) == truth
-    found = by_neighbours("kNN", torch.from_numpy(train), labels, torch.from_numpy(test), truth)
+    found = by_neighbours("kNN", Rows(torch.from_numpy(train), labels), Rows(torch.from_numpy(test), truth))
     assert found.values.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
     places = np.repeat(np.arange(60), resamples(60, 1)[0])
     again = model.fit(train[places], labels[places]).predict(test) == truth
@@ -61,12 +63,14 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
     train, test = (rng.normal(size=(len(own), 5)).astype(np.float32) for own in (labels, truth))
     train[:, 0] += 6 * labels
     test[:, 0] += 6 * truth
-    score = by_regression("linear", train, labels, test, truth)
+    known, asked = Rows(torch.from_numpy(train), labels), Rows(torch.from_numpy(test), truth)
+    score = by_regression("linear", known, asked)
     assert score.value > 0.95 and score.retrained is not None and score.retrained.min() > 0.7
-    assert (by_regression("linear", train * 1000 + 5, labels, test * 1000 + 5, truth).values == score.values).all()
-    noise = rng.normal(size=(100, 5)).astype(np.float32)
-    assert 0.2 < by_regression("linear", noise, labels, test, truth).value < 0.8
-    one = by_regression("linear", train[:1], labels[:1], test, truth)  # one class is all it knows
+    scaled = (replace(of, features=of.features * 1000 + 5) for of in (known, asked))
+    assert (by_regression("linear", *scaled).values == score.values).all()
+    noise = replace(known, features=torch.from_numpy(rng.normal(size=(100, 5)).astype(np.float32)))
+    assert 0.2 < by_regression("linear", noise, asked).value < 0.8
+    one = by_regression("linear", Rows(known.features[:1], labels[:1]), asked)  # one class is all it knows
     assert (one.values == (truth == 0)).all()
 
 

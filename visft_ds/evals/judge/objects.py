@@ -8,14 +8,14 @@ frozen features). The protocol of the ViSFT paper is not known to us; this one i
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.images import changed, chosen
-from visft_ds.evals.judge.probes import by_regression
+from visft_ds.evals.judge.probes import Rows, by_regression
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -33,29 +33,21 @@ SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
 _GREY = (128, 128, 128)
 
 
-@dataclass(frozen=True)
-class _Boxes:
-    images: ImageSet  #: each box is one
-    labels: IntArray
-    owners: IntArray  #: numbers of the images that boxes are in
-
-
 def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
-    learnt, judged = _boxes(train), _boxes(test)
+    (taught, *learnt), (shown, *judged) = _boxes(train), _boxes(test)
     names = [name for name in test.classes if name]
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         if "texts" in features and "clip" in features["test"]:
-            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), judged.labels)
-            yield Score("text top1", hits(ranks, 1), judged.owners)
-        known, asked = (features[part]["pooled"].numpy() for part in ("train", "test"))
-        score = by_regression("probe", known, learnt.labels, asked, judged.labels, learnt.owners)
-        yield replace(score, groups=judged.owners)
+            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), judged[0])
+            yield Score("text top1", hits(ranks, 1), judged[1])
+        known, asked = (features[part]["pooled"] for part in ("train", "test"))
+        yield by_regression("probe", Rows(known, *learnt), Rows(asked, *judged))
 
     return Benchmark(
         label,
-        {"train": learnt.images, "test": judged.images},
+        {"train": taught, "test": shown},
         ("clip", "pooled"),
         ("text top1", "probe"),
         {"benchmark": "objects 3", "names": names},
@@ -64,8 +56,8 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     )
 
 
-def _boxes(data: DenseSet) -> _Boxes:
-    """Those at least SMALLEST pixels wide and high."""
+def _boxes(data: DenseSet) -> tuple[ImageSet, IntArray, IntArray]:
+    """(boxes as images, their labels, numbers of the images they are in); at least SMALLEST pixels wide and high."""
     large = [thing for thing in data.things if min(thing.box[2:]) >= SMALLEST]
     if not large:
         first = f"{data.images.names[0]} and {len(data.images) - 1} other images"
@@ -74,7 +66,7 @@ def _boxes(data: DenseSet) -> _Boxes:
     labels = np.array([thing.label for thing in large], dtype=np.int64) - data.classes.count("")
     pictures = replace(chosen(data.images, owners.tolist()), stretched=False)
     how = f"crop {MARGIN} {[thing.box for thing in large]}"
-    return _Boxes(changed(pictures, lambda number, image: crop(image, large[number].box), how), labels, owners)
+    return changed(pictures, lambda number, image: crop(image, large[number].box), how), labels, owners
 
 
 def crop(image: Image.Image, box: tuple[float, ...]) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,23 +31,44 @@ _FEW = 1.0  # the strength where no class has images to spare
 _STEPS = 5000
 _SMALL = 2**23  # numbers
 
-Array = npt.NDArray[np.float32]
+
+@dataclass(frozen=True)
+class Rows:
+    """What is to be told by its features."""
+
+    features: Tensor  #: (n, D)
+    labels: IntArray  #: (n,)
+    owners: IntArray | None = None  #: (n,), numbers of the images that it is in; None: each is one
+
+    @property
+    def images(self) -> IntArray:
+        """(n,), numbers of the images."""
+        return np.arange(len(self.labels)) if self.owners is None else self.owners
+
+    def part(self, places: npt.NDArray[Any]) -> Rows:
+        """Some of them, by number or by a mask."""
+        return Rows(self.features[torch.from_numpy(places)], self.labels[places], self.images[places])
 
 
 def classification(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     """kNN and linear accuracy."""
 
-    def scores(features: Features, wanted: Collection[str] = ("kNN", "linear")) -> Iterator[Score]:
-        learnt, judged = features["train"], features["test"]
-        for name in (name for name in ("kNN", "linear") if name in wanted):
-            yield _accuracy(name, learnt, train.labels, judged, test.labels)
+    def rows(name: str, features: Mapping[str, Tensor], labels: IntArray) -> Rows:
+        kinds = ("pooled",) if name == "kNN" else ("pooled", "mean")
+        return Rows(torch.cat([features[kind] for kind in kinds if kind in features], dim=1), labels)
+
+    def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+        for name, by in (("kNN", by_neighbours), ("linear", by_regression)):
+            if name in wanted:
+                parts = rows(name, features["train"], train.labels), rows(name, features["test"], test.labels)
+                yield by(name, *parts)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        held = _held(train.labels)
+        known, held = rows(number, features, train.labels), _held(train.labels)
         if not held.any():
             raise ValueError(f"{label} has no class of five training images; a fifth of them chooses a layer")
-        rest, fifth = ({kind: of[torch.from_numpy(part)] for kind, of in features.items()} for part in (~held, held))
-        return _accuracy(number, rest, train.labels[~held], fifth, train.labels[held], resampled=False).value
+        by = by_neighbours if number == "kNN" else by_regression
+        return by(number, known.part(~held), known.part(held), 0).value
 
     labels = [train.labels.tolist(), test.labels.tolist()]
     return Benchmark(
@@ -60,69 +82,31 @@ def classification(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     )
 
 
-def _accuracy(
-    name: str,
-    learnt: Mapping[str, Tensor],
-    labels: IntArray,
-    judged: Mapping[str, Tensor],
-    truth: IntArray,
-    resampled: bool = True,
-) -> Score:
-    if name == "kNN":
-        return by_neighbours(name, learnt["pooled"], labels, judged["pooled"], truth, draws=RESAMPLES * resampled)
-    both = (
-        torch.cat([of[kind] for kind in ("pooled", "mean") if kind in of], dim=1).numpy() for of in (learnt, judged)
-    )
-    return by_regression(name, next(both), labels, next(both), truth, draws=heads.RESAMPLES * resampled)
-
-
-def by_neighbours(
-    name: str,
-    train: Tensor,
-    labels: IntArray,
-    test: Tensor,
-    truth: IntArray,
-    owners: IntArray | None = None,
-    draws: int = RESAMPLES,
-) -> Score:
-    """1.0 for each row of (n, D) whose neighbours among (m, D) vote for its class alone.
-
-    Args:
-        owners: (m,), numbers of the training images that rows are of; None: each is one.
-    """
-    rows = np.arange(len(labels)) if owners is None else owners
-    memory = Memory(F.normalize(train, dim=1), torch.from_numpy(labels), torch.from_numpy(rows))
+def by_neighbours(name: str, train: Rows, test: Rows, draws: int = RESAMPLES) -> Score:
+    """1.0 for each row whose neighbours vote for its class alone."""
+    labels, images = torch.from_numpy(train.labels), torch.from_numpy(train.images)
+    memory = Memory(F.normalize(train.features, dim=1), labels, images)
     right = []
-    for part, there in zip(test.split(ROWS), torch.from_numpy(truth).split(ROWS), strict=True):
+    for part, there in zip(test.features.split(ROWS), torch.from_numpy(test.labels).split(ROWS), strict=True):
         votes = vote(memory, part, NEIGHBOURS, TEMPERATURE, draws)
-        votes = F.pad(votes, (0, max(0, int(truth.max()) + 1 - votes.shape[2])))  # classes that were not taught
+        votes = F.pad(votes, (0, max(0, int(test.labels.max()) + 1 - votes.shape[2])))  # classes that were not taught
         right.append(np.stack([hits(rank_of(one, there), 1) for one in votes]))
     found = np.concatenate(right, axis=1)
-    return Score(name, found[0], retrained=found[1:].mean(axis=1))
+    return Score(name, found[0], test.owners, retrained=found[1:].mean(axis=1))
 
 
-def by_regression(
-    name: str,
-    train: Array,
-    labels: IntArray,
-    test: Array,
-    truth: IntArray,
-    owners: IntArray | None = None,
-    draws: int = heads.RESAMPLES,
-) -> Score:
-    """1.0 for each row of (n, D) whose class logistic regression predicts; arguments as above."""
-    rows = np.arange(len(labels)) if owners is None else owners
-    held, strength = _held(labels), _FEW
+def by_regression(name: str, train: Rows, test: Rows, draws: int = heads.RESAMPLES) -> Score:
+    """1.0 for each row whose class logistic regression predicts."""
+    images, held, strength = train.images, _held(train.labels), _FEW
     if held.any():
-        accuracy = []
-        for candidate in gauge("linear probe", len(STRENGTHS), "strengths", STRENGTHS):
-            predicted = _predicted(train[~held], labels[~held], train[held], candidate)
-            accuracy.append(float((predicted == labels[held]).mean()))
-        strength = STRENGTHS[int(np.argmax(accuracy))]
-    copies = [np.ones(int(rows.max()) + 1, dtype=np.int64), *resamples(int(rows.max()) + 1, draws)]
-    drawn = [np.repeat(np.arange(len(rows)), often[rows]) for often in copies]
-    right = np.stack([_predicted(train[of], labels[of], test, strength) for of in drawn]) == truth
-    return Score(name, right[0].astype(np.float64), retrained=right[1:].mean(axis=1))
+        rest, fifth = train.part(~held), train.part(held)
+        tried = gauge("linear probe", len(STRENGTHS), "strengths", STRENGTHS)
+        right = [(_predicted(rest, fifth, one) == fifth.labels).mean() for one in tried]
+        strength = STRENGTHS[int(np.argmax(right))]
+    drawn = [np.repeat(np.arange(len(images)), of[images]) for of in resamples(int(images.max()) + 1, draws)]
+    said = [_predicted(known, test, strength) for known in (train, *map(train.part, drawn))]
+    found = (np.stack(said) == test.labels).astype(np.float64)
+    return Score(name, found[0], test.owners, retrained=found[1:].mean(axis=1))
 
 
 def _held(labels: IntArray) -> npt.NDArray[np.bool_]:
@@ -133,20 +117,17 @@ def _held(labels: IntArray) -> npt.NDArray[np.bool_]:
     return held
 
 
-def _predicted(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
-    if len(np.unique(labels)) < 2:
-        return np.full(len(test), labels[0], dtype=np.int64)
-    middle = train.mean(axis=0, dtype=np.float64)
-    spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
-    model = _regression((train - middle) / spread, labels, strength)
-    predicted: IntArray = model.predict((test - middle) / spread).astype(np.int64)
-    return predicted
-
-
-def _regression(features: Array, labels: IntArray, strength: float) -> Any:
-    """scikit-learn's logistic regression; threads would spend more time on waiting than on products of small arrays."""
+def _predicted(train: Rows, test: Rows, strength: float) -> IntArray:
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1 if features.size < _SMALL else None, "blas"):
-        return LogisticRegression(C=strength, max_iter=_STEPS).fit(features, labels)
+    if len(np.unique(train.labels)) < 2:
+        return np.full(len(test.labels), train.labels[0], dtype=np.int64)
+    known, asked = train.features.numpy(), test.features.numpy()
+    middle = known.mean(axis=0, dtype=np.float64)
+    spread = math.sqrt(float(((known - middle) ** 2).mean())) or 1.0
+    # Threads would spend more time on waiting than on products of small arrays.
+    with threadpool_limits(1 if known.size < _SMALL else None, "blas"):
+        model = LogisticRegression(C=strength, max_iter=_STEPS).fit((known - middle) / spread, train.labels)
+    predicted: IntArray = model.predict((asked - middle) / spread).astype(np.int64)
+    return predicted

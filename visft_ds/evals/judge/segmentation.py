@@ -27,7 +27,7 @@ from visft_ds.evals.judge import in_context
 from visft_ds.evals.judge.dense_sets import DenseSet
 from visft_ds.evals.judge.heads import cross_entropy, enlarged
 from visft_ds.evals.judge.in_context import recall
-from visft_ds.evals.judge.probes import by_neighbours
+from visft_ds.evals.judge.probes import Rows, by_neighbours
 from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Label, Score, mean_ratio
 from visft_ds.evals.judge.protocols import Protocol, probe
 from visft_ds.evals.judge.sources import SIDE, Kept, Sight
@@ -58,10 +58,15 @@ def _scores(source: Kept | Sight, wanted: Collection[str], protocol: Protocol) -
         with torch.no_grad():
             yield overlapping(LINEAR, source.said(fitted, in_windows=True), test)
     if OBJECTS in wanted:
-        known, asked = (pooled(chain.from_iterable(source.whole(data)), data) for data in (train, test))
-        labels, truth = (np.array([one.label for one in data.things], dtype=np.int64) for data in (train, test))
-        owners, groups = (np.array([one.owner for one in data.things], dtype=np.int64) for data in (train, test))
-        yield replace(by_neighbours(OBJECTS, known, labels, asked, truth, owners), groups=groups)
+        known, asked = (
+            Rows(
+                pooled(chain.from_iterable(source.whole(data)), data),
+                np.array([thing.label for thing in data.things]),
+                np.array([thing.owner for thing in data.things]),
+            )
+            for data in (train, test)
+        )
+        yield by_neighbours(OBJECTS, known, asked)
 
 
 def _cropped(side: int) -> transforms.Compose:
