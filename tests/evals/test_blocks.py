@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,9 @@ def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
         images, indices=[index], norm=name == "test_vit", intermediates_only=True, output_fmt="NCHW"
     )
     assert torch.equal(_read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)["patches"], wanted)
+    # A folder as timm's `save_for_hf` leaves it, which stands for `hf-hub:`, too.
+    config = {"architecture": name, "num_classes": 5, "pretrained_cfg": dict(model.pretrained_cfg)}
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    (tmp_path / "w.safetensors").rename(tmp_path / "hub/model.safetensors")
+    assert torch.equal(_read(f"timm:local-dir:{tmp_path}/hub#{index}", images)["patches"], wanted)

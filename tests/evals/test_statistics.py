@@ -65,7 +65,7 @@ def test_differences_are_paired() -> None:
     arms = {name: [name] for name in results}
     (row,) = rows_of(results, arms, [Trial("new")], "a")
     change = row.differences["new"]
-    assert change.value == pytest.approx(0.1) and change.sure and 0.05 < change.low < change.high < 0.15
+    assert change.value == pytest.approx(0.1) and change.better and 0.05 < change.low < change.high < 0.15
     assert row.values.keys() == {"base", "new"} and row == rows_of(results, arms, [Trial("new")], "a")[0]
     lines = section([row], list(arms), "a").rows
     assert lines[0][2:5] == ["50.00", "new", "60.00"] and lines[0][5].startswith("+10.00 [")
@@ -162,7 +162,7 @@ def test_the_primary_number_is_decided_by_itself_and_all_others_of_all_arms_by_h
     }
     arms = {name: [name] for name in results}
     rows = rows_of(results, arms, [Trial("new", ("noise",))], "n 1", results)
-    assert all(of.sure for row in rows for of in row.differences.values())
+    assert all(of.better or of.worse for row in rows for of in row.differences.values())
     assert [(row.name, arm) for row in rows for arm, of in row.differences.items() if of.shown] == [
         ("n 1", "new"),
         ("n 1", "noise"),
@@ -214,4 +214,4 @@ def test_planted_gains_are_found_and_nulls_are_not(pairs: int, found: int, false
     """Pairs of towers of which the second has less noise, 1.4, and pairs that differ by nothing but their noise."""
     planted = [_row(*_pair(seed, 1.4)).differences["new"] for seed in range(pairs)]
     null = [_row(*_pair(1000 + seed, 1.6)).differences["new"] for seed in range(pairs)]
-    assert sum(of.low > 0 for of in planted) >= found and sum(of.sure for of in null) <= false
+    assert sum(of.low > 0 for of in planted) >= found and sum(of.shown for of in null) <= false

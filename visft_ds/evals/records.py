@@ -48,11 +48,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def sure(self) -> bool:
-        """Return True if the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
     def text(self, percent: bool = True) -> str:
         """`+4.50 [+2.50, +6.40]`, in percentage points or in the number's own unit."""
         value, low, high = (

@@ -18,7 +18,7 @@ from visft_ds.evals.judge.dose import Dosimeter
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.kept import load_classifier
 from visft_ds.evals.judge.layers import END, blocks_of, chosen, levels_of, read_after
-from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
+from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.scoring import Settings, forward, remembered, score
 from visft_ds.evals.judge.table import Trial
@@ -144,12 +144,14 @@ class Judging:
         self.doses[arm] = sum(doses) / len(doses)
         of = "" if len(self._pairs) == 1 else f" of {arm}"
         themselves = self.best and self.doses[arm] > 0
-        beside = {f"noise{of}": [replace(one, noise=number) for number, one in enumerate(tuned)]} if themselves else {}
+        beside = (
+            {f"{NOISE}{of}": [replace(one, noise=number) for number, one in enumerate(tuned)]} if themselves else {}
+        )
         beside |= {name: list(self.given[name]) for name in controls}
         for name, models in beside.items():
             pairs = [(models[number % len(models)], wanted) for number, wanted in enumerate(doses)]
             self._add(name, arm, [(one, self._measured(arm, one, wanted)) for one, wanted in pairs])
-        half = f"half{of}" if themselves else None
+        half = f"{HALF}{of}" if themselves else None
         if half is not None:
             self._add(half, arm, [(one, self._measured(arm, replace(one, scale=one.scale / 2))) for one in tuned])
         return Trial(arm, tuple(beside), half, self.doses[arm])

@@ -43,6 +43,7 @@ from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
 from visft_ds.run.folder import recorded_config
 
+NOISE, HALF = "noise", "half"  #: arms that come by themselves
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
 _END = re.compile(r"(.+?)(#\d+)?(@[-+]?[0-9.]+(?:e[-+]?[0-9]+)?)?")
 
@@ -93,6 +94,8 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     """
     arms = [_arm(text) for text in texts]
     labels = [name for label, models in arms for name in {label, *(model.label for model in models)}]
+    if taken := {NOISE, HALF} & {*labels}:
+        raise ValueError(f"{taken.pop()} is an arm that comes by itself: give yours another label")
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
     several = {label: len(models) for label, models in arms if len(models) > 1}

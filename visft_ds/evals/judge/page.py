@@ -22,8 +22,9 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
     curves = {arm: of["held_out"] for arm, of in record["layers"].get(primary["name"], {}).items()}
     blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
+    unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
     series = [
-        Series([blocks.index(block) for block in of], [100 * value for value in of.values()], colour, arm)
+        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], colour, arm)
         for (arm, of), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False)
     ]
     return render(
@@ -32,9 +33,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
         record=record,
         base=base,
         primary=primary,
-        curve=line_chart(series, title=primary["name"], y_label="percent", linear=True, places=blocks)
-        if curves
-        else "",
+        curve=line_chart(series, title=primary["name"], y_label=unit, linear=True, places=blocks) if curves else "",
         sheets=[embedded(sheet, "png") for sheet in sheets],
         command=shlex.join(record["command"]),
     )
