@@ -256,7 +256,7 @@ def _of_outlines(
 def _outline(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
     """Run-length code of a mask, or of the box where there is none."""
     x, y, wide, high = annotation["bbox"]
-    shape = annotation["segmentation"] or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
+    shape = annotation.get("segmentation") or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
     code: Mapping[str, Any] = (
         shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
     )
