@@ -18,7 +18,7 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch, Map, valid_region
 from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import Grids, stack_padded
-from visft_ds.models.lora import without_adapters
+from visft_ds.models.lora import lora_layers
 from visft_ds.ops import autocast_dtype, autocast_to, to_device
 from visft_ds.tasks.anchor import anchor_losses
 from visft_ds.tasks.matching import at_least_float32
@@ -69,8 +69,6 @@ class MultiTaskModel(nn.Module):
 
     With `packed`, images of different sizes pass through the backbone as one row of tokens, without padding: features
     of an image are those of it alone. Heads follow an autocast to bf16 unless `heads_in_fp32`; losses never do.
-
-    `anchor` has the weights of losses that hold the features of adapters near those without; empty: there are none.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class MultiTaskModel(nn.Module):
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
         self.packed = self.heads_in_fp32 = False
-        self.anchor: Mapping[str, float] = {}
+        self.anchor: Mapping[str, float] = {}  #: weights of losses near the features without adapters
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -167,8 +165,13 @@ class MultiTaskModel(nn.Module):
         """
         if not self.anchor or loss_denominators is None:
             return self.outputs(self.features(batch), batch, loss_denominators)
-        with torch.no_grad(), without_adapters(self.backbone):
+        layers = lora_layers(self.backbone).values()
+        for layer in layers:
+            layer.scale = 0.0
+        with torch.no_grad():
             base = self.features(batch)[-1]
+        for layer in layers:
+            layer.scale = layer.alpha / layer.rank
         torch.clear_autocast_cache()  # in torch 2.10 the casts that it keeps have no graph
         maps = self.features(batch)
         losses = self.outputs(maps, batch, loss_denominators)

@@ -10,8 +10,7 @@ Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -179,16 +178,3 @@ def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
     return {f"{name}.{kind}": getattr(layer, kind) for name, layer in lora_layers(module).items() for kind in KINDS}
-
-
-@contextmanager
-def without_adapters(module: nn.Module) -> Iterator[None]:
-    """Inside, adapted layers give what they gave before any update, by the same operations."""
-    layers = lora_layers(module).values()
-    for layer in layers:
-        layer.scale = 0.0
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.scale = layer.alpha / layer.rank
