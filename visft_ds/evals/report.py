@@ -137,7 +137,7 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
 
 
 def _judged(folder: Path) -> dict[str, Any]:
-    """What `visft judge` wrote."""
+    """Record that `visft judge` wrote."""
     path = folder / JUDGED
     with reading(path, "a record of visft judge"):
         record: dict[str, Any] = orjson.loads(read_bytes(path))

@@ -25,7 +25,7 @@ _KINDS = ("patches", "pooled", "clip")  # the first that a data set and a model 
 
 
 class Dosimeter:
-    """How far models move the features of BASE after a block, on the first training images of a data set."""
+    """Measures how far models move the features of BASE after a block, on the first training images of a data set."""
 
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
         self._block, self._settings, self._blocks = block, settings, benchmark.held_out is not None

@@ -35,7 +35,7 @@ Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads are trained."""
+    """Settings that heads are trained with."""
 
     steps: int
     warm_up: int

@@ -29,7 +29,7 @@ _BANK = 2**20  # that they are compared with at once
 
 @dataclass(frozen=True)
 class Memory:
-    """What queries are compared with."""
+    """Labelled patches that queries are compared with."""
 
     features: Tensor  #: (m, D) of length 1
     labels: Tensor  #: (m, C), shares of the classes; or (m,), numbers of them

@@ -1,4 +1,4 @@
-"""What `visft judge` compares: models at their best blocks, and controls that moved features as far.
+"""Comparison that `visft judge` makes: models at their best blocks, and controls that moved features as far.
 
 Of one architecture two arms come by themselves: `noise` in every parameter that training changed, at the dose of the
 tuned model, and `half` of its change.
@@ -69,7 +69,7 @@ class Judging:
     # ---------------------------------------------------------------------------------------------------------- blocks
 
     def _pair(self, spec: ModelSpec) -> dict[str, Any]:
-        """Whether a model is of BASE's architecture, and the blocks of both."""
+        """Say whether a model is of BASE's architecture, and list the blocks of both."""
 
         def make() -> dict[str, Any]:
             own, base = (load_encoder(one, self.settings.precision, blocks=True) for one in (spec, self.origin))

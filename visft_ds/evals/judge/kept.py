@@ -1,4 +1,4 @@
-"""How many of a classifier's own answers are kept when its backbone is trained.
+"""Share of a classifier's own answers that is kept when its backbone is trained.
 
 The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name. What lies
 behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
@@ -83,7 +83,7 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     own = weights_of(load_encoder(spec, "fp32"))
     if not alike(own, model.state_dict()):
         raise ValueError(f"{_ASKS} {spec.label} cannot feed it: it is no {name} of timm")
-    model.load_state_dict(own, strict=False)
+    model.load_state_dict({**model.state_dict(), **own})  # a tower may be cut, and has no classifier
     config = timm.data.resolve_model_data_config(model)
     if "img_size" in options:
         config["input_size"] = (3, options["img_size"], options["img_size"])

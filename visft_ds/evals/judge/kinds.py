@@ -1,4 +1,4 @@
-"""What models are judged on, as a command line names it: `KIND=SOURCE[,key=value...]`, or `digits`."""
+"""Data that models are judged on, as a command line names it: `KIND=SOURCE[,key=value...]`, or `digits`."""
 
 from __future__ import annotations
 

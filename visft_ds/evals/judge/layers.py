@@ -31,7 +31,7 @@ HEADS = ("linear mIoU", "linear", "RMSE")
 
 
 class _Enough(Exception):
-    """What lies behind need not be computed."""
+    """Signal that all blocks to be read have been reached: the rest of the forward is left out."""
 
 
 class _Reader(nn.Module):

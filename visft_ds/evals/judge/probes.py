@@ -34,7 +34,7 @@ _SMALL = 2**23  # numbers
 
 @dataclass(frozen=True)
 class Rows:
-    """What is to be told by its features."""
+    """Items with labels, to be told by their features."""
 
     features: Tensor  #: (n, D)
     labels: IntArray  #: (n,)

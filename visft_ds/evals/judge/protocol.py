@@ -85,7 +85,7 @@ class Benchmark:
 
 
 def resamples(images: int, count: int) -> list[IntArray]:
-    """How often each of some training images is drawn: the same draws for every model and number."""
+    """Counts of how often each training image is drawn: the same draws for every model and number."""
     even = np.full(images, 1 / images)
     return [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
 

@@ -1,4 +1,4 @@
-"""How dense probes are run: as published, or quickly.
+"""Settings of dense probes: as published, or quick ones.
 
 | | published | quick |
 |---|---|---|

@@ -55,7 +55,7 @@ class Settings:
 
 
 def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T]) -> T:
-    """What `make` gives on the main process, in JSON's types, computed once for the same `what`. Collective."""
+    """Result of `make` on the main process, in JSON's types, computed once for the same `what`. Collective."""
     path = settings.cache / f"{_hash(what, settings)}.json"
     if distributed.from_all_ranks(not path.is_file())[0]:
         value = make()

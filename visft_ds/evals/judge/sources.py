@@ -1,4 +1,4 @@
-"""What probes of feature maps read: features of whole images that are kept, or what a model sees in crops and windows.
+"""Sources of feature maps for probes: kept features of whole images, or a model that sees crops and windows.
 
 Both are used alike; `change` gives for the side of crops what makes one of an image and its label, and concerns `Sight`
 alone. Features are (images, D, h, w).
@@ -64,7 +64,7 @@ class Kept:
         yield from (self.learnt if part is self.train else self.judged).split(BATCH)
 
     def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
-        """What a head says to each test image."""
+        """Outputs of a head for each test image."""
         for maps in self.judged.split(BATCH):
             yield from head(maps)
 
@@ -89,7 +89,7 @@ class _Crops(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Sight:
-    """What an encoder of the published size sees, on its device."""
+    """Features of crops and windows by an encoder of the published size, on its device."""
 
     train: DenseSet
     test: DenseSet
@@ -133,7 +133,7 @@ class Sight:
             yield self._forward(pixels)
 
     def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
-        """What a head says to each test image: the mean of its probabilities in windows, of which the shorter side of
+        """Outputs of a head for each test image: the mean of its probabilities in windows, of which the shorter side of
         the image is one; or the mean over a whole image and its mirror image.
         """
         side = self.encoder.side
