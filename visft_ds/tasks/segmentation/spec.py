@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +31,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     config: ClassVar[type[MaskTask]] = SegmentationTask
+    losses: ClassVar[Callable[..., Criterion]] = SegmentationCriterion
 
     def schema(self, part: Literal["image", "head", "loss"], given: Options) -> type[BaseModel]:
         return self.config.heads[given["type"]] if part == "head" and "type" in given else super().schema(part, given)
@@ -41,9 +42,6 @@ class Segmentation(Task):
         if isinstance(head, PlainHeadConfig):
             return PlainHead(shapes, head)
         return SegmentationHead(shapes[-1][0], head)
-
-    def losses(self, head: Any, loss: Any) -> Criterion:
-        return SegmentationCriterion(head, loss, self.name)
 
     def geometry(self, options: Options) -> Geometry:
         return of_options(LargeScaleJitter, options)

@@ -17,6 +17,7 @@ from visft_ds.tasks import Results
 from visft_ds.tasks.classes import VOID, category_name
 from visft_ds.tasks.pictures import Picture, side_by_side
 from visft_ds.tasks.segmentation.data import LargeScaleJitter, segmentation_targets
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 from visft_ds.tasks.segmentation.spec import Segmentation
 from visft_ds.tasks.semantic.config import LOSSES, SemanticHeadConfig, SemanticTask
 from visft_ds.tasks.semantic.data import SemanticTargets
@@ -63,7 +64,9 @@ class Semantic(Segmentation):
         return super().build_head(shapes, head, vocabulary_size)
 
     def losses(self, head: Any, loss: Any) -> Criterion:
-        return SemanticCriterion(head, loss) if isinstance(head, SemanticHeadConfig) else super().losses(head, loss)
+        if isinstance(head, SemanticHeadConfig):
+            return SemanticCriterion(head, loss)
+        return SegmentationCriterion(head, loss, self.name)
 
     def criterion(self, head_options: Options, loss_options: Options) -> Criterion:
         head = self.settings("head", head_options)
