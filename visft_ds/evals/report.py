@@ -101,7 +101,7 @@ def _evaluations(runs: Sequence[_Run]) -> list[Evaluation]:
             continue
         entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
         limit, total = run.config.visft.run.eval_limit, _total(run)
-        images = min(limit, total) if limit and total else limit
+        images = min(limit, total) if limit and total else limit or total
         facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
         for entry in entries[:1] + entries[1:][-1:] if len(runs) == 1 else entries[-1:]:
             label = run.label if len(runs) > 1 else f"step {entry['step']}"
