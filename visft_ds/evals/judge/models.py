@@ -179,7 +179,7 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     if adapter is not None:
         model["layers"] = adapter.model.get("layers", ())
     elif spec.block is not None and spec.block > max(model.get("layers", ()), default=0):
-        model["layers"] = ()  # the file may go on
+        model["layers"] = ()  # merged weights go on behind the block that training read
     backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
@@ -213,9 +213,8 @@ class Mixture:
             for name, value in new.items()
             if value.is_floating_point() and not torch.equal(value, old[name].to(value))
         }
-        self._tensors = _tensors(self._own)
         if spec.noise is not None:
-            trained = {name for name, value in self._tensors.items() if isinstance(value, nn.Parameter)}
+            trained = {name for name, one in _tensors(self._own).items() if isinstance(one, nn.Parameter)}
             self.changes = {n: _noise(n, one, spec.noise) for n, one in self.changes.items() if n in trained}
         self._old = {name: old[name] for name in self.changes}
 
@@ -224,8 +223,9 @@ class Mixture:
         """The encoder of that A; one before it changes, too."""
         for layer in lora_layers(self._own.module).values():
             layer.lora_B.zero_()
+        tensors = _tensors(self._own)
         for name, change in self.changes.items():
-            self._tensors[name].copy_(self._old[name].float() + scale * change)
+            tensors[name].copy_(self._old[name].float() + scale * change)
         return self._own
 
 
