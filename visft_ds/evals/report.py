@@ -17,7 +17,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
-from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.curves import History, charts, last_step, read_history
 from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import JUDGE, JUDGED, MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import read_bytes, reading
@@ -83,7 +83,8 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 def _state(run: _Run) -> str:
     steps, visft = run.config.total_steps, run.config.visft
-    done = f"finished: {steps} steps" if run.history.last >= steps else f"{run.history.last} of {steps} steps"
+    last = last_step(run.history)
+    done = f"finished: {steps} steps" if last >= steps else f"{last} of {steps} steps"
     return f"{run.label}: stage {visft.stage} of {visft.model.name}, {done}."
 
 
@@ -99,7 +100,7 @@ def _evaluations(runs: Sequence[_Run]) -> list[Evaluation]:
         if (made / METRICS).is_file():
             found.append(read_evaluation(run.label, made))
             continue
-        entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
+        entries = [entry for entry in run.history if any(name.startswith("val/") for name in entry)]
         limit, total = run.config.visft.run.eval_limit, _total(run)
         images = min(limit, total) if limit and total else limit or total
         facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
