@@ -28,8 +28,8 @@ class Dosimeter:
     """Measures how far models move the features of BASE after a block, on the first training images of a data set."""
 
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
-        self._block, self._settings, self._blocks = block, settings, benchmark.held_out is not None
-        encoder = load_encoder(base, settings.precision, blocks=self._blocks)
+        self._block, self._settings = block, settings
+        encoder = load_encoder(base, settings.precision)
         images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
         count = min(MOST, len(images))
         batches = [
@@ -48,11 +48,11 @@ class Dosimeter:
 
     def of(self, spec: ModelSpec) -> float:
         """The dose of a model."""
-        return self.dose(load_encoder(spec, self._settings.precision, blocks=self._blocks))
+        return self.dose(load_encoder(spec, self._settings.precision))
 
     def scale_of(self, spec: ModelSpec, wanted: float) -> tuple[float, float]:
         """(A, dose), at which a mixture of BASE and a model has the wanted dose. Raises ValueError if none has."""
-        mixture = Mixture(spec, self._settings.precision, blocks=self._blocks)
+        mixture = Mixture(spec, self._settings.precision)
         return scale_for(lambda scale: self.dose(mixture.at(scale)), wanted, spec.label)
 
     def _features(self, encoder: Encoder) -> Tensor:

@@ -57,7 +57,7 @@ class Judging:
         self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
         self.notes: list[str] = []
         self._of = {arm: arm for arm in (self.base, *tuned)}  # arm -> the one whose blocks it is read after
-        self._loaded: tuple[Any, Encoder] | None = None
+        self._loaded: tuple[ModelSpec, Encoder] | None = None
         self._meter: tuple[str, Dosimeter] | None = None
         self._answers: dict[str, list[Score]] = {}
         self._pairs = {arm: [self._pair(one) for one in arms[arm]] for arm in tuned}
@@ -72,7 +72,7 @@ class Judging:
         """Say whether a model is of BASE's architecture, and list the blocks of both."""
 
         def make() -> dict[str, Any]:
-            own, base = (load_encoder(one, self.settings.precision, blocks=True) for one in (spec, self.origin))
+            own, base = (load_encoder(one, self.settings.precision) for one in (spec, self.origin))
             return {
                 "alike": alike(weights_of(own), weights_of(base)),
                 "own": blocks_of(own, self.settings),
@@ -114,7 +114,7 @@ class Judging:
         said = f"{spec.label}, all blocks: {benchmark.label}"
 
         def make() -> dict[str, dict[str, float]]:
-            return levels_of(self._load(spec, blocks=True), benchmark, sizes, ranked, self.settings, said)
+            return levels_of(self._load(spec), benchmark, sizes, ranked, self.settings, said)
 
         return remembered(what, self.settings, make)
 
@@ -225,22 +225,22 @@ class Judging:
         return {f"{benchmark.label} {one.name}": one for one in scores}
 
     def _read_after(self, spec: ModelSpec, block: str, benchmark: Benchmark) -> Encoder:
-        encoder = self._load(spec, blocks=block != END or benchmark.published is not None)
+        encoder = self._load(spec)
         if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
             encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
         return read_after(encoder, block)
 
-    def _load(self, spec: ModelSpec, *, blocks: bool) -> Encoder:
+    def _load(self, spec: ModelSpec) -> Encoder:
         """A model; the last one stays in memory."""
-        if self._loaded is None or self._loaded[0] != (spec, blocks):
+        if self._loaded is None or self._loaded[0] != spec:
             self._loaded = None
-            self._loaded = (spec, blocks), load_encoder(spec, self.settings.precision, blocks=blocks)
+            self._loaded = spec, load_encoder(spec, self.settings.precision)
         return self._loaded[1]
 
 
 def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
     """Hours that so many heads of published protocols take, by the time of one image."""
-    encoder = load_encoder(spec, settings.precision, blocks=True)
+    encoder = load_encoder(spec, settings.precision)
     began = time.perf_counter()
     forward(encoder, torch.zeros(1, 3, encoder.side, encoder.side), ("patches",), settings)
     return (time.perf_counter() - began) * (SIDE / encoder.side) ** 2 * CROPS * heads / 3600
