@@ -80,7 +80,7 @@ def read_after(encoder: Encoder, *blocks: str) -> Encoder:
 def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
     """Bytes of an image's map after each block, in order; the end is left out if it is the last block."""
     model: Any = encoder.module
-    if not hasattr(model, "of_block"):
+    if not hasattr(model, "of_block") or not model.backbone.ends():
         return {END: 0}
     encoder.module.to(settings.device)
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
