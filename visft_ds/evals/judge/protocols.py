@@ -160,9 +160,7 @@ class Sight:
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
-        size, count = self.settings.batch_size, len(part.images)
-        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        return map(self._forward, pictures(self.encoder, part.images, batches, self.settings.threads))
+        return map(self._forward, pictures(self.encoder, part.images, self.settings))
 
     def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
         """Outputs of a head for each test image: the mean of its probabilities in windows, of which the shorter side of

@@ -109,8 +109,8 @@ def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Tensor:
 
 
 def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:
-    """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
-    only model has most wrong), each beside what is there and what each model sees.
+    """Images whose segmentation the last of several models changes most against the first, whichever way, each beside
+    what is there and what each model sees.
 
     The number above is the overlap in percent, over all classes (of objects, those) together: a few stray pixels of
     another class would halve a mean over the classes of one image.
@@ -121,8 +121,8 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     empty = int(test.classes[0] == "")
     sums = {label: score.values[..., empty:].sum(axis=2) for label, score in scores.items()}
     each = {label: both[:, 0] / np.maximum(both[:, 1], 1) for label, both in sums.items()}
-    first, *_, last = [*each.values(), *each.values()]
-    chosen = np.argsort(-abs(last - first) if len(each) > 1 else last, kind="stable")[:count].tolist()
+    first, *_, last = each.values()
+    chosen = np.argsort(-abs(last - first), kind="stable")[:count].tolist()
     colours = np.full((VOID + 1, 3), 255, dtype=np.uint8)
     colours[empty:VOID] = list(palette([str(number) for number in range(empty, VOID)]).values())
     rows = []
