@@ -11,12 +11,7 @@ from PIL import Image
 
 from visft_ds.evals.judge import probes, retrieval
 from visft_ds.evals.judge.classes import ClassSet
-<<<<<<< HEAD
-from visft_ds.evals.judge.images import from_arrays
 from visft_ds.evals.judge.ocr import read
-=======
-from visft_ds.evals.judge.ocr import _steps, fit, read
->>>>>>> main
 from visft_ds.evals.judge.probes import Rows, by_neighbours, by_regression, classification
 from visft_ds.evals.judge.protocol import ImageSet, rank_of, resamples
 
