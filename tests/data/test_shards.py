@@ -103,8 +103,8 @@ def _flip(offset: int) -> Callable[[Path], None]:
     return change
 
 
-def _other_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+def _other(old: str, new: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,13 @@ def _other_version(path: Path) -> None:
         ("toy.index.npy", Path.unlink, "missing"),
         ("toy.index.npy", _flip(-1), "belong"),
         ("toy.manifest.json", lambda path: path.write_text("{"), "manifest"),
-        ("toy.manifest.json", lambda path: path.write_text(path.read_text().replace("toy-", "../")), "shards"),
-        ("toy.manifest.json", _other_version, "version 3"),
+        ("toy.manifest.json", _other("toy-", "../"), "shards"),
+        ("toy.manifest.json", _other('"version": 3', '"version": 2'), "version 3"),
+        ("toy.manifest.json", _other('"images": ', '"image": '), "manifest"),
+        ("toy.manifest.json", _other('"images": ', '"images": [], "x": '), "manifest"),
     ],
 )
-def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], None], word: str) -> None:
+def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], object], word: str) -> None:
     damage(root / file)
     with pytest.raises(ValueError, match=word):
         Manifest.load(root, "toy")

@@ -62,10 +62,13 @@ def test_models_of_timm(tmp_path: Path, name: str, index: int) -> None:
     model = timm.create_model(name, num_classes=5).eval()
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors")
     images = torch.randn(1, 3, 160, 160)
-    (wanted,) = model.forward_intermediates(
-        images, indices=[index], norm=name == "test_vit", intermediates_only=True, output_fmt="NCHW"
-    )
-    assert torch.equal(_read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)["patches"], wanted)
+    is_vit = name == "test_vit"
+    options = {"norm": True, "return_prefix_tokens": True} if is_vit else {}
+    (wanted,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, **options)
+    wanted, token = (wanted[0], wanted[1][:, 0]) if is_vit else (wanted, wanted.mean(dim=(2, 3)))
+    found = _read(f"timm:{name}:{tmp_path}/w.safetensors#{index}", images)
+    assert torch.equal(found["patches"], wanted)
+    torch.testing.assert_close(found["pooled"], token)
     # A folder as timm's `save_for_hf` leaves it, which stands for `hf-hub:`, too.
     config = {"architecture": name, "num_classes": 5, "pretrained_cfg": dict(model.pretrained_cfg)}
     (tmp_path / "hub").mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge import protocols, sources
 from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, read_depth, silog
-from visft_ds.evals.judge.encoders import timm_encoder
+from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 
@@ -87,7 +87,8 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     net = timm.create_model("test_efficientnet", num_classes=0)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
-    encoder = replace(timm_encoder("test_efficientnet", f"{tmp_path}/net.safetensors"), side=64)
+    spec = parse_model(f"timm:test_efficientnet:{tmp_path}/net.safetensors")
+    encoder = replace(load_encoder(spec, "fp32"), side=64)
     settings = Settings(torch.device("cpu"), "fp32", tmp_path, 4, 0)
     monkeypatch.setattr(module, "_CROP", (32, 32))
     whole = depth("depth/x", train, test, replace(PUBLISHED, depth=replace(PUBLISHED.depth, steps=2, warm_up=1)))

@@ -77,24 +77,35 @@ def test_open_clips_own_tower(images: torch.Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.text.encode(TEXTS, CPU), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "grid"), [("test_vit", 10), ("test_convnext", 5), ("levit_128s", 0)])
+@pytest.mark.parametrize(("name", "grid"), [("test_vit", 10), ("test_vit2", 10), ("test_convnext", 5)])
 @torch.no_grad()
 def test_a_model_of_timm_without_its_classifier(tmp_path: Path, name: str, grid: int) -> None:
-    """As published for ImageNet; levit has norms with its two classifiers, which are no part of what it computes."""
+    """One vector is the class token, or the mean of the map: the one token that test_vit2 has is a register."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=11).eval()
-    values = {key: value.contiguous() for key, value in model.state_dict().items()}
-    path = tmp_path / "model.safetensors"
-    save_file(values, path)
+    path = _saved(model, tmp_path)
     encoder = load_encoder(parse_model(f"timm:{name}:{path}"), "fp32")
     image = torch.randn(1, 3, encoder.side, encoder.side)
-    wanted = model.forward_head(model.forward_features(image), pre_logits=True)
-    found = encoder.module(image, encoder.kinds if grid else ("pooled",))
-    assert torch.equal(found["pooled"], wanted) and encoder.text is None
-    assert not grid or found["patches"].shape[2:] == (grid, grid)
+    found, features = encoder.module(image, encoder.kinds), model.forward_features(image)
+    wanted = features[:, 0] if name == "test_vit" else features[:, 1:].mean(dim=1)
+    wanted = features.mean(dim=(2, 3)) if features.ndim == 4 else wanted
+    torch.testing.assert_close(found["pooled"], wanted)
+    assert found["patches"].shape[2:] == (grid, grid) and encoder.text is None
     classifier = model.pretrained_cfg["classifier"]
     own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
-    assert not set(own) & {key.removeprefix("model.") for key in encoder.module.state_dict()}
+    assert not set(own) & {key.removeprefix("backbone.") for key in encoder.module.state_dict()}
+
+
+def test_a_model_of_timm_without_a_map_is_refused(tmp_path: Path) -> None:
+    path = _saved(timm.create_model("levit_128s", pretrained=False), tmp_path)
+    with pytest.raises(ValueError, match="no map"):
+        load_encoder(parse_model(f"timm:levit_128s:{path}"), "fp32")
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    return path
 
 
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (28, 28), (9, 200)])

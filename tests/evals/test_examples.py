@@ -1,18 +1,13 @@
-"""Pictures of fixed images: which ones, and that each shows its own image for every task, whatever the batches."""
+"""Pictures of fixed images: which ones, and that each shows its own image for every task."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 import torch
 
 from tests.evals.conftest import World, load_stage2
-from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.examples import draw_examples, example_positions
-from visft_ds.parallel import distributed
+from visft_ds.evals.runner import collect, draw_examples, example_positions
 from visft_ds.tasks.pictures import Picture, split_panels
 
 TASKS = ("detection", "segmentation", "captioning")
@@ -27,19 +22,15 @@ def test_positions(split: Manifest) -> None:
         assert example_positions(reader, TASKS, 4, limit=2) == [0, 1]
 
 
-def test_every_task_has_its_picture_of_every_image(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other ranks predict as often, because under ZeRO-3 every prediction is collective, and draw nothing."""
-    model, calls = load_stage2(world), list[list[int]]()
-
-    def predict(batch: Batch) -> dict[str, Any]:
-        calls.append(batch.image_ids.tolist())
-        return model.predict(batch)
+def test_every_task_has_its_picture_of_every_image(world: World) -> None:
+    model = load_stage2(world)
 
     def draw() -> dict[str, dict[int, Picture]]:
         """Of two images; a threshold of 0, because a head that never learnt is sure of nothing."""
         with ShardReader(Manifest.load(world.shards, "val")) as reader:
-            streams = world.configs[2].visft.streams()
-            return draw_examples(predict, reader, streams, model.vocabulary, 2, threshold=0.0)
+            collected = collect(model.predict, reader, world.configs[2].visft.streams(), model.vocabulary)
+            assert collected is not None
+            return draw_examples(collected, reader, 2, threshold=0.0)
 
     drawn = draw()
     shown = list(drawn["detection"])
@@ -57,6 +48,3 @@ def test_every_task_has_its_picture_of_every_image(world: World, monkeypatch: py
             assert not np.array_equal(said[:height], other[:height]), f"{task}: no prediction is drawn"
             truths.append(truth)
         assert not np.array_equal(*truths)
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    main = calls[: len(calls) // 2]
-    assert draw() == {task: {} for task in TASKS} and main and calls == 3 * main

@@ -6,6 +6,9 @@ import contextlib
 import io
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from visft_ds.evals.cli import judge
 from visft_ds.evals.judge import judging
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.scoring import Settings, encode_images
+from visft_ds.evals.judge.scoring import Settings, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
 from visft_ds.run.folder import BACKBONE_FILE
@@ -176,27 +179,26 @@ def test_scale_of_an_adapter(world: Path) -> None:
     assert len({str(parse_model(text).identity) for text in texts}) == len(texts)
 
 
-def test_processes_share_batches_and_give_the_same_bits(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two processes one after the other; the first waits for nobody here, and reads what the other one left."""
-    data = read_classes(str(world / "shapes"))  # 12 images: batches of 5, 5 and 2
-    encoder = load_encoder(parse_model(str(world / "clip.safetensors")), "fp32")
-
-    def encode() -> dict[str, torch.Tensor]:
-        settings = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3)
-        return encode_images(encoder, data.images, ["pooled", "clip"], settings, "x")
-
-    alone = encode()
+def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is made by one of two processes, here threads; both read all."""
+    settings, made, of_thread = Settings(torch.device("cpu"), "fp32", tmp_path, 5, 3), [], threading.local()
     monkeypatch.setattr("visft_ds.parallel.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("visft_ds.parallel.distributed.barrier", lambda: None)
-    monkeypatch.setattr(Path, "unlink", lambda path: None)
-    for rank in (1, 0):
-        monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("visft_ds.parallel.distributed.is_main", lambda rank=rank: rank == 0)
-        shared = encode()
-    assert alone.keys() == shared.keys() == {"pooled", "clip"}
-    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+    monkeypatch.setattr("visft_ds.parallel.distributed.rank", lambda: of_thread.rank)
+
+    def result(number: int, own: bool) -> int:
+        def make() -> int:
+            made.append((number, of_thread.rank))
+            return number**2
+
+        return remembered({"number": number}, settings, make, own)
+
+    def work(rank: int) -> list[int]:
+        of_thread.rank = rank
+        return shared([partial(result, number) for number in range(5)])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1))) == [[0, 1, 4, 9, 16]] * 2
+    assert sorted(made) == [(number, number % 2) for number in range(5)]
 
 
 def test_a_run_is_a_model(tmp_path: Path) -> None:

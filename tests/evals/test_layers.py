@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.evals.test_judge import _record, _run
 from visft_ds.evals.judge import command, layers, models, protocols
-from visft_ds.evals.judge.encoders import Encoder, FeatureMapEncoder, square_preprocess
+from visft_ds.evals.judge.encoders import BackboneEncoder, Encoder, square_preprocess
 from visft_ds.evals.judge.protocols import QUICK
 
 SIDE, CELL, NUMBER = 64, 8, "segmentation/two in-context mIoU"
@@ -52,15 +52,15 @@ class _Toy(nn.Module):
 
     def __init__(self, kept: tuple[float, ...], turned: bool) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(one, turned) for one in kept)
+        self.blocks, self.norm = nn.ModuleList(_Block(one, turned) for one in kept), nn.Identity()
 
     def ends(self) -> list[str]:
         return [f"blocks.{number}" for number in range(len(self.blocks))]
 
-    def map_of(self, given: Tensor, images: Tensor) -> Tensor:
+    def feature_map(self, given: Tensor, size: tuple[int, int]) -> Tensor:
         return given
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, *, prefixes: bool) -> tuple[Tensor, ...]:
         return ([block(images) for block in self.blocks][-1],)
 
 
@@ -78,11 +78,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 Image.fromarray(pixels).save(path)
 
     def load(spec: models.ModelSpec, precision: str) -> Encoder:
-        module: Any = FeatureMapEncoder(_Toy(*TOWERS[Path(spec.name).stem]))  # type: ignore[arg-type]
+        module = BackboneEncoder(_Toy(*TOWERS[Path(spec.name).stem]))  # type: ignore[arg-type]
         module.requires_grad_(False).eval()
         return Encoder(module, module.kinds, square_preprocess(SIDE, *GREY), GREY, SIDE, None)
 
-    monkeypatch.setattr(models, "_load_own", load)
+    monkeypatch.setattr(models, "_load_backbone", load)
     brief = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=8, warm_up=1))
     monkeypatch.setattr(command, "QUICK", brief)
     monkeypatch.setattr(protocols, "BRIEF", brief)

@@ -12,8 +12,8 @@ import pytest
 from visft_ds.config import resolve
 from visft_ds.data.shards import Manifest
 from visft_ds.evals import curves
-from visft_ds.evals.charts import Series, line_chart
 from visft_ds.evals.cli import report
+from visft_ds.evals.pages import Series, line_chart
 from visft_ds.evals.records import FORMAT, VERSION
 from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.run.record import write_run
@@ -97,7 +97,7 @@ def test_each_run_is_compared_with_the_first(tmp_path: Path, undrawn: None) -> N
     assert _cells(text, "box/AP50") == [("0.5000", ""), ("0.6250", "+0.1250"), ("1.0000", "+0.5000")]
     assert _cells(text, "box/APl") == [("–", ""), ("–", "–"), ("–", "–")]
     assert "2 of 200 images" in text and "Evaluated on shards/&lt;val&gt;." in text
-    assert "<svg>detection loss: 6</svg>" in text and "1 settings differ" in text and "visft.lora.rank" in text
+    assert "<svg>detection loss: 3</svg>" in text and "1 settings differ" in text and "visft.lora.rank" in text
     assert re.findall("<div class=label>(.*?)</div>", text) == ["ground truth", "a", "b", "&lt;c&gt;"]
     assert text.count("data:image/jpeg") == 2 * 4
 
@@ -132,6 +132,6 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
 
 def test_a_chart_is_the_same_bytes_every_time() -> None:
     """With names escaped, and values of a wide range on a logarithmic axis."""
-    series = [Series([0, 2], [100.0, 1.0], "#123456", name="a & $b$ <c>")]
+    series = [Series([0, 2], [100.0, 1.0], "a & $b$ <c>")]
     text, again = (line_chart(series, title="t", y_label="y") for _ in range(2))
     assert text == again and text.startswith("<svg ") and "a &amp; $b$ &lt;c&gt;" in text and ">50</text>" in text

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing, read_train_and_test
-from visft_ds.evals.judge.encoders import timm_encoder
+from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
@@ -201,7 +201,8 @@ def test_the_published_protocol(tmp_path: Path) -> None:
     benchmark = segmentation("segmentation/x", train, test, replace(PUBLISHED, memory=100, segmentation=steps))
     net = timm.create_model("test_efficientnet", num_classes=0)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, tmp_path / "net.safetensors")
-    encoder = replace(timm_encoder("test_efficientnet", f"{tmp_path}/net.safetensors"), side=64)
+    spec = parse_model(f"timm:test_efficientnet:{tmp_path}/net.safetensors")
+    encoder = replace(load_encoder(spec, "fp32"), side=64)
     assert benchmark.published is not None
     first, second = (
         {score.name: score for score in benchmark.published(encoder, settings, benchmark.numbers)}

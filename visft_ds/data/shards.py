@@ -112,6 +112,7 @@ class Manifest:
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
+            values["counts"] = {name: int(count) for name, count in values["counts"].items()}
             values["categories"] = tuple(Category(**each) for each in values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
@@ -121,12 +122,14 @@ class Manifest:
             if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
                 raise ValueError("a digest is not a sha256")
             counts = np.array([shard.count for shard in manifest.shards], dtype=np.int64)
+            if counts.sum() != len(manifest):
+                raise ValueError("its shards do not have as many images as it says")
         for shard in manifest.shards if remote is None else ():
             file = Path(root, shard.name)
             if not file.is_file() or file.stat().st_size != shard.bytes:
                 raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
         of, numbers = manifest.index["shard"], np.arange(len(counts))
-        same = len(of) == len(manifest) == counts.sum() and np.array_equal(of, np.repeat(numbers, counts))
+        same = len(of) == len(manifest) and np.array_equal(of, np.repeat(numbers, counts))
         if not same or (remote is None and sha256_of(Path(root, split + INDEX)) != manifest.index_sha256):
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
-from visft_ds.flags import Parser, check_extra
+from visft_ds.flags import Parser
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
@@ -55,25 +54,30 @@ Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    words = [word for word in words if not word.startswith("--local_rank=")]  # of the deepspeed launcher
-    given = _parser().parse_args(words)
-    from visft_ds.resilience.errors import tell
+def main(arguments: Sequence[str]) -> int:
+    """Run `visft evaluate`; returns the exit status."""
+    parser = _parser("evaluate", USAGE)
+    model = parser.add_argument_group("model: a run, and files that replace the run's")
+    add = model.add_argument
+    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
+    add_parts(model)
+    add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
+    add = parser.add_argument_group("data: by default the run's, and results").add_argument
+    add("--data", metavar="DIR|URL", help="shards made by visft shards")
+    add("--split", metavar="NAME", help="default: the run's validation split, or val")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
+    add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
+    add("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
+    given = _parsed(parser, arguments)
+    from visft_ds.evals.evaluate import evaluate
 
-    try:
-        from visft_ds.evals.evaluate import evaluate
-
-        evaluate(**vars(given), command=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        return tell(error, "evaluate")
-    return 0
+    return _done("evaluate", lambda: evaluate(**vars(given), command=True))
 
 
 def judge(arguments: Sequence[str]) -> int:
     """Run `visft judge`; returns the exit status."""
-    parser = Parser(prog=program("judge"), description=JUDGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _parser("judge", JUDGE)
     add = parser.add_argument
     add("base", metavar="BASE", help="what the others are compared with")
     add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or with commas one recipe's seeds")
@@ -88,35 +92,22 @@ def judge(arguments: Sequence[str]) -> int:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
     add("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
-    given = parser.parse_args([word for word in arguments if not word.startswith("--local_rank=")])
-    from visft_ds.resilience.errors import tell
+    given = _parsed(parser, arguments)
+    from visft_ds.evals.judge.command import run_judge
 
-    try:
-        from visft_ds.evals.judge.command import run_judge
-
-        run_judge(given)
-    except (ValueError, OSError, RuntimeError) as error:
-        return tell(error, "judge")
-    return 0
+    return _done("judge", lambda: run_judge(given))
 
 
 def report(arguments: Sequence[str]) -> int:
     """Run `visft report`; returns the exit status."""
-    parser = Parser(prog=program("report"), description=REPORT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _parser("report", REPORT)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="what visft judge wrote")
     parser.add_argument("--out", type=Path, metavar="FILE", help="name it .html (default, of one run: RUN/report.html)")
-    given = parser.parse_args(arguments)
-    from visft_ds.resilience.errors import tell
+    given = _parsed(parser, arguments)
+    from visft_ds.evals.report import report_runs
 
-    try:
-        check_extra("visft report", "report", ["matplotlib"])
-        from visft_ds.evals.report import report_runs
-
-        print(f"wrote {report_runs(given.runs, given.judge, given.out)}")
-    except (ValueError, OSError) as error:
-        return tell(error, "report")
-    return 0
+    return _done("report", lambda: print(f"wrote {report_runs(given.runs, given.judge, given.out)}"))
 
 
 def add_parts(group: argparse._ActionsContainer) -> None:
@@ -130,18 +121,22 @@ def add_parts(group: argparse._ActionsContainer) -> None:
     add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model: a run, and files that replace the run's")
-    add = model.add_argument
-    add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
-    add_parts(model)
-    add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
-    add = parser.add_argument_group("data: by default the run's, and results").add_argument
-    add("--data", metavar="DIR|URL", help="shards made by visft shards")
-    add("--split", metavar="NAME", help="default: the run's validation split, or val")
-    add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
-    add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
-    add("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
-    return parser
+def _parser(name: str, about: str) -> Parser:
+    return Parser(prog=program(name), description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    return parser.parse_args(
+        [word for word in words if not word.startswith("--local_rank=")]
+    )  # of deepspeed's launcher
+
+
+def _done(name: str, work: Callable[[], object]) -> int:
+    """Do the work of a command; returns its exit status."""
+    from visft_ds.resilience.errors import tell
+
+    try:
+        work()
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error, name)
+    return 0

@@ -17,10 +17,9 @@ from visft_ds.config.resolve import AnyPath
 from visft_ds.config.schema import DataConfig
 from visft_ds.data.fetch import Cache
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import source_of
-from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted, results_name
-from visft_ds.evals.runner import as_metrics, collect, measure
+from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted
+from visft_ds.evals.runner import collect, draw_examples, measure
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -30,7 +29,7 @@ from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.pictures import Picture, grid, save_png
+from visft_ds.tasks.pictures import grid, save_png
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ def evaluate(
 
         start_process_group()
     check_categories(model.heads, manifest.categories, str(manifest.root), "Evaluate it on data of its own categories")
-    _check_truth(source.tasks, manifest, limit)
     count, where = min(limit or len(manifest), len(manifest)), f"{manifest.root}/{split}"
+    _check_truth(source.tasks, manifest, count)
     if command and distributed.is_main():
         facts = [*model.facts.items(), ("data", f"{where}: {counted(count, len(manifest))}")]
         facts.append(("precision", f"{precision} ({why}), {distributed.world_size()} process(es)"))
@@ -136,19 +135,18 @@ def evaluate(
         began, workers = time.perf_counter(), workers_of(DataConfig())
         collected = collect(model.predict, reader, streams, model.vocabulary, limit=limit, num_workers=workers)
         seconds = time.perf_counter() - began
-        drawn = images if out is not None else 0
-        pictures = draw_examples(model.predict, reader, streams, model.vocabulary, drawn, limit=limit)
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
             return EvaluationResult({}, {})
+        pictures, files = dict[str, Any](), {task: f"{task}_results.json" for task in collected}
         if out is not None:  # first: hours of predictions must not be lost with a number
             out.mkdir(parents=True, exist_ok=True)
             for task, results in collected.items():
-                (out / results_name(task)).write_bytes(orjson.dumps(results))
-        outcome, problems = measure(collected, reader, limit=limit, per_category=True)
-    metrics = as_metrics(outcome)
+                (out / files[task]).write_bytes(orjson.dumps(results))
+            pictures = _draw(collected, reader, images, limit, out)
+        metrics, problems = measure(collected, reader, limit=limit, per_category=True)
     if out is not None:
-        facts_of = {name: value for task in source.tasks for name, value in TASKS[task].facts.items()}
+        facts_of = {name: value for task in collected for name, value in TASKS[task].facts.items()}
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -162,15 +160,18 @@ def evaluate(
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
-            "pictures": _save_pictures(pictures, out),
+            "pictures": pictures,
             "versions": versions(),
             "command": [redacted(word) for word in sys.argv],
         }
         # Last: a folder without it was not finished.
         (out / METRICS).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
         if command:
-            rows = [*_numbers(metrics), *((name.replace("_", " "), str(value)) for name, value in facts_of.items())]
-            written = [*(results_name(task) for task in outcome), METRICS, f"{PICTURES}/"]
+            # Names of a category's numbers have two strokes; -1 is COCO's mark for "there is nothing of this kind".
+            shown = {name: value for name, value in metrics.items() if name.count("/") == 1}
+            rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()]
+            rows += [(name.replace("_", " "), str(value)) for name, value in facts_of.items()]
+            written = [*files.values(), METRICS, f"{PICTURES}/"]
             rows += [("images/s", f"{count / seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
             print_plan("results", [Section(f"of {counted(count, len(manifest))}", rows)])
     if problems:
@@ -178,33 +179,29 @@ def evaluate(
     return EvaluationResult(metrics, collected, out)
 
 
-def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
-    """Refuse data that a task cannot be judged by, before anything is computed."""
+def _check_truth(tasks: Sequence[str], manifest: Manifest, count: int) -> None:
+    """Refuse data whose first `count` images a task cannot be judged by, before anything is computed."""
+    where = f"{manifest.root}/{manifest.split}"
     for task in tasks:
-        needed, count = TASKS[task].config.learns_from, min(limit or len(manifest), len(manifest))
-        lacking = TASKS[task].config.misleads(manifest.counts, manifest.findings)
-        problem = lacking and f"{manifest.root}/{manifest.split} has no {lacking}"
-        if not (manifest.having(needed) < count).any():
-            where = f"{count} images of {manifest.root}/{manifest.split}"
-            problem = f"no {needed} in {where}, which {task} is compared with: give other data or other --tasks"
-        if problem is not None:
-            raise ValueError(problem)
+        config = TASKS[task].config
+        if lacking := config.misleads(manifest.counts, manifest.findings):
+            raise ValueError(f"{where} has no {lacking}")
+        if not (manifest.having(config.learns_from) < count).any():
+            lacking = f"no {config.learns_from} in {count} images of {where}"
+            raise ValueError(f"{lacking}, which {task} is compared with: give other data or other --tasks")
 
 
-def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Write the examples; returns what stands where, by task."""
+def _draw(
+    collected: Mapping[str, Results], reader: ShardReader, images: int, limit: int | None, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Write pictures of examples; returns what stands where, by task."""
     written: dict[str, list[dict[str, Any]]] = {}
-    for task, by_image in pictures.items():
-        names = {image_id: f"{PICTURES}/{task}-{image_id:012d}.png" for image_id in by_image}
+    for task, by_image in draw_examples(collected, reader, images, limit=limit).items():
+        written[task] = []
         for image_id, picture in by_image.items():
-            save_png(picture, out / names[image_id])
+            name = f"{PICTURES}/{task}-{image_id:012d}.png"
+            save_png(picture, out / name)
+            written[task].append({"image_id": image_id, "file": name})
         if by_image:
             save_png(grid(list(by_image.values()), columns=2), out / f"{task}.png")
-        written[task] = [{"image_id": image_id, "file": name} for image_id, name in names.items()]
     return written
-
-
-def _numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Lines of the console; -1 is COCO's mark for "there is nothing of this kind to find"."""
-    shown = {name: value for name, value in metrics.items() if name.count("/") == 1}
-    return [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in shown.items()]

@@ -23,16 +23,10 @@ JUDGE, JUDGED = "visft_ds judge", "judge.json"  #: of visft judge
 MAIN = {name: str(config_class(name).main) for name in entries()}
 
 
-def results_name(task: str) -> str:
-    """Name of the file with a task's results."""
-    return f"{task}_results.json"
-
-
 def counted(images: int | None, total: int | None) -> str:
     """Number of images that were evaluated, in words: `16 of 200 images`."""
-    if images is None:
-        return "all images" if total is None else f"{total} images"
-    return f"{images} images" if total in (None, images) else f"{images} of {total} images"
+    of = "" if total in (None, images) else f" of {total}"
+    return f"{'all' if images is None else images}{of} images"
 
 
 def number_text(value: float, percent: bool = True) -> str:

@@ -7,6 +7,7 @@ left on disk. A run may still be training; what it has not recorded is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
-from visft_ds.evals.curves import History, charts, read_history
+from visft_ds.evals.curves import History, charts, last_step, read_history
 from visft_ds.evals.pages import embedded, render
 from visft_ds.evals.records import JUDGE, JUDGED, MAIN, METRICS, Evaluation, read_evaluation
 from visft_ds.files import read_bytes, reading
+from visft_ds.flags import check_extra
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
@@ -42,9 +44,11 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     """Write the page; returns its path.
 
     Raises:
-        ValueError: a folder without a run, the same run twice, a file that is no page, records that cannot be read.
+        ValueError: a folder without a run, a file that is no page, records that cannot be read.
     """
-    labels = _labels(folders)
+    check_extra("visft report", "report", ["matplotlib"])
+    names = [folder.resolve().name for folder in folders]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     if out is None and len(folders) > 1:
         raise ValueError(f"--out is needed for {len(folders)} runs: name the page, as in --out report.html")
     path = out or folders[0] / "report.html"
@@ -54,7 +58,7 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         _Run(label, folder, recorded_config(folder), read_run(folder), read_history(folder))
         for label, folder in zip(labels, folders, strict=True)
     ]
-    evaluations = _evaluations(runs)
+    evaluations = [one for run in runs for one in _evaluations(run, alone=len(runs) == 1)]
     text = render(
         "report.html.j2",
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
@@ -75,48 +79,35 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     return path
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """Names of folders, or their paths if names are the same."""
-    names = [folder.resolve().name for folder in folders]
-    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
-
-
 def _state(run: _Run) -> str:
     steps, visft = run.config.total_steps, run.config.visft
-    done = f"finished: {steps} steps" if run.history.last >= steps else f"{run.history.last} of {steps} steps"
+    last = last_step(run.history)
+    done = f"finished: {steps} steps" if last >= steps else f"{last} of {steps} steps"
     return f"{run.label}: stage {visft.stage} of {visft.model.name}, {done}."
 
 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def _evaluations(runs: Sequence[_Run]) -> list[Evaluation]:
-    """The last evaluation of each run that has one; of a single run without `visft evaluate` also its first."""
+def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
+    """What visft evaluate measured of a run; else its last evaluation during training, if `alone` also the first."""
+    data, limit = run.config.visft.data, run.config.visft.run.eval_limit
+    made = run.folder / f"evaluation-{data.val}"
+    if (made / METRICS).is_file():
+        return [read_evaluation(run.label, made)]
+    total = None
+    if not is_url(data.root):
+        with suppress(ValueError, OSError):  # the split may be on another machine
+            total = len(Manifest.load(data.root, data.val))
+    images = min(limit, total) if limit and total else limit or total
+    facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
+    entries = [entry for entry in run.history if any(name.startswith("val/") for name in entry)]
     found = []
-    for run in runs:
-        data = run.config.visft.data
-        made = run.folder / f"evaluation-{data.val}"
-        if (made / METRICS).is_file():
-            found.append(read_evaluation(run.label, made))
-            continue
-        entries = [entry for entry in run.history.others if any(name.startswith("val/") for name in entry)]
-        limit, total = run.config.visft.run.eval_limit, _total(run)
-        images = min(limit, total) if limit and total else limit
-        facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
-        for entry in entries[:1] + entries[1:][-1:] if len(runs) == 1 else entries[-1:]:
-            label = run.label if len(runs) > 1 else f"step {entry['step']}"
-            metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}
-            found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
+    for entry in entries[:1] + entries[1:][-1:] if alone else entries[-1:]:
+        metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}
+        label = f"step {entry['step']}" if alone else run.label
+        found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
     return found
-
-
-def _total(run: _Run) -> int | None:
-    """Images of the split that a run is evaluated on; None if they are not on this machine."""
-    visft = run.config.visft
-    try:
-        return None if is_url(visft.data.root) else len(Manifest.load(visft.data.root, visft.data.val))
-    except (ValueError, OSError):
-        return None
 
 
 def _numbers(evaluations: Sequence[Evaluation], task: str) -> list[str]:

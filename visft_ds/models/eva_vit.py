@@ -204,7 +204,7 @@ class EvaViT(nn.Module):
 
     def forward(self, images: Tensor, frames: Grids | None = None, *, prefixes: bool = False) -> tuple[Tensor, ...]:
         """(B, 3, H, W), already normalised, at least one patch -> the maps (B, D, h, w) behind the blocks that are
-        read, each after the last norm, channels last. It has no `prefixes`: heads do not read a class token.
+        read, each after the last norm, channels last; with `prefixes`, then the class token (B, 1, D) of each, if any.
 
         With `frames`, the (height, width) of each image within the padded batch, features are those of each image
         alone: the patches of all images are packed into one row, positions are resized to each image's own grid, and
@@ -212,14 +212,16 @@ class EvaViT(nn.Module):
         to it, as in ViSFT's code.
         """
         if frames is None:
-            return tuple(self.feature_map(tokens, images.shape[-2:]) for tokens in self.tokens(images))
+            found = self.tokens(images)
+            first = [tokens[:, :1] for tokens in found] if prefixes and self.cls_token is not None else []
+            return (*(self.feature_map(tokens, images.shape[-2:]) for tokens in found), *first)
         grids = [(height // self.patch_size, width // self.patch_size) for height, width in frames]
-        first = int(self.cls_token is not None)
-        packing = Packing.of([first + height * width for height, width in grids], images.device)
+        before = int(self.cls_token is not None)
+        packing = Packing.of([before + height * width for height, width in grids], images.device)
         maps = []
         for tokens in self.tokens(images, grids, packing):
             parts = zip(tokens[0].split(packing.lengths), grids, strict=True)
-            maps.append(stack_padded([part[first:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2))
+            maps.append(stack_padded([part[before:].unflatten(0, grid) for part, grid in parts]).permute(0, 3, 1, 2))
         return tuple(maps)
 
     def tokens(self, images: Tensor, grids: Grids | None = None, packing: Packing | None = None) -> tuple[Tensor, ...]:

@@ -84,6 +84,7 @@ class LoRAConv2d(AdaptedLayer):
 
     def __init__(self, base: nn.Conv2d, slices: Slices, *, rank: int, alpha: float) -> None:
         super().__init__(base, slices, rank=rank, alpha=alpha)
+        self.in_channels, self.out_channels = base.in_channels, base.out_channels
         self.padding_mode, self.sides = base.padding_mode, base._reversed_padding_repeated_twice
         padding = base.padding if base.padding_mode == "zeros" else 0
         self.window: tuple[Any, ...] = (base.stride, padding, base.dilation)

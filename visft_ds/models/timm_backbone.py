@@ -62,19 +62,15 @@ class TimmBackbone(nn.Module):
             pairs = self.forward_intermediates(images, **self.reading, return_prefix_tokens=True)
             return tuple(part for parts in zip(*pairs, strict=True) for part in parts)
         features = self.forward_features(images)
-        map_ = self._map(features, images)
+        map_ = self.feature_map(features, images.shape[-2:])
         return (map_, features[:, :before]) if before else (map_,)
 
-    def map_of(self, given: Tensor, images: Tensor) -> Tensor:
-        """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
-        return self._map(self.get_submodule("norm")(given) if self.patch is not None else given, images)
-
-    def _map(self, features: Tensor, images: Tensor) -> Tensor:
-        """Tokens or a map of timm's as (B, D, h, w)."""
+    def feature_map(self, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Tokens or a map of timm's, of images of this height and width, as (B, D, h, w)."""
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(self, "output_fmt", "NCHW") == "NHWC" else features
         assert self.patch is not None, f"features of shape {tuple(features.shape)}"
-        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        grid = size[0] // self.patch, size[1] // self.patch
         tokens = features[:, self.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 

@@ -17,8 +17,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.loader import fork_server, start_worker
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.evals.examples import draw_examples
-from visft_ds.evals.runner import as_metrics, collect, measure
+from visft_ds.evals.runner import collect, draw_examples, example_positions, measure
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
@@ -69,15 +68,15 @@ class Validation:
             return False
         if collected is not None:
             self.measure(step, collected)
+            self._draw(step, collected, log)
         self.poll(log)
-        self.draw(predict, step, log)
         return True
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
         """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
-        future = self._pool.submit(_measure, self._reader, collected, self._config.run.eval_limit)
+        future = self._pool.submit(measure, collected, self._reader, limit=self._config.run.eval_limit)
         self._waiting.append((step, future))
 
     def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
@@ -104,9 +103,16 @@ class Validation:
             log.writer.evaluation(step, metrics)
 
     def draw(self, predict: Predict, step: int, log: RunLog) -> None:
-        """Draw the predictions of the fixed images after `step`. Collective."""
-        given = (predict, self._reader, self._streams, self._vocabulary, self._config.run.pictures)
-        for task, by_image in draw_examples(*given, limit=self._config.run.eval_limit).items():
+        """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
+        tasks = [task for stream in self._streams.values() for task in stream.tasks]
+        run = self._config.run
+        if places := example_positions(self._reader, tasks, run.pictures, run.eval_limit):
+            given = (predict, self._reader, self._streams, self._vocabulary)
+            self._draw(step, collect(*given, limit=places[-1] + 1) or {}, log)
+
+    def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
+        run = self._config.run
+        for task, by_image in draw_examples(collected, self._reader, run.pictures, limit=run.eval_limit).items():
             for image_id, picture in by_image.items():
                 log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
@@ -114,7 +120,7 @@ class Validation:
         """AP50 and mIoU of the first training images. Collective; empty on all ranks but the main process."""
         reader = ShardReader(training)
         collected = collect(predict, reader, self._streams, self._vocabulary, limit=TRAINING_IMAGES)
-        metrics, _ = _measure(reader, collected or {}, TRAINING_IMAGES)
+        metrics, _ = measure(collected or {}, reader, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
 
     @staticmethod
@@ -162,8 +168,3 @@ def _predict_unless_stopped(predict: Predict, stop: StopFlag, batch: Batch) -> M
 def _start_measuring() -> None:
     start_worker()
     torch.set_num_threads(1)  # the training has the other cores
-
-
-def _measure(reader: ShardReader, collected: Mapping[str, Results], limit: int | None) -> Measured:
-    outcome, problems = measure(collected, reader, limit=limit)
-    return as_metrics(outcome), problems

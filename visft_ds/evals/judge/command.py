@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import orjson
@@ -17,7 +17,6 @@ from visft_ds.evals.judge.judging import Judging, hours_of
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.page import judge_page
-from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
@@ -32,14 +31,13 @@ from visft_ds.ops import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 from visft_ds.redaction import redacted
-from visft_ds.tasks.pictures import Picture
 
 PAGE, SCORES = "judge.html", "scores"
 _SHOWN = 6  # images of a sheet
 
 
 def run_judge(given: argparse.Namespace) -> None:
-    """Judge the models of a command line; write record and page, print verdict and table. Collective.
+    """Judge the models of a command line; write record and page, print verdict and table.
 
     Raises:
         ValueError: wrong usage, or whatever is wrong with models and data.
@@ -56,29 +54,26 @@ def run_judge(given: argparse.Namespace) -> None:
         raise ValueError(
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )
-    _start(benchmarks)
-    tuned, controls = list(arms)[1 : 1 + len(given.tuned)], list(arms)[1 + len(given.tuned) :]
-    trial = Judging(arms, tuned, benchmarks, primary, settings, best=given.layers == "all")
-    trials = [trial.dosed(arm, controls if arm == tuned[0] else ()) for arm in tuned]
-    results, last = trial.scores()
-    distributed.close()
+    judging = Judging(arms, len(given.tuned), benchmarks, primary, settings, best=given.layers == "all")
+    results, last = judging.scores()
     if not distributed.is_main():
         return
-    base, members = next(iter(arms)), {arm: [one.label for one in models] for arm, models in trial.arms.items()}
-    rows = rows_of(results, members, trials, primary, last if trial.best else None)
-    verdicts = judged(rows, trials, primary, base, trial.best)
+    base, members = judging.arms[0].name, {arm.name: [one.label for one in arm.models] for arm in judging.arms}
+    rows = rows_of(results, members, judging.trials, primary, last if judging.best else None)
+    verdicts = judged(rows, judging.trials, primary, base, judging.best)
+    moved = {arm.name: arm for arm in judging.arms if arm.dose is not None}
     record: dict[str, Any] = {
         "format": JUDGE,
-        "models": {one.label: str(one) for models in trial.arms.values() for one in models},
+        "models": {one.label: str(one) for arm in judging.arms for one in arm.models},
         "arms": members,
-        "trials": [asdict(one) for one in trials],
+        "trials": [asdict(one) for one in judging.trials],
         "primary": primary,
         "protocol": protocol.name,
-        "best": trial.best,
-        "layers": trial.layers,
-        "doses": trial.doses,
-        "scales": {arm: sum(one.scale for one in of) / len(of) for arm, of in trial.arms.items() if arm in trial.doses},
-        "notes": trial.notes,
+        "best": judging.best,
+        "layers": judging.layers,
+        "doses": {name: arm.dose for name, arm in moved.items()},
+        "scales": {name: fmean(one.scale for one in arm.models) for name, arm in moved.items()},
+        "notes": judging.notes,
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "settings": {key: redacted(value) for key, value in vars(given).items()},
@@ -89,18 +84,23 @@ def run_judge(given: argparse.Namespace) -> None:
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(given.out / JUDGED, lambda file: file.write(content))
-    sheets = _sheets(benchmarks, {arm: results[members[arm][0]] for arm in (base, *tuned)})
+    shown = (base, *(trial.arm for trial in judging.trials))
+    sheets = [
+        one.sheet({arm: results[members[arm][0]][one.names[0]] for arm in shown}, _SHOWN)
+        for one in benchmarks
+        if one.sheet
+    ]
     page = judge_page(orjson.loads(content), sheets)
     write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
-    doses = [(arm, f"{dose:.3f}", f"A = {record['scales'][arm]:.3g}") for arm, dose in trial.doses.items()]
-    read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in trial.layers.items()]
+    read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in judging.layers.items()]
+    doses = [(name, f"{dose:.3f}", f"A = {record['scales'][name]:.3g}") for name, dose in record["doses"].items()]
     parts = [
         Section("verdict", [(one.arm, one.word, " ".join(one.sentences)) for one in verdicts]),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", read),
         section(rows, list(members), primary),
         Section("feature shift: |f - f0| / |f0 - mean of f0|", doses),
-        Section("notes", [(note,) for note in trial.notes]),
+        Section("notes", [(note,) for note in judging.notes]),
         Section("written", [(str(given.out / PAGE),)]),
     ]
     print_plan("visft judge", [part for part in parts if part.rows])
@@ -110,6 +110,8 @@ def _settings(given: argparse.Namespace) -> Settings:
     """Settings by the flags. Raises ValueError for numbers out of range and packages that are not installed."""
     check_extra("visft judge", "eval", EVAL)
     check_least(given, batch_size=1, threads=0)
+    if distributed.world_size() != distributed.processes_here():
+        raise ValueError("several machines: visft judge shares its work among the processes of one")
     device = distributed.local_device() if given.device == "auto" else torch.device(given.device)
     precision, _ = choose_precision(given.precision, device)
     use_numerics(device, tf32=precision != "fp32")
@@ -127,33 +129,3 @@ def _check_folder(out: Path, primary: str) -> None:
             named = orjson.loads(read_bytes(out / JUDGED))["primary"]
         if named != primary:
             raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
-
-
-def _start(benchmarks: Sequence[Benchmark]) -> None:
-    """Join the other processes, which must see the same data."""
-    if distributed.world_size() == 1:
-        return
-    from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-    start_process_group()
-    distributed.assert_same_on_all_ranks(
-        {
-            f"{benchmark.label}, {name}": f"{images.fingerprint[:12]} ({len(images)} images)"
-            for benchmark in benchmarks
-            for name, images in benchmark.sets.items()
-        }
-    )
-
-
-def _sheets(benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]]) -> list[Picture]:
-    """A sheet for each segmentation, by its first number that is a map."""
-    found = []
-    for benchmark in benchmarks:
-        for number in benchmark.numbers if benchmark.sheet else ():
-            seen = {arm: of[name] for arm, of in results.items() if (name := f"{benchmark.label} {number}") in of}
-            if seen and all(one.maps is not None for one in seen.values()):
-                assert benchmark.sheet is not None
-                sheet = benchmark.sheet(seen, _SHOWN)
-                found += [] if sheet is None else [sheet]
-                break
-    return found

@@ -28,32 +28,27 @@ class Dosimeter:
     """Measures how far models move the features of BASE after a block, on the first training images of a data set."""
 
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
-        self._block, self._settings, self._blocks = block, settings, benchmark.held_out is not None
-        encoder = load_encoder(base, settings.precision, blocks=self._blocks)
+        self._block, self._settings = block, settings
+        encoder = load_encoder(base, settings.precision)
         images = benchmark.sets.get("train") or next(iter(benchmark.sets.values()))
-        count = min(MOST, len(images))
-        batches = [
-            range(start, min(start + settings.batch_size, count)) for start in range(0, count, settings.batch_size)
-        ]
-        self._images = list(pictures(encoder, images, batches, settings.threads))
+        self._images = list(pictures(encoder, images, settings, MOST))
         kinds = [kind for kind in _KINDS if kind in encoder.kinds]
         self._kind = next((kind for kind in kinds if kind in benchmark.kinds), kinds[0])
         self._base = self._features(encoder)
 
-    def dose(self, encoder: Encoder) -> float:
+    def measure(self, spec: ModelSpec, wanted: float | None) -> tuple[float, float]:
+        """(A, dose) of a model; of its mixture with BASE that has the wanted dose. Raises ValueError if none has."""
+        precision = self._settings.precision
+        if wanted is None:
+            return spec.scale, self._dose(load_encoder(spec, precision))
+        mixture = Mixture(spec, precision)
+        return scale_for(lambda scale: self._dose(mixture.at(scale)), wanted, spec.label)
+
+    def _dose(self, encoder: Encoder) -> float:
         """|f - f0| / |f0 - mean of f0|, the mean of each channel."""
         mean = self._base.mean(dim=[axis for axis in range(self._base.ndim) if axis != 1], keepdim=True)
         change = self._features(encoder) - self._base
         return float(change.norm() / (self._base - mean).norm().clamp(min=1e-12))
-
-    def of(self, spec: ModelSpec) -> float:
-        """The dose of a model."""
-        return self.dose(load_encoder(spec, self._settings.precision, blocks=self._blocks))
-
-    def scale_of(self, spec: ModelSpec, wanted: float) -> tuple[float, float]:
-        """(A, dose), at which a mixture of BASE and a model has the wanted dose. Raises ValueError if none has."""
-        mixture = Mixture(spec, self._settings.precision, blocks=self._blocks)
-        return scale_for(lambda scale: self.dose(mixture.at(scale)), wanted, spec.label)
 
     def _features(self, encoder: Encoder) -> Tensor:
         encoder.module.to(self._settings.device)

@@ -1,4 +1,4 @@
-"""Image encoders for evaluation: what an image becomes in a model of ours, of open_clip or of timm.
+"""Image encoders for evaluation: what an image becomes in a backbone of ours or of timm, or in a model of open_clip.
 
 Every encoder is a module `(images, kinds) -> {kind: tensor}` that computes all kinds in one forward:
 
@@ -23,8 +23,8 @@ from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge.text import TextTower
 from visft_ds.files import reading
+from visft_ds.models import Backbone
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.timm_backbone import TimmBackbone, classifier_names
 
 KINDS = ("pooled", "clip", "patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
@@ -47,115 +47,64 @@ class Encoder:
     text: TextTower | None
 
 
-class EvaEncoder(nn.Module):
-    """A tower of ours, with the CLIP projection (of the normed class token) of its file if it has one; `pooled` is the
-    class token, or the mean of the patches of a tower without.
+class BackboneEncoder(nn.Module):
+    """A backbone of ours or of timm; `pooled` is its class token, or the mean of the map where there is none.
+
+    `clip` is the projection of the class token into the space of texts, of a tower that ends where its file does.
     """
 
-    def __init__(self, backbone: EvaViT, projection: nn.Linear | None) -> None:
+    def __init__(self, backbone: Backbone, projection: nn.Linear | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = None if backbone.cls_token is None else projection
-        self.kinds = KINDS if self.head is not None else KINDS_WITHOUT_TEXT
+        self.backbone: Any = backbone
+        self.gives_tokens = isinstance(backbone, EvaViT) or backbone.patch is not None
+        self.has_class_token = self.gives_tokens and getattr(backbone, "cls_token", None) is not None
+        self.head = projection if self.has_class_token else None
+        self.kinds = KINDS_WITHOUT_TEXT if self.head is None else KINDS
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
-        return self._of_tokens(self.backbone.tokens(images)[-1], images, kinds)
+        found = self.backbone(images, prefixes=True)
+        patches = [one for one in found if one.ndim == 4][-1]
+        return self._features(patches, found[-1], images, kinds)
 
     def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """The same where a block of the backbone gives `given` and is the last."""
-        return self._of_tokens(self.backbone.norm(given), images, kinds)
+        tokens = self.backbone.norm(given) if self.gives_tokens else given
+        return self._features(self.backbone.feature_map(tokens, images.shape[-2:]), tokens, images, kinds)
 
-    def _of_tokens(self, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        first = 0 if self.backbone.cls_token is None else 1
-        found: dict[str, Tensor] = {}
-        if "pooled" in kinds:
-            found["pooled"] = tokens[:, 0] if first else tokens[:, first:].float().mean(dim=1)
-        if "clip" in kinds:
-            assert self.head is not None
+    def _features(self, patches: Tensor, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        if not self.gives_tokens and patches.shape[-1] * COARSE > images.shape[-1]:
+            height, width = (-(-side // COARSE) for side in images.shape[-2:])
+            patches = F.adaptive_avg_pool2d(patches, (height, width))
+        found = {"pooled": tokens[:, 0] if self.has_class_token else patches.float().mean(dim=(2, 3))}
+        if self.head is not None and "clip" in kinds:
             found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
-        if "patches" in kinds:
-            found["patches"] = self.backbone.feature_map(tokens, images.shape[-2:])
-        return found
-
-
-class FeatureMapEncoder(nn.Module):
-    """A backbone that gives a feature map and nothing else; `pooled` is its mean."""
-
-    kinds = KINDS_WITHOUT_TEXT
-
-    def __init__(self, backbone: TimmBackbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Features of images (B, 3, H, W)."""
-        patches: Tensor = self.backbone(images)[-1]
-        return self._of_map(self._coarse(patches, images) if self.backbone.layers_read else patches, kinds)
-
-    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        """The same where a block of the backbone gives `given` and is the last."""
-        return self._of_map(self._coarse(self.backbone.map_of(given, images), images), kinds)
-
-    def _coarse(self, patches: Tensor, images: Tensor) -> Tensor:
-        """A map of an early stage of a convolutional network, averaged to a cell for COARSE pixels."""
-        if self.backbone.patch is not None or patches.shape[-1] * COARSE <= images.shape[-1]:
-            return patches
-        height, width = (-(-side // COARSE) for side in images.shape[-2:])
-        return F.adaptive_avg_pool2d(patches, (height, width))
-
-    def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        found = {"pooled": patches.float().mean(dim=(2, 3)), "patches": patches}
-        return {kind: value for kind, value in found.items() if kind in kinds}
+        found["patches"] = patches
+        return {kind: found[kind] for kind in kinds}
 
 
 class _OpenClipEncoder(nn.Module):
     """The image side of an open_clip model; `pooled` is what comes before the last projection if timm gives it."""
 
+    kinds = KINDS
+
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
-        self.visual = visual
-        self.kinds = KINDS
+        self.visual: Any = visual
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        trunk: Any = getattr(self.visual, "trunk", None)
-        if trunk is not None:  # one forward for all
-            tokens = trunk.forward_features(images)
-            found["pooled"] = trunk.forward_head(tokens, pre_logits=True)
-            found["clip"] = F.normalize(self.visual.head(trunk.forward_head(tokens)).float(), dim=-1)  # type: ignore[operator]
-            found["patches"] = _patches(trunk, tokens, images)
-            return {kind: found[kind] for kind in kinds}
-        if "patches" in kinds:
-            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
-            found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
+        """Features of images (B, 3, H, W)."""
+        trunk = getattr(self.visual, "trunk", None)
+        if trunk is None:
+            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+            (patches,), embedding = outputs["image_intermediates"], outputs["image_features"]
+            pooled = embedding
         else:
-            embedding = self.visual(images)
-        found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)
+            tokens, (patches,) = trunk.forward_intermediates(images, indices=1, norm=True)
+            embedding = self.visual.head(trunk.forward_head(tokens))
+            pooled = trunk.forward_head(tokens, pre_logits=True)
+        found = {"pooled": pooled, "clip": F.normalize(embedding.float(), dim=-1), "patches": patches}
         return {kind: found[kind] for kind in kinds}
-
-
-class _TimmEncoder(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
-        tokens = self.model.forward_features(images)
-        found: dict[str, Tensor] = {}
-        if "pooled" in kinds:
-            found["pooled"] = self.model.forward_head(tokens, pre_logits=True)
-        if "patches" in kinds:
-            found["patches"] = _patches(self.model, tokens, images)
-        return found
-
-
-def _patches(model: Any, tokens: Tensor, images: Tensor) -> Tensor:
-    """The feature map out of what timm's `forward_features` returns."""
-    if tokens.ndim == 4:
-        return tokens.permute(0, 3, 1, 2) if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else tokens
-    height, width = (images.shape[axis + 2] // model.patch_embed.patch_size[axis] for axis in (0, 1))
-    return tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
 def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
@@ -174,12 +123,12 @@ def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) ->
     )
 
 
-def open_clip_encoder(name: str, weights: str | None) -> Encoder:
+def open_clip_encoder(name: str, weights: str) -> Encoder:
     """A model of open_clip with its text side.
 
     Args:
         name: of a built-in architecture, `hf-hub:...` or `local-dir:...`.
-        weights: tag or file; None if the name brings them along.
+        weights: tag or file; empty if the name brings them along.
 
     Raises:
         ValueError: an unknown name or tag, no weights named, or a configuration that asks for code to be run.
@@ -188,11 +137,11 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     brings = name.startswith(("hf-hub:", "local-dir:"))
-    if not brings and (weights is None or name not in open_clip.list_models()):
+    if not brings and (not weights or name not in open_clip.list_models()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of that name"
         raise ValueError(f"open_clip:{name}: give open_clip:NAME:TAG or open_clip:NAME:FILE; tags: {tags}")
     with reading(f"open_clip:{name}", "a model of open_clip"):
-        model = open_clip.create_model(name, pretrained=weights, load_weights=True).requires_grad_(False).eval()
+        model = open_clip.create_model(name, pretrained=weights or None, load_weights=True).requires_grad_(False).eval()
         # Code of a repository is not run, and nobody is asked.
         foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
         tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
@@ -205,44 +154,4 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
         (config["mean"], config["std"]),
         size if isinstance(size, int) else int(size[0]),
         TextTower(model, tokenizer, model.encode_text),
-    )
-
-
-def timm_encoder(name: str, weights: str | None) -> Encoder:
-    """A model of timm, without text side.
-
-    Args:
-        name: of the model, with or without tag, `hf-hub:...` or `local-dir:...`.
-        weights: file; None: timm's own, which may be downloaded.
-
-    Raises:
-        ValueError: an unknown name, or a file that is not there or of another model.
-    """
-    import timm
-
-    brings = name.startswith(("hf-hub:", "local-dir:"))
-    if not brings and not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; python -c 'import timm; print(timm.list_models(\"*vit*\"))'")
-    with reading(weights or f"timm:{name}", f"weights of timm's {name}"):
-        options = {"pretrained": weights is None, "num_classes": 0}
-        try:
-            model = timm.create_model(name, **options, dynamic_img_size=True)
-        except TypeError:  # convolutional networks take any size
-            model = timm.create_model(name, **options)
-        if weights is not None:
-            values = timm.models.load_state_dict(weights, weights_only=True)  # older versions would run code of pickles
-            classifiers = classifier_names(model.pretrained_cfg.get("classifier"))
-            heads = tuple(f"{one.partition('.')[0]}." for one in classifiers)
-            own = model.state_dict().keys()
-            model.load_state_dict(
-                {name: one for name, one in values.items() if name in own or not name.startswith(heads)}
-            )
-    config = timm.data.resolve_model_data_config(model)
-    return Encoder(
-        _TimmEncoder(model).requires_grad_(False).eval(),
-        KINDS_WITHOUT_TEXT,
-        timm.data.create_transform(**config, is_training=False),
-        (config["mean"], config["std"]),
-        int(config["input_size"][-1]),
-        None,
     )

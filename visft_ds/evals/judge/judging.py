@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,24 +18,44 @@ import torch
 from visft_ds.evals.judge.dose import Dosimeter
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.kept import load_classifier
-from visft_ds.evals.judge.layers import END, blocks_of, chosen, levels_of, read_after
+from visft_ds.evals.judge.layers import blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Score
-from visft_ds.evals.judge.scoring import Settings, forward, remembered, score
-from visft_ds.evals.judge.table import Trial
+from visft_ds.evals.judge.scoring import Settings, forward, remembered, score, shared
+from visft_ds.evals.judge.table import Results, Trial
 
 CROPS = 640_000  #: that a published head learns from
 SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
-Results = dict[str, dict[str, Score]]  #: model -> name -> score
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Models of one recipe, and the blocks that they are read after."""
+
+    name: str
+    models: Sequence[ModelSpec]
+    alike: bool  #: of BASE's architecture
+    blocks: Mapping[str, int]  #: of which it is read after the best or the last; bytes of an image's map
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  #: number -> its block, and numbers of all
+    dose: float | None = None  #: how far it moved BASE's features
+
+    def block(self, number: str) -> str:
+        """The block that it is read after for a number."""
+        return str(self.layers[number]["chosen"]) if number in self.layers else self.last
+
+    @property
+    def last(self) -> str:
+        """The last block."""
+        return list(self.blocks)[-1]
 
 
 class Judging:
-    """Arms of a comparison, where they are read, how far they moved features, and their scores. All collective."""
+    """Arms of a comparison and their scores."""
 
     def __init__(
         self,
-        arms: Mapping[str, Sequence[ModelSpec]],
-        tuned: Sequence[str],
+        given: Mapping[str, Sequence[ModelSpec]],
+        tuned: int,
         benchmarks: Sequence[Benchmark],
         primary: str,
         settings: Settings,
@@ -43,204 +64,178 @@ class Judging:
     ) -> None:
         """
         Args:
-            arms: BASE, the tuned ones, controls.
-            best: models are read at their best blocks; otherwise at the end.
+            given: BASE, so many tuned arms, controls.
+            best: models are read at their best blocks; otherwise at the last.
 
         Raises:
-            ValueError: controls of another architecture, and what is wrong with models and data.
+            ValueError: controls of another architecture, a dose that no mixture reaches, and what is wrong with models
+                and data.
         """
-        self.base = next(iter(arms))
-        (self.origin,) = arms[self.base]
-        self.given, self.benchmarks, self.primary, self.settings, self.best = arms, benchmarks, primary, settings, best
-        self.arms: dict[str, Sequence[ModelSpec]] = {self.base: arms[self.base]}  #: in the order of the table
-        self.doses: dict[str, float] = {}
-        self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
+        self.benchmarks, self.primary, self.settings, self.best = benchmarks, primary, settings, best
+        self._loaded: tuple[ModelSpec, Encoder] | None = None
+        self._meters: dict[str, Dosimeter] = {}
+        (self.origin,) = next(iter(given.values()))
+        (self._deciding,) = (one for one in benchmarks if primary in one.names)
         self.notes: list[str] = []
-        self._of = {arm: arm for arm in (self.base, *tuned)}  # arm -> the one whose blocks it is read after
-        self._loaded: tuple[Any, Encoder] | None = None
-        self._meter: tuple[str, Dosimeter] | None = None
-        self._answers: dict[str, list[Score]] = {}
-        self._pairs = {arm: [self._pair(one) for one in arms[arm]] for arm in tuned}
-        for arm in [name for name in arms if name not in self._of]:
-            if not all(pair["alike"] for pair in [*self._pairs[tuned[0]], *map(self._pair, arms[arm])]):
-                raise ValueError(f"--control {arm}: it, {tuned[0]} and {self.base} are not of one architecture")
-        self._place()
+        self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
+        arms = [self._arm(name, models) for name, models in given.items()]
+        controls = arms[1 + tuned :]
+        if controls and not all(arm.alike for arm in [arms[1], *controls]):
+            raise ValueError(f"--control: {', '.join(arm.name for arm in arms)} are not of one architecture")
+        self.compared = [self._up_to(arms[0], arms[1 : 1 + tuned]), *arms[1 : 1 + tuned]]
+        if best:
+            self._choose_layers()
+        self.arms, self.trials = [self.compared[0]], list[Trial]()
+        for arm in self.compared[1:]:
+            self._add(arm, controls if arm is arms[1] else [])
 
-    # ---------------------------------------------------------------------------------------------------------- blocks
+    def _arm(self, name: str, models: Sequence[ModelSpec]) -> Arm:
+        def facts(spec: ModelSpec) -> tuple[bool, dict[str, int]]:
+            own = self._load(spec)
+            base = own if spec is self.origin else load_encoder(self.origin, self.settings.precision)
+            return alike(weights_of(own), weights_of(base)), blocks_of(own, self.settings)
 
-    def _pair(self, spec: ModelSpec) -> dict[str, Any]:
-        """Say whether a model is of BASE's architecture, and list the blocks of both."""
+        known = [
+            remembered({"facts": [one.identity, self.origin.identity]}, self.settings, partial(facts, one))
+            for one in models
+        ]
+        return Arm(name, models, all(same for same, _ in known), known[0][1])
 
-        def make() -> dict[str, Any]:
-            own, base = (load_encoder(one, self.settings.precision, blocks=True) for one in (spec, self.origin))
-            return {
-                "alike": alike(weights_of(own), weights_of(base)),
-                "own": blocks_of(own, self.settings),
-                "base": blocks_of(base, self.settings),
-            }
+    def _up_to(self, base: Arm, tuned: Sequence[Arm]) -> Arm:
+        """BASE without the blocks behind the last one of a tuned model."""
+        for arm in tuned:
+            own, all_of_base = list(arm.blocks), list(base.blocks)
+            if arm.alike and own == all_of_base[: len(own)] != all_of_base:
+                base = replace(base, blocks={name: base.blocks[name] for name in own})
+                self.notes.append(f"{arm.name} ends after {arm.last}: {base.name} is compared up to there.")
+        return base
 
-        return remembered({"pair": [spec.identity, self.origin.identity]}, self.settings, make)
-
-    def _place(self) -> None:
-        """Choose the block after which each arm is read, for every number."""
-        base = dict(next(iter(self._pairs.values()))[0]["base"])
-        self._ends = {self.base: list(base)[-1]}
-        for arm, pairs in self._pairs.items():
-            own = pairs[0]["own"]
-            if pairs[0]["alike"] and list(own) == list(base)[: len(own)] != list(base):
-                base = {name: base[name] for name in own}
-                self.notes.append(f"{arm} ends after {list(base)[-1]}: {self.base} is compared up to there.")
-            self._ends[arm] = list(own)[-1]
-        sizes = self._sizes = {self.base: base, **{arm: pairs[0]["own"] for arm, pairs in self._pairs.items()}}
-        if not self.best:
-            return
+    def _choose_layers(self) -> None:
+        """Choose the block after which each arm is read, for every number of a data set with training images."""
+        asked = [arm for arm in self.compared if len(arm.blocks) > 1 and arm.models[0].block is None]
         ranked: dict[str, list[str]] = {}
-        for benchmark in (one for one in self.benchmarks if one.held_out):
-            for arm in sizes:
-                if len(sizes[arm]) == 1 or self.given[arm][0].block is not None:
-                    continue
-                levels = [self._levels(one, benchmark, sizes[arm], ranked.get(arm, ())) for one in self.given[arm]]
-                of = chosen(levels, benchmark)
-                held = next(iter(of.values()))["held_out"]
-                ranked.setdefault(arm, sorted(held, key=lambda name: -held[name]))
-                for number, choice in of.items():
-                    self.layers.setdefault(f"{benchmark.label} {number}", {})[arm] = choice
+        for benchmark in [one for one in self.benchmarks if one.held_out]:
+            calls = [
+                partial(self._levels, spec, benchmark, arm.blocks, ranked.get(arm.name, ()))
+                for arm in asked
+                for spec in arm.models
+            ]
+            levels = iter(shared(calls))
+            for arm in asked:
+                choices = chosen([next(levels) for _ in arm.models], benchmark)
+                for name, choice in choices.items():
+                    arm.layers[name] = self.layers.setdefault(name, {})[arm.name] = choice
+                held = next(iter(choices.values()))["held_out"]
+                ranked.setdefault(arm.name, sorted(held, key=lambda name: -held[name]))
 
     def _levels(
-        self, spec: ModelSpec, benchmark: Benchmark, sizes: Mapping[str, int], ranked: Sequence[str]
+        self, spec: ModelSpec, benchmark: Benchmark, blocks: Mapping[str, int], ranked: Sequence[str], own: bool
     ) -> dict[str, dict[str, float]]:
-        what = {"levels": spec.identity, "blocks": list(sizes), "ranked": list(ranked)}
+        what = {"levels": spec.identity, "blocks": list(blocks), "ranked": list(ranked)}
         what |= {"images": benchmark.sets["train"].fingerprint, "benchmark": benchmark.settings}
-        said = f"{spec.label}, all blocks: {benchmark.label}"
 
         def make() -> dict[str, dict[str, float]]:
-            return levels_of(self._load(spec, blocks=True), benchmark, sizes, ranked, self.settings, said)
+            said = f"{spec.label}, all blocks: {benchmark.label}"
+            return levels_of(self._load(spec), benchmark, blocks, ranked, self.settings, said)
 
-        return remembered(what, self.settings, make)
-
-    def _name(self, arm: str, number: str) -> str:
-        """The block that an arm is read after for a number."""
-        of = self._of[arm]
-        return str(self.layers.get(number, {}).get(of, {}).get("chosen", list(self._sizes[of])[-1]))
-
-    def _block(self, arm: str, number: str) -> str:
-        """The same, END where that is all of the model."""
-        name, of = self._name(arm, number), self._of[arm]
-        is_read = any(one.held_out and number.startswith(f"{one.label} ") for one in self.benchmarks)
-        return END if not is_read or name == self._ends[of] else name
+        return remembered(what, self.settings, make, own)
 
     # ----------------------------------------------------------------------------------------------------------- doses
 
-    def dosed(self, arm: str, controls: Sequence[str]) -> Trial:
-        """Add a tuned arm and those that it is judged by, brought to its dose.
+    def _add(self, arm: Arm, controls: Sequence[Arm]) -> None:
+        """Add a tuned arm and those that it is judged by, brought to its dose."""
+        if not arm.alike:
+            self.arms.append(arm)
+            self.trials.append(Trial(arm.name))
+            return
+        doses = [self._measured(arm, one)[1] for one in arm.models]
+        dose, of = fmean(doses), "" if len(self.compared) == 2 else f" of {arm.name}"
+        self.arms.append(replace(arm, dose=dose))
+        beside = {one.name: one.models for one in controls}
+        if moved := self.best and dose > 0:
+            beside = {f"{NOISE}{of}": [replace(one, noise=seed) for seed, one in enumerate(arm.models)], **beside}
+        found = {
+            name: [self._measured(arm, models[seed % len(models)], wanted) for seed, wanted in enumerate(doses)]
+            for name, models in beside.items()
+        }
+        if moved:
+            found[f"{HALF}{of}"] = [self._measured(arm, replace(one, scale=one.scale / 2)) for one in arm.models]
+        for name, pairs in found.items():
+            labels = [name] if len(pairs) == 1 else [f"{name} {number}" for number in range(1, len(pairs) + 1)]
+            models = [replace(spec, label=label) for (spec, _), label in zip(pairs, labels, strict=True)]
+            self.arms.append(replace(arm, name=name, models=models, dose=fmean(dose for _, dose in pairs)))
+        self.trials.append(Trial(arm.name, tuple(beside), f"{HALF}{of}" if moved else None, dose))
 
-        Raises:
-            ValueError: a dose that no mixture reaches.
-        """
-        self.arms[arm] = tuned = self.given[arm]
-        if not all(pair["alike"] for pair in self._pairs[arm]):
-            return Trial(arm)
-        doses = [self._measured(arm, one)[1] for one in tuned]
-        self.doses[arm] = sum(doses) / len(doses)
-        of = "" if len(self._pairs) == 1 else f" of {arm}"
-        themselves = self.best and self.doses[arm] > 0
-        beside = (
-            {f"{NOISE}{of}": [replace(one, noise=number) for number, one in enumerate(tuned)]} if themselves else {}
-        )
-        beside |= {name: list(self.given[name]) for name in controls}
-        for name, models in beside.items():
-            pairs = [(models[number % len(models)], wanted) for number, wanted in enumerate(doses)]
-            self._add(name, arm, [(one, self._measured(arm, one, wanted)) for one, wanted in pairs])
-        half = f"{HALF}{of}" if themselves else None
-        if half is not None:
-            self._add(half, arm, [(one, self._measured(arm, replace(one, scale=one.scale / 2))) for one in tuned])
-        return Trial(arm, tuple(beside), half, self.doses[arm])
-
-    def _add(self, name: str, arm: str, models: Sequence[tuple[ModelSpec, tuple[float, float]]]) -> None:
-        """Add an arm of mixtures, each with (A, its dose), that is read where another arm is."""
-        labels = [name] if len(models) == 1 else [f"{name} {number + 1}" for number in range(len(models))]
-        pairs = zip(models, labels, strict=True)
-        self.arms[name] = [replace(one, label=label, scale=scale) for (one, (scale, _)), label in pairs]
-        self.doses[name] = sum(dose for _, (_, dose) in models) / len(models)
-        self._of[name] = arm
-
-    def _measured(self, arm: str, spec: ModelSpec, wanted: float | None = None) -> tuple[float, float]:
-        """(A, dose) of a model where an arm is read, or the A that gives the wanted dose."""
-        benchmark = self._deciding
-        block = self._name(arm, self.primary) if benchmark.held_out else END
+    def _measured(self, arm: Arm, spec: ModelSpec, wanted: float | None = None) -> tuple[ModelSpec, float]:
+        """A model and its dose where an arm is read; with the wanted dose, if one is given."""
+        benchmark, block = self._deciding, arm.block(self.primary)
         images = {name: images.fingerprint for name, images in benchmark.sets.items()}
-        what = {"dose": spec.identity, "wanted": wanted, "base": self.origin.identity, "block": block}
+        what = {"dose": spec.identity, "wanted": wanted, "base": self.origin.identity, "block": block, "images": images}
 
         def make() -> tuple[float, float]:
-            if self._meter is None or self._meter[0] != block:
-                self._meter = block, Dosimeter(self.origin, block, benchmark, self.settings)
-            meter = self._meter[1]
-            return (spec.scale, meter.of(spec)) if wanted is None else meter.scale_of(spec, wanted)
+            if block not in self._meters:
+                self._meters = {block: Dosimeter(self.origin, block, benchmark, self.settings)}
+            return self._meters[block].measure(spec, wanted)
 
-        scale, dose = remembered({**what, "kinds": list(benchmark.kinds), "images": images}, self.settings, make)
-        return scale, dose
-
-    @cached_property
-    def _deciding(self) -> Benchmark:
-        """The data set of the primary number."""
-        (found,) = (one for one in self.benchmarks if self.primary in [f"{one.label} {name}" for name in one.numbers])
-        return found
+        scale, dose = remembered({**what, "kinds": list(benchmark.kinds)}, self.settings, make)
+        return replace(spec, scale=scale), dose
 
     # ---------------------------------------------------------------------------------------------------------- scores
 
     def scores(self) -> tuple[Results, Results]:
-        """(scores of all models, the primary one of BASE and tuned models at their ends), on the main process."""
-        results: Results = {}
-        last: Results = {}
-        for arm, models in self.arms.items():
-            for spec in models:
-                found = results[spec.label] = {}
-                for benchmark in self.benchmarks:
-                    numbers: dict[str, list[str]] = {}
-                    for number in benchmark.numbers:
-                        numbers.setdefault(self._block(arm, f"{benchmark.label} {number}"), []).append(number)
-                    for block, wanted in numbers.items():
-                        found |= self._scores(spec, block, benchmark, wanted)
-                if self._of[arm] != arm:
-                    continue
-                last_name = list(self._sizes[arm])[-1]
-                block, end = self._block(arm, self.primary), END if last_name == self._ends[arm] else last_name
-                number = self.primary.removeprefix(f"{self._deciding.label} ")
-                at_end = found if block == end else self._scores(spec, end, self._deciding, [number])
-                last[spec.label] = {name: at_end[name] for name in at_end if name == self.primary}
-        return results, last
+        """(scores of all models, the primary one of BASE and tuned models at their last blocks)."""
+        asked: list[tuple[ModelSpec, str, Benchmark, Sequence[str]]] = []
+        for arm in self.arms:
+            for benchmark in self.benchmarks:
+                numbers: dict[str, list[str]] = {}
+                for number, name in zip(benchmark.numbers, benchmark.names, strict=True):
+                    numbers.setdefault(arm.block(name), []).append(number)
+                asked += [(spec, block, benchmark, wanted) for spec in arm.models for block, wanted in numbers.items()]
+        number = self.primary.removeprefix(f"{self._deciding.label} ")
+        ends = [
+            (spec, arm.last, self._deciding, [number])
+            for arm in self.compared
+            if arm.block(self.primary) != arm.last
+            for spec in arm.models
+        ]
+        found = shared([partial(self._scores, *one) for one in [*asked, *ends]])
+        results: dict[str, dict[str, Score]] = {}
+        for (spec, *_), scores in zip(asked, found, strict=False):
+            results.setdefault(spec.label, {}).update(scores)
+        for (name,) in [one.names for one in self.benchmarks if one.answers]:  # whose values are the answers themselves
+            first = results[self.origin.label][name].values
+            for of in results.values():
+                of[name] = replace(of[name], values=(of[name].values == first).astype(float))
+        last = {spec.label: results[spec.label] for arm in self.compared for spec in arm.models}
+        last |= {spec.label: scores for (spec, *_), scores in zip(ends, found[len(asked) :], strict=True)}
+        return results, {label: {self.primary: of[self.primary]} for label, of in last.items() if self.primary in of}
 
-    def _scores(self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str]) -> dict[str, Score]:
-        key: dict[str, Any]
-        if benchmark.answers:
-            key = {"of": spec.identity, "classifier": self.origin.identity}
-            model = partial(load_classifier, spec, self.origin)
-        else:
-            key, model = {"of": spec.identity, "block": block}, partial(self._read_after, spec, block, benchmark)
-        scores = score(model, key, benchmark, wanted, self.settings, spec.label)
-        if benchmark.answers:  # scores are the answers themselves
-            said = self._answers.setdefault(benchmark.label, scores)
-            pairs = zip(scores, said, strict=True)
-            scores = [replace(one, values=(one.values == of.values).astype(float)) for one, of in pairs]
+    def _scores(
+        self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str], own: bool
+    ) -> dict[str, Score]:
+        def read() -> Encoder:
+            if benchmark.answers:
+                return load_classifier(spec, self.origin)
+            encoder = self._load(spec)
+            if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
+                encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
+            return read_after(encoder, block)
+
+        key = {"of": spec.identity, **({"classifier": self.origin.identity} if benchmark.answers else {"block": block})}
+        scores = score(read, key, benchmark, wanted, self.settings, spec.label, own)
         return {f"{benchmark.label} {one.name}": one for one in scores}
 
-    def _read_after(self, spec: ModelSpec, block: str, benchmark: Benchmark) -> Encoder:
-        encoder = self._load(spec, blocks=block != END or benchmark.published is not None)
-        if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
-            encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
-        return read_after(encoder, block)
-
-    def _load(self, spec: ModelSpec, *, blocks: bool) -> Encoder:
+    def _load(self, spec: ModelSpec) -> Encoder:
         """A model; the last one stays in memory."""
-        if self._loaded is None or self._loaded[0] != (spec, blocks):
+        if self._loaded is None or self._loaded[0] != spec:
             self._loaded = None
-            self._loaded = (spec, blocks), load_encoder(spec, self.settings.precision, blocks=blocks)
+            self._loaded = spec, load_encoder(spec, self.settings.precision)
         return self._loaded[1]
 
 
 def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
     """Hours that so many heads of published protocols take, by the time of one image."""
-    encoder = load_encoder(spec, settings.precision, blocks=True)
+    encoder = load_encoder(spec, settings.precision)
     began = time.perf_counter()
     forward(encoder, torch.zeros(1, 3, encoder.side, encoder.side), ("patches",), settings)
     return (time.perf_counter() - began) * (SIDE / encoder.side) ** 2 * CROPS * heads / 3600

@@ -6,7 +6,7 @@ behind a tower that ends early stays as it was. Images are prepared as timm does
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from visft_ds.evals.judge.images import SUFFIXES, from_files, image_files
 from visft_ds.evals.judge.models import ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
 from visft_ds.files import reading
-from visft_ds.interop.layouts import model_in, open_model
-from visft_ds.models.timm_backbone import build_model, classifier_names
+from visft_ds.interop.layouts import built, model_in, open_model
 from visft_ds.pretrained import TIMM
 
 KIND = "answers"  #: (images,), the number of the class that a classifier says
@@ -69,54 +68,29 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     """
     import timm
 
-    name, side, weights = _source(base)
-    configured = timm.get_pretrained_cfg(name)
-    classifiers = classifier_names(configured.classifier if configured else None)
-    values = _tensors(name, weights)
-    classes = next((len(values[key]) for one in classifiers if (key := f"{one}.weight") in values), None)
-    if classes is None:
-        raise ValueError(f"{_ASKS} {base.label} brings none: {weights} has no classifier of timm's {name}")
-    _, _, options = build_model(name, side, "meta", 0)
-    model = timm.create_model(name, num_classes=classes, **options)
-    with reading(weights or name, f"weights of timm's {name}"):
-        model.load_state_dict(values)
+    asks = "kept= counts which answers of BASE's own classifier stay, and"
+    described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
+    if not described["preset"].startswith(TIMM):
+        raise ValueError(f"{asks} {base.label} is no model of timm")
+    file = open_model(base.name)
+    backbone: Any = built({name: one for name, one in described.items() if name != "layers"}, "meta")
+    classes = [file[name].shape[0] for one in backbone.classifier_names if (name := f"{one}.weight") in file]
+    if not classes:
+        raise ValueError(f"{asks} {base.name} has no classifier of timm's {backbone.name}")
+    model = timm.create_model(backbone.name, num_classes=classes[0], **backbone.options)
+    with reading(base.name, f"weights of timm's {backbone.name}"):
+        model.load_state_dict({name: one.read() for name, one in file.items()})
     own = weights_of(load_encoder(spec, "fp32"))
     if not alike(own, model.state_dict()):
-        raise ValueError(f"{_ASKS} {spec.label} cannot feed it: it is no {name} of timm")
+        raise ValueError(f"{asks} {spec.label} cannot feed it: it is no {backbone.name} of timm")
     model.load_state_dict({**model.state_dict(), **own})  # a tower may be cut, and has no classifier
-    config = timm.data.resolve_model_data_config(model)
-    if "img_size" in options:
-        config["input_size"] = (3, options["img_size"], options["img_size"])
+    side = backbone.image_size
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, side, side)}
     return Encoder(
         _Answers(model).requires_grad_(False).eval(),
         (KIND,),
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),
-        int(config["input_size"][-1]),
+        side,
         None,
     )
-
-
-_ASKS = "kept= counts which answers of BASE's own classifier stay. But"
-
-
-def _source(spec: ModelSpec) -> tuple[str, int | None, str | None]:
-    """(name in timm, image size where it is not the model's own, file or None for timm's own weights) of a model."""
-    if spec.library == "timm":
-        return spec.name, None, spec.weights
-    found: Mapping[str, Any] = {"preset": ""}
-    if spec.library == "visft_ds":
-        found = spec.model or model_in(open_model(spec.name))
-    if not found["preset"].startswith(TIMM):
-        raise ValueError(f"{_ASKS} {spec.label} is no model of timm")
-    return found["preset"].removeprefix(TIMM), found.get("image_size"), spec.name
-
-
-def _tensors(name: str, weights: str | None) -> dict[str, Tensor]:
-    """All tensors of a model of timm: those in a file, or timm's own."""
-    import timm
-
-    if weights is None:
-        own: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
-        return own
-    return {key: one.read() for key, one in open_model(weights).items()}

@@ -10,8 +10,9 @@ As many blocks are read in one forward as fit into MOST bytes of features.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, encode_images, forward, kinds_of
-from visft_ds.parallel import distributed
 
 #: Name of what the whole model gives, if that is not what its last block gives.
 END = "end"
@@ -69,23 +69,23 @@ class _Reader(nn.Module):
         return found
 
 
-def read_after(encoder: Encoder, block: str) -> Encoder:
-    """The encoder read after a block."""
-    return encoder if block == END else replace(encoder, module=_Reader(encoder.module, {"": block}))
+def read_after(encoder: Encoder, *blocks: str) -> Encoder:
+    """The encoder read after a block; after several, names of features begin with `BLOCK `."""
+    if blocks == (END,):
+        return encoder
+    begins = [f"{name} " for name in blocks] if len(blocks) > 1 else [""]
+    return replace(encoder, module=_Reader(encoder.module, dict(zip(begins, blocks, strict=True))))
 
 
 def blocks_of(encoder: Encoder, settings: Settings) -> dict[str, int]:
     """Bytes of an image's map after each block, in order; the end is left out if it is the last block."""
     model: Any = encoder.module
-    if not hasattr(model, "of_block"):
+    if not hasattr(model, "of_block") or not model.backbone.ends():
         return {END: 0}
     encoder.module.to(settings.device)
     image = torch.randn(1, 3, encoder.side, encoder.side, generator=torch.Generator().manual_seed(0))
-    reader = _Reader(model, {f"{name} ": name for name in (*model.backbone.ends(), END)})
-    found = {
-        name.partition(" ")[0]: value
-        for name, value in forward(replace(encoder, module=reader), image, ["patches"], settings).items()
-    }
+    reader = read_after(encoder, *model.backbone.ends(), END)
+    found = {name.partition(" ")[0]: value for name, value in forward(reader, image, ["patches"], settings).items()}
     *_, last, end = found.values()
     if last.shape == end.shape and torch.equal(last, end):
         del found[END]
@@ -100,7 +100,7 @@ def levels_of(
     settings: Settings,
     label: str,
 ) -> dict[str, dict[str, float]]:
-    """Number -> block -> the number on held-out training images, more is better; on the main process. Collective.
+    """Number -> block -> the number on held-out training images, more is better.
 
     Args:
         sizes: the blocks to choose from, and bytes of an image's map of each.
@@ -110,44 +110,36 @@ def levels_of(
     assert held_out is not None
     images, kinds = benchmark.choosing or benchmark.sets["train"], kinds_of(encoder, benchmark)
     levels: dict[str, dict[str, float]] = {number: {} for number in benchmark.numbers if number in (*DIRECT, *HEADS)}
-    direct = [number for number in levels if number in DIRECT]
-    encoder.module.to(settings.device)
 
     def read(blocks: Sequence[str], numbers: Sequence[str]) -> None:
-        for group in _groups({name: sizes[name] for name in blocks}, MOST // len(images)) if numbers else ():
-            reader = _Reader(encoder.module, {f"{name} ": name for name in group})
-            found = encode_images(replace(encoder, module=reader), images, kinds, settings, label)
-            for name in group if distributed.is_main() else ():
-                own = {kind: found.pop(f"{name} {kind}") for kind in kinds}
+        left = list(blocks) if numbers else []
+        while left:
+            group = [left.pop(0)]
+            while left and sum(sizes[name] for name in [*group, left[0]]) * len(images) <= MOST:
+                group.append(left.pop(0))
+            found = encode_images(read_after(encoder, *group), images, kinds, settings, label)
+            for name in group:
+                own = {kind: found.pop(f"{name} {kind}" if len(group) > 1 else kind) for kind in kinds}
                 for number in numbers:
                     levels[number][name] = held_out(own, number)
 
+    direct = [number for number in levels if number in DIRECT]
     read(list(sizes), direct)
     if direct:
         first = levels[direct[0]]
-        ranked = distributed.from_all_ranks(sorted(first, key=lambda name: -first[name]))[0]
+        ranked = sorted(first, key=lambda name: -first[name])
     candidates = {*[name for name in ranked if name in sizes][:CANDIDATES], list(sizes)[-1]}
     read([name for name in sizes if name in candidates], [number for number in levels if number in HEADS])
     return levels
 
 
 def chosen(levels: Sequence[Mapping[str, Mapping[str, float]]], benchmark: Benchmark) -> dict[str, dict[str, Any]]:
-    """Number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}."""
+    """Full name of a number -> {"chosen": block, "held_out": {block: mean over the seeds of an arm}}."""
     found: dict[str, dict[str, Any]] = {}
     for number in levels[0]:
         shared = [name for name in levels[0][number] if all(name in of[number] for of in levels)]
-        means = {name: sum(of[number][name] for of in levels) / len(levels) for name in shared}
+        means = {name: fmean(of[number][name] for of in levels) for name in shared}
         found[number] = {"chosen": max(means, key=lambda name: means[name]), "held_out": means}
     first = next(iter(found.values()))
-    return {number: found.get(number, first) for number in benchmark.numbers}
-
-
-def _groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Neighbouring blocks whose features of an image take at most `most` bytes together; at least one."""
-    group: list[str] = []
-    for name, size in sizes.items():
-        if group and sum(sizes[one] for one in group) + size > most:
-            yield group
-            group = []
-        group.append(name)
-    yield group
+    pairs = zip(benchmark.names, benchmark.numbers, strict=True)
+    return {name: found.get(number, first) for name, number in pairs}

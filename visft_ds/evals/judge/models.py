@@ -2,8 +2,8 @@
 
 [LABEL=]FILE[+ADAPTER]             weights of a tower of ours in any known layout, with an adapter or merged
 [LABEL=]RUN                        what a finished training leaves: its base and, after stage 2, its adapter
-[LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
 [LABEL=]timm:NAME[:FILE]           without a file timm's own weights; also timm:hf-hub:..., timm:local-dir:...
+[LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:...
 ...#BLOCK                          any of these but open_clip's, read after a block and without what lies behind it
 ...@A                              so many times the adapter, or BASE + A (MODEL - BASE) of whole weights
 [LABEL=]MODEL,MODEL,...            one arm: trainings that differ by their seed
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.config.backbones import named
 from visft_ds.config.fields import Precision
-from visft_ds.evals.judge.encoders import (
-    CLIP,
-    KINDS_WITHOUT_TEXT,
-    Encoder,
-    EvaEncoder,
-    FeatureMapEncoder,
-    open_clip_encoder,
-    square_preprocess,
-    timm_encoder,
-)
+from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_clip_encoder, square_preprocess
 from visft_ds.evals.judge.images import stamp
 from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
 from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
-from visft_ds.models.timm_backbone import as_backbone
 from visft_ds.ops import DTYPES
+from visft_ds.pretrained import TIMM
 from visft_ds.run.folder import recorded_config
 
 NOISE, HALF = "noise", "half"  #: arms that come by themselves
@@ -53,20 +45,19 @@ class ModelSpec:
     """Model of a comparison."""
 
     label: str
-    library: str  #: "visft_ds", "open_clip" or "timm"
-    name: str  #: a file, or what the library calls the model
-    weights: str | None = None  #: of another library
+    name: str  #: file of its weights; of open_clip also a tag, or nothing
+    open_clip: str | None = None  #: what open_clip calls it
     adapter: Path | None = None
     scale: float = 1.0  #: factor on the effect of the adapter, or on the difference from `origin`
     noise: int | None = None  #: seed of noise in place of the difference from `origin`
     origin: ModelSpec | None = None  #: BASE of the comparison
-    model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run records them
+    model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run or a name tells them
     block: int | None = None  #: that it is read after
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that its features depend on, in JSON's types; files by name, size and time."""
-        paths = [Path(text) for text in (self.name, self.weights or "", self.adapter or "") if text]
+        paths = [Path(one) for one in (self.name, self.adapter) if one]
         files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
         own = asdict(replace(self, origin=None)) | {"label": "", "adapter": ""}
         origin = self.origin.identity if self.origin is not None and self.mixed else None
@@ -78,11 +69,12 @@ class ModelSpec:
         return self.noise is not None or (self.adapter is None and self.scale != 1)
 
     def __str__(self) -> str:
-        parts = [self.name if self.library == "visft_ds" else f"{self.library} {self.name}", self.weights]
-        parts += [f"+ {self.adapter}" if self.adapter else None]
-        parts += [None if self.noise is None else f"as noise {self.noise}"]
-        parts += [None if self.scale == 1 else f"x {self.scale:.4g}"]
-        return " ".join([*filter(None, parts), *([] if self.block is None else [f"after block {self.block}"])])
+        parts = [f"open_clip {self.open_clip}" if self.open_clip else "", self.name]
+        parts += [f"+ {self.adapter}" if self.adapter else ""]
+        parts += [f"as noise {self.noise}" if self.noise is not None else ""]
+        parts += [f"x {self.scale:.4g}" if self.scale != 1 else ""]
+        parts += [f"after block {self.block}" if self.block is not None else ""]
+        return " ".join(filter(None, parts))
 
 
 def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
@@ -108,87 +100,96 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
-def _arm(text: str) -> tuple[str, tuple[ModelSpec, ...]]:
+def _arm(text: str) -> tuple[str, list[ModelSpec]]:
+    """(label, models) of an arm. A name that exists as a whole is never cut."""
     match = _LABEL.fullmatch(text)
-    rest = match[2] if match else text
-    if "," not in rest or Path(rest).exists():
-        model = parse_model(text)
-        return model.label, (model,)
-    models = [parse_model(path) for path in rest.split(",")]
-    label = match[1].strip() if match else models[0].label
-    return label, tuple(replace(model, label=f"{label} {number}") for number, model in enumerate(models, 1))
+    is_one = Path(match[2] if match else text).exists()
+    models = [parse_model(part) for part in ([text] if is_one else text.split(","))]
+    label = models[0].label
+    if len(models) == 1:
+        return label, models
+    return label, [replace(model, label=f"{label} {number}") for number, model in enumerate(models, 1)]
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Read one model of a command line; files are looked for, not opened.
+    """Read one model of a command line; files are looked for, not opened. Weights of timm may be downloaded.
 
     Raises:
-        ValueError: a file that is not there.
+        ValueError: a file that is not there, or an unknown name.
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
     parts = None if Path(given).exists() else _END.fullmatch(given)  # a name that exists as a whole is never cut
     rest, end, factor = parts.groups("") if parts else (given, "", "")
-    block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
-    library, colon, inner = rest.partition(":")
-    if colon and library in ("open_clip", "timm"):
-        is_address = inner.startswith(("hf-hub:", "local-dir:"))
-        name, _, weights = (inner, "", "") if is_address else inner.partition(":")
-        if end and library == "open_clip":
+    inner = rest.partition(":")[2]
+    is_address = inner.startswith(("hf-hub:", "local-dir:"))
+    name, _, weights = (inner, "", "") if is_address else inner.partition(":")
+    if rest.startswith("open_clip:"):
+        if end:
             raise ValueError(f"{text}: blocks are read of models of ours and of timm, not of open_clip")
-        return ModelSpec(label or Path(name).name + end, library, name, weights or None, scale=scale, block=block)
-    base, adapter = _files(rest)
-    spec = ModelSpec("", "visft_ds", str(base), None, adapter, scale, block=block)
+        spec = ModelSpec(Path(name).name, weights, open_clip=name)
+    elif rest.startswith(TIMM) and weights:
+        spec = ModelSpec(name, weights, model={"preset": f"{TIMM}{name}"})
+    elif rest.startswith(TIMM):
+        found = named(name.removeprefix("local-dir:") if is_address else rest, download=True)
+        spec = ModelSpec(Path(name).name, str(found.file(download=True)), model=found.description)
+    else:
+        spec = _of_files(rest)
+    block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
+    return replace(spec, label=label or spec.label + end, block=block, scale=scale)
+
+
+def _of_files(text: str) -> ModelSpec:
+    """A weight file, with an adapter or without, or a run. A name that exists as a whole is never cut."""
+    places = [place for place, letter in enumerate(text) if letter == "+"]
+    cuts = [(Path(text), None), *((Path(text[:place]), Path(text[place + 1 :])) for place in places)]
+    base, adapter = next((cut for cut in cuts if cut[0].exists()), cuts[0])
+    if missing := [path for path in (base, adapter) if path and not path.exists()]:
+        raise ValueError(f"{missing[0]} does not exist; --help tells the forms of models")
+    label = f"{base.stem}+{adapter.stem}" if adapter else base.stem
     if (base / "run.json").is_file():
         files = files_of_run(base, recorded_config(base).visft, (), adapter=adapter)
-        name = str(files.backbone)
-        spec = replace(spec, name=name, adapter=files.adapter, model=files.model)
-    elif base.is_dir():
+        return ModelSpec(label, str(files.backbone), adapter=files.adapter, model=files.model)
+    if base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
-    return replace(spec, label=label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem) + end)
+    return ModelSpec(label, str(base), adapter=adapter)
 
 
-def _files(text: str) -> tuple[Path, Path | None]:
-    """(base, adapter). A name that exists as a whole is never cut."""
-    if Path(text).exists():
-        return Path(text), None
-    for place in (place for place, letter in enumerate(text) if letter == "+"):
-        base, adapter = Path(text[:place]), Path(text[place + 1 :])
-        if base.exists():
-            if not adapter.exists():
-                raise ValueError(f"{adapter}: no such adapter")
-            return base, adapter
-    raise ValueError(f"{text.partition('+')[0]} does not exist; --help tells the forms of models")
-
-
-def load_encoder(spec: ModelSpec, precision: Precision, *, blocks: bool = False) -> Encoder:
-    """Build a model on the CPU; the matrices of a tower of ours are stored in the precision they compute in.
-
-    Args:
-        blocks: without text side, such that it can be read after each block, where its blocks are known.
+def load_encoder(spec: ModelSpec, precision: Precision) -> Encoder:
+    """Build a model on the CPU; the matrices of a backbone are stored in the precision they compute in.
 
     Raises:
         ValueError: whatever is wrong with one of its files, a block that it does not have, or an origin of another
             architecture.
     """
     if spec.mixed:
-        return Mixture(spec, precision, blocks=blocks).at(spec.scale)
-    if spec.block is None:
-        encoder = _load(spec, precision)
-        return (_readable(encoder, spec) or _load(spec, precision)) if blocks else encoder
-    cut = _readable(_load(spec, precision), spec)
-    if cut is None:
-        raise ValueError(f"{spec.label} has no blocks that are known: our towers have, and timm's models")
-    backbone: Any = cut.module.backbone
-    backbone.read_after((spec.block,))
-    return cut
+        return Mixture(spec, precision).at(spec.scale)
+    return open_clip_encoder(spec.open_clip, spec.name) if spec.open_clip else _load_backbone(spec, precision)
 
 
-def _load(spec: ModelSpec, precision: Precision) -> Encoder:
-    if spec.library == "visft_ds":
-        return _load_own(spec, precision)
-    build = open_clip_encoder if spec.library == "open_clip" else timm_encoder
-    return build(spec.name, spec.weights)
+def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
+    path = Path(spec.name)
+    file = open_model(path)
+    # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
+    adapter = adapter_for(path, spec.adapter).scaled(spec.scale) if spec.adapter else None
+    model = dict(spec.model or (adapter.model if adapter and MODEL not in file.metadata else model_in(file)))
+    layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
+    if layers and adapter is None and spec.block is not None and spec.block > max(layers):
+        layers = None  # the file may be whole
+    backbone: Any = load_backbone(path, whole(model | ({"layers": layers} if layers else {}), file), DTYPES[precision])
+    if adapter is not None:
+        if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
+            print(f"warning: {problem}", file=sys.stderr)
+        adapter.install(backbone)
+    if spec.block is not None:
+        backbone.read_after((spec.block,))
+    normalisation, projection = (backbone.pixel_mean, backbone.pixel_std), None
+    if isinstance(backbone, EvaViT):
+        normalisation, projection = CLIP, None if backbone.layers_read else projection_of(path, backbone.width)
+    module = BackboneEncoder(backbone, projection).requires_grad_(False).eval()
+    text = text_tower_in(path) if "clip" in module.kinds else None
+    preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
+    return Encoder(module, module.kinds, preprocess, normalisation, side, text)
 
 
 class Mixture:
@@ -197,10 +198,10 @@ class Mixture:
     Noise is Gaussian in every parameter that changed, of the norm of its change.
     """
 
-    def __init__(self, spec: ModelSpec, precision: Precision, *, blocks: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, precision: Precision) -> None:
         assert spec.origin is not None
-        own = load_encoder(replace(spec, scale=1.0, noise=None), precision, blocks=blocks)
-        new, old = weights_of(own), weights_of(load_encoder(spec.origin, precision, blocks=blocks))
+        self._own = load_encoder(replace(spec, scale=1.0, noise=None), precision)
+        new, old = weights_of(self._own), weights_of(load_encoder(spec.origin, precision))
         if not alike(new, old):
             raise ValueError(f"{spec.label} is of another architecture than {spec.origin.label}")
         self.changes = {
@@ -208,31 +209,30 @@ class Mixture:
             for name, value in new.items()
             if value.is_floating_point() and not torch.equal(value, old[name].to(value))
         }
+        self._tensors = _tensors(self._own)
         if spec.noise is not None:
-            trained = dict(_named(own, nn.Module.named_parameters))
+            trained = {name for name, value in self._tensors.items() if isinstance(value, nn.Parameter)}
             self.changes = {n: _noise(n, one, spec.noise) for n, one in self.changes.items() if n in trained}
-        self._own, self._old = own, {name: old[name] for name in self.changes}
+        self._old = {name: old[name] for name in self.changes}
 
     @torch.no_grad()
     def at(self, scale: float) -> Encoder:
         """The encoder of that A; one before it changes, too."""
         for layer in lora_layers(self._own.module).values():
             layer.lora_B.zero_()
-        for name, value in _named(self._own, nn.Module.named_parameters, nn.Module.named_buffers):
-            if name in self.changes:
-                value.copy_(self._old[name].float() + scale * self.changes[name])
+        for name, change in self.changes.items():
+            self._tensors[name].copy_(self._old[name].float() + scale * change)
         return self._own
 
 
 def weights_of(encoder: Encoder) -> dict[str, Tensor]:
     """All tensors of a model by the names that its library gives them, an adapter merged."""
-    layers = {f"{name}.weight": layer for name, layer in lora_layers(encoder.module).items()}
-    found = dict(_named(encoder, nn.Module.named_parameters, nn.Module.named_buffers))
-    for name, layer in layers.items():
-        short, weight = name.partition(".")[2], layer.weight.detach().float()
-        update = dense_update(len(weight), layer.lora_A, layer.lora_B, layer.slices, layer.scale).detach()
-        found[short] = weight + update.view_as(weight)
-    return {name: value.detach() for name, value in found.items() if name.rpartition(".")[2] not in KINDS}
+    found = {name: one.detach() for name, one in _tensors(encoder).items() if name.rpartition(".")[2] not in KINDS}
+    for name, layer in lora_layers(encoder.module).items():
+        weight = layer.weight.detach().float()
+        update = dense_update(len(weight), layer.lora_A, layer.lora_B, layer.slices, layer.scale)
+        found[f"{name.partition('.')[2]}.weight"] = weight + update.view_as(weight)
+    return found
 
 
 def alike(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> bool:
@@ -240,55 +240,14 @@ def alike(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> bool:
     return all(name in old and value.shape == old[name].shape for name, value in new.items())
 
 
-def _named(encoder: Encoder, *of: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
+def _tensors(encoder: Encoder) -> dict[str, Tensor]:
     """Names and tensors of both sides of a model, without the name of the encoder's own part."""
-    for each in of:
-        yield from ((name.partition(".")[2], value) for name, value in each(encoder.module))
-        yield from ((f"text {name}", value) for name, value in (each(encoder.text.module) if encoder.text else ()))
+    images = {name.partition(".")[2]: one for name, one in encoder.module.state_dict(keep_vars=True).items()}
+    texts = encoder.text.module.state_dict(keep_vars=True) if encoder.text else {}
+    return images | {f"text {name}": one for name, one in texts.items()}
 
 
 def _noise(name: str, change: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     drawn = torch.randn(change.shape, generator=generator)
     return drawn * (change.norm() / drawn.norm())
-
-
-def _readable(encoder: Encoder, spec: ModelSpec) -> Encoder | None:
-    """The same as a backbone that can be read after each block, without text side; parameters are shared.
-
-    None for a network whose blocks are not known; then the encoder is of no use any more.
-    """
-    module: Any = encoder.module
-    if spec.library == "timm":
-        name = module.model.pretrained_cfg["architecture"] if ":" in spec.name else spec.name
-        try:
-            module = FeatureMapEncoder(as_backbone(module.model, name, {}))
-        except ValueError:  # it has no map
-            return None
-    if not isinstance(module, (EvaEncoder, FeatureMapEncoder)) or not module.backbone.ends():
-        return None
-    return replace(encoder, module=module.requires_grad_(False).eval(), kinds=KINDS_WITHOUT_TEXT, text=None)
-
-
-def _load_own(spec: ModelSpec, precision: Precision) -> Encoder:
-    path = Path(spec.name)
-    file = open_model(path)
-    # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
-    adapter = adapter_for(path, spec.adapter).scaled(spec.scale) if spec.adapter else None
-    model = dict(spec.model or (adapter.model if adapter and MODEL not in file.metadata else model_in(file)))
-    layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
-    if spec.model is None and spec.block is not None and adapter is None:
-        layers = None  # merged weights that are read elsewhere are whole
-    model |= {"layers": layers} if layers else {}
-    backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
-    module: Any = FeatureMapEncoder(backbone)
-    normalisation = backbone.pixel_mean, backbone.pixel_std
-    if isinstance(backbone, EvaViT):  # the projection into the space of texts reads the last block
-        module, normalisation = EvaEncoder(backbone, None if layers else projection_of(path, backbone.width)), CLIP
-    if adapter is not None:
-        if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
-            print(f"warning: {problem}", file=sys.stderr)
-        adapter.install(backbone)
-    text = text_tower_in(path) if "clip" in module.kinds else None
-    preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
-    return Encoder(module.requires_grad_(False).eval(), module.kinds, preprocess, normalisation, side, text)

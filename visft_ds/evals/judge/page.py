@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visft_ds.evals.charts import COLOURS, Series, line_chart
-from visft_ds.evals.pages import embedded, render
+from visft_ds.evals.pages import Series, embedded, line_chart, render
 from visft_ds.tasks.pictures import Picture
 
 
@@ -24,8 +22,8 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
     blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
     unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
     series = [
-        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], colour, arm)
-        for (arm, of), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False)
+        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], arm)
+        for arm, of in curves.items()
     ]
     return render(
         "judge/judge.html.j2",
@@ -33,7 +31,7 @@ def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
         record=record,
         base=base,
         primary=primary,
-        curve=line_chart(series, title=primary["name"], y_label=unit, linear=True, places=blocks) if curves else "",
+        curve=line_chart(series, title=primary["name"], y_label=unit, linear=True, places=blocks),
         sheets=[embedded(sheet, "png") for sheet in sheets],
         command=shlex.join(record["command"]),
     )

@@ -73,8 +73,8 @@ class Benchmark:
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
     answers: bool = False  #: it asks a classifier, and counts the answers that are the first model's, too
-    #: (model -> score, number of images) -> what each model sees in them.
-    sheet: Callable[[Mapping[str, Score], int], Picture | None] | None = None
+    #: (model -> its first score, number of images) -> what each model sees in them.
+    sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
     #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a
     #: probe of the other four; more is better: it chooses the layer.
     held_out: Callable[[Mapping[str, Tensor], str], float] | None = None
@@ -82,6 +82,11 @@ class Benchmark:
     #: (encoder at the published size, `scoring.Settings`, wanted numbers) -> scores by the published protocol, in place
     #: of `scores`; None: that is what `scores` does.
     published: Callable[[Any, Any, Collection[str]], Iterator[Score]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of its scores."""
+        return [f"{self.label} {number}" for number in self.numbers]
 
 
 def resamples(images: int, count: int) -> list[IntArray]:

@@ -1,7 +1,7 @@
 """A model and a data set -> scores of single items, kept on disk under a hash of what they depend on.
 
-A batch goes to one process whatever their number, so that numbers do not depend on it. A killed command has lost what
-it was at: one data set by one model. All processes need the same folder.
+Several processes share the folder: each makes its share of all results and reads those of the others. A killed command
+has lost what it was at: one data set by one model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 
-VERSION = 2  #: changes when the same model and data would give other scores
+VERSION = 3  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
 COLUMN_ROWS = 2
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
@@ -54,15 +54,27 @@ class Settings:
     threads: int
 
 
-def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T]) -> T:
-    """Result of `make` on the main process, in JSON's types, computed once for the same `what`. Collective."""
+def shared(calls: Sequence[Callable[[bool], T]]) -> list[T]:
+    """Results of calls that keep them on disk; each is made by one of the processes.
+
+    Args:
+        calls: given True, to make what is not there; given False, to wait until another process has made it.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    own = {number: call(True) for number, call in enumerate(calls) if number % world == rank}
+    return [own[number] if number in own else call(False) for number, call in enumerate(calls)]
+
+
+def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T], own: bool | None = None) -> T:
+    """Result of `make`, in JSON's types, computed once for the same `what`.
+
+    Args:
+        own: it is made here if it is not there, and otherwise by another process; None: by the main process.
+    """
     path = settings.cache / f"{_hash(what, settings)}.json"
-    if distributed.from_all_ranks(not path.is_file())[0]:
-        value = make()
-        if distributed.is_main():
-            write_text(path, json.dumps(value))
-        _wait_for(path)
-    found: T = json.loads(path.read_text(encoding="utf-8"))
+    if (distributed.is_main() if own is None else own) and not path.is_file():
+        write_text(path, json.dumps(make()))
+    found: T = json.loads(_present(path).read_text(encoding="utf-8"))
     return found
 
 
@@ -73,47 +85,41 @@ def score(
     wanted: Collection[str],
     settings: Settings,
     label: str,
+    own: bool,
 ) -> list[Score]:
-    """The wanted numbers of a model, on the main process. Collective.
+    """The wanted numbers of a model.
 
     Args:
         load: gives the model, read where it is to be.
         key: all that it depends on, in JSON's types.
         label: name of the model in messages.
+        own: see `remembered`.
 
     Raises:
         ValueError: a model that lacks what the benchmark needs, an image that cannot be read, features that are NaN.
     """
-    names = sorted(wanted)
     images = {name: images.fingerprint for name, images in benchmark.sets.items()}
-    of = {"model": key, "images": images, "benchmark": benchmark.settings, "numbers": names}
+    of = {"model": key, "images": images, "benchmark": benchmark.settings, "numbers": sorted(wanted)}
     path = settings.cache / f"{_hash(of, settings)}.npz"
-    if distributed.from_all_ranks(not path.is_file())[0]:
+    if own and not path.is_file():
         encoder = load()
-        check_fits(encoder, label, benchmark)
+        if not kinds_of(encoder, benchmark):
+            raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
+        if benchmark.needs_text and encoder.text is None:
+            raise ValueError(f"{label} has no text side, which {benchmark.label} needs: give a whole CLIP file")
         if benchmark.published is None:
-            features = encode(encoder, benchmark, settings, f"{label}: {benchmark.label}")
-            scores = benchmark.scores(features, wanted)
+            scores = benchmark.scores(encode(encoder, benchmark, settings, f"{label}: {benchmark.label}"), wanted)
         else:
             scores = benchmark.published(encoder, settings, wanted)
-        if distributed.is_main():
-            _save(path, [one for one in scores if one.name in wanted])
-        _wait_for(path)
-    return _load(path) if distributed.is_main() else []
+        _save(path, [one for one in scores if one.name in wanted])
+    return _load(_present(path))
 
 
-def _wait_for(path: Path) -> None:
-    """Wait until the main process has written a file; no collective: that may take longer than its time limit."""
+def _present(path: Path) -> Path:
+    """The same path, once a process has written it; a process that fails ends them all."""
     while not path.is_file():
         time.sleep(0.5)
-
-
-def check_fits(encoder: Encoder, label: str, benchmark: Benchmark) -> None:
-    """Raise ValueError for a model that lacks what a benchmark needs."""
-    if not kinds_of(encoder, benchmark):
-        raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which {label} does not have")
-    if benchmark.needs_text and encoder.text is None:
-        raise ValueError(f"{label} has no text side, which {benchmark.label} compares with: give a whole CLIP file")
+    return path
 
 
 def kinds_of(encoder: Encoder, benchmark: Benchmark) -> list[str]:
@@ -124,13 +130,13 @@ def kinds_of(encoder: Encoder, benchmark: Benchmark) -> list[str]:
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:
-    """Everything that a benchmark reads of a model, on the main process. Collective."""
+    """Everything that a benchmark reads of a model."""
     kinds, found = kinds_of(encoder, benchmark), {}
     for name, images in benchmark.sets.items():
         # Texts are compared with what is judged alone.
-        wanted = [kind for kind in kinds if not (name == "train" and kind.startswith("clip"))]
+        wanted = [kind for kind in kinds if not (name == "train" and kind == "clip")]
         found[name] = encode_images(encoder, images, wanted, settings, f"{what} {name}")
-    if benchmark.texts and encoder.text is not None and distributed.is_main():
+    if benchmark.texts and encoder.text is not None:
         found["texts"] = {"clip": encoder.text.encode(benchmark.texts, settings.device)}
     return found
 
@@ -138,37 +144,20 @@ def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str
 def encode_images(
     encoder: Encoder, images: ImageSet, kinds: Collection[str], settings: Settings, what: str
 ) -> dict[str, Tensor]:
-    """Kind -> (images, ...) on the main process; each process encodes every so many-th batch. Collective."""
-    size, rank, world = settings.batch_size, distributed.rank(), distributed.world_size()
-    batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+    """Kind -> (images, ...) float32 on the CPU."""
     encoder.module.to(settings.device)
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     with gauge(what, len(images), "images", enabled=distributed.is_main()) as bar:
-        own = batches[rank::world]
-        for batch, pixels in zip(own, pictures(encoder, images, own, settings.threads), strict=True):
+        for pixels in pictures(encoder, images, settings):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
                 if not (finite := value.reshape(len(value), -1).isfinite().all(dim=1)).all():
-                    where = images.names[batch[int(finite.logical_not().nonzero()[0])]]
+                    where = images.names[int(bar.n) + int(finite.logical_not().nonzero()[0])]
                     raise ValueError(
                         f"{kind} of {where}: NaN or infinite in {settings.precision}; try --precision fp32"
                     )
-                found[f"{batch[0]:09d} {kind}"] = value.cpu().contiguous()
-            bar.update(min(len(batch) * world, len(images) - bar.n))
-    if world > 1:  # through files: NCCL would gather on the GPU
-        part = settings.cache / f"part-{rank}.safetensors"
-        settings.cache.mkdir(parents=True, exist_ok=True)
-        save_file(found, part)
-        distributed.barrier()
-        if distributed.is_main():
-            for other in range(1, world):
-                found |= load_file(settings.cache / f"part-{other}.safetensors")
-        distributed.barrier()
-        part.unlink()
-    names = sorted(found) if distributed.is_main() else []
-    of_kind: dict[str, list[Tensor]] = {}
-    for name in names:
-        of_kind.setdefault(name[10:], []).append(found.pop(name))
-    return {kind: torch.cat(parts) for kind, parts in of_kind.items()}
+                found.setdefault(kind, []).append(value.cpu())
+            bar.update(len(pixels))
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
 @torch.inference_mode()
@@ -186,9 +175,13 @@ def forward(encoder: Encoder, pixels: Tensor, kinds: Collection[str], settings: 
     return {name: value.float() for name, value in found.items()}
 
 
-def pictures(encoder: Encoder, images: ImageSet, batches: Sequence[range], threads: int) -> Iterator[Tensor]:
-    """Batches as the model takes them, (n, 3, side, side); the next ones are decoded meanwhile."""
+def pictures(encoder: Encoder, images: ImageSet, settings: Settings, most: int | None = None) -> Iterator[Tensor]:
+    """Batches of the first images as the model takes them, (n, 3, side, side); the next ones are decoded meanwhile."""
     stretched = square_preprocess(encoder.side, *encoder.normalisation)  # a model's own may cut off the borders
+    places = range(len(images))[:most]
+    batches = iter(
+        [places[start : start + settings.batch_size] for start in range(0, len(places), settings.batch_size)]
+    )
 
     def load(place: int) -> Tensor:
         image = images.read(place)
@@ -196,14 +189,12 @@ def pictures(encoder: Encoder, images: ImageSet, batches: Sequence[range], threa
             return stretched(image.resize((encoder.side, encoder.side), Image.Resampling.BICUBIC))
         return encoder.preprocess(image)
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        waiting = deque([pool.submit(load, place) for place in batch] for batch in batches[:_AHEAD])
+    with ThreadPoolExecutor(max(1, settings.threads)) as pool:
+        waiting = deque([pool.submit(load, place) for place in batch] for batch in islice(batches, _AHEAD))
         try:
-            for number in range(len(batches)):
+            while waiting:
                 yield torch.stack([part.result() for part in waiting.popleft()])
-                waiting.extend(
-                    [pool.submit(load, place) for place in batch] for batch in batches[number + _AHEAD :][:1]
-                )
+                waiting.extend([pool.submit(load, place) for place in batch] for batch in islice(batches, 1))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

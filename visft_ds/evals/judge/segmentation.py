@@ -114,9 +114,9 @@ def pooled(maps: Iterable[Tensor], of: DenseSet) -> Tensor:
     return torch.stack(found)
 
 
-def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture | None:
-    """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
-    only model has most wrong), each beside what is there and what each model sees; None without any.
+def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:
+    """Images whose segmentation the last of several models changes most against the first, whichever way, each beside
+    what is there and what each model sees.
 
     The number above is the overlap in percent, over all classes (of objects, those) together: a few stray pixels of
     another class would halve a mean over the classes of one image.
@@ -124,12 +124,10 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     Args:
         scores: model -> its score with maps.
     """
-    if not (scores and count):
-        return None
     empty = int(test.classes[0] == "")
     each = {label: _overlap(score.values[..., empty:]) for label, score in scores.items()}
     first, last = next(iter(each.values())), list(each.values())[-1]
-    chosen = np.argsort(-abs(last - first) if len(scores) > 1 else last, kind="stable")[:count].tolist()
+    chosen = np.argsort(-abs(last - first), kind="stable")[:count].tolist()
     colours = palette([str(number) for number in range(empty, VOID)])
     table = np.full((VOID + 1, 3), 255, dtype=np.uint8)
     table[empty:VOID] = list(colours.values())

@@ -127,9 +127,7 @@ class Sight:
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
-        size, count = self.settings.batch_size, len(part.images)
-        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for pixels in pictures(self.encoder, part.images, batches, self.settings.threads):
+        for pixels in pictures(self.encoder, part.images, self.settings):
             yield self._forward(pixels)
 
     def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:

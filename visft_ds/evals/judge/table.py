@@ -80,15 +80,10 @@ def rows_of(
         arms: name -> its models; the base first. Arms of as many seeds as another one are paired with it seed by seed.
         last: scores of the base and of tuned arms at their last layers.
     """
-    names = dict.fromkeys(name for scores in results.values() for name in scores)
-    base = next(iter(arms))
-    rows = []
-    for name in names:
-        having = _having(name, results, arms)
-        if not having:
-            continue
+    base, rows = next(iter(arms)), []
+    for name in dict.fromkeys(name for scores in results.values() for name in scores):
+        having, ends = (_having(name, of, arms) for of in (results, last or {}))
         first = next(iter(having.values()))[0]
-        ends = {} if last is None else _having(name, last, arms)
         rows.append(
             Row(
                 name,
