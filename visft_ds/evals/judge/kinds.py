@@ -39,7 +39,7 @@ KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
         lambda _, label, at, __, split: classes.zero_shot(label, classes.read_classes(at, split)),
         ("split", "name"),
     ),
-    "retrieval": (lambda _, label, at, __, split: retrieval(label, read_captions(at, split)), ("split", "name")),
+    "retrieval": (lambda _, label, at, __, split: retrieval(label, *read_captions(at, split)), ("split", "name")),
     "objects": (
         lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
         ("split", "train", "name"),
