@@ -58,7 +58,9 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         _Run(label, folder, recorded_config(folder), read_run(folder), read_history(folder))
         for label, folder in zip(labels, folders, strict=True)
     ]
+    parts = [main.partition("/")[0] for main in MAIN.values()]
     evaluations = [one for run in runs for one in _evaluations(run, alone=len(runs) == 1)]
+    measured = dict.fromkeys(name for one in evaluations for name in one.metrics if name.count("/") == 1)
     text = render(
         "report.html.j2",
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
@@ -66,7 +68,7 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         states=[_state(run) for run in runs],
         beyond=_judged(judged) if judged else None,
         evaluations=evaluations,
-        results=[found for main in MAIN.values() if (found := _numbers(evaluations, main.partition("/")[0]))],
+        results=[found for part in parts if (found := [name for name in measured if name.startswith(f"{part}/")])],
         mains=list(MAIN.values()),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
         curves=charts({run.label: run.history for run in runs}),
@@ -108,12 +110,6 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
         label = f"step {entry['step']}" if alone else run.label
         found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
     return found
-
-
-def _numbers(evaluations: Sequence[Evaluation], task: str) -> list[str]:
-    """Names of a task's numbers, without those of categories."""
-    names = dict.fromkeys(name for one in evaluations for name in one.metrics)
-    return [name for name in names if name.startswith(f"{task}/") and name.count("/") == 1]
 
 
 def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
