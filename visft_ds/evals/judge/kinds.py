@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.depth import depth, read_depth
 from visft_ds.evals.judge.kept import kept, read_images
@@ -62,13 +62,10 @@ def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protoc
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")
-    numbers = [f"{benchmark.label} {number}" for benchmark in found for number in benchmark.numbers]
-    if primary is None:
-        primary = next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
+    numbers = [name for benchmark in found for name in benchmark.names]
+    primary = primary or next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
     if primary is None:
         raise ValueError(f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(numbers)}")
     if primary not in numbers:
-        near = difflib.get_close_matches(primary, numbers, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(numbers)}"
-        raise ValueError(f"--primary {primary}: no such number; {hint}")
+        raise ValueError(f"--primary {primary}: no such number{nearest(primary, numbers)}")
     return found, primary
