@@ -14,7 +14,6 @@ Each has its images in a folder of the split (`test`, `val`, `validation`, `trai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,7 +38,6 @@ from visft_ds.files import checked_name, reading
 
 TESTS = ("test", "val", "validation")
 DIGITS = "digits"  #: in place of a folder
-_SYNSET = re.compile(r"n\d{8}")
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -170,7 +168,7 @@ def _named(root: Path) -> tuple[dict[Path, str], tuple[str, ...]]:
     if sorted(names) == sorted(map(str, range(1000))):
         folders.sort(key=lambda folder: int(folder.name))  # otherwise "10" comes before "2"
         return dict(zip(folders, imagenet()[0].values(), strict=True)), imagenet()[1]
-    if all(map(_SYNSET.fullmatch, names)) and {*names} <= imagenet()[0].keys():
+    if {*names} <= imagenet()[0].keys():
         return {folder: imagenet()[0][folder.name] for folder in folders}, imagenet()[1]
     return {folder: folder.name.replace("_", " ") for folder in folders}, PLAIN
 

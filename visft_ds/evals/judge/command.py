@@ -16,11 +16,11 @@ import torch
 from visft_ds.evals.judge.judging import Judging, hours_of
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
-from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
+from visft_ds.evals.pages import judge_page
 from visft_ds.evals.records import JUDGE, JUDGED
 from visft_ds.files import read_bytes, reading
 from visft_ds.flags import EVAL, check_extra, check_least

@@ -17,7 +17,7 @@ import orjson
 from PIL import Image
 
 from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.files import checked_name, open_image, read_bytes, reading
+from visft_ds.files import open_image, read_bytes, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _MOST_TEXT = 2**28  # bytes of a list of names and texts
@@ -54,11 +54,6 @@ def read_lines(path: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     """Content of a JSON file."""
     return orjson.loads(read_bytes(path))
-
-
-def inside(folder: Path, name: Any, listed: Path) -> Path:
-    """The file of a name that stands in the file `listed`. Raises ValueError for one that leaves the folder."""
-    return folder / checked_name(str(name), listed)
 
 
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:

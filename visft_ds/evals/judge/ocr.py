@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.judge.images import from_files, inside, read_lines
+from visft_ds.evals.judge.images import from_files, read_lines
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
+from visft_ds.files import checked_name
 
 WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
 UPDATES, BATCH, RATE = 1500, 64, 2e-3
@@ -109,7 +110,7 @@ def read_words(folder: Path) -> WordSet:
         if match is None:
             raise ValueError(f'{path}: a line must be NAME, "TEXT" or NAME<TAB>TEXT; got {line!r}')
         if word := re.sub(r"[^0-9a-z]", "", (match["quoted"] or match["text"] or "").lower()):
-            files.append(inside(folder, match["name"], path))
+            files.append(folder / checked_name(match["name"], path))
             words.append(word)
     if not words:
         raise ValueError(f"{path} has no word with letters or digits")

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visft_ds.evals.judge.images import from_files, inside, read_json
+from visft_ds.evals.judge.images import from_files, read_json
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits
-from visft_ds.files import reading
+from visft_ds.files import checked_name, reading
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
@@ -98,13 +98,13 @@ def _coco(root: Path, split: str) -> Pairs:
         texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             texts[annotation["image_id"]].append(str(annotation["caption"]))
-        return [(inside(folder, image["file_name"], path), texts[image["id"]]) for image in content["images"]]
+        return [(folder / checked_name(one["file_name"], path), texts[one["id"]]) for one in content["images"]]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
     places = {name: Path(folder) / name for folder, _, names in os.walk(root) for name in names}  # follows no links
     with reading(path, "Karpathy's splits"):
         images = [image for image in read_json(path)["images"] if image["split"] == split]
-        files = [places.get(image["filename"]) or inside(root, image["filename"], path) for image in images]
+        files = [places.get(one["filename"], root / checked_name(one["filename"], path)) for one in images]
         captions = [[str(text["raw"]) for text in image["sentences"]] for image in images]
     return list(zip(files, captions, strict=True))
