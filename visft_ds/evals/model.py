@@ -314,9 +314,6 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
     theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
     if theirs != ours:
-        raise ValueError(
-            f"{path} reads maps of width {', '.join(map(str, theirs))}, but the backbone has {backbone.describe()}: "
-            f"take the head and the backbone of the same model"
-        )
+        raise ValueError(f"{path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}")
     if problem := read_elsewhere(info, backbone.layers_read):
         raise ValueError(f"{path}: {problem}")

@@ -87,3 +87,13 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         found = Evaluation(label, folder, record)
         {name: float(value) for name, value in found.metrics.items()}, found.images
     return found
+
+
+def read_judged(folder: Path) -> dict[str, Any]:
+    """The record that visft judge wrote. Raises ValueError for anything else."""
+    path = folder / JUDGED
+    with reading(path, "a record of visft judge"):
+        record: dict[str, Any] = orjson.loads(read_bytes(path))
+        if record["format"] != JUDGE:
+            raise ValueError(f"its format is not {JUDGE}")
+    return record
