@@ -96,22 +96,22 @@ class MultiTaskModel(nn.Module):
     def features(self, batch: Batch) -> tuple[Map, ...]:
         """Maps of the backbone, as heads read them."""
         if batch.views is not None:
-            return self._features_of_views(batch)
-        pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
-        frames = self.frames(batch) if self.packed else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            found = [at_least_float32(one) for one in self.backbone(pixels, frames, prefixes=True)]
-        if frames is None:
-            size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
-            return self._maps(found, [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps])
-        patch = self.backbone.patch_size
-        parts = zip(batch.sizes, frames, [(height // patch, width // patch) for height, width in frames], strict=True)
-        valid = stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
-        return self._maps(found, [valid] * len(found))  # of towers of ours, which have no prefixes
-
-    def _maps(self, found: Sequence[Tensor], valid: Sequence[Tensor]) -> tuple[Map, ...]:
-        """The maps that a backbone has found, and their prefixes, if there are any, which follow them."""
-        prefixes: Sequence[Tensor | None] = found[len(valid) :] or [None] * len(valid)
+            found, valid = self._features_of_views(batch)
+        else:
+            pixels = normalise_pixels(self.backbone, batch.images, batch.sizes)
+            frames = self.frames(batch) if self.packed else None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
+                found = [at_least_float32(one) for one in self.backbone(pixels, frames, prefixes=True)]
+            if frames is None:
+                size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
+                valid = [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps]
+            else:  # of towers of ours, which have no prefixes
+                patch = self.backbone.patch_size
+                grids = [(height // patch, width // patch) for height, width in frames]
+                parts = zip(batch.sizes, frames, grids, strict=True)
+                shown = stack_padded([valid_region(size[None], frame, grid)[0] for size, frame, grid in parts])
+                valid = [shown] * len(found)
+        prefixes: Sequence[Tensor | None] = found[len(valid) :] or [None] * len(valid)  # they follow the maps
         return tuple(Map(*one) for one in zip(found[: len(valid)], valid, prefixes, strict=True))
 
     def frames(self, batch: Batch) -> Grids | None:
@@ -125,8 +125,8 @@ class MultiTaskModel(nn.Module):
         smallest = self.backbone.patch_size
         return [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
 
-    def _features_of_views(self, batch: Batch) -> tuple[Map, ...]:
-        """`features` of images that pass through the backbone one by one, rounded as the cache stores them.
+    def _features_of_views(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Features of each image alone, rounded as the cache stores them, and the valid region of each map.
 
         So the features of an image depend neither on its neighbours in a batch nor on whether they came from the cache,
         and those that did need no pixels.
@@ -148,7 +148,7 @@ class MultiTaskModel(nn.Module):
             regions.append([valid_region(size, (height, width), one.shape[:2])[0] for one in maps])
         parts = [stack_padded(parts) for parts in zip(*images, strict=True)]
         features = [one.permute(0, 3, 1, 2) if one.ndim == 4 else one for one in parts]
-        return self._maps(features, [stack_padded(parts) for parts in zip(*regions, strict=True)])
+        return features, [stack_padded(parts) for parts in zip(*regions, strict=True)]
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions where no denominators are given.

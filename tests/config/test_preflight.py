@@ -13,7 +13,7 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
 from visft_ds.config.resolve import CONFIG_ROOT
-from visft_ds.data.shards import Manifest, index_path
+from visft_ds.data.shards import INDEX, Manifest
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -55,7 +55,7 @@ def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list
     shutil.copytree(shards, folder, dirs_exist_ok=True)
     found = Manifest.load(folder, "train")
     changed = replace(found, counts={**found.counts, **counts}, findings={"instance without mask": [without, []]})
-    changed.save(index_path(folder, "train").read_bytes())
+    changed.save(Path(folder, "train" + INDEX).read_bytes())
     return ["--stage", "1", "--model", "debug", "--data", str(folder)]
 
 

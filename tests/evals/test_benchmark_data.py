@@ -31,14 +31,15 @@ def _folders(root: Path, names: list[str], each: int = 2) -> Path:
 
 def test_imagenet_and_its_relatives(tmp_path: Path) -> None:
     """Names by WordNet id; only classes with a folder may be chosen (-A, -R have 200); OpenAI's 80 templates."""
-    synsets = classes.imagenet_synsets()
-    assert (synsets[0], classes.imagenet_names()[0], len(synsets)) == ("n01440764", "tench", 1000)
+    names = classes.imagenet()[0]
+    synsets = list(names)
+    assert (synsets[0], names[synsets[0]], len(synsets)) == ("n01440764", "tench", 1000)
     found = read_classes(str(_folders(tmp_path / "imagenet-r", [synsets[402], synsets[1], synsets[999]])))
     assert found.classes == ("goldfish", "acoustic guitar", "toilet paper")
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(found.templates) == 80
     _folders(tmp_path / "v2", [str(number) for number in range(1000)], each=1)
     found = read_classes(str(tmp_path / "v2"))  # as texts, "10" comes before "2"
-    assert found.classes == classes.imagenet_names()
+    assert found.classes == tuple(names.values())
     assert found.images.names[found.labels.tolist().index(2)] == "2/0.png"
 
 
@@ -90,8 +91,8 @@ def test_captions_of_coco(tmp_path: Path) -> None:
         _image(tmp_path / "val2017" / name)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps(content))
-    found = retrieval.read_captions(str(tmp_path))
-    assert found.captions == ("an x", *(f"why {n}" for n in range(5))) and found.owners.tolist() == [0, 1, 1, 1, 1, 1]
+    _, captions, owners = retrieval.read_captions(str(tmp_path))
+    assert captions == ("an x", *(f"why {n}" for n in range(5))) and owners.tolist() == [0, 1, 1, 1, 1, 1]
 
 
 def test_captions_of_karpathy(tmp_path: Path) -> None:
@@ -104,8 +105,8 @@ def test_captions_of_karpathy(tmp_path: Path) -> None:
         for name, split in (("b.jpg", "test"), ("a.jpg", "train"))
     ]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-    assert retrieval.read_captions(str(tmp_path)).captions == ("b.jpg 0", "b.jpg 1")
-    assert retrieval.read_captions(str(tmp_path), "train").captions == ("a.jpg 0", "a.jpg 1")
+    assert retrieval.read_captions(str(tmp_path))[1] == ("b.jpg 0", "b.jpg 1")
+    assert retrieval.read_captions(str(tmp_path), "train")[1] == ("a.jpg 0", "a.jpg 1")
 
 
 def test_boxes_are_seen_as_crops() -> None:

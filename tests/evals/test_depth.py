@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from visft_ds.evals.judge import depth as module
-from visft_ds.evals.judge import protocols, sources
+from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, read_depth, silog
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
@@ -51,9 +51,8 @@ def test_metres_and_loss_by_hand() -> None:
         errors = np.concatenate([np.log(expected[i, head] / truth[i].numpy().clip(1e-3))[known[i]] for i in images])
         for early in wanted:
             wanted[early] += np.sqrt((0 if early else errors.var()) + 0.15 * errors.mean() ** 2)
-    loss = silog(1)
-    found = [loss(outputs, truth, copies, torch.Generator()).item() for _ in range(101)]
-    assert found[0] == pytest.approx(wanted[True], rel=1e-6) and found[100] == pytest.approx(wanted[False], rel=1e-6)
+    early, late = (silog(outputs, truth, copies, torch.Generator(), 1, step).item() for step in (99, 100))
+    assert early == pytest.approx(wanted[True], rel=1e-6) and late == pytest.approx(wanted[False], rel=1e-6)
 
 
 def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     few = replace(QUICK, depth=replace(QUICK.depth, steps=120, warm_up=10, rate=0.1))
     monkeypatch.setattr(protocols, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
-    monkeypatch.setattr(sources, "SIDE", 48)
+    monkeypatch.setattr(protocols, "SIDE", 48)
     ramp = torch.linspace(-1, 1, 8).expand(8, 1, 6, 8)
     features = torch.cat([ramp, torch.randn(8, 3, 6, 8, generator=torch.Generator().manual_seed(0))], dim=1)
     benchmark = depth("depth/x", train, test, few)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,14 +12,25 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Recipe, cross_entropy, enlarged, fit, rate_at, windows
+from visft_ds.evals.judge.heads import (
+    BATCH,
+    RESAMPLES,
+    Heads,
+    Recipe,
+    cross_entropy,
+    enlarged,
+    fit,
+    order_of,
+    rate_at,
+    windows,
+)
 from visft_ds.tasks.classes import VOID
 
 
 def test_a_head_is_an_affine_map_after_batch_norm() -> None:
     """Of each head its own, in float64, by the statistics of training."""
     generator = torch.Generator().manual_seed(0)
-    heads = Heads(2, 5, 3, dropout=0.0).double()
+    heads = Heads(2, 5, 3).double()
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -42,9 +54,9 @@ def test_loss_by_hand() -> None:
     truth = torch.tensor([[[0, 1], [1, VOID]]], dtype=torch.uint8)
     first = 2 * math.log(1 + math.exp(1)) + math.log(1 + math.exp(-1))
     weights = torch.tensor([[1.0], [0.0]])
-    loss = cross_entropy(1)(outputs, truth, weights, torch.Generator())
+    loss = cross_entropy(outputs, truth, weights, torch.Generator(), 1, 0)
     assert loss.item() == pytest.approx(first / 3)
-    both = cross_entropy(1)(outputs[:, :1], truth, torch.tensor([[3.0]]), torch.Generator())
+    both = cross_entropy(outputs[:, :1], truth, torch.tensor([[3.0]]), torch.Generator(), 1, 0)
     assert both.item() == pytest.approx(first)
 
 
@@ -69,30 +81,29 @@ def _problem(classes: int = 3) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(maps).float(), torch.from_numpy(truth.astype(np.uint8))
 
 
+def _batches(maps: Tensor, truth: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((maps[drawn], truth[drawn]) for drawn in order_of(BATCH, recipe.steps).split(BATCH))
+
+
 def test_a_trained_head_is_logistic_regression() -> None:
     maps, truth = _problem()
     recipe = Recipe(steps=250, warm_up=20, rate=0.05, decay=0.0)
-    heads = fit(
-        Heads(1, 6, 3, 0.0), BATCH, lambda drawn: (maps[drawn], truth[drawn]), cross_entropy(recipe.stride), recipe
-    )
+    heads = fit(Heads(1, 6, 3), BATCH, _batches(maps, truth, recipe), cross_entropy, recipe)
     x, y = maps.permute(0, 2, 3, 1).reshape(-1, 6).numpy(), truth.numpy().ravel()
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     expected = LogisticRegression(C=1e6, max_iter=1000).fit(x, y).predict(x)
-    with torch.no_grad():
-        said = heads(maps)[:, 0].argmax(dim=1).numpy().ravel()
+    said = heads(maps)[:, 0].argmax(dim=1).numpy().ravel()
     assert (said == expected).mean() >= 0.995
 
 
 def test_resamples_leave_the_first_head_alone() -> None:
     """And each is what a head of its weights alone would be, clipped for itself."""
     maps, truth = _problem()
-    recipe = Recipe(steps=5, warm_up=2, rate=0.05, decay=1e-3, clip=0.01)
-
-    def trained(count: int) -> Heads:
-        heads = Heads(count, 6, 3, 0.1)
-        return fit(heads, BATCH, lambda drawn: (maps[drawn], truth[drawn]), cross_entropy(1), recipe)
-
-    alone, beside = trained(1), trained(1 + RESAMPLES)
+    recipe = Recipe(steps=5, warm_up=2, rate=0.05, decay=1e-3, dropout=0.1, clip=0.01)
+    alone, beside = (
+        fit(Heads(count, 6, 3), BATCH, _batches(maps, truth, recipe), cross_entropy, recipe)
+        for count in (1, 1 + RESAMPLES)
+    )
     torch.testing.assert_close(beside.weight[0], alone.weight[0])
     assert (beside.weight[1:] - alone.weight[0]).flatten(1).norm(dim=1).min() > 1e-3
 

@@ -11,7 +11,7 @@ import pytest
 
 from visft_ds.config import resolve
 from visft_ds.data.shards import Manifest
-from visft_ds.evals import curves
+from visft_ds.evals import report as pages
 from visft_ds.evals.cli import report
 from visft_ds.evals.pages import Series, line_chart
 from visft_ds.evals.records import FORMAT, VERSION
@@ -75,7 +75,7 @@ def _cells(text: str, name: str) -> list[str]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts are their titles: matplotlib takes most of the time."""
-    monkeypatch.setattr(curves, "line_chart", lambda series, *, title, **_: f"<svg>{title}: {len(series)}</svg>")
+    monkeypatch.setattr(pages, "line_chart", lambda series, *, title, **_: f"<svg>{title}: {len(series)}</svg>")
 
 
 def test_a_run_alone(tmp_path: Path, split: Manifest) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from visft_ds.evals.judge.page import judge_page
 from visft_ds.evals.judge.protocol import Score
 from visft_ds.evals.judge.table import Difference, Results, Row, Trial, rows_of
 from visft_ds.evals.judge.verdict import Verdict, judged, word_for
+from visft_ds.evals.pages import judge_page
 from visft_ds.evals.records import Interval
 
 PRIMARY = "segmentation/voc in-context mIoU"

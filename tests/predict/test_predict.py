@@ -22,7 +22,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.predict.images import find_images, open_file, opened
 from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
-from visft_ds.prepare.data import streams_of
+from visft_ds.prepare.data import open_data
 from visft_ds.run.folder import recorded_config
 from visft_ds.tasks.pictures import palette
 
@@ -47,16 +47,15 @@ def _same(found: Prediction, wanted: Prediction) -> None:
 
 
 def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> None:
-    config = recorded_config(place / "runs/stage2").visft
+    recorded = recorded_config(place / "runs/stage2")
+    config, streams = recorded.visft, open_data(recorded, 1)[1].streams
     files = files_of_run(place / "runs/stage2", config, TASKS)
     decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
     source = ModelSource(files, config.streams(), decoding=decoding)
     evaluated, _ = source.build("fp32", torch.device("cpu"))
     manifest = Manifest.load(finished.shards(), "val")
     with ShardReader(manifest) as reader:
-        collected = collect(
-            evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, num_workers=0
-        )
+        collected = collect(evaluated.predict, reader, streams, evaluated.vocabulary)
     assert collected is not None
     ids = manifest.index["image_id"].tolist()
     names = {category.coco_id: category.name for category in manifest.categories}

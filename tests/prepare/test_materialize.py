@@ -142,7 +142,7 @@ def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path)
     config = configured("zero1", {f"visft.model.{key}": value for key, value in model.items()}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
     base = open_base(config.visft.model, backbone, torch.float32)
-    assert "rope.periods" in base.buffers()
+    assert "rope.periods" in base.buffers
     save_base(base, backbone, tmp_path / "base.safetensors")
     found = open_backbone(backbone, tmp_path / "base.safetensors")
     assert buffers_in(found, base_parameters(backbone)) == {}

@@ -15,8 +15,7 @@ from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
-from visft_ds.prepare.data import open_data, pipelines_of, plan_of, streams_of
-from visft_ds.prepare.datasets import open_training_data
+from visft_ds.prepare.data import RunData, open_data
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
@@ -51,11 +50,11 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
     return made
 
 
-def settled(split: Manifest, *settings: str) -> ResolvedConfig:
+def settled(split: Manifest, *settings: str) -> tuple[ResolvedConfig, RunData]:
     own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
     given = [f"visft.data.root={split.root}", "visft.mode=sampled", "visft.tasks=" + ",".join(BOTH)]
     config = resolve(stage=1, model="debug", settings=[*own, *given, "visft.run.eval_every=0", *settings])
-    return open_data(config, 1)[0]
+    return open_data(config, 1)
 
 
 def num_classes(config: ResolvedConfig) -> list[int]:
@@ -64,13 +63,11 @@ def num_classes(config: ResolvedConfig) -> list[int]:
 
 
 def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(splits: dict[str, Manifest]) -> None:
-    config = settled(splits["own"])
+    config, data = settled(splits["own"])
     assert num_classes(config) == [len(OWN)] * 2
-    sets = open_training_data(config.visft)
-    reader = ShardReader(sets["train"].manifest)
-    made = pipelines_of(streams_of(config.visft, splits["own"]), sets, None)
-    loader = StepLoader({"train": reader}, plan_of(config.visft, sets), made, num_workers=0)
-    classes = {name: one.classes for name, one in streams_of(config.visft, splits["own"]).items()}
+    reader = ShardReader(data.sets["train"].manifest)
+    loader = StepLoader({"train": reader}, data.plan, data.pipelines)
+    classes = {name: one.classes for name, one in data.streams.items()}
     true: dict[int, list[int]] = {}
     for annotation in coco_dataset(reader)["annotations"]:
         if not annotation["iscrowd"]:
@@ -98,10 +95,10 @@ def _each_class(task: str, number: int) -> Any:
 
 
 def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(splits: dict[str, Manifest]) -> None:
-    config, split = settled(splits["coco"]), splits["coco"]
+    config, data = settled(splits["coco"])
     assert num_classes(config) == [91, 80]
-    assert all(not stream.classes for stream in streams_of(config.visft, split).values())
-    streams = streams_of(settled(split, *(f"visft.tasks.{task}.head.num_classes=3" for task in BOTH)).visft, split)
+    assert all(not stream.classes for stream in data.streams.values())
+    streams = settled(splits["coco"], *(f"visft.tasks.{task}.head.num_classes=3" for task in BOTH))[1].streams
     assert [streams[task].classes for task in BOTH] == [{task: TREE} for task in BOTH]
 
 

@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 def test_every_shipped_model_with_weights_on_the_hub_is_tried() -> None:
     from visft_ds.config.resolve import available
 
-    found = [name for name in available("models") if resolve(stage=1, model=name).visft.model.timm]
+    found = [name for name in available("models") if resolve(stage=1, model=name).visft.model.preset[:5] == "timm:"]
     assert set(SMALL) == set(found) - {"debug_convnext", "lite0", "own"}
 
 

@@ -87,7 +87,7 @@ def save_base(base: BaseWeights, backbone: Backbone, path: Path, trained: Mappin
     for name, one in base.parameters.items():
         read = partial(base.read, name) if trained is None else partial(base.weights.tensor, name, torch.float32)
         tensors[name] = Lazy(tuple(one.shape), one.dtype if trained is None else torch.float32, read)
-    tensors |= {name: Lazy.of(value) for name, value in base.buffers().items() if name in stored}
+    tensors |= {name: Lazy.of(value) for name, value in base.buffers.items() if name in stored}
     header = {MODEL: json.dumps(model_of(backbone)), **({BASE: base.identity} if trained else {})}
     write_safetensors(path, {**tensors, **(trained or {})}, header)
 

@@ -81,7 +81,7 @@ def named(text: str, *, download: bool = False) -> Named:
         return named(f"{TIMM}{text}")
     except ValueError as error:
         other = nearest(text, available("models"))
-        raise ValueError(f"--backbone {text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
+        raise ValueError(f"{text}: no file, folder, {HUB}ORG/NAME or model{other}; {error}") from error
 
 
 def model_of(found: Named, model: str | None) -> tuple[str | None, Flags]:

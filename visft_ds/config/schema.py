@@ -88,11 +88,6 @@ class ModelConfig(StrictModel):
     tf32: Literal["auto", True, False] = "auto"
     compile: Literal["none", "blocks"] = "none"  #: by torch.compile
 
-    @property
-    def timm(self) -> str | None:
-        """Name of the model of timm that is the backbone; None for a tower of our own."""
-        return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
-
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
         layers = {"layers": self.layers} if self.layers else {}
@@ -224,7 +219,8 @@ class VisftConfig(StrictModel):
             yield "model.compile", "must be none with visft.model.kernels = triton: the compiler makes its own kernels"
         shape = [f"overrides.{name}" for name in model.overrides.model_dump(exclude_none=True) if name != "image_size"]
         used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
-        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if model.timm is not None else ():
+        of_timm = model.preset.startswith(TIMM)
+        for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
             yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
@@ -350,7 +346,7 @@ class Recipe(StrictModel):
         plain = any(getattr(task.head, "type", "") == "plain" for task in visft.tasks.enabled().values())
         if piped and (plain or len(model.layers) > 1):
             yield "visft.model.layers", "several blocks, and plain heads, are not for a pipeline: use --engine zero3"
-        if piped and model.timm is not None:
+        if piped and model.preset.startswith(TIMM):
             yield "visft.model.preset", "timm's models have no stages: use --engine zero0, zero1, zero2 or zero3"
         if model.compile != "none" and zero.stage == 3:
             yield "visft.model.compile", "must be none with ZeRO-3, which gathers weights in Python: use --engine zero2"

@@ -25,6 +25,7 @@ from visft_ds.data.fetch import Cache, RemoteFolder, sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 
 FORMAT, VERSION = "visft_ds shards", 3
+INDEX = ".index.npy"  #: ends the name of an index, behind that of its split
 #: Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(
     [
@@ -129,13 +130,13 @@ class Manifest:
                 raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
         of, numbers = manifest.index["shard"], np.arange(len(counts))
         same = len(of) == len(manifest) and np.array_equal(of, np.repeat(numbers, counts))
-        if not same or (remote is None and sha256_of(index_path(Path(root), split)) != manifest.index_sha256):
+        if not same or (remote is None and sha256_of(Path(root, split + INDEX)) != manifest.index_sha256):
             raise ValueError(f"the index of {path} does not belong to it: run the same `visft shards build` again")
         return manifest
 
     def save(self, index: bytes) -> None:
         """Write the index and then the manifest into `root`, when all shards are there."""
-        store(index_path(Path(self.root), self.split), index)
+        store(Path(self.root, self.split + INDEX), index)
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "remote")}
         values |= {"format": FORMAT, "version": VERSION}
         content = orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
@@ -144,7 +145,7 @@ class Manifest:
     @cached_property
     def index(self) -> npt.NDArray[Any]:
         """(samples,) INDEX_DTYPE, memory-mapped."""
-        path = index_path(Path(self.root), self.split)
+        path = Path(self.root, self.split + INDEX)
         if self.remote is not None:
             path = self.remote.copy(path.name, 0, self.index_sha256)
         with reading(path, "the index of a split"):
@@ -255,16 +256,12 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 def verify(manifest: Manifest) -> list[str]:
     """Read every byte; the names of the files that are not as they were made."""
     digests = {shard.name: shard.sha256 for shard in manifest.shards}
-    digests[index_path(Path(), manifest.split).name] = manifest.index_sha256
+    digests[manifest.split + INDEX] = manifest.index_sha256
     return [name for name, digest in digests.items() if sha256_of(Path(manifest.root, name)) != digest]
 
 
 def manifest_path(root: Path, split: str) -> Path:
     return root / f"{split}.manifest.json"
-
-
-def index_path(root: Path, split: str) -> Path:
-    return root / f"{split}.index.npy"
 
 
 def tar_name(split: str, number: int) -> str:

@@ -36,7 +36,7 @@ from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_
 from visft_ds.tasks import TASKS, config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
-DEFAULT_BATCH = 8  # without a run that tells
+_BATCH = 8  # without a run that tells
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,17 @@ def source_of(
     if config is not None:
         settings, streams = config.tasks.enabled(), config.streams()
     elif folder is not None or alone:
-        batches = {"batch_size": DEFAULT_BATCH, "micro_batch": DEFAULT_BATCH}
-        settings = {task: config_class(task).model_validate(batches) for task in TASKS}
+        settings = {task: config_class(task)(batch_size=_BATCH, micro_batch=_BATCH) for task in TASKS}
         streams = {task: one.stream(task, (task,), 1.0) for task, one in settings.items()}
     else:
         raise ValueError(
             f"{place} is no export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
         )
-    streams = {} if alone else _chosen(streams, tasks, folder, side, batch_size)
+    streams = {} if alone else _chosen(streams, tasks, folder)
+    for stream in streams.values() if side is not None else ():
+        stream.image["fixed_size" if "fixed_size" in stream.image else "size"] = side
+    if batch_size is not None:
+        streams = {name: replace(stream, micro_batch=batch_size) for name, stream in streams.items()}
     if place is not None and config is not None:
         wanted = [task for stream in streams.values() for task in stream.tasks]
         files = files_of_run(place, config, wanted, backbone=weights, heads=folder, adapter=adapter)
@@ -180,19 +183,12 @@ def source_of(
     return ModelSource(files, streams, config, words, decoding, precision)
 
 
-def _chosen(
-    streams: Mapping[str, Stream],
-    names: str | Sequence[str] | None,
-    heads: Path | None,
-    side: int | None,
-    batch_size: int | None,
-) -> dict[str, Stream]:
-    """The streams of the tasks that were asked for, by default of all that have a head, with squares of `side` pixels.
+def _chosen(streams: Mapping[str, Stream], names: str | Sequence[str] | None, heads: Path | None) -> dict[str, Stream]:
+    """The streams of the tasks that were asked for, by default of all that have a head.
 
     Args:
         names: of the tasks, in a list or with commas.
         heads: folder that has all heads; None: the run has them.
-        side, batch_size: None: those of the streams.
     """
     found = [task for stream in streams.values() for task in stream.tasks if heads is None or head_files(heads, task)]
     if not found:
@@ -201,14 +197,10 @@ def _chosen(
     wanted = [name.strip() for name in listed] if listed else found
     if unknown := [name for name in wanted if name not in found]:
         raise ValueError(f"--tasks: no head for {', '.join(unknown)}; allowed are {', '.join(found)}")
-    kept = {}
-    for name, stream in streams.items():
-        if tasks := tuple(task for task in stream.tasks if task in wanted):
-            image = dict(stream.image)
-            if side is not None:
-                image["fixed_size" if "fixed_size" in image else "size"] = side
-            kept[name] = replace(stream, tasks=tasks, image=image, micro_batch=batch_size or stream.micro_batch)
-    return kept
+    kept = {
+        name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted)) for name, one in streams.items()
+    }
+    return {name: stream for name, stream in kept.items() if stream.tasks}
 
 
 def _weights_at(place: Path | None) -> Path:
@@ -322,9 +314,6 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
     theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
     if theirs != ours:
-        raise ValueError(
-            f"{path} reads maps of width {', '.join(map(str, theirs))}, but the backbone has {backbone.describe()}: "
-            f"take the head and the backbone of the same model"
-        )
+        raise ValueError(f"{path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}")
     if problem := read_elsewhere(info, backbone.layers_read):
         raise ValueError(f"{path}: {problem}")

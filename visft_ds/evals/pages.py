@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -121,3 +122,30 @@ def line_chart(
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     element = text.getvalue().partition("<svg ")[2]  # a page has no room for the XML declaration
     return f'<svg role="img" aria-label="{html.escape(title)}" {element}'
+
+
+def judge_page(record: Mapping[str, Any], sheets: Sequence[Picture]) -> str:
+    """The page of `visft judge` about a record, which is what judge.json holds.
+
+    Args:
+        sheets: pictures of what models see.
+    """
+    base = next(iter(record["arms"]))
+    (primary,) = (row for row in record["rows"] if row["name"] == record["primary"])
+    curves = {arm: of["held_out"] for arm, of in record["layers"].get(primary["name"], {}).items()}
+    blocks = list(dict.fromkeys(block for of in curves.values() for block in of))
+    unit, factor = ("", -1) if primary["lower"] else ("percent", 100)  # held-out errors are kept with a minus
+    series = [
+        Series([blocks.index(block) for block in of], [factor * value for value in of.values()], arm)
+        for arm, of in curves.items()
+    ]
+    return render(
+        "judge/judge.html.j2",
+        title=f"{', '.join(trial['arm'] for trial in record['trials'])} against {base}",
+        record=record,
+        base=base,
+        primary=primary,
+        curve=line_chart(series, title=primary["name"], y_label=unit, linear=True, places=blocks),
+        sheets=[embedded(sheet, "png") for sheet in sheets],
+        command=shlex.join(record["command"]),
+    )

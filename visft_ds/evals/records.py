@@ -29,9 +29,9 @@ def counted(images: int | None, total: int | None) -> str:
     return f"{'all' if images is None else images}{of} images"
 
 
-def number_text(value: float, percent: bool = True) -> str:
-    """A number as text, in percent or in its own unit."""
-    return f"{100 * value:.2f}" if percent else f"{value:.3f}"
+def number_text(value: float, percent: bool = True, sign: str = "") -> str:
+    """A number as text, in percent or in its own unit; with `sign` "+" never without one."""
+    return f"{100 * value:{sign}.2f}" if percent else f"{value:{sign}.3f}"
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Interval:
 
     def text(self, percent: bool = True) -> str:
         """`+4.50 [+2.50, +6.40]`, in percentage points or in the number's own unit."""
-        value, low, high = (
-            f"{100 * part:+.2f}" if percent else f"{part:+.3f}" for part in (self.value, self.low, self.high)
-        )
+        value, low, high = (number_text(part, percent, "+") for part in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
@@ -89,3 +87,13 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         found = Evaluation(label, folder, record)
         {name: float(value) for name, value in found.metrics.items()}, found.images
     return found
+
+
+def read_judged(folder: Path) -> dict[str, Any]:
+    """The record that visft judge wrote. Raises ValueError for anything else."""
+    path = folder / JUDGED
+    with reading(path, "a record of visft judge"):
+        record: dict[str, Any] = orjson.loads(read_bytes(path))
+        if record["format"] != JUDGE:
+            raise ValueError(f"its format is not {JUDGE}")
+    return record

@@ -6,29 +6,32 @@ left on disk. A run may still be training; what it has not recorded is left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
+from scipy.ndimage import uniform_filter1d
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
-from visft_ds.evals.curves import History, charts, last_step, read_history
-from visft_ds.evals.pages import embedded, render
-from visft_ds.evals.records import JUDGE, JUDGED, MAIN, METRICS, Evaluation, read_evaluation
-from visft_ds.files import read_bytes, reading
+from visft_ds.evals.pages import Series, embedded, line_chart, render
+from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation, read_judged
 from visft_ds.flags import check_extra
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.redaction import redacted, redacted_values
 from visft_ds.run.folder import RunFile, read_run, recorded_config
 from visft_ds.tasks.pictures import split_panels
 
 _MOST_PICTURES = 6  # of a task
 _NONE = "–"
+_WINDOW = 1 / 40  # a smoothed value is the mean over this share of the line
+
+History = Sequence[Mapping[str, Any]]  #: records of a run's metrics.jsonl: steps, evaluations, events
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,23 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {path} would be overwritten with a page: name a file that ends in .html")
     runs = [
-        _Run(label, folder, recorded_config(folder), read_run(folder), read_history(folder))
+        _Run(label, folder, recorded_config(folder), read_run(folder), _history(folder))
         for label, folder in zip(labels, folders, strict=True)
     ]
+    parts = [main.partition("/")[0] for main in MAIN.values()]
     evaluations = [one for run in runs for one in _evaluations(run, alone=len(runs) == 1)]
+    measured = dict.fromkeys(name for one in evaluations for name in one.metrics if name.count("/") == 1)
     text = render(
         "report.html.j2",
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_judged(judged) if judged else None,
+        beyond=read_judged(judged) if judged else None,
         evaluations=evaluations,
-        results=[found for main in MAIN.values() if (found := _numbers(evaluations, main.partition("/")[0]))],
+        results=[found for part in parts if (found := [name for name in measured if name.startswith(f"{part}/")])],
         mains=list(MAIN.values()),
         pictures=[one for task in MAIN if (one := _pictures(evaluations, task))["rows"]],
-        curves=charts({run.label: run.history for run in runs}),
+        curves=_charts({run.label: run.history for run in runs}),
         facts=_side_by_side([_facts(run) for run in runs]),
         settings=_differing([run.config for run in runs]),
         environment=_side_by_side([_environment(run.record) for run in runs]),
@@ -79,14 +84,17 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     return path
 
 
+def _history(run: Path) -> History:
+    """The records of a run: none where it has no metrics.jsonl, as when its disk was full."""
+    path = run / METRICS_FILE
+    return list(read_metrics(path)) if path.is_file() else []
+
+
 def _state(run: _Run) -> str:
     steps, visft = run.config.total_steps, run.config.visft
-    last = last_step(run.history)
+    last = max((entry["step"] for entry in run.history if "loss/loss" in entry), default=0)
     done = f"finished: {steps} steps" if last >= steps else f"{last} of {steps} steps"
     return f"{run.label}: stage {visft.stage} of {visft.model.name}, {done}."
-
-
-# ------------------------------------------------------------------------------------------------------------- results
 
 
 def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
@@ -110,12 +118,6 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
     return found
 
 
-def _numbers(evaluations: Sequence[Evaluation], task: str) -> list[str]:
-    """Names of a task's numbers, without those of categories."""
-    names = dict.fromkeys(name for one in evaluations for name in one.metrics)
-    return [name for name in names if name.startswith(f"{task}/") and name.count("/") == 1]
-
-
 def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     """By image, ground truth and the prediction of each evaluation that drew it."""
     drawn = {one.label: one.pictures(task) for one in evaluations if one.record.get("pictures", {}).get(task)}
@@ -127,17 +129,58 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _judged(folder: Path) -> dict[str, Any]:
-    """Record that `visft judge` wrote."""
-    path = folder / JUDGED
-    with reading(path, "a record of visft judge"):
-        record: dict[str, Any] = orjson.loads(read_bytes(path))
-        if record["format"] != JUDGE:
-            raise ValueError(f"its format is not {JUDGE}")
-    return record
+def _charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
+    """Charts by kind, {"title", "charts"}; a number that no run recorded is a chart less, never an error."""
+    rough = {"smooth": True, "linear": False}
+    kinds = {
+        "Loss by task": [_chart(histories, f"loss/{task}", f"{task} loss", "weighted loss", **rough) for task in MAIN],
+        "Evaluation during training": [_chart(histories, f"val/{name}", name, "") for name in MAIN.values()],
+        "Learning rate and gradient": [
+            _rates(histories),
+            _chart(histories, "grad_norm", "gradient norm", "L2 norm, before clipping", **rough),
+        ],
+        "Speed and memory": [
+            _chart(histories, "images_per_second", "images per second", "images/s", smooth=True),
+            _chart(histories, "memory/peak_gib", "peak memory of the fullest device", "GiB"),
+        ],
+    }
+    found = {title: [chart for chart in drawn if chart] for title, drawn in kinds.items()}
+    return [{"title": title, "charts": drawn} for title, drawn in found.items() if drawn]
 
 
-# ---------------------------------------------------------------------------------------------------- what runs record
+def _points(history: History, name: str) -> tuple[list[float], list[float]]:
+    """Steps and numbers of a name, without those that are no numbers."""
+    having = [entry for entry in history if math.isfinite(entry.get(name, math.nan))]
+    return [entry["step"] for entry in having], [float(entry[name]) for entry in having]
+
+
+def _chart(
+    histories: Mapping[str, History], name: str, title: str, unit: str, *, smooth: bool = False, linear: bool = True
+) -> str:
+    """A line of each run; to be `smooth`, pale behind it as it was recorded."""
+    series: list[Series] = []
+    for label, history in histories.items():
+        steps, values = _points(history, name)
+        told = label if len(histories) > 1 else "smoothed" if smooth else ""
+        shown = (
+            uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest") if smooth and values else values
+        )
+        series.append(Series(steps, list(shown), told, behind=values if smooth else ()))
+    return line_chart(series, title=title, y_label=unit, linear=linear)
+
+
+def _rates(histories: Mapping[str, History]) -> str:
+    """A line for each learning rate of each run; groups that always have the same share one."""
+    series: list[Series] = []
+    for label, history in histories.items():
+        alike: dict[tuple[float, ...], list[str]] = {}
+        for name in sorted({name for entry in history for name in entry if name.startswith("lr/")}):
+            alike.setdefault(tuple(_points(history, name)[1]), []).append(name)
+        for group in alike.values():
+            groups = ", ".join(name.removeprefix("lr/") for name in group)
+            told = f"{label}: {groups}" if len(histories) > 1 else groups
+            series.append(Series(*_points(history, group[0]), told))
+    return line_chart(series, title="learning rate", y_label="", linear=True)
 
 
 def _facts(run: _Run) -> dict[str, str]:

@@ -117,12 +117,12 @@ def draw_examples(
     """
     raws = [read_raw(reader, place) for place in example_positions(reader, list(collected), count, limit)]
     names = {category.coco_id: category.name for category in reader.manifest.categories}
-    pictures: dict[str, dict[int, Picture]] = {task: {} for task in collected}
+    pictures: dict[str, dict[int, Picture]] = {}
     for task, results in collected.items():
         found: dict[int, Results] = {raw.image_id: [] for raw in raws}
         for result in results:
             if result["image_id"] in found:
                 found[result["image_id"]].append(result)
-        for raw in raws:
-            pictures[task][raw.image_id] = TASKS[task].picture(Example(raw, found[raw.image_id], names, threshold))
+        examples = [Example(raw, found[raw.image_id], names, threshold) for raw in raws]
+        pictures[task] = {one.raw.image_id: TASKS[task].picture(one) for one in examples}
     return pictures

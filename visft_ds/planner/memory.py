@@ -127,14 +127,13 @@ def trace_step(run: PlannedRun, stream: Stream) -> TracedStep:
     by_layer = operations_by_layer(tracer, backbone) if isinstance(backbone, EvaViT) else nullcontext(list[int]())
     with tracer, operators_of(run.device, zero3=zero3), by_layer as layers:
         torch.autograd.backward(module(batch, denominators)["loss"])
-    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     _TRACED[key] = TracedStep(
         forward=tracer.forward_peak,
         backward=tracer.peak,
         activations=tracer.peak_apart,
         batch=sum(value.nbytes for value in (batch.images, *tensors_of(batch.targets)) if value.is_meta),
         work=tracer.work,
-        frozen=sum(p.numel() * p.element_size() for p in frozen),
+        frozen=sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad),
         trained=sum(p.numel() for p in trained),
         taught=sum(p.numel() for p in trained if p.grad is not None),
         backbone_trains=module.train_backbone,

@@ -12,6 +12,7 @@ from visft_ds.config import ResolvedConfig, changed
 from visft_ds.planner.hardware import Cluster
 from visft_ds.planner.memory import MEMORY_SHARE, MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.planner.time import PlannedTime, peak_seconds, step_time
+from visft_ds.pretrained import TIMM
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
     """Values of visft.model.recompute, from the one that computes least to the one that keeps least."""
     if config.visft.stage == 1:
         return ("none",)  # a frozen backbone keeps nothing
-    return ("none", "block") if config.visft.model.timm is not None else ("none", "mlp", "block")
+    return ("none", "block") if config.visft.model.preset.startswith(TIMM) else ("none", "mlp", "block")
 
 
 def choose_recompute(run: PlannedRun, capacity: int) -> tuple[PlannedRun, int]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
@@ -35,7 +36,6 @@ from visft_ds.prepare.datasets import (
 from visft_ds.prepare.model import PreparedModel
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_NAMES
-from visft_ds.tasks.matching import beyond_queries
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import FORMAT, TOKENIZER, Vocabulary
 
@@ -75,8 +75,10 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
     first, dp_size = next(iter(sets.values())).manifest, max(1, processes // config.pipeline_stages)
     if "maps" in first.labels or any(category.coco_id not in COCO_NAMES for category in first.categories):
         config = settle_classes(config, first)
-    for stream in config.visft.streams().values():
-        images = min(len(part.samples) for part in samples_of(config.visft, stream, sets).values())
+    samples = dict[str, dict[str, SetPlan]]()
+    for name, stream in config.visft.streams().items():
+        samples[name] = samples_of(config.visft, stream, sets)
+        images = min(len(part.samples) for part in samples[name].values())
         smaller = images // dp_size * dp_size
         if images < stream.batch_size and smaller:
             key = f"{stream.key}.batch_size"
@@ -84,18 +86,31 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             visft = changed(config, [f"{key}={smaller}"]).visft
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
     for task, given in config.visft.tasks.enabled().items():
-        objects = [one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks]
-        if line := beyond_queries(task, given.head, objects):
+        objects = np.concatenate([one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks])
+        queries = getattr(given.head, "num_queries", None)
+        if queries is None or getattr(given.head, "type", "") == "dense":  # which has none
+            continue
+        beyond = (objects - queries).clip(min=0)
+        if beyond.any():
+            told = f"{task}: {beyond.sum()} of {objects.sum()} objects teach nothing in a step"
+            fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
+            line = f"{told}, as {fuller} (visft.tasks.{task}.head.num_queries)"
             config = replace(config, adapted=(*config.adapted, line))
     settings, validation = config.visft, None
-    streams, vocabulary = streams_of(settings, first), vocabulary_of(settings, sets)
+    classes, vocabulary = classes_of_run(settings, first.categories), vocabulary_of(settings, sets)
     if settings.run.eval_every:
         cache = Cache(settings.data.cache, settings.data.cache_bytes)
         validation = Manifest.load(settings.data.root, settings.data.val, cache)
         check_samples(settings.tasks.enabled(), validation)
         check_same_categories(validation, first)
-    pipelines = pipelines_of(streams, sets, vocabulary)
-    return config, RunData(sets, first.categories, streams, pipelines, plan_of(settings, sets), vocabulary, validation)
+    streams, pipelines, plans = dict[str, Stream](), dict[str, dict[str, SamplePipeline]](), dict[str, TaskPlan]()
+    for name, stream in settings.streams().items():
+        streams[name] = replace(stream, classes={task: classes[task] for task in stream.tasks if task in classes})
+        parts = parts_of(streams[name], sets)
+        pipelines[name] = {part: pipeline_of(taught, vocabulary, train=True) for part, taught in parts.items()}
+        plans[name] = TaskPlan(samples[name], stream.batch_size, stream.share)
+    plan = Plan(plans, settings.seed, None if settings.features is None else settings.features.views)
+    return config, RunData(sets, first.categories, streams, pipelines, plan, vocabulary, validation)
 
 
 def is_here(config: VisftConfig) -> bool:
@@ -151,40 +166,6 @@ def keep_features(
     prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
 
 
-def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
-    """The streams of a run with the classes of its heads, which the categories of ROOT/TRAIN (`first`) decide.
-
-    Raises ValueError, see `visft_ds.tasks.classes.classes_of`.
-    """
-    found = classes_of_run(config, first.categories)
-    return {
-        name: replace(stream, classes={task: found[task] for task in stream.tasks if task in found})
-        for name, stream in config.streams().items()
-    }
-
-
-def pipelines_of(
-    streams: Mapping[str, Stream], sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
-) -> dict[str, dict[str, SamplePipeline]]:
-    """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
-    return {
-        stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}
-        for stream in streams.values()
-    }
-
-
-def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
-    """The order of a run's samples.
-
-    Raises ValueError for fewer samples that a stream can learn from than its batch size.
-    """
-    tasks = {
-        stream.name: TaskPlan(samples_of(config, stream, sets), stream.batch_size, stream.share)
-        for stream in config.streams().values()
-    }
-    return Plan(tasks, config.seed, None if config.features is None else config.features.views)
-
-
 def samples_of(config: VisftConfig, stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, SetPlan]:
     """Data set -> its samples that teach at least one task of the stream."""
     parts = {}
@@ -206,7 +187,8 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
 
 
 def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:
-    """The words of a run: those of the captions it learns from, or of a file; None where no task works with words.
+    """The words of a run: those of the captions it learns from, the most frequent first and equal ones by the alphabet,
+    or of a file; None where no task works with words.
 
     Raises ValueError for a tokenizer of another release, captions without words, or an unusable file.
     """
@@ -225,11 +207,11 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
                 f"{where}: captions cut into words by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
             )
         words.update(manifest.vocabulary)
-    try:
-        return Vocabulary.from_counts(words, min_count=settings.min_count)
-    except ValueError as error:
-        key = f"visft.tasks.{task}.vocabulary.min_count"
-        raise ValueError(f"{where}, {key} = {settings.min_count}: {error}") from error
+    kept = sorted((-count, word) for word, count in words.items() if count >= settings.min_count)
+    if not kept:
+        key = f"visft.tasks.{task}.vocabulary.min_count = {settings.min_count}"
+        raise ValueError(f"{where}, {key}: none of {len(words)} words of the captions occurs so often: lower it")
+    return Vocabulary(tuple(word for _, word in kept))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class BaseWeights:
     weights: Weights  #: as a file has them, or as they are drawn
     parameters: Mapping[str, Tensor]  #: name -> its shape and its dtype in the run
     storage: torch.dtype  #: of matrices
-    buffers: Callable[[], Mapping[str, Tensor]]  #: values of the backbone's buffers
+    buffers: Mapping[str, Tensor]  #: values of the backbone's buffers
 
     def read(self, name: str) -> Tensor:
         """A tensor's first value on the host. Raises ValueError for values that are not finite.
@@ -76,56 +76,51 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     `backbone` is on any device and has every dtype as it will be. Raises ValueError as `open_backbone`.
     """
     parameters = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
-
-    @cache
-    def drawn() -> TimmBackbone:
-        """timm draws a model as a whole."""
-        assert isinstance(backbone, TimmBackbone)
-        size = model.overrides.image_size
-        return build_timm(backbone.name, image_size=size, layers=model.layers, seed=model.weights_seed)
-
-    def draw(name: str) -> Tensor:
-        if isinstance(backbone, TimmBackbone):
-            return drawn().get_parameter(name).detach().to(storage)
-        return random_weight(name, parameters[name].shape, model.weights_seed).to(storage)
-
-    def buffers() -> dict[str, Tensor]:
-        return {**dict(drawn().named_buffers()), **buffers_in(weights, parameters)} if [*backbone.buffers()] else {}
-
+    values, buffers, seed = dict[str, Lazy](), dict[str, Tensor](), model.weights_seed
+    if isinstance(backbone, TimmBackbone) and (model.weights is None or [*backbone.buffers()]):
+        # timm draws a model as a whole, and computes buffers that are in no file.
+        drawn = build_timm(backbone.name, image_size=model.overrides.image_size, layers=model.layers, seed=seed)
+        buffers = dict(drawn.named_buffers())
+        for name, drawn_one in drawn.named_parameters():
+            values[name] = Lazy(tuple(drawn_one.shape), storage, partial(drawn_one.detach().to, storage))
+    elif model.weights is None:
+        for name, one in parameters.items():
+            read = partial(random_weight, name, tuple(one.shape), seed, storage)
+            values[name] = Lazy(tuple(one.shape), storage, read)
     if model.weights is None:
-        values = {name: Lazy(tuple(value.shape), storage, partial(draw, name)) for name, value in parameters.items()}
         weights = Weights(values, Path("random weights"))
-        note = f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"
+        note = f"base weights: random, a function of visft.model.weights_seed={seed}"
     else:
         weights = open_backbone(backbone, local(model.weights))
+        buffers |= buffers_in(weights, parameters)
         count = sum(value.numel() for value in parameters.values())
         note = f"base weights: {weights.path.name}, {len(weights)} tensors, {count:,} parameters"
     identity = fingerprint({name: weights[name] for name in parameters})
     return BaseWeights(identity, note, model.weights is None, weights, parameters, storage, buffers)
 
 
-def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
+def random_weight(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
     Positions are fixed sines instead: random ones of this size drown in a frozen random tower, and heads learn boxes
     half as well. EVA's truncation lies 100 standard deviations out and costs twenty times the drawing: it is left out.
-    The values are fp32 on the CPU, a function of the seed, the parameter's name and its shape alone.
+    The values are on the CPU, rounded from fp32: a function of the seed, the parameter's name and its shape alone.
     """
     if name.endswith("bias"):
-        return torch.zeros(tuple(shape))
+        return torch.zeros(tuple(shape), dtype=dtype)
     if "norm" in name:
-        return torch.ones(tuple(shape))
+        return torch.ones(tuple(shape), dtype=dtype)
     if name == "pos_embed":  # sines and cosines of a square grid (MAE, arXiv 2111.06377, A.1); odd channels are 0
         side, width, count = math.isqrt(shape[1] - 1), shape[2], shape[2] // 4
         frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
         angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
         axis = torch.cat((angles.sin(), angles.cos()), dim=1)
         both = torch.cat((axis.repeat(side, 1), axis.repeat_interleave(side, 0)), dim=1)
-        return F.pad(both, (0, width - 4 * count, 1, 0))[None]
+        return F.pad(both, (0, width - 4 * count, 1, 0))[None].to(dtype)
     std = 0.02
     if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
-    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ def fill_model(
 
     try:
         fill(backbone, "backbone.", lambda n: first_value(backbone, n, config.seed) if is_lora(n) else base.read(n))
-        for name, value in base.buffers().items():
+        for name, value in base.buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(owner), leaf, value)
     except ValueError as error:

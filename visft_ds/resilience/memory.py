@@ -28,7 +28,7 @@ from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import unchanged
-from visft_ds.prepare.data import RunData, parts_of
+from visft_ds.prepare.data import RunData
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
@@ -118,8 +118,8 @@ def largest_batches(data: RunData, micro: Mapping[str, int], role: Role) -> Iter
     category = next((category.coco_id for category in data.categories), 0)  # the heads know those of the first set
     for name, stream in data.streams.items():
         count, side, caption = micro[name], stream.largest_side(), " ".join(["a"] * stream.image.get("max_words", 1))
-        for dataset in parts_of(stream, data.sets):
-            index, pipeline = data.sets[dataset].manifest.index, data.pipelines[name][dataset]
+        for dataset, pipeline in data.pipelines[name].items():
+            index = data.sets[dataset].manifest.index
             objects = np.sort(np.concatenate([index["num_annotations"], np.zeros(count, np.int64)]))[::-1]
             outline = [0, 0, side, 0, side, side, 0, side]
             whole = {"bbox": [0, 0, side, side], "category_id": category, "iscrowd": 0, "segmentation": [outline]}

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -65,11 +62,6 @@ def class_losses(
     means = terms.view_as(classes).sum(dim=2) / weight[classes].sum(dim=2)  # (L, B)
     right = (logits[-1].detach().argmax(dim=-1) == classes[-1]) & (classes[-1] != logits.shape[-1] - 1)
     return means.sum(dim=1) / loss_denominators["images"], 100 * (counts.sum() - right.sum())
-
-
-def by_layer(losses: Mapping[str, Tensor], suffixes: Sequence[str]) -> dict[str, Tensor]:
-    """Losses (L,) by name -> a loss for each name and layer, whose suffix is added to the name."""
-    return {name + s: value for name, values in losses.items() for s, value in zip(suffixes, values, strict=True)}
 
 
 @torch.no_grad()
@@ -127,20 +119,6 @@ def solve(cost: Tensor, counts: Tensor, pairs: int, image_ids: Tensor | None) ->
             same = np.ones_like(objects)
             found.append(np.stack([layer * same, image * same, queries, objects + start]))
     return Matches(*to_device(torch.from_numpy(np.concatenate(found, axis=1)), cost.device))
-
-
-def beyond_queries(task: str, head: BaseModel, numbers: Sequence[npt.NDArray[Any]]) -> str | None:
-    """A line about images, whose `numbers` of objects are given, with more than a head with these settings has queries.
-
-    None without any. A dense head has no queries.
-    """
-    objects, queries = np.concatenate(numbers), getattr(head, "num_queries", None)
-    beyond = (objects - (queries or 0)).clip(min=0)
-    if queries is None or getattr(head, "type", "") == "dense" or not beyond.any():
-        return None
-    told = f"{task}: {beyond.sum()} of {objects.sum()} objects teach nothing in a step"
-    images = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
-    return f"{told}, as {images} (visft.tasks.{task}.head.num_queries)"
 
 
 def centers_to_corners(boxes: Tensor) -> Tensor:

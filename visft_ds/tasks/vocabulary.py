@@ -50,14 +50,6 @@ class Vocabulary:
         self.fingerprint = hashlib.sha256(orjson.dumps([TOKENIZER, self.words])).hexdigest()
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, int], *, min_count: int) -> Vocabulary:
-        """Words that occur at least `min_count` times, the most frequent first and equal ones in alphabetical order."""
-        kept = sorted((-count, word) for word, count in counts.items() if count >= min_count)
-        if not kept:
-            raise ValueError(f"none of {len(counts)} words of the captions occurs {min_count} times: lower min_count")
-        return cls(tuple(word for _, word in kept))
-
-    @classmethod
     def from_word_map(cls, word_map: Mapping[str, int]) -> Vocabulary:
         """The vocabulary of a published head: word -> id, special tokens included."""
         first, *words = sorted(word_map, key=word_map.__getitem__)

@@ -14,25 +14,15 @@ Each has its images in a folder of the split (`test`, `val`, `validation`, `trai
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from visft_ds.evals.judge.images import (
-    changed,
-    chosen,
-    from_arrays,
-    from_files,
-    image_files,
-    inside,
-    read_json,
-    read_lines,
-)
+from visft_ds.evals.judge.images import changed, chosen, digest, from_files, image_files, read_json, read_lines
 from visft_ds.evals.judge.protocol import (
     PLAIN,
     Benchmark,
@@ -44,11 +34,10 @@ from visft_ds.evals.judge.protocol import (
     rank_by_text,
     sentences,
 )
-from visft_ds.files import reading
+from visft_ds.files import checked_name, reading
 
 TESTS = ("test", "val", "validation")
 DIGITS = "digits"  #: in place of a folder
-_SYNSET = re.compile(r"n\d{8}")
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -61,27 +50,26 @@ class ClassSet:
     classes: tuple[str, ...]  #: as they are called in a sentence
     templates: tuple[str, ...] = PLAIN  #: sentences with {} for a class
 
-    def part(self, places: Sequence[int]) -> ClassSet:
+    def part(self, places: IntArray) -> ClassSet:
         """Some of the images, with all classes."""
-        numbers = np.asarray(places, dtype=np.int64)
-        return replace(self, images=chosen(self.images, numbers.tolist()), labels=self.labels[numbers])
+        return replace(self, images=chosen(self.images, places.tolist()), labels=self.labels[places])
 
 
 def zero_shot(label: str, data: ClassSet) -> Benchmark:
     """Top-1 and, with more than five classes, top-5 accuracy."""
-    numbers = ("top1", "top5") if len(data.classes) > 5 else ("top1",)
+    numbers = {"top1": 1, "top5": 5} if len(data.classes) > 5 else {"top1": 1}
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         images, texts = features["test"]["clip"], features["texts"]["clip"]
         ranks = rank_by_text(images, texts, len(data.templates), data.labels)
-        for name in numbers:
-            yield Score(name, hits(ranks, int(name.removeprefix("top"))))
+        for name, k in numbers.items():
+            yield Score(name, hits(ranks, k))
 
     return Benchmark(
         label,
         {"test": data.images},
         ("clip",),
-        numbers,
+        tuple(numbers),
         {"benchmark": "zero-shot 1", "labels": data.labels.tolist(), "templates": len(data.templates)},
         scores,
         texts=sentences(data.classes, data.templates),
@@ -104,24 +92,38 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
 
         loaded = load_digits()  # 8 x 8 grey levels from 0 to 16
         pixels = (loaded.images * 255 / 16).round().astype(np.uint8)
-        return ClassSet(from_arrays(pixels, DIGITS), loaded.target.astype(np.int64), tuple("0123456789"))
+        drawn = ImageSet(
+            [f"{DIGITS} {place}" for place in range(len(pixels))],
+            lambda place: Image.fromarray(pixels[place]).convert("RGB"),
+            digest((str(pixels.shape), pixels.tobytes())),
+        )
+        return ClassSet(drawn, loaded.target.astype(np.int64), tuple("0123456789"))
     root = Path(source)
     if not (root / (split or ".")).is_dir():
         raise ValueError(f"{root / (split or '')}: no such folder; give one with a folder for each class, or {DIGITS}")
-    if (root / "mappings").is_dir():
-        return _read_objectnet(root)
-    own = root / split if split else next((root / name for name in TESTS if (root / name).is_dir()), root)
-    folders = sorted(path for path in own.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
+    objectnet = (root / "mappings").is_dir()
+    parts = ["images"] if objectnet else [split] if split else TESTS
+    own = next((root / name for name in parts if (root / name).is_dir()), root)
+    named, templates = (_objectnet(root, own), imagenet()[1]) if objectnet else _named(own)
+    classes = _lines(root, own, "classnames.txt") or list(named.values())
+    templates = tuple(_lines(root, own, "templates.txt")) or templates
+    files = [image_files(folder) for folder in named]
+    if not files:
         raise ValueError(f"{own} has no folders of classes: give a folder with one folder for each class")
-    if loose := image_files(own):
-        raise ValueError(f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name})")
-    classes, templates = _named(folders)
-    if names := _lines(root, own, "classnames.txt"):
-        classes = names
-    if len(classes) != len(folders):
-        raise ValueError(f"{root}: {len(classes)} names of classes for {len(folders)} folders; name each, in order")
-    return _of_folders(folders, classes, tuple(_lines(root, own, "templates.txt")) or templates, own)
+    if len(classes) != len(files):
+        raise ValueError(f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order")
+    if empty := [folder.name for folder, found in zip(named, files, strict=True) if not found]:
+        raise ValueError(f"{own}: {len(empty)} of {len(files)} classes have no images: {', '.join(empty[:5])}")
+    twice = [name for name in classes if classes.count(name) > 1]
+    if twice and templates != imagenet()[1]:  # ImageNet has some, and is scored as it is
+        raise ValueError(f"{root}: two classes are called {twice[0]!r}: no text can tell them apart")
+    if wrong := [text for text in templates if "{}" not in text]:
+        raise ValueError(f"{root}: a template without {{}} for the class: {wrong[0]!r}")
+    images = from_files([path for found in files for path in found], own)
+    if objectnet:
+        images = changed(images, _without_border, f"without {_BORDER} pixels of border")
+    labels = np.repeat(np.arange(len(files)), [len(found) for found in files]).astype(np.int64)
+    return ClassSet(images, labels, tuple(classes), templates)
 
 
 def read_train_and_test(source: str, train: str | None = None, test: str | None = None) -> tuple[ClassSet, ClassSet]:
@@ -131,90 +133,58 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
     Raises:
         ValueError: as `read_classes`; also if the two have other classes, or a class has one image only.
     """
-    if train is None and not (source != DIGITS and (Path(source) / "train").is_dir()):
-        classes = read_classes(source, test)
-        halves: tuple[list[int], list[int]] = ([], [])
-        for label, name in enumerate(classes.classes):
-            of_class = np.flatnonzero(classes.labels == label).tolist()
+    if train is None and (source == DIGITS or not (Path(source) / "train").is_dir()):
+        whole = read_classes(source, test)
+        tests = np.zeros(len(whole.labels), dtype=bool)
+        for label, name in enumerate(whole.classes):
+            of_class = np.flatnonzero(whole.labels == label)
             if len(of_class) < 2:
                 raise ValueError(f"{source}: {name} has {len(of_class)} image(s); a probe needs two, to train and test")
-            for place, number in enumerate(of_class):
-                halves[place % 2].append(number)
-        return classes.part(sorted(halves[0])), classes.part(sorted(halves[1]))
-    split = train or "train"
-    if split == test:
-        raise ValueError(f"{source}: probes would learn from {split} and be judged on it: name two parts")
-    parts = read_classes(source, split), read_classes(source, test)
-    if parts[0].classes != parts[1].classes:
-        lone = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+            tests[of_class[1::2]] = True
+        return whole.part(np.flatnonzero(~tests)), whole.part(np.flatnonzero(tests))
+    if (train or "train") == test:
+        raise ValueError(f"{source}: probes would learn from {test} and be judged on it: name two parts")
+    learnt, held = read_classes(source, train or "train"), read_classes(source, test)
+    if learnt.classes != held.classes:
+        lone = sorted(set(learnt.classes) ^ set(held.classes))
         raise ValueError(f"{source}: train and test have other classes: {', '.join(lone[:5]) or 'in another order'}")
-    return parts
+    return learnt, held
 
 
-def _named(folders: list[Path]) -> tuple[list[str], tuple[str, ...]]:
-    """(names of the classes, templates) of ImageNet's family, else those of the folders; puts the folders in order."""
-    names = [folder.name for folder in folders]
-    if all(map(_SYNSET.fullmatch, names)):
-        known = {synset: place for place, synset in enumerate(imagenet_synsets())}
-        if all(name in known for name in names):
-            return [imagenet_names()[known[name]] for name in names], imagenet_templates()
-    if sorted(names) == sorted(map(str, range(1000))):
-        folders.sort(key=lambda folder: int(folder.name))  # otherwise "10" comes before "2"
-        return list(imagenet_names()), imagenet_templates()
-    return [name.replace("_", " ") for name in names], PLAIN
-
-
-def _of_folders(folders: Sequence[Path], classes: Sequence[str], templates: tuple[str, ...], root: Path) -> ClassSet:
-    files = [image_files(folder) for folder in folders]
-    if empty := [folder.name for folder, found in zip(folders, files, strict=True) if not found]:
-        raise ValueError(f"{root}: {len(empty)} of {len(folders)} classes have no images: {', '.join(empty[:5])}")
-    twice = [name for name, count in Counter(classes).items() if count > 1]
-    if twice and templates != imagenet_templates():  # ImageNet has some, and is scored as it is
-        raise ValueError(f"{root}: two classes are called {twice[0]!r}: no text can tell them apart")
-    if wrong := [text for text in templates if "{}" not in text]:
-        raise ValueError(f"{root}: a template without {{}} for the class: {wrong[0]!r}")
-    labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
-    images = from_files([path for found in files for path in found], root)
-    return ClassSet(images, labels.astype(np.int64), tuple(classes), templates)
-
-
-def imagenet_synsets() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes of ImageNet, in their order."""
+@cache
+def imagenet() -> tuple[dict[str, str], tuple[str, ...]]:
+    """(ImageNet's classes in their order, WordNet id -> name as open_clip has it for texts; OpenAI's 80 templates)."""
+    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     from timm.data import ImageNetInfo
 
-    return tuple(ImageNetInfo().label_names())
+    names = dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
+    return names, tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
-def imagenet_names() -> tuple[str, ...]:
-    """Names of these classes as open_clip gives them to text towers."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES)
-
-
-def imagenet_templates() -> tuple[str, ...]:
-    """OpenAI's 80 sentences about an image of a class, `{}` for its name."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+def _named(root: Path) -> tuple[dict[Path, str], tuple[str, ...]]:
+    """(folders with the names of their classes, templates), of ImageNet's family or any other."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [folder.name for folder in folders]
+    if sorted(names) == sorted(map(str, range(1000))):
+        folders.sort(key=lambda folder: int(folder.name))  # otherwise "10" comes before "2"
+        return dict(zip(folders, imagenet()[0].values(), strict=True)), imagenet()[1]
+    if {*names} <= imagenet()[0].keys():
+        return {folder: imagenet()[0][folder.name] for folder in folders}, imagenet()[1]
+    return {folder: folder.name.replace("_", " ") for folder in folders}, PLAIN
 
 
-def _read_objectnet(root: Path) -> ClassSet:
-    own = root / "images" if (root / "images").is_dir() else root
+def _objectnet(root: Path, folder: Path) -> dict[Path, str]:
+    """The folders of the classes that ImageNet has, too, with their names."""
     path = root / "mappings/folder_to_objectnet_label.json"
     with reading(path, "ObjectNet's mapping"):
         shared = set(read_json(root / "mappings/objectnet_to_imagenet_1k.json"))
-        labels = {str(folder): str(label) for folder, label in read_json(path).items() if label in shared}
-        found = {inside(own, folder, path): label for folder, label in sorted(labels.items())}
-    folders = [folder for folder in found if folder.is_dir()]
-    if not folders:
-        raise ValueError(f"{own} has none of the {len(labels)} folders that ObjectNet shares with ImageNet")
-    labelled = _of_folders(folders, [found[folder] for folder in folders], imagenet_templates(), own)
+        labels = {name: str(label) for name, label in sorted(read_json(path).items()) if label in shared}
+        named = {folder / checked_name(name, path): label for name, label in labels.items()}
+    return {inner: label for inner, label in named.items() if inner.is_dir()}
 
-    def cut(place: int, image: Image.Image) -> Image.Image:
-        return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
-    return replace(labelled, images=changed(labelled.images, cut, f"without {_BORDER} pixels of border"))
+def _without_border(place: int, image: Image.Image) -> Image.Image:
+    return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
 
 def _lines(root: Path, own: Path, name: str) -> list[str]:

@@ -27,11 +27,10 @@ import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
-from visft_ds.data.dataset import labels_of_split
-from visft_ds.data.shards import Category, Manifest, ShardReader, manifest_path
+from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
-from visft_ds.files import open_image, reading
+from visft_ds.files import image_frame, open_image
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import read_coco
 from visft_ds.shards.maps import read_map
@@ -46,9 +45,8 @@ class Thing:
     """An object of an image."""
 
     owner: int  #: number of the image
-    label: int
+    label: int  #: VOID for a crowd
     code: Mapping[str, Any]  #: run-length code of its pixels
-    crowd: bool = False
 
     @property
     def area(self) -> int:
@@ -73,14 +71,12 @@ class DenseSet:
 
     images: ImageSet
     label: Callable[[int], npt.NDArray[Any]]  #: of an image; in metres where depth is asked
-    classes: tuple[str, ...]  #: their names; "": no object is there
+    classes: tuple[str, ...] = ()  #: their names; "": no object is there
     things: tuple[Thing, ...] = ()  #: objects that are large enough and no crowds, in the order of their images
 
     def part(self, places: Sequence[int]) -> DenseSet:
-        """Some of the images."""
-        numbers = {place: number for number, place in enumerate(places)}
-        things = tuple(replace(one, owner=numbers[one.owner]) for one in self.things if one.owner in numbers)
-        return DenseSet(chosen(self.images, places), lambda number: self.label(places[number]), self.classes, things)
+        """Some of the images, without their objects."""
+        return DenseSet(chosen(self.images, places), lambda number: self.label(places[number]), self.classes)
 
 
 def read_train_and_test(
@@ -94,61 +90,51 @@ def read_train_and_test(
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
     """
-    if not Path(source).is_dir():
-        raise ValueError(f"{source}: no such folder; give one with images and labels")
-    reader, parts = _layout(Path(source))
-    learnt, held = parts_of(source, parts, train, test)
-    found = [reader(learnt, most["train"]), reader(held, most["test"])]
+    parts = _parts(Path(source))
+    names = chosen_parts(source, parts, train, test)
+    found = [parts[name](count) for name, count in zip(names, (most["train"], most["test"]), strict=True)]
     seen = []
-    for part, one in zip((learnt, held), found, strict=True):
+    for name, part in zip(names, found, strict=True):
         counts = np.zeros(VOID + 1, dtype=np.int64)
-        for place in gauge(f"labels of {part}", len(one.images), "images", range(len(one.images))):
-            counts += np.bincount(one.label(place).ravel(), minlength=VOID + 1)
+        for place in gauge(f"labels of {name}", len(part.images), "images", range(len(part.images))):
+            counts += np.bincount(part.label(place).ravel(), minlength=VOID + 1)
         seen.append(np.flatnonzero(counts[:VOID]))
         if len(seen[-1]) < 2:
-            raise ValueError(f"{source}: {part} has labels of one class only; a probe needs two")
+            raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
     if not found[0].classes:  # label maps do not name them
         numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
-        found = [replace(one, classes=numbers) for one in found]
+        found = [replace(part, classes=numbers) for part in found]
     if found[0].classes != found[1].classes:
         lone = sorted(set(found[0].classes) ^ set(found[1].classes))
-        raise ValueError(f"{source}: {learnt} and {held} have other categories or order: {', '.join(lone[:5])}")
+        raise ValueError(f"{source}: {' and '.join(names)} have other categories or order: {', '.join(lone[:5])}")
     return found[0], found[1]
 
 
-def parts_of(source: str, parts: Sequence[str], train: str | None, test: str | None) -> tuple[str, str]:
+def chosen_parts(source: str, parts: Collection[str], train: str | None, test: str | None) -> tuple[str, str]:
     """(part to train on, part to judge on) of those that a data set has; the given ones or the usual ones."""
     learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
-    for part in (learnt, held):
-        if part not in parts:
-            raise ValueError(f"{source} has no part {part}; it has {', '.join(parts) or 'none'}")
-    if learnt == held:
-        raise ValueError(f"{source}: probes would learn from {learnt} and be judged on it: name two parts")
+    if learnt == held or not {learnt, held} <= set(parts):
+        has = f"it has {', '.join(parts) or 'no parts'}"
+        raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
     return learnt, held
 
 
-Reader = Callable[[str, int], DenseSet]
-
-
-def _layout(root: Path) -> tuple[Reader, Sequence[str]]:
-    """(what reads a part, names of the parts) of a folder."""
-    trees = root.glob("annotations/instances_*2017.json")
-    if splits := sorted(path.stem.removeprefix("instances_").removesuffix("2017") for path in trees):
-        return partial(_of_coco, root), splits
-    suffix = manifest_path(root, "").name
-    if splits := sorted(path.name.removesuffix(suffix) for path in root.glob(f"*{suffix}")):
-        return partial(_of_shards, root), splits
+def _parts(root: Path) -> Mapping[str, Callable[[int], DenseSet]]:
+    """Part of a folder, in the first layout that it has -> what reads at most so many of its images."""
+    if found := sorted(root.glob("annotations/instances_*2017.json")):
+        return {path.stem.removeprefix("instances_").removesuffix("2017"): partial(_of_coco, path) for path in found}
+    if splits := splits_in(root):
+        return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
-        known = {"train": "training", "val": "validation"}
-        of_ade = {name: (root / "images" / folder, root / "annotations" / folder) for name, folder in known.items()}
-        return lambda part, most: of_maps(root, *of_ade[part], most, _ade), list(known)
-    if listed := sorted(root.glob("ImageSets/Segmentation/*.txt")):
-        folders = root / "JPEGImages", root / "SegmentationClass"
-        names = {path.stem: frozenset(read_lines(path)) for path in listed}
-        return lambda part, most: of_maps(root, *folders, most, names=names[part]), list(names)
-    if (root / "labels").is_dir():
-        parts = sorted(path.name for path in (root / "labels").iterdir() if path.is_dir())
-        return lambda part, most: of_maps(root, root / "images" / part, root / "labels" / part, most), parts
+        return {
+            part: partial(of_maps, root, root / "images" / name, root / "annotations" / name, read=_ade)
+            for part, name in (("train", "training"), ("val", "validation"))
+        }
+    if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
+        of_voc = partial(of_maps, root, root / "JPEGImages", root / "SegmentationClass")
+        return {path.stem: partial(of_voc, names=frozenset(read_lines(path))) for path in found}
+    if found := sorted(root.glob("labels/*/")):
+        return {path.name: partial(of_maps, root, root / "images" / path.name, path) for path in found}
     raise ValueError(
         f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
     )
@@ -181,83 +167,68 @@ def of_maps(
     images = from_files(kept, root)
 
     def label(place: int) -> npt.NDArray[Any]:
-        numbers = read(maps[place])
-        with reading(kept[place], "an image"), Image.open(kept[place]) as image:
-            if image.size != numbers.shape[::-1]:
-                raise ValueError(
-                    f"it has {image.width} x {image.height} pixels, and its label map {maps[place]} others"
-                )
+        numbers, frame = read(maps[place]), image_frame(kept[place])
+        if numbers.shape != (frame.height, frame.width):
+            raise ValueError(f"{kept[place]} has other pixels than its label map {maps[place]}: give maps of its size")
         return numbers
 
     stamped = digest((images.fingerprint, from_files(maps, root).fingerprint))
-    return DenseSet(replace(images, stretched=True, fingerprint=stamped), label, ())
+    return DenseSet(replace(images, stretched=True, fingerprint=stamped), label)
 
 
-def _of_coco(root: Path, split: str, most: int) -> DenseSet:
-    source = read_coco(root / f"annotations/instances_{split}2017.json", None)
+def _of_coco(path: Path, most: int) -> DenseSet:
+    source = read_coco(path, None)
     kept = [source.images[place] for place in every(len(source.images), most)]
-    folder = root / f"{split}2017"
+    folder = path.parents[1] / path.stem.removeprefix("instances_")
     images = from_files([folder / image.file_name for image in kept], folder)
-    return _of_outlines(images, [orjson.loads(image.label()) for image in kept], source.categories)
+    return _of_outlines(images, [image.label() for image in kept], source.categories)
 
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
-    manifest = Manifest.load(str(root), split)
+    manifest = Manifest.load(root, split)
     reader = ShardReader(manifest)
     places = every(len(reader), most)
-    names = [f"{split} {manifest.index[place]['image_id']}" for place in range(len(reader))]
 
-    def read(place: int) -> Image.Image:
-        data, _ = reader.read(place, "images")
-        return open_image(data or b"", reader.describe(place), upright=False)
+    def read(number: int) -> Image.Image:
+        data, _ = reader.read(places[number], "images")
+        return open_image(data or b"", reader.describe(places[number]), upright=False)
 
-    images = chosen(ImageSet(names, read, digest((manifest.fingerprint,))), places)
-    labels = list(labels_of_split(reader, places))
+    images = ImageSet([f"{split} {manifest.index[place]['image_id']}" for place in places], read, manifest.fingerprint)
+    labels = [reader.read(place, "labels")[1] or b"" for place in places]
     return _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
 
 
 def _of_outlines(
-    images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
+    images: ImageSet, labels: Sequence[bytes], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
     if len(categories) + len(empty) > VOID:
         raise ValueError(f"{images.names[0]} has {len(categories)} categories; at most {VOID - 1} are allowed")
     ordered = sorted(categories, key=lambda category: category.coco_id)
     numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
-    things: list[list[Thing]] = []
-    for owner, image in enumerate(labels):
-        outlined = [
-            Thing(
-                owner, numbers[one["category_id"]], _outline(one, image["height"], image["width"]), bool(one["iscrowd"])
-            )
-            for one in image["annotations"]
-        ]
-        things.append(sorted(outlined, key=lambda thing: -thing.area))
+    sizes: list[tuple[int, int]] = []
+    things: list[list[Thing]] = []  # of each image, the largest first
+    for owner, image in enumerate(map(orjson.loads, labels)):
+        sizes.append((image["height"], image["width"]))
+        own = []
+        for one in image["annotations"]:
+            x, y, wide, high = one["bbox"]
+            shape = one.get("segmentation") or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
+            code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
+            own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code))
+        things.append(sorted(own, key=lambda thing: -thing.area))
 
     def label(place: int) -> Label:
-        size = labels[place]["height"], labels[place]["width"]
-        drawn = np.full(size, 0 if empty else VOID, dtype=np.uint8)
+        drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
         for thing in things[place]:
-            drawn[thing.mask == 1] = VOID if thing.crowd else thing.label
+            drawn[thing.mask == 1] = thing.label
         return drawn
 
-    classes = (*empty, *(category.name for category in ordered))
-    facts = [[one.owner, one.label, one.crowd, one.code["counts"]] for found in things for one in found]
-    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, str(facts))))
-    large = (
+    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *labels)))
+    large = [
         thing
-        for image, found in zip(labels, things, strict=True)
-        for thing in found
-        if not thing.crowd and thing.area >= _SMALLEST * image["height"] * image["width"]
-    )
-    return DenseSet(stamped, label, classes, tuple(large))
-
-
-def _outline(annotation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
-    """Run-length code of a mask, or of the box where there is none."""
-    x, y, wide, high = annotation["bbox"]
-    shape = annotation.get("segmentation") or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
-    code: Mapping[str, Any] = (
-        shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-    )
-    return code
+        for size, own in zip(sizes, things, strict=True)
+        for thing in own
+        if thing.label != VOID and thing.area >= _SMALLEST * size[0] * size[1]
+    ]
+    return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

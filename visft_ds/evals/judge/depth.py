@@ -11,9 +11,8 @@ maps of 480 x 640 pixels the part counts that Eigen et al. named.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge.dense_sets import DenseSet, of_maps, parts_of
-from visft_ds.evals.judge.heads import Loss, enlarged
+from visft_ds.evals.judge.dense_sets import DenseSet, chosen_parts, of_maps
+from visft_ds.evals.judge.heads import sampled
 from visft_ds.evals.judge.protocol import Benchmark, Score
-from visft_ds.evals.judge.protocols import Protocol, probe
-from visft_ds.evals.judge.sources import Kept, Sight
+from visft_ds.evals.judge.protocols import Protocol, Source, at_labels, probe, trained
 from visft_ds.files import read_bytes, reading
 
 NUMBERS = ("RMSE", "delta1")
@@ -39,30 +37,27 @@ _EIGEN = slice(45, 471), slice(41, 601)
 _TAUGHT = slice(45, 472), slice(43, 608)  # without the white border of training images
 _CROP = (416, 544)
 
-Metres = npt.NDArray[np.float32]  # (H, W); 0: not known
-
 
 def read_depth(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
     root = Path(source)
-    parts = parts_of(source, sorted(path.name for path in root.glob("depth/*/")), train, test)
-    learnt, held = (
-        of_maps(root, root / "images" / part, root / "depth" / part, count, partial(_read, counting))
-        for part, count, counting in zip(parts, most.values(), (_TAUGHT, _EIGEN), strict=True)
-    )
-    return learnt, held
+    found = sorted(root.glob("depth/*/"))
+    parts = {path.name: partial(of_maps, root, root / "images" / path.name, path) for path in found}
+    learnt, held = chosen_parts(source, parts, train, test)
+    taught = parts[learnt](most["train"], read=partial(_read, _TAUGHT))
+    return taught, parts[held](most["test"], read=partial(_read, _EIGEN))
 
 
-def _read(counting: tuple[slice, slice], path: Path) -> Metres:
-    """The metres of a map; 0 where they are not known or not within the rows and columns that count of NYU's size."""
+def _read(counting: tuple[slice, slice], path: Path) -> npt.NDArray[np.float32]:
+    """(H, W) metres; 0 where they are not known or not within the rows and columns that count of NYU's size."""
     with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
         if not image.mode.startswith("I"):
             raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
         given = np.asarray(image).astype(np.float32) / np.float32(1000)
+        inner = counting if given.shape == _NYU else ...
         found = np.zeros_like(given)
-        inner = counting if given.shape == _NYU else (slice(None), slice(None))
         found[inner] = np.where((given >= NEAREST) & (given <= FARTHEST), given, 0)[inner]
         if not found.any():
             raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
@@ -74,23 +69,18 @@ def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Be
     return probe(label, "depth 1", NUMBERS, train, test, protocol, _scores)
 
 
-def _scores(source: Kept | Sight, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
-    fitted = source.heads(BINS, silog(protocol.depth.stride), protocol.depth, _cropped)
-    with torch.no_grad():
-        seen = source.said(lambda maps: metres(fitted(maps)), in_windows=False)
-        yield from _measured(wanted, seen, source.test)
+def _scores(source: Source, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
+    head = trained(source, BINS, silog, protocol.depth, _cropped, protocol.resampled)
+    return _measured(wanted, source.said(lambda maps: metres(head(maps)), in_windows=False), source.test)
 
 
-def _cropped(side: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Crops of the published size, whatever the side; of NYU's images without their border."""
+def _cropped(_: int, image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """A crop of the published size, whatever the side; of NYU's images without their border."""
+    if truth.shape == _NYU:
+        image, truth = (tv_tensors.wrap(one[(..., *_TAUGHT)], like=one) for one in (image, truth))
     crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
-
-    def change(image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        inner = _TAUGHT if truth.shape == _NYU else (slice(None), slice(None))
-        both: tuple[Tensor, Tensor] = crop(tv_tensors.Image(image[(..., *inner)]), tv_tensors.Mask(truth[inner]))
-        return both
-
-    return change
+    both: tuple[Tensor, Tensor] = crop(image, truth)
+    return both
 
 
 def metres(outputs: Tensor) -> Tensor:
@@ -100,32 +90,25 @@ def metres(outputs: Tensor) -> Tensor:
     return torch.einsum("...bhw,b->...hw", weights, bins) / weights.sum(dim=-3)
 
 
-def silog(stride: int) -> Loss:
+def silog(
+    outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, step: int
+) -> Tensor:
     """sqrt(var g + 0.15 mean(g)^2) of g, the logarithms' difference, over the pixels whose depth is known."""
-    steps = count()
-
-    def loss(outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        step = min(stride, *truth.shape[1:])
-        row, column = torch.randint(step, (2,), generator=generator).tolist()
-        seen = truth[:, None, row::step, column::step]
-        said = enlarged(metres(outputs), (truth.shape[1], truth.shape[2]), step, (row, column))
-        error = said.log() - seen.clamp(min=NEAREST).log()
-        share = (seen > 0) * weights.T[:, :, None, None]
-        total = share.sum(dim=(0, 2, 3)).clamp(min=1e-6)
-        mean = (share * error).sum(dim=(0, 2, 3)) / total
-        variance = (share * (error - mean[:, None, None]) ** 2).sum(dim=(0, 2, 3)) / total
-        return (variance * (next(steps) >= _PLAIN_STEPS) + 0.15 * mean**2 + 1e-12).sqrt().sum()
-
-    return loss
+    said, seen = sampled(metres(outputs), truth.unsqueeze(1), stride, generator)
+    error = said.log() - seen.clamp(min=NEAREST).log()
+    share = (seen > 0) * weights.T[:, :, None, None]
+    total = share.sum(dim=(0, 2, 3)).clamp(min=1e-6)
+    mean = (share * error).sum(dim=(0, 2, 3)) / total
+    variance = (share * (error - mean[:, None, None]) ** 2).sum(dim=(0, 2, 3)) / total
+    return (variance * (step >= _PLAIN_STEPS) + 0.15 * mean**2 + 1e-12).sqrt().sum()
 
 
 def _measured(wanted: Collection[str], seen: Iterable[Tensor], test: DenseSet) -> Iterator[Score]:
     """Scores of the metres (heads, h, w) that are seen in each test image."""
     found = []
-    for place, one in enumerate(seen):
-        truth = torch.from_numpy(test.label(place)).to(one)
+    for large, truth in at_labels(seen, test):
         known = truth > 0
-        said = enlarged(one, (truth.shape[0], truth.shape[1]))[:, known].clamp(NEAREST, FARTHEST).double()
+        said = large[:, known].clamp(NEAREST, FARTHEST).double()
         error, ratio = said - truth[known], said / truth[known]
         within = torch.maximum(ratio, 1 / ratio) < 1.25
         found.append(torch.stack([(error**2).mean(dim=1).sqrt(), within.double().mean(dim=1)]).cpu())

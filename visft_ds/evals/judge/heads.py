@@ -10,8 +10,9 @@ bootstrap of the training images drew it: their spread is what the choice of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -24,13 +25,12 @@ from visft_ds.tasks.classes import VOID
 
 RESAMPLES = 5
 BATCH = 16
-SPARSE = 8
+_SPARSE = 8  # stride of the loss of resamples
 _START = 1e-6  # of the rate, at the first step
 
-#: Outputs (B, heads, C, h, w), what is there, (heads, B) weights of images, generator -> loss, a mean over the batch.
-Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
-#: Numbers of BATCH images, those of `order_of` -> (their maps (B, D, h, w), what is there).
-Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Outputs (B, heads, C, h, w), what is there (B, H, W), weights of images (heads, B), generator, stride between pixels
+#: that count, number of the step -> loss, a mean over the batch.
+Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,23 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     dropout: float = 0.0  #: of whole channels
     clip: float = math.inf  #: length of a head's gradient
-    stride: int = 1  #: between the pixels that the loss counts, which begin anywhere
+    stride: int = 1  #: between the pixels that the loss counts
 
 
 class Heads(nn.Module):
     """(B, D, h, w) -> (B, heads, C, h, w). Statistics of channels are shared, all else is of each head."""
 
-    def __init__(self, heads: int, channels: int, outputs: int, dropout: float) -> None:
+    def __init__(self, heads: int, channels: int, outputs: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels, affine=False)
-        self.dropout = dropout
         first = torch.randn(outputs, channels, generator=torch.Generator().manual_seed(0)) * 0.01
         self.weight = nn.Parameter(first.repeat(heads, 1, 1))
         self.bias = nn.Parameter(torch.zeros(heads, outputs))
         self.scale = nn.Parameter(torch.ones(heads, channels))
         self.shift = nn.Parameter(torch.zeros(heads, channels))
 
-    def forward(self, maps: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """With a generator channels are dropped."""
-        places = maps.flatten(2).transpose(1, 2)
-        if generator is not None and self.dropout:
-            kept = torch.rand(len(maps), 1, maps.shape[1], generator=generator) >= self.dropout
-            places = places * (kept / (1 - self.dropout)).to(places)
-        places = self.norm(places.flatten(0, 1))
+    def forward(self, maps: Tensor) -> Tensor:
+        places = self.norm(maps.flatten(2).transpose(1, 2).flatten(0, 1))
         # All heads in one product, which their BatchNorms' scales and shifts have become a part of.
         weight = (self.weight * self.scale[:, None]).flatten(0, 1)
         bias = self.bias + torch.einsum("hcd,hd->hc", self.weight, self.shift)
@@ -88,23 +82,27 @@ def order_of(images: int, steps: int) -> Tensor:
     return torch.cat(rounds)[: steps * BATCH]
 
 
-def fit(heads: Heads, images: int, batches: Batches, loss_of: Loss, recipe: Recipe) -> Heads:
-    """Train heads: the first one on all images alike, each further one on a resample; batches are any model's."""
+def fit(heads: Heads, images: int, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Loss, recipe: Recipe) -> Heads:
+    """Train heads: the first one on all images alike, each further one on a resample.
+
+    Args:
+        batches: (maps (B, D, h, w), what is there) of the images of `order_of`.
+    """
     weights = torch.from_numpy(np.stack([np.ones(images), *resamples(images, len(heads.bias) - 1)])).float()
     drops, places = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    order = order_of(images, recipe.steps).split(BATCH)
-    for step, drawn in enumerate(gauge("linear head", recipe.steps, "steps", order)):
-        maps, truth = batches(drawn)
-        loss = loss_of(heads(maps, drops), truth, weights[:, drawn].to(maps), places)
+    order = gauge("linear head", recipe.steps, "steps", order_of(images, recipe.steps).split(BATCH))
+    for step, (drawn, (maps, truth)) in enumerate(zip(order, batches, strict=True)):
+        kept = torch.rand(maps.shape[:2], generator=drops) >= recipe.dropout
+        outputs = heads(maps * (kept / (1 - recipe.dropout)).to(maps)[..., None, None])
+        loss = loss_of(outputs, truth, weights[:, drawn].to(maps), places, recipe.stride, step)
         optimizer.zero_grad()
         loss.backward()
-        if recipe.clip < math.inf:
-            _clip(heads, recipe.clip)
+        _clip(heads, recipe.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(recipe, step)
         optimizer.step()
-    return heads.eval()
+    return heads.eval().requires_grad_(False)
 
 
 def _clip(heads: Heads, most: float) -> None:
@@ -116,7 +114,7 @@ def _clip(heads: Heads, most: float) -> None:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def enlarged(maps: Tensor, size: tuple[int, int], stride: int = 1, first: tuple[int, int] = (0, 0)) -> Tensor:
+def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:
     """(..., h, w) at every `stride`-th pixel, from `first` on, of its bilinear enlargement to a size."""
     rows, columns = (
         F.interpolate(torch.eye(old).unsqueeze(0), new, mode="linear")[0, :, begin::stride].to(maps)
@@ -126,28 +124,28 @@ def enlarged(maps: Tensor, size: tuple[int, int], stride: int = 1, first: tuple[
     return (maps.mT.contiguous() @ rows).mT.contiguous() @ columns
 
 
-def cross_entropy(stride: int) -> Loss:
-    """Of labels (B, H, W), the mean over their pixels that have a class; outputs are enlarged to the labels' size.
-
-    Every `stride`-th pixel of every `stride`-th row counts, from a random one on; for resamples every SPARSE-th.
+def sampled(maps: Tensor, truth: Tensor, stride: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Maps (..., h, w) enlarged to labels (..., H, W), and these, at every `stride`-th pixel of every `stride`-th row,
+    from a random one on.
     """
-
-    def loss(outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        total = outputs.new_zeros(())
-        for heads, wanted in ((slice(0, 1), stride), (slice(1, None), SPARSE)):
-            step = min(wanted, *truth.shape[1:])
-            row, column = torch.randint(step, (2,), generator=generator).tolist()
-            seen = truth[:, row::step, column::step]
-            right = torch.stack([seen == number for number in range(outputs.shape[2])], dim=1).to(outputs)
-            large = enlarged(outputs[:, heads], (truth.shape[1], truth.shape[2]), step, (row, column))
-            said = (large.log_softmax(dim=2) * right.unsqueeze(1)).sum(dim=(2, 3, 4))
-            total = total - (said * weights[heads].T).sum() / (seen != VOID).sum().clamp(min=1)
-        return total
-
-    return loss
+    step = min(stride, *truth.shape[-2:])
+    row, column = torch.randint(step, (2,), generator=generator).tolist()
+    return enlarged(maps, truth.shape[-2:], step, (row, column)), truth[..., row::step, column::step]
 
 
-@torch.no_grad()
+def cross_entropy(
+    outputs: Tensor, truth: Tensor, weights: Tensor, generator: torch.Generator, stride: int, _: int
+) -> Tensor:
+    """The mean over the pixels that have a class; for resamples every _SPARSE-th counts."""
+    total = outputs.new_zeros(())
+    for heads, step in ((slice(0, 1), stride), (slice(1, None), _SPARSE)):
+        large, seen = sampled(outputs[:, heads], truth, step, generator)
+        right = torch.stack([seen == number for number in range(outputs.shape[2])], dim=1).to(outputs)
+        said = (large.log_softmax(dim=2) * right.unsqueeze(1)).sum(dim=(2, 3, 4))
+        total = total - (said * weights[heads].T).sum() / (seen != VOID).sum().clamp(min=1)
+    return total
+
+
 def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: int) -> Tensor:
     """(..., C, H, W), the mean over the squares of an image (3, H, W) that cover it of what is seen in each.
 
@@ -156,16 +154,10 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
-    starts = [
-        sorted({min(start, size - side) for start in range(0, size - side + stride, stride)})
-        for size in padded.shape[-2:]
-    ]
-    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:])
-    for top in starts[0]:
-        for left in starts[1]:
-            seen = see(padded[None, :, top : top + side, left : left + side])[0]
-            if not total.ndim:
-                total = seen.new_zeros(*seen.shape[:-2], *padded.shape[-2:])
-            total[..., top : top + side, left : left + side] += seen
-            times[top : top + side, left : left + side] += 1
+    rows, columns = ([*range(0, size - side, stride), size - side] for size in padded.shape[-2:])
+    total, times = torch.zeros(()), torch.zeros(())
+    for top, left in product(rows, columns):
+        around = (left, columns[-1] - left, top, rows[-1] - top)
+        total = total + F.pad(see(padded[None, :, top : top + side, left : left + side])[0], around)
+        times = times + F.pad(torch.ones(side, side), around)
     return (total / times.to(total))[..., :height, :width]

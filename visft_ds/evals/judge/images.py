@@ -1,7 +1,6 @@
-"""Sources of images: files and arrays; the hash that identifies a set; lists and annotations beside them.
+"""Image files as sets of images; the hash that identifies a set; lists and annotations beside them.
 
-Files are identified by name, size and modification time, so that a set of millions is not read twice to be known;
-arrays by their content.
+Files are identified by name, size and modification time, so that a set of millions is not read twice to be known.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 from PIL import Image
 
 from visft_ds.evals.judge.protocol import ImageSet
-from visft_ds.files import checked_name, open_image, read_bytes, reading
+from visft_ds.files import open_image, read_bytes, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _MOST_TEXT = 2**28  # bytes of a list of names and texts
@@ -58,11 +56,6 @@ def read_json(path: Path) -> Any:
     return orjson.loads(read_bytes(path))
 
 
-def inside(folder: Path, name: Any, listed: Path) -> Path:
-    """The file of a name that stands in the file `listed`. Raises ValueError for one that leaves the folder."""
-    return folder / checked_name(str(name), listed)
-
-
 def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     """Image files below a folder. Raises ValueError for one that is not there."""
     if missing := [path for path in paths if not os.path.isfile(path)]:
@@ -71,13 +64,6 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
     # As stored: annotations and published protocols ignore EXIF orientation.
     return ImageSet(names, lambda place: open_image(paths[place], upright=False), digest(parts))
-
-
-def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:
-    """(n, H, W) grey levels from 0 to 255."""
-    names = [f"{name} {place}" for place in range(len(pixels))]
-    fingerprint = digest((str(pixels.shape), np.ascontiguousarray(pixels).tobytes()))
-    return ImageSet(names, lambda place: Image.fromarray(pixels[place]).convert("RGB"), fingerprint)
 
 
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:

@@ -92,12 +92,11 @@ def vote(memory: Memory, queries: Tensor, neighbours: int, temperature: float, d
 
 def _nearest(bank: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(similarity, places), each (n, count), of the rows of a bank that are nearest to (n, D), the nearest first."""
-    similarity = queries.new_empty(len(queries), 0)
-    places = similarity.long()
+    found = []
     for start in range(0, len(bank), _BANK):
         part = bank[start : start + _BANK]
-        near, found = (queries @ part.T).topk(min(count, len(part)), dim=1)
-        similarity, places = torch.cat([similarity, near], dim=1), torch.cat([places, found + start], dim=1)
-        similarity, order = similarity.topk(min(count, similarity.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return similarity, places
+        near, places = (queries @ part.T).topk(min(count, len(part)), dim=1)
+        found.append((near, places + start))
+    similarity, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    similarity, order = similarity.topk(min(count, len(bank)), dim=1)
+    return similarity, places.gather(1, order)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.depth import depth, read_depth
 from visft_ds.evals.judge.kept import kept, read_images
@@ -17,39 +17,21 @@ from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
 
-#: Of protocol, label, source, part to train on, part to judge.
-Make = Callable[[Protocol, str, str, str | None, str | None], Benchmark]
-
 SEGMENTATION = "segmentation"
-#: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
-KINDS: Mapping[str, tuple[Make, tuple[str, ...]]] = {
-    SEGMENTATION: (
-        lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
-        ("split", "train", "name"),
-    ),
-    "depth": (
-        lambda how, label, *at: depth(label, *read_depth(how.images, *at), how),
-        ("split", "train", "name"),
-    ),
-    "classification": (
-        lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
-        ("split", "train", "name"),
-    ),
-    "zero_shot": (
-        lambda _, label, at, __, split: classes.zero_shot(label, classes.read_classes(at, split)),
-        ("split", "name"),
-    ),
-    "retrieval": (lambda _, label, at, __, split: retrieval(label, read_captions(at, split)), ("split", "name")),
-    "objects": (
-        lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
-        ("split", "train", "name"),
-    ),
-    "ocr": (
-        lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
-        ("name",),
-    ),
-    "kept": (lambda _, label, at, *__: kept(label, read_images(at)), ("name",)),
+_read_dense = dense_sets.read_train_and_test
+#: Kind -> what makes it of protocol, label, source, part to train on and part to judge. `evals.cli` describes them.
+KINDS: dict[str, Callable[[Protocol, str, str, str | None, str | None], Benchmark]] = {
+    SEGMENTATION: lambda how, label, *at: segmentation(label, *_read_dense(how.images, *at), how),
+    "depth": lambda how, label, *at: depth(label, *read_depth(how.images, *at), how),
+    "classification": lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
+    "zero_shot": lambda _, label, at, __, part: classes.zero_shot(label, classes.read_classes(at, part)),
+    "retrieval": lambda _, label, at, __, part: retrieval(label, *read_captions(at, part)),
+    "objects": lambda how, label, *at: grounding(label, *_read_dense(how.images, *at)),
+    "ocr": lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
+    "kept": lambda _, label, at, *__: kept(label, read_images(at)),
 }
+#: Kind -> keys of its options, where they are not `split`, `train` and `name`.
+FEWER = {"zero_shot": ("split", "name"), "retrieval": ("split", "name"), "ocr": ("name",), "kept": ("name",)}
 
 
 def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
@@ -61,13 +43,13 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     name, _, rest = (f"classification={text}" if text == classes.DIGITS else text).partition("=")
     if name not in KINDS or not rest:
         raise ValueError(f"--on {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
-    make, allowed = KINDS[name]
     source, *pairs = rest.split(",")
+    allowed = FEWER.get(name, ("split", "train", "name"))
     options = dict(pair.partition("=")[::2] for pair in pairs)
     if unknown := [key for key, value in options.items() if key not in allowed or not value]:
         raise ValueError(f"--on {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
     label = f"{name}/{options.get('name') or Path(source).name}"
-    return make(protocol, label, source, options.get("train"), options.get("split"))
+    return KINDS[name](protocol, label, source, options.get("train"), options.get("split"))
 
 
 def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protocol) -> tuple[list[Benchmark], str]:
@@ -80,13 +62,10 @@ def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protoc
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")
-    numbers = [f"{benchmark.label} {number}" for benchmark in found for number in benchmark.numbers]
-    if primary is None:
-        primary = next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
+    numbers = [name for benchmark in found for name in benchmark.names]
+    primary = primary or next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
     if primary is None:
         raise ValueError(f"no --on {SEGMENTATION}=SOURCE: give one, or the --primary of {', '.join(numbers)}")
     if primary not in numbers:
-        near = difflib.get_close_matches(primary, numbers, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(numbers)}"
-        raise ValueError(f"--primary {primary}: no such number; {hint}")
+        raise ValueError(f"--primary {primary}: no such number{nearest(primary, numbers)}")
     return found, primary

@@ -69,11 +69,14 @@ class ModelSpec:
         return self.noise is not None or (self.adapter is None and self.scale != 1)
 
     def __str__(self) -> str:
-        parts = [f"open_clip {self.open_clip}" if self.open_clip else "", self.name]
-        parts += [f"+ {self.adapter}" if self.adapter else ""]
-        parts += [f"as noise {self.noise}" if self.noise is not None else ""]
-        parts += [f"x {self.scale:.4g}" if self.scale != 1 else ""]
-        parts += [f"after block {self.block}" if self.block is not None else ""]
+        parts = [
+            f"open_clip {self.open_clip}" if self.open_clip else "",
+            self.name,
+            f"+ {self.adapter}" if self.adapter else "",
+            f"as noise {self.noise}" if self.noise is not None else "",
+            f"x {self.scale:.4g}" if self.scale != 1 else "",
+            f"after block {self.block}" if self.block is not None else "",
+        ]
         return " ".join(filter(None, parts))
 
 
@@ -173,10 +176,11 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
     adapter = adapter_for(path, spec.adapter).scaled(spec.scale) if spec.adapter else None
     model = dict(spec.model or (adapter.model if adapter and MODEL not in file.metadata else model_in(file)))
-    layers = model.pop("layers", None) or (adapter.model.get("layers") if adapter else None)
-    if layers and adapter is None and spec.block is not None and spec.block > max(layers):
-        layers = None  # the file may be whole
-    backbone: Any = load_backbone(path, whole(model | ({"layers": layers} if layers else {}), file), DTYPES[precision])
+    if adapter is not None:
+        model["layers"] = adapter.model.get("layers", ())
+    elif spec.block is not None and spec.block > max(model.get("layers", ()), default=0):
+        model["layers"] = ()  # merged weights go on behind the block that training read
+    backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
             print(f"warning: {problem}", file=sys.stderr)
@@ -209,9 +213,8 @@ class Mixture:
             for name, value in new.items()
             if value.is_floating_point() and not torch.equal(value, old[name].to(value))
         }
-        self._tensors = _tensors(self._own)
         if spec.noise is not None:
-            trained = {name for name, value in self._tensors.items() if isinstance(value, nn.Parameter)}
+            trained = {name for name, one in _tensors(self._own).items() if isinstance(one, nn.Parameter)}
             self.changes = {n: _noise(n, one, spec.noise) for n, one in self.changes.items() if n in trained}
         self._old = {name: old[name] for name in self.changes}
 
@@ -220,8 +223,9 @@ class Mixture:
         """The encoder of that A; one before it changes, too."""
         for layer in lora_layers(self._own.module).values():
             layer.lora_B.zero_()
+        tensors = _tensors(self._own)
         for name, change in self.changes.items():
-            self._tensors[name].copy_(self._old[name].float() + scale * change)
+            tensors[name].copy_(self._old[name].float() + scale * change)
         return self._own
 
 

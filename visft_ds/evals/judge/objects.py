@@ -10,23 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
-from visft_ds.evals.judge.dense_sets import DenseSet
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.images import changed, chosen
-from visft_ds.evals.judge.probes import Rows, by_regression
-from visft_ds.evals.judge.protocol import (
-    PLAIN,
-    Benchmark,
-    Features,
-    ImageSet,
-    IntArray,
-    Score,
-    hits,
-    rank_by_text,
-    sentences,
-)
+from visft_ds.evals.judge.probes import by_regression, rows_of
+from visft_ds.evals.judge.protocol import PLAIN, Benchmark, Features, ImageSet, Score, hits, rank_by_text, sentences
 
 MARGIN = 1.2
 SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
@@ -35,15 +24,16 @@ _GREY = (128, 128, 128)
 
 def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     """Accuracy of naming the object in a box."""
-    (taught, *learnt), (shown, *judged) = _boxes(train), _boxes(test)
+    (taught, learnt), (shown, judged) = _boxes(train), _boxes(test)
     names = [name for name in test.classes if name]
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
+        known, asked = rows_of(features["train"]["pooled"], learnt), rows_of(features["test"]["pooled"], judged)
         if "texts" in features and "clip" in features["test"]:
-            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), judged[0])
-            yield Score("text top1", hits(ranks, 1), judged[1])
-        known, asked = (features[part]["pooled"] for part in ("train", "test"))
-        yield by_regression("probe", Rows(known, *learnt), Rows(asked, *judged))
+            right = asked.labels - test.classes.count("")
+            ranks = rank_by_text(features["test"]["clip"], features["texts"]["clip"], len(PLAIN), right)
+            yield Score("text top1", hits(ranks, 1), asked.owners)
+        yield by_regression("probe", known, asked)
 
     return Benchmark(
         label,
@@ -56,17 +46,14 @@ def grounding(label: str, train: DenseSet, test: DenseSet) -> Benchmark:
     )
 
 
-def _boxes(data: DenseSet) -> tuple[ImageSet, IntArray, IntArray]:
-    """(boxes as images, their labels, numbers of the images they are in); at least SMALLEST pixels wide and high."""
+def _boxes(data: DenseSet) -> tuple[ImageSet, list[Thing]]:
+    """(boxes as images, what is in them), of those that are at least SMALLEST pixels wide and high."""
     large = [thing for thing in data.things if min(thing.box[2:]) >= SMALLEST]
     if not large:
-        first = f"{data.images.names[0]} and {len(data.images) - 1} other images"
-        raise ValueError(f"no object in {first} has a box of at least {SMALLEST:g} x {SMALLEST:g} pixels")
-    owners = np.array([thing.owner for thing in large], dtype=np.int64)
-    labels = np.array([thing.label for thing in large], dtype=np.int64) - data.classes.count("")
-    pictures = replace(chosen(data.images, owners.tolist()), stretched=False)
+        raise ValueError(f"no object in {data.images.names[0]} and so on has a box of at least {SMALLEST:g} pixels")
+    pictures = replace(chosen(data.images, [thing.owner for thing in large]), stretched=False)
     how = f"crop {MARGIN} {[thing.box for thing in large]}"
-    return changed(pictures, lambda number, image: crop(image, large[number].box), how), labels, owners
+    return changed(pictures, lambda number, image: crop(image, large[number].box), how), large
 
 
 def crop(image: Image.Image, box: tuple[float, ...]) -> Image.Image:

@@ -9,7 +9,7 @@ strength of regularisation is the best of STRENGTHS on a fifth of the training i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from visft_ds.evals.judge import heads
 from visft_ds.evals.judge.classes import ClassSet
+from visft_ds.evals.judge.dense_sets import Thing
 from visft_ds.evals.judge.in_context import RESAMPLES, ROWS, Memory, vote
 from visft_ds.evals.judge.protocol import Benchmark, Features, IntArray, Score, hits, rank_of, resamples
 from visft_ds.monitor.console import gauge
@@ -50,32 +51,36 @@ class Rows:
         return Rows(self.features[torch.from_numpy(places)], self.labels[places], self.images[places])
 
 
+def rows_of(features: Tensor, things: Sequence[Thing]) -> Rows:
+    """Objects as rows."""
+    return Rows(features, np.array([thing.label for thing in things]), np.array([thing.owner for thing in things]))
+
+
 def classification(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     """kNN and linear accuracy."""
+    probes = {"kNN": by_neighbours, "linear": by_regression}
 
-    def rows(name: str, features: Mapping[str, Tensor], labels: IntArray) -> Rows:
-        kinds = ("pooled",) if name == "kNN" else ("pooled", "mean")
+    def rows(number: str, features: Mapping[str, Tensor], labels: IntArray) -> Rows:
+        kinds = ("pooled",) if number == "kNN" else ("pooled", "mean")
         return Rows(torch.cat([features[kind] for kind in kinds if kind in features], dim=1), labels)
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        for name, by in (("kNN", by_neighbours), ("linear", by_regression)):
-            if name in wanted:
-                parts = rows(name, features["train"], train.labels), rows(name, features["test"], test.labels)
-                yield by(name, *parts)
+        for name in (name for name in probes if name in wanted):
+            known, asked = rows(name, features["train"], train.labels), rows(name, features["test"], test.labels)
+            yield probes[name](name, known, asked)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         known, held = rows(number, features, train.labels), _held(train.labels)
         if not held.any():
             raise ValueError(f"{label} has no class of five training images; a fifth of them chooses a layer")
-        by = by_neighbours if number == "kNN" else by_regression
-        return by(number, known.part(~held), known.part(held), 0).value
+        return probes[number](number, known.part(~held), known.part(held), 0).value
 
     labels = [train.labels.tolist(), test.labels.tolist()]
     return Benchmark(
         label,
         {"train": train.images, "test": test.images},
         ("pooled", "mean"),
-        ("kNN", "linear"),
+        tuple(probes),
         {"benchmark": "classification 1", "protocol": STRENGTHS, "labels": labels, "names": list(test.classes)},
         scores,
         held_out=held_out,

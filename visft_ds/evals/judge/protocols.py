@@ -1,4 +1,4 @@
-"""Settings of dense probes: as published, or quick ones.
+"""Dense probes as published, or quick ones: their settings, and where their feature maps come from.
 
 | | published | quick |
 |---|---|---|
@@ -13,17 +13,31 @@ https://github.com/facebookresearch/dinov3 (the linear heads). Quick numbers are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import Recipe
+from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, order_of, windows
+from visft_ds.evals.judge.in_context import Memory, remember
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
-from visft_ds.evals.judge.scoring import Settings
-from visft_ds.evals.judge.sources import Kept, Sight
+from visft_ds.evals.judge.scoring import Settings, forward, pictures
+from visft_ds.monitor.console import gauge
+
+SIDE = 224  #: of the labels that heads learn from whose features are kept, pixels
+_PASSES = 2  # over the training images, for a memory of crops
+_UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
+_STRIDE = 2 / 3  # of windows, in their sides
 
 
 @dataclass(frozen=True)
@@ -35,33 +49,172 @@ class Protocol:
     memory: int  #: patches
     segmentation: Recipe
     depth: Recipe
+    resampled: bool = True  #: probes are retrained on resamples of the training images
 
 
-_EVERYTHING = 10**9
-QUICK = Protocol(
-    "quick",
-    {"train": 1000, "test": 2000},
-    102_400,
-    Recipe(steps=2000, warm_up=75, rate=1e-3, decay=1e-3, dropout=0.1, stride=4),
-    Recipe(steps=2000, warm_up=667, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0, stride=4),
-)
-#: By which a layer is chosen, on a fifth of the training images.
-BRIEF = replace(
-    QUICK,
-    memory=6_400,
-    segmentation=replace(QUICK.segmentation, steps=500, warm_up=19),
-    depth=replace(QUICK.depth, steps=500, warm_up=167),
-)
 PUBLISHED = Protocol(
     "published",
-    {"train": _EVERYTHING, "test": _EVERYTHING},
+    {"train": 10**9, "test": 10**9},
     10_240_000,
     Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1),
     Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
 )
+QUICK = Protocol(
+    "quick",
+    {"train": 1000, "test": 2000},
+    102_400,
+    replace(PUBLISHED.segmentation, steps=2000, warm_up=75, stride=4),
+    replace(PUBLISHED.depth, steps=2000, warm_up=667, stride=4),
+)
+#: By which a layer is chosen, on a fifth of the training images.
+BRIEF = Protocol(
+    "brief",
+    QUICK.images,
+    6_400,
+    replace(QUICK.segmentation, steps=500, warm_up=19),
+    replace(QUICK.depth, steps=500, warm_up=167),
+    resampled=False,
+)
+
+#: Makes a crop of an image and its label, for the encoder's side.
+Change = Callable[[int, Any, Any], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Features (images, D, h, w) of whole images in memory."""
+
+    train: DenseSet
+    learnt: Tensor
+    test: DenseSet
+    judged: Tensor
+
+    def memory(self, most: int, _: Change) -> Memory:
+        """At most so many patches of the training images."""
+        images = ((place, one, self.train.label(place)) for place, one in enumerate(self.learnt))
+        return remember(images, len(self.train.classes), max(1, most // len(self.learnt)))
+
+    def examples(self, order: Tensor, _: Change) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of features and labels, which are brought to SIDE x SIDE."""
+        labels = (Image.fromarray(self.train.label(place)) for place in range(len(self.learnt)))
+        squares = [np.asarray(label.resize((SIDE, SIDE), Image.Resampling.NEAREST)) for label in labels]
+        truth = torch.from_numpy(np.stack(squares))
+        return ((self.learnt[drawn], truth[drawn]) for drawn in order.split(BATCH))
+
+    def whole(self, part: DenseSet) -> Iterator[Tensor]:
+        """Batches of features of the training or of the test images."""
+        return iter((self.learnt if part is self.train else self.judged).split(BATCH))
+
+    def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
+        """Outputs of a head for each test image."""
+        return (said for maps in self.judged.split(BATCH) for said in head(maps))
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The same of crops and windows, by an encoder of the published size, on its device."""
+
+    train: DenseSet
+    test: DenseSet
+    encoder: Encoder
+    settings: Settings
+
+    def memory(self, most: int, change: Change) -> Memory:
+        """At most so many patches of random crops. Raises ValueError if a GPU has no room for them."""
+        order, size = torch.arange(len(self.train.images)).repeat(_PASSES), self.settings.batch_size
+        _, channels, *grid = next(self.whole(self.train)).shape
+        if (device := self.settings.device).type == "cuda":
+            patches = min(most, len(order) * math.prod(grid))
+            needed = 4 * patches * (channels + len(self.train.classes))  # in 16 bit, twice while they are gathered
+            free = torch.cuda.mem_get_info(device)[0]
+            if needed > free:
+                told = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
+                raise ValueError(f"a memory of {patches:,} patches needs {told}: take a larger GPU, or give --quick")
+        numbers = gauge("in-context memory", len(order), "images", order.tolist())
+        examples = (
+            (one.half() if one.is_cuda else one, label.cpu().numpy())
+            for maps, labels in self.examples(order, change, size)
+            for one, label in zip(maps, labels, strict=True)
+        )
+        images = ((number, *example) for number, example in zip(numbers, examples, strict=True))
+        return remember(images, len(self.train.classes), max(1, most // len(order)))
+
+    def examples(self, order: Tensor, change: Change, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of features and labels of random crops; the n-th crop is the same for every model."""
+
+        def crops(numbered: Sequence[tuple[int, int]]) -> Any:
+            found = []
+            for number, place in numbered:
+                image = tv_tensors.Image(pixels_of.pil_to_tensor(self.train.images.read(place)))
+                label = tv_tensors.Mask(torch.from_numpy(np.array(self.train.label(place))))
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(number)
+                    found.append(change(self.encoder.side, image, label))
+            return default_collate(found)
+
+        numbered: Any = list(enumerate(order.tolist()))
+        workers = self.settings.threads  # are forked: readers of images are closures, which no pipe takes
+        context = "fork" if workers else None
+        loader = DataLoader(numbered, size, num_workers=workers, collate_fn=crops, multiprocessing_context=context)
+        return ((self._see(pixels), label.to(self.settings.device)) for pixels, label in loader)
+
+    def whole(self, part: DenseSet) -> Iterator[Tensor]:
+        """Batches of features of images, stretched to squares."""
+        return map(self._forward, pictures(self.encoder, part.images, self.settings))
+
+    def said(self, head: Callable[[Tensor], Tensor], in_windows: bool) -> Iterator[Tensor]:
+        """Outputs of a head for each test image: the mean of its probabilities in windows, of which the shorter side of
+        the image is one; or the mean over a whole image and its mirror image.
+        """
+        side = self.encoder.side
+        for place in range(len(self.test.images)):
+            pixels = pixels_of.pil_to_tensor(self.test.images.read(place))
+            if in_windows:
+                yield windows(
+                    lambda part: enlarged(head(self._see(part)), (side, side)).softmax(dim=2),
+                    pixels_of.resize(pixels, [side]),
+                    side,
+                    int(_STRIDE * side),
+                )
+            else:
+                one, mirrored = head(self._see(torch.stack([pixels, pixels.flip(2)])))
+                yield (one + mirrored.flip(-1)) / 2
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """Features of images (B, 3, H, W) of bytes, whose sides are brought to multiples of the patch."""
+        unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
+        size = [max(1, round(side / unit)) * unit for side in pixels.shape[-2:]]
+        scaled = pixels_of.to_dtype(pixels_of.resize(pixels, size), torch.float32, scale=True)
+        mean, std = map(list, self.encoder.normalisation)
+        return self._forward(pixels_of.normalize(scaled, mean, std))
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        self.encoder.module.to(self.settings.device)
+        found = forward(self.encoder, pixels, ("patches",), self.settings)["patches"]
+        if not torch.isfinite(found.sum()):
+            raise ValueError(f"features are NaN or infinite in {self.settings.precision}: try --precision fp32")
+        return found
+
+
+Source = Kept | Sight
+
+
+def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, change: Change, resampled: bool) -> Heads:
+    """Heads that learnt the labels of the training images; RESAMPLES more, if resampled."""
+    first, count = next(source.whole(source.train)), len(source.train.images)  # of which the shape counts
+    heads = Heads(1 + RESAMPLES * resampled, first.shape[1], outputs).to(first.device)
+    return fit(heads, count, source.examples(order_of(count, recipe.steps), change), loss, recipe)
+
+
+def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what is seen in it (..., h, w), enlarged, its label (H, W)) of each test image."""
+    for place, one in enumerate(seen):
+        label = torch.from_numpy(test.label(place)).to(one.device)
+        yield enlarged(one, label.shape), label
+
 
 #: (what a probe reads, wanted numbers, protocol) -> scores.
-Scores = Callable[[Kept | Sight, Collection[str], Protocol], Iterator[Score]]
+Scores = Callable[[Source, Collection[str], Protocol], Iterator[Score]]
 
 
 def probe(
@@ -75,8 +228,7 @@ def probe(
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps, (rest, held) = features["patches"], fifth(len(few.images))
-        kept = Kept(few.part(rest), maps[rest], few.part(held), maps[held], resampled=False)
-        (score,) = of(kept, [number], BRIEF)
+        (score,) = of(Kept(few.part(rest), maps[rest], few.part(held), maps[held]), [number], BRIEF)
         return -score.value if score.lower else score.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:

@@ -12,98 +12,81 @@ is. At most CAPTIONS captions of an image take part, the first ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from visft_ds.evals.judge.images import from_files, inside, read_json
-from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits, rank_of
-from visft_ds.files import reading
+from visft_ds.evals.judge.images import from_files, read_json
+from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, IntArray, Score, hits
+from visft_ds.files import checked_name, reading
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
+_WAYS = ("image to text", "text to image")
 _ROWS = 1024
 
 Pairs = list[tuple[Path, list[str]]]  #: file of an image, its captions
 
 
-@dataclass(frozen=True)
-class CaptionSet:
-    """Images with captions."""
-
-    images: ImageSet
-    captions: tuple[str, ...]
-    owners: IntArray  #: (captions,), places of their images; ascending
-
-
-def retrieval(label: str, data: CaptionSet) -> Benchmark:
-    """R@1, R@5 and R@10 from image to text and from text to image."""
+def retrieval(label: str, images: ImageSet, captions: Sequence[str], owners: IntArray) -> Benchmark:
+    """R@1, R@5 and R@10 from image to text and from text to image; `owners` are the places of the captions' images."""
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        images, texts = features["images"]["clip"], features["texts"]["clip"]
-        owners = torch.from_numpy(data.owners)
-        ranks = image_to_text(images, texts, owners)
-        for k in RECALLS:
-            yield Score(f"image to text R@{k}", hits(ranks, k))
-        ranks = text_to_image(images, texts, owners)
-        for k in RECALLS:
-            yield Score(f"text to image R@{k}", hits(ranks, k), groups=data.owners)
+        seen, read = features["images"]["clip"], features["texts"]["clip"]
+        of_seen, of_read = torch.arange(len(seen)), torch.from_numpy(owners)
+        ranks = rank_of_own(seen, read, of_seen, of_read), rank_of_own(read, seen, of_read, of_seen)
+        for way, places, groups in zip(_WAYS, ranks, (None, owners), strict=True):
+            for k in RECALLS:
+                yield Score(f"{way} R@{k}", hits(places, k), groups=groups)
 
     return Benchmark(
         label,
-        {"images": data.images},
+        {"images": images},
         ("clip",),
-        [f"{way} R@{k}" for way in ("image to text", "text to image") for k in RECALLS],
-        {"benchmark": "retrieval 1", "owners": data.owners.tolist(), "texts": list(data.captions)},
+        [f"{way} R@{k}" for way in _WAYS for k in RECALLS],
+        {"benchmark": "retrieval 1", "owners": owners.tolist(), "texts": list(captions)},
         scores,
-        texts=data.captions,
+        texts=captions,
         needs_text=True,
     )
 
 
-def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
-    """Place of the best own caption of each image; captions of others that are as similar come before it."""
+def rank_of_own(queries: Tensor, found: Tensor, of_queries: Tensor, of_found: Tensor) -> Tensor:
+    """Place of the best of its own for each query, behind all others that are as similar.
+
+    Args:
+        of_queries, of_found: numbers of the images that they belong to.
+    """
     ranks = []
-    for start in range(0, len(images), _ROWS):
-        similarity = images[start : start + _ROWS] @ texts.T
-        matching = owners == torch.arange(start, start + len(similarity))[:, None]
-        top = similarity.masked_fill(~matching, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity >= top) & ~matching).sum(dim=1))
+    for part, images in zip(queries.split(_ROWS), of_queries.split(_ROWS), strict=True):
+        similarity, own = part @ found.T, images[:, None] == of_found
+        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(((similarity >= best) & ~own).sum(dim=1))
     return torch.cat(ranks)
 
 
-def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
-    """Place of the right image of each caption, behind all that are as similar."""
-    parts = zip(texts.split(_ROWS), owners.split(_ROWS), strict=True)
-    return torch.cat([rank_of(part @ images.T, right) for part, right in parts])
-
-
-def read_captions(source: str, split: str | None = None) -> CaptionSet:
-    """Read a data set in a layout of the table above.
+def read_captions(source: str, split: str | None = None) -> tuple[ImageSet, tuple[str, ...], IntArray]:
+    """(images, captions, places of the captions' images) of a data set in a layout of the table above.
 
     Args:
         split: None: `val` of a COCO tree, `test` of Karpathy's.
 
     Raises:
-        ValueError: no such layout, an image without captions or without file, or an empty caption.
+        ValueError: no such layout or part, an image without file, or without captions that say something.
     """
     root = Path(source)
     karpathy = sorted(root.glob("dataset_*.json"))
     pairs = _karpathy(karpathy[0], root, split or "test") if karpathy else _coco(root, split or "val")
     if not pairs:
-        raise ValueError(f"{source} has no image with captions")
-    if bare := [str(path) for path, captions in pairs if not captions]:
-        raise ValueError(f"{source}: {len(bare)} images have no captions, first {bare[0]}: nothing could find them")
-    kept = [(path, captions[:CAPTIONS]) for path, captions in pairs]
-    captions = [caption.strip() for _, texts in kept for caption in texts]
-    owners = np.repeat(np.arange(len(kept)), [len(texts) for _, texts in kept]).astype(np.int64)
-    if "" in captions:
-        raise ValueError(f"{source}: a caption of {kept[int(owners[captions.index('')])][0]} is empty")
-    return CaptionSet(from_files([path for path, _ in kept], root), tuple(captions), owners)
+        raise ValueError(f"{source} has no images with captions in the part to judge")
+    texts = [[caption.strip() for caption in captions[:CAPTIONS]] for _, captions in pairs]
+    if mute := [str(path) for (path, _), own in zip(pairs, texts, strict=True) if not own or "" in own]:
+        raise ValueError(f"{source}: {len(mute)} images have no caption or an empty one, first {mute[0]}")
+    owners = np.repeat(np.arange(len(pairs)), [len(own) for own in texts]).astype(np.int64)
+    return from_files([path for path, _ in pairs], root), tuple(caption for own in texts for caption in own), owners
 
 
 def _coco(root: Path, split: str) -> Pairs:
@@ -112,22 +95,16 @@ def _coco(root: Path, split: str) -> Pairs:
         raise ValueError(f"{root} has neither {path.relative_to(root)} nor Karpathy's dataset_*.json")
     with reading(path, "a COCO caption file"):
         content = read_json(path)
-        files = {image["id"]: inside(folder, image["file_name"], path) for image in content["images"]}
-        texts: dict[int, list[str]] = {number: [] for number in files}
+        texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            if annotation["image_id"] not in texts:
-                raise ValueError(f"a caption of image {annotation['image_id']}, which is not among its images")
             texts[annotation["image_id"]].append(str(annotation["caption"]))
-    return [(file, texts[number]) for number, file in files.items()]
+        return [(folder / checked_name(one["file_name"], path), texts[one["id"]]) for one in content["images"]]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
+    places = {name: Path(folder) / name for folder, _, names in os.walk(root) for name in names}  # follows no links
     with reading(path, "Karpathy's splits"):
         images = [image for image in read_json(path)["images"] if image["split"] == split]
-        texts = {str(image["filename"]): [str(text["raw"]) for text in image["sentences"]] for image in images}
-    if not texts:
-        raise ValueError(f"{path} has no image of the split {split}")
-    places = {name: Path(folder) / name for folder, _, names in os.walk(root) for name in names}  # follows no links
-    if missing := [name for name in texts if name not in places]:
-        raise ValueError(f"{root}: {len(missing)} of {len(texts)} images are not there, first {missing[0]}")
-    return [(places[name], captions) for name, captions in texts.items()]
+        files = [places.get(one["filename"], root / checked_name(one["filename"], path)) for one in images]
+        captions = [[str(text["raw"]) for text in image["sentences"]] for image in images]
+    return list(zip(files, captions, strict=True))

@@ -10,12 +10,14 @@ without a class count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,14 +25,12 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge import in_context
-from visft_ds.evals.judge.dense_sets import DenseSet
-from visft_ds.evals.judge.heads import cross_entropy, enlarged
-from visft_ds.evals.judge.in_context import recall
-from visft_ds.evals.judge.probes import Rows, by_neighbours
-from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Label, Score, mean_ratio
-from visft_ds.evals.judge.protocols import Protocol, probe
-from visft_ds.evals.judge.sources import SIDE, Kept, Sight
+from visft_ds.evals.judge.dense_sets import DenseSet, Thing
+from visft_ds.evals.judge.heads import cross_entropy
+from visft_ds.evals.judge.in_context import RESAMPLES, recall
+from visft_ds.evals.judge.probes import by_neighbours, rows_of
+from visft_ds.evals.judge.protocol import Benchmark, Score, mean_ratio
+from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
 
@@ -46,36 +46,31 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
     return replace(found, sheet=partial(segmentation_sheet, test))
 
 
-def _scores(source: Kept | Sight, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
-    train, test, recipe = source.train, source.test, protocol.segmentation
+def _scores(source: Source, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
+    train, test = source.train, source.test
     if IN_CONTEXT in wanted:
         memory = source.memory(protocol.memory, _cropped)
-        draws = in_context.RESAMPLES * source.resampled
+        draws = RESAMPLES * protocol.resampled
         seen = chain.from_iterable(recall(memory, maps, draws) for maps in source.whole(test))
         yield overlapping(IN_CONTEXT, seen, test)
     if LINEAR in wanted:
-        fitted = source.heads(len(train.classes), cross_entropy(recipe.stride), recipe, _distorted)
-        with torch.no_grad():
-            yield overlapping(LINEAR, source.said(fitted, in_windows=True), test)
+        recipe, classes = protocol.segmentation, len(train.classes)
+        head = trained(source, classes, cross_entropy, recipe, _distorted, protocol.resampled)
+        yield overlapping(LINEAR, source.said(head, in_windows=True), test)
     if OBJECTS in wanted:
         known, asked = (
-            Rows(
-                pooled(chain.from_iterable(source.whole(data)), data),
-                np.array([thing.label for thing in data.things]),
-                np.array([thing.owner for thing in data.things]),
-            )
-            for data in (train, test)
+            rows_of(pooled(chain.from_iterable(source.whole(data)), data.things), data.things) for data in (train, test)
         )
         yield by_neighbours(OBJECTS, known, asked)
 
 
-def _cropped(side: int) -> transforms.Compose:
+def _cropped(side: int, image: Tensor, label: Tensor) -> Any:
     jitter = transforms.RandomApply([transforms.ColorJitter(0.1, 0.1, 0.1, 0.1)], 0.5)
-    return transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 2.0)), jitter])
+    return transforms.Compose([transforms.RandomResizedCrop(side, (0.5, 2.0)), jitter])(image, label)
 
 
-def _distorted(side: int) -> transforms.Compose:
-    return transforms.Compose(
+def _distorted(side: int, image: Tensor, label: Tensor) -> Any:
+    distorted = transforms.Compose(
         [
             transforms.RandomResize(side // 2, side * 2),
             transforms.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: VOID, "others": _GREY}),
@@ -83,15 +78,14 @@ def _distorted(side: int) -> transforms.Compose:
             transforms.RandomPhotometricDistort(),
         ]
     )
+    return distorted(image, label)
 
 
 def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     """Score of what is seen in each test image, (1 + resamples, classes, h, w), the largest of a place its class."""
     found, maps, classes = [], [], len(test.classes)
-    for place, one in enumerate(seen):
-        label = torch.from_numpy(test.label(place)).to(one.device).long()
-        # Three times as fast as argmax.
-        said = enlarged(one, (label.shape[0], label.shape[1])).max(dim=1).indices
+    for large, truth in at_labels(seen, test):
+        said, label = large.max(dim=1).indices, truth.long()  # three times as fast as argmax
         known = label != VOID
         pairs = said[:, known] + classes * label[known] + classes**2 * torch.arange(len(said)).to(label.device)[:, None]
         counts = torch.bincount(pairs.flatten(), minlength=len(said) * classes**2).view(-1, classes, classes)
@@ -103,12 +97,12 @@ def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     return Score(name, values[0], maps=torch.stack(maps).to(torch.int16).numpy(), retrained=retrained)
 
 
-def pooled(maps: Iterable[Tensor], of: DenseSet) -> Tensor:
+def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Tensor:
     """(objects, D), the mean of each object's part of the map (D, h, w) of its image."""
-    things = {owner: list(own) for owner, own in groupby(of.things, key=lambda thing: thing.owner)}
+    own = {owner: list(several) for owner, several in groupby(things, key=lambda thing: thing.owner)}
     found = []
     for place, one in enumerate(maps):
-        for thing in things.get(place, ()):
+        for thing in own.get(place, ()):
             share = F.interpolate(torch.from_numpy(thing.mask)[None, None].float(), one.shape[-2:], mode="area")
             found.append((one.cpu() * share[0]).sum(dim=(1, 2)) / share.sum())
     return torch.stack(found)
@@ -125,34 +119,27 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
         scores: model -> its score with maps.
     """
     empty = int(test.classes[0] == "")
-    each = {label: _overlap(score.values[..., empty:]) for label, score in scores.items()}
-    first, last = next(iter(each.values())), list(each.values())[-1]
+    sums = {label: score.values[..., empty:].sum(axis=2) for label, score in scores.items()}
+    each = {label: both[:, 0] / np.maximum(both[:, 1], 1) for label, both in sums.items()}
+    first, *_, last = each.values()
     chosen = np.argsort(-abs(last - first), kind="stable")[:count].tolist()
-    colours = palette([str(number) for number in range(empty, VOID)])
-    table = np.full((VOID + 1, 3), 255, dtype=np.uint8)
-    table[empty:VOID] = list(colours.values())
+    colours = np.full((VOID + 1, 3), 255, dtype=np.uint8)
+    colours[empty:VOID] = list(palette([str(number) for number in range(empty, VOID)]).values())
     rows = []
     for place in chosen:
         image = np.asarray(test.images.read(place).resize((SIDE, SIDE)))
-        seen = {"what is there": test.label(place)}
+        row = [(image, "picture"), (_painted(image, colours, test.label(place)), "what is there")]
         for label, score in scores.items():
             assert score.maps is not None, label
-            seen[f"{label}: {100 * each[label][place]:.0f}"] = score.maps[place].astype(np.uint8)
-        painted = [(_painted(image, classes, table), title) for title, classes in seen.items()]
-        rows.append(side_by_side((image, "picture"), *painted))
+            row.append((_painted(image, colours, score.maps[place]), f"{label}: {100 * each[label][place]:.0f}"))
+        rows.append(side_by_side(*row))
     return grid(rows)
 
 
-def _overlap(values: FloatArray) -> FloatArray:
-    """(images,) of (images, 2, classes): intersections of all classes by their unions."""
-    above, below = values.sum(axis=2).T
-    overlap: FloatArray = above / np.maximum(below, 1)
-    return overlap
-
-
-def _painted(image: Picture, classes: Label, table: Picture) -> Picture:
+def _painted(image: Picture, colours: Picture, classes: npt.NDArray[Any]) -> Picture:
     """An image under the colours of its classes; where there is none, pale."""
-    colours = table[np.asarray(Image.fromarray(classes).resize((SIDE, SIDE), Image.Resampling.NEAREST))]
-    pale = (colours == 255).all(axis=2, keepdims=True)
-    painted: Picture = np.where(pale, 0.35 * image + 0.65 * colours, 0.25 * image + 0.75 * colours).astype(np.uint8)
+    large = Image.fromarray(classes.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    above = colours[np.asarray(large)]
+    pale = (above == 255).all(axis=2, keepdims=True)
+    painted: Picture = np.where(pale, 0.35 * image + 0.65 * above, 0.25 * image + 0.75 * above).astype(np.uint8)
     return painted

@@ -71,9 +71,7 @@ def text_tower_in(path: str | Path) -> TextTower | None:
             output_dim=found["text_projection"].shape[1],
         )
         # A causal mask, which some files carry along, is a function of the length.
-        masks = {name: one for name, one in module.state_dict().items() if name.endswith("attn_mask")}
-        tensors = {name: one.read() for name, one in found.items() if not name.endswith("attn_mask")}
-        module.load_state_dict({**masks, **tensors})
+        module.load_state_dict({name: one.read() for name, one in found.items() if name != "attn_mask"})
     return TextTower(module.requires_grad_(False).eval(), tokenizer, module)
 
 

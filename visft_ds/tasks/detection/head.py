@@ -19,7 +19,6 @@ from visft_ds.tasks.detection.config import DetectionHeadConfig, DetectionLoss
 from visft_ds.tasks.detection.data import DetectionTargets, box_results
 from visft_ds.tasks.matching import (
     at_least_float32,
-    by_layer,
     centers_to_corners,
     class_losses,
     generalized_box_iou,
@@ -156,14 +155,14 @@ class DetectionCriterion:
         overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(true))
         # the pairs are ordered by layer and every layer has the same number of them
         per_layer = (len(boxes), len(predicted) // len(boxes))
-        by_name = {
+        by_name = {  # (L,) each
             "ce": ce,
             "l1": distance.view(per_layer).sum(dim=1) / number,
             "giou": (1 - overlap).view(per_layer).sum(dim=1) / number,
         }
         seen = (logits[-1].detach().argmax(dim=-1) != logits.shape[-1] - 1).sum(dim=1)  # (B,)
         return {
-            **by_layer(by_name, self._suffixes),
+            **{name + s: one for name, each in by_name.items() for s, one in zip(self._suffixes, each, strict=True)},
             "class_error": wrong / number,
             "cardinality_error": (seen - targets.counts).abs().float().mean(),
         }

@@ -23,7 +23,7 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
-from visft_ds.tasks.matching import Matches, at_least_float32, by_layer, class_losses, solve
+from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
 from visft_ds.tasks.segmentation.config import PlainHeadConfig, SegmentationHeadConfig, SegmentationLoss
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.head import SegmentationOutput
@@ -110,7 +110,8 @@ class SegmentationCriterion:
             dice = dice + (1 - (2 * overlap + 1) / (areas + 1)).sum(dim=1)
             pair, first, place = pairs.stop, first + count, place + 1
         number = loss_denominators["masks"]
-        losses = by_layer({"ce": ce, "bce": bce / number, "dice": dice / number}, suffixes)
+        by_name = {"ce": ce, "bce": bce / number, "dice": dice / number}  # (L,) each
+        losses = {name + s: one for name, each in by_name.items() for s, one in zip(suffixes, each, strict=True)}
         return {**losses, "class_error": wrong / number}
 
 
