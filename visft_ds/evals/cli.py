@@ -126,9 +126,8 @@ def _parser(name: str, about: str) -> Parser:
 
 
 def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    return parser.parse_args(
-        [word for word in words if not word.startswith("--local_rank=")]
-    )  # of deepspeed's launcher
+    """The flags, without the one that deepspeed's launcher adds."""
+    return parser.parse_args([word for word in words if not word.startswith("--local_rank=")])
 
 
 def _done(name: str, work: Callable[[], object]) -> int:

@@ -23,7 +23,7 @@ from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop import layouts
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.heads import HeadInfo, check_vocabulary, classes_of_heads, head_file, open_head, read_elsewhere
+from visft_ds.interop.heads import HeadInfo, check_vocabulary, classes_of_heads, open_head, read_elsewhere
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import open_weights
 from visft_ds.model import MultiTaskModel, TaskModule
@@ -253,9 +253,7 @@ def files_of_run(
     if adapter is not None or (backbone is not None and layouts.MERGED in layouts.open_model(backbone).metadata):
         own_adapter = None if adapter in (None, "none") else Path(adapter)
     backbone, heads = backbone or own_backbone, heads or own_heads or export
-    absent = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
-    wanted = [backbone, *absent, *([own_adapter] if own_adapter else [])]
-    if missing := [str(path) for path in wanted if not path.exists()]:
+    if missing := [str(path) for path in (backbone, heads, own_adapter) if path and not path.exists()]:
         raise ValueError(
             f"not found: {', '.join(missing)}. Files that were moved are named by --backbone FILE, --heads FOLDER and "
             "--adapter FOLDER"
@@ -314,9 +312,6 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
 def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
     theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
     if theirs != ours:
-        raise ValueError(
-            f"{path} reads maps of width {', '.join(map(str, theirs))}, but the backbone has {backbone.describe()}: "
-            f"take the head and the backbone of the same model"
-        )
+        raise ValueError(f"{path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}")
     if problem := read_elsewhere(info, backbone.layers_read):
         raise ValueError(f"{path}: {problem}")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 from scipy.ndimage import uniform_filter1d
 
 from visft_ds.config import ResolvedConfig
@@ -21,8 +20,7 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.pages import Series, embedded, line_chart, render
-from visft_ds.evals.records import JUDGE, JUDGED, MAIN, METRICS, Evaluation, read_evaluation
-from visft_ds.files import read_bytes, reading
+from visft_ds.evals.records import MAIN, METRICS, Evaluation, counted, read_evaluation, read_judged
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.redaction import redacted, redacted_values
@@ -71,7 +69,7 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
         title=f"{'Runs' if len(runs) > 1 else 'Run'} {', '.join(labels)}",
         labels=labels,
         states=[_state(run) for run in runs],
-        beyond=_judged(judged) if judged else None,
+        beyond=read_judged(judged) if judged else None,
         evaluations=evaluations,
         results=[found for part in parts if (found := [name for name in measured if name.startswith(f"{part}/")])],
         mains=list(MAIN.values()),
@@ -110,13 +108,13 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
         with suppress(ValueError, OSError):  # the split may be on another machine
             total = len(Manifest.load(data.root, data.val))
     images = min(limit, total) if limit and total else limit or total
-    facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
+    record = {"data": {"where": f"{data.root}/{data.val}"}}
     entries = [entry for entry in run.history if any(name.startswith("val/") for name in entry)]
     found = []
     for entry in entries[:1] + entries[1:][-1:] if alone else entries[-1:]:
         metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}
         label = f"step {entry['step']}" if alone else run.label
-        found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
+        found.append(Evaluation(label, run.folder, metrics, counted(images, total), record))
     return found
 
 
@@ -131,28 +129,19 @@ def _pictures(evaluations: Sequence[Evaluation], task: str) -> dict[str, Any]:
     return {"task": task, "labels": ["ground truth", *drawn], "rows": rows}
 
 
-def _judged(folder: Path) -> dict[str, Any]:
-    """Record that `visft judge` wrote."""
-    path = folder / JUDGED
-    with reading(path, "a record of visft judge"):
-        record: dict[str, Any] = orjson.loads(read_bytes(path))
-        if record["format"] != JUDGE:
-            raise ValueError(f"its format is not {JUDGE}")
-    return record
-
-
 def _charts(histories: Mapping[str, History]) -> list[dict[str, Any]]:
     """Charts by kind, {"title", "charts"}; a number that no run recorded is a chart less, never an error."""
+    rough = {"smooth": True, "linear": False}
     kinds = {
-        "Loss by task": [_smoothed(histories, f"loss/{task}", f"{task} loss", "weighted loss") for task in MAIN],
-        "Evaluation during training": [_plain(histories, f"val/{name}", name, "") for name in MAIN.values()],
+        "Loss by task": [_chart(histories, f"loss/{task}", f"{task} loss", "weighted loss", **rough) for task in MAIN],
+        "Evaluation during training": [_chart(histories, f"val/{name}", name, "") for name in MAIN.values()],
         "Learning rate and gradient": [
             _rates(histories),
-            _smoothed(histories, "grad_norm", "gradient norm", "L2 norm, before clipping"),
+            _chart(histories, "grad_norm", "gradient norm", "L2 norm, before clipping", **rough),
         ],
         "Speed and memory": [
-            _smoothed(histories, "images_per_second", "images per second", "images/s", linear=True),
-            _plain(histories, "memory/peak_gib", "peak memory of the fullest device", "GiB"),
+            _chart(histories, "images_per_second", "images per second", "images/s", smooth=True),
+            _chart(histories, "memory/peak_gib", "peak memory of the fullest device", "GiB"),
         ],
     }
     found = {title: [chart for chart in drawn if chart] for title, drawn in kinds.items()}
@@ -165,20 +154,18 @@ def _points(history: History, name: str) -> tuple[list[float], list[float]]:
     return [entry["step"] for entry in having], [float(entry[name]) for entry in having]
 
 
-def _plain(histories: Mapping[str, History], name: str, title: str, unit: str) -> str:
-    """A line of each run, as it was recorded."""
-    several = len(histories) > 1
-    series = [Series(*_points(history, name), label if several else "") for label, history in histories.items()]
-    return line_chart(series, title=title, y_label=unit, linear=True)
-
-
-def _smoothed(histories: Mapping[str, History], name: str, title: str, unit: str, *, linear: bool = False) -> str:
-    """A smoothed line of each run, pale behind it as it was recorded."""
+def _chart(
+    histories: Mapping[str, History], name: str, title: str, unit: str, *, smooth: bool = False, linear: bool = True
+) -> str:
+    """A line of each run; to be `smooth`, pale behind it as it was recorded."""
     series: list[Series] = []
     for label, history in histories.items():
         steps, values = _points(history, name)
-        mean = uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest").tolist() if values else []
-        series.append(Series(steps, mean, label if len(histories) > 1 else "smoothed", behind=values))
+        told = label if len(histories) > 1 else "smoothed" if smooth else ""
+        shown = (
+            uniform_filter1d(values, 1 + int(_WINDOW * len(values)), mode="nearest") if smooth and values else values
+        )
+        series.append(Series(steps, list(shown), told, behind=values if smooth else ()))
     return line_chart(series, title=title, y_label=unit, linear=linear)
 
 

@@ -21,8 +21,7 @@ from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
 from visft_ds.evals.pages import judge_page
-from visft_ds.evals.records import JUDGE, JUDGED
-from visft_ds.files import read_bytes, reading
+from visft_ds.evals.records import JUDGE, JUDGED, read_judged
 from visft_ds.flags import EVAL, check_extra, check_least
 from visft_ds.interop.weights import write_atomically
 from visft_ds.monitor.console import Section, print_plan
@@ -124,8 +123,5 @@ def _check_folder(out: Path, primary: str) -> None:
         raise ValueError(f"{out} is a file: choose another --out")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (SCORES, JUDGED)):
         raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
-    if (out / JUDGED).is_file():
-        with reading(out / JUDGED, "a record of visft judge"):
-            named = orjson.loads(read_bytes(out / JUDGED))["primary"]
-        if named != primary:
-            raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
+    if (out / JUDGED).is_file() and (named := read_judged(out)["primary"]) != primary:
+        raise ValueError(f"{out} was judged by {named}: for another --primary choose another --out")
