@@ -164,8 +164,9 @@ def source_of(
             f"{place} is no export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
         )
     streams = {} if alone else _chosen(streams, tasks, folder)
-    for stream in streams.values() if side is not None else ():
-        stream.image["fixed_size" if "fixed_size" in stream.image else "size"] = side
+    if side is not None:
+        for stream in streams.values():
+            stream.image["fixed_size" if "fixed_size" in stream.image else "size"] = side
     if batch_size is not None:
         streams = {name: replace(stream, micro_batch=batch_size) for name, stream in streams.items()}
     if place is not None and config is not None:

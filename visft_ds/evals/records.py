@@ -74,10 +74,8 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         record = orjson.loads(read_bytes(path))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"its format is not {FORMAT} {VERSION}")
-        metrics = {name: float(value) for name, value in record["metrics"].items()}
-        return Evaluation(
-            label, folder, metrics, counted(record["data"]["images"], record["data"].get("total")), record
-        )
+        data, metrics = record["data"], {name: float(value) for name, value in record["metrics"].items()}
+        return Evaluation(label, folder, metrics, counted(data["images"], data["total"]), record)
 
 
 def read_judged(folder: Path) -> dict[str, Any]:
