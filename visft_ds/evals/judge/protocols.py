@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as pixels_of
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, windows
-from visft_ds.evals.judge.in_context import Memory, remember
+from visft_ds.evals.judge.probes import Rows, remember
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 from visft_ds.monitor.console import gauge
@@ -85,7 +85,7 @@ class Kept:
     test: DenseSet
     judged: Tensor
 
-    def memory(self, _: Change) -> Memory:
+    def memory(self, _: Change) -> Rows:
         """Patches of the training images."""
         images = ((place, one, self.train.label(place)) for place, one in enumerate(self.learnt))
         return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(self.learnt)))
@@ -116,7 +116,7 @@ class Sight:
     encoder: Encoder
     settings: Settings
 
-    def memory(self, change: Change) -> Memory:
+    def memory(self, change: Change) -> Rows:
         """Patches of random crops. Raises ValueError if a GPU has no room for them."""
         order = torch.arange(len(self.train.images)).repeat(_PASSES)
         _, channels, *grid = next(self.whole(self.train)).shape
