@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.prepare.data import open_data
-from visft_ds.shards.build import Options, build
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    for split in ("train", "val"):
-        tree = write_tree(folder / split, 10)
-        build(Options(tree.images, tree.instances, None, folder / "shards", split))
-    return folder / "shards"
+    return write_shards(tmp_path_factory.mktemp("shards"), captions=False, train=10, val=10)
 
 
 def given(shards: Path, *words: object) -> ResolvedConfig:

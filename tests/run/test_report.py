@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from visft_ds.config import resolve
 from visft_ds.launch import main
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.run import machine, report
 from visft_ds.run.report import print_dry_run
-from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
 BY_ID = 64 + 128 + 1
@@ -51,9 +50,17 @@ def test_only_the_first_rank_makes_a_dry_run(
 
 
 def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tree = write_tree(tmp_path)
-    build(Options(tree.images, tree.instances, None, tmp_path / "shards", "train"))
-    assert main([*DRY, str(tmp_path / "shards"), "--tasks", "detection,segmentation,captioning"]) == 2
+    assert (
+        main(
+            [
+                *DRY,
+                str(write_shards(tmp_path, captions=False, train=12)),
+                "--tasks",
+                "detection,segmentation,captioning",
+            ]
+        )
+        == 2
+    )
     assert "no sample with captions, which captioning needs" in capsys.readouterr().err
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import finish, run_ranks, start_ranks
-from tests.tiny import STEPS, command, steps_recorded, trained
+from tests.tiny import STEPS, command, records, steps_recorded, trained
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +67,7 @@ def test_overflows_at_the_beginning_pass_and_a_collapse_ends_the_run(
     out = tmp_path / "begins"
     arguments = [*ENGINES[engine], *command(shards, out, stage=2, extra=extra)]
     assert "the gradient overflows" not in run_ranks(case(0, steps, 1e3, "all", *arguments))[0]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "loss_scale" in line]
+    found = [record for record in records(out) if "loss_scale" in record]
     overflowed = [bool(line["skipped"]) for line in found]
     assert 0 < sum(overflowed) < steps // 2
     assert [line["loss_scale"] for line in found] == [65536 / 2 ** sum(overflowed[:step]) for step in range(steps)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import finish, run_ranks, start_ranks, wait_for
-from tests.tiny import STEPS, THREE, command, losses, trained
+from tests.tiny import STEPS, THREE, command, losses, records, trained
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,7 @@ def run(shards: Path, out: Path, *engine: str, world: int, stage: int = 1, heads
 
 def judged(out: Path) -> dict[str, float]:
     """The numbers of the evaluation."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {k: v for line in lines for k, v in line.items() if k.startswith("val/")}
+    return {k: v for record in records(out) for k, v in record.items() if k.startswith("val/")}
 
 
 @pytest.fixture(scope="module")
