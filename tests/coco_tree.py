@@ -15,6 +15,7 @@ from faster_coco_eval import mask as coco_mask
 
 from visft_ds.data.shards import Manifest
 from visft_ds.shards.build import Options, build
+from visft_ds.toy.coco import write_toy_coco
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
 NO_PHOTOS = f"no real photographs at {PHOTOS}"
@@ -95,6 +96,15 @@ def _annotation(number: int, image_id: int, category: int, box: list[int], segme
 def make_split(folder: Path, count: int = 12, *, split: str = "toy", **options: Any) -> Manifest:
     """Write a tree and its shards (about four samples in each) below `folder`."""
     return write_tree(folder / "tree", count).pack(folder / "shards", split, **{"max_size": 20_480, **options})
+
+
+def draw_shards(folder: Path, *, train: int, val: int = 0, height: int, width: int) -> Path:
+    """A folder with shards of so many drawings, which have boxes, masks and captions."""
+    write_toy_coco(folder / "toy", train=train, val=val, height=height, width=width)
+    for split in ("train", "val") if val else ("train",):
+        files = [folder / f"toy/annotations/{kind}_{split}2017.json" for kind in ("instances", "captions")]
+        build(Options(folder / f"toy/{split}2017", *files, folder / "shards", split))
+    return folder / "shards"
 
 
 def write_shards(folder: Path, *, captions: bool = True, change: Any = None, **counts: int) -> Path:

@@ -36,10 +36,6 @@ def test_epochs_are_passes_of_each_task_through_the_images(shards: Path, mode: s
     assert given(shards, "--epochs", 3, f"--set=visft.mode={mode}").total_steps == steps // 3
 
 
-def test_heads_are_a_folder(shards: Path) -> None:
-    assert given(shards, "--set=visft.seed=0", "--stage", 2, "--heads", "trained").visft.heads.path == "trained"
-
-
 def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) -> None:
     config, data = open_data(given(shards), 1)
     (stream,) = config.visft.streams().values()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import write_shards
 from visft_ds.config import resolve
 from visft_ds.launch import main
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
@@ -47,21 +46,6 @@ def test_only_the_first_rank_makes_a_dry_run(
     """Another one's error would end it before it has printed anything."""
     monkeypatch.setenv("RANK", "1")
     assert main([*DRY, "nowhere"]) == 0 and not capsys.readouterr().out
-
-
-def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert (
-        main(
-            [
-                *DRY,
-                str(write_shards(tmp_path, captions=False, train=12)),
-                "--tasks",
-                "detection,segmentation,captioning",
-            ]
-        )
-        == 2
-    )
-    assert "no sample with captions, which captioning needs" in capsys.readouterr().err
 
 
 def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
