@@ -107,7 +107,13 @@ class ModelSource:
         check_vocabulary(infos, given or words, "the given vocabulary")
         modules = {}
         for task, head in heads.items():
-            _check_head(head.tensors.path, head.info, backbone)
+            theirs, ours = ([width for width, _ in shapes] for shapes in (head.info.shapes, backbone.shapes))
+            if theirs != ours:
+                raise ValueError(
+                    f"{head.tensors.path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}"
+                )
+            if problem := read_elsewhere(head.info, backbone.layers_read):
+                raise ValueError(f"{head.tensors.path}: {problem}")
             criterion = TASKS[task].criterion(head.info.options, {})
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
             facts[f"{task} head"] = str(head.tensors.path)
@@ -303,11 +309,3 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     if layouts.MERGED in layouts.open_model(backbone).metadata:
         raise ValueError(f"{backbone} has an adapter merged in, and {path} would count twice: leave it out")
     return read_adapter(path)
-
-
-def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
-    theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
-    if theirs != ours:
-        raise ValueError(f"{path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}")
-    if problem := read_elsewhere(info, backbone.layers_read):
-        raise ValueError(f"{path}: {problem}")
