@@ -110,6 +110,8 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     files = [image_files(folder) for folder in named]
     if not files:
         raise ValueError(f"{own} has no folders of classes: give a folder with one folder for each class")
+    if loose := image_files(own):
+        raise ValueError(f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name})")
     if len(classes) != len(files):
         raise ValueError(f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order")
     if empty := [folder.name for folder, found in zip(named, files, strict=True) if not found]:
