@@ -60,7 +60,7 @@ class Row:
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
     last: Mapping[
         str, Difference
-    ]  #: tuned arm -> its difference at the last layers of both, if others were chosen from
+    ]  #: tuned arm -> its difference at both last layers, if any was allowed
     last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
 
     def level(self, arm: str) -> str:
