@@ -58,9 +58,7 @@ class Row:
     values: Mapping[str, float]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
-    last: Mapping[
-        str, Difference
-    ]  #: tuned arm -> its difference at both last layers, if any was allowed
+    last: Mapping[str, Difference]  #: tuned arm -> its difference at both last layers, if any was allowed
     last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
 
     def level(self, arm: str) -> str:
