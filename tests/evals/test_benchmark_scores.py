@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +44,10 @@ def test_recall_against_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backward[place] == order.index(int(owners[place]))
 
 
+def _rows(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Rows:
+    return Rows(torch.from_numpy(features), labels, np.arange(len(labels)))
+
+
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -52,9 +58,9 @@ def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
     train, test = (centres[own] + rng.normal(size=(len(own), 6)) for own in (labels, truth))
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     wanted = model.fit(train, labels).predict(test) == truth
-    found = by_neighbours("kNN", Rows(torch.from_numpy(train), labels), Rows(torch.from_numpy(test), truth))
+    found = by_neighbours("kNN", _rows(train, labels), _rows(test, truth))
     assert found.values.tolist() == wanted.astype(float).tolist() and 0.3 < wanted.mean() < 1
-    places = np.repeat(np.arange(60), resamples(60, 1)[0])
+    places = np.repeat(np.arange(60), resamples(60, 1)[1])
     again = model.fit(train[places], labels[places]).predict(test) == truth
     assert found.retrained is not None and found.retrained[0] == again.mean()
 
@@ -65,14 +71,14 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
     train, test = (rng.normal(size=(len(own), 5)).astype(np.float32) for own in (labels, truth))
     train[:, 0] += 6 * labels
     test[:, 0] += 6 * truth
-    known, asked = Rows(torch.from_numpy(train), labels), Rows(torch.from_numpy(test), truth)
+    known, asked = _rows(train, labels), _rows(test, truth)
     score = by_regression("linear", known, asked)
     assert score.value > 0.95 and score.retrained is not None and score.retrained.min() > 0.7
     scaled = (replace(of, features=of.features * 1000 + 5) for of in (known, asked))
     assert (by_regression("linear", *scaled).values == score.values).all()
     noise = replace(known, features=torch.from_numpy(rng.normal(size=(100, 5)).astype(np.float32)))
     assert 0.2 < by_regression("linear", noise, asked).value < 0.8
-    one = by_regression("linear", Rows(known.features[:1], labels[:1]), asked)  # one class is all it knows
+    one = by_regression("linear", known.part(np.arange(1)), asked)  # one class is all it knows
     assert (one.values == (truth == 0)).all()
 
 

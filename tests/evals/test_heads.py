@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,18 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.heads import (
-    BATCH,
-    RESAMPLES,
-    Heads,
-    Recipe,
-    cross_entropy,
-    enlarged,
-    fit,
-    order_of,
-    rate_at,
-    windows,
-)
+from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Recipe, cross_entropy, enlarged, fit, rate_at, windows
 from visft_ds.tasks.classes import VOID
 
 
@@ -81,14 +69,14 @@ def _problem(classes: int = 3) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(maps).float(), torch.from_numpy(truth.astype(np.uint8))
 
 
-def _batches(maps: Tensor, truth: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((maps[drawn], truth[drawn]) for drawn in order_of(BATCH, recipe.steps).split(BATCH))
+def _examples(maps: Tensor, truth: Tensor, recipe: Recipe) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(drawn, maps[drawn], truth[drawn]) for drawn in map(torch.randperm, [BATCH] * recipe.steps)]
 
 
 def test_a_trained_head_is_logistic_regression() -> None:
     maps, truth = _problem()
     recipe = Recipe(steps=250, warm_up=20, rate=0.05, decay=0.0)
-    heads = fit(Heads(1, 6, 3), BATCH, _batches(maps, truth, recipe), cross_entropy, recipe)
+    heads = fit(Heads(1, 6, 3), BATCH, _examples(maps, truth, recipe), cross_entropy, recipe)
     x, y = maps.permute(0, 2, 3, 1).reshape(-1, 6).numpy(), truth.numpy().ravel()
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     expected = LogisticRegression(C=1e6, max_iter=1000).fit(x, y).predict(x)
@@ -100,10 +88,8 @@ def test_resamples_leave_the_first_head_alone() -> None:
     """And each is what a head of its weights alone would be, clipped for itself."""
     maps, truth = _problem()
     recipe = Recipe(steps=5, warm_up=2, rate=0.05, decay=1e-3, dropout=0.1, clip=0.01)
-    alone, beside = (
-        fit(Heads(count, 6, 3), BATCH, _batches(maps, truth, recipe), cross_entropy, recipe)
-        for count in (1, 1 + RESAMPLES)
-    )
+    examples = _examples(maps, truth, recipe)
+    alone, beside = (fit(Heads(count, 6, 3), BATCH, examples, cross_entropy, recipe) for count in (1, 1 + RESAMPLES))
     torch.testing.assert_close(beside.weight[0], alone.weight[0])
     assert (beside.weight[1:] - alone.weight[0]).flatten(1).norm(dim=1).min() > 1e-3
 

@@ -34,7 +34,7 @@ def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
     memory, queries = _memory(rng, 40, 10), rng.normal(size=(60, 12))
     found = vote(memory, torch.from_numpy(queries), NEIGHBOURS, TEMPERATURE).numpy()
     assert len(found) == 1 + RESAMPLES
-    for number, copies in enumerate([np.ones(40, dtype=np.int64), *resamples(40, RESAMPLES)][:4]):
+    for number, copies in enumerate(resamples(40, RESAMPLES)[:4]):
         places = np.repeat(np.arange(400), copies[memory.owners.numpy()])
         model = KNeighborsRegressor(
             NEIGHBOURS, metric="cosine", weights=lambda distance: np.exp(-distance / TEMPERATURE), algorithm="brute"

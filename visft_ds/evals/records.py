@@ -54,19 +54,9 @@ class Evaluation:
 
     label: str
     folder: Path
+    metrics: Mapping[str, float]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    images: str  #: how many were evaluated, in words
     record: Mapping[str, Any]
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Name -> value: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1 where the data has no such objects."""
-        metrics: Mapping[str, float] = self.record["metrics"]
-        return metrics
-
-    @property
-    def images(self) -> str:
-        """Number of images that were evaluated, in words."""
-        data = self.record["data"]
-        return counted(data["images"], data.get("total"))
 
     def pictures(self, task: str) -> dict[int, Picture]:
         """Image id -> ground truth beside prediction. Raises ValueError for a damaged picture."""
@@ -84,9 +74,8 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
         record = orjson.loads(read_bytes(path))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"its format is not {FORMAT} {VERSION}")
-        found = Evaluation(label, folder, record)
-        {name: float(value) for name, value in found.metrics.items()}, found.images
-    return found
+        data, metrics = record["data"], {name: float(value) for name, value in record["metrics"].items()}
+        return Evaluation(label, folder, metrics, counted(data["images"], data["total"]), record)
 
 
 def read_judged(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from visft_ds.config.resolve import flatten
 from visft_ds.data.fetch import is_url
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.pages import Series, embedded, line_chart, render
-from visft_ds.evals.records import MAIN, METRICS, Evaluation, read_evaluation, read_judged
+from visft_ds.evals.records import MAIN, METRICS, Evaluation, counted, read_evaluation, read_judged
 from visft_ds.flags import check_extra
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.redaction import redacted, redacted_values
@@ -108,13 +108,13 @@ def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
         with suppress(ValueError, OSError):  # the split may be on another machine
             total = len(Manifest.load(data.root, data.val))
     images = min(limit, total) if limit and total else limit or total
-    facts = {"where": f"{data.root}/{data.val}", "images": images, "total": total}
+    record = {"data": {"where": f"{data.root}/{data.val}"}}
     entries = [entry for entry in run.history if any(name.startswith("val/") for name in entry)]
     found = []
     for entry in entries[:1] + entries[1:][-1:] if alone else entries[-1:]:
         metrics = {name[4:]: float(value) for name, value in entry.items() if name.startswith("val/")}
         label = f"step {entry['step']}" if alone else run.label
-        found.append(Evaluation(label, run.folder, {"metrics": metrics, "data": facts}))
+        found.append(Evaluation(label, run.folder, metrics, counted(images, total), record))
     return found
 
 

@@ -40,21 +40,14 @@ def collect(
         limit: first so many images; None: all.
     """
     gathered: dict[str, Results] = {}
-    world = distributed.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     count = min(limit or len(reader), len(reader))
     for stream in streams.values():
         ours: dict[str, Results] = {task: [] for task in stream.tasks}
-        what = f"evaluating {', '.join(stream.tasks)}"
+        what, pipeline = f"evaluating {', '.join(stream.tasks)}", pipeline_of(stream, vocabulary, train=False)
+        given = (reader, pipeline, stream.micro_batch, rank, world, limit)
         with gauge(what, count, "images", enabled=distributed.is_main()) as bar:
-            for batch in evaluation_batches(
-                reader,
-                pipeline_of(stream, vocabulary, train=False),
-                stream.micro_batch,
-                distributed.rank(),
-                world,
-                limit,
-                num_workers=num_workers,
-            ):
+            for batch in evaluation_batches(*given, num_workers=num_workers):
                 outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
                 for task, results in ours.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
@@ -72,11 +65,7 @@ def collect(
 
 
 def measure(
-    collected: Mapping[str, Results],
-    reader: ShardReader,
-    *,
-    limit: int | None = None,
-    per_category: bool = False,
+    collected: Mapping[str, Results], reader: ShardReader, *, limit: int | None = None, per_category: bool = False
 ) -> tuple[dict[str, float], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 

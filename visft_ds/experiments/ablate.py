@@ -1,6 +1,6 @@
 """The experiment to do before believing in stage 2: its gain out of domain beside controls, and what it costs.
 
-    visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; some three hours on two cores
+    visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
     visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
     visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE --on zero_shot=imagenet/val
 

@@ -48,22 +48,6 @@ class Thing:
     label: int  #: VOID for a crowd
     code: Mapping[str, Any]  #: run-length code of its pixels
 
-    @property
-    def area(self) -> int:
-        """Number of its pixels."""
-        return int(coco_mask.area(self.code))
-
-    @property
-    def box(self) -> tuple[float, ...]:
-        """Left, top, width and height."""
-        return tuple(coco_mask.toBbox(self.code).tolist())
-
-    @property
-    def mask(self) -> npt.NDArray[np.uint8]:
-        """(H, W), 1 where it is."""
-        found: npt.NDArray[np.uint8] = coco_mask.decode(self.code)
-        return found
-
 
 @dataclass(frozen=True)
 class DenseSet:
@@ -158,8 +142,7 @@ def of_maps(
     names: Collection[str] | None = None,
 ) -> DenseSet:
     """Images beside maps that are called as they are; `names` are those of the files, if not all count."""
-    files = image_files(folder) if folder.is_dir() else []
-    files = [path for path in files if names is None or path.stem in names]
+    files = [path for path in image_files(folder) if names is None or path.stem in names]
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
     kept = [files[number] for number in every(len(files), most)]
@@ -210,18 +193,18 @@ def _of_outlines(
     things: list[list[Thing]] = []  # of each image, the largest first
     for owner, image in enumerate(map(orjson.loads, labels)):
         sizes.append((image["height"], image["width"]))
-        own = []
+        own: list[Thing] = []
         for one in image["annotations"]:
             x, y, wide, high = one["bbox"]
             shape = one.get("segmentation") or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
             own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code))
-        things.append(sorted(own, key=lambda thing: -thing.area))
+        things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
 
     def label(place: int) -> Label:
         drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
         for thing in things[place]:
-            drawn[thing.mask == 1] = thing.label
+            drawn[coco_mask.decode(thing.code) == 1] = thing.label
         return drawn
 
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *labels)))
@@ -229,6 +212,6 @@ def _of_outlines(
         thing
         for size, own in zip(sizes, things, strict=True)
         for thing in own
-        if thing.label != VOID and thing.area >= _SMALLEST * size[0] * size[1]
+        if thing.label != VOID and coco_mask.area(thing.code) >= _SMALLEST * size[0] * size[1]
     ]
     return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

@@ -69,8 +69,8 @@ def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Be
     return probe(label, "depth 1", NUMBERS, train, test, protocol, _scores)
 
 
-def _scores(source: Source, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
-    head = trained(source, BINS, silog, protocol.depth, _cropped, protocol.resampled)
+def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
+    head = trained(source, BINS, silog, source.protocol.depth, _cropped)
     return _measured(wanted, source.said(lambda maps: metres(head(maps)), in_windows=False), source.test)
 
 

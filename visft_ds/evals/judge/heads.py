@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,24 +74,19 @@ def rate_at(recipe: Recipe, step: int) -> float:
     return recipe.rate * (1 + math.cos(math.pi * (step - recipe.warm_up) / (recipe.steps - recipe.warm_up))) / 2
 
 
-def order_of(images: int, steps: int) -> Tensor:
-    """(steps * BATCH,) numbers of images, in rounds over all of them."""
-    generator = torch.Generator().manual_seed(0)
-    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-steps * BATCH // images))]
-    return torch.cat(rounds)[: steps * BATCH]
-
-
-def fit(heads: Heads, images: int, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Loss, recipe: Recipe) -> Heads:
+def fit(
+    heads: Heads, images: int, examples: Iterable[tuple[Tensor, Tensor, Tensor]], loss_of: Loss, recipe: Recipe
+) -> Heads:
     """Train heads: the first one on all images alike, each further one on a resample.
 
     Args:
-        batches: (maps (B, D, h, w), what is there) of the images of `order_of`.
+        images: number of the training images.
+        examples: for each step numbers of the images in its batch, their maps (B, D, h, w), what is there.
     """
-    weights = torch.from_numpy(np.stack([np.ones(images), *resamples(images, len(heads.bias) - 1)])).float()
+    weights = torch.from_numpy(resamples(images, len(heads.bias) - 1)).float()
     drops, places = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     optimizer = torch.optim.AdamW(heads.parameters(), recipe.rate, recipe.betas, weight_decay=recipe.decay)
-    order = gauge("linear head", recipe.steps, "steps", order_of(images, recipe.steps).split(BATCH))
-    for step, (drawn, (maps, truth)) in enumerate(zip(order, batches, strict=True)):
+    for step, (drawn, maps, truth) in enumerate(gauge("linear head", recipe.steps, "steps", examples)):
         kept = torch.rand(maps.shape[:2], generator=drops) >= recipe.dropout
         outputs = heads(maps * (kept / (1 - recipe.dropout)).to(maps)[..., None, None])
         loss = loss_of(outputs, truth, weights[:, drawn].to(maps), places, recipe.stride, step)

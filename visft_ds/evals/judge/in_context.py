@@ -9,7 +9,7 @@ A bootstrap of the training images needs no second search: a nearest patch count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visft_ds.evals.judge.protocol import Label, resamples
+from visft_ds.evals.judge.protocol import FloatArray, Label, resamples
 from visft_ds.tasks.classes import VOID
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
@@ -54,15 +54,13 @@ def remember(images: Iterable[tuple[int, Tensor, Label]], classes: int, each: in
     return Memory(torch.cat(features), torch.cat(labels), torch.cat(owners).to(features[0].device))
 
 
-def shares_of(label: Label, grid: tuple[int, ...], classes: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def shares_of(label: Label, grid: Sequence[int], classes: int) -> FloatArray:
     """(h * w, classes), the share of each class among the pixels of each patch; a pixel belongs to one patch."""
     rows, columns = (np.arange(size) * cells // size for size, cells in zip(label.shape, grid, strict=True))
     places = (rows[:, None] * grid[1] + columns) * (VOID + 1) + label
     counts = np.bincount(places.ravel(), minlength=grid[0] * grid[1] * (VOID + 1)).reshape(-1, VOID + 1)
-    found: np.ndarray[tuple[int, int], np.dtype[np.float64]] = counts[:, :classes] / np.maximum(
-        counts.sum(axis=1, keepdims=True), 1
-    )
-    return found
+    shares: FloatArray = counts[:, :classes] / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return shares
 
 
 def recall(memory: Memory, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Tensor]:
@@ -75,8 +73,7 @@ def recall(memory: Memory, maps: Tensor, draws: int = RESAMPLES) -> Iterator[Ten
 
 def vote(memory: Memory, queries: Tensor, neighbours: int, temperature: float, draws: int = RESAMPLES) -> Tensor:
     """(1 + draws, n, C): mean labels of the patches nearest to (n, D), each by exp(cosine / temperature)."""
-    images = int(memory.owners.max()) + 1
-    copies = torch.from_numpy(np.stack([np.ones(images, dtype=np.int64), *resamples(images, draws)]))
+    copies = torch.from_numpy(resamples(int(memory.owners.max()) + 1, draws))
     part = F.normalize(queries.to(memory.features), dim=1)
     similarity, places = _nearest(memory.features, part, _SEARCHED * neighbours if draws else neighbours)
     # Copies of a patch are equally near: as many count as there is room for.

@@ -9,9 +9,8 @@ from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.depth import depth, read_depth
 from visft_ds.evals.judge.kept import kept, read_images
-from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
-from visft_ds.evals.judge.probes import classification
+from visft_ds.evals.judge.probes import classification, grounding
 from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from visft_ds.evals.judge.images import from_files, read_lines
 from visft_ds.evals.judge.protocol import Benchmark, Features, ImageSet, Score
-from visft_ds.files import checked_name
+from visft_ds.files import checked_name, reading
 
 WIDTH, STEPS_PER_COLUMN = 128, 2  #: of the reader; characters are often narrower than a patch
 UPDATES, BATCH, RATE = 1500, 64, 2e-3
-_LINE = re.compile(r'(?P<name>[^,\t]+?)(?:,\s*"(?P<quoted>.*)"|\t(?P<text>.*))')
-
 
 #: Word pictures, seen as squares whatever their shape, and what they say.
 WordSet = tuple[ImageSet, tuple[str, ...]]
@@ -51,32 +49,26 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
     )
 
 
-class Reader(nn.Module):
-    """Columns (B, C, w) -> log-probabilities (w * STEPS_PER_COLUMN, B, characters + 1); the last is the blank."""
-
-    def __init__(self, mean: Tensor, scale: Tensor, characters: int) -> None:
-        super().__init__()
-        self.mean, self.scale = nn.Buffer(mean), nn.Buffer(scale)
-        self.narrow = nn.Linear(len(mean), WIDTH)
-        self.sequence = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
-        self.out = nn.Linear(WIDTH, STEPS_PER_COLUMN * (characters + 1))
-
-    def forward(self, columns: Tensor) -> Tensor:
-        x = torch.relu(self.narrow((columns.transpose(1, 2) - self.mean) / self.scale))
-        x = x + self.sequence(x)[0]
-        steps: Tensor = self.out(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2)
-        return steps.log_softmax(dim=2).transpose(0, 1)
-
-
 def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> list[str]:
     """What columns (n, C, w) say, by a reader that learns from those of known words. A word that has more characters
     than steps teaches nothing; equal neighbours need a blank between them.
     """
-    alphabet = sorted({character for word in words for character in word})
+    alphabet = sorted({character for word in words for character in word})  # a blank comes after it
+    # One number for all channels: some hardly vary, and would be blown up to noise.
+    mean, scale = known.mean(dim=(0, 2)), known.std().clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):  # the same for the same input, whatever the global generator's state
         torch.manual_seed(0)
-        # One number for all channels: some hardly vary, and would be blown up to noise.
-        reader = Reader(known.mean(dim=(0, 2)), known.std().clamp_min(1e-6), len(alphabet))
+        narrow = nn.Linear(known.shape[1], WIDTH)
+        sequence = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
+        out = nn.Linear(WIDTH, STEPS_PER_COLUMN * (len(alphabet) + 1))
+        reader = nn.ModuleList([narrow, sequence, out])
+
+        def steps_of(columns: Tensor) -> Tensor:
+            """(w * STEPS_PER_COLUMN, n, characters) log-probabilities."""
+            x = torch.relu(narrow((columns.transpose(1, 2) - mean) / scale))
+            x = x + sequence(x)[0]
+            return out(x).unflatten(2, (STEPS_PER_COLUMN, -1)).flatten(1, 2).log_softmax(dim=2).transpose(0, 1)
+
         optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, RATE, updates, pct_start=50 / updates, cycle_momentum=False
@@ -86,7 +78,7 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             batch = torch.randint(len(words), (BATCH,))
             drawn = [words[place] for place in batch.tolist()]
             targets = torch.tensor([alphabet.index(character) for word in drawn for character in word])
-            logs = reader(known[batch])
+            logs = steps_of(known[batch])
             loss = loss_of(logs, targets, torch.full((BATCH,), len(logs)), torch.tensor(list(map(len, drawn))))
             optimizer.zero_grad()
             loss.backward()
@@ -94,24 +86,21 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        paths = [path for part in asked.split(256) for path in reader(part).argmax(dim=2).T.tolist()]
+        paths = [path for part in asked.split(256) for path in steps_of(part).argmax(dim=2).T.tolist()]
     # Of the most likely path repeats are one character, blanks none.
     return ["".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)) for path in paths]
 
 
 def read_words(folder: Path) -> WordSet:
-    """Word pictures of a folder. Raises ValueError without a label file or words, or for a line of another form."""
-    path = next((folder / name for name in ("gt.txt", "labels.txt") if (folder / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} has no words: needed is gt.txt or labels.txt beside the images")
+    """Word pictures of a folder. Raises ValueError for a label file without words, or with a line of another form."""
+    path = folder / ("gt.txt" if (folder / "gt.txt").is_file() else "labels.txt")
     files, words = [], []
-    for line in read_lines(path):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise ValueError(f'{path}: a line must be NAME, "TEXT" or NAME<TAB>TEXT; got {line!r}')
-        if word := re.sub(r"[^0-9a-z]", "", (match["quoted"] or match["text"] or "").lower()):
-            files.append(folder / checked_name(match["name"], path))
-            words.append(word)
-    if not words:
-        raise ValueError(f"{path} has no word with letters or digits")
+    with reading(path, 'lines of NAME, "TEXT" or NAME<TAB>TEXT'):
+        for line in read_lines(path):
+            name, text = re.split("[,\t]", line, maxsplit=1)
+            if word := re.sub("[^0-9a-z]", "", text.lower()):
+                files.append(folder / checked_name(name, path))
+                words.append(word)
+        if not words:
+            raise ValueError("it has no word with letters or digits")
     return replace(from_files(files, folder), stretched=True), tuple(words)

@@ -89,10 +89,13 @@ class Benchmark:
         return [f"{self.label} {number}" for number in self.numbers]
 
 
-def resamples(images: int, count: int) -> list[IntArray]:
-    """Counts of how often each training image is drawn: the same draws for every model and number."""
+def resamples(images: int, count: int) -> IntArray:
+    """(1 + count, images), how often each training image counts: once, and as often as it is drawn. The same draws for
+    every model and number.
+    """
     even = np.full(images, 1 / images)
-    return [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
+    drawn = [np.random.default_rng([1, draw]).multinomial(images, even) for draw in range(count)]
+    return np.stack([np.ones(images, dtype=np.int64), *drawn])
 
 
 def fifth(images: int) -> tuple[list[int], list[int]]:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as pixels_of
 
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, order_of, windows
+from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, windows
 from visft_ds.evals.judge.in_context import Memory, remember
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
@@ -84,22 +84,23 @@ Change = Callable[[int, Any, Any], tuple[Tensor, Tensor]]
 class Kept:
     """Features (images, D, h, w) of whole images in memory."""
 
+    protocol: Protocol
     train: DenseSet
     learnt: Tensor
     test: DenseSet
     judged: Tensor
 
-    def memory(self, most: int, _: Change) -> Memory:
-        """At most so many patches of the training images."""
+    def memory(self, _: Change) -> Memory:
+        """Patches of the training images."""
         images = ((place, one, self.train.label(place)) for place, one in enumerate(self.learnt))
-        return remember(images, len(self.train.classes), max(1, most // len(self.learnt)))
+        return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(self.learnt)))
 
-    def examples(self, order: Tensor, _: Change) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of features and labels, which are brought to SIDE x SIDE."""
+    def examples(self, order: Tensor, _: Change) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of numbers, features and labels, which are brought to SIDE x SIDE."""
         labels = (Image.fromarray(self.train.label(place)) for place in range(len(self.learnt)))
         squares = [np.asarray(label.resize((SIDE, SIDE), Image.Resampling.NEAREST)) for label in labels]
         truth = torch.from_numpy(np.stack(squares))
-        return ((self.learnt[drawn], truth[drawn]) for drawn in order.split(BATCH))
+        return ((drawn, self.learnt[drawn], truth[drawn]) for drawn in order.split(BATCH))
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of the training or of the test images."""
@@ -114,33 +115,33 @@ class Kept:
 class Sight:
     """The same of crops and windows, by an encoder of the published size, on its device."""
 
+    protocol: Protocol
     train: DenseSet
     test: DenseSet
     encoder: Encoder
     settings: Settings
 
-    def memory(self, most: int, change: Change) -> Memory:
-        """At most so many patches of random crops. Raises ValueError if a GPU has no room for them."""
-        order, size = torch.arange(len(self.train.images)).repeat(_PASSES), self.settings.batch_size
+    def memory(self, change: Change) -> Memory:
+        """Patches of random crops. Raises ValueError if a GPU has no room for them."""
+        order = torch.arange(len(self.train.images)).repeat(_PASSES)
         _, channels, *grid = next(self.whole(self.train)).shape
         if (device := self.settings.device).type == "cuda":
-            patches = min(most, len(order) * math.prod(grid))
+            patches = min(self.protocol.memory, len(order) * math.prod(grid))
             needed = 4 * patches * (channels + len(self.train.classes))  # in 16 bit, twice while they are gathered
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
                 told = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
                 raise ValueError(f"a memory of {patches:,} patches needs {told}: take a larger GPU, or give --quick")
-        numbers = gauge("in-context memory", len(order), "images", order.tolist())
-        examples = (
-            (one.half() if one.is_cuda else one, label.cpu().numpy())
-            for maps, labels in self.examples(order, change, size)
-            for one, label in zip(maps, labels, strict=True)
+        images = (
+            image
+            for drawn, maps, labels in self.examples(order, change, self.settings.batch_size)
+            for image in zip(drawn.tolist(), maps.half() if maps.is_cuda else maps, labels.cpu().numpy(), strict=True)
         )
-        images = ((number, *example) for number, example in zip(numbers, examples, strict=True))
-        return remember(images, len(self.train.classes), max(1, most // len(order)))
+        told = gauge("in-context memory", len(order), "images", images)
+        return remember(told, len(self.train.classes), max(1, self.protocol.memory // len(order)))
 
-    def examples(self, order: Tensor, change: Change, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of features and labels of random crops; the n-th crop is the same for every model."""
+    def examples(self, order: Tensor, change: Change, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
 
         def crops(numbered: Sequence[tuple[int, int]]) -> Any:
             found = []
@@ -149,14 +150,14 @@ class Sight:
                 label = tv_tensors.Mask(torch.from_numpy(np.array(self.train.label(place))))
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(number)
-                    found.append(change(self.encoder.side, image, label))
+                    found.append((place, *change(self.encoder.side, image, label)))
             return default_collate(found)
 
         numbered: Any = list(enumerate(order.tolist()))
         workers = self.settings.threads  # are forked: readers of images are closures, which no pipe takes
         context = "fork" if workers else None
         loader = DataLoader(numbered, size, num_workers=workers, collate_fn=crops, multiprocessing_context=context)
-        return ((self._see(pixels), label.to(self.settings.device)) for pixels, label in loader)
+        return ((drawn, self._see(pixels), label.to(self.settings.device)) for drawn, pixels, label in loader)
 
     def whole(self, part: DenseSet) -> Iterator[Tensor]:
         """Batches of features of images, stretched to squares."""
@@ -199,11 +200,12 @@ class Sight:
 Source = Kept | Sight
 
 
-def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, change: Change, resampled: bool) -> Heads:
-    """Heads that learnt the labels of the training images; RESAMPLES more, if resampled."""
-    first, count = next(source.whole(source.train)), len(source.train.images)  # of which the shape counts
-    heads = Heads(1 + RESAMPLES * resampled, first.shape[1], outputs).to(first.device)
-    return fit(heads, count, source.examples(order_of(count, recipe.steps), change), loss, recipe)
+def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, change: Change) -> Heads:
+    """Heads that learnt the labels of the training images, in rounds over all of them."""
+    places, first = range(len(source.train.images)), next(source.whole(source.train))
+    order = RandomSampler(places, num_samples=recipe.steps * BATCH, generator=torch.Generator().manual_seed(0))
+    heads = Heads(1 + RESAMPLES * source.protocol.resampled, first.shape[1], outputs).to(first.device)
+    return fit(heads, len(places), source.examples(torch.tensor(list(order)), change), loss, recipe)
 
 
 def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, Tensor]]:
@@ -213,8 +215,8 @@ def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, 
         yield enlarged(one, label.shape), label
 
 
-#: (what a probe reads, wanted numbers, protocol) -> scores.
-Scores = Callable[[Source, Collection[str], Protocol], Iterator[Score]]
+#: (what a probe reads, wanted numbers) -> scores.
+Scores = Callable[[Source, Collection[str]], Iterator[Score]]
 
 
 def probe(
@@ -224,15 +226,15 @@ def probe(
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        return of(Kept(train, features["train"]["patches"], test, features["test"]["patches"]), wanted, protocol)
+        return of(Kept(protocol, train, features["train"]["patches"], test, features["test"]["patches"]), wanted)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps, (rest, held) = features["patches"], fifth(len(few.images))
-        (score,) = of(Kept(few.part(rest), maps[rest], few.part(held), maps[held]), [number], BRIEF)
+        (score,) = of(Kept(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number])
         return -score.value if score.lower else score.value
 
     def published(encoder: Encoder, settings: Settings, wanted: Collection[str]) -> Iterator[Score]:
-        return of(Sight(train, test, encoder, settings), wanted, protocol)
+        return of(Sight(protocol, train, test, encoder, settings), wanted)
 
     return Benchmark(
         label,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import tv_tensors
@@ -32,7 +32,7 @@ from visft_ds.evals.judge.probes import by_neighbours, rows_of
 from visft_ds.evals.judge.protocol import Benchmark, Score, mean_ratio
 from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
 from visft_ds.tasks.classes import VOID
-from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
+from visft_ds.tasks.pictures import Colour, Picture, draw_objects, grid, palette, side_by_side
 
 IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
 _GREY = (124, 116, 104)  # about the mean of a model's normalisation
@@ -46,16 +46,15 @@ def segmentation(label: str, train: DenseSet, test: DenseSet, protocol: Protocol
     return replace(found, sheet=partial(segmentation_sheet, test))
 
 
-def _scores(source: Source, wanted: Collection[str], protocol: Protocol) -> Iterator[Score]:
-    train, test = source.train, source.test
+def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
+    train, test, protocol = source.train, source.test, source.protocol
     if IN_CONTEXT in wanted:
-        memory = source.memory(protocol.memory, _cropped)
+        memory = source.memory(_cropped)
         draws = RESAMPLES * protocol.resampled
         seen = chain.from_iterable(recall(memory, maps, draws) for maps in source.whole(test))
         yield overlapping(IN_CONTEXT, seen, test)
     if LINEAR in wanted:
-        recipe, classes = protocol.segmentation, len(train.classes)
-        head = trained(source, classes, cross_entropy, recipe, _distorted, protocol.resampled)
+        head = trained(source, len(train.classes), cross_entropy, protocol.segmentation, _distorted)
         yield overlapping(LINEAR, source.said(head, in_windows=True), test)
     if OBJECTS in wanted:
         known, asked = (
@@ -103,7 +102,9 @@ def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Tensor:
     found = []
     for place, one in enumerate(maps):
         for thing in own.get(place, ()):
-            share = F.interpolate(torch.from_numpy(thing.mask)[None, None].float(), one.shape[-2:], mode="area")
+            share = F.interpolate(
+                torch.from_numpy(coco_mask.decode(thing.code))[None, None].float(), one.shape[-2:], mode="area"
+            )
             found.append((one.cpu() * share[0]).sum(dim=(1, 2)) / share.sum())
     return torch.stack(found)
 
@@ -118,28 +119,22 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     Args:
         scores: model -> its score with maps.
     """
-    empty = int(test.classes[0] == "")
+    empty, colours, rows = int(test.classes[0] == ""), palette(test.classes), []
     sums = {label: score.values[..., empty:].sum(axis=2) for label, score in scores.items()}
     each = {label: both[:, 0] / np.maximum(both[:, 1], 1) for label, both in sums.items()}
     first, *_, last = each.values()
-    chosen = np.argsort(-abs(last - first), kind="stable")[:count].tolist()
-    colours = np.full((VOID + 1, 3), 255, dtype=np.uint8)
-    colours[empty:VOID] = list(palette([str(number) for number in range(empty, VOID)]).values())
-    rows = []
-    for place in chosen:
-        image = np.asarray(test.images.read(place).resize((SIDE, SIDE)))
-        row = [(image, "picture"), (_painted(image, colours, test.label(place)), "what is there")]
-        for label, score in scores.items():
-            assert score.maps is not None, label
-            row.append((_painted(image, colours, score.maps[place]), f"{label}: {100 * each[label][place]:.0f}"))
-        rows.append(side_by_side(*row))
+    for place in np.argsort(-abs(last - first), kind="stable")[:count].tolist():
+        image, label = np.asarray(test.images.read(place)), test.label(place)
+        seen = {"picture": np.full_like(label, VOID), "what is there": label}
+        for model, score in scores.items():
+            assert score.maps is not None, model
+            seen[f"{model}: {100 * each[model][place]:.0f}"] = score.maps[place]
+        rows.append(side_by_side(*((_painted(image, of, test.classes, colours), title) for title, of in seen.items())))
     return grid(rows)
 
 
-def _painted(image: Picture, colours: Picture, classes: npt.NDArray[Any]) -> Picture:
-    """An image under the colours of its classes; where there is none, pale."""
-    large = Image.fromarray(classes.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    above = colours[np.asarray(large)]
-    pale = (above == 255).all(axis=2, keepdims=True)
-    painted: Picture = np.where(pale, 0.35 * image + 0.65 * above, 0.25 * image + 0.75 * above).astype(np.uint8)
-    return painted
+def _painted(image: Picture, label: npt.NDArray[Any], classes: Sequence[str], colours: Mapping[str, Colour]) -> Picture:
+    """An image under the colours of the classes in it."""
+    there = [number for number, name in enumerate(classes) if name and (label == number).any()]
+    names, masks = [classes[number] for number in there], [label == number for number in there]
+    return draw_objects(image, names, [""] * len(names), colours, masks=masks, side=SIDE)
