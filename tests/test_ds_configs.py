@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 from visft_ds.config import derive_batches, resolve
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, available
 from visft_ds.parallel.deepspeed_fixes import check_zero
 from visft_ds.prepare.model import deepspeed_dict
@@ -46,9 +47,13 @@ def test_stage_1_is_the_published_recipe() -> None:
     assert rates == {f"heads.{task}.*": RATES[task] for task in TASKS}
     assert {task: settings.updates for task, settings in tasks.items()} == UPDATES
     assert {task: settings.batch_size for task, settings in tasks.items()} == BATCHES[1]
-    # One GPU of eight had one image of detection and segmentation, and 32 of captioning.
-    assert dict(derive_batches(config, 8).micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
-    assert derive_batches(config, 8).accumulation == 1
+    # One GPU of eight had one image of detection and segmentation, and 32 of captioning. DeepSpeed, which knows one
+    # accumulation, is told of the largest stream, so that its own equation holds.
+    for world, accumulation in ((1, 8), (8, 1)):
+        batches, told = derive_batches(config, world), deepspeed_dict(config, world, "bf16")
+        assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
+        assert batches.accumulation == accumulation
+        assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (256, 32)
     assert config.visft.mode == "sampled" and config.total_steps == sum(UPDATES.values())
 
 
@@ -61,14 +66,19 @@ def test_a_head_alone_gets_its_published_recipe(task: str) -> None:
     assert (config.gradient_clipping, config.optimizer.params.weight_decay) == (0.1, 1e-4)
 
 
-def test_stage_2_is_the_published_recipe() -> None:
-    config = resolve(stage=2, model="eva_e")
+def test_stage_2_of_the_default_model_is_the_published_recipe() -> None:
+    config = resolve_arguments(["--stage", "2"])[1]
+    assert config.visft.model.preset == "eva_e"
+    assert derive_batches(config, 8).micro == {"detection": 1, "segmentation": 1, "captioning": 8}
     streams = config.visft.streams()
     assert {name: stream.share for name, stream in streams.items()} == UPDATES_2
     assert {name: stream.batch_size for name, stream in streams.items()} == BATCHES[2]
     (group,) = config.visft.param_groups
     assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)
-    assert config.visft.heads.active_dropout is False
+    assert config.visft.heads.active_dropout is False and config.visft.lora is not None
+    assert (config.visft.lora.rank, config.visft.lora.alpha, config.visft.lora.targets) == (64, 1.0, ("q", "v"))
+    params = config.optimizer.params
+    assert (params.weight_decay, params.betas, params.eps) == (1e-4, (0.9, 0.999), 1e-8)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

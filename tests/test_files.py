@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from visft_ds.files import image_frame, open_image, read_bytes, reading
+from visft_ds.files import image_frame, open_image, read_bytes, reading, wrong_name
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
@@ -88,3 +88,10 @@ def test_errors_of_the_system_and_nested_ones_pass_as_they_are(tmp_path: Path) -
         read_bytes(tmp_path / "none")
     with pytest.raises(ValueError, match=r"^y\.txt: wrong$"), reading("y.txt", "a list"), reading("y.txt", "a line"):
         raise ValueError("y.txt: wrong")
+
+
+def test_names_that_lead_nowhere_else_are_right() -> None:
+    for name in ("../secret.jpg", "/etc/passwd", "a/../../secret.jpg", "..", "", "a\0.jpg", "a\x1b[2J.jpg"):
+        assert wrong_name(name), name
+    for name in ("a.jpg", "Bild 1.jpg", "...", "a..b", "-x", "ファイル.png"):
+        assert wrong_name(name) is None and wrong_name(f"train/{name}") is None

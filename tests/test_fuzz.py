@@ -44,13 +44,20 @@ class Reader:
 
 def readers() -> list[Reader]:
     """Readers of everything that comes from outside."""
+    import numpy as np
     from PIL import Image
 
     from tests import finished
-    from tests.map_folder import write_own
+    from tests.map_folder import bands, write_own, write_pair
     from tests.yolo_folder import write_yolo
     from visft_ds.checkpoint.format import open_checkpoint
     from visft_ds.data.shards import Manifest, ShardReader
+    from visft_ds.evals.judge.classes import read_classes
+    from visft_ds.evals.judge.dense_sets import read_train_and_test
+    from visft_ds.evals.judge.depth import read_depth
+    from visft_ds.evals.judge.ocr import read_words
+    from visft_ds.evals.judge.protocols import QUICK
+    from visft_ds.evals.judge.retrieval import read_captions
     from visft_ds.files import open_image
     from visft_ds.interop.weights import open_weights
     from visft_ds.monitor.metrics import read_metrics
@@ -97,11 +104,30 @@ def readers() -> list[Reader]:
         for kind in ("jpg", "png", "webp", "bmp", "gif", "tif"):
             picture.save(folder / f"a.{kind}", exif=Image.Exif().tobytes())
 
+    def write_judged(folder: Path) -> None:
+        numbers, metres = bands(0), np.array([900, 2000, 4000], dtype=np.uint16)
+        for part in ("train", "val"):
+            write_pair(folder / f"JPEGImages/{part}.jpg", folder / f"SegmentationClass/{part}.png", numbers)
+            write_pair(folder / f"images/{part}/0.png", folder / f"depth/{part}/0.png", numbers, metres)
+            listed = folder / f"ImageSets/Segmentation/{part}.txt"
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.write_text(part)
+        (folder / "gt.txt").write_text('images/train/0.png, "word"')
+        images = [{"filename": "train.jpg", "split": "test", "sentences": [{"raw": "bands"}]}]
+        (folder / "dataset_own.json").write_text(json.dumps({"images": images}))
+
+    def read_judged(folder: Path) -> None:
+        for read in (read_train_and_test, read_depth):
+            for part in read(QUICK.images, str(folder)):
+                part.label(0), part.images.read(0)
+        read_words(folder), read_captions(str(folder)), read_classes(str(folder), "images")
+
     return [
         Reader("split", copied(*shards.glob("val*")), read_split),
         Reader("COCO tree", tree(shards.parent / "toy"), read_tree),
         Reader("YOLO folder", write_yolo, read_tree),
         Reader("label maps", write_own, read_tree),
+        Reader("judged data", write_judged, read_judged),
         Reader("pictures", pictures, lambda folder: [open_image(path) for path in folder.iterdir()]),
         Reader("weights", copied(runs / "stage2/export/backbone.safetensors"), read_weights),
         Reader("export", tree(runs / "stage1/export"), load),

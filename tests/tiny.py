@@ -41,10 +41,15 @@ SETTINGS = {
 }
 
 
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """As arguments."""
+    return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+
+
 def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
     """Arguments of launchers/train.py for the tiny model."""
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **(extra or {})}.items()]
-    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
+    given = ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out)]
+    return [*given, *words_of({**SETTINGS, **(extra or {})})]
 
 
 def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str, torch.Tensor]:
@@ -53,10 +58,14 @@ def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str
     return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
 
 
+def records(out: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(out: Path) -> list[dict[str, float]]:
     """Of each step, by name."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/loss" in line]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in records(out) if "loss/loss" in line]
 
 
 def equal(ours: Path, theirs: Path, step: int = STEPS) -> bool:
@@ -68,5 +77,4 @@ def equal(ours: Path, theirs: Path, step: int = STEPS) -> bool:
 
 def steps_recorded(out: Path) -> list[int]:
     """Steps in metrics.jsonl, in order."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["step"] for record in records if record["kind"] == "step"]
+    return [record["step"] for record in records(out) if record["kind"] == "step"]

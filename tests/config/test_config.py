@@ -151,20 +151,6 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
 # What follows from a configuration
 
 
-def test_the_default_is_the_papers_recipe() -> None:
-    _, config = resolve_arguments(["--stage", "2"])
-    visft, params = config.visft, config.optimizer.params
-    assert (visft.model.name, visft.model.preset) == ("eva_e", "eva_e")
-    assert visft.lora is not None and (visft.lora.rank, visft.lora.alpha, visft.lora.targets) == (64, 1.0, ("q", "v"))
-    assert (params.lr, params.weight_decay, params.betas, params.eps) == (1e-5, 1e-4, (0.9, 0.999), 1e-8)
-    assert (config.gradient_clipping, config.scheduler.type) == (0.1, "WarmupCosineLR")
-    assert (config.scheduler.params.warmup_num_steps, config.scheduler.params.total_num_steps) == (2000, 100_000)
-    assert derive_batches(config, 8).micro == {"detection": 1, "segmentation": 1, "captioning": 8}
-    stage1 = resolve_arguments(["--stage", "1"])[1]
-    assert (stage1.optimizer.params.lr, stage1.scheduler.params.total_num_steps) == (5e-5, 400_000)
-    assert stage1.visft.lora is None and stage1.visft.heads.path is None
-
-
 def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None:
     first = resolve(stage=2, model="debug", engine="zero3_offload", settings=["visft.seed=3"])
     (tmp_path / "own.json").write_text(json.dumps(first.to_dict()))
@@ -225,12 +211,6 @@ def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     assert config.sources["visft.tasks.segmentation"].startswith("--set visft.tasks=")
 
 
-def test_no_task_at_all_is_one_error() -> None:
-    """The length of stage 1 follows from the tasks: it must not be complained about, too."""
-    with pytest.raises(ValueError, match=r"has 1 error:\s+visft.tasks = .*: no task is on"):
-        recipe(*(f"visft.tasks.{task}=null" for task in TASKS))
-
-
 def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
     groups = (
         'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}, '
@@ -280,17 +260,6 @@ def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
     (stream,) = config.visft.streams().values()
     assert (stream.name, stream.tasks) == (SHARED, ("detection", "captioning"))
     assert (stream.batch_size, stream.micro_batch, stream.image["flip"]) == (8, 16, 0.25)
-
-
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (8, 1)])
-def test_256_captions_and_8_pictures_with_masks_accumulate_alike(world: int, accumulation: int) -> None:
-    """DeepSpeed knows one accumulation; the micro-batches differ instead."""
-    config = recipe()
-    batches = derive_batches(config, world)
-    assert batches.accumulation == accumulation
-    assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
-    told = deepspeed_dict(config, world, "bf16")  # the largest stream, so that DeepSpeed's own equation holds
-    assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (256, 32)
 
 
 @given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.options import alone, drawn
@@ -140,16 +139,6 @@ def test_boxes_cut_away_by_a_crop_vanish() -> None:
     targets = detection_targets(None, _sample((40, 40), *annotations), [Crop(10, 10, 20, 20)], generator(0))
     assert targets["labels"].tolist() == [2]
     np.testing.assert_allclose(targets["boxes"], [[0.45, 0.2, 0.9, 0.4]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("ops", [[Resize(40, 33)], [Resize(61, 20), Crop(3, 2, 30, 11)], [Resize(90, 200)], []])
-def test_the_mirror_image_of_a_scaled_picture_is_the_scaled_mirror_image(ops: list[Op]) -> None:
-    """Bit for bit, since mirroring waits for a scaling that leaves fewer pixels; noise has the hardest edges."""
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        image = rng.integers(0, 256, (*rng.integers(50, 120, 2), 3), dtype=np.uint8)
-        mirrored = np.ascontiguousarray(image[:, ::-1])
-        assert torch.equal(apply_to_image(image, [Flip(), *ops]), apply_to_image(mirrored, ops))
 
 
 def test_zooms_take_a_window_in_or_around_the_image() -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gc
-import pickle
-import shutil
 import tarfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visft_ds.data.open_webdataset import open_split, webdataset
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.shards.build import TarWriter
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,27 +68,6 @@ def test_pythons_tarfile_sees_what_is_promised(split: Manifest) -> None:
         assert shard.bytes % 10240 == 0, "other tar programs pad to this"
         first = (split.root / shard.name).read_bytes()[:512]
         assert first[257:265] == b"ustar\x0000", "POSIX USTAR, not the header of GNU tar"
-
-
-class _Bomb:
-    """Unpickling this leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-def test_a_member_that_could_run_code_is_never_run(split: Manifest, tmp_path: Path) -> None:
-    copy, harm = Path(shutil.copytree(split.root, tmp_path / "copy")), tmp_path / "harm"
-    with (copy / "toy-000000.tar").open("wb") as file:
-        tar = TarWriter(file)
-        tar.add("000000001000.pyd", pickle.dumps(_Bomb(harm)))
-        tar.close()
-    with pytest.raises(webdataset.autodecode.DecodingError):
-        list(open_split(replace(split, root=copy)).decode("rgb8"))
-    assert not harm.exists()
 
 
 def test_webdataset_without_its_security_is_refused(split: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

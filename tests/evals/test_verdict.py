@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ def _word(
     dose: float | None = 0.2,
     *,
     same: bool = False,
-    best: bool = True,
 ) -> str:
     def difference(of: Interval) -> Difference:
         better, worse = of.low > 0, of.high < 0
@@ -37,7 +35,7 @@ def _word(
     named = {f"control {number}": difference(of) for number, of in enumerate(controls)}
     ends = {} if last is None else {"tuned": difference(last)}
     row = Row(PRIMARY, 250, False, {}, {"tuned": difference(gain)}, {"tuned": named}, ends, {})
-    return word_for(row, Trial("tuned", tuple(named), None, dose), same=same, best=best)
+    return word_for(row, Trial("tuned", tuple(named), None, dose), same)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,8 @@ def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, con
 def test_words_of_other_architectures_last_layers_and_twins() -> None:
     assert _word(UP, UP, dose=None) == "better, without control"
     assert _word(AROUND, AROUND, dose=None) == "not shown"
-    assert _word(UP, controls=[UP], best=False) == "better placed"  # never "gained"
-    assert _word(UP, controls=[AROUND], best=False) == "moved, not gained"
+    assert _word(UP, controls=[UP]) == "better placed"  # never "gained" where all are read at their last layers
+    assert _word(UP, controls=[AROUND]) == "moved, not gained"
     none = Interval(0.0, 0.0, 0.0)
     assert _word(none, none, dose=0.0, same=True) == "the same"
     assert _word(none, none, same=True) == "not shown"
@@ -88,10 +86,10 @@ def _results() -> Results:
     return found
 
 
-def _judged(**changed: Any) -> tuple[list[Row], list[Trial], list[Verdict]]:
+def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
     results, trials = _results(), [Trial("tuned", ("noise",), "half", 0.25)]
-    rows = rows_of(results, {arm: [arm] for arm in results}, trials, PRIMARY, results)
-    return rows, trials, judged(rows, trials, PRIMARY, "base", **changed)
+    rows = rows_of(results, {arm: [arm] for arm in results}, trials, PRIMARY, results if best else None)
+    return rows, trials, judged(rows, trials, PRIMARY, "base")
 
 
 def test_price_and_half_follow_the_verdict() -> None:

@@ -9,9 +9,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from tests.coco_tree import draw_shards
 from tests.ranks import run_ranks
-from visft_ds.shards.build import Options, build
-from visft_ds.toy.coco import write_toy_coco
+from tests.tiny import losses, words_of
 
 FOLDER = Path(__file__).parent
 STEPS = 6
@@ -19,30 +19,19 @@ STEPS = 6
 
 def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Both stages of ds_configs' debug model on 64 toy images: {"stage1": losses of each step, "stage2": ...}."""
-    write_toy_coco(folder / "coco", train=64, val=1, height=112, width=112)
-    coco, shards = folder / "coco", folder / "shards"
-    annotations = coco / "annotations"
-    files = (annotations / "instances_train2017.json", annotations / "captions_train2017.json")
-    build(Options(coco / "train2017", *files, shards, "train"))
-    losses = {}
+    shards, found = draw_shards(folder, train=64, height=112, width=112), {}
     for stage in (1, 2):
         out = folder / f"stage{stage}"
         settings = {
             "scheduler.params.total_num_steps": STEPS,
             "scheduler.params.warmup_num_steps": 2,
-            "visft.run.rehearsal": "false",  # leaves no trace, and takes longer than the steps
-            **({"visft.heads.path": json.dumps(str(folder / "stage1" / "export"))} if stage == 2 else {}),
+            "visft.run.rehearsal": False,  # leaves no trace, and takes longer than the steps
+            **({"visft.heads.path": str(folder / "stage1/export")} if stage == 2 else {}),
         }
-        command = ["launchers/train.py", "--stage", str(stage), "--model", "debug"]
-        command += ["--data", str(shards), "--out", str(out), *(f"--set={k}={v}" for k, v in settings.items())]
-        run_ranks(command, world=1)
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses[f"stage{stage}"] = [
-            {name: value for name, value in record.items() if name.startswith("loss/")}
-            for record in records
-            if record["kind"] == "step"
-        ]
-    return losses
+        places = ["--data", str(shards), "--out", str(out)]
+        run_ranks(["launchers/train.py", f"--stage={stage}", "--model=debug", *places, *words_of(settings)], world=1)
+        found[f"stage{stage}"] = losses(out)
+    return found
 
 
 def golden(stage: str) -> Path:

@@ -21,12 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.coco_tree import draw_shards
 from tests.random_tower import build_backbone
 from tests.ranks import REPOSITORY
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.ops import DTYPES, attention, lora
-from visft_ds.shards.build import Options, build
-from visft_ds.toy.coco import write_toy_coco
 
 DEVICE, GPUS = torch.device(os.environ.get("VISFT_DEVICE", "cuda")), int(os.environ.get("VISFT_GPUS", "1"))
 CPU = DEVICE.type == "cpu"
@@ -180,9 +179,7 @@ def test_blocks_of_eva_vit_e(compare: Any) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs, and their shards."""
     place = tmp_path_factory.mktemp("gpu")
-    write_toy_coco(coco := place / "coco", train=24, val=0, height=96, width=128)
-    labels = (coco / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions"))
-    build(Options(coco / "train2017", *labels, place / "shards", "train"))
+    draw_shards(place, train=24, height=96, width=128)
     return place
 
 

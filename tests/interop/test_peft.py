@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.elsewhere import run_readme
 from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
 from visft_ds.interop.adapter import FILE, PEFT_CONFIG, Adapter
-from visft_ds.interop.card import README, card
+from visft_ds.interop.card import card
 from visft_ds.interop.export import timm_model
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, open_weights
@@ -70,13 +70,9 @@ def test_the_readme_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.Mo
     save_backbone(ours, tmp_path / "base.safetensors", "visual.")
     out = merge(tmp_path / "base.safetensors", adapter_of(ours), tmp_path / "out", "--format", "peft")
     merge(tmp_path / "base.safetensors", None, out / "BASE")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(encoding="utf-8"), flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
-    images = torch.randn(2, 3, 28, 28)
+    model, images = run_readme(out, monkeypatch)["model"], torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        assert relative(names["model"].forward_features(images), ours.tokens(images)[0]) < TOLERANCE
+        assert relative(model.forward_features(images), ours.tokens(images)[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("targets", TARGETS)

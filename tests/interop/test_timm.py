@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 
+from tests.elsewhere import run_readme
 from tests.random_tower import adapter_of, build_backbone, merge, move_adapters, random_tower, relative, save_backbone
 from visft_ds.interop.export import timm_model
 from visft_ds.interop.layouts import fill, open_backbone
@@ -33,12 +32,9 @@ def test_timm_loads_the_folder_as_its_card_says(
     inject_lora(ours, rank=4, alpha=2.0, targets=("q", "v", "proj", "fc1", "fc2"))
     move_adapters(ours, spread=0.1)
     merge(base, adapter_of(ours), out, "--verify")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    model = run_readme(out, monkeypatch)["model"].eval()
     with torch.no_grad():
-        got, wanted = names["model"].eval().forward_features(images), ours.tokens(images)[0]
+        got, wanted = model.forward_features(images), ours.tokens(images)[0]
         assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
         assert relative(got, wanted) < TOLERANCE
     again = random_tower(2, class_token=class_token, post_norm=post_norm, image_size=56)

@@ -12,9 +12,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_adapter, save_backbone
+from tests.elsewhere import as_map, run_readme
+from tests.random_tower import adapter_of, merge, move_adapters, random_tower, relative, save_backbone
 from tests.small_timm import FAMILIES, adapted, random_base
-from tools.merge_lora import main
 from visft_ds.interop import export, transformers_names
 from visft_ds.interop.card import README, repository_of
 from visft_ds.interop.export import by_library
@@ -28,20 +28,15 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-5
 
 
-def _run(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def _export(name: str, folder: Path, form: str, behind: str | None = None) -> tuple[Any, Path]:
-    """(backbone with its adapter, the export); `behind`: names that begin so are not in the base."""
+def _export(
+    name: str, folder: Path, *forms: str, layers: tuple[int, ...] = (), behind: str | None = None
+) -> tuple[Any, *tuple[Path, ...]]:
+    """(backbone with its adapter, an export of each form); `behind`: names that begin so are not in the base."""
     base = random_base(name, folder)
     if behind is not None:
         save_file({key: value for key, value in load_file(base).items() if not key.startswith(behind)}, base)
-    backbone, adapter = adapted(name, base)
-    save_adapter(adapter, folder / "adapter")
-    out = folder / "out"
-    assert _run("--base", base, "--adapter", folder / "adapter", "--out", out, "--format", form, "--verify") == 0
-    return backbone, out
+    backbone, adapter = adapted(name, base, layers)
+    return backbone, *(merge(base, adapter, folder / form, "--format", form, "--verify") for form in forms)
 
 
 def _images(side: int = 32) -> torch.Tensor:
@@ -59,8 +54,7 @@ def test_transformers_loads_the_folder_by_itself(tmp_path: Path, name: str) -> N
         tokens = model.eval()(pixel_values=_images()).last_hidden_state
         if "clip" in name:
             tokens = model.post_layernorm(tokens)
-    got = tokens[:, -16:].transpose(1, 2).unflatten(2, (4, 4))
-    assert relative(got, wanted) < TOLERANCE
+    assert relative(as_map(tokens, wanted), wanted) < TOLERANCE
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     pixels = processor(torch.zeros(3, 40, 50, dtype=torch.uint8), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
@@ -68,43 +62,29 @@ def test_transformers_loads_the_folder_by_itself(tmp_path: Path, name: str) -> N
 
 
 def test_siglip_keeps_its_pooling(tmp_path: Path) -> None:
-    name = "vit_test_patch8_siglip_32"
-    _, out = _export(name, tmp_path, "transformers")
-    assert (
-        _run("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--out", tmp_path / "t") == 0
-    )
-    whole = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).eval()
+    _, out, other = _export("vit_test_patch8_siglip_32", tmp_path, "transformers", "timm")
+    whole = timm.create_model(f"local-dir:{other}", pretrained=True).eval()
     with torch.no_grad():
         got = transformers.AutoModel.from_pretrained(out).eval()(pixel_values=_images()).pooler_output
         assert relative(got, whole(_images())) < TOLERANCE
 
 
 def test_a_tower_that_ends_early_is_a_shorter_model(tmp_path: Path) -> None:
-    name = "vit_test_patch8_clip_quickgelu_32"
-    base = random_base(name, tmp_path)
-    short, adapter = adapted(name, base, layers=(0,))
-    save_adapter(adapter, tmp_path / "adapter")
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--format", "transformers", "--verify")
-    assert _run(*given, "--out", tmp_path / "out") == 0
-    model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    short, out = _export("vit_test_patch8_clip_quickgelu_32", tmp_path, "transformers", layers=(0,))
+    model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
         tokens = model.post_layernorm(model(pixel_values=_images()).last_hidden_state)
-        assert relative(tokens[:, 1:].mT.unflatten(2, (4, 4)), short(_images())[0]) < TOLERANCE
-    assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (tmp_path / "out" / README).read_text()
+        wanted = short(_images())[0]
+        assert relative(as_map(tokens, wanted), wanted) < TOLERANCE
+    assert model.config.num_hidden_layers == 1 and "what `blocks.0` gives" in (out / README).read_text()
 
 
 def test_several_maps_come_out_of_what_is_exported(tmp_path: Path) -> None:
     """Those of training, by transformers' backbone with `out_indices`, and by timm with the line of the card."""
-    name = "vit_test_patch8_dinov3"
-    base = random_base(name, tmp_path)
-    ours, adapter = adapted(name, base, layers=(0, 1))
-    save_adapter(adapter, tmp_path / "adapter")
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--verify", "--format")
-    for form in ("transformers", "timm"):
-        assert _run(*given, form, "--out", tmp_path / form) == 0
-    theirs = transformers.DINOv3ViTBackbone.from_pretrained(tmp_path / "transformers", out_indices=(1, 2)).eval()
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
-    (call,) = re.findall(r"`(model\.forward_intermediates[^`]+)`", (tmp_path / "timm" / README).read_text())
+    ours, out, other = _export("vit_test_patch8_dinov3", tmp_path, "transformers", "timm", layers=(0, 1))
+    theirs = transformers.DINOv3ViTBackbone.from_pretrained(out, out_indices=(1, 2)).eval()
+    model = timm.create_model(f"local-dir:{other}", pretrained=True).eval()
+    (call,) = re.findall(r"`(model\.forward_intermediates[^`]+)`", (other / README).read_text())
     with torch.no_grad():
         wanted, names = ours.eval()(_images()), {"model": model, "images": _images()}
         exec(f"maps = {call}", names)
@@ -154,8 +134,7 @@ def test_transformers_loads_a_folder_for_timm(tmp_path: Path, name: str) -> None
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
         got, wanted = model(pixel_values=_images(side)).last_hidden_state, backbone(_images(side))[0]
-    got = got if got.ndim == 4 else got[:, -16:].mT.unflatten(2, (4, 4))
-    assert type(model).__name__ == "TimmWrapperModel" and relative(got, wanted) < TOLERANCE
+    assert type(model).__name__ == "TimmWrapperModel" and relative(as_map(got, wanted), wanted) < TOLERANCE
 
 
 def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +143,10 @@ def test_peft_has_an_effect_on_timms_dinov3(tmp_path: Path, monkeypatch: pytest.
     base = random_base(name, tmp_path)
     backbone, adapter = adapted(name, base)
     out = merge(base, adapter, tmp_path / "out", "--format", "peft")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(compile(snippet.replace("BASE", str(base)), README, "exec"), names)
+    model = run_readme(out, monkeypatch, "BASE", str(base))["model"].base_model.model
     with torch.no_grad():
-        got = names["model"].base_model.model.forward_features(_images())[:, -16:].mT.unflatten(2, (4, 4))
-        assert relative(got, backbone(_images())[0]) < TOLERANCE
+        wanted = backbone(_images())[0]
+        assert relative(as_map(model.forward_features(_images()), wanted), wanted) < TOLERANCE
 
 
 def test_a_base_has_a_name_where_its_weights_tell_it() -> None:
@@ -193,15 +169,10 @@ def test_onnxruntime_computes_the_same_for_any_number_of_images(
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     images = torch.randn(5, 3, side, side)
     with torch.no_grad():
-        assert (
-            relative(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), backbone(images)[0])
-            < TOLERANCE
-        )
-    (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {"images": images.numpy()}
-    exec(compile(snippet.replace("# features", "features"), README, "exec"), names)
-    assert names["features"].shape == tuple(backbone(images)[0].shape)
+        wanted = backbone(images)[0]
+    assert relative(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), wanted) < TOLERANCE
+    names = run_readme(out, monkeypatch, "# features", "features", images=images.numpy())
+    assert names["features"].shape == tuple(wanted.shape)
 
 
 @pytest.mark.slow
@@ -214,10 +185,8 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
     ours = load_backbone(tmp_path / "base.safetensors", {**model_of(random_tower(1, class_token=False)), **more}).eval()
     inject_lora(ours, rank=3, alpha=1.5)
     move_adapters(ours)
-    save_adapter(adapter_of(ours), tmp_path / "adapter")
     out = tmp_path / "tower.onnx"
-    given = ("--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
-    assert _run(*given, "--out", out) == 0
+    merge(tmp_path / "base.safetensors", adapter_of(ours), out, "--format", "onnx", "--verify")
     with torch.no_grad():
         found = by_library("onnx", out.parent, ours)(_images(28))
         for one, wanted in zip(found, ours(_images(28)), strict=True):
@@ -228,12 +197,7 @@ def test_a_tower_of_ours_as_a_graph(tmp_path: Path, layers: tuple[int, ...]) -> 
 def test_every_map_is_an_output_of_a_graph(tmp_path: Path) -> None:
     """Those behind the blocks that are read, without the tokens in front of them, for any number of images."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    name = "vit_test_plus_patch8_dinov3_qkvb"
-    base, out = random_base(name, tmp_path), tmp_path / "out"
-    ours, adapter = adapted(name, base, layers=(0, 1))
-    save_adapter(adapter, tmp_path / "adapter")
-    given = ("--base", base, "--adapter", tmp_path / "adapter", "--format", "onnx", "--verify")
-    assert _run(*given, "--out", out) == 0
+    ours, out = _export("vit_test_plus_patch8_dinov3_qkvb", tmp_path, "onnx", layers=(0, 1))
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     assert [one.name for one in session.get_outputs()] == ["map_0", "map_1"]
     images = torch.randn(5, 3, 32, 32)

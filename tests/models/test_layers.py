@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import finished, small_timm
+from tests.elsewhere import as_map, run_readme
 from tests.random_tower import (
     adapter_of,
     build_backbone,
@@ -47,13 +48,6 @@ NUMBERS = {"test_vit": 3, "test_convnext": 2, "test_resnet": 3, "test_efficientn
 TOLERANCE = 1e-5
 
 
-def _map_of(model: Any, features: Tensor, like: Tensor) -> Tensor:
-    """timm's features as a feature map of that size."""
-    if features.ndim == 4:
-        return features
-    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, like.shape[-2:])
-
-
 @pytest.mark.parametrize("name", ENDS)
 def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
     """Against the whole model, stopped by a hook; and the lines that make timm's own end there."""
@@ -67,10 +61,10 @@ def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
         hook.remove()
         features, wanted = cut(images)[0], given[0]
         wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
-        assert torch.equal(features, _map_of(twin, wanted, features))
+        assert torch.equal(features, as_map(wanted, features))
         exec(cut.pruning, {"model": twin})
         again = twin.forward_features(images)
-    assert torch.equal(_map_of(twin, again, features), features)
+    assert torch.equal(as_map(again, features), features)
     assert features.shape[1] == cut.width and abs(features.shape[3] - 128 / cut.patch_size) <= 1
     kept = {key: value for key, value in whole.state_dict().items() if key in cut.state_dict()}
     assert len(kept) < len(whole.state_dict()) and all(torch.equal(v, cut.state_dict()[k]) for k, v in kept.items())
@@ -146,14 +140,10 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
     assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
     merged = ModelFiles(out / "model.safetensors", out, None)
     assert relative(_features(merged, images), wanted) < TOLERANCE
-    card = (out / README).read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
+    names = run_readme(out, monkeypatch)
     model = names["model"].eval()
     with torch.no_grad():
-        for call in re.findall(r"`(model\.prune_[^`]+)`", card):
+        for call in re.findall(r"`(model\.prune_[^`]+)`", (out / README).read_text()):
             exec(call, names)
         if name == "eva":
             square = torch.randn(1, 3, 56, 56)
@@ -161,7 +151,7 @@ def test_merged_weights_are_whole_and_say_where_they_are_read(
             plain = load_backbone(out / "model.safetensors", model_of).eval()
             got, wanted = model.forward_features(square)[:, 1:], plain(square)[0].flatten(2).transpose(1, 2)
         else:
-            got = _map_of(model, model.forward_features(images), wanted)
+            got = as_map(model.forward_features(images), wanted)
         assert relative(got, wanted) < TOLERANCE
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.elsewhere import as_map, run_readme
 from tests.random_tower import adapter_of, fold_adapters, header_of, move_adapters, relative, save_adapter
 from tools.merge_lora import main
 from visft_ds.config.schema import ModelConfig
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.card import README
 from visft_ds.interop.layouts import load_backbone, model_of, open_backbone
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters
@@ -53,15 +51,6 @@ def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
     return folder / "base.safetensors"
 
 
-def _map_of(model: Any, images: Tensor) -> Tensor:
-    """timm's features as a feature map."""
-    features: Tensor = model.forward_features(images)
-    if features.ndim == 4:
-        return features
-    side = images.shape[-1] // 16
-    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (-1, side))
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -80,7 +69,8 @@ def test_the_feature_map_is_timms(name: str) -> None:
     twin.load_state_dict({**backbone.state_dict(), **backbone.left_out})
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
     with torch.no_grad():
-        assert torch.equal(backbone(images)[0], _map_of(twin, images))
+        features = backbone(images)[0]
+        assert torch.equal(features, as_map(twin.forward_features(images), features))
         odd = backbone(torch.randn(1, 3, 101, 150))[0]
     stride = backbone.patch_size
     assert odd.shape[1] == backbone.width and abs(odd.shape[2] - 101 / stride) <= 1 and odd.isfinite().all()
@@ -202,10 +192,10 @@ def test_peft_computes_it(tmp_path: Path, name: str) -> None:
     model = timm.create_model(name, num_classes=0, checkpoint_path=str(_base_file(name, tmp_path)))
     theirs = peft.PeftModel.from_pretrained(model, folder).eval()
     with torch.no_grad():
-        wanted, got = ours(images)[0], _map_of(theirs.base_model.model, images)
+        wanted, got = ours(images)[0], theirs.base_model.model.forward_features(images)
         with theirs.disable_adapter():
-            plain = _map_of(theirs.base_model.model, images)
-    assert relative(wanted, plain) > 1e-3 and relative(got, wanted) < TOLERANCE
+            plain = theirs.base_model.model.forward_features(images)
+    assert relative(got, plain) > 1e-3 and relative(as_map(got, wanted), wanted) < TOLERANCE
     again = Adapter.load(folder)
     assert again.fingerprint() == adapter.fingerprint() and again.layers == adapter.layers
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
@@ -234,14 +224,11 @@ def test_timm_loads_the_folder_by_itself(
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert loaded.num_classes == classes and tuple(loaded.pretrained_cfg["mean"]) == ours.pixel_mean
     assert loaded.state_dict().keys() == whole.state_dict().keys()
-    (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(out)
-    names: dict[str, Any] = {}
-    exec(compile(snippet, README, "exec"), names)
-    images = torch.randn(1, 3, size or 160, size or 160)
+    images, printed = torch.randn(1, 3, size or 160, size or 160), run_readme(out, monkeypatch)["model"].eval()
     with torch.no_grad():
-        for model in (loaded, names["model"].eval()):
-            assert relative(_map_of(model, images), ours(images)[0]) < TOLERANCE
+        wanted = ours(images)[0]
+        for model in (loaded, printed):
+            assert relative(as_map(model.forward_features(images), wanted), wanted) < TOLERANCE
         if classes:
             assert torch.equal(loaded.get_classifier().weight, whole.get_classifier().weight)
 

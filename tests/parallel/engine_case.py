@@ -22,7 +22,7 @@ import torch
 
 import visft_ds.ops.lora
 from tests.options import criterion_of, head_of
-from tests.random_tower import build_backbone
+from tests.random_tower import build_backbone, move_adapters
 from tests.ranks import run_ranks
 from visft_ds.config.resolve import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
@@ -91,9 +91,7 @@ def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTas
     module = MultiTaskModel(backbone, build_tasks(32), train_backbone=stage == 2, heads_active=stage == 1)
     if stage == 2:
         inject_lora(backbone, rank=4, alpha=8.0, targets=("q", "v"), seed=1)
-        for name, parameter in backbone.named_parameters():
-            if name.endswith("lora_B"):  # B = 0 would hide errors in the gradient of A
-                torch.nn.init.normal_(parameter, std=0.05)
+        move_adapters(backbone, spread=0.05)  # B = 0 would hide errors in the gradient of A
     groups = apply_groups(module, GROUPS[stage], OptimizerParams(lr=1e-3, weight_decay=1e-4))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and parameter.ndim >= 2 and name.startswith("backbone.blocks"):

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from tests.parallel import engine_case as case
 from tests.parallel.test_engines import LOSS, NORM, WEIGHTS, differences
+from tests.random_tower import move_adapters
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.lora import inject_lora
@@ -74,9 +75,7 @@ def build(run: Run, stage: int, *, storage: torch.dtype) -> tuple[MultiTaskModel
     module = MultiTaskModel(backbone, case.build_tasks(backbone.width), train_backbone=True, heads_active=heads_train)
     if run.targets:
         inject_lora(backbone, rank=4, alpha=8.0, targets=run.targets, seed=1)
-    for name, parameter in backbone.named_parameters():
-        if name.endswith("lora_B"):  # B = 0 would hide errors in the gradient of A
-            torch.nn.init.normal_(parameter, std=0.05)
+        move_adapters(backbone, spread=0.05)  # B = 0 would hide errors in the gradient of A
     groups = [ParamGroup(name=str(place), params=params) for place, params in enumerate(run.groups)]
     trained = apply_groups(module, groups, OptimizerParams(lr=1e-3, weight_decay=1e-4))
     for name, parameter in backbone.named_parameters():

@@ -30,7 +30,7 @@ _PATCH, _MASK_STRIDE = 14, 4  # pixels: of a patch, and of a cell of the target 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make inside and that live: now, and most of them."""
+    """Bytes of the storages outside of files that operators make inside and that live: now, and most of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class LiveBytes(TorchDispatchMode):
         before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
                 storage = leaf.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if size and key not in self._live and key not in before:
+                if size and storage.filename is None and key not in self._live and key not in before:
                     self._live.add(key)
                     self.now += size
                     self.peak = max(self.peak, self.now)

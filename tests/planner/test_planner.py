@@ -14,7 +14,7 @@ from tests.planner.made_up import FIRST_IDS, OBJECTS, VOCABULARY, real_peak
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.planner.hardware import GPUS, LINK_SHARE, NETWORK_SHARE, Cluster, find_gpu, parse_cluster, peak_rate
 from visft_ds.planner.memory import PlannedRun, model_operations, plan_largest, plan_stream, run_of, trace_step
-from visft_ds.planner.search import choose_recompute, fitting_settings, forecast, search
+from visft_ds.planner.search import fitting_settings, forecast, search
 from visft_ds.planner.time import PRODUCT_SHARE, work_seconds
 from visft_ds.planner.trace import Tracer, Work, operators_of
 from visft_ds.tasks.spec import Content
@@ -183,15 +183,6 @@ def test_recomputing_costs_operations_and_none_of_the_models() -> None:
         for policy in ("none", "block")
     )
     assert 1.1 < again / plain < 1.5 and model_operations(run.with_policy("block"), stream) == plain
-
-
-def test_the_first_policy_that_fits_is_taken() -> None:
-    run = run_of(debug(2, "visft.tasks=detection"), 1, "fp32", None, CPU)
-    needs = {policy: plan_largest(run.with_policy(policy)).total for policy in ("none", "mlp", "block")}
-    assert needs["none"] > needs["mlp"] > needs["block"]
-    chosen = [choose_recompute(run, room) for room in (*needs.values(), 1)]
-    assert [run.config.visft.model.recompute for run, _ in chosen] == ["none", "mlp", "block", "block"]
-    assert [needed for _, needed in chosen] == [*needs.values(), needs["block"]]
 
 
 def test_settings_that_are_said_to_fit_do() -> None:

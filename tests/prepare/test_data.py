@@ -21,7 +21,6 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.data import open_data, read_vocabulary, vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet, check_samples, needs_vocabulary, open_training_data
-from visft_ds.shards.build import Options, build
 from visft_ds.tasks.transform import pipeline_of
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -35,27 +34,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     tree = write_tree(folder / "coco", 12)
 
-    def pack(split: str, captions: bool = False) -> None:
-        build(Options(tree.images, tree.instances, tree.captions if captions else None, folder, split))
-
     def without_masks(content: dict[str, Any]) -> None:
         for annotation in content["annotations"]:
             del annotation["segmentation"]
 
-    pack("train", captions=True)
-    pack("mute")
+    tree.pack(folder, "train")
+    tree.pack(folder, "mute", captions=False)
     silent = {1000 + 7 * place for place in SILENT}
     tree.edit(
         lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] not in silent]),
         "captions",
     )
-    pack("partly", captions=True)
+    tree.pack(folder, "partly")
     tree.edit(without_masks)
-    pack("objects")
+    tree.pack(folder, "objects", captions=False)
     tree.edit(lambda content: content["categories"][0].update(name="kettle"))
-    pack("others")
+    tree.pack(folder, "others", captions=False)
     tree.edit(lambda content: content.update(annotations=[]))
-    pack("words", captions=True)
+    tree.pack(folder, "words")
     return folder
 
 
@@ -277,7 +273,7 @@ def test_a_run_records_that_its_masks_are_drawn_into_boxes(tmp_path: Path) -> No
     tree = write_tree(tmp_path / "coco", 12)
     said = []
     for drawn in (False, True):
-        build(Options(tree.images, tree.instances, None, tmp_path, f"train{drawn}", masks_from_boxes=drawn))
+        tree.pack(tmp_path, f"train{drawn}", captions=False, masks_from_boxes=drawn)
         settings = [f"visft.data.root={tmp_path}", f"visft.data.train=train{drawn}", "visft.run.eval_every=0"]
         config = resolve(stage=1, model="debug", settings=[*settings, "visft.tasks=segmentation"])
         said.append(open_data(config, 1)[1].identity().get("masks"))

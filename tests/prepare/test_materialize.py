@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from tests.parallel.test_start import WORDS, configured
+from tests.planner.made_up import LiveBytes
 from tests.prepare.test_stages import write_own
 from tests.random_tower import save_backbone
 from visft_ds.checkpoint.export import save_base
@@ -34,26 +33,6 @@ def prepare(config: ResolvedConfig, placement: Placement = HOST, **given: Any) -
 
 def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors outside of files that are alive at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                if storage.filename is None:
-                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._storages = {key: one for key, one in self._storages.items() if not one[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._storages.values()))
-        return result
 
 
 class Halves(Placement):
@@ -92,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_second_copy_is_ever_alive(files: Path, weights: str | None, placement: Placement) -> None:
     extra = {"visft.model.weights": str(files / weights)} if weights else {}
     config = configured("zero1", {**DEEP, **extra}, stage=1)
-    with Alive() as alive:
+    with LiveBytes() as alive:
         parameters = list(prepare(config, placement, heads_from=files).module.parameters())
     largest = max(int(p.numel()) * p.element_size() for p in parameters) * (2 if isinstance(placement, Halves) else 1)
     whole = size(prepare(config, heads_from=files).module.parameters())

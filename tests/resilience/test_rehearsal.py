@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.parallel.pipeline import sample_checksum
 from visft_ds.prepare.data import RunData, open_data
 from visft_ds.resilience.memory import largest_batches, largest_shape
-from visft_ds.shards.build import Options, build
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder, 32)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
+    return write_shards(tmp_path_factory.mktemp("coco"), train=32)
 
 
 def opened(shards: Path) -> tuple[RunData, Batches]:

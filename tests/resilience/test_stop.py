@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ranks import REPOSITORY, deepspeed, start_command, start_ranks, wait_for
+from tests.ranks import REPOSITORY, deepspeed, family_of, start_command, start_ranks, wait_for
 from tests.tiny import command
 from visft_ds.launch import main
 from visft_ds.resilience.stop import StopFlag
@@ -46,19 +46,14 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
     words = command(shards, out, extra={**LONG, "visft.data.num_workers": 1})
     ours = [sys.executable, "-m", "visft_ds", "train", "--num_gpus", "2", *words]
     process = start_command(ours if who.startswith("visft") else deepspeed(["launchers/train.py", *words]))
-    family: list[psutil.Process] = []
-    try:
+    with family_of(process) as family:
         wait_for(process, "step 2/")
-        family = psutil.Process(process.pid).children(recursive=True)
+        family += psutil.Process(process.pid).children(recursive=True)
         ranks = ranks_below(process.pid)
         assert len(ranks) == 2
         target = {"visft: a rank": ranks[1].pid, "deepspeed: its child": ranks[0].ppid()}.get(who, process.pid)
         os.kill(target, number)
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=60)[1] == []
-    finally:
-        for left in [*(one for one in family if one.is_running()), *([process] if process.poll() is None else [])]:
-            left.kill()
     assert process.returncode == CASES[who, number], output
     if (who, number) != ("visft: a rank", KILL):  # after which the others cannot save, and its workers complain
         assert "Traceback" not in output

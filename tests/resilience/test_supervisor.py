@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ranks import start_command, wait_for
+from tests.ranks import family_of, start_command, wait_for
 from tests.resilience.test_stop import ranks_below
 from tests.tiny import command
 from visft_ds.resilience import processes, supervisor
@@ -62,20 +62,14 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_ends_it(shards: Path, tmp_pa
     extra: dict[str, object] = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 2}
     train = ["visft", "train", "--num_gpus", "2", *command(shards, tmp_path / "run", extra=extra)]
     process = start_command([sys.executable, "launchers/supervise.py", "--backoff", "0.5", "--", *train])
-    family: list[psutil.Process] = []
-    try:
+    with family_of(process) as family:
         wait_for(process, "step 3/")
         ranks_below(process.pid)[-1].kill()
         wait_for(process, "restart 1 of 3")
         wait_for(process, "img/s")
-        family = psutil.Process(process.pid).children(recursive=True)
+        family += psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=60)[1] == []
-    finally:
-        for left in [one for one in family if one.is_running()]:
-            left.kill()
-        process.kill()
     assert process.returncode == 143, output
     assert "stopped after step" in output and "restart 2" not in output
 

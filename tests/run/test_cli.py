@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.prepare.data import open_data
-from visft_ds.shards.build import Options, build
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    for split in ("train", "val"):
-        tree = write_tree(folder / split, 10)
-        build(Options(tree.images, tree.instances, None, folder / "shards", split))
-    return folder / "shards"
+    return write_shards(tmp_path_factory.mktemp("shards"), captions=False, train=10, val=10)
 
 
 def given(shards: Path, *words: object) -> ResolvedConfig:
@@ -39,10 +34,6 @@ def test_flags_set_the_keys_that_they_name(shards: Path) -> None:
 def test_epochs_are_passes_of_each_task_through_the_images(shards: Path, mode: str, steps: int) -> None:
     assert given(shards, "--epochs", 3, "--batch-size", 4, f"--set=visft.mode={mode}").total_steps == 8 * steps // 9
     assert given(shards, "--epochs", 3, f"--set=visft.mode={mode}").total_steps == steps // 3
-
-
-def test_heads_are_a_folder(shards: Path) -> None:
-    assert given(shards, "--set=visft.seed=0", "--stage", 2, "--heads", "trained").visft.heads.path == "trained"
 
 
 def test_fewer_images_than_a_batch_train_with_the_smaller_batch(shards: Path) -> None:

@@ -20,23 +20,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks, wait_for
-from tests.tiny import SETTINGS, THREE, command
+from tests.tiny import SETTINGS, THREE, command, records
 from visft_ds.config import ResolvedConfig, changed, resolve
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Manifest
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.monitor.console import Progress
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.run.evaluation import Validation
 from visft_ds.run.log import RunLog
-from visft_ds.shards.build import Options, build
 from visft_ds.tasks import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -52,11 +51,7 @@ PROMPT = 600  # seconds within which things happen on a busy machine
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures to learn from, six others to be judged by."""
-    folder = tmp_path_factory.mktemp("coco")
-    for split, count in (("train", 12), ("val", 6)):
-        tree = write_tree(folder / split, count)
-        build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split))
-    return folder / "shards"
+    return write_shards(tmp_path_factory.mktemp("coco"), train=12, val=6)
 
 
 def _measuring(training: int) -> psutil.Process:
@@ -71,13 +66,9 @@ def _measuring(training: int) -> psutil.Process:
     raise AssertionError("nothing was measured")
 
 
-def _records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
-
-
 def _judged(out: Path) -> dict[int, dict[str, float]]:
     """Step -> its numbers; each step may have them only once."""
-    found = [r for r in _records(out) if any(name.startswith("val/") for name in r)]
+    found = [r for r in records(out) if any(name.startswith("val/") for name in r)]
     assert max(Counter(record["step"] for record in found).values(), default=1) == 1
     return {r["step"]: {name: value for name, value in r.items() if name.startswith("val/")} for r in found}
 

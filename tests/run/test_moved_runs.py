@@ -14,15 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from tests.random_tower import build_backbone, save_backbone
 from tests.ranks import REPOSITORY
-from tests.tiny import TINY
+from tests.tiny import TINY, words_of
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.interop.cli import main as merge
 from visft_ds.predict.model import load
-from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.slow
@@ -36,9 +35,8 @@ SETTINGS: dict[str, Any] = {
 
 def _train(folder: Path, *more: str) -> str:
     """The training command, from a folder; returns what it printed."""
-    settings = (f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.items())
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "launchers/train.py"), "--model=debug", *settings, *more],
+        [sys.executable, str(REPOSITORY / "launchers/train.py"), "--model=debug", *words_of(SETTINGS), *more],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -54,9 +52,7 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home, away = tmp_path / "home", tmp_path / "away"
-    for split in ("train", "val"):
-        tree = write_tree(tmp_path / split)
-        build(Options(tree.images, tree.instances, tree.captions, home / "shards", split))
+    write_shards(home, train=12, val=12)
     known = json.loads((home / "shards/train.manifest.json").read_text())["vocabulary"]
     (home / "words.json").write_text(json.dumps(Vocabulary(tuple(known)).to_dict()))
     base = home / "weights/base.safetensors"
@@ -89,7 +85,7 @@ def test_a_run_is_used_without_the_folder_it_began_in(
     assert str(base) in capsys.readouterr().out
     spec = parse_model(f"before={moved}")
     assert spec.name == str(base) and str(spec.adapter).startswith(str(moved)) and load_encoder(spec, "fp32").kinds
-    photo = sorted(tree.images.iterdir())[0]
+    photo = home / "val/images/picture.0.jpg"
     wanted = load(moved).predict(photo, threshold=0)
     assert wanted.boxes is not None and len(wanted.boxes.names) and wanted.caption is not None
 

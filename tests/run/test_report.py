@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import write_tree
 from visft_ds.config import resolve
 from visft_ds.launch import main
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.run import machine, report
 from visft_ds.run.report import print_dry_run
-from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
 BY_ID = 64 + 128 + 1
@@ -48,13 +46,6 @@ def test_only_the_first_rank_makes_a_dry_run(
     """Another one's error would end it before it has printed anything."""
     monkeypatch.setenv("RANK", "1")
     assert main([*DRY, "nowhere"]) == 0 and not capsys.readouterr().out
-
-
-def test_a_dry_run_looks_into_the_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tree = write_tree(tmp_path)
-    build(Options(tree.images, tree.instances, None, tmp_path / "shards", "train"))
-    assert main([*DRY, str(tmp_path / "shards"), "--tasks", "detection,segmentation,captioning"]) == 2
-    assert "no sample with captions, which captioning needs" in capsys.readouterr().err
 
 
 def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(

@@ -13,7 +13,6 @@ from faster_coco_eval import mask as coco_mask
 
 from tests.coco_tree import Tree, write_tree
 from tools.make_shards import main
-from visft_ds.shards.build import Options, build
 from visft_ds.shards.coco import CocoSource, read_coco
 from visft_ds.toy.coco import write_toy_coco
 
@@ -210,7 +209,7 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path, data: bytes) -> None:
     tree = write_tree(tmp_path / "tree", 4)
     tree.instances.write_bytes(data)
     with pytest.raises(ValueError, match=r"instances\.json: cannot be read as a COCO file"):
-        build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))
+        tree.pack(tmp_path / "out", captions=False)
 
 
 def test_masks_from_boxes_are_the_ellipses_in_them(toy: Tree) -> None:

@@ -18,7 +18,6 @@ from tests.yolo_folder import write_yolo
 from tools.make_shards import main
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
-from visft_ds.shards.build import Options, build
 
 BOX = (30, 4, 24, 8)  # of a white rectangle in a black picture, as it is shown
 
@@ -72,7 +71,7 @@ def white(manifest: Manifest) -> list[int]:
 def test_labels_of_upright_pictures_fit(tmp_path: Path, orientation: int, side: tuple[int, int]) -> None:
     data, stored = photograph(orientation, side=side)
     tree = write_coco(tmp_path, data, side)
-    manifest = build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))
+    manifest = tree.pack(tmp_path / "out", captions=False)
     assert white(manifest) == list(BOX) and not manifest.left_out
     told = [kind for kind in manifest.findings if "EXIF" in kind]
     assert len(told) == (orientation > 1)
@@ -87,7 +86,7 @@ def test_labels_of_pictures_as_they_are_stored_fit(tmp_path: Path, orientation: 
     box = (6, 28, 24, 8) if orientation == 3 else (4, 6, 8, 24)
     tree = write_coco(tmp_path, data, stored, box)
     exif = "ignore" if orientation == 3 else None
-    manifest = build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy", exif=exif))
+    manifest = tree.pack(tmp_path / "out", captions=False, exif=exif)
     assert white(manifest) == list(box)
     assert ShardReader(manifest).read(0, "images")[0] == data
     assert ("EXIF rotation not applied: the annotations fit the picture as stored" in manifest.findings) == (
@@ -95,7 +94,7 @@ def test_labels_of_pictures_as_they_are_stored_fit(tmp_path: Path, orientation: 
     )
     if orientation == 6:
         with pytest.raises(ValueError, match="12 x another size"):
-            build(Options(tree.images, tree.instances, None, tmp_path / "no", "toy", exif="apply"))
+            tree.pack(tmp_path / "no", captions=False, exif="apply")
 
 
 @pytest.mark.parametrize(("exif", "box"), [((), list(BOX)), (("--exif", "ignore"), [4, 6, 8, 24])])
@@ -133,21 +132,9 @@ def test_every_format_is_read_as_it_is(tmp_path: Path, suffix: str) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(photograph(1)[0])))
     data = encoded(pixels, kind, **options)
     tree = write_coco(tmp_path, data, (40, 60))
-    manifest = build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))
+    manifest = tree.pack(tmp_path / "out", captions=False)
     assert ShardReader(manifest).read(0, "images")[0] == data and white(manifest) == list(BOX)
     assert f".{suffix}".encode() in (tmp_path / "out/toy-000000.tar").read_bytes()[:100]
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1", "LA"])
-def test_every_mode_is_read(tmp_path: Path, mode: str) -> None:
-    image = Image.open(io.BytesIO(photograph(1)[0]))
-    image = (
-        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-        if mode == "I;16"
-        else image.convert(mode)
-    )
-    tree = write_coco(tmp_path, encoded(image, "JPEG" if mode == "CMYK" else "PNG"), (40, 60))
-    assert white(build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))) == list(BOX)
 
 
 def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
@@ -197,6 +184,6 @@ def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
     (tree.images / "picture.4.jpg").mkdir()
     tree.edit(lambda content: content["images"][5].update(file_name="../instances.json"))
     tree.edit(lambda content: content["images"][6].update(file_name="x" * 300))
-    manifest = build(Options(tree.images, tree.instances, None, tmp_path / "out", "toy"))
+    manifest = tree.pack(tmp_path / "out", captions=False)
     strange = {"../instances.json", "x" * 300}
     assert {name for name, _ in manifest.left_out} == {*(f"picture.{n}.jpg" for n in range(5)), *strange}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -18,8 +17,7 @@ from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
 from tests.soak.schedule import Fault, schedule
 from tests.soak.trial import SoakFailed, Trial
-from tests.tiny import TINY
-from visft_ds.shards.build import Options, build
+from tests.tiny import TINY, words_of
 
 SAVE_EVERY, EVAL_EVERY = 10, 100
 #: Steps at the end without a fault, so that the same checkpoints are left: as many as are kept, and some.
@@ -134,7 +132,7 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
 def _make_shards(out: Path) -> Path:
     tree = write_tree(out / "coco", 24)
     for split in ("train", "val"):
-        build(Options(tree.images, tree.instances, tree.captions, out / "shards", split, max_size=40_960))
+        tree.pack(out / "shards", split, max_size=40_960)
     return out / "shards"
 
 
@@ -145,8 +143,8 @@ def _train_heads(shards: Path, out: Path) -> None:
 
 
 def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object]) -> list[str]:
-    sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
-    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *sets]
+    given = ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out)]
+    return [*given, *words_of(settings)]
 
 
 def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:

@@ -14,6 +14,7 @@ from tests.checkpoint.faulty_disk import state
 from tests.soak.compare import differences
 from tests.soak.schedule import HARM, REQUESTS, schedule
 from tests.soak.soak import soak
+from tests.tiny import records
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config.preflight import EXPORT_RECORD_FILE
 from visft_ds.parallel.state import EngineState
@@ -46,10 +47,6 @@ def leave(out: Path) -> None:
 
 def write(out: Path, records: list[dict[str, object]]) -> None:
     (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def records(out: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def save(out: Path, step: int, what: EngineState) -> None:

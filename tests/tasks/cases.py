@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.detection.data import DetectionTargets
@@ -39,6 +39,21 @@ def batch_of(count: int, targets: Mapping[str, Any] | None = None, **fields: Ten
     given = {"images": images, "sizes": square, "original_sizes": square, "indices": numbers, "real": real}
     given |= {"image_ids": numbers + 1, "random_keys": numbers}
     return Batch(**{**given, **fields}, targets=targets or {})
+
+
+def corners(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    """A box as a polygon of COCO."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def hide_parameters(head: nn.Module) -> None:
+    """As under ZeRO-3: values are there between the start and the end of their owner's forward, and nowhere else."""
+    for module in head.modules():
+        if own := {parameter: parameter.detach().clone() for parameter in module.parameters(recurse=False)}:
+            module.register_forward_pre_hook(lambda *_, own=own: [p.data.copy_(v) for p, v in own.items()] and None)
+            module.register_forward_hook(lambda *_, own=own: [p.data.fill_(torch.nan) for p in own] and None)
+        for parameter in own:
+            parameter.data.fill_(torch.nan)
 
 
 def denominators(task: str, criterion: Any, *targets: Any, parts: int = 1) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.options import alone, drawn, together
+from tests.tasks.cases import corners
 from tests.tiny import THREE
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
@@ -31,9 +32,8 @@ def _joint(train: bool = True, tasks: Any = tuple(THREE), **options: Any) -> Ima
 
 
 def _annotation(x0: float, y0: float, x1: float, y1: float, category: int = 7, crowd: int = 0) -> dict[str, Any]:
-    polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
-    box = [x0, y0, x1 - x0, y1 - y0]
-    return {"id": 31, "bbox": box, "category_id": category, "iscrowd": crowd, "segmentation": [polygon]}
+    places = {"bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": [corners(x0, y0, x1, y1)]}
+    return {"id": 31, "category_id": category, "iscrowd": crowd, **places}
 
 
 OBJECTS = (_annotation(20, 10, 55, 60), _annotation(60, 5, 88, 40, 90), _annotation(1, 1, 80, 60, crowd=1))
@@ -109,9 +109,9 @@ def test_masks_of_rectangles_lie_on_their_boxes(
     key: int, size: tuple[int, int], shares: tuple[float, float, float, float], fixed_size: int | None
 ) -> None:
     (left, right), (top, bottom) = sorted(shares[:2]), sorted(shares[2:])
-    corners = (left * size[1], top * size[0], right * size[1], bottom * size[0])
-    assume(corners[2] - corners[0] > 0.1 and corners[3] - corners[1] > 0.1)
-    sample = _joint(fixed_size=fixed_size)(_raw(size, (_annotation(*corners),), pixels=False), generator(key))
+    x0, y0, x1, y1 = left * size[1], top * size[0], right * size[1], bottom * size[0]
+    assume(x1 - x0 > 0.1 and y1 - y0 > 0.1)
+    sample = _joint(fixed_size=fixed_size)(_raw(size, (_annotation(x0, y0, x1, y1),), pixels=False), generator(key))
     (box,) = sample.targets["detection"]["boxes"]
     cells = [-(-side // 4) for side in sample.size]
     centre, extent = box[[1, 0]] * cells, box[[3, 2]] * cells

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from faster_coco_eval import mask as coco_mask
 
+from tests.tasks.cases import corners
 from visft_ds.data.transforms import Crop, Flip, Op, Resize
 from visft_ds.tasks.segmentation.masks import decode_mask, draw_masks, placement
 
@@ -22,10 +23,6 @@ WAYS: dict[str, list[Op]] = {
 }
 
 
-def _box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    return [x0, y0, x1, y0, x1, y1, x0, y1]
-
-
 def _mask(segmentation: Any, ops: list[Op] = WAYS["as it is"]) -> npt.NDArray[np.uint8]:
     mask: npt.NDArray[np.uint8] = draw_masks([segmentation], SIZE, ops, 4)[0]
     return mask
@@ -36,8 +33,8 @@ def test_coverage_of_cells() -> None:
     expected = np.zeros(GRID)
     expected[3, 2:5], expected[3, 5] = 255, 127.5
     expected[4, 2:5], expected[4, 5] = 127.5, 63.75
-    np.testing.assert_allclose(_mask([_box(8, 12, 22, 18)]), expected, atol=0.5)  # rounding to whole numbers
-    pixel = _mask([_box(9, 13, 10, 14)])
+    np.testing.assert_allclose(_mask([corners(8, 12, 22, 18)]), expected, atol=0.5)  # rounding to whole numbers
+    pixel = _mask([corners(9, 13, 10, 14)])
     assert pixel[3, 2] == 16 and pixel.sum() == 16
 
 
@@ -61,21 +58,21 @@ def test_near_the_full_size_mask(ops: list[Op]) -> None:
 @pytest.mark.parametrize("ops", [*WAYS.values(), [Crop(0, 60, 40, 60)]])
 def test_run_length_codes_give_the_polygons_masks(ops: list[Op]) -> None:
     """Wherever the transforms put them; nothing is seen beyond the image's edge."""
-    for corners in ((8, 12, 24, 30), (0, 0, 60, 40)):
-        polygon = [_box(*corners)]
+    for box in ((8, 12, 24, 30), (0, 0, 60, 40)):
+        polygon = [corners(*box)]
         code = coco_mask.frPyObjects(polygon, *SIZE)[0]
         text = {"size": list(SIZE), "counts": code["counts"].decode()}
         np.testing.assert_array_equal(_mask(text, ops), _mask(polygon, ops))
         np.testing.assert_array_equal(decode_mask(text, SIZE), decode_mask(polygon, SIZE))
-        assert decode_mask(text, SIZE).sum() == (corners[2] - corners[0]) * (corners[3] - corners[1])
+        assert decode_mask(text, SIZE).sum() == (box[2] - box[0]) * (box[3] - box[1])
 
 
 def test_objects_of_an_image_are_drawn_as_each_alone() -> None:
     objects: list[Any] = [
-        [_box(8, 8, 24, 24), _box(12, 8, 32, 24)],
-        [_box(200, 200, 230, 230)],
-        [_box(-20, -9, 70, 50)],
+        [corners(8, 8, 24, 24), corners(12, 8, 32, 24)],
+        [corners(200, 200, 230, 230)],
+        [corners(-20, -9, 70, 50)],
     ]
     masks = draw_masks(objects, SIZE, [], 4)
-    np.testing.assert_array_equal(masks[0], _mask([_box(8, 8, 32, 24)]), "parts are united")
+    np.testing.assert_array_equal(masks[0], _mask([corners(8, 8, 32, 24)]), "parts are united")
     assert not masks[1].any() and (masks[2] == 255).all() and draw_masks([], SIZE, [], 4).shape == (0, *GRID)

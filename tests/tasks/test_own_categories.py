@@ -16,7 +16,6 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Category, Manifest, ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_heads, classes_of_heads
 from visft_ds.prepare.data import RunData, open_data
-from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS, classes_of
 from visft_ds.tasks.detection.head import DetectionOutput
@@ -46,7 +45,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
                 annotation["category_id"] = mapped[annotation["category_id"]]
 
         tree.edit(rename)
-        made[name] = build(Options(tree.images, tree.instances, tree.captions, folder / name, "train"))
+        made[name] = tree.pack(folder / name, "train")
     return made
 
 

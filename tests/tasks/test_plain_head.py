@@ -12,7 +12,7 @@ from transformers import EomtDinov3Config
 from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUniversalSegmentation
 
 from tests.options import criterion_of
-from tests.tasks.cases import CLASSES, denominators, masks_of
+from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
 from visft_ds.tasks.segmentation.config import PlainHeadConfig
 from visft_ds.tasks.segmentation.head import SegmentationOutput
@@ -211,16 +211,9 @@ def test_recomputed_predictions_give_equal_gradients(monkeypatch: pytest.MonkeyP
 
 
 def test_parameters_are_used_by_their_owner_only() -> None:
-    """As ZeRO-3 needs it."""
     head, maps = _head().eval(), _maps()
     expected = head(maps)
-    for module in head.modules():
-        own = {parameter: parameter.detach().clone() for parameter in module.parameters(recurse=False)}
-        if own:
-            module.register_forward_pre_hook(lambda *_, own=own: [p.data.copy_(v) for p, v in own.items()] and None)
-            module.register_forward_hook(lambda *_, own=own: [p.data.fill_(torch.nan) for p in own] and None)
-        for parameter in own:
-            parameter.data.fill_(torch.nan)
+    hide_parameters(head)
     with torch.no_grad():
         assert torch.equal(head(maps).masks, expected.masks)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.options import criterion_of, head_of
-from tests.tasks.cases import CLASSES, denominators, masks_of
+from tests.tasks.cases import CLASSES, denominators, hide_parameters, masks_of
 from visft_ds.data.samples import Map
 from visft_ds.tasks.segmentation.head import SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion
@@ -51,19 +51,10 @@ def test_a_mask_that_covers_nothing_lets_its_query_see_the_whole_image() -> None
 
 
 def test_parameters_are_used_by_their_owner_only() -> None:
-    """ZeRO-3 has a parameter's values between the start and the end of its owner's forward, and nowhere else."""
     head = _head().eval()
     inputs = torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool)
     expected = head([Map(*inputs)])
-    for module in head.modules():
-        own = {parameter: parameter.detach().clone() for parameter in module.parameters(recurse=False)}
-        if own:
-            module.register_forward_pre_hook(
-                lambda *_, own=own: [p.data.copy_(value) for p, value in own.items()] and None
-            )
-            module.register_forward_hook(lambda *_, own=own: [p.data.fill_(torch.nan) for p in own] and None)
-            for parameter in own:
-                parameter.data.fill_(torch.nan)
+    hide_parameters(head)
     with torch.no_grad():
         output = head([Map(*inputs)])
     assert torch.equal(output.masks, expected.masks) and torch.equal(output.logits, expected.logits)

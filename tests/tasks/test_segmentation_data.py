@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 
 from tests.options import alone, drawn
+from tests.tasks.cases import corners
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip
@@ -17,10 +18,6 @@ from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.segmentation.data import segmentation_targets
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
-
-
-def _box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
 def _annotation(polygons: Any, *, category: int = 7, crowd: int = 0, bbox: list[float] | None = None) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def _raw(size: tuple[int, int], *annotations: dict[str, Any]) -> RawSample:
     return RawSample(4, 5, size, np.zeros((*size, 3), dtype=np.uint8), annotations, ())
 
 
-OBJECTS = (_annotation([_box(20, 10, 55, 60)]), _annotation([_box(60, 5, 88, 40)], category=90))
+OBJECTS = (_annotation([corners(20, 10, 55, 60)]), _annotation([corners(60, 5, 88, 40)], category=90))
 
 
 def test_masks_follow_the_pixels() -> None:
@@ -63,7 +60,7 @@ def test_masks_follow_the_pixels() -> None:
 
 def test_scale_padding_and_crop() -> None:
     """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer side."""
-    raw = _raw((50, 100), _annotation([_box(0, 0, 100, 50)]))
+    raw = _raw((50, 100), _annotation([corners(0, 0, 100, 50)]))
     fits = alone("segmentation", True, scale=(1.0, 1.0), flip=0.0, **SMALL)(raw, generator(1))
     assert (fits.image[:, :32] == 0).all() and (fits.image[:, 32:] == 128).all()
     masks = fits.targets["segmentation"]["masks"]
@@ -81,14 +78,14 @@ def test_scale_padding_and_crop() -> None:
 def test_what_gives_no_target() -> None:
     """Crowds, objects without mask or area; labels are positions among COCO's 80 categories."""
     annotations = [
-        _annotation([_box(0, 0, 20, 20)], crowd=1),
+        _annotation([corners(0, 0, 20, 20)], crowd=1),
         _annotation({"size": [70, 90], "counts": [70 * 90]}, crowd=1, bbox=[0, 0, 90, 70]),
         {key: value for key, value in OBJECTS[0].items() if key != "segmentation"},
         _annotation([], bbox=[1, 1, 5, 5]),
-        _annotation([_box(5, 5, 5, 30)]),
-        _annotation([_box(10, 10, 30, 30)], bbox=[10, 10, 0, 20]),
-        _annotation([_box(95, 5, 120, 30)]),
-        _annotation([_box(30, 30, 31, 31)], category=1),
+        _annotation([corners(5, 5, 5, 30)]),
+        _annotation([corners(10, 10, 30, 30)], bbox=[10, 10, 0, 20]),
+        _annotation([corners(95, 5, 120, 30)]),
+        _annotation([corners(30, 30, 31, 31)], category=1),
         OBJECTS[1],
     ]
     raw, labels = _raw((70, 90), *annotations), {id_: place for place, id_ in enumerate(COCO_CATEGORY_IDS)}

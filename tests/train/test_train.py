@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import make_split
 from tests.ranks import finish, run_ranks, start_command, start_ranks, wait_for
 from tests.tiny import STEPS, THREE, command, equal, steps_recorded
 from visft_ds.launch import main
@@ -93,15 +92,6 @@ def test_more_ranks_than_images(
     message = refused(capsys, command(shards, tmp_path / "run"))
     assert "batch_size = 4 on 8 processes" in message
     assert not (tmp_path / "run").exists()
-
-
-def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tar = Path(make_split(tmp_path).root) / "toy-000000.tar"
-    words = [*command(tar.parent, tmp_path / "run"), "--set=visft.data.train=toy"]
-    tar.write_bytes(tar.read_bytes()[:-1000])
-    assert "toy-000000.tar" in refused(capsys, words)
-    tar.unlink()
-    assert "toy-000000.tar" in refused(capsys, words)
 
 
 def test_missing_inputs_are_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

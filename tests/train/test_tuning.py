@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import write_tree
+from tests.coco_tree import write_shards
 from tests.random_tower import header_of
 from tests.ranks import run_ranks
-from tests.tiny import TINY
+from tests.tiny import TINY, words_of
 from tools.merge_lora import main as merge
 from visft_ds.interop.layouts import load_backbone
 from visft_ds.interop.weights import save_tensors
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.predict.model import load
 from visft_ds.predict.model import load_backbone as load_features
-from visft_ds.shards.build import Options, build
 
 pytest.importorskip("timm")
 pytestmark = pytest.mark.slow
@@ -34,18 +32,23 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve small pictures."""
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "val"))
-    return folder / "shards"
+    return write_shards(tmp_path_factory.mktemp("coco"), train=12, val=12)
 
 
 def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **more}.items()]
     places = ["--data", str(shards), "--out", str(out)]
-    run_ranks(["launchers/train.py", "--stage", str(stage), "--model", "debug_convnext", *places, *settings], world=1)
+    run_ranks(
+        [
+            "launchers/train.py",
+            "--stage",
+            str(stage),
+            "--model",
+            "debug_convnext",
+            *places,
+            *words_of({**SETTINGS, **more}),
+        ],
+        world=1,
+    )
     return out
 
 

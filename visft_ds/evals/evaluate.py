@@ -89,10 +89,8 @@ def evaluate(
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number} is not allowed: give at least 1")
     out, cache = None if out is None else Path(out), None
-    if run is None:
-        needed = {"--backbone": backbone, "--heads": heads, "--data": data, **({"--out": out} if command else {})}
-        if missing := [flag for flag, value in needed.items() if value is None]:
-            raise ValueError(f"without --run these are needed: {', '.join(missing)}")
+    if run is None and None in (backbone, heads, data, out if command else ""):
+        raise ValueError(f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}")
     source = source_of(
         None if run is None else Path(run),
         tasks=tasks,

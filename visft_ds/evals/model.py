@@ -107,7 +107,13 @@ class ModelSource:
         check_vocabulary(infos, given or words, "the given vocabulary")
         modules = {}
         for task, head in heads.items():
-            _check_head(head.tensors.path, head.info, backbone)
+            theirs, ours = ([width for width, _ in shapes] for shapes in (head.info.shapes, backbone.shapes))
+            if theirs != ours:
+                raise ValueError(
+                    f"{head.tensors.path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}"
+                )
+            if problem := read_elsewhere(head.info, backbone.layers_read):
+                raise ValueError(f"{head.tensors.path}: {problem}")
             criterion = TASKS[task].criterion(head.info.options, {})
             modules[task] = TaskModule(head.build(), criterion, self.decoding.get(task, {}))
             facts[f"{task} head"] = str(head.tensors.path)
@@ -173,7 +179,13 @@ def source_of(
         wanted = [task for stream in streams.values() for task in stream.tasks]
         files = files_of_run(place, config, wanted, backbone=weights, heads=folder, adapter=adapter)
     else:
-        weights = weights or _weights_at(place)
+        if weights is None and place is not None and place.is_dir():
+            inside = weights_among(path.name for path in place.iterdir())
+            if inside is None:
+                raise ValueError(f"{place} has not one weight file to take: give backbone=FILE (--backbone FILE)")
+            place = place / inside
+        weights = weights or place
+        assert weights is not None, "a place or a backbone"
         own = None if adapter in (None, "none") else Path(adapter)
         files = ModelFiles(weights, folder or weights, own, chosen.description if chosen else None)
     beams = {"beam_size": beam_size} if beam_size else {}
@@ -202,17 +214,6 @@ def _chosen(streams: Mapping[str, Stream], names: str | Sequence[str] | None, he
         name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted)) for name, one in streams.items()
     }
     return {name: stream for name, stream in kept.items() if stream.tasks}
-
-
-def _weights_at(place: Path | None) -> Path:
-    """The weight file that a place is, or the one in a folder that merging wrote."""
-    assert place is not None, "a run, or a backbone"
-    if place.is_file():
-        return place
-    name = weights_among(path.name for path in place.iterdir())
-    if name is None:
-        raise ValueError(f"{place} has to hold one file of backbone weights: give backbone=FILE (--backbone FILE)")
-    return place / name
 
 
 def files_of_run(
@@ -308,11 +309,3 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     if layouts.MERGED in layouts.open_model(backbone).metadata:
         raise ValueError(f"{backbone} has an adapter merged in, and {path} would count twice: leave it out")
     return read_adapter(path)
-
-
-def _check_head(path: Path, info: HeadInfo, backbone: Backbone) -> None:
-    theirs, ours = ([width for width, _ in shapes] for shapes in (info.shapes, backbone.shapes))
-    if theirs != ours:
-        raise ValueError(f"{path} reads maps of width {theirs}, and those of {backbone.describe()} have {ours}")
-    if problem := read_elsewhere(info, backbone.layers_read):
-        raise ValueError(f"{path}: {problem}")

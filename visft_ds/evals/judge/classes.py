@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from visft_ds.evals.judge.images import changed, chosen, digest, from_files, image_files, read_json, read_lines
 from visft_ds.evals.judge.protocol import (
@@ -110,6 +110,8 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
     files = [image_files(folder) for folder in named]
     if not files:
         raise ValueError(f"{own} has no folders of classes: give a folder with one folder for each class")
+    if loose := image_files(own):
+        raise ValueError(f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name})")
     if len(classes) != len(files):
         raise ValueError(f"{root}: {len(classes)} names of classes for {len(files)} folders; name each, in order")
     if empty := [folder.name for folder, found in zip(named, files, strict=True) if not found]:
@@ -121,7 +123,7 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         raise ValueError(f"{root}: a template without {{}} for the class: {wrong[0]!r}")
     images = from_files([path for found in files for path in found], own)
     if objectnet:
-        images = changed(images, _without_border, f"without {_BORDER} pixels of border")
+        images = changed(images, lambda _, image: ImageOps.crop(image, _BORDER), f"without {_BORDER} pixels of border")
     labels = np.repeat(np.arange(len(files)), [len(found) for found in files]).astype(np.int64)
     return ClassSet(images, labels, tuple(classes), templates)
 
@@ -181,10 +183,6 @@ def _objectnet(root: Path, folder: Path) -> dict[Path, str]:
         labels = {name: str(label) for name, label in sorted(read_json(path).items()) if label in shared}
         named = {folder / checked_name(name, path): label for name, label in labels.items()}
     return {inner: label for inner, label in named.items() if inner.is_dir()}
-
-
-def _without_border(place: int, image: Image.Image) -> Image.Image:
-    return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
 
 def _lines(root: Path, own: Path, name: str) -> list[str]:

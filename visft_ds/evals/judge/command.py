@@ -59,7 +59,7 @@ def run_judge(given: argparse.Namespace) -> None:
         return
     base, members = judging.arms[0].name, {arm.name: [one.label for one in arm.models] for arm in judging.arms}
     rows = rows_of(results, members, judging.trials, primary, last if judging.best else None)
-    verdicts = judged(rows, judging.trials, primary, base, judging.best)
+    verdicts = judged(rows, judging.trials, primary, base)
     moved = {arm.name: arm for arm in judging.arms if arm.dose is not None}
     record: dict[str, Any] = {
         "format": JUDGE,

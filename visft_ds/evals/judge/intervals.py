@@ -91,18 +91,6 @@ def two_sided(means: FloatArray) -> float:
     return min(1.0, 2 * (tail + 1) / (len(means) + 1))
 
 
-def with_few(found: Interval, p: float, units: int) -> tuple[Interval, float]:
-    """An interval and p value of a difference over `units` independent items; no less than signs can tell.
-
-    That all of n are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not see: of fewer than
-    six the interval holds zero.
-    """
-    least = 2.0 ** (1 - min(units, 64))
-    if least > 1 - LEVEL:
-        found = Interval(found.value, min(found.low, 0.0), max(found.high, 0.0))
-    return found, max(p, least)
-
-
 def holm(p_values: Mapping[_Key, float]) -> dict[_Key, bool]:
     """Key -> whether it is shown, so that a false one is among all shown at most once in 1 / (1 - LEVEL) times.
 

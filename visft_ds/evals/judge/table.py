@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, two_sided, with_few
+from visft_ds.evals.judge.intervals import LEVEL, combined, holm, interval, resampled, two_sided
 from visft_ds.evals.judge.protocol import FloatArray, Score
 from visft_ds.evals.records import Interval, number_text
 from visft_ds.monitor.console import Section
@@ -58,7 +58,7 @@ class Row:
     values: Mapping[str, float]  #: arm -> its number; without arms that have none
     differences: Mapping[str, Difference]  #: arm -> its number minus the base's
     controls: Mapping[str, Mapping[str, Difference]]  #: tuned arm -> control -> tuned minus control
-    last: Mapping[str, Difference]  #: tuned arm -> its difference at the last layers of both
+    last: Mapping[str, Difference]  #: tuned arm -> its difference at both last layers, if any was allowed
     last_values: Mapping[str, float]  #: base and tuned arms -> the number at the last layer
 
     def level(self, arm: str) -> str:
@@ -152,13 +152,16 @@ def _minus(name: str, new: Sequence[Score], old: Sequence[Score]) -> Difference:
     draws = combined(values, means, retrained, _rng(name, "others"))
     mean, units = float(values.mean()), len(news[0].values if groups is None else np.unique(groups))
     whole = interval(mean, draws)
-    found, p = with_few(whole, two_sided(draws), units)
-    above, below = found.low > 0, found.high < 0
+    # That all of n units are of one sign comes by chance in 2^(1 - n) of cases, which resampling does not see.
+    least = 2.0 ** (1 - min(units, 64))
+    few = least > 1 - LEVEL  # fewer than six
+    low, high = (min(whole.low, 0.0), max(whole.high, 0.0)) if few else (whole.low, whole.high)
+    above, below = low > 0, high < 0
     return Difference(
-        found.value,
-        found.low,
-        found.high,
-        p,
+        mean,
+        low,
+        high,
+        max(two_sided(draws), least),
         better=below if news[0].lower else above,
         worse=above if news[0].lower else below,
         shown=above or below,

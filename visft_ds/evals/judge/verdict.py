@@ -32,20 +32,15 @@ class Verdict:
     sentences: tuple[str, ...]  #: the verdict, its price and what half the change gives
 
 
-def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str, best: bool = True) -> list[Verdict]:
-    """The verdict about each tuned arm.
-
-    Args:
-        base: name of the arm that all are compared with.
-        best: each model was read at its best layer; otherwise all at their last.
-    """
+def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str) -> list[Verdict]:
+    """The verdict about each tuned arm; `base` is the name of the one that all are compared with."""
     (row,) = (row for row in rows if row.name == primary)
     found = []
     for trial in trials:
         changes = [of.get(trial.arm) for each in rows for of in (each.differences, each.last)]
         same = all(change.low == change.high == 0 for change in changes if change)
-        word = word_for(row, trial, same=same, best=best)
-        sentences = [f"{_sentence(word, row, trial.arm, base, best)}."]
+        word = word_for(row, trial, same)
+        sentences = [f"{_sentence(word, row, trial.arm, base)}."]
         if word != "the same":
             sentences.append(f"Price: {_price(rows, row, trial.arm)}.")
             if trial.half:
@@ -55,14 +50,8 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
     return found
 
 
-def word_for(row: Row, trial: Trial, *, same: bool, best: bool) -> str:
-    """The word of a verdict.
-
-    Args:
-        row: of the primary number.
-        same: every difference is zero.
-        best: the differences are at the best layers of both.
-    """
+def word_for(row: Row, trial: Trial, same: bool) -> str:
+    """The word of a verdict by the row of the primary number; `same`: every difference is zero."""
     gain, last = row.differences[trial.arm], row.last.get(trial.arm)
     if same and trial.dose == 0:
         return "the same"
@@ -74,17 +63,17 @@ def word_for(row: Row, trial: Trial, *, same: bool, best: bool) -> str:
         return "better, without control"
     if not all(of.better for of in row.controls[trial.arm].values()):
         return "moved, not gained"
-    return "gained" if best else "better placed"
+    return "gained" if last else "better placed"
 
 
-def _sentence(word: str, row: Row, arm: str, base: str, best: bool) -> str:
+def _sentence(word: str, row: Row, arm: str, base: str) -> str:
     gain, percent, controls = row.differences[arm], not row.lower, row.controls[arm]
-    if word == "better placed" and best:
+    if word == "better placed" and row.last:
         return (
             f"{arm} is better than {base} by {row.last[arm].text(percent)} in {row.name} at their last layers, but not "
             f"shown to be better at their best ({gain.text(percent)})"
         )
-    by = f"{gain.text(percent)} in {row.name}, both at their {'best' if best else 'last'} layers"
+    by = f"{gain.text(percent)} in {row.name}, both at their {'best' if row.last else 'last'} layers"
     better, equal = f"{arm} is better than {base} by {by}", "of the same feature shift"
     failed = " and ".join(name for name, of in controls.items() if not of.better)
     least = number_text(gain.detectable, percent)
