@@ -45,7 +45,7 @@ def test_recall_against_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rows(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Rows:
-    return Rows(torch.from_numpy(features), labels, np.arange(len(labels)))
+    return Rows(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(len(labels)))
 
 
 def test_neighbours_against_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_regression_ignores_the_scale_of_features_and_finds_what_is_there() -> N
     assert (by_regression("linear", *scaled).values == score.values).all()
     noise = replace(known, features=torch.from_numpy(rng.normal(size=(100, 5)).astype(np.float32)))
     assert 0.2 < by_regression("linear", noise, asked).value < 0.8
-    one = by_regression("linear", known.part(np.arange(1)), asked)  # one class is all it knows
+    one = by_regression("linear", known.part(torch.arange(1)), asked)  # one class is all it knows
     assert (one.values == (truth == 0)).all()
 
 

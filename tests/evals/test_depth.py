@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge import protocols
-from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, read_depth, silog
+from visft_ds.evals.judge.dense_sets import read_depth
+from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, silog
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings

@@ -7,42 +7,36 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsRegressor
 
-from visft_ds.evals.judge import in_context
-from visft_ds.evals.judge.in_context import (
-    NEIGHBOURS,
-    RESAMPLES,
-    TEMPERATURE,
-    Memory,
-    recall,
-    remember,
-    shares_of,
-    vote,
-)
+from visft_ds.evals.judge import probes
+from visft_ds.evals.judge.probes import IN_CONTEXT, RESAMPLES, Rows, recall, remember, shares_of, vote
 from visft_ds.evals.judge.protocol import resamples
 from visft_ds.tasks.classes import VOID
 
 
-def _memory(rng: np.random.Generator, images: int, patches: int) -> Memory:
+def _memory(rng: np.random.Generator, images: int, patches: int) -> Rows:
     features = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(images * patches, 12))), dim=1)
     labels = torch.from_numpy(rng.dirichlet(np.ones(5), size=len(features)))
-    return Memory(features, labels, torch.arange(images).repeat_interleave(patches))
+    return Rows(features, labels, torch.arange(images).repeat_interleave(patches))
 
 
 def test_votes_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a resample, which is a memory with copies; and a bank in parts gives what it gives as a whole."""
     rng = np.random.default_rng(0)
     memory, queries = _memory(rng, 40, 10), rng.normal(size=(60, 12))
-    found = vote(memory, torch.from_numpy(queries), NEIGHBOURS, TEMPERATURE).numpy()
+    found = vote(memory, torch.from_numpy(queries), *IN_CONTEXT).numpy()
     assert len(found) == 1 + RESAMPLES
     for number, copies in enumerate(resamples(40, RESAMPLES)[:4]):
         places = np.repeat(np.arange(400), copies[memory.owners.numpy()])
         model = KNeighborsRegressor(
-            NEIGHBOURS, metric="cosine", weights=lambda distance: np.exp(-distance / TEMPERATURE), algorithm="brute"
+            IN_CONTEXT[0],
+            metric="cosine",
+            weights=lambda distance: np.exp(-distance / IN_CONTEXT[1]),
+            algorithm="brute",
         )
         model.fit(memory.features.numpy()[places], memory.labels.numpy()[places])
         np.testing.assert_allclose(found[number], model.predict(queries), atol=1e-6)
-    monkeypatch.setattr(in_context, "_BANK", 37)
-    np.testing.assert_allclose(vote(memory, torch.from_numpy(queries), NEIGHBOURS, TEMPERATURE).numpy(), found)
+    monkeypatch.setattr(probes, "_BANK", 37)
+    np.testing.assert_allclose(vote(memory, torch.from_numpy(queries), *IN_CONTEXT).numpy(), found)
 
 
 def test_two_patches_by_hand() -> None:
@@ -55,7 +49,7 @@ def test_two_patches_by_hand() -> None:
     assert memory.owners.tolist() == [0, 1, 1] and memory.features[0].tolist() == [1, 0]
     (seen,) = recall(memory, torch.tensor([[[[1.0]], [[0.98]]]]))
     near = 1 / np.hypot(1, 0.98)
-    weights = np.exp(np.array([near, near, 0.98 * near]) / TEMPERATURE)
+    weights = np.exp(np.array([near, near, 0.98 * near]) / IN_CONTEXT[1])
     expected = weights @ [[0.5, 0.25], [0, 1], [0, 1]] / weights.sum()
     np.testing.assert_allclose(seen[0, :, 0, 0], expected, rtol=1e-4)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from visft_ds.evals.judge.in_context import recall, remember
 from visft_ds.evals.judge.intervals import combined, holm, resampled, two_sided
+from visft_ds.evals.judge.probes import recall, remember
 from visft_ds.evals.judge.protocol import FloatArray, IntArray, Score, mean_ratio
 from visft_ds.evals.judge.table import Row, Trial, rows_of, section
 

@@ -11,10 +11,14 @@
 Label maps are PNG files of class numbers (indexed or grey), called as their images. Labels keep their size; images are
 stretched to squares. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in
 shards of label maps without a class.
+
+Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known. In
+maps of 480 x 640 pixels, NYU Depth v2's, the part counts that Eigen et al. named.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +34,7 @@ from PIL import Image
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
-from visft_ds.files import image_frame, open_image
+from visft_ds.files import image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import read_coco
 from visft_ds.shards.maps import read_map
@@ -38,6 +42,10 @@ from visft_ds.tasks.classes import VOID
 
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
 _SPLITS = ("val", "test", "validation")
+NEAREST, FARTHEST = 1e-3, 10.0  #: metres
+NYU = (480, 640)  #: height and width
+TAUGHT = slice(45, 472), slice(43, 608)  #: rows and columns of it without the white border of training images
+_EIGEN = slice(45, 471), slice(41, 601)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def read_train_and_test(
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
     """
     parts = _parts(Path(source))
-    names = chosen_parts(source, parts, train, test)
+    names = _chosen(source, parts, train, test)
     found = [parts[name](count) for name, count in zip(names, (most["train"], most["test"]), strict=True)]
     seen = []
     for name, part in zip(names, found, strict=True):
@@ -94,13 +102,39 @@ def read_train_and_test(
     return found[0], found[1]
 
 
-def chosen_parts(source: str, parts: Collection[str], train: str | None, test: str | None) -> tuple[str, str]:
+def _chosen(source: str, parts: Collection[str], train: str | None, test: str | None) -> tuple[str, str]:
     """(part to train on, part to judge on) of those that a data set has; the given ones or the usual ones."""
     learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
     if learnt == held or not {learnt, held} <= set(parts):
         has = f"it has {', '.join(parts) or 'no parts'}"
         raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
     return learnt, held
+
+
+def read_depth(
+    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
+) -> tuple[DenseSet, DenseSet]:
+    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
+    root = Path(source)
+    found = sorted(root.glob("depth/*/"))
+    parts = {path.name: partial(_of_maps, root, root / "images" / path.name, path) for path in found}
+    learnt, held = _chosen(source, parts, train, test)
+    taught = parts[learnt](most["train"], read=partial(_metres, TAUGHT))
+    return taught, parts[held](most["test"], read=partial(_metres, _EIGEN))
+
+
+def _metres(counting: tuple[slice, slice], path: Path) -> npt.NDArray[np.float32]:
+    """(H, W) metres; 0 where they are not known or not within the rows and columns that count of NYU's size."""
+    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
+        given = np.asarray(image).astype(np.float32) / np.float32(1000)
+        inner = counting if given.shape == NYU else ...
+        found = np.zeros_like(given)
+        found[inner] = np.where((given >= NEAREST) & (given <= FARTHEST), given, 0)[inner]
+        if not found.any():
+            raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
+        return found
 
 
 def _parts(root: Path) -> Mapping[str, Callable[[int], DenseSet]]:
@@ -111,14 +145,14 @@ def _parts(root: Path) -> Mapping[str, Callable[[int], DenseSet]]:
         return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
         return {
-            part: partial(of_maps, root, root / "images" / name, root / "annotations" / name, read=_ade)
+            part: partial(_of_maps, root, root / "images" / name, root / "annotations" / name, read=_ade)
             for part, name in (("train", "training"), ("val", "validation"))
         }
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
-        of_voc = partial(of_maps, root, root / "JPEGImages", root / "SegmentationClass")
+        of_voc = partial(_of_maps, root, root / "JPEGImages", root / "SegmentationClass")
         return {path.stem: partial(of_voc, names=frozenset(read_lines(path))) for path in found}
     if found := sorted(root.glob("labels/*/")):
-        return {path.name: partial(of_maps, root, root / "images" / path.name, path) for path in found}
+        return {path.name: partial(_of_maps, root, root / "images" / path.name, path) for path in found}
     raise ValueError(
         f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
     )
@@ -133,7 +167,7 @@ def every(count: int, most: int) -> list[int]:
     return list(range(0, count, max(1, -(-count // most))))
 
 
-def of_maps(
+def _of_maps(
     root: Path,
     folder: Path,
     labels: Path,
@@ -195,8 +229,7 @@ def _of_outlines(
         sizes.append((image["height"], image["width"]))
         own: list[Thing] = []
         for one in image["annotations"]:
-            x, y, wide, high = one["bbox"]
-            shape = one.get("segmentation") or [[x, y, x + wide, y, x + wide, y + high, x, y + high]]
+            shape = one.get("segmentation") or [one["bbox"]]
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
             own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code))
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))

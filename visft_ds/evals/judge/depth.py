@@ -3,65 +3,27 @@
 256 depths from 1 mm to 10 m, each with the weight (relu + 0.1) / sum, give a place its own; the loss is SILog,
 https://arxiv.org/abs/1406.2283. RMSE in metres and delta1, the share of pixels within a factor of 1.25, are means over
 the test images of what is measured in each.
-
-Data: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known. In
-maps of 480 x 640 pixels the part counts that Eigen et al. named.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as transforms
 
-from visft_ds.evals.judge.dense_sets import DenseSet, chosen_parts, of_maps
+from visft_ds.evals.judge.dense_sets import FARTHEST, NEAREST, NYU, TAUGHT, DenseSet
 from visft_ds.evals.judge.heads import sampled
 from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.protocols import Protocol, Source, at_labels, probe, trained
-from visft_ds.files import read_bytes, reading
 
 NUMBERS = ("RMSE", "delta1")
-BINS, NEAREST, FARTHEST = 256, 1e-3, 10.0  #: metres
+BINS = 256
 _PLAIN_STEPS = 100  # before the variance counts
-_NYU = (480, 640)  # height and width
-_EIGEN = slice(45, 471), slice(41, 601)
-_TAUGHT = slice(45, 472), slice(43, 608)  # without the white border of training images
 _CROP = (416, 544)
-
-
-def read_depth(
-    most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
-) -> tuple[DenseSet, DenseSet]:
-    """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
-    root = Path(source)
-    found = sorted(root.glob("depth/*/"))
-    parts = {path.name: partial(of_maps, root, root / "images" / path.name, path) for path in found}
-    learnt, held = chosen_parts(source, parts, train, test)
-    taught = parts[learnt](most["train"], read=partial(_read, _TAUGHT))
-    return taught, parts[held](most["test"], read=partial(_read, _EIGEN))
-
-
-def _read(counting: tuple[slice, slice], path: Path) -> npt.NDArray[np.float32]:
-    """(H, W) metres; 0 where they are not known or not within the rows and columns that count of NYU's size."""
-    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-        if not image.mode.startswith("I"):
-            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
-        given = np.asarray(image).astype(np.float32) / np.float32(1000)
-        inner = counting if given.shape == _NYU else ...
-        found = np.zeros_like(given)
-        found[inner] = np.where((given >= NEAREST) & (given <= FARTHEST), given, 0)[inner]
-        if not found.any():
-            raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
-        return found
 
 
 def depth(label: str, train: DenseSet, test: DenseSet, protocol: Protocol) -> Benchmark:
@@ -76,8 +38,8 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
 
 def _cropped(_: int, image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """A crop of the published size, whatever the side; of NYU's images without their border."""
-    if truth.shape == _NYU:
-        image, truth = (tv_tensors.wrap(one[(..., *_TAUGHT)], like=one) for one in (image, truth))
+    if truth.shape == NYU:
+        image, truth = (tv_tensors.wrap(one[(..., *TAUGHT)], like=one) for one in (image, truth))
     crop = transforms.Compose([transforms.RandomCrop(_CROP, pad_if_needed=True), transforms.RandomHorizontalFlip()])
     both: tuple[Tensor, Tensor] = crop(image, truth)
     return both

@@ -149,9 +149,11 @@ def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: i
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
     rows, columns = ([*range(0, size - side, stride), size - side] for size in padded.shape[-2:])
-    total, times = torch.zeros(()), torch.zeros(())
+    total, times = torch.zeros(()), torch.zeros(padded.shape[-2:])
     for top, left in product(rows, columns):
-        around = (left, columns[-1] - left, top, rows[-1] - top)
-        total = total + F.pad(see(padded[None, :, top : top + side, left : left + side])[0], around)
-        times = times + F.pad(torch.ones(side, side), around)
+        place = ..., slice(top, top + side), slice(left, left + side)
+        seen = see(padded[place].unsqueeze(0))[0]
+        total = total if total.ndim else seen.new_zeros(*seen.shape[:-2], *padded.shape[-2:])
+        total[place] += seen  # in place: with all classes of all heads this is more than a gigabyte
+        times[place] += 1
     return (total / times.to(total))[..., :height, :width]

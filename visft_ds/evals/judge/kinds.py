@@ -7,7 +7,7 @@ from pathlib import Path
 
 from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
-from visft_ds.evals.judge.depth import depth, read_depth
+from visft_ds.evals.judge.depth import depth
 from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.ocr import ocr, read_words
 from visft_ds.evals.judge.probes import classification, grounding
@@ -21,7 +21,7 @@ _read_dense = dense_sets.read_train_and_test
 #: Kind -> what makes it of protocol, label, source, part to train on and part to judge. `evals.cli` describes them.
 KINDS: dict[str, Callable[[Protocol, str, str, str | None, str | None], Benchmark]] = {
     SEGMENTATION: lambda how, label, *at: segmentation(label, *_read_dense(how.images, *at), how),
-    "depth": lambda how, label, *at: depth(label, *read_depth(how.images, *at), how),
+    "depth": lambda how, label, *at: depth(label, *dense_sets.read_depth(how.images, *at), how),
     "classification": lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
     "zero_shot": lambda _, label, at, __, part: classes.zero_shot(label, classes.read_classes(at, part)),
     "retrieval": lambda _, label, at, __, part: retrieval(label, *read_captions(at, part)),

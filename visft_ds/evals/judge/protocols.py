@@ -1,14 +1,9 @@
 """Dense probes as published, or quick ones: their settings, and where their feature maps come from.
 
-| | published | quick |
-|---|---|---|
-| images | all | at most 1,000 teach, 2,000 judge |
-| in-context: memory | two augmented passes at 512 pixels, 10,240,000 patches | features of the images, 102,400 |
-| linear segmentation | 40,000 steps on augmented crops of 512 pixels, judged in windows | 2,000 on the features |
-| linear depth | 38,400 steps on crops of 416 x 544 pixels | 2,000 on the features |
-
 Published are https://github.com/vpariza/open-hummingbird-eval (in-context) and
-https://github.com/facebookresearch/dinov3 (the linear heads). Quick numbers are not comparable with published ones.
+https://github.com/facebookresearch/dinov3 (linear heads): random crops of all images teach, and heads judge windows,
+or images and their mirror images. Quick probes read the features of whole images, each encoded once; their numbers are
+not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from torchvision.transforms.v2 import functional as pixels_of
 from visft_ds.evals.judge.dense_sets import DenseSet, every
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.heads import BATCH, RESAMPLES, Heads, Loss, Recipe, enlarged, fit, windows
-from visft_ds.evals.judge.in_context import Memory, remember
+from visft_ds.evals.judge.probes import Rows, remember
 from visft_ds.evals.judge.protocol import Benchmark, Features, Score, fifth
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 from visft_ds.monitor.console import gauge
@@ -90,7 +85,7 @@ class Kept:
     test: DenseSet
     judged: Tensor
 
-    def memory(self, _: Change) -> Memory:
+    def memory(self, _: Change) -> Rows:
         """Patches of the training images."""
         images = ((place, one, self.train.label(place)) for place, one in enumerate(self.learnt))
         return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(self.learnt)))
@@ -121,7 +116,7 @@ class Sight:
     encoder: Encoder
     settings: Settings
 
-    def memory(self, change: Change) -> Memory:
+    def memory(self, change: Change) -> Rows:
         """Patches of random crops. Raises ValueError if a GPU has no room for them."""
         order = torch.arange(len(self.train.images)).repeat(_PASSES)
         _, channels, *grid = next(self.whole(self.train)).shape
@@ -215,14 +210,16 @@ def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, 
         yield enlarged(one, label.shape), label
 
 
-#: (what a probe reads, wanted numbers) -> scores.
-Scores = Callable[[Source, Collection[str]], Iterator[Score]]
-
-
 def probe(
-    label: str, version: str, numbers: Sequence[str], train: DenseSet, test: DenseSet, protocol: Protocol, of: Scores
+    label: str,
+    version: str,
+    numbers: Sequence[str],
+    train: DenseSet,
+    test: DenseSet,
+    protocol: Protocol,
+    of: Callable[[Source, Collection[str]], Iterator[Score]],
 ) -> Benchmark:
-    """The benchmark of a probe of feature maps."""
+    """The benchmark of a probe of feature maps, which gives the wanted ones of its numbers."""
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:

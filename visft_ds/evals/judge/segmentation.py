@@ -1,6 +1,6 @@
 """Segmentation by frozen feature maps: in context, by a linear head, and what the outlined objects are.
 
-    in-context mIoU  by the nearest patches of training images, `in_context`
+    in-context mIoU  by the nearest patches of training images, `probes`
     linear mIoU      BatchNorm and a 1 x 1 convolution, `heads`
     objects kNN      features averaged over an object's outline, the 20 nearest vote with exp(cosine / 0.07)
 
@@ -27,8 +27,7 @@ from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.heads import cross_entropy
-from visft_ds.evals.judge.in_context import RESAMPLES, recall
-from visft_ds.evals.judge.probes import by_neighbours, rows_of
+from visft_ds.evals.judge.probes import RESAMPLES, by_neighbours, recall, rows_of
 from visft_ds.evals.judge.protocol import Benchmark, Score, mean_ratio
 from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
 from visft_ds.tasks.classes import VOID
