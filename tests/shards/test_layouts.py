@@ -1,4 +1,4 @@
-"""`visft shards FOLDER`: each layout is recognised and packed; a folder of nothing is refused, as one of two things is."""
+"""`visft shards FOLDER`: each layout is recognised and packed; a folder of nothing is refused, as of two things."""
 
 from __future__ import annotations
 
