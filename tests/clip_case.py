@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,13 +33,19 @@ MODEL: dict[str, Any] = {
 }
 
 
-def make_clip(seed: int = 0) -> Any:
-    """A random open_clip model whose outputs depend on every parameter."""
+@contextmanager
+def small_towers() -> Iterator[None]:
+    """open_clip takes the name of timm's model and nothing of its sizes: here they are those of `MODEL`."""
     build = timm.create_model
     sizes = {"img_size": SIDE, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2.0}
-    torch.manual_seed(seed)
-    # open_clip takes the name of timm's model and nothing of its sizes.
     with mock.patch("timm.create_model", lambda name, **options: build(name, **{**options, **sizes})):
+        yield
+
+
+def make_clip(seed: int = 0) -> Any:
+    """A random open_clip model whose outputs depend on every parameter."""
+    torch.manual_seed(seed)
+    with small_towers():
         model = open_clip.model.CustomTextCLIP(**CONFIG)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -130,6 +130,16 @@ def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 900) -> 
     return [process.returncode for process in processes], outputs
 
 
+def python(*words: object, folder: Path = REPOSITORY, code: int = 0, **environment: str) -> str:
+    """What `python WORDS` prints to both streams in an interpreter of its own; it has to end with `code`."""
+    given = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *map(str, words)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=folder, env=given, timeout=900, **streams)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
 def deepspeed(arguments: Sequence[str], world: int = 2) -> list[str]:
     """The `deepspeed` command that runs a script of this repository on ranks of this machine."""
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import visft_ds
+from tests.ranks import python
 
 LOOK = """
 import sys
@@ -26,6 +23,4 @@ def test_public_names_are_where_the_table_says() -> None:
 
 
 def test_importing_the_package_imports_nothing_of_others() -> None:
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=600, cwd=root)
-    assert done.stdout.splitlines() == ["", "False"], done.stdout + done.stderr
+    assert python("-c", LOOK).splitlines() == ["", "False"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import python
 from visft_ds import demo
 
 
@@ -30,15 +29,13 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.C
 @pytest.mark.slow
 def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     """What the screen says of the number that decides stands on the page, too."""
-    words = [sys.executable, "-m", "visft_ds", "demo", "--out", str(tmp_path / "demo"), "--train", "40"]
+    words = ["-m", "visft_ds", "demo", "--out", str(tmp_path / "demo"), "--train", "40"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         words += ["--set", f"scheduler.params.{name}={value}"]
-    first = subprocess.run(words, capture_output=True, text=True, timeout=900)
-    assert first.returncode == 0, first.stdout + first.stderr
-    line = next(line for line in first.stdout.splitlines() if demo.PRIMARY in line and "[" in line)
+    said = python(*words)
+    line = next(line for line in said.splitlines() if demo.PRIMARY in line and "[" in line)
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert line[line.rindex("+" if "+" in line else "-") :].split("]")[0][:6] in page and "Out of domain" in page
     judged = (tmp_path / "demo/judge/judge.html").read_text(encoding="utf-8")
-    assert "in domain" in first.stdout and judged.count("segmentations by each model") == 1
-    again = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0 and "$ visft" not in again.stdout
+    assert "in domain" in said and judged.count("segmentations by each model") == 1
+    assert "$ visft" not in python(*words)

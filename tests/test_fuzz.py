@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ranks import python
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # of one input
@@ -238,9 +239,7 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def test_damaged_files_are_read_correctly_or_refused() -> None:
-    command = [sys.executable, "-m", "tests.test_fuzz", "--inputs", "400"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "tests.test_fuzz", "--inputs", "400")
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import python
 from visft_ds.cli import COMMANDS
 from visft_ds.flags import Parser, parse_size
 
@@ -35,10 +34,8 @@ def test_help_imports_nothing_slow_and_names_the_command_as_it_was_typed() -> No
     """One process for all of them: nothing slow may be imported by any."""
     lines = {f"visft {name}": ["visft_ds", name, "--help"] for name in COMMANDS}
     lines |= {f"{program.parent.name}/{program.name}": [str(program), "--help"] for program in PROGRAMS}
-    words = [sys.executable, "-c", RUN, json.dumps(list(lines.values()))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    for name, (said, slow) in zip(lines, json.loads(done.stdout), strict=True):
+    printed = python("-c", RUN, json.dumps(list(lines.values())))
+    for name, (said, slow) in zip(lines, json.loads(printed), strict=True):
         assert said.startswith(f"usage: {name} ") and slow == [], name
 
 

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import shutil
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -23,50 +25,45 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+def failed_saves(
+    folder: Path, scene: str, kind: str | int, raised: type[BaseException]
+) -> Iterator[tuple[set[str], str]]:
+    """Files behind a save that fails, and its error, once for each operation; and whether all is well after it."""
+    prepare(folder / "before", scene)
+    for at in count():
+        place = folder / str(at)
+        shutil.copytree(folder / "before", place)
+        with FaultyDisk(at, kind).installed() as disk:
+            try:
+                save(place, scene)
+                failed = ""
+            except raised as error:
+                failed = f"{kind} at operation {at}: {disk.log[-1]}: {error}"
+        names = {path.name for path in place.iterdir()}
+        check_after_crash(place, scene, failed)
+        shutil.rmtree(place)
+        if not failed:
+            return
+        yield names, failed
+
+
 @pytest.mark.parametrize("kind", ["killed", "power"])
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_crash_at_every_operation(scene: str, kind: str, tmp_path: Path) -> None:
-    prepare(tmp_path / "before", scene)
-    at, crashed = 0, True
-    while crashed:
-        folder = tmp_path / str(at)
-        shutil.copytree(tmp_path / "before", folder)
-        with FaultyDisk(at, kind).installed() as disk:
-            try:
-                save(folder, scene)
-                crashed = False
-            except Died:
-                pass
-        check_after_crash(folder, scene, f"{kind} at operation {at}: {disk.log[-1]}")
-        shutil.rmtree(folder)
-        at += 1
-    assert at > 25  # an operation that is not counted would be one that is not tested
+    # an operation that is not counted would be one that is not tested
+    assert len(list(failed_saves(tmp_path, scene, kind, Died))) > 25
 
 
 @pytest.mark.parametrize(("scene", "error"), [("next", errno.ENOSPC), ("again", errno.ENOSPC), ("next", errno.EROFS)])
 def test_a_full_or_read_only_disk(scene: str, error: int, tmp_path: Path) -> None:
     """From any operation on: one line, and every earlier checkpoint is still there."""
-    prepare(tmp_path / "before", scene)
-    at, failed = 0, True
-    while failed:
-        folder = tmp_path / str(at)
-        shutil.copytree(tmp_path / "before", folder)
-        with FaultyDisk(at, error).installed() as disk:
-            try:
-                save(folder, scene)
-                failed = False
-            except OSError as raised:
-                message = str(raised)
-                assert os.strerror(error) in message
-                assert "\n" not in message
-                assert "step 8" in message or error == errno.EROFS
-        where = f"operation {at}: {disk.log[-1]}"
+    found = list(failed_saves(tmp_path, scene, error, OSError))
+    assert len(found) > 15
+    for names, message in found:
+        assert os.strerror(error) in message and "\n" not in message
+        assert "step 8" in message or error == errno.EROFS
         if error == errno.ENOSPC:  # what was written is removed; on a read-only disk nothing can be
-            names = {path.name for path in folder.iterdir()}
-            assert not any(name.endswith(".tmp") and "8" in name for name in names), where
-        check_after_crash(folder, scene, where)
-        at += 1
-    assert at > 15
+            assert not any(name.endswith(".tmp") and "8" in name for name in names), message
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,8 +6,6 @@ import fnmatch
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.options import known_keys
+from tests.ranks import python
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.resolve import CONFIG_ROOT, NOT_IDENTITY, Tree, flatten, load_json, parse_assignment
@@ -324,8 +323,7 @@ def test_configuration_needs_no_tensor_library() -> None:
         "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
         "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    python("-c", code)
 
 
 def test_a_changed_configuration_is_refused_what_set_is_refused() -> None:

@@ -129,9 +129,13 @@ def test_samples_with_features_are_read_without_pixels(
         assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.labels, theirs.labels)
 
 
-def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    """One by one, as in batches of one, whether they were kept or not; some of a batch may be known and some not."""
+@pytest.mark.parametrize("preset", ["debug", "timm:test_vit"])
+def test_features_do_not_depend_on_the_batch(preset: str, tmp_path: Path) -> None:
+    """One by one, as in a batch, whether all were kept or some or none; several maps and the tokens in front, too."""
     module, _ = build(1)
+    if preset != "debug":
+        tower = build_timm("test_vit", layers=(0, 2))
+        module = MultiTaskModel(tower, {}, train_backbone=False, heads_active=False)
     module.eval()
     every = [*samples(4)[:2], *samples(4, sides=((42, 70),))[2:]]
     single = [module.features(collate_joint([sample])) for sample in every]
@@ -141,17 +145,20 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
         for place, sample in enumerate(every):
             assert sample.image is not None
             view = module.feature_cache.get(place + 1, sample.index) if place < known else None
+            assert (view is not None) == (place < known)
             frame = (sample.image.shape[1], sample.image.shape[2])
             image = sample.image if view is None else None
             parts.append(replace(sample, random_key=place + 1, image=image, view=view or View(frame)))
-        (found,) = module.features(collate_joint(parts))
-        features, valid = found.features, found.valid
-        for place, (one,) in enumerate(single):
-            expected, region = one.features, one.valid
-            h, w = expected.shape[-2:]
-            assert torch.equal(features[place, :, :h, :w], expected[0].bfloat16().float()), (known, place)
-            assert torch.equal(valid[place, :h, :w], region[0])
-            assert not valid[place, h:].any() and not valid[place, :, w:].any()
+        for level, found in enumerate(module.features(collate_joint(parts))):
+            assert (found.prefix is None) == (preset == "debug")
+            for place, maps in enumerate(single):
+                one, (h, w) = maps[level], maps[level].features.shape[-2:]
+                wanted = one.features[0].bfloat16().float()
+                assert torch.equal(found.features[place, :, :h, :w], wanted), (known, place)
+                assert torch.equal(found.valid[place, :h, :w], one.valid[0])
+                assert not found.valid[place, h:].any() and not found.valid[place, :, w:].any()
+                if found.prefix is not None and one.prefix is not None:
+                    assert torch.equal(found.prefix[place], one.prefix[0].bfloat16().float())
 
 
 @pytest.mark.parametrize(
@@ -166,31 +173,3 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 def test_where_features_cannot_be_kept(stage: int, engine: str, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(stage=stage, engine=engine, model="debug", settings=["visft.features.views=2", *settings])
-
-
-def test_several_maps_and_their_prefixes_are_kept(tmp_path: Path) -> None:
-    """Of two images of unequal width, computed and then read: those of each alone, rounded."""
-    backbone = build_timm("test_vit", layers=(0, 2)).eval()
-    module = MultiTaskModel(backbone, {}, train_backbone=False, heads_active=False).eval()
-    sizes, ids = torch.tensor([[64, 96], [64, 64]]), torch.arange(2)
-    images = torch.randint(0, 255, (2, 3, 64, 96), dtype=torch.uint8)
-    batch = Batch(images, sizes, sizes, ids, ids, ids + 5, ids == ids, frames=sizes)
-    single = []
-    for place, (height, width) in enumerate(sizes.tolist()):
-        one = slice(place, place + 1)
-        cut = replace(batch, images=images[one, :, :height, :width], sizes=sizes[one], frames=sizes[one])
-        single.append(module.features(cut))
-    module.feature_cache = FeatureCache(tmp_path, IDENTITY)
-    for known in (False, True):
-        frames = [(height, width) for height, width in sizes.tolist()]
-        kept = [module.feature_cache.get(5 + place, place) for place in range(2)]
-        assert all((view is not None) == known for view in kept)
-        views = tuple(view or View(frame) for view, frame in zip(kept, frames, strict=True))
-        for level, found in enumerate(module.features(replace(batch, views=views))):
-            assert found.prefix is not None
-            for place, own in enumerate(single):
-                h, w = own[level].features.shape[-2:]
-                wanted = own[level].features[0].bfloat16().float()
-                assert torch.equal(found.features[place, :, :h, :w], wanted) and found.valid[place].sum() == h * w
-                assert own[level].prefix is not None
-                assert torch.equal(found.prefix[place], own[level].prefix[0].bfloat16().float())

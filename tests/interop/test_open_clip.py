@@ -9,17 +9,10 @@ from unittest import mock
 
 import open_clip
 import pytest
-import timm
 import torch
 
-from tests.clip_case import CONFIG, SIDE, make_clip, save_clip
-from tests.random_tower import (
-    adapter_of,
-    build_backbone,
-    merge,
-    move_adapters,
-    relative,
-)
+from tests.clip_case import CONFIG, SIDE, make_clip, save_clip, small_towers
+from tests.random_tower import adapter_of, build_backbone, merge, move_adapters, relative
 from visft_ds.interop.export import FORMATS
 from visft_ds.interop.layouts import load_backbone, model_in
 from visft_ds.interop.weights import Lazy, Weights, open_weights
@@ -27,14 +20,11 @@ from visft_ds.models.lora import inject_lora
 
 # fp32, two blocks: both sides differ by the order of additions only (measured below 1e-6).
 TOLERANCE = 1e-5
-_SIZES: dict[str, Any] = {"img_size": SIDE, "embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "eva_clip"])
-def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(
-    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, build = make_clip(), timm.create_model
+def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(tmp_path: Path, layout: str) -> None:
+    whole = make_clip()
     base = save_clip(whole, tmp_path / "clip.safetensors", layout=layout)
     ours = load_backbone(base, {**model_in(open_weights(base)), "class_token": True}).eval()
     images, text = torch.randn(2, 3, SIDE, SIDE), torch.randint(1, 40, (2, 77))
@@ -43,11 +33,7 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_folder(
         assert relative(plain, whole.visual.trunk.forward_features(images)) < TOLERANCE, "reading their file"
     inject_lora(ours, rank=4, alpha=2.0)
     move_adapters(ours, spread=0.2)
-    # open_clip takes the name of timm's model and nothing of its sizes.
-    with (
-        mock.patch("timm.create_model", lambda name, **options: build(name, **{**options, **_SIZES})),
-        mock.patch("open_clip.get_model_config", return_value=deepcopy(CONFIG)),
-    ):
+    with small_towers(), mock.patch("open_clip.get_model_config", return_value=deepcopy(CONFIG)):
         out = merge(base, adapter_of(ours), tmp_path / "merged", "--format", "open_clip", "--verify")
         got: Any = open_clip.create_model(f"local-dir:{out}", require_pretrained=True).eval()
     with torch.no_grad():

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import python
+
 pytest.importorskip("triton", reason="Triton has packages for Linux only")
 
 HERE = Path(__file__).parent
@@ -24,19 +26,12 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
 
 def _interpret(selection: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "--show-capture=no", "-m", selection]
+    command = ["-m", "pytest", "-n", "0", "-q", "-x", "--show-capture=no", "-m", selection]
     # The interpreter of Triton 3.6 does what NumPy deprecates.
     command += ["-W", "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"]
-    result = subprocess.run(
-        [*command, str(HERE / "interpreted_kernels.py")],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        # One thread: torch's and numpy's would wait for each other.
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert re.search(r"\d+ passed", result.stdout) and "skipped" not in result.stdout
+    # One thread: torch's and numpy's would wait for each other.
+    said = python(*command, HERE / "interpreted_kernels.py", TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1")
+    assert re.search(r"\d+ passed", said) and "skipped" not in said
 
 
 def test_interpreted_kernels_equal_float64() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.ranks import REPOSITORY
+from tests.ranks import python
 from visft_ds.resilience import watchdog
 from visft_ds.resilience.errors import LostRank
 from visft_ds.resilience.watchdog import Watchdog
@@ -24,11 +21,9 @@ with Watchdog(1, 0.8).watching() as dog:
 
 
 def test_no_progress_ends_the_process_with_its_stacks() -> None:
-    words = [sys.executable, "-c", HANGS]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, timeout=600)
-    assert done.returncode == 3
-    assert "[rank 1] stopped: no progress for" in done.stderr and "step 7: reading" in done.stderr
-    assert "most recent call first" in done.stderr and 'File "<string>", line 8' in done.stderr
+    said = python("-c", HANGS, code=3)
+    assert "[rank 1] stopped: no progress for" in said and "step 7: reading" in said
+    assert "most recent call first" in said and 'File "<string>", line 8' in said
 
 
 def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.coco_tree import write_shards
 from tests.random_tower import build_backbone, save_backbone
-from tests.ranks import REPOSITORY
+from tests.ranks import REPOSITORY, python
 from tests.tiny import TINY, words_of
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.judge.models import load_encoder, parse_model
@@ -35,17 +32,7 @@ SETTINGS: dict[str, Any] = {
 
 def _train(folder: Path, *more: str) -> str:
     """The training command, from a folder; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "launchers/train.py"), "--model=debug", *words_of(SETTINGS), *more],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return python(REPOSITORY / "launchers/train.py", "--model=debug", *words_of(SETTINGS), *more, folder=folder)
 
 
 def test_a_run_is_used_without_the_folder_it_began_in(

@@ -17,6 +17,7 @@ import simplejpeg
 from faster_coco_eval import mask as coco_mask
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
+from tests.ranks import python
 from tools.make_shards import main
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, verify
@@ -100,10 +101,8 @@ def test_any_number_of_workers_writes_the_same_bytes(large: Tree, expected: dict
 def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
     """tools/profile.py must not stand in for the standard library's module, which torch imports."""
     assert main(["build", *tree.arguments(tmp_path / "out"), "--dry-run"]) == 0 and not (tmp_path / "out").exists()
-    command = [sys.executable, "make_shards.py", "build", *tree.arguments(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools", timeout=600)
-    assert result.returncode == 0, result.stderr
-    assert "toy: made 0.1 MB (shards: 1), " in result.stdout and "1 x crowd" in result.stdout
+    said = python("make_shards.py", "build", *tree.arguments(tmp_path / "out"), folder=ROOT / "tools")
+    assert "toy: made 0.1 MB (shards: 1), " in said and "1 x crowd" in said
 
 
 def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) -> None:

@@ -66,13 +66,3 @@ def test_word_map_of_a_published_head() -> None:
     assert Vocabulary.from_word_map(word_map).words == ("a", "surfboard")
     with pytest.raises(ValueError, match="word map"):
         Vocabulary.from_word_map(word_map | {"<end>": 3, "<unk>": 5})
-
-
-def test_a_head_of_other_words_is_refused() -> None:
-    head = Vocabulary(("a", "cat", "dog"))
-    head.check_same(Vocabulary(("a", "cat", "dog")))
-    head.check_size(7)
-    with pytest.raises(ValueError, match="ids"):
-        head.check_same(Vocabulary(("cat", "a", "dog")))
-    with pytest.raises(ValueError, match="9490"):
-        head.check_size(9490)

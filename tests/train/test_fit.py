@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch.distributed
 from safetensors.torch import load_file
 
 from tests import finished
-from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
+from tests.ranks import REPOSITORY, finish, python, run_ranks, start_ranks
 from tests.run.test_evaluation import Here
 from tests.tiny import TINY, steps_recorded
 from visft_ds import Callback, FitResult, evaluate, fit
@@ -183,16 +181,8 @@ def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     script = text.partition("## Train and evaluate from Python\n")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     (tmp_path / "shards").symlink_to(SHARDS)
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\n4: ") == 4, done.stdout
+    said = python("train.py", folder=tmp_path)
+    assert said.count("\n4: ") == 4, said
 
 
 @pytest.mark.slow
