@@ -214,6 +214,7 @@ def _of_outlines(
     numbers = {category.coco_id: number for number, category in enumerate(ordered, len(empty))}
     sizes: list[tuple[int, int]] = []
     things: list[list[Thing]] = []  # of each image, the largest first
+    large: list[Thing] = []
     for owner, image in enumerate(map(orjson.loads, labels)):
         sizes.append((image["height"], image["width"]))
         own: list[Thing] = []
@@ -222,6 +223,8 @@ def _of_outlines(
             code = shape if isinstance(shape, Mapping) else coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[-1]))
             own.append(Thing(owner, VOID if one["iscrowd"] else numbers[one["category_id"]], code))
         things.append(sorted(own, key=lambda thing: -int(coco_mask.area(thing.code))))
+        least = _SMALLEST * image["height"] * image["width"]
+        large += [one for one in things[-1] if one.label != VOID and coco_mask.area(one.code) >= least]
 
     def label(place: int) -> Label:
         drawn = np.full(sizes[place], 0 if empty else VOID, dtype=np.uint8)
@@ -230,10 +233,4 @@ def _of_outlines(
         return drawn
 
     stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *labels)))
-    large = [
-        thing
-        for size, own in zip(sizes, things, strict=True)
-        for thing in own
-        if thing.label != VOID and coco_mask.area(thing.code) >= _SMALLEST * size[0] * size[1]
-    ]
     return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

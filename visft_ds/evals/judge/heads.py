@@ -135,15 +135,15 @@ def cross_entropy(
     return total
 
 
-def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: int) -> Tensor:
-    """(..., C, H, W), the mean over the squares of an image (3, H, W) that cover it of what is seen in each.
+def windows(see: Callable[[Tensor], Tensor], image: Tensor, side: int) -> Tensor:
+    """(..., C, H, W), the mean over squares, two thirds of a side apart, of what is seen in each of an image (3, H, W).
 
     Args:
         see: (1, 3, side, side) -> (1, ..., C, side, side). A shorter side of the image is filled up with 0.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(0, side - width), 0, max(0, side - height)))
-    rows, columns = ([*range(0, size - side, stride), size - side] for size in padded.shape[-2:])
+    rows, columns = ([*range(0, size - side, side * 2 // 3), size - side] for size in padded.shape[-2:])
     total, times = torch.zeros(()), torch.zeros(padded.shape[-2:])
     for top, left in product(rows, columns):
         place = ..., slice(top, top + side), slice(left, left + side)

@@ -32,7 +32,6 @@ from visft_ds.monitor.console import gauge
 SIDE = 224  #: of the labels that heads learn from whose features are kept, pixels
 _PASSES = 2  # over the training images, for a memory of crops
 _UNITS = (32, 16, 14, 1)  # pixels of a patch's side: one of these divides the encoder's side
-_STRIDE = 2 / 3  # of windows, in their sides
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,15 @@ class Sight:
             needed = 4 * patches * (channels + len(self.train.classes))  # in 16 bit, twice while they are gathered
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
-                told = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
-                raise ValueError(f"a memory of {patches:,} patches needs {told}: take a larger GPU, or give --quick")
+                room = f"{needed / 2**30:.0f} GiB, and {device} has {free / 2**30:.0f} GiB free"
+                raise ValueError(f"a memory of {patches:,} patches needs {room}: take a larger GPU, or give --quick")
         images = (
             image
             for drawn, maps, labels in self.examples(order, change, self.settings.batch_size)
             for image in zip(drawn.tolist(), maps.half() if maps.is_cuda else maps, labels.cpu().numpy(), strict=True)
         )
-        told = gauge("in-context memory", len(order), "images", images)
-        return remember(told, len(self.train.classes), max(1, self.protocol.memory // len(order)))
+        images = gauge("in-context memory", len(order), "images", images)
+        return remember(images, len(self.train.classes), max(1, self.protocol.memory // len(order)))
 
     def examples(self, order: Tensor, change: Change, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of numbers, features and labels of random crops; the n-th crop is the same for every model."""
@@ -162,12 +161,8 @@ class Sight:
         for place in range(len(self.test.images)):
             pixels = pixels_of.pil_to_tensor(self.test.images.read(place))
             if in_windows:
-                yield windows(
-                    lambda part: enlarged(head(self._see(part)), (side, side)).softmax(dim=2),
-                    pixels_of.resize(pixels, [side]),
-                    side,
-                    int(_STRIDE * side),
-                )
+                resized = pixels_of.resize(pixels, [side])
+                yield windows(lambda part: enlarged(head(self._see(part)), (side, side)).softmax(dim=2), resized, side)
             else:
                 one, mirrored = head(self._see(torch.stack([pixels, pixels.flip(2)])))
                 yield (one + mirrored.flip(-1)) / 2
@@ -177,8 +172,7 @@ class Sight:
         unit = next(unit for unit in _UNITS if self.encoder.side % unit == 0)
         size = [max(1, round(side / unit)) * unit for side in pixels.shape[-2:]]
         scaled = pixels_of.to_dtype(pixels_of.resize(pixels, size), torch.float32, scale=True)
-        mean, std = map(list, self.encoder.normalisation)
-        return self._forward(pixels_of.normalize(scaled, mean, std))
+        return self._forward(pixels_of.normalize(scaled, *self.encoder.normalisation))
 
     def _forward(self, pixels: Tensor) -> Tensor:
         self.encoder.module.to(self.settings.device)
@@ -189,6 +183,7 @@ class Sight:
 
 
 Source = Kept | Sight
+Scores = Callable[[Source, Collection[str]], Iterator[Score]]  #: of the wanted numbers
 
 
 def trained(source: Source, outputs: int, loss: Loss, recipe: Recipe, change: Change) -> Heads:
@@ -207,15 +202,9 @@ def at_labels(seen: Iterable[Tensor], test: DenseSet) -> Iterator[tuple[Tensor, 
 
 
 def probe(
-    label: str,
-    version: str,
-    numbers: Sequence[str],
-    train: DenseSet,
-    test: DenseSet,
-    protocol: Protocol,
-    of: Callable[[Source, Collection[str]], Iterator[Score]],
+    label: str, version: str, numbers: Sequence[str], train: DenseSet, test: DenseSet, protocol: Protocol, of: Scores
 ) -> Benchmark:
-    """The benchmark of a probe of feature maps, which gives the wanted ones of its numbers."""
+    """The benchmark of a probe of feature maps."""
     few = train.part(every(len(train.images), QUICK.images["train"]))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
