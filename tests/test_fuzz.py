@@ -54,8 +54,7 @@ def readers() -> list[Reader]:
     from visft_ds.checkpoint.format import open_checkpoint
     from visft_ds.data.shards import Manifest, ShardReader
     from visft_ds.evals.judge.classes import read_classes
-    from visft_ds.evals.judge.dense_sets import read_train_and_test
-    from visft_ds.evals.judge.depth import read_depth
+    from visft_ds.evals.judge.dense_sets import read_depth, read_train_and_test
     from visft_ds.evals.judge.ocr import read_words
     from visft_ds.evals.judge.protocols import QUICK
     from visft_ds.evals.judge.retrieval import read_captions

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from visft_ds.evals.judge import depth as module
 from visft_ds.evals.judge import protocols
 from visft_ds.evals.judge.dense_sets import read_depth
-from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, metres, silog
+from visft_ds.evals.judge.depth import BINS, NUMBERS, _measured, depth, known, metres, silog
 from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
@@ -45,11 +45,11 @@ def test_metres_and_loss_by_hand() -> None:
     np.testing.assert_allclose(metres(outputs).numpy(), expected, rtol=1e-6)
     truth = torch.from_numpy(rng.uniform(1, 9, (3, 4, 5)))
     truth[:, :2, :2] = 0
-    copies, known = torch.tensor([[1.0, 1, 1], [2, 0, 1]]).double(), truth.numpy() > 0
+    copies, there = torch.tensor([[1.0, 1, 1], [2, 0, 1]]).double(), truth.numpy() > 0
     wanted = {True: 0.0, False: 0.0}
     for head in range(2):
         images = np.repeat(np.arange(3), copies[head].int().numpy())
-        errors = np.concatenate([np.log(expected[i, head] / truth[i].numpy().clip(1e-3))[known[i]] for i in images])
+        errors = np.concatenate([np.log(expected[i, head] / truth[i].numpy().clip(1e-3))[there[i]] for i in images])
         for early in wanted:
             wanted[early] += np.sqrt((0 if early else errors.var()) + 0.15 * errors.mean() ** 2)
     early, late = (silog(outputs, truth, copies, torch.Generator(), 1, step).item() for step in (99, 100))
@@ -59,14 +59,15 @@ def test_metres_and_loss_by_hand() -> None:
 def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
     """Of NYU's size 426 x 560 pixels are judged, and the border of training images does not teach."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path, (480, 640), 1)))
+    train, test = known(train, module._TAUGHT), known(test, module._EIGEN)
     truth = test.label(0)
     assert (truth > 0).sum() == 426 * 560 and (train.label(0) > 0).sum() == 427 * 565
     said = torch.full((1, 3, 480, 640), 3.0)
     rmse, delta = _measured(NUMBERS, said, test)
-    known = truth[45:471, 41:601].astype(np.float64)
-    assert rmse.lower and rmse.value == pytest.approx(np.sqrt(((3 - known) ** 2).mean()))
-    assert delta.value == pytest.approx((np.maximum(3 / known, known / 3) < 1.25).mean()) and not delta.lower
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "depth/test/0.png")
+    inner = truth[45:471, 41:601].astype(np.float64)
+    assert rmse.lower and rmse.value == pytest.approx(np.sqrt(((3 - inner) ** 2).mean()))
+    assert delta.value == pytest.approx((np.maximum(3 / inner, inner / 3) < 1.25).mean()) and not delta.lower
+    Image.fromarray(np.zeros((480, 640), np.uint16)).save(tmp_path / "depth/test/0.png")
     with pytest.raises(ValueError, match="no depth"):
         test.label(0)
 

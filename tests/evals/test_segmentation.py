@@ -157,7 +157,7 @@ def test_objects_are_means_over_their_outlines() -> None:
     masks = [np.asfortranarray(rng.integers(0, 2, (12, 18)), dtype=np.uint8) for _ in range(3)]
     things = tuple(Thing(owner, 0, coco_mask.encode(mask)) for owner, mask in zip((0, 2, 2), masks, strict=True))
     maps = torch.from_numpy(rng.normal(size=(3, 5, 4, 6)))
-    found = pooled(maps, things)
+    found = pooled(maps, things).features
     for one, thing, mask in zip(found, things, masks, strict=True):
         share = mask.reshape(4, 3, 6, 3).mean(axis=(1, 3))
         mean = (maps[thing.owner].numpy() * share).sum(axis=(1, 2)) / share.sum()

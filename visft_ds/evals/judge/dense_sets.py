@@ -12,14 +12,13 @@ Label maps are PNG files of class numbers (indexed or grey), called as their ima
 stretched to squares. Of COCO's objects, each lies on top of the larger ones; what no object covers is class 0, in
 shards of label maps without a class.
 
-Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known. In
-maps of 480 x 640 pixels, NYU Depth v2's, the part counts that Eigen et al. named.
+Depth: `images/<split>` and `depth/<split>`, 16-bit PNG files of millimetres, called as the images; 0 is not known.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from PIL import Image
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
-from visft_ds.files import image_frame, open_image, read_bytes, reading
+from visft_ds.files import checked_name, image_frame, open_image, read_bytes, reading
 from visft_ds.monitor.console import gauge
 from visft_ds.shards.coco import read_coco
 from visft_ds.shards.maps import read_map
@@ -42,10 +41,6 @@ from visft_ds.tasks.classes import VOID
 
 _SMALLEST = 1 / 3136  # of an image, below which nobody could recognise an object
 _SPLITS = ("val", "test", "validation")
-NEAREST, FARTHEST = 1e-3, 10.0  #: metres
-NYU = (480, 640)  #: height and width
-TAUGHT = slice(45, 472), slice(43, 608)  #: rows and columns of it without the white border of training images
-_EIGEN = slice(45, 471), slice(41, 601)
 
 
 @dataclass(frozen=True)
@@ -82,32 +77,22 @@ def read_train_and_test(
     Raises:
         ValueError: no such folder or layout, a part that is not there or is not labelled, other categories in both.
     """
-    parts = _parts(Path(source))
-    names = _chosen(source, parts, train, test)
-    found = [parts[name](count) for name, count in zip(names, (most["train"], most["test"]), strict=True)]
+    found = _pair(_parts(Path(source)), most, source, train, test)
     seen = []
-    for name, part in zip(names, found, strict=True):
+    for name, part in found.items():
         counts = np.zeros(VOID + 1, dtype=np.int64)
         for place in gauge(f"labels of {name}", len(part.images), "images", range(len(part.images))):
             counts += np.bincount(part.label(place).ravel(), minlength=VOID + 1)
         seen.append(np.flatnonzero(counts[:VOID]))
         if len(seen[-1]) < 2:
             raise ValueError(f"{source}: {name} has labels of one class only; a probe needs two")
-    if not found[0].classes:  # label maps do not name them
+    learnt, held = found.values()
+    if not learnt.classes:  # label maps do not name them
         numbers = tuple(map(str, range(int(max(map(max, seen))) + 1)))
-        found = [replace(part, classes=numbers) for part in found]
-    if found[0].classes != found[1].classes:
-        lone = sorted(set(found[0].classes) ^ set(found[1].classes))
-        raise ValueError(f"{source}: {' and '.join(names)} have other categories or order: {', '.join(lone[:5])}")
-    return found[0], found[1]
-
-
-def _chosen(source: str, parts: Collection[str], train: str | None, test: str | None) -> tuple[str, str]:
-    """(part to train on, part to judge on) of those that a data set has; the given ones or the usual ones."""
-    learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
-    if learnt == held or not {learnt, held} <= set(parts):
-        has = f"it has {', '.join(parts) or 'no parts'}"
-        raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
+        learnt, held = replace(learnt, classes=numbers), replace(held, classes=numbers)
+    if learnt.classes != held.classes:
+        lone = sorted(set(learnt.classes) ^ set(held.classes))
+        raise ValueError(f"{source}: {' and '.join(found)} have other categories or order: {', '.join(lone[:5])}")
     return learnt, held
 
 
@@ -115,51 +100,61 @@ def read_depth(
     most: Mapping[str, int], source: str, train: str | None = None, test: str | None = None
 ) -> tuple[DenseSet, DenseSet]:
     """(images to train heads on, images to judge them on), whose labels are metres. Raises ValueError without any."""
-    root = Path(source)
-    found = sorted(root.glob("depth/*/"))
-    parts = {path.name: partial(_of_maps, root, root / "images" / path.name, path) for path in found}
-    learnt, held = _chosen(source, parts, train, test)
-    taught = parts[learnt](most["train"], read=partial(_metres, TAUGHT))
-    return taught, parts[held](most["test"], read=partial(_metres, _EIGEN))
+    learnt, held = _pair(_beside(Path(source), "depth", _metres), most, source, train, test).values()
+    return learnt, held
 
 
-def _metres(counting: tuple[slice, slice], path: Path) -> npt.NDArray[np.float32]:
-    """(H, W) metres; 0 where they are not known or not within the rows and columns that count of NYU's size."""
-    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
-        if not image.mode.startswith("I"):
-            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
-        given = np.asarray(image).astype(np.float32) / np.float32(1000)
-        inner = counting if given.shape == NYU else ...
-        found = np.zeros_like(given)
-        found[inner] = np.where((given >= NEAREST) & (given <= FARTHEST), given, 0)[inner]
-        if not found.any():
-            raise ValueError(f"it has no depth between {NEAREST:g} and {FARTHEST:g} m")
-        return found
+Parts = Mapping[str, Callable[[int], DenseSet]]  #: name of a part -> what reads at most so many of its images
 
 
-def _parts(root: Path) -> Mapping[str, Callable[[int], DenseSet]]:
-    """Part of a folder, in the first layout that it has -> what reads at most so many of its images."""
+def _pair(
+    parts: Parts, most: Mapping[str, int], source: str, train: str | None, test: str | None
+) -> dict[str, DenseSet]:
+    """The part to train on and the one to judge on by their names: the given ones or the usual ones."""
+    learnt, held = train or "train", test or next((name for name in _SPLITS if name in parts), "val")
+    if learnt == held or not {learnt, held} <= set(parts):
+        has = f"it has {', '.join(parts) or 'no parts'}"
+        raise ValueError(f"{source}: probes cannot learn from {learnt} and be judged on {held}: name two parts; {has}")
+    return {learnt: parts[learnt](most["train"]), held: parts[held](most["test"])}
+
+
+def _parts(root: Path) -> Parts:
+    """The parts of a folder, in the first layout that it has."""
     if found := sorted(root.glob("annotations/instances_*2017.json")):
         return {path.stem.removeprefix("instances_").removesuffix("2017"): partial(_of_coco, path) for path in found}
     if splits := splits_in(root):
         return {split: partial(_of_shards, root, split) for split in splits}
     if (root / "annotations/training").is_dir():
-        return {
-            part: partial(_of_maps, root, root / "images" / name, root / "annotations" / name, read=_ade)
-            for part, name in (("train", "training"), ("val", "validation"))
-        }
+        names = {"training": "train", "validation": "val"}
+        return {names.get(name, name): part for name, part in _beside(root, "annotations", _ade).items()}
     if found := sorted(root.glob("ImageSets/Segmentation/*.txt")):
-        of_voc = partial(_of_maps, root, root / "JPEGImages", root / "SegmentationClass")
-        return {path.stem: partial(of_voc, names=frozenset(read_lines(path))) for path in found}
-    if found := sorted(root.glob("labels/*/")):
-        return {path.name: partial(_of_maps, root, root / "images" / path.name, path) for path in found}
+        listed = {path.stem: sorted(checked_name(f"{name}.jpg", path) for name in read_lines(path)) for path in found}
+        images, maps = root / "JPEGImages", root / "SegmentationClass"
+        return {
+            part: partial(_of_maps, root, [images / one for one in own], maps, read_map) for part, own in listed.items()
+        }
+    if beside := _beside(root, "labels", read_map):
+        return beside
     raise ValueError(
         f"{root} has no labels of pixels: give a COCO tree, shards, ADE20k, VOC, or images/SPLIT and labels/SPLIT"
     )
 
 
+def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> Parts:
+    """The parts with maps in folders of a kind, beside those of images."""
+    folders = sorted(root.glob(f"{kind}/*/"))
+    return {at.name: partial(_of_maps, root, image_files(root / "images" / at.name), at, read) for at in folders}
+
+
 def _ade(path: Path) -> Label:
     return read_map(path) - np.uint8(1)  # 0 becomes 255
+
+
+def _metres(path: Path) -> npt.NDArray[np.float32]:
+    with reading(path, "a depth map"), Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",)) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"it is a picture of mode {image.mode}: give millimetres as 16-bit grey PNG")
+        return np.asarray(image).astype(np.float32) / np.float32(1000)
 
 
 def every(count: int, most: int) -> list[int]:
@@ -168,17 +163,11 @@ def every(count: int, most: int) -> list[int]:
 
 
 def _of_maps(
-    root: Path,
-    folder: Path,
-    labels: Path,
-    most: int,
-    read: Callable[[Path], npt.NDArray[Any]] = read_map,
-    names: Collection[str] | None = None,
+    root: Path, files: Sequence[Path], labels: Path, read: Callable[[Path], npt.NDArray[Any]], most: int
 ) -> DenseSet:
-    """Images beside maps that are called as they are; `names` are those of the files, if not all count."""
-    files = [path for path in image_files(folder) if names is None or path.stem in names]
+    """Images beside a folder of maps that are called as they are."""
     if not files:
-        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}): it should hold those of {labels}")
+        raise ValueError(f"there are no images ({', '.join(SUFFIXES)}) of the maps in {labels}")
     kept = [files[number] for number in every(len(files), most)]
     maps = [labels / f"{path.stem}.png" for path in kept]
     images = from_files(kept, root)

@@ -92,20 +92,15 @@ def fit(
         loss = loss_of(outputs, truth, weights[:, drawn].to(maps), places, recipe.stride, step)
         optimizer.zero_grad()
         loss.backward()
-        _clip(heads, recipe.clip)
+        gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
+        lengths = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        factors = (recipe.clip / lengths.clamp(min=1e-12)).clamp(max=1)  # each head's for itself
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
         for group in optimizer.param_groups:
             group["lr"] = rate_at(recipe, step)
         optimizer.step()
     return heads.eval().requires_grad_(False)
-
-
-def _clip(heads: Heads, most: float) -> None:
-    """Shorten the gradient of each head for itself."""
-    gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
-    lengths = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    factors = (most / lengths.clamp(min=1e-12)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
 def enlarged(maps: Tensor, size: Sequence[int], stride: int = 1, first: Sequence[int] = (0, 0)) -> Tensor:

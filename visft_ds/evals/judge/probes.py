@@ -121,8 +121,15 @@ def vote(memory: Rows, queries: Tensor, neighbours: int, temperature: float, dra
         memory: rows of length 1.
     """
     copies = torch.from_numpy(resamples(int(memory.owners.max()) + 1, draws))
-    part = F.normalize(queries.to(memory.features), dim=1)
-    similarity, places = _nearest(memory.features, part, _SEARCHED * neighbours if draws else neighbours)
+    part, count = F.normalize(queries.to(memory.features), dim=1), _SEARCHED * neighbours if draws else neighbours
+    found = []
+    for start in range(0, len(memory.features), _BANK):
+        bank = memory.features[start : start + _BANK]
+        near, places = (part @ bank.T).topk(min(count, len(bank)), dim=1)
+        found.append((near, places + start))
+    similarity, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    similarity, order = similarity.topk(min(count, len(memory.features)), dim=1)
+    places = places.gather(1, order)
     # Copies of a patch are equally near: as many count as there is room for.
     room = copies.to(places.device)[:, memory.owners[places]].cumsum(dim=2).clamp(max=neighbours)
     taken = room.diff(dim=2, prepend=torch.zeros_like(room[..., :1]))
@@ -132,18 +139,6 @@ def vote(memory: Rows, queries: Tensor, neighbours: int, temperature: float, dra
         return torch.einsum("rnk,nkc->rnc", weights, memory.labels[places])
     votes = weights.new_zeros(*weights.shape[:2], int(memory.labels.max()) + 1)
     return votes.scatter_add(2, memory.labels[places].expand_as(weights), weights)
-
-
-def _nearest(bank: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(similarity, places), each (n, count), of the rows of a bank that are nearest to (n, D), the nearest first."""
-    found = []
-    for start in range(0, len(bank), _BANK):
-        part = bank[start : start + _BANK]
-        near, places = (queries @ part.T).topk(min(count, len(part)), dim=1)
-        found.append((near, places + start))
-    similarity, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    similarity, order = similarity.topk(min(count, len(bank)), dim=1)
-    return similarity, places.gather(1, order)
 
 
 def classification(label: str, train: ClassSet, test: ClassSet) -> Benchmark:

@@ -54,23 +54,19 @@ PUBLISHED = Protocol(
     Recipe(steps=40_000, warm_up=1500, rate=1e-3, decay=1e-3, dropout=0.1),
     Recipe(steps=38_400, warm_up=12_800, rate=3e-4, decay=1e-4, betas=(0.9, 0.99), clip=35.0),
 )
-QUICK = Protocol(
-    "quick",
-    {"train": 1000, "test": 2000},
-    102_400,
-    replace(PUBLISHED.segmentation, steps=2000, warm_up=75, stride=4),
-    replace(PUBLISHED.depth, steps=2000, warm_up=667, stride=4),
-)
-#: By which a layer is chosen, on a fifth of the training images.
-BRIEF = Protocol(
-    "brief",
-    QUICK.images,
-    6_400,
-    replace(QUICK.segmentation, steps=500, warm_up=19),
-    replace(QUICK.depth, steps=500, warm_up=167),
-    resampled=False,
-)
 
+
+def _quick(name: str, memory: int, steps: int, resampled: bool) -> Protocol:
+    """The same heads after so many steps."""
+    segmentation, depth = (
+        replace(one, steps=steps, warm_up=round(one.warm_up * steps / one.steps), stride=4)
+        for one in (PUBLISHED.segmentation, PUBLISHED.depth)
+    )
+    return Protocol(name, {"train": 1000, "test": 2000}, memory, segmentation, depth, resampled)
+
+
+QUICK = _quick("quick", 102_400, 2000, resampled=True)
+BRIEF = _quick("brief", 6_400, 500, resampled=False)  #: by which a fifth of the training images chooses a layer
 #: Makes a crop of an image and its label, for the encoder's side.
 Change = Callable[[int, Any, Any], tuple[Tensor, Tensor]]
 
@@ -119,8 +115,8 @@ class Sight:
     def memory(self, change: Change) -> Rows:
         """Patches of random crops. Raises ValueError if a GPU has no room for them."""
         order = torch.arange(len(self.train.images)).repeat(_PASSES)
-        _, channels, *grid = next(self.whole(self.train)).shape
         if (device := self.settings.device).type == "cuda":
+            _, channels, *grid = next(self.whole(self.train)).shape
             patches = min(self.protocol.memory, len(order) * math.prod(grid))
             needed = 4 * patches * (channels + len(self.train.classes))  # in 16 bit, twice while they are gathered
             free = torch.cuda.mem_get_info(device)[0]

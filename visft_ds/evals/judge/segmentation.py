@@ -17,7 +17,6 @@ from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from torch import Tensor
@@ -27,11 +26,11 @@ from torchvision.transforms import v2 as transforms
 
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.heads import cross_entropy
-from visft_ds.evals.judge.probes import RESAMPLES, by_neighbours, recall, rows_of
+from visft_ds.evals.judge.probes import RESAMPLES, Rows, by_neighbours, recall, rows_of
 from visft_ds.evals.judge.protocol import Benchmark, Score, mean_ratio
 from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
 from visft_ds.tasks.classes import VOID
-from visft_ds.tasks.pictures import Colour, Picture, draw_objects, grid, palette, side_by_side
+from visft_ds.tasks.pictures import Picture, draw_objects, grid, palette, side_by_side
 
 IN_CONTEXT, LINEAR, OBJECTS = "in-context mIoU", "linear mIoU", "objects kNN"
 _GREY = (124, 116, 104)  # about the mean of a model's normalisation
@@ -56,9 +55,7 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
         head = trained(source, len(train.classes), cross_entropy, protocol.segmentation, _distorted)
         yield overlapping(LINEAR, source.said(head, in_windows=True), test)
     if OBJECTS in wanted:
-        known, asked = (
-            rows_of(pooled(chain.from_iterable(source.whole(data)), data.things), data.things) for data in (train, test)
-        )
+        known, asked = (pooled(chain.from_iterable(source.whole(data)), data.things) for data in (train, test))
         yield by_neighbours(OBJECTS, known, asked)
 
 
@@ -95,8 +92,8 @@ def overlapping(name: str, seen: Iterable[Tensor], test: DenseSet) -> Score:
     return Score(name, values[0], maps=torch.stack(maps).to(torch.int16).numpy(), retrained=retrained)
 
 
-def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Tensor:
-    """(objects, D), the mean of each object's part of the map (D, h, w) of its image."""
+def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
+    """Objects, each by the mean of its part of the map (D, h, w) of its image."""
     own = {owner: list(several) for owner, several in groupby(things, key=lambda thing: thing.owner)}
     found = []
     for place, one in enumerate(maps):
@@ -105,7 +102,7 @@ def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Tensor:
                 torch.from_numpy(coco_mask.decode(thing.code))[None, None].float(), one.shape[-2:], mode="area"
             )
             found.append((one.cpu() * share[0]).sum(dim=(1, 2)) / share.sum())
-    return torch.stack(found)
+    return rows_of(torch.stack(found), things)
 
 
 def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:
@@ -128,12 +125,10 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
         for model, score in scores.items():
             assert score.maps is not None, model
             seen[f"{model}: {100 * each[model][place]:.0f}"] = score.maps[place]
-        rows.append(side_by_side(*((_painted(image, of, test.classes, colours), title) for title, of in seen.items())))
+        panels = []
+        for title, classes in seen.items():
+            there = [number for number, name in enumerate(test.classes) if name and (classes == number).any()]
+            names, masks = [test.classes[number] for number in there], [classes == number for number in there]
+            panels.append((draw_objects(image, names, [""] * len(names), colours, masks=masks, side=SIDE), title))
+        rows.append(side_by_side(*panels))
     return grid(rows)
-
-
-def _painted(image: Picture, label: npt.NDArray[Any], classes: Sequence[str], colours: Mapping[str, Colour]) -> Picture:
-    """An image under the colours of the classes in it."""
-    there = [number for number, name in enumerate(classes) if name and (label == number).any()]
-    names, masks = [classes[number] for number in there], [label == number for number in there]
-    return draw_objects(image, names, [""] * len(names), colours, masks=masks, side=SIDE)
