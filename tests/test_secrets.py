@@ -40,7 +40,7 @@ def test_the_url_of_a_folder_holds_no_secret() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--api-token", "hidden"], ["--token=hidden"], ["--set=comet.api_key=hidden"], ["--set=visft.token=hidden"]],
+    [["--api-token", "hidden"], ["--token=hidden"], ["--set=comet.api_key=hidden"], ["--set=visft.run.api_key=hidden"]],
 )
 def test_a_secret_on_the_command_line_is_refused_without_a_word_of_it(words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"token|api_key") as refused:

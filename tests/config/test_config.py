@@ -96,10 +96,6 @@ def test_all_errors_at_once_with_value_source_and_nearest_key() -> None:
         assert part in text
 
 
-def test_a_key_that_holds_a_secret_is_not_shown() -> None:
-    assert "hunter2" not in complaint("visft.run.api_key=hunter2")
-
-
 TIMM = "visft.model.preset=timm:resnet18"
 
 
@@ -298,7 +294,6 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
         ([], "--stage is missing"),
         (["--stage", "1", "--modle", "debug"], "did you mean --model?"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
-        (["--stage", "1", "--steps", "1", "--epochs", "1"], "not allowed with argument --steps"),
         (["--deepspeed_config", str(CONFIG_ROOT / "stage1.json"), "--model", "debug"], "leave out --model"),
     ],
 )

@@ -95,12 +95,3 @@ def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         resolve_arguments(["--stage", "2", "--model", "gone.json"])
     with pytest.raises(ValueError, match="did you mean debug"):
         resolve_arguments(["--stage", "2", "--model", "debgu"])
-
-
-def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
-    (tmp_path / "train.manifest.json").touch()
-    settings = (f"visft.data.root={tmp_path}", f"visft.tasks.captioning.vocabulary.file={tmp_path}/words.json")
-    (missing,) = missing_inputs(debug(*settings, stage=1))
-    assert missing.path == f"{tmp_path}/words.json" and "vocabulary.file=null" in missing.command
-    (tmp_path / "words.json").touch()
-    assert missing_inputs(debug(*settings, stage=1)) == []

@@ -111,9 +111,7 @@ def test_bad_input_has_one_message_and_status_2(
     for arguments, word in (
         (("absent.jpg",), "absent.jpg"),
         ((tmp_path / "empty",), "no image"),
-        (("photos", "--model", tmp_path / "absent"), "no such run"),
         (("photos", "--threshold", "2"), "threshold"),
-        (("photos", "--tasks", "depth"), "depth"),
     ):
         assert _run(tmp_path / "out", *arguments) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()

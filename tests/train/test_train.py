@@ -76,29 +76,12 @@ def test_the_command_trains_stage_2_on_two_processes(shards: Path, straight: Pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """Run the command in this process, expect one message and exit code 2."""
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
 def test_more_ranks_than_images(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    message = refused(capsys, command(shards, tmp_path / "run"))
-    assert "batch_size = 4 on 8 processes" in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_missing_inputs_are_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, ["--stage", "2", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
-    for wanted in ("visft shards", "EVA02_CLIP_E_psz14_plus_s9B.pt", "visft train --stage 1"):
-        assert wanted in message
-    assert len(message.splitlines()) < 30
+    assert main(command(shards, tmp_path / "run")) == 2 and not (tmp_path / "run").exists()
+    assert re.match("error: .*batch_size = 4 on 8 processes", capsys.readouterr().err)
 
 
 def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, tmp_path: Path) -> None:
