@@ -39,7 +39,6 @@ from visft_ds.evals.judge.protocol import (
     Features,
     FloatArray,
     ImageSet,
-    IntArray,
     Label,
     Score,
     hits,
@@ -145,18 +144,18 @@ def classification(label: str, train: ClassSet, test: ClassSet) -> Benchmark:
     """kNN and linear accuracy."""
     probes = {"kNN": by_neighbours, "linear": by_regression}
 
-    def rows(number: str, features: Mapping[str, Tensor], labels: IntArray) -> Rows:
+    def rows(number: str, features: Mapping[str, Tensor], data: ClassSet) -> Rows:
         kinds = ("pooled",) if number == "kNN" else ("pooled", "mean")
         found = torch.cat([features[kind] for kind in kinds if kind in features], dim=1)
-        return Rows(found, torch.from_numpy(labels), torch.arange(len(labels)))
+        return Rows(found, torch.from_numpy(data.labels), torch.arange(len(data.labels)))
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
-        for name in (name for name in probes if name in wanted):
-            known, asked = rows(name, features["train"], train.labels), rows(name, features["test"], test.labels)
+        for name in wanted:
+            known, asked = rows(name, features["train"], train), rows(name, features["test"], test)
             yield probes[name](name, known, asked)
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
-        known = rows(number, features, train.labels)
+        known = rows(number, features, train)
         held = _held(known.labels)
         if not held.any():
             raise ValueError(f"{label} has no class of five training images; a fifth of them chooses a layer")
