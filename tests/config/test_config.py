@@ -58,7 +58,7 @@ def test_a_model_file_replaces_values_of_a_stage() -> None:
     assert config.optimizer.params.lr != resolve(stage=2).optimizer.params.lr
 
 
-@pytest.mark.parametrize("text", ['{"a": }', "[1]"])
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": }', "[1]"])
 def test_unreadable_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "f.json").write_text(text)
     with pytest.raises(ValueError, match=r"f\.json: cannot be read as a configuration"):

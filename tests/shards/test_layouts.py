@@ -1,4 +1,4 @@
-"""`visft shards FOLDER`: each layout is recognised and packed; a folder of nothing is refused, as of two things."""
+"""`visft shards FOLDER`: each layout is recognised and packed; two things in one folder, or nothing, are refused."""
 
 from __future__ import annotations
 
@@ -125,6 +125,12 @@ def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any) -> None:
     with pytest.raises(ValueError, match=r"metadata\.jsonl: .*: line 2: "):
         recognise(_captioned(tmp_path, {"file_name": "0.jpg", "text": "A dog."}, line))
+
+
+def test_a_folder_that_is_two_things_is_refused(tmp_path: Path) -> None:
+    (_roboflow(tmp_path) / "data.yaml").write_text("train: train\nnames: [a]\n")
+    with pytest.raises(ValueError, match="is 2 things, Roboflow: train/_annotations"):
+        recognise(tmp_path)
 
 
 def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

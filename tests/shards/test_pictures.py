@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_lost_pictures_are_counted_and_above_a_tenth_an_error(
 
 
 def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, a device, a file of terabytes without content, a link to itself."""
+    """A pipe that nobody writes to, a device, terabytes without content, a link to itself, a picture elsewhere."""
     tree = write_tree(tmp_path / "tree", 80)
     for place in range(5):
         (tree.images / f"picture.{place}.jpg").unlink()
@@ -182,8 +183,9 @@ def test_what_is_no_plain_file_is_left_out(tmp_path: Path) -> None:
     os.truncate(tree.images / "picture.2.jpg", 1 << 40)
     (tree.images / "picture.3.jpg").symlink_to("picture.3.jpg")
     (tree.images / "picture.4.jpg").mkdir()
-    tree.edit(lambda content: content["images"][5].update(file_name="../instances.json"))
+    shutil.copy(tree.images / "picture.5.jpg", tree.images.parent / "secret.jpg")
+    tree.edit(lambda content: content["images"][5].update(file_name="../secret.jpg"))
     tree.edit(lambda content: content["images"][6].update(file_name="x" * 300))
     manifest = tree.pack(tmp_path / "out", captions=False)
-    strange = {"../instances.json", "x" * 300}
+    strange = {"../secret.jpg", "x" * 300}
     assert {name for name, _ in manifest.left_out} == {*(f"picture.{n}.jpg" for n in range(5)), *strange}

@@ -91,9 +91,16 @@ def available(folder: str) -> list[str]:
 
 
 def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError; OSError for no file."""
+    """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a key stands twice in one object: {', '.join(key for key, _ in pairs)}")
+        return found
+
     with reading(name or path, "a configuration (a JSON object)"):
-        value = json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path), object_pairs_hook=unique)
         if not isinstance(value, dict):
             raise ValueError(shorten(value))
     return value

@@ -53,6 +53,8 @@ def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> li
     """What columns (n, C, w) say, by a reader that learns from those of known words. A word that has more characters
     than steps teaches nothing; equal neighbours need a blank between them.
     """
+    if known.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):
+        raise ValueError(f"features of {known.shape[2]} columns are too few for any word")
     alphabet = sorted({character for word in words for character in word})  # a blank comes after it
     # One number for all channels: some hardly vary, and would be blown up to noise.
     mean, scale = known.mean(dim=(0, 2)), known.std().clamp_min(1e-6)
