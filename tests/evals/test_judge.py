@@ -24,10 +24,13 @@ from visft_ds.config import resolve
 from visft_ds.evals.cli import judge
 from visft_ds.evals.judge import judging
 from visft_ds.evals.judge.classes import read_classes
+from visft_ds.evals.judge.encoders import Encoder, square_preprocess
 from visft_ds.evals.judge.models import load_encoder, parse_model
-from visft_ds.evals.judge.scoring import Settings, remembered, shared
+from visft_ds.evals.judge.protocol import ImageSet
+from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
 from visft_ds.models.lora import inject_lora
+from visft_ds.resilience.errors import RankError
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.run.record import write_run
 
@@ -199,6 +202,25 @@ def test_processes_share_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, (0, 1))) == [[0, 1, 4, 9, 16]] * 2
     assert sorted(made) == [(number, number % 2) for number in range(5)]
+
+    def broken(own: bool) -> int:
+        raise ValueError("damaged")
+
+    of_thread.rank = 1
+    with pytest.raises(RankError, match="damaged"):  # which is printed whatever the rank
+        shared([partial(result, 0), broken])
+
+
+def test_an_image_with_broken_features_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, images: torch.Tensor, kinds: Any) -> dict[str, torch.Tensor]:
+            return {"pooled": 1 / (images.mean(dim=(2, 3)) * 255 - 3).round()}
+
+    monkeypatch.setenv("RANK", "1")  # where no bar counts
+    drawn = ImageSet([f"{place}.png" for place in range(5)], lambda place: Image.new("RGB", (4, 4), (place,) * 3), "")
+    encoder = Encoder(Broken(), ("pooled",), square_preprocess(4, (0,) * 3, (1,) * 3), ((0,) * 3, (1,) * 3), 4, None)
+    with pytest.raises(ValueError, match=r"3\.png"):
+        encode_images(encoder, drawn, ["pooled"], Settings(torch.device("cpu"), "fp32", Path(), 2, 1), "")
 
 
 def test_a_run_is_a_model(tmp_path: Path) -> None:

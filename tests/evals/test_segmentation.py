@@ -47,6 +47,7 @@ def test_label_maps(tmp_path: Path, labels: str, parts: tuple[str, str], void: i
         _picture(tmp_path / "images" / folder / "one.jpg")
         (tmp_path / labels / folder).mkdir(parents=True)
         Image.fromarray(numbers).save(tmp_path / labels / folder / "one.png")
+    (tmp_path / labels / "other").mkdir()  # without images: no part
     first = int(void == 0)  # 0 of ADE20K's is no class
     for part in read_train_and_test(ALL, str(tmp_path)):
         label = part.label(0)

@@ -68,7 +68,9 @@ def test_on_a_terminal_the_newest_step_is_the_last_line(monkeypatch: pytest.Monk
     assert "saved [step 7]" in lines
 
 
-def test_a_gauge_in_a_log_tells_how_much_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gauge_in_a_log_tells_how_much_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with gauge("reading", 1000, "MB") as bar:
         bar.update(500)
     assert capsys.readouterr().err == ""  # done within five seconds
@@ -76,6 +78,8 @@ def test_a_gauge_in_a_log_tells_how_much_is_done(capsys: pytest.CaptureFixture[s
         bar.delay = bar.mininterval = 0
         bar.update(2)
     assert "hashing: 2/10 files, left" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert gauge("hashing", 10, "files").disable, "the main process tells for all"
 
 
 def test_output_that_nobody_reads_is_told_and_other_processes_print_nothing() -> None:

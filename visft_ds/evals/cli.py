@@ -43,6 +43,7 @@ models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LA
 
 kinds of --on (and their keys):
     segmentation    by patches, and names of objects: COCO, shards, ADE20k, images/ labels/ (split, train, name)
+    depth           metres by a linear head: images/ with depth/, 16-bit PNG of millimetres (split, train, name)
     classification  kNN and linear on frozen features: folders of classes, digits (split, train, name)
     zero_shot       classes by text similarity: folders of classes, ImageNet's family, ObjectNet (split, name)
     retrieval       captions and images: COCO, Karpathy's JSON (split, name)

@@ -48,7 +48,7 @@ def collect(
         ours: dict[str, Results] = {task: [] for task in stream.tasks}
         what, pipeline = f"evaluating {', '.join(stream.tasks)}", pipeline_of(stream, vocabulary, train=False)
         given = (reader, pipeline, stream.micro_batch, rank, world, chosen)
-        with gauge(what, len(chosen), "images", enabled=distributed.is_main()) as bar:
+        with gauge(what, len(chosen), "images") as bar:
             for batch in evaluation_batches(*given, num_workers=num_workers):
                 outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
                 for task, results in ours.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -122,9 +123,7 @@ class Progress(AbstractContextManager["Progress"]):
         return "  ".join(parts)
 
 
-def gauge(
-    what: str, total: float, unit: str = "", items: Iterable[Any] | None = None, *, enabled: bool = True
-) -> tqdm[Any]:
+def gauge(what: str, total: float, unit: str = "", items: Iterable[Any] | None = None) -> tqdm[Any]:
     """A tqdm bar on stderr for any work but training, silent for five seconds; in a log a line every half minute."""
     live = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
@@ -132,9 +131,10 @@ def gauge(
         desc=what,
         total=total,
         unit=f" {unit}",
-        disable=not enabled,
+        disable=os.environ.get("RANK", "0") != "0",  # the main process tells for all
         delay=5,
         mininterval=0.2 if live else 30,
+        miniters=1,  # otherwise tqdm's watcher prints old numbers again
         bar_format=None if live else "{desc}: {n:.0f}/{total:.0f}{unit}, left {remaining}\n",
         leave=False,
         dynamic_ncols=live,

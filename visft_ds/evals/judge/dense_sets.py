@@ -141,9 +141,11 @@ def _parts(root: Path) -> Parts:
 
 
 def _beside(root: Path, kind: str, read: Callable[[Path], npt.NDArray[Any]]) -> Parts:
-    """The parts with maps in folders of a kind, beside those of images."""
-    folders = sorted(root.glob(f"{kind}/*/"))
-    return {at.name: partial(_of_maps, root, image_files(root / "images" / at.name), at, read) for at in folders}
+    """The parts that have a folder of images and one of maps of a kind."""
+    both = [(root / "images" / maps.name, maps) for maps in sorted(root.glob(f"{kind}/*/"))]
+    return {
+        maps.name: partial(_of_maps, root, image_files(images), maps, read) for images, maps in both if images.is_dir()
+    }
 
 
 def _ade(path: Path) -> Label:

@@ -30,6 +30,7 @@ from visft_ds.interop.weights import write_atomically, write_text
 from visft_ds.monitor.console import gauge
 from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
+from visft_ds.resilience.errors import RankError
 
 VERSION = 3  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
@@ -61,7 +62,10 @@ def shared(calls: Sequence[Callable[[bool], T]]) -> list[T]:
         calls: given True, to make what is not there; given False, to wait until another process has made it.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    own = {number: call(True) for number, call in enumerate(calls) if number % world == rank}
+    try:
+        own = {number: call(True) for number, call in enumerate(calls) if number % world == rank}
+    except ValueError as error:
+        raise RankError(str(error)) from error  # the others, which wait, do not meet it
     return [own[number] if number in own else call(False) for number, call in enumerate(calls)]
 
 
@@ -147,11 +151,11 @@ def encode_images(
     """Kind -> (images, ...) float32 on the CPU."""
     encoder.module.to(settings.device)
     found: dict[str, list[Tensor]] = {}
-    with gauge(what, len(images), "images", enabled=distributed.is_main()) as bar:
-        for pixels in pictures(encoder, images, settings):
+    with gauge(what, len(images), "images") as bar:
+        for batch, pixels in enumerate(pictures(encoder, images, settings)):
             for kind, value in forward(encoder, pixels, kinds, settings).items():
                 if not (finite := value.reshape(len(value), -1).isfinite().all(dim=1)).all():
-                    where = images.names[int(bar.n) + int(finite.logical_not().nonzero()[0])]
+                    where = images.names[batch * settings.batch_size + int(finite.logical_not().nonzero()[0])]
                     raise ValueError(
                         f"{kind} of {where}: NaN or infinite in {settings.precision}; try --precision fp32"
                     )
