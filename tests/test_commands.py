@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 import visft_ds
 from visft_ds.cli import COMMANDS, main
 from visft_ds.parallel import engine
+from visft_ds.resilience.processes import start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +46,18 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
     assert started == [(["evaluate", "--run", "r"], 8)] * 2
     for command in ("train", "evaluate"):
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its status is the command's, and nothing is said of those that waited for it."""
+    rank = tmp_path / "rank"
+    rank.write_text("#!/bin/sh\n[ $RANK = 1 ] && exit 2\nexec sleep 60\n")
+    rank.chmod(0o755)
+    monkeypatch.setattr("visft_ds.resilience.processes.sys.executable", str(rank))
+    monkeypatch.setattr("visft_ds.resilience.processes._GRACE", 0.2)
+    assert start_ranks(["judge"], 3) == 2 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -61,17 +61,18 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "visft_ds", *words]
         ranks.append(subprocess.Popen(command, env=environment, process_group=0))
-    failed = None
+    failed, ended = None, list[subprocess.Popen[bytes]]()  # by us
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
         if failed is None and any(process.returncode in _FAILED for process in ranks):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > _GRACE:
-            for process in ranks:
+            ended = ended or [process for process in ranks if process.returncode is None]
+            for process in ended:
                 process.kill()
         time.sleep(0.1)
     for number, handler in before.items():
         signal.signal(number, handler)
-    return _status_of([process.returncode for process in ranks])
+    return _status_of([process.returncode for process in ranks if process not in ended])
 
 
 def _status_of(codes: Sequence[int]) -> int:
