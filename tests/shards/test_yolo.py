@@ -120,6 +120,10 @@ def test_links_to_folders_and_pipes_are_no_images(tmp_path: Path) -> None:
     (images / "up").symlink_to(tmp_path)
     os.mkfifo(images / "pipe.jpg")
     assert len(read(path)["images"]) == 5
+    os.mkfifo(tmp_path / "pipe.txt")
+    path.write_text("train: ../pipe.txt\nnames: [a]\n")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read(path)
 
 
 def test_labels_in_the_wrong_place_are_no_empty_pictures(tmp_path: Path) -> None:

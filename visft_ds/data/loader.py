@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -158,20 +159,20 @@ def evaluation_batches(
     batch_size: int,
     rank: int,
     world_size: int,
-    limit: int | None = None,
+    places: npt.NDArray[np.int64],
     *,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's batches of a split: each image (of the first `limit`) once over all ranks, equally many batches.
+    """This rank's batches of the images at some places of a split: each once over all ranks, equally many batches.
 
     Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective operations stay
     in step and no result is counted twice.
     """
-    count = len(reader) if limit is None else min(limit, len(reader))
-    indices = rank + world_size * np.arange(-(-count // world_size))
-    chunks = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    count = len(places)
+    ours = rank + world_size * np.arange(-(-count // world_size))
+    chunks = [ours[first : first + batch_size] for first in range(0, len(ours), batch_size)]
     name = reader.manifest.split  # stands for the task and the data set: there is one of each
-    parts = [StepPlan(0, name, name, 0, 0, chunk.clip(max=count - 1), np.zeros_like(chunk)) for chunk in chunks]
+    parts = [StepPlan(0, name, name, 0, 0, places[chunk.clip(max=count - 1)], np.zeros_like(chunk)) for chunk in chunks]
     maker = _BatchMaker({name: reader}, {name: {name: pipeline}})
     for chunk, batch in zip(chunks, _made(maker, parts, min(num_workers, len(parts)), ahead=2), strict=True):
         yield replace(batch, real=torch.from_numpy(chunk < count))

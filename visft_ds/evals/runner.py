@@ -29,6 +29,7 @@ def collect(
     vocabulary: Vocabulary | None,
     *,
     limit: int | None = None,
+    places: Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> dict[str, Results] | None:
     """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
@@ -38,20 +39,21 @@ def collect(
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
+        places: of the images in the split, instead of a limit.
     """
     gathered: dict[str, Results] = {}
     rank, world = distributed.rank(), distributed.world_size()
-    count = min(limit or len(reader), len(reader))
+    chosen = np.arange(len(reader))[:limit] if places is None else np.array(places)
     for stream in streams.values():
         ours: dict[str, Results] = {task: [] for task in stream.tasks}
         what, pipeline = f"evaluating {', '.join(stream.tasks)}", pipeline_of(stream, vocabulary, train=False)
-        given = (reader, pipeline, stream.micro_batch, rank, world, limit)
-        with gauge(what, count, "images") as bar:
+        given = (reader, pipeline, stream.micro_batch, rank, world, chosen)
+        with gauge(what, len(chosen), "images") as bar:
             for batch in evaluation_batches(*given, num_workers=num_workers):
                 outputs = TASKS[stream.tasks[0]].outputs(predict, batch, stream.image)
                 for task, results in ours.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
-                bar.update(min(world * len(batch.real), count - bar.n))
+                bar.update(min(world * len(batch.real), len(chosen) - bar.n))
         for task, results in ours.items():
             parts = distributed.gather_objects(results)
             if parts is not None:

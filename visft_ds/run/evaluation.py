@@ -106,9 +106,10 @@ class Validation:
         """Draw the predictions of the fixed images after `step`, which is not evaluated. Collective."""
         tasks = [task for stream in self._streams.values() for task in stream.tasks]
         run = self._config.run
-        if places := example_positions(self._reader, tasks, run.pictures, run.eval_limit):
-            given = (predict, self._reader, self._streams, self._vocabulary)
-            self._draw(step, collect(*given, limit=places[-1] + 1) or {}, log)
+        places = example_positions(self._reader, tasks, run.pictures, run.eval_limit)
+        given = (predict, self._reader, self._streams, self._vocabulary)
+        if places and (collected := collect(*given, places=places)) is not None:
+            self._draw(step, collected, log)
 
     def _draw(self, step: int, collected: Mapping[str, Results], log: RunLog) -> None:
         run = self._config.run
