@@ -126,8 +126,7 @@ def levels_of(
     direct = [number for number in levels if number in DIRECT]
     read(list(sizes), direct)
     if direct:
-        first = levels[direct[0]]
-        ranked = sorted(first, key=lambda name: -first[name])
+        ranked = sorted(sizes, key=lambda name: -levels[direct[0]][name])
     candidates = {*([name for name in ranked if name in sizes][:CANDIDATES] or sizes), list(sizes)[-1]}
     read([name for name in sizes if name in candidates], [number for number in levels if number in HEADS])
     return levels
