@@ -124,6 +124,7 @@ TIMM = "visft.model.preset=timm:resnet18"
         (2, ["visft.tasks=[]"], "no task is on"),
         # The first list has thrown the settings of captioning away; the second must not end in an empty run.
         (2, ["visft.tasks=detection", "visft.tasks=detection,captioning"], "no settings of a task 'captioning'"),
+        (1, ["visft.model.overrides.depth=2147483648"], "depth"),
     ],
 )
 def test_settings_that_are_refused(stage: int, settings: list[str], message: str) -> None:

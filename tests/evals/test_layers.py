@@ -72,7 +72,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(count):
             labels = (np.arange(SIDE) >= rng.integers(16, 48)).astype(np.uint8)[None].repeat(SIDE, axis=0)
             noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + 60 * labels[..., None]
-            for place, pixels in (("images", noise.astype(np.uint8)), ("labels", labels)):
+            metres = labels.astype(np.uint16) * 3000 + 1000
+            for place, pixels in (("images", noise.astype(np.uint8)), ("labels", labels), ("depth", metres)):
                 path = tmp_path / "two" / place / part / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
@@ -83,7 +84,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return Encoder(module, module.kinds, square_preprocess(SIDE, *GREY), GREY, SIDE, None)
 
     monkeypatch.setattr(models, "_load_backbone", load)
-    brief = replace(QUICK, segmentation=replace(QUICK.segmentation, steps=8, warm_up=1))
+    short = {name: replace(getattr(QUICK, name), steps=8, warm_up=1) for name in ("segmentation", "depth")}
+    brief = replace(QUICK, **short)  # type: ignore[arg-type]
     monkeypatch.setattr(command, "QUICK", brief)
     monkeypatch.setattr(protocols, "BRIEF", brief)
     for name in TOWERS:
@@ -114,10 +116,18 @@ def test_a_copy_of_the_best_block_at_the_end_is_better_placed(data: Path, monkey
     assert row["differences"]["tuned"]["value"] == 0 and list(chosen["base"]["held_out"]) == [
         f"blocks.{n}" for n in range(3)
     ]
-    assert "held-out training images" in (data / "out/judge.html").read_text() or record["layers"]
+    assert "One fifth of the training images" in (data / "out/judge.html").read_text()
     monkeypatch.setattr(layers, "MOST", 1)
     again = _judged(data, "copied", "--cache", str(data / "other"))
     assert again["layers"] == record["layers"] and again["rows"] == record["rows"]
+
+
+def test_heads_alone_choose_among_all_blocks(data: Path) -> None:
+    names = [f"base={data}/middle.pt", f"tuned={data}/copied.pt", "--quick", "--out", data / "out"]
+    status, _, errors = _run(*names, "--on", f"depth={data}/two", "--primary", "depth/two RMSE")
+    assert status == 0, errors
+    chosen = _record(data / "out")["layers"]["depth/two RMSE"]
+    assert list(chosen["base"]["held_out"]) == [f"blocks.{n}" for n in range(3)]
 
 
 def test_at_last_layers_nothing_is_called_a_gain(data: Path) -> None:

@@ -48,6 +48,7 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  #: 0, 1, 2, ...
 Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]  #: 1, 2, 3, ...
+Depth = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=1000)]  #: blocks or layers
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]  #: of dropout

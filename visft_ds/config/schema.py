@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
-from visft_ds.config.fields import Above, Count, Positive, Probability, Rate, StrictModel, Text, nearest
+from visft_ds.config.fields import Above, Count, Depth, Positive, Probability, Rate, StrictModel, Text, nearest
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.pretrained import TIMM
 from visft_ds.redaction import refuse_secrets
@@ -60,7 +60,7 @@ class BackboneOverrides(StrictModel):
     """Fields of the backbone preset that this model replaces."""
 
     width: Positive | None = None
-    depth: Positive | None = None
+    depth: Depth | None = None
     num_heads: Positive | None = None
     mlp_ratio: Above | None = None
     patch_size: Positive | None = None

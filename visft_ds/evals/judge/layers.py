@@ -3,7 +3,7 @@
 The last block of a tower often has not the best features, so that a gain over it may be no more than a better place.
 BASE and every tuned model are read after the block that is best on a fifth of the *training* images, by a probe of the
 other four fifths. Numbers that train nothing are asked for every block; trained heads for the CANDIDATES best of those,
-and the last. The other numbers of a data set take the block of its first one.
+and the last, or for all if none are ranked. The other numbers of a data set take the block of its first one.
 
 As many blocks are read in one forward as fit into MOST bytes of features.
 """
@@ -126,9 +126,8 @@ def levels_of(
     direct = [number for number in levels if number in DIRECT]
     read(list(sizes), direct)
     if direct:
-        first = levels[direct[0]]
-        ranked = sorted(first, key=lambda name: -first[name])
-    candidates = {*[name for name in ranked if name in sizes][:CANDIDATES], list(sizes)[-1]}
+        ranked = sorted(sizes, key=lambda name: -levels[direct[0]][name])
+    candidates = {*([name for name in ranked if name in sizes][:CANDIDATES] or sizes), list(sizes)[-1]}
     read([name for name in sizes if name in candidates], [number for number in levels if number in HEADS])
     return levels
 

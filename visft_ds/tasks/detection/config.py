@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from visft_ds.config.fields import Above, Ascending, Fraction, Positive, Probability, Rate, Sides, StrictModel
+from visft_ds.config.fields import Above, Ascending, Depth, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import TaskConfig
 
 
@@ -33,8 +33,8 @@ class DetectionHeadConfig(StrictModel):
     num_queries: Positive = 100
     encoder_dim: Positive = 128
     decoder_dim: Positive = 256
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 6
+    encoder_layers: Depth = 6
+    decoder_layers: Depth = 6
     num_heads: Positive = 8
     ffn_dim: Positive = 1024
     dropout: Probability = 0.1

@@ -8,7 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Ascending, Count, Fraction, Positive, Probability, Rate, StrictModel, nearest
+from visft_ds.config.fields import (
+    Above,
+    Ascending,
+    Count,
+    Depth,
+    Fraction,
+    Positive,
+    Probability,
+    Rate,
+    StrictModel,
+    nearest,
+)
 from visft_ds.config.task_schema import Findings, TaskConfig
 
 #: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
@@ -37,8 +48,8 @@ class SegmentationHeadConfig(StrictModel):
     num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
     num_queries: Positive = 100
     hidden_dim: Positive = 256
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 9
+    encoder_layers: Depth = 6
+    decoder_layers: Depth = 9
     num_heads: Positive = 8
     num_points: Positive = 4
     encoder_ffn_dim: Positive = 512
