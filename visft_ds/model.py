@@ -105,7 +105,7 @@ class MultiTaskModel(nn.Module):
             if frames is None:
                 size, maps = pixels.shape[-2:], [one for one in found if one.ndim == 4]
                 valid = [valid_region(batch.sizes, size, one.shape[-2:]) for one in maps]
-            else:  # of towers of ours, which have no prefixes
+            else:  # packed images have no prefixes
                 patch = self.backbone.patch_size
                 grids = [(height // patch, width // patch) for height, width in frames]
                 parts = zip(batch.sizes, frames, grids, strict=True)

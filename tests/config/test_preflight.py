@@ -48,6 +48,9 @@ def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
     assert missing.what.startswith("heads of stage 1: detection (")
     assert missing.command.endswith("--tasks detection,segmentation")
     assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
+    (tmp_path / "export").mkdir()  # as in a run
+    (missing,) = missing_inputs(debug(*settings, "visft.tasks=segmentation,detection"))
+    assert missing.command.endswith(f"--heads {tmp_path}/export")
 
 
 def _shards(shards: Path, folder: Path, without: int = 0, **counts: int) -> list[str]:

@@ -251,11 +251,12 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
     for stage, words, said in (
         (2, ["--backbone", world.merged, "--adapter", world.adapter], "twice"),
         (1, ["--backbone", wide], "does not fit"),
+        (0, ["--backbone", wide, "--heads", world.run(1) / "export", "--data", world.shards], "maps of width"),
         (1, ["--data", tmp_path / "strange"], "stranger"),
         (1, ["--data", tmp_path / "silent"], "no captions"),
     ):
-        given = ["--run", world.run(stage), *words, "--out", tmp_path / "out", "--images", 0]
-        status, printed, errors = _evaluate(*given)
+        run = ["--run", world.run(stage)] if stage else []
+        status, printed, errors = _evaluate(*run, *words, "--out", tmp_path / "out", "--images", 0)
         assert status == 2 and printed.count("box/") == 0 and said in errors
         assert not (tmp_path / "out").exists()
 

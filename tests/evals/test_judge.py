@@ -249,3 +249,6 @@ def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     ):
         status, _, errors = _run(*models, *words, "--on", shapes, "--out", tmp_path / out)
         assert status == 2 and message in errors
+    words = ("--on", f"objects={world}/coco", "--primary", "objects/coco text top1", "--layers", "last")
+    status, _, errors = _run(base, f"cut={base}#0", *words, "--quick", "--out", tmp_path / "silent")
+    assert status == 2 and "cut has no such number" in errors

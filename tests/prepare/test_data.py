@@ -137,6 +137,8 @@ def test_a_set_of_other_categories_is_refused(folder: Path) -> None:
     sets = [{"name": "others", "root": str(folder), "split": "others", "tasks": ["detection"]}]
     with pytest.raises(ValueError, match="'kettle'"):
         open_training_data(with_sets(folder, sets=sets).visft)
+    with pytest.raises(ValueError, match="'kettle'"):
+        plan_of(folder, "train", "visft.tasks=detection", "visft.run.eval_every=1", "visft.data.val=others")
 
 
 # The plan

@@ -79,6 +79,8 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
         command = f"visft train --stage 1 {source if source.startswith('--backbone') else f'--model {model}'}"
         command += f" --data {quote(data.root)}" if "visft.data.root" in config.sources else ""
         command += f" --tasks {','.join(tasks)}"
+        if Path(heads, "export").is_dir():  # a run
+            command = f"the same command with --heads {quote(heads)}/export"
         found.append(Missing(f"heads of stage 1: {', '.join(absent)} (or --heads FOLDER)", heads, command))
     return found
 

@@ -206,9 +206,11 @@ class Judging:
             first = results[self.origin.label][name].values
             for of in results.values():
                 of[name] = replace(of[name], values=(of[name].values == first).astype(float))
+        if mute := [label for label, of in results.items() if self.primary not in of]:
+            raise ValueError(f"--primary {self.primary}: {mute[0]} has no such number")
         last = {spec.label: results[spec.label] for arm in self.compared for spec in arm.models}
         last |= {spec.label: scores for (spec, *_), scores in zip(ends, found[len(asked) :], strict=True)}
-        return results, {label: {self.primary: of[self.primary]} for label, of in last.items() if self.primary in of}
+        return results, {label: {self.primary: of[self.primary]} for label, of in last.items()}
 
     def _scores(
         self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str], own: bool

@@ -17,15 +17,14 @@ from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
 
 SEGMENTATION = "segmentation"
-_read_dense = dense_sets.read_train_and_test
 #: Kind -> what makes it of protocol, label, source, part to train on and part to judge. `evals.cli` describes them.
 KINDS: dict[str, Callable[[Protocol, str, str, str | None, str | None], Benchmark]] = {
-    SEGMENTATION: lambda how, label, *at: segmentation(label, *_read_dense(how.images, *at), how),
+    SEGMENTATION: lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
     "depth": lambda how, label, *at: depth(label, *dense_sets.read_depth(how.images, *at), how),
     "classification": lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
     "zero_shot": lambda _, label, at, __, part: classes.zero_shot(label, classes.read_classes(at, part)),
     "retrieval": lambda _, label, at, __, part: retrieval(label, *read_captions(at, part)),
-    "objects": lambda how, label, *at: grounding(label, *_read_dense(how.images, *at)),
+    "objects": lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
     "ocr": lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
     "kept": lambda _, label, at, *__: kept(label, read_images(at)),
 }

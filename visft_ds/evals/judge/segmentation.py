@@ -48,8 +48,7 @@ def _scores(source: Source, wanted: Collection[str]) -> Iterator[Score]:
     train, test, protocol = source.train, source.test, source.protocol
     if IN_CONTEXT in wanted:
         memory = source.memory(_cropped)
-        draws = RESAMPLES * protocol.resampled
-        seen = chain.from_iterable(recall(memory, maps, draws) for maps in source.whole(test))
+        seen = chain.from_iterable(recall(memory, maps, RESAMPLES * protocol.resampled) for maps in source.whole(test))
         yield overlapping(IN_CONTEXT, seen, test)
     if LINEAR in wanted:
         head = trained(source, len(train.classes), cross_entropy, protocol.segmentation, _distorted)
