@@ -126,8 +126,9 @@ def test_what_was_judged_stands_on_the_page(tmp_path: Path, undrawn: None) -> No
     text = _page(_run(tmp_path / "run"), "--judge", tmp_path / "table", "--out", tmp_path / "r.html")
     assert '<small class="">+0.40 [-1.60, +2.40]<' in text and '<small class="down">-3.00 [-5.00, -1.00] *<' in text
     assert "after: not shown.</b> One. Two." in text
-    (tmp_path / "table/judge.json").write_text('{"rows": 3}')
-    assert report([str(tmp_path / "run"), "--judge", str(tmp_path / "table")]) == 2
+    for damaged in ({"rows": 3}, {**record, "rows": [{}]}):
+        (tmp_path / "table/judge.json").write_text(json.dumps(damaged))
+        assert report([str(tmp_path / "run"), "--judge", str(tmp_path / "table")]) == 2
 
 
 def test_a_chart_is_the_same_bytes_every_time() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from visft_ds.data.shards import Manifest, ShardReader
 from visft_ds.evals.model import source_of
 from visft_ds.evals.records import FORMAT, METRICS, PICTURES, VERSION, counted
 from visft_ds.evals.runner import collect, draw_examples, measure
+from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -85,9 +87,8 @@ def evaluate(
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be judged by
             (predictions are written all the same).
     """
-    for name, number in {"limit": limit, "batch-size": batch_size, "beam-size": beam_size}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} {number} is not allowed: give at least 1")
+    counts = SimpleNamespace(limit=limit, batch_size=batch_size, beam_size=beam_size, images=images)
+    check_least(counts, limit=1, batch_size=1, beam_size=1, images=0)
     out, cache = None if out is None else Path(out), None
     if run is None and None in (backbone, heads, data, out if command else ""):
         raise ValueError(f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}")

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from PIL import Image
 
 from visft_ds.evals.records import Interval, number_text
@@ -58,7 +58,10 @@ def render(template: str, **values: Any) -> str:
     )
     environment.globals["number"] = number_text
     environment.globals["interval"] = lambda of, *percent: Interval(of["value"], of["low"], of["high"]).text(*percent)
-    return environment.get_template(template).render(**values)
+    try:
+        return environment.get_template(template).render(**values)
+    except (UndefinedError, TypeError) as error:
+        raise ValueError(f"a record is damaged, or of another version: {error}") from error
 
 
 def embedded(picture: Picture, form: str = "jpeg") -> str:

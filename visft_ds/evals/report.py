@@ -57,10 +57,11 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     path = out or folders[0] / "report.html"
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {path} would be overwritten with a page: name a file that ends in .html")
-    runs = [
-        _Run(label, folder, recorded_config(folder), read_run(folder), _history(folder))
-        for label, folder in zip(labels, folders, strict=True)
-    ]
+    runs = []
+    for label, folder in zip(labels, folders, strict=True):
+        file = folder / METRICS_FILE  # not there when the disk was full
+        history = list(read_metrics(file)) if file.is_file() else []
+        runs.append(_Run(label, folder, recorded_config(folder), read_run(folder), history))
     parts = [main.partition("/")[0] for main in MAIN.values()]
     evaluations = [one for run in runs for one in _evaluations(run, alone=len(runs) == 1)]
     measured = dict.fromkeys(name for one in evaluations for name in one.metrics if name.count("/") == 1)
@@ -82,12 +83,6 @@ def report_runs(folders: Sequence[Path], judged: Path | None, out: Path | None) 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def _history(run: Path) -> History:
-    """The records of a run: none where it has no metrics.jsonl, as when its disk was full."""
-    path = run / METRICS_FILE
-    return list(read_metrics(path)) if path.is_file() else []
 
 
 def _state(run: _Run) -> str:
