@@ -120,14 +120,14 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     first, *_, last = each.values()
     for place in np.argsort(-abs(last - first), kind="stable")[:count].tolist():
         image, label = np.asarray(test.images.read(place)), test.label(place)
-        seen = {"picture": np.full_like(label, VOID), "what is there": label}
+        seen, pale = {"what is there": label}, (0.35 * image + 165).astype(np.uint8)
         for model, score in scores.items():
             assert score.maps is not None, model
             seen[f"{model}: {100 * each[model][place]:.0f}"] = score.maps[place]
-        panels = []
+        panels = [(draw_objects(image, [], [], colours, masks=[], side=SIDE), "picture")]
         for title, classes in seen.items():
             there = [number for number, name in enumerate(test.classes) if name and (classes == number).any()]
             names, masks = [test.classes[number] for number in there], [classes == number for number in there]
-            panels.append((draw_objects(image, names, [""] * len(names), colours, masks=masks, side=SIDE), title))
+            panels.append((draw_objects(pale, names, [""] * len(names), colours, masks=masks, side=SIDE), title))
         rows.append(side_by_side(*panels))
     return grid(rows)
