@@ -96,7 +96,8 @@ class _OpenClipEncoder(nn.Module):
         """Features of images (B, 3, H, W)."""
         trunk = getattr(self.visual, "trunk", None)
         if trunk is None:
-            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+            normed = "patches" in kinds  # a tower with an attentional pooler has no norm that fits
+            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=normed)
             (patches,), embedding = outputs["image_intermediates"], outputs["image_features"]
             pooled = embedding
         else:

@@ -38,13 +38,12 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
         found = read(features["train"]["columns"], words, features["test"]["columns"], UPDATES)
         yield Score("words", np.array([float(one == other) for one, other in zip(found, right, strict=True)]))
 
-    protocol = [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE]
     return Benchmark(
         label,
         {"train": taught, "test": shown},
         ("columns",),
         ("words",),
-        {"benchmark": "ocr 3", "protocol": protocol, "words": [words, right]},
+        {"benchmark": "ocr 3", "protocol": [WIDTH, STEPS_PER_COLUMN, UPDATES, BATCH, RATE], "words": [words, right]},
         scores,
     )
 
