@@ -112,6 +112,8 @@ class Manifest:
             values = orjson.loads(content)
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
+            if values["split"] != split:
+                raise ValueError(f"it is of the split {values['split']}")
             values["counts"] = {name: int(count) for name, count in values["counts"].items()}
             values["categories"] = tuple(Category(**each) for each in values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
