@@ -238,7 +238,7 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def test_damaged_files_are_read_correctly_or_refused() -> None:
-    python("-m", "tests.test_fuzz", "--inputs", "400")
+    python("-m", "tests.test_fuzz", "--inputs", "250")
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
