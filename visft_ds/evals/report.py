@@ -93,7 +93,7 @@ def _state(run: _Run) -> str:
 
 
 def _evaluations(run: _Run, alone: bool) -> list[Evaluation]:
-    """What visft evaluate measured of a run; else its last evaluation during training, if `alone` also the first."""
+    """Evaluations of a run: that of visft evaluate, else the last during training, if `alone` also the first."""
     data, limit = run.config.visft.data, run.config.visft.run.eval_limit
     made = run.folder / f"evaluation-{data.val}"
     if (made / METRICS).is_file():

@@ -49,7 +49,7 @@ def ocr(label: str, train: WordSet, test: WordSet) -> Benchmark:
 
 
 def read(known: Tensor, words: Sequence[str], asked: Tensor, updates: int) -> list[str]:
-    """What columns (n, C, w) say, by a reader that learns from those of known words. A word that has more characters
+    """Words that columns (n, C, w) say, by a reader that learns from known ones. A word that has more characters
     than steps teaches nothing; equal neighbours need a blank between them.
     """
     if known.shape[2] * STEPS_PER_COLUMN < min(map(len, words)):

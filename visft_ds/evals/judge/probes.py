@@ -256,7 +256,7 @@ def _held(labels: Tensor) -> Tensor:
 
 
 def _right(train: Rows, test: Rows, strength: float) -> npt.NDArray[np.bool_]:
-    """Whether logistic regression says what each row is."""
+    """Mask of the rows (n,) whose class logistic regression predicts."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
