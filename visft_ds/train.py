@@ -210,13 +210,13 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     saved, step = start, start
     run.stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
-    begin("evaluating", timed=False)
+    begin("drawing validation images")
     if validation and not start:
         validation.draw(engine.predict, start, log)
     if validation and start and state.is_evaluated(start):
         # An earlier start may have ended between saving this step and evaluating it.
         evaluated = distributed.by_main_process(lambda: start in log.writer.evaluated)
-        if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop):
+        if not evaluated and not validation.evaluate(engine.predict, start, log, run.stop, run.watchdog):
             return start, False
         if state.ends_early(start, validation, log):
             return start, True
@@ -252,8 +252,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         if validation:
             validation.poll(log)
         if validation and state.is_evaluated(step):
-            begin(f"evaluating after step {step}", timed=False)
-            if not validation.evaluate(engine.predict, step, log, run.stop):
+            if not validation.evaluate(engine.predict, step, log, run.stop, run.watchdog):
                 if saved < step:
                     state.save(step)  # a resume evaluates it
                 return step, False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -33,7 +35,9 @@ from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.prepare.data import vocabulary_of
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.model import prepare_model
+from visft_ds.resilience import watchdog
 from visft_ds.resilience.stop import Stop, StopFlag
+from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.evaluation import Validation
 from visft_ds.run.log import RunLog
 from visft_ds.tasks import shown_metrics
@@ -192,7 +196,7 @@ def test_predictions_that_are_not_finite(
     validation, printed = parts.validation("visft.run.eval_limit=2"), io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
-        assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
+        assert validation.evaluate(lambda batch: module(batch), 2, log, stop, Watchdog(0, 0.0))
         validation.poll(log, seconds=None)
     (warning,) = capsys.readouterr().err.splitlines()
     assert "step 2 failed: detection" in warning
@@ -213,8 +217,31 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        assert not validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
+        log = RunLog(writer, Progress(4, stream=io.StringIO()))
+        assert not validation.evaluate(predict, 2, log, stop, Watchdog(0, 0.0))
     assert len(seen) == 1 and not validation._waiting
+
+
+def test_an_evaluation_that_hangs_is_noticed(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every batch has the time of a step: an evaluation may take hours, a rank that waits for another one may not."""
+    validation, dog, ended, begun = parts.validation(), Watchdog(0, 0.0), threading.Event(), list[float]()
+    monkeypatch.setattr(watchdog, "_LOOK", 0.01)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+
+    def predict(batch: Batch) -> dict[str, Any]:
+        begun.append(dog._since)
+        if len(begun) == 2:
+            dog.timeout = 0.05
+            assert ended.wait(60)
+            raise InterruptedError
+        return {}
+
+    monkeypatch.setattr("visft_ds.run.evaluation.collect", lambda predict, *_, **__: [predict(batch) for batch in "ab"])
+    with MetricsWriter(tmp_path) as writer, pytest.raises(InterruptedError), dog.watching():
+        validation.evaluate(predict, 2, RunLog(writer, Progress(4)), StopFlag(launched=False), dog)
+    assert begun[0] < begun[1] and "evaluating after step 2" in capsys.readouterr().err
 
 
 def test_a_killed_process_costs_its_numbers_only(

@@ -38,7 +38,7 @@ class Watchdog:
     _leave: threading.Event = field(default_factory=threading.Event)
 
     def begin(self, doing: str, *, timed: bool = True) -> None:
-        """Record the phase that begins; `timed=False` for what may take any time, such as an evaluation."""
+        """Record the phase that begins; `timed=False` for what may take any time, such as an export."""
         self._doing, self._timed, self._since = doing, timed, time.monotonic()
 
     def leave(self) -> None:

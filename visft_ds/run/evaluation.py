@@ -7,7 +7,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.redaction import redacted
 from visft_ds.resilience.stop import StopFlag
+from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.run.log import RunLog
 from visft_ds.tasks import Results, shown_metrics
 from visft_ds.tasks.spec import Predict
@@ -56,12 +56,20 @@ class Validation:
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[int, Future[Measured]]] = deque()
 
-    def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
-        """Predict the split. Collective; the numbers come later, see `poll`.
+    def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag, watchdog: Watchdog) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the watchdog.
 
         Returns False where a rank was asked to stop: launchers do not wait so long, and a resume evaluates anew.
         """
-        given = (partial(_predict_unless_stopped, predict, stop), self._reader, self._streams, self._vocabulary)
+
+        def predict_unless_stopped(batch: Batch) -> Mapping[str, Any]:
+            watchdog.begin(f"evaluating after step {step}")
+            if any(distributed.from_all_ranks(bool(stop))):  # all ranks have equally many batches
+                raise _StoppedError
+            return predict(batch)
+
+        given = (predict_unless_stopped, self._reader, self._streams, self._vocabulary)
+        watchdog.begin(f"evaluating after step {step}")
         try:
             collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:
@@ -70,6 +78,7 @@ class Validation:
             self.measure(step, collected)
             self._draw(step, collected, log)
         self.poll(log)
+        watchdog.begin(f"measuring after step {step}", timed=False)  # some runs wait for it
         return True
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
@@ -157,13 +166,6 @@ class Validation:
 
 class _StoppedError(Exception):
     """Some rank was asked to stop."""
-
-
-def _predict_unless_stopped(predict: Predict, stop: StopFlag, batch: Batch) -> Mapping[str, Any]:
-    """Predict a batch, which all ranks do equally often, until one of them is asked to stop."""
-    if any(distributed.from_all_ranks(bool(stop))):
-        raise _StoppedError
-    return predict(batch)
 
 
 def _start_measuring() -> None:
