@@ -190,9 +190,7 @@ class RunConfig(StrictModel):
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    step_timeout: Rate = (
-        1800.0  #: seconds for a step or an evaluated batch; then a rank ends, with its stacks; 0: never
-    )
+    step_timeout: Rate = 1800.0  #: seconds for a step or an evaluated batch; then a rank ends with its stacks; 0: never
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
 
