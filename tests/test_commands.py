@@ -48,6 +48,15 @@ def test_num_gpus_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch, caps
         assert main([command, "--num_gpus", "all"]) == 2 and "--num_gpus all" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "text"), [("RANK", "x"), ("RANK", "1"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1")])
+def test_what_no_launcher_has_set_is_told(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, text)
+    for command in ("train", "evaluate"):
+        assert main([command]) == 2 and f"{name}={text}" in capsys.readouterr().err
+
+
 def test_a_process_that_fails_ends_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,11 +78,11 @@ def _run(words: list[str]) -> int:
         print(f"visft: no command {words[0]!r};{hint} visft --help lists them" if words else _USAGE, file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
-    if words[0] in PARALLEL and "RANK" not in os.environ:
+    if words[0] in PARALLEL:
         try:
-            others, count = without_num_gpus(words)
+            words, count = without_num_gpus(words)
         except ValueError as error:
             return tell(error, f"visft {words[0]}")
-        if count is not None:
-            return start_ranks(others, count)
+        if count is not None and "RANK" not in os.environ:
+            return start_ranks(words, count)
     return int(getattr(import_module(command.module), command.function)(words[1:]))

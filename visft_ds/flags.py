@@ -57,7 +57,7 @@ def check_least(given: object, **least: int) -> None:
     """Raise ValueError for a flag, an attribute of `given`, whose number is smaller than it may be; None: not given."""
     for name, smallest in least.items():
         value = getattr(given, name)
-        if value is not None and value < smallest:
+        if value is not None and not smallest <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
 
 

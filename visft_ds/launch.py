@@ -13,7 +13,7 @@ from visft_ds import program
 from visft_ds.config import derive_batches
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.preflight import missing_inputs, render_missing
-from visft_ds.resilience.errors import RankError, exit_code, tell
+from visft_ds.resilience.errors import exit_code, tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.resilience.stop import StopFlag
 
@@ -22,9 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 trained to the end, as `Stop.status` after a stop, else `exit_code`."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-            if not (text := os.environ.get(name, "0")).isdecimal():
-                raise RankError(f"{name}={text} in the environment is no number: unset it, launchers set it")
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)

@@ -114,12 +114,15 @@ def _other(old: str, new: str) -> Callable[[Path], object]:
         ("toy-000001.tar", lambda path: os.truncate(path, 2000), "cut"),
         ("toy.index.npy", Path.unlink, "missing"),
         ("toy.index.npy", _flip(-1), "belong"),
+        ("toy.index.npy", lambda path: path.write_bytes(b"rubbish"), "magic"),
         ("toy.manifest.json", lambda path: path.write_text("{"), "manifest"),
         ("toy.manifest.json", _other("toy-", "../"), "shards"),
         ("toy.manifest.json", _other('"version": 3', '"version": 2'), "version 3"),
         ("toy.manifest.json", _other('"split": "toy"', '"split": 3'), "of the split 3"),
         ("toy.manifest.json", _other('"images": ', '"image": '), "manifest"),
         ("toy.manifest.json", _other('"images": ', '"images": [], "x": '), "manifest"),
+        ("toy.manifest.json", _other('"vocabulary": ', '"vocabulary": 5, "x": '), "vocabulary"),
+        ("toy.manifest.json", _other('"findings": ', '"findings": [], "x": '), "findings"),
     ],
 )
 def test_what_is_not_whole_does_not_open(root: Path, file: str, damage: Callable[[Path], object], word: str) -> None:

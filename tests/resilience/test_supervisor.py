@@ -47,13 +47,14 @@ def test_what_is_started_again(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["deepspeed", "other.py"], "training"),
-        (["visft", "train", "--stage", "1", "--model", "debug", "--resume", "no"], "--resume"),
-        (["visft", "train", "--stage", "1", "--model", "debug", "--dry-run"], "--dry-run"),
+        (["--", "deepspeed", "other.py"], "training"),
+        (["--backoff", "nan", "--", "visft", "train"], "backoff"),
+        (["--", "visft", "train", "--stage", "1", "--model", "debug", "--resume", "no"], "--resume"),
+        (["--", "visft", "train", "--stage", "1", "--model", "debug", "--dry-run"], "--dry-run"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--", *words]) == 2
+    assert main(words) == 2
     assert told in capsys.readouterr().err
 
 

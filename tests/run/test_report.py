@@ -45,6 +45,7 @@ def test_only_the_first_rank_makes_a_dry_run(
 ) -> None:
     """Another one's error would end it before it has printed anything."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*DRY, "nowhere"]) == 0 and not capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ def test_the_command_writes_the_same_bytes_with_two_workers(
     out = str(tmp_path / "again")
     words = f"--train {TRAIN} --val {VAL} --size {WIDTH}x{HEIGHT} --seed 3 --workers 2 --out {out}".split()
     assert main(words) == 0 and _digest(tmp_path / "again") == _digest(tree)
-    for wrong, said in ((words, "not an empty folder"), (["--out", f"{out}2", "--size", "20"], "too small")):
+    for wrong, said in ((words, "not an empty folder"), (["--out", f"{out}2", "--size", "20"], "sides of 28")):
         assert main(wrong) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "again2").exists()
 
@@ -164,3 +164,8 @@ def test_captions_count_what_is_there() -> None:
     scenes = [draw_scene(np.random.default_rng(seed), STYLES["a"], 160, 200, max_shapes=18) for seed in range(24)]
     counts = [len(scene.shapes) for scene in scenes]
     assert 6 < np.mean(counts) < 9 and max(counts) > 13
+
+
+@pytest.mark.parametrize("words", ["--size 27", "--size 4097", "--train 1000001", "--workers 257", "--max-shapes 0"])
+def test_what_cannot_be_drawn_is_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "toy"), *words.split()]) == 2 and " to " in capsys.readouterr().err

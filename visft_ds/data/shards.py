@@ -114,6 +114,11 @@ class Manifest:
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
             if values["split"] != split:
                 raise ValueError(f"it is of the split {values['split']}")
+            for name in ("vocabulary", "findings", "options", "sources"):
+                if not isinstance(values[name], dict):
+                    raise ValueError(f"its {name} must be an object")
+            values["vocabulary"] = {word: int(count) for word, count in values["vocabulary"].items()}
+            values["findings"] = {kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()}
             values["counts"] = {name: int(count) for name, count in values["counts"].items()}
             values["categories"] = tuple(Category(**each) for each in values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
@@ -153,7 +158,7 @@ class Manifest:
         with reading(path, "the index of a split"):
             if not path.is_file():
                 raise ValueError("it is missing: run the same `visft shards build` again")
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = np.lib.format.open_memmap(path, mode="r")  # np.load's message advises to allow pickles
             if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
                 raise ValueError("it has other columns: build the split again, with --replace")
         return rows.view(np.ndarray)  # reading a row of a memmap costs several times as much

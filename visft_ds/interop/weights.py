@@ -5,9 +5,9 @@ Nothing here knows what the tensors mean. Pickled files are read as tensors and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,17 +111,13 @@ def _pickled(path: Path) -> dict[str, Lazy]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:  # of a zip that is cut, too: it names no file
         raise ValueError(str(error)) from error
+    except pickle.UnpicklingError as error:  # torch advises to run the code in it
+        raise ValueError("it is no file of torch, or holds more than tensors") from error
     while nest := next((name for name in _NESTS if isinstance(content.get(name), Mapping)), None):
         content = content[nest]
     if foreign := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"it holds more than tensors: {examples(foreign)}")
     return {name: Lazy.of(value.detach()) for name, value in content.items()}
-
-
-def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, lower-case hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:

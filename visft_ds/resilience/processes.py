@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from visft_ds import CHECKOUT
-from visft_ds.resilience.errors import LOST_CODE
+from visft_ds.resilience.errors import LOST_CODE, RankError
 from visft_ds.resilience.stop import SIGNALS
 
 #: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
@@ -28,8 +28,13 @@ def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
 
     Raises:
-        ValueError: not the number of processes.
+        ValueError: not the number of processes, or what launchers set in the environment is not of a launcher.
     """
+    usual = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    launched = {name: os.environ.get(name, value) for name, value in usual.items()}
+    if not all(text.isdecimal() for text in launched.values()) or int(launched["RANK"]) >= int(launched["WORLD_SIZE"]):
+        given = ", ".join(f"{name}={text}" for name, text in launched.items())
+        raise RankError(f"{given}: numbers, and a rank below the size, are allowed: unset what no launcher has set")
     for place, word in enumerate(words):
         flag, equals, number = word.partition("=")
         if flag == "--num_gpus":

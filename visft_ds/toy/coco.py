@@ -42,6 +42,7 @@ from visft_ds.toy.scenes import (
 
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
+MAX_SIDE = 4096
 JPEG_QUALITY = 92
 _NUMBERS = (
     *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -226,17 +227,18 @@ def write_toy_coco(
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`). Raises ValueError for a folder that holds anything, sides
-    under 28 pixels, an unknown style, shape or kind of colours, or numbers out of range.
+    under 28 or above 4096 pixels, an unknown style, shape or kind of colours, or numbers out of range.
     """
     drawn = style_of(style, colours, without)
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
+    if not MIN_SIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise ValueError(f"size {width}x{height}: sides of {MIN_SIDE} to {MAX_SIDE} pixels are drawn")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
-    if min(train, val, seed, workers - 1, train + val - 1) < 0 or not 0 < max_shapes < len(_NUMBERS):
+    right = min(train, val, seed) >= 0 and 0 < train + val <= 10**6 and 0 < workers <= 256
+    if not (right and 0 < max_shapes < len(_NUMBERS)):
         raise ValueError(
             f"train={train}, val={val}, seed={seed}, workers={workers}, max_shapes={max_shapes}: counts and seed must "
-            f"not be negative, with at least one image, one worker and 1 to {len(_NUMBERS) - 1} shapes to an image"
+            f"not be negative, with 1 to 1,000,000 images, 256 workers and {len(_NUMBERS) - 1} shapes to an image"
         )
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
