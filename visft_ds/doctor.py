@@ -1,11 +1,11 @@
-"""Check whether this machine is ready to train: packages, GPUs, memory, disk, and two processes that meet.
+"""Check whether this machine is ready to train: packages, GPUs, memory, disk, and two connected processes.
 
     visft doctor
     visft doctor --model dinov3_b --folder /data/runs
 
-Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage. Nothing that may be missing is imported
-at the top.
+Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage.
 """
+# Nothing that may be missing is imported at the top.
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
     parser = Parser(prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME|FILE", help="model to be trained, as for visft train")
-    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs will be written (.)")
+    parser.add_argument("--model", metavar="NAME|FILE", help="model to train, as for visft train")
+    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="folder for runs (.)")
     options = parser.parse_args(arguments)
     try:
         findings = list(examine(options.folder, options.model))

@@ -72,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
     parser = Parser(
         prog=program("supervise"),
-        description="Run a training and restart it after it was lost: visft supervise -- visft train --num_gpus 8 ... "
-        "A signal is passed on to the run, which saves and ends; no restart follows.",
+        description="Run a training and restart it if it is lost: visft supervise -- visft train --num_gpus 8 ... "
+        "A signal is passed on to the run, which saves and ends without a restart.",
         allow_abbrev=False,
     )
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in all (3)")
-    parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="before the first restart (10)")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts at most (3)")
+    parser.add_argument(
+        "--backoff", type=float, default=10.0, metavar="SECONDS", help="delay of the first restart (10)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- visft train ...")
     options = parser.parse_args(arguments)
     try:
