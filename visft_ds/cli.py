@@ -55,7 +55,7 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 where there is no such command, 141 where nobody reads the output."""
+    """Run a command; returns its exit status, 2 for an unknown command, 141 for a closed output pipe."""
     try:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))

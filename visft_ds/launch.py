@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
             if not (text := os.environ.get(name, "0")).isdecimal():
-                raise RankError(f"{name}={text} in the environment is no number: unset it, launchers set it")
+                raise RankError(f"{name}={text} in the environment is not a number: unset it; launchers set it")
         stop = StopFlag(launched="RANK" in os.environ)
         words, count = without_num_gpus(words)
         options, config = resolve_arguments(words)

@@ -75,15 +75,15 @@ def train(
     stop: StopFlag,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Train one stage. What can be known from files and shapes is checked before any model is allocated.
+    """Train one stage. Everything that files and shapes show is checked before any model is allocated.
 
     Args:
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
-        command: that starts this run again, for its record.
+        command: command line that starts this run again, for its record.
 
     Raises:
         ValueError: a mistake of the user; settings, code or data that differ between ranks.
-        OSError: a disk or a server.
+        OSError: a disk or a server failed.
         FloatingPointError: losses or gradients that are not finite, more often than `visft.run.skip_bad_steps` allows.
         LostRank: another rank ended first.
     """

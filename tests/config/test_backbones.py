@@ -90,7 +90,7 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
         (b'{"model_type": "dinov3_vit"}', "cannot be read as timm.*--set visft.model.weights="),
         (described(model_args={"img_size": [224, 448]}), "only squares"),
         (described(model_args={"embed_dim": 9}), "with other embed_dim than timm's"),
-        (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "as no weights of"),
+        (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "which no weights of"),
     ],
 )
 def test_repositories_that_are_no_backbone(hub: FakeHub, config: bytes | None, message: str) -> None:

@@ -221,7 +221,9 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`visft.run.patience`; what is exported is the best checkpoint; the last start finds nothing left to do."""
-    told = "ends after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
+    told = (
+        "early stopping after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
+    )
     for number in range(3):
         if number == 1:  # it was killed before it saved the last one
             shutil.rmtree(tmp_path / "checkpoints/step_00000003")

@@ -221,7 +221,7 @@ class VisftConfig(StrictModel):
         used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
         of_timm = model.preset.startswith(TIMM)
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
-            yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
+            yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
@@ -252,7 +252,7 @@ class VisftConfig(StrictModel):
         if best is None and run.patience:
             yield "run.patience", "needs a metric: set visft.run.keep_best"
         if best is not None and best not in measured:
-            yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
+            yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
     def filled(self) -> VisftConfig:
         """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""

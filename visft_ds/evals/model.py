@@ -167,7 +167,7 @@ def source_of(
         streams = {task: one.stream(task, (task,), 1.0) for task, one in settings.items()}
     else:
         raise ValueError(
-            f"{place} is no export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
+            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
         )
     streams = {} if alone else _chosen(streams, tasks, folder)
     if side is not None:

@@ -47,7 +47,7 @@ def recognise(
     found = [("YOLO", [place])] if yaml else list(_layouts(place))
     if not found:
         content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir())
-        raise ValueError(f"{place} is no data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
+        raise ValueError(f"{place} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
     told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
     if len(found) > 1:
         remedy = "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"

@@ -71,7 +71,7 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     asks = "kept= counts which answers of BASE's own classifier stay, and"
     described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
     if not described["preset"].startswith(TIMM):
-        raise ValueError(f"{asks} {base.label} is no model of timm")
+        raise ValueError(f"{asks} {base.label} is not a model of timm")
     file = open_model(base.name)
     backbone: Any = built({name: one for name, one in described.items() if name != "layers"}, "meta")
     classes = [file[name].shape[0] for one in backbone.classifier_names if (name := f"{one}.weight") in file]
@@ -82,7 +82,7 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
         model.load_state_dict({name: one.read() for name, one in file.items()})
     own = weights_of(load_encoder(spec, "fp32"))
     if not alike(own, model.state_dict()):
-        raise ValueError(f"{asks} {spec.label} cannot feed it: it is no {backbone.name} of timm")
+        raise ValueError(f"{asks} {spec.label} cannot feed it: it is not a {backbone.name} of timm")
     model.load_state_dict({**model.state_dict(), **own})  # a tower may be cut, and has no classifier
     side = backbone.image_size
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, side, side)}

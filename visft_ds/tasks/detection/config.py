@@ -41,12 +41,12 @@ class DetectionHeadConfig(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.width % 32:
-            yield "width", f"{self.width} is no multiple of 32 (norm groups)"
+            yield "width", f"{self.width} is not a multiple of 32 (norm groups)"
         for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):
             if width % self.num_heads:
-                yield name, f"{width} is no multiple of num_heads = {self.num_heads}"
+                yield name, f"{width} is not a multiple of num_heads = {self.num_heads}"
         if self.encoder_dim % 4:
-            yield "encoder_dim", f"{self.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)"
+            yield "encoder_dim", f"{self.encoder_dim} is not a multiple of 4 (sine and cosine of two coordinates)"
 
 
 class DetectionLoss(StrictModel):

@@ -62,7 +62,10 @@ class SegmentationHeadConfig(StrictModel):
         if self.labelling == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
-            yield "hidden_dim", f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (groups)"
+            yield (
+                "hidden_dim",
+                f"{self.hidden_dim} is not a multiple of num_heads = {self.num_heads} and of 32 (groups)",
+            )
 
 
 class PlainHeadConfig(StrictModel):
@@ -100,7 +103,7 @@ def of_kind(kind: type[StrictModel], given: Any, what: str) -> StrictModel:
     known = kind.model_fields
     other = [name for name in given if name not in known] if isinstance(given, dict) else []
     if other:
-        raise refusal([(name, f"is no option of {what}{nearest(name, known)}") for name in other])
+        raise refusal([(name, f"is not an option of {what}{nearest(name, known)}") for name in other])
     return kind.model_validate(given)
 
 
