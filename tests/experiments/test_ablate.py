@@ -116,11 +116,11 @@ def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pyte
     right = {BASE: (0.2, 1.0), FIRST: (0.5, 0.6), ANCHORS[0]: (0.4, 0.9), equal: (0.5, 0.8)}  #: shares of the items
     arms = ([BASE, FIRST], [BASE, ANCHORS[0]], [BASE, FIRST, equal])
     for table, names in zip(plan.tables[FIRST] + plan.tables[ANCHORS[0]], arms, strict=True):
-        numbers = {arm: zip((plan.primary, "kept/answers"), right[arm], strict=True) for arm in names}
+        numbers = {arm: zip((plan.primary, "kept/predictions"), right[arm], strict=True) for arm in names}
         results = {arm: {name: Score(name, 1.0 * (drawn < share)) for name, share in of} for arm, of in numbers.items()}
         trials = [Trial(names[1], tuple(names[2:]))]
         rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
-        record = {"arms": {arm: [arm] for arm in names}, "doses": dict.fromkeys(names, 0.2)}
+        record = {"arms": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
         table.mkdir()
         (table / "judge.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}))
     plan.write({})
@@ -159,4 +159,4 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = json.loads((tmp_path / "out/table.json").read_text())
     rows = {row["arm"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
-    assert rows[f"{PERMUTED} {EQUAL}"]["moved"] == pytest.approx(rows[FIRST]["moved"], rel=0.2)
+    assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(rows[FIRST]["feature shift"], rel=0.2)

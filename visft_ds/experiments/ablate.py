@@ -224,7 +224,7 @@ class Plan:
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
             kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
             for label in [name for name in [*record["arms"]][1:] if name not in [row["arm"] for row in rows]]:
-                row = {"arm": label, "moved": round(record["doses"][label], 3)}
+                row = {"arm": label, "feature shift": round(record["shifts"][label], 3)}
                 row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
                 for of in record["rows"]:
                     if label in of["controls"].get(FIRST, ()):
