@@ -210,7 +210,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     saved, step = start, start
     run.stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
-    begin("drawing validation images")
+    begin("evaluating")
     if validation and not start:
         validation.draw(engine.predict, start, log)
     if validation and start and state.is_evaluated(start):
@@ -252,6 +252,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         if validation:
             validation.poll(log)
         if validation and state.is_evaluated(step):
+            begin(f"evaluating after step {step}")
             if not validation.evaluate(engine.predict, step, log, run.stop, run.watchdog):
                 if saved < step:
                     state.save(step)  # a resume evaluates it

@@ -69,7 +69,6 @@ class Validation:
             return predict(batch)
 
         given = (predict_unless_stopped, self._reader, self._streams, self._vocabulary)
-        watchdog.begin(f"evaluating after step {step}")
         try:
             collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:

@@ -57,7 +57,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
 
     Raises:
-        ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
+        ValueError: a folder of other things, a run of other settings (twelve are named), or a run in the way.
             A run that neither saved nor recorded a step is not in the way.
     """
     saved, metrics = saved_something(out), out / METRICS_FILE
@@ -73,8 +73,9 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
     there, here, absent = recorded_config(out).identity(), config.identity(), "(absent)"
     pairs = ((key, there.get(key, absent), here.get(key, absent)) for key in sorted({*there, *here}))
-    if listed := "".join(f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b):
-        told = f"{out} holds a run with other settings (there -> here):\n{listed}"
+    if listed := [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b]:
+        listed.sort(key=lambda line: absent in line)  # first what both have
+        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{''.join(listed[:12])}"
         raise ValueError(f"{told}choose another --out, or give the settings of that run")
 
 
