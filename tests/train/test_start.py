@@ -166,11 +166,11 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     [
         (["--from", "{two}", "--set", "visft.lora.rank=4"], "other settings: --set 'visft.lora="),
         (["--from", "{two}", "--reset-heads"], "trains no heads"),
-        (["--from", "{one}", "--stage", "2"], "is of stage 1, and goes on in it"),
+        (["--from", "{one}", "--stage", "2"], "is of stage 1 and stays in it"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
-        (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
-        (["--stage", "1", "--reset-heads"], "of --from RUN"),
+        (["--from", "nowhere"], "is no run, checkpoint or adapter"),
+        (["--stage", "1", "--reset-heads"], "needs --from RUN"),
     ],
 )
 def test_what_cannot_be_a_start(

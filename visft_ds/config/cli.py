@@ -90,7 +90,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     elif given.deepspeed_config is not None:
         whole = load_json(Path(given.deepspeed_config)), given.deepspeed_config
     if given.reset_heads is not None and fork is None:
-        raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give a run there")
+        raise ValueError("--reset-heads needs --from RUN, whose heads it initialises anew")
     if whole is not None:
         others = ["model", "backbone", *([] if fork is None else ["deepspeed_config"])]
         if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
@@ -147,7 +147,7 @@ def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, A
 def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from. Numbers of
+    A run that --out names, or that lies in RUN-fork, continues without the run or adapter that it came from. Numbers of
     classes are left out: they are those of the data. Raises ValueError: nothing there, or no readable record.
     """
     run, place = run_of(Path(source)), folder_of_run(Path(source))
@@ -156,10 +156,10 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     record = (run or Path(out or f"{place}-fork")) / "run.json"
     with reading(record, "the record of a run"):
         content = json.loads(read_bytes(record, 1 << 26)) if run or record.is_file() else {}
-        if run is None:  # gone: only what began with it goes on
+        if run is None:  # gone: only what began with it continues
             parent = content.get("parent") or {}
             if folder_of_run(Path(parent.get("path", ""))) != Path(os.path.abspath(place)):
-                raise ValueError(f"{record} does not say so, and there is no such run, checkpoint or adapter: {source}")
+                raise ValueError(f"{source} is no run, checkpoint or adapter, and {record} did not start from it")
             if parent["step"] is None:  # an adapter
                 return None
         for task in content["config"]["visft"]["tasks"].values():

@@ -92,11 +92,11 @@ def _build(given: argparse.Namespace) -> None:
     check_least(given, workers=1)
     if given.folder is None:
         if missing := [f"--{name}" for name in ("images", "out", "split") if getattr(given, name) is None]:
-            raise ValueError(f"{', '.join(missing)}: missing; give a FOLDER that is recognised, or these")
+            raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
         split = FolderSplit(given.split, *(getattr(given, name) for name in _INPUTS))
         return _build_split(given, given.out, split)
     if doubled := [f"--{name}" for name in _INPUTS if getattr(given, name) is not None]:
-        raise ValueError(f"{given.folder} has its own files: leave out {', '.join(doubled)}, or the folder")
+        raise ValueError(f"{given.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
     place = Path(os.path.abspath(given.folder))
     kind, splits, left = recognise(place, given.split, given.exif, given.void)
     out = given.out or Path(f"{place.parent if place.is_file() else place}-shards")
@@ -128,7 +128,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
 def _size(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    return f"{size:.1f} MB (shards: {len(manifest.shards)}), {counts}"
+    return f"{size:.1f} MB (shards: {len(manifest.shards)}), {counts.replace('trainable', 'usable objects')}"
 
 
 def _permute(given: argparse.Namespace) -> None:
@@ -140,14 +140,14 @@ def _permute(given: argparse.Namespace) -> None:
 
 def _loaded(given: argparse.Namespace) -> list[Manifest]:
     if not (splits := [given.split] if given.split else splits_in(Path(given.folder))):
-        raise ValueError(f"{given.folder} holds no finished split; of a URL, name one by --split")
+        raise ValueError(f"{given.folder} holds no finished split; for a URL, name one by --split")
     return [Manifest.load(given.folder, split) for split in splits]
 
 
 def _verify(given: argparse.Namespace) -> bool:
     damaged = {manifest.split: verify(manifest) for manifest in _loaded(given)}
     for split, files in damaged.items():
-        fine = f"{split}: every byte is as it was made"
+        fine = f"{split}: no file is damaged"
         print(f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again" if files else fine)
     return any(damaged.values())
 
