@@ -89,7 +89,7 @@ def test_a_repository_says_what_model_it_is(hub: FakeHub) -> None:
         (None, "has model.safetensors, and no config.json"),
         (b'{"model_type": "dinov3_vit"}', "cannot be read as timm.*--set visft.model.weights="),
         (described(model_args={"img_size": [224, 448]}), "only squares"),
-        (described(model_args={"embed_dim": 9}), "whose embed_dim differ"),
+        (described(model_args={"embed_dim": 9}), "with embed_dim different"),
         (described(pretrained_cfg={**TAGGED, "std": [1.0, 1.0, 1.0]}), "which no weights of"),
     ],
 )

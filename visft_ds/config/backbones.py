@@ -120,7 +120,7 @@ def _described(path: Path, text: str) -> dict[str, Any]:
         values = json.loads(read_bytes(path))
         name, settings, arguments = values["architecture"], values["pretrained_cfg"], values.get("model_args") or {}
         if other := sorted(arguments.keys() - set(_IDLE)):
-            raise ValueError(f"a {name} whose {', '.join(other)} differ from timm's")
+            raise ValueError(f"a {name} with {', '.join(other)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
