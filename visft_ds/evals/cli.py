@@ -28,7 +28,7 @@ It shows results (of visft evaluate, otherwise of evaluations during training), 
 by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
 2 wrong usage or unusable input.
 """
-JUDGE = """Compare models that were trained further with the base they started from, on data new to both.
+JUDGE = """Compare further-trained models with their base, on data that neither was trained on.
 
     visft judge base.pt RUN --on segmentation=coco --out OUT
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
