@@ -92,12 +92,12 @@ def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
     return rows, trials, judged(rows, trials, PRIMARY, "base")
 
 
-def test_price_and_half_follow_the_verdict() -> None:
-    """An error that grows is a price; what rose, or is not shown to fall, is none."""
+def test_cost_and_half_follow_the_verdict() -> None:
+    """An error that grows is a cost; what rose, or is not shown to fall, is none."""
     _, _, (verdict,) = _judged()
-    first, price, half = verdict.sentences
+    first, cost, half = verdict.sentences
     assert verdict.word == "gained" and first.startswith("tuned is better than base by +2.73") and "noise" in first
-    assert "kNN -4." in price and "RMSE +0.018" in price and "linear" not in price and "75.00 %" in price
+    assert "kNN -4." in cost and "RMSE +0.018" in cost and "linear" not in cost and "75.00 %" in cost
     assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half
     _, _, (verdict,) = _judged(best=False)
     assert verdict.word == "better placed"

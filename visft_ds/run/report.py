@@ -130,12 +130,12 @@ def _plan(
     ]
     streams, batches = config.visft.streams().values(), run.batches
     zero = config.deepspeed["zero_optimization"]["stage"]
-    engine, parts = f"ZeRO-{zero}, processes: {batches.dp}", "processes"
+    engine, parts = f"ZeRO-{zero}, {batches.dp} process(es)", "process(es)"
     if batches.stages > 1:
-        engine, parts = f"pipelines of {batches.stages} stages: {batches.dp}, ZeRO-{zero} between them", "pipelines"
+        engine, parts = f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them", "pipeline(s)"
     learnt = [("engine", engine)]
     for name, images in batches.batch_size.items():
-        division = f"{batches.micro[name]} x accumulation {batches.accumulation} x {parts} {batches.dp}"
+        division = f"micro-batch {batches.micro[name]} x accumulation {batches.accumulation} x {batches.dp} {parts}"
         learnt.append(("batch", f"{name}: {images} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)

@@ -29,7 +29,7 @@ class Verdict:
 
     arm: str
     word: str
-    sentences: tuple[str, ...]  #: the verdict, its price and what half the change gives
+    sentences: tuple[str, ...]  #: the verdict, its cost and what half the change gives
 
 
 def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str) -> list[Verdict]:
@@ -42,10 +42,10 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
         word = word_for(row, trial, same)
         sentences = [f"{_sentence(word, row, trial.arm, base)}."]
         if word != "the same":
-            sentences.append(f"Price: {_price(rows, row, trial.arm)}.")
+            sentences.append(f"Cost: {_cost(rows, row, trial.arm)}.")
             if trial.half:
                 change = row.differences[trial.half].text(not row.lower)
-                sentences.append(f"Half of the change gives {change}; price: {_price(rows, row, trial.half)}.")
+                sentences.append(f"Half of the change gives {change}; cost: {_cost(rows, row, trial.half)}.")
         found.append(Verdict(trial.arm, word, tuple(sentences)))
     return found
 
@@ -88,7 +88,7 @@ def _sentence(word: str, row: Row, arm: str, base: str) -> str:
     }[word]
 
 
-def _price(rows: Sequence[Row], primary: Row, arm: str) -> str:
+def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
     """The numbers that are shown to be worse than the base's, and the kept predictions of its classifier."""
     having = [row for row in rows if row is not primary and arm in row.differences]
     others = [row for row in having if not row.name.startswith(KEPT)]
