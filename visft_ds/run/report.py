@@ -139,7 +139,7 @@ def _plan(
         learnt.append(("batch", f"{name}: {images} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
-        learnt.append((stream.name, f"{share:.0f} % of the steps: {', '.join(stream.tasks)}"))
+        learnt.append((stream.name, f"{share:.0f} % of the steps train {', '.join(stream.tasks)}"))
     schedule, settings = config.scheduler, config.visft.run
     best = f" and the best by {settings.keep_best}" if settings.keep_best else ""
     kept = f"every {settings.save_every} steps in {settings.out}/checkpoints, kept: the last {settings.keep_last}{best}"
