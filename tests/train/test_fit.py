@@ -231,7 +231,7 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
         ended = stage1(tmp_path, **EARLY)
         said = capfd.readouterr().out
         assert (ended.finished, ended.step) == (True, 3) and told in said
-        assert number == 2 or "exports step 1, the best by box/AP50" in said
+        assert number == 2 or "exporting step 1, the best by box/AP50" in said
         assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
     exported = load_file(tmp_path / "export/detection.safetensors")
     best, last = (load_file(tmp_path / f"checkpoints/step_0000000{n}/parameters.safetensors") for n in (1, 3))

@@ -102,7 +102,7 @@ def largest_shape(batches: Sequence[Batch]) -> str:
         if hasattr(target, "labels"):
             text += f", {len(target.labels)} objects"
         if hasattr(target, "tokens"):
-            text += f", {target.tokens.shape[1]} ids to a caption"
+            text += f", {target.tokens.shape[1]} tokens per caption"
     return text
 
 

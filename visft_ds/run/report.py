@@ -44,10 +44,10 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     for task, classes in classes_of_run(config.visft, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in data.plan.tasks.items():
-        rows += [(f"epoch, {task}", f"steps of {name}: {data.plan.steps_per_epoch(task, name)}") for name in part.sets]
+        rows += [(f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} step(s) of {name}") for name in part.sets]
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
-        rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
+        rows.append(("features", f"{data.plan.views} view(s) of each image, {kept}"))
     title, plan = _plan(config, machine.planned, prepared.groups, start=start)
     passed = [("-", note) for note in prepared.notes]
     print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])

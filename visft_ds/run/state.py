@@ -116,7 +116,7 @@ class RunState:
             return step
         if best != step:
             restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
-        log.message(f"exports step {best}, the best by {self.saver.retention.best}")
+        log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:

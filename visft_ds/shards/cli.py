@@ -117,7 +117,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     options = Options(split.images, split.instances, split.captions, out, split.name, **named)
     began = time.perf_counter()
     made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
-    verb = "would make" if given.dry_run else "made"
+    verb = "would build" if given.dry_run else "built"
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
         print(*lines_of(findings), sep="\n", end="\n" if findings else "")
@@ -128,7 +128,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
 def _size(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    return f"{size:.1f} MB (shards: {len(manifest.shards)}), {counts.replace('trainable', 'usable objects')}"
+    return f"{len(manifest.shards)} shard(s), {size:.1f} MB, {counts.replace('trainable', 'usable objects')}"
 
 
 def _permute(given: argparse.Namespace) -> None:
