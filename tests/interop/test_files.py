@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.parallel.test_start import peak
+from visft_ds.data.fetch import sha256_of
 from visft_ds.interop.weights import (
     Lazy,
     Weights,
@@ -21,7 +22,6 @@ from visft_ds.interop.weights import (
     open_weights,
     remove_unfinished,
     save_tensors,
-    sha256_file,
     write_atomically,
     write_safetensors,
 )
@@ -117,7 +117,7 @@ def test_contents_that_are_no_weights(tmp_path: Path, content: object) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, {})
-    before = sha256_file(path)
+    before = sha256_of(path)
 
     def produce(name: str) -> Tensor:
         if name == "b":
@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     tensors = {name: Lazy((3,), torch.float32, partial(produce, name)) for name in "ab"}
     with pytest.raises(OSError, match="No space"):
         write_safetensors(path, tensors, {})
-    assert sha256_file(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
+    assert sha256_of(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
 
 
 def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from tests.coco_tree import write_shards
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY, words_of
 from visft_ds.config.cli import resolve_arguments
+from visft_ds.data.fetch import sha256_of
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.records import read_evaluation
 from visft_ds.interop.published import read_adapter
-from visft_ds.interop.weights import sha256_file
 from visft_ds.launch import main
 
 STEPS = 2
@@ -121,7 +121,7 @@ def test_a_fork_begins_where_the_run_is_and_goes_on_without_it(work: Path, tmp_p
     assert before.keys() == after.keys()
     assert all(same(before[name], value) for name, value in after.items())
     record, parent = (json.loads((out / "run.json").read_text()) for out in (fork, tmp_path / "parent"))
-    origin = {"path": str(step), "step": STEPS, "sha256": sha256_file(step / "parameters.safetensors")}
+    origin = {"path": str(step), "step": STEPS, "sha256": sha256_of(step / "parameters.safetensors")}
     assert record["parent"] == origin and parent["parent"] is None
     assert record["config"]["optimizer"]["params"]["lr"] == 1e-30
     if name == "one":

@@ -27,8 +27,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from visft_ds.data.fetch import sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
-from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces, sha256_file
+from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
@@ -136,7 +137,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if record.pop("sha256") != _digest(record):
             raise ValueError(_CHANGED)
     for name, sha256 in record["files"].items():
-        if sha256_file(path / name) != sha256:
+        if sha256_of(path / name) != sha256:
             raise ValueError(f"{path / name}: {_CHANGED}")
     return Checkpoint(path, record["step"], record)
 

@@ -141,6 +141,6 @@ class RemoteFolder:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file's content."""
+    """sha256 of a file's bytes, lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ Nothing here knows what the tensors mean. Pickled files are read as tensors and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -116,12 +115,6 @@ def _pickled(path: Path) -> dict[str, Lazy]:
     if foreign := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"it holds more than tensors: {examples(foreign)}")
     return {name: Lazy.of(value.detach()) for name, value in content.items()}
-
-
-def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, lower-case hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:

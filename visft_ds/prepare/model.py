@@ -20,10 +20,10 @@ from visft_ds.config import ResolvedConfig, derive_batches
 from visft_ds.config.fields import Precision
 from visft_ds.config.schema import OptimizerParams, ParamGroup, VisftConfig
 from visft_ds.config.task_schema import WordsConfig
+from visft_ds.data.fetch import sha256_of
 from visft_ds.data.shards import Category
 from visft_ds.interop.heads import HeadFile, HeadInfo, check_heads, open_head, read_elsewhere
 from visft_ds.interop.layouts import is_lora, is_small, other_base
-from visft_ds.interop.weights import sha256_file
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models import build_empty
 from visft_ds.models.eva_vit import EvaViT
@@ -62,7 +62,7 @@ class PreparedModel:
 
     def identity(self) -> dict[str, str]:
         """Weights that it begins with, for its checkpoints."""
-        heads = " ".join(sha256_file(head.tensors.path) for head in self.heads.values())
+        heads = " ".join(sha256_of(head.tensors.path) for head in self.heads.values())
         return {"base weights": self.base.identity, "heads": heads or "trained here"}
 
 
