@@ -23,8 +23,8 @@ html_copy_source = False
 root_doc = "docs/README"
 #: Left to right in the sidebar's order; a new page in docs/ has to find its place here.
 CONTENTS = (
-    *("getting-started", "own-data", "data", "training", "memory-and-speed", "export", "evaluation", "evidence"),
-    *("architecture", "configuration", "api"),
+    *("getting-started", "own-data", "data", "training", "memory-and-speed", "export", "evaluation", "judge"),
+    *("evidence", "architecture", "configuration", "api"),
 )
 AROUND = {
     "README": "README",

@@ -56,5 +56,5 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
 def test_sizes_are_understood_or_refused() -> None:
     assert [parse_size(text) for text in ("5GB", "1.5 kb", "2GiB", "7")] == [5 * 10**9, 1500, 2 * 2**30, 7]
     for wrong in ("5 G", "GB", "0", "-1MB", "1e9"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="is not a size"):
             parse_size(wrong)

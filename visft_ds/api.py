@@ -39,11 +39,11 @@ def fit(
     it, and one that fails ends the others.
 
     Args:
-        stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for photographs of one's own.
+        stage: 1 trains the heads, 2 the backbone's adapters; None with `data`: heads for your own photographs.
         model: name of a file in ds_configs/models, or path of one; default: eva_e, or what goes with the backbone.
         backbone: instead of the model's: "timm:NAME", "hf-hub:ORG/NAME", a file in ds_configs/models, weights, or a
             folder for timm.
-        download: fetch weights that are not here from the Hugging Face hub.
+        download: download missing weights from the Hugging Face hub.
         engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
@@ -52,7 +52,7 @@ def fit(
         callbacks: listeners to the run.
 
     Raises:
-        ValueError: what can be mended: settings, missing inputs (with the commands that make them), a folder in use.
+        ValueError: what you can fix: settings, missing inputs (with the commands that make them), a folder in use.
         FloatingPointError: training diverged.
         RuntimeError: processes that differ, or another one that ended first.
     """

@@ -23,19 +23,19 @@ class Program(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Program("visft_ds.demo", "the full pipeline at small scale: drawings, both stages, evaluation, report"),
+    "demo": Program("visft_ds.demo", "run the full pipeline at small scale: drawings, both stages, evaluation, report"),
     "toy": Program("visft_ds.toy.coco", "draw a toy data set in COCO's own form"),
     "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
     "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
-    "supervise": Program("visft_ds.resilience.supervisor", "restart a training that was lost"),
-    "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions of a run on labelled data"),
-    "judge": Program("visft_ds.evals.cli", "did training further gain, and at what price: out of domain", "judge"),
-    "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for your own images"),
-    "report": Program("visft_ds.evals.cli", "a page about one run, or several side by side", "report"),
-    "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
-    "plan": Program("visft_ds.planner.command", "predict memory and time of a training on a cluster"),
-    "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training"),
-    "ablate": Program("visft_ds.experiments.ablate", "the gain of stage 2 beside controls, with several seeds"),
+    "supervise": Program("visft_ds.resilience.supervisor", "restart a training run that was killed or hangs"),
+    "evaluate": Program("visft_ds.evals.cli", "measure box AP, mask AP and captions of a run on labelled data"),
+    "judge": Program("visft_ds.evals.cli", "test whether training improved the backbone, and at what cost", "judge"),
+    "predict": Program("visft_ds.predict.cli", "find boxes, masks and captions in your own images"),
+    "report": Program("visft_ds.evals.cli", "write a page about one run, or several side by side", "report"),
+    "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another format"),
+    "plan": Program("visft_ds.planner.command", "predict memory and time of a training run on a cluster"),
+    "profile": Program("visft_ds.profiling.command", "measure speed, time by part and memory of a training run"),
+    "ablate": Program("visft_ds.experiments.ablate", "compare the gain of stage 2 with controls, over several seeds"),
     "doctor": Program("visft_ds.doctor", "check whether this machine is ready to train"),
 }
 #: Those that several processes do together; `visft train` looks at its configuration before it starts them.
@@ -55,7 +55,7 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 where there is no such command, 141 where nobody reads the output."""
+    """Run a command; returns its exit status, 2 for an unknown command, 141 for a closed output pipe."""
     try:
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))

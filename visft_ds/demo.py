@@ -1,8 +1,8 @@
-"""The whole way in small: drawings, shards, stage 1, stage 2, evaluation in and out of domain, merged weights, a page.
+"""The full pipeline at small scale: drawings, shards, both stages, evaluation in and out of domain, merging, a report.
 
     visft demo --out demo     EfficientNet-Lite0 with ImageNet weights on drawings; judged on drawings of another style
 
-Every command is printed before it runs and can be run by hand; what each printed is in OUT/steps. The same command
+Every command is printed before it runs and can be run by hand; its output is in OUT/steps. The same command
 continues an interrupted demo. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
@@ -33,17 +33,17 @@ _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr", "captio
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = Parser(prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="results folder (%(default)s)")
     parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="drawings to train on (%(default)s)")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="of each training (default %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to both trainings")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes per run (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of both training runs")
     given = parser.parse_args(arguments)
     from visft_ds.config import resolve  # takes a second
 
     began = time.monotonic()
     try:
         check_least(given, train=8, processes=1)
-        for stage in (1, 2):  # a mistake in --set is told now, not after minutes
+        for stage in (1, 2):  # a mistake in --set is reported now, not after minutes
             resolve(stage=stage, model=MODEL, settings=given.set)
         steps = plan(given)
         failed = steps.run()

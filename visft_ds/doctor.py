@@ -1,11 +1,11 @@
-"""Check whether this machine is ready to train: packages, GPUs, memory, disk, and two processes that meet.
+"""Check whether this machine is ready to train: packages, GPUs, memory, disk, and two connected processes.
 
     visft doctor
     visft doctor --model dinov3_b --folder /data/runs
 
-Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage. Nothing that may be missing is imported
-at the top.
+Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage.
 """
+# Nothing that may be missing is imported at the top.
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def judged(good: bool, subject: str, found: str, helps: str) -> Finding:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
     parser = Parser(prog=program("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME|FILE", help="model to be trained, as for visft train")
-    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs will be written (.)")
+    parser.add_argument("--model", metavar="NAME|FILE", help="model to train, as for visft train")
+    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="folder for runs (.)")
     options = parser.parse_args(arguments)
     try:
         findings = list(examine(options.folder, options.model))
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def examine(folder: Path, model: str | None) -> Iterator[Finding]:
     """Run every check, for runs in a folder. Raises ValueError for an unknown model and a folder that is not there."""
     if not folder.is_dir():
-        raise ValueError(f"--folder {folder} is no folder; make it, or name another one")
+        raise ValueError(f"--folder {folder} is not a folder: make it, or name another one")
     for check in (check_packages(), check_device(), check_memory(model), check_disk(folder), check_processes()):
         try:
             yield from check
@@ -82,8 +82,8 @@ def check_packages() -> Iterator[Finding]:
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     wrong = [one for one in needed if not one.specifier.contains(_version(one.name) or "0", prereleases=True)]
     told = "; ".join(f"{one} (here: {_version(one.name) or 'not installed'})" for one in wrong)
-    well = f"all {len(needed)} that visft_ds asks for; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
-    yield judged(not wrong, "packages", told or well, f"{install_command()} brings the right ones")
+    well = f"all {len(needed)} required ones; torch {_version('torch')}, deepspeed {_version('deepspeed')}"
+    yield judged(not wrong, "packages", told or well, f"{install_command()} installs the right ones")
 
 
 def _version(name: str) -> str | None:
@@ -142,7 +142,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     if 2 * _GB <= free < 60 * _GB:
         yield Finding(WARNING, "disk", f"{found}. COCO's shards take 20 GB, EVA-E's weights 9 to 18 GB a file")
     else:
-        yield judged(free >= 2 * _GB, "disk", found, "A checkpoint may not fit: free some, or use another --folder")
+        yield judged(free >= 2 * _GB, "disk", found, "Free some space for checkpoints, or use another --folder")
 
 
 _MEMBER = """

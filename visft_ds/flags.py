@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(_UNKNOWN):
             known = _flags(self)
             words = message.removeprefix(_UNKNOWN).split()
-            # What stands behind an unknown flag is not repeated: it may be a secret.
+            # The value of an unknown flag is not repeated: it may be a secret.
             flags = [word.partition("=")[0] for word in words if word.startswith("-")] or words
             message = _UNKNOWN + " ".join(flags)
             for word in flags:
@@ -54,7 +54,7 @@ class Command(Parser):
 
 
 def check_least(given: object, **least: int) -> None:
-    """Raise ValueError for a flag, an attribute of `given`, whose number is smaller than it may be; None: not given."""
+    """Raise ValueError for a flag, an attribute of `given`, below its least number; None: not given."""
     for name, smallest in least.items():
         value = getattr(given, name)
         if value is not None and not smallest <= value < math.inf:
@@ -62,10 +62,10 @@ def check_least(given: object, **least: int) -> None:
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `200MB`, `1GiB`, `1000000` -> bytes. Raises ValueError for anything else and for less than one byte."""
+    """Bytes of `5GB`, `200MB`, `1GiB` or `1000000`. Raises ValueError for anything else and for less than one byte."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ValueError(f"{text!r} is no size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+        raise ValueError(f"{text!r} is not a size: write a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB")
     return math.floor(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -76,7 +76,7 @@ def install_command(extra: str = "") -> str:
 
 
 def check_extra(what: str, extra: str, packages: Sequence[str]) -> None:
-    """Raise ValueError for packages of an extra, as they are imported, that `what` needs and that are not installed."""
+    """Raise ValueError if `what` needs packages of an extra, given by their import names, that are not installed."""
     if lacking := [name for name in packages if find_spec(name) is None]:
         raise ValueError(f"{what} needs {', '.join(lacking)}, not installed here: {install_command(extra)}")
 

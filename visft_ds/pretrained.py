@@ -1,6 +1,6 @@
 """Pretrained weights by name: `hf-hub:ORG/NAME[@REVISION][/FILE]`, a file on the Hugging Face hub.
 
-What is in the hub's cache of this machine is used without asking anybody; the rest is fetched where a user says so.
+Files in the hub's cache of this machine are used without a network; others are downloaded if a user says so.
 huggingface_hub itself reads HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 """
 
@@ -76,10 +76,10 @@ def local(weights: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The file of a name out of the hub's cache, into which it is loaded where it is not there.
+    """The file of a name in the hub's cache, downloaded if it is not there.
 
-    One line says its size and licence. Processes of one machine wait for each other; a connection that is cut is taken
-    up again where it was.
+    A line says its size and licence. Processes of one machine wait for each other; a cut connection continues where it
+    stopped.
 
     Raises:
         ValueError: what huggingface_hub says: no such repository, revision or file, a licence that was not accepted, no
@@ -131,7 +131,7 @@ def weights_of_timm(name: str) -> str:
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tagged:
-        raise ValueError(f"timm has no weights {tag!r} of {architecture}; there are: {', '.join(tagged) or 'none'}")
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tagged) or 'none'}")
     settings = timm.get_pretrained_cfg(name)
     if not tagged or settings is None or not settings.hf_hub_id:
         raise ValueError(f"timm has no weights of {name} on the hub: name a file, --set visft.model.weights=FILE")
@@ -155,7 +155,7 @@ def timm_name(
         settings = timm.get_pretrained_cfg(name)
         if settings is not None and (tuple(settings.mean), tuple(settings.std)) == (mean, std):
             return name, None if settings.input_size[-1] == image_size else image_size
-    raise ValueError(f"its images are normalised by {mean} and {std}, as no weights of {architecture} in timm want it")
+    raise ValueError(f"images are normalised by {mean} and {std}, which no weights of {architecture} in timm expect")
 
 
 def lite0_of_pip() -> Path | None:

@@ -1,6 +1,6 @@
 """Secrets are refused where they come in, and masked where run.json is written and errors are printed.
 
-A run folder and a log may be read by others than who may use a token: it belongs into the environment.
+Others than the owner of a token may read a run folder or a log: secrets belong in the environment.
 """
 
 from __future__ import annotations

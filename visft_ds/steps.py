@@ -1,4 +1,4 @@
-"""Commands that make one another's inputs: each runs once, and the same list goes on where it was stopped.
+"""Commands that make one another's inputs: each runs once, and a list that was stopped continues where it was.
 
 A step needs those whose results, or the folder around them, its words name. It has finished when it ended well with the
 same command, begun after all that it needs had ended. ROOT/steps has of each NAME.command, NAME.log and, at its end,
@@ -53,7 +53,7 @@ class Steps:
     def run(self, jobs: int = 1) -> dict[str, str]:
         """Run what has not finished; returns name -> reason, of what failed.
 
-        Raises ValueError for a folder that is in use or has something of others, KeyboardInterrupt when all have ended.
+        Raises ValueError for a folder in use or with other content, KeyboardInterrupt when all have ended.
         """
         from visft_ds.run.folder import locked  # takes a second, which --help would, too
 

@@ -75,15 +75,15 @@ def train(
     stop: StopFlag,
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Train one stage. What can be known from files and shapes is checked before any model is allocated.
+    """Train one stage. Everything that files and shapes show is checked before any model is allocated.
 
     Args:
         resume: "auto" continues from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
-        command: that starts this run again, for its record.
+        command: command line that starts this run again, for its record.
 
     Raises:
         ValueError: a mistake of the user; settings, code or data that differ between ranks.
-        OSError: a disk or a server.
+        OSError: a disk or a server failed.
         FloatingPointError: losses or gradients that are not finite, more often than `visft.run.skip_bad_steps` allows.
         LostRank: another rank ended first.
     """
@@ -210,7 +210,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
     saved, step = start, start
     run.stop.listen()
     guard = LossGuard(settings.skip_bad_steps)
-    begin("drawing validation images")
+    begin("evaluating")
     if validation and not start:
         validation.draw(engine.predict, start, log)
     if validation and start and state.is_evaluated(start):
@@ -252,6 +252,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
         if validation:
             validation.poll(log)
         if validation and state.is_evaluated(step):
+            begin(f"evaluating after step {step}")
             if not validation.evaluate(engine.predict, step, log, run.stop, run.watchdog):
                 if saved < step:
                     state.save(step)  # a resume evaluates it

@@ -115,7 +115,7 @@ TIMM = "visft.model.preset=timm:resnet18"
         (2, ["visft.model.compile=blocks", "zero_optimization.stage=3"], "must be none with ZeRO-3"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a multiple of save_every"),
         (2, ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"], "did you mean box/AP?"),
-        (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
+        (2, ["visft.tasks.detection.head.num_heads=7"], "is not a multiple of num_heads = 7"),
         (2, ["zero_optimization.offload_param.device=cpu"], "needs zero_optimization.stage = 3"),
         (2, ["zero_optimization.offload_optimizer.device=cpu"], "zero_force_ds_cpu_optimizer: must be false"),
         (2, ["visft.tasks.captioning.updates=null"], "captioning.updates = null (--set): missing"),

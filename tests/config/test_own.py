@@ -28,7 +28,7 @@ def test_photographs_alone_choose_the_recipe(shards: Path) -> None:
     assert (visft.run.eval_every, visft.run.keep_best) == (0, None)
     assert visft.shared is not None and visft.shared.image.zoom == own.ZOOM_WITH_CAPTIONS
     (line,) = told(config, 12)
-    assert line.startswith("12 photographs") and "550 steps of 16" in line
+    assert line.startswith("12 photographs") and "550 steps of 16 images" in line
 
 
 def test_flags_replace_what_the_recipe_chose(shards: Path) -> None:
@@ -62,12 +62,12 @@ def test_a_detr_for_few_photographs_is_warned_of(shards: Path) -> None:
 
 @pytest.mark.parametrize(
     ("learnt", "judged", "words"),
-    [(0.9, 0.1, ["by heart"]), (0.3, 0.0, ["not learnt yet"]), (0.9, 0.8, []), (0.9, None, [])],
+    [(0.9, 0.1, ["memorised"]), (0.3, 0.0, ["not learnt yet"]), (0.9, 0.8, []), (0.9, None, [])],
 )
 def test_what_was_learnt_is_told(learnt: float, judged: float | None, words: Sequence[str]) -> None:
     (line,) = Validation.compare({"box/AP50": learnt}, {} if judged is None else {"val/box/AP50": judged})
     assert f"{learnt:.2f} on training" in line
-    assert [word for word in ("by heart", "not learnt yet") if word in line] == list(words)
+    assert [word for word in ("memorised", "not learnt yet") if word in line] == list(words)
 
 
 def test_the_demos_recipe_reads_the_weights_that_pip_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def _other(old: str, new: str) -> Callable[[Path], object]:
     ("file", "damage", "word"),
     [
         ("toy-000001.tar", Path.unlink, "missing"),
-        ("toy-000001.tar", lambda path: os.truncate(path, 2000), "cut"),
+        ("toy-000001.tar", lambda path: os.truncate(path, 2000), "truncated"),
         ("toy.index.npy", Path.unlink, "missing"),
         ("toy.index.npy", _flip(-1), "belong"),
         ("toy.index.npy", lambda path: path.write_bytes(b"rubbish"), "magic"),

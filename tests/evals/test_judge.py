@@ -125,7 +125,7 @@ def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     assert row["items"] == 24 and row["differences"].keys() == {"visft", "merged"}
     change = row["values"]["visft"] - row["values"]["base"]
     assert row["differences"]["visft"]["value"] == pytest.approx(change)
-    assert "x 0.5" in record["models"]["visft"] and 0 < record["doses"]["visft"] < record["doses"]["merged"]
+    assert "x 0.5" in record["models"]["visft"] and 0 < record["shifts"]["visft"] < record["shifts"]["merged"]
     page = (finished / "judge.html").read_text()
     assert all(
         f"<h2>{of['arm']}: {of['word']}</h2>" in page and of["sentences"][0] in page for of in record["verdicts"]

@@ -54,12 +54,12 @@ def _adapter(name: str, targets: tuple[str, ...], folder: Path, spread: float = 
     save_adapter(replace(adapter_of(backbone, None, targets), tensors=tensors), folder)
 
 
-def test_answers_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> None:
+def test_predictions_are_those_of_timms_own_models(net: Path, tmp_path: Path) -> None:
     """Base, adapter, merge with and without classifier; times nothing, every answer stays."""
     base = net / "base.safetensors"
     command = [f"base=timm:{NAME}:{base}", f"own={base}+{net}/adapter", f"less={base}+{net}/adapter@0.5"]
     command += [f"merged={net}/merged.safetensors", f"bare={net}/bare.safetensors", f"none={base}+{net}/adapter@0"]
-    primary = "kept/pictures answers"
+    primary = "kept/pictures predictions"
     status, _, errors = _run(
         *command, "--on", f"kept={net}/pictures", "--primary", primary, "--layers", "last", "--out", tmp_path
     )

@@ -139,7 +139,7 @@ def test_at_last_layers_nothing_is_called_a_gain(data: Path) -> None:
 def test_a_model_beside_itself_is_the_same(data: Path) -> None:
     """Every difference and every bound is 0, exactly."""
     record = _judged(data, "middle")
-    assert record["verdicts"][0]["word"] == "the same" and record["doses"] == {"tuned": 0.0}
+    assert record["verdicts"][0]["word"] == "the same" and record["shifts"] == {"tuned": 0.0}
     for row in record["rows"]:
         for of in (*row["differences"].values(), *row["last"].values()):
             assert of["value"] == of["low"] == of["high"] == 0.0
@@ -147,10 +147,10 @@ def test_a_model_beside_itself_is_the_same(data: Path) -> None:
 
 def test_features_that_are_turned_move_and_gain_nothing(data: Path) -> None:
     record = _judged(data, "turned")
-    row, doses = _row(record), record["doses"]
-    assert record["verdicts"][0]["word"] == "not shown" and doses["tuned"] > 0.5
+    row, shifts = _row(record), record["shifts"]
+    assert record["verdicts"][0]["word"] == "not shown" and shifts["tuned"] > 0.5
     assert row["differences"]["tuned"]["value"] == pytest.approx(0, abs=0.005)
-    assert doses["noise"] == pytest.approx(doses["tuned"], rel=0.01) and set(row["controls"]["tuned"]) == {"noise"}
+    assert shifts["noise"] == pytest.approx(shifts["tuned"], rel=0.01) and set(row["controls"]["tuned"]) == {"noise"}
 
 
 def test_a_base_is_compared_up_to_where_the_tuned_model_ends(data: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
     for row in rows.values():
         same = row["differences"]["copy"]
         assert (same["value"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
-    assert record["doses"]["copy"] == 0.0
-    assert record["doses"]["noisy"] > 0.5
+    assert record["shifts"]["copy"] == 0.0
+    assert record["shifts"]["noisy"] > 0.5
     assert "lite2" in rows[NUMBER]["values"]
-    assert "lite2" not in record["doses"]
+    assert "lite2" not in record["shifts"]

@@ -23,7 +23,7 @@ def _word(
     gain: Interval,
     last: Interval | None = None,
     controls: Sequence[Interval] = (),
-    dose: float | None = 0.2,
+    shift: float | None = 0.2,
     *,
     same: bool = False,
 ) -> str:
@@ -35,7 +35,7 @@ def _word(
     named = {f"control {number}": difference(of) for number, of in enumerate(controls)}
     ends = {} if last is None else {"tuned": difference(last)}
     row = Row(PRIMARY, 250, False, {}, {"tuned": difference(gain)}, {"tuned": named}, ends, {})
-    return word_for(row, Trial("tuned", tuple(named), None, dose), same)
+    return word_for(row, Trial("tuned", tuple(named), None, shift), same)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_each_word_by_hand(word: str, gain: Interval, last: Interval | None, con
 
 
 def test_words_of_other_architectures_last_layers_and_twins() -> None:
-    assert _word(UP, UP, dose=None) == "better, without control"
-    assert _word(AROUND, AROUND, dose=None) == "not shown"
+    assert _word(UP, UP, shift=None) == "better, without control"
+    assert _word(AROUND, AROUND, shift=None) == "not shown"
     assert _word(UP, controls=[UP]) == "better placed"  # never "gained" where all are read at their last layers
     assert _word(UP, controls=[AROUND]) == "moved, not gained"
     none = Interval(0.0, 0.0, 0.0)
-    assert _word(none, none, dose=0.0, same=True) == "the same"
+    assert _word(none, none, shift=0.0, same=True) == "the same"
     assert _word(none, none, same=True) == "not shown"
 
 
@@ -92,12 +92,12 @@ def _judged(best: bool = True) -> tuple[list[Row], list[Trial], list[Verdict]]:
     return rows, trials, judged(rows, trials, PRIMARY, "base")
 
 
-def test_price_and_half_follow_the_verdict() -> None:
-    """An error that grows is a price; what rose, or is not shown to fall, is none."""
+def test_cost_and_half_follow_the_verdict() -> None:
+    """An error that grows is a cost; what rose, or is not shown to fall, is none."""
     _, _, (verdict,) = _judged()
-    first, price, half = verdict.sentences
+    first, cost, half = verdict.sentences
     assert verdict.word == "gained" and first.startswith("tuned is better than base by +2.73") and "noise" in first
-    assert "kNN -4." in price and "RMSE +0.018" in price and "linear" not in price and "75.00 %" in price
+    assert "kNN -4." in cost and "RMSE +0.018" in cost and "linear" not in cost and "75.00 %" in cost
     assert "kNN -2." in half and "RMSE" not in half and "87.50 %" in half
     _, _, (verdict,) = _judged(best=False)
     assert verdict.word == "better placed"
@@ -138,7 +138,7 @@ def test_the_page_tells_all_of_the_record() -> None:
         "primary": PRIMARY,
         "protocol": "quick",
         "layers": {PRIMARY: {arm: {"chosen": "blocks.3", "held_out": held_out} for arm in ("base", "tuned")}},
-        "doses": {"tuned": 0.25, "noise": 0.248, "half": 0.13},
+        "shifts": {"tuned": 0.25, "noise": 0.248, "half": 0.13},
         "notes": ["tuned ends before base: both are compared up to blocks.3."],
         "rows": [asdict(row) for row in rows],
         "verdicts": [asdict(verdict) for verdict in verdicts],

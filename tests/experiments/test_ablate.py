@@ -24,7 +24,7 @@ from visft_ds.experiments.ablate import (
     PERMUTED,
     Plan,
     _parser,
-    anchors_pay,
+    anchors_help,
     main,
     verdict,
 )
@@ -73,7 +73,7 @@ def test_arms_are_judged_beside_the_base_and_as_controls_of_the_first(steps: dic
 @pytest.mark.parametrize(
     ("own", "control", "said"),
     [
-        ((4.5, 2.7, 6.3), (4.4, 0.5, 8.0), "The claim stands: +4.5 [+2.7, +6.3] *"),
+        ((4.5, 2.7, 6.3), (4.4, 0.5, 8.0), "The claim holds: +4.5 [+2.7, +6.3] *"),
         ((4.5, 2.7, 6.3), (4.4, -0.7, 9.5), "Zero is not excluded over labels of other images."),
         ((4.5, -0.1, 9.1), (4.4, 0.5, 8.0), "Zero is not excluded over the base."),
         ((-4.5, -6, -3), (-1.0, -2.0, -0.5), "Zero is not excluded over the base and labels of other images."),
@@ -85,7 +85,7 @@ def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[f
     assert "was not judged" in verdict(rows, 5)
     rows.append({"arm": f"{PERMUTED} {EQUAL}", f"{FIRST} minus it": against})
     told = verdict(rows, 5)
-    assert said in told and told.startswith("The claim stands") == ("Zero" not in told)
+    assert said in told and told.startswith("The claim holds") == ("Zero" not in told)
     assert "2 seeds of the 5" in verdict(rows, 2) and "seeds of" not in told
 
 
@@ -95,16 +95,16 @@ def test_the_claim_needs_both_intervals(own: tuple[float, ...], control: tuple[f
         (
             (0.1, -0.2, 0.4),
             (-1.1, -2.0, -0.2),
-            "pays: 'two stages' minus it is +0.1 [-0.2, +0.4] of the gain and -1.1 [",
+            "helps: 'two stages' minus it is +0.1 [-0.2, +0.4] of the gain and -1.1 [",
         ),
-        ((0.1, -0.2, 0.6), (-1.1, -2.0, -0.2), "does not pay"),
-        ((0.1, -0.2, 0.4), (-1.1, -2.0, 0.1), "does not pay"),
+        ((0.1, -0.2, 0.6), (-1.1, -2.0, -0.2), "does not help"),
+        ((0.1, -0.2, 0.4), (-1.1, -2.0, 0.1), "does not help"),
     ],
 )
 def test_an_anchor_pays_where_it_keeps_both(gain: tuple[float, ...], kept: tuple[float, ...], said: str) -> None:
     of = [{k: v / 100 for k, v in zip(("value", "low", "high"), one, strict=True)} for one in (gain, kept)]
     row: dict[str, Any] = {MINUS_IT: of[0], MINUS_IT_KEPT: of[1]}
-    (told,) = anchors_pay(
+    (told,) = anchors_help(
         [{"arm": FIRST}, row | {"arm": f"{ANCHORS[0]} {EQUAL}"}, row | {"arm": f"{PERMUTED} {EQUAL}"}]
     )
     assert told.startswith(f"The {ANCHORS[0]}") and said in told
@@ -116,15 +116,15 @@ def test_the_table_holds_what_anchors_are_judged_by(tmp_path: Path, capsys: pyte
     right = {BASE: (0.2, 1.0), FIRST: (0.5, 0.6), ANCHORS[0]: (0.4, 0.9), equal: (0.5, 0.8)}  #: shares of the items
     arms = ([BASE, FIRST], [BASE, ANCHORS[0]], [BASE, FIRST, equal])
     for table, names in zip(plan.tables[FIRST] + plan.tables[ANCHORS[0]], arms, strict=True):
-        numbers = {arm: zip((plan.primary, "kept/answers"), right[arm], strict=True) for arm in names}
+        numbers = {arm: zip((plan.primary, "kept/predictions"), right[arm], strict=True) for arm in names}
         results = {arm: {name: Score(name, 1.0 * (drawn < share)) for name, share in of} for arm, of in numbers.items()}
         trials = [Trial(names[1], tuple(names[2:]))]
         rows = rows_of(results, {arm: [arm] for arm in names}, trials, plan.primary)
-        record = {"arms": {arm: [arm] for arm in names}, "doses": dict.fromkeys(names, 0.2)}
+        record = {"arms": {arm: [arm] for arm in names}, "shifts": dict.fromkeys(names, 0.2)}
         table.mkdir()
         (table / "judge.json").write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}))
     plan.write({})
-    assert f"The {equal} pays" in " ".join(capsys.readouterr().out.split())
+    assert f"The {equal} helps" in " ".join(capsys.readouterr().out.split())
     found = {row["arm"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert found[equal][MINUS_IT]["value"] == 0 and found[equal][MINUS_IT_KEPT]["high"] < 0 and len(found) == 3
 
@@ -159,4 +159,4 @@ def test_from_drawings_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = json.loads((tmp_path / "out/table.json").read_text())
     rows = {row["arm"]: row for row in table["rows"]}
     assert list(rows)[:5] == [FIRST, "noise", "half", PERMUTED, f"{PERMUTED} {EQUAL}"] and not table["failed"]
-    assert rows[f"{PERMUTED} {EQUAL}"]["moved"] == pytest.approx(rows[FIRST]["moved"], rel=0.2)
+    assert rows[f"{PERMUTED} {EQUAL}"]["feature shift"] == pytest.approx(rows[FIRST]["feature shift"], rel=0.2)

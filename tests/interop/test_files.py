@@ -87,7 +87,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
         Path("w.pt").write_bytes(pickle.dumps({"a": _Code()}))
     else:
         torch.save({"a": _Code()}, "w.pt", _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(ValueError, match="or holds more than tensors|protocol 4"):
+    with pytest.raises(ValueError, match=r"or holds more than tensors|protocol 4"):
         open_weights("w.pt")
     assert not Path("code-was-run").exists()
 

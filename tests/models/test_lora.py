@@ -288,7 +288,7 @@ def test_adapters_that_are_gone_around_are_refused(images: Tensor) -> None:
     attention = backbone.blocks[1].attn
     check_reached(backbone, images)
     attention.qkv = _GoesAround(attention.qkv)
-    with pytest.raises(ValueError, match=r"passes by blocks\.1\.attn\.qkv"):
+    with pytest.raises(ValueError, match=r"bypasses blocks\.1\.attn\.qkv"):
         check_reached(backbone, images)
 
 

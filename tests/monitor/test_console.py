@@ -77,7 +77,7 @@ def test_a_gauge_in_a_log_tells_how_much_is_done(
     with gauge("hashing", 10, "files") as bar:
         bar.delay = bar.mininterval = 0
         bar.update(2)
-    assert "hashing: 2/10 files, left" in capsys.readouterr().err
+    assert "hashing: 2/10 files, eta" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
     assert gauge("hashing", 10, "files").disable, "the main process tells for all"
 

@@ -60,4 +60,4 @@ def test_an_error_of_a_tracker_ends_no_run(sent: list[Any], tmp_path: Path, caps
     tracker.close()
     assert [values[track.STEP] for values in sent[1:]] == [1, 2]
     said = capsys.readouterr().err
-    assert said.count("warning: wandb gets nothing any more") == 1 and "secret" not in said
+    assert said.count("warning: wandb receives nothing more") == 1 and "secret" not in said

@@ -211,7 +211,7 @@ def test_a_forecast_of_a_cluster() -> None:
     assert arm.fits and arm.engine == "ZeRO-1" and set(arm.seconds) == {"detection"}
     assert 0 < arm.of_limit < 1 and arm.hours == pytest.approx(arm.run.config.total_steps * arm.step_seconds / 3600)
     memory = arm.memory["detection"]
-    assert arm.needed == memory.total == sum(asdict(memory).values()) and dict(memory.rows())["whole"]
+    assert arm.needed == memory.total == sum(asdict(memory).values()) and dict(memory.rows())["total"]
     with pytest.raises(ValueError, match="has no bf16"):
         forecast(debug(2, "visft.model.precision=bf16"), parse_cluster("1xV100-32GB"))
 

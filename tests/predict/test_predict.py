@@ -232,7 +232,7 @@ def test_what_is_no_model_is_refused(place: Path) -> None:
     (place / "nothing").mkdir()
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("absent", {}, "no such run"),
-        ("nothing", {}, "no export"),
+        ("nothing", {}, "not an export"),
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"device": "meta"}, "cpu"),

@@ -75,7 +75,7 @@ def test_a_head_of_other_words_is_refused(first: PreparedModel, tmp_path: Path) 
     heads = write_own(tmp_path, first, STAGE1)
     notes = prepared(configured(2, PUBLISHED), heads).notes
     assert any(note.startswith("heads loaded strictly") for note in notes)
-    assert sum("learnt from images of mode shared, this run is sampled" in note for note in notes) == 3
+    assert sum("trained in mode shared, this run is in mode sampled" in note for note in notes) == 3
     other = Vocabulary(("a", "red", "circle", "triangle"))
     with pytest.raises(ValueError, match=r"'square'.*'triangle'"):
         prepared(configured(2, PUBLISHED), heads, other)

@@ -59,7 +59,7 @@ def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
             monkeypatch.setattr(module, "memory_of", lambda device, room=room: room)
         print_dry_run(config, 1)
         text = capsys.readouterr().out
-        assert "-- memory of a process at its fullest, predicted" in text and verdict in text
+        assert "-- predicted peak memory of a process" in text and verdict in text
         assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
 
 

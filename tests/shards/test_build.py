@@ -102,7 +102,7 @@ def test_the_tool_runs_in_its_own_folder(tree: Tree, tmp_path: Path) -> None:
     """tools/profile.py must not stand in for the standard library's module, which torch imports."""
     assert main(["build", *tree.arguments(tmp_path / "out"), "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     said = python("make_shards.py", "build", *tree.arguments(tmp_path / "out"), folder=ROOT / "tools")
-    assert "toy: made 0.1 MB (shards: 1), " in said and "1 x crowd" in said
+    assert "toy: built 1 shard(s), 0.1 MB, " in said and "1 x crowd" in said
 
 
 def test_a_changed_picture_changes_its_shard_only(tree: Tree, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     root = make_split(tmp_path).root
     assert main(["info", str(root)]) == 0
     told = capsys.readouterr().out
-    assert "(shards: 3)" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
+    assert "3 shard(s)" in told and "12 images" in told and "3 categories: 3 thing 3, 8 thing 8, 13" in told
     assert main(["verify", str(root)]) == 0
     shard = Path(root, "toy-000001.tar")
     data = bytearray(shard.read_bytes())

@@ -74,7 +74,7 @@ def _normalised(entry: Content) -> None:
 SPOILED: dict[str, tuple[Callable[[Content], Any], str]] = {
     "text for image_id": (lambda entry: entry.update(image_id=str(entry["image_id"])), "without image"),
     "text in boxes": (lambda entry: entry.update(bbox=list(map(str, entry["bbox"]))), "box or crowd flag"),
-    "one id for all": (lambda entry: entry.update(id=7), "id of its own"),
+    "one id for all": (lambda entry: entry.update(id=7), "unique id"),
     "two corners": (_corners, "box beyond the image"),
     "normalised": (_normalised, "box beyond the image or within a pixel"),
 }
@@ -176,7 +176,7 @@ def test_ids_of_images_and_categories_are_their_own(toy: Tree) -> None:
         read(toy)
     toy.edit(lambda content: content["images"].pop())
     toy.edit(lambda content: content["categories"].append(dict(content["categories"][0])))
-    with pytest.raises(ValueError, match="an id of its own"):
+    with pytest.raises(ValueError, match="a unique id"):
         read(toy)
 
 

@@ -129,7 +129,7 @@ def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any) -> None:
 
 def test_a_folder_that_is_two_things_is_refused(tmp_path: Path) -> None:
     (_roboflow(tmp_path) / "data.yaml").write_text("train: train\nnames: [a]\n")
-    with pytest.raises(ValueError, match="is 2 things, Roboflow: train/_annotations"):
+    with pytest.raises(ValueError, match="fits 2 layouts, Roboflow: train/_annotations"):
         recognise(tmp_path)
 
 

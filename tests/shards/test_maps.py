@@ -91,7 +91,7 @@ def _saved(image: Image.Image) -> Callable[[Path], object]:
         (lambda folder: (folder / "images/train/1train.png").unlink(), "without image"),
         (lambda folder: (folder / "classes.txt").write_text("\n".join(map(str, range(256)))), "254"),
         (lambda folder: (folder / "classes.txt").write_text("sky\nsky"), "no two alike"),
-        (lambda folder: (folder / "data.yaml").write_text("names: [a]"), "2 things"),
+        (lambda folder: (folder / "data.yaml").write_text("names: [a]"), "2 layouts"),
         (lambda folder: [Image.new("L", (9, 9), 255).save(one) for one in folder.glob("*/train/*")], "none of its 8"),
     ],
 )

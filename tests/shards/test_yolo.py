@@ -54,7 +54,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, word: str) -> None:
         ("names: [a, b]", "names no images"),
         ("train: train/images", "'names'"),
         ("train: train/images\nnames: [a, b]\nnc: 4", "nc is 4"),
-        ("train: train/images\nnames: [a]\ntrain: valid/images", "'train' stands there twice"),
+        ("train: train/images\nnames: [a]\ntrain: valid/images", "'train' occurs twice"),
         ('train: train/images\nnames: ["\\ud800"]', "surrogates"),
         ("train: nowhere\nnames: [a]", "'nowhere' does not exist"),
         ("train: train/images\nval: valid/images\nvalid: valid/images\nnames: [a]", "'val' twice"),
@@ -109,7 +109,7 @@ def test_lists_do_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     path = write_yolo(tmp_path / "deep/mine")
     (tmp_path / "deep/mine/train.txt").write_text(f"train/images/0.jpg\n{name}\n")
     path.write_text("train: train.txt\nnames: [a]\n")
-    with pytest.raises(ValueError, match=r"train\.txt line 2: .*leads out"):
+    with pytest.raises(ValueError, match=r"train\.txt line 2: .*leaves"):
         read(path)
 
 

@@ -44,7 +44,7 @@ own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"
 first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
-found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", images=1)
+found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", pictures=1)
 same = json.loads((out / "evaluation/classification_results.json").read_text()) == found.results["classification"]
 report_runs([out / "stage2"], None, None)
 model = visft_ds.load(out / "stage2")

@@ -226,7 +226,7 @@ def test_maps_of_unequal_strides_meet_at_the_one_nearest_16() -> None:
     maps = [Map(torch.randn(1, width, *one.shape[1:]), one) for width, one in zip((8, 12, WIDTH), valid, strict=True)]
     found = head.eval()(maps)
     assert found.masks.shape == (1, 1, QUERIES, 16, 16) and found.logits.shape == (1, 1, QUERIES, CLASSES + 1)
-    with pytest.raises(ValueError, match="no multiple of 4"):
+    with pytest.raises(ValueError, match="not a multiple of 4"):
         PlainHead([(40, 16)], PlainHeadConfig(num_heads=4))
 
 

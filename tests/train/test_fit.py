@@ -144,7 +144,7 @@ def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None
     found = evaluate(tuned.out, tasks=["detection"], limit=2, split="val")
     assert found.metrics.keys() >= {"box/AP", "box/AP50"} and list(found.results) == ["detection"]
     assert found.out is None and not list(tuned.out.glob("evaluation*"))
-    written = evaluate(tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", images=0)
+    written = evaluate(tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", pictures=0)
     assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
 
 
@@ -221,7 +221,9 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`visft.run.patience`; what is exported is the best checkpoint; the last start finds nothing left to do."""
-    told = "ends after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
+    told = (
+        "early stopping after step 3: 2 evaluations without a better box/AP50 than that of step 1 (visft.run.patience)"
+    )
     for number in range(3):
         if number == 1:  # it was killed before it saved the last one
             shutil.rmtree(tmp_path / "checkpoints/step_00000003")
@@ -229,7 +231,7 @@ def test_it_stops_early_and_exports_at_the_same_step_after_an_interruption(
         ended = stage1(tmp_path, **EARLY)
         said = capfd.readouterr().out
         assert (ended.finished, ended.step) == (True, 3) and told in said
-        assert number == 2 or "exports step 1, the best by box/AP50" in said
+        assert number == 2 or "exporting step 1, the best by box/AP50" in said
         assert {*steps_recorded(tmp_path)} == {1, 2, 3} and (tmp_path / "export/detection.safetensors").is_file()
     exported = load_file(tmp_path / "export/detection.safetensors")
     best, last = (load_file(tmp_path / f"checkpoints/step_0000000{n}/parameters.safetensors") for n in (1, 3))

@@ -50,7 +50,7 @@ def test_the_same_run_as_under_zero(shards: Path, zero: Path, tmp_path: Path, st
     """Losses by name, the numbers of the evaluation, names and shapes of the exported heads."""
     out = tmp_path / "stage1"
     printed = run(shards, out, "--engine=pipeline", f"--set=pipeline.stages={stages}", world=world)
-    assert f"pipelines of {stages} stages: " in printed[0] and "of the operations" in printed[0]
+    assert f"pipeline(s) of {stages} stages, " in printed[0] and "of the operations" in printed[0]
     assert len(losses(out)) == STEPS
     for one, other in zip(losses(out), losses(zero), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # eight steps of Adam on rounding

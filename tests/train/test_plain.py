@@ -100,7 +100,7 @@ def test_photographs_are_learnt_by_heart(tmp_path: Path) -> None:
     [
         ("pipeline", ["visft.model.layers=[0, 1]", "pipeline.stages=2"], "not for a pipeline"),
         ("pipeline", ['visft.tasks.segmentation.head={"type": "plain"}', "pipeline.stages=2"], "not for a pipeline"),
-        ("zero1", ["visft.tasks.segmentation.head.type=plain"], "no option of a plain head"),
+        ("zero1", ["visft.tasks.segmentation.head.type=plain"], "not an option of a plain head"),
         ("zero1", ["visft.tasks.segmentation.head.type=plane"], "mask2former or plain"),
     ],
 )

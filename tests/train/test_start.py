@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_and_results_are_of_own_categories(work: Path, tmp_path: Path) -> None:
     """Of each by its name, during training and after it; no object is of the last."""
     assert "val/mask/AP" in (work / "two/metrics.jsonl").read_text()
-    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--images", "2"]) == 0
+    assert evaluate(["--run", str(work / "two"), "--out", str(tmp_path), "--pictures", "2"]) == 0
     found = read_evaluation("two", tmp_path)
     names = ("cat", "dog", "owl", "fox")
     assert {f"{kind}/AP/{name}" for kind in ("box", "mask") for name in names} <= found.metrics.keys()
@@ -166,11 +166,11 @@ def test_an_adapter_is_a_start(work: Path, tmp_path: Path, capsys: pytest.Captur
     [
         (["--from", "{two}", "--set", "visft.lora.rank=4"], "other settings: --set 'visft.lora="),
         (["--from", "{two}", "--reset-heads"], "trains no heads"),
-        (["--from", "{one}", "--stage", "2"], "is of stage 1, and goes on in it"),
+        (["--from", "{one}", "--stage", "2"], "is of stage 1 and stays in it"),
         (["--from", "{one}", "--model", "debug"], "leave out --model"),
         (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
-        (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
-        (["--stage", "1", "--reset-heads"], "of --from RUN"),
+        (["--from", "nowhere"], "is no run, checkpoint or adapter"),
+        (["--stage", "1", "--reset-heads"], "needs --from RUN"),
     ],
 )
 def test_what_cannot_be_a_start(

@@ -116,7 +116,7 @@ def install_checkpoint(backbone: Backbone, folder: Path) -> tuple[Checkpoint, di
     checkpoint, lora = open_checkpoint(folder.resolve()), recorded_config(folder.resolve().parents[1]).visft.lora
     tensors = _read(checkpoint.weights().under("backbone."))
     if not tensors:
-        raise ValueError(f"{folder}: the run trains nothing of its backbone")
+        raise ValueError(f"{folder}: the run trains no part of its backbone")
     if lora is not None:
         inject_lora(backbone, **lora.model_dump())
     for name, value in tensors.items():

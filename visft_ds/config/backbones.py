@@ -50,7 +50,7 @@ def on_this_machine(weights: str, *, download: bool) -> Path:
     if path.is_file() or name is None:
         return path
     if not download:
-        raise ValueError(f"{name} is not in the hub's cache: --download fetches it; or give a file")
+        raise ValueError(f"{name} is not in the hub's cache: add --download, or give a file")
     return pretrained.fetch(name)
 
 
@@ -73,7 +73,7 @@ def named(text: str, *, download: bool = False) -> Named:
     if path.is_dir():
         inside = pretrained.weights_among(inner.name for inner in path.iterdir())
         if inside is None:
-            raise ValueError(f"{text} has not one weight file to take: give the file")
+            raise ValueError(f"{text} does not have exactly one weight file: give the file")
         return Named(text, _slug(path.resolve().name), str(path / inside), _described(path / "config.json", text))
     if path.is_file() or path.suffix in pretrained.WEIGHT_SUFFIXES:
         return Named(text, None, text, None)
@@ -120,11 +120,11 @@ def _described(path: Path, text: str) -> dict[str, Any]:
         values = json.loads(read_bytes(path))
         name, settings, arguments = values["architecture"], values["pretrained_cfg"], values.get("model_args") or {}
         if other := sorted(arguments.keys() - set(_IDLE)):
-            raise ValueError(f"a {name} with other {', '.join(other)} than timm's")
+            raise ValueError(f"a {name} with {', '.join(other)} different from timm's")
         size = arguments.get("img_size") or settings["input_size"][-1]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
-            raise ValueError(f"it is made for images of {size} pixels: only squares can be had")
+            raise ValueError(f"it is made for images of {size} pixels: only squares are supported")
         mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
         preset, image_size = pretrained.timm_name(name, settings.get("tag"), mean, std, *sides)
     return {"preset": f"{TIMM}{preset}", **({} if image_size is None else {"image_size": image_size})}

@@ -63,7 +63,7 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
         if (least := shares[name] // common) > stream.micro_batch:
             lines.append(
                 f"{stream.key}.micro_batch = {stream.micro_batch} is too small: {stream.batch_size} images = "
-                f"{least} x accumulation {common} x processes {dp}"
+                f"micro-batch {least} x accumulation {common} x {dp} processes"
             )
     if lines:
         raise ValueError("\n".join(lines))

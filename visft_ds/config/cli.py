@@ -19,8 +19,8 @@ from visft_ds.files import read_bytes, reading
 from visft_ds.flags import Command
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
-BACKBONE_HELP = "other weights: a file, timm:NAME, hf-hub:ORG/NAME, a name of ds_configs/models, a folder for timm"
-DOWNLOAD_HELP = "fetch weights that have a name and are not here, from the Hugging Face hub"
+BACKBONE_HELP = "backbone: a file, timm:NAME, hf-hub:ORG/NAME, a name in ds_configs/models, or a folder for timm"
+DOWNLOAD_HELP = "download missing weights from the Hugging Face hub"
 #: Flag -> the key that it is a word for.
 KEYS = {
     "data": "visft.data.root",
@@ -33,7 +33,7 @@ KEYS = {
 _EPILOG = """examples:
   visft train --num_gpus 8 --stage 1
   visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
-  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          on the machines of a hostfile, too
+  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          also on the machines of a hostfile
   visft train --stage 1 --backbone timm:vit_base_patch16_dinov3.lvd1689m --download
   visft train --stage 2 --model debug --engine zero2 --steps 50 --dry-run
 """
@@ -46,27 +46,27 @@ def build_parser() -> Command:
     models, engines = (f"{', '.join(available(folder))}" for folder in ("models", "engines"))
     stages = "1: heads on a frozen backbone; 2: LoRA in the backbone (with --data alone: 1)"
     add("--stage", type=int, choices=(1, 2), help=stages)
-    add("--model", metavar="NAME|FILE", help=f"of ds_configs/models: {models} ({DEFAULT_MODEL}), or a .json of yours")
+    add("--model", metavar="NAME|FILE", help=f"model settings: {models} ({DEFAULT_MODEL}), or your own .json")
     add("--backbone", metavar="NAME|FILE", help=BACKBONE_HELP)
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    engine = f"of ds_configs/engines: {engines} ({DEFAULT_ENGINE}), or a .json of yours"
+    engine = f"engine settings: {engines} ({DEFAULT_ENGINE}), or your own .json"
     add("--engine", metavar="NAME|FILE", help=engine)
-    add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
-    start = "begin with the values, and of a RUN also the settings, of this run, checkpoint or adapter"
+    add("--tasks", metavar="NAME,NAME", help="tasks to train (default: all that the data has labels for)")
+    start = "start from the weights, and of a RUN also the settings, of this run, checkpoint or adapter"
     add("--from", dest="start", metavar="RUN|ADAPTER", help=start)
-    reset = "with --from RUN: draw its heads anew, e.g. for other categories"
+    reset = "with --from RUN: initialise its heads anew, e.g. for other categories"
     add("--reset-heads", action="store_const", const="reset", help=reset)
     add("--heads", metavar="FOLDER", help="stage 2: trained heads, e.g. RUN/export (visft.heads.path)")
     length("--steps", type=int, metavar="N", help="optimiser steps of the run (scheduler.params.total_num_steps)")
     length("--epochs", type=int, metavar="N", help="passes through the training images, instead of --steps")
-    add("--batch-size", type=int, metavar="N", help="images of a step on all GPUs (visft.tasks.<task>.batch_size)")
+    add("--batch-size", type=int, metavar="N", help="images per step over all GPUs (visft.tasks.<task>.batch_size)")
     add("--lr", type=float, metavar="X", help="learning rate (optimizer.params.lr)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
-    add("--track", metavar="wandb", help="send the numbers there as well (visft.run.track)")
-    resume = "auto: from the newest checkpoint, if there is one"
+    add("--track", metavar="wandb", help="also send metrics to Weights & Biases (visft.run.track)")
+    resume = "auto: from the newest checkpoint, if any; must: requires one; no: requires a new folder (%(default)s)"
     add("--resume", default="auto", choices=("auto", "must", "no"), help=resume)
-    add("--dry-run", action="store_true", help="print the plan and what is missing (exit status 2), start nothing")
+    add("--dry-run", action="store_true", help="print the plan and missing files (exit status 2), start nothing")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key, e.g. visft.seed=1; repeatable")
     add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
@@ -90,7 +90,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     elif given.deepspeed_config is not None:
         whole = load_json(Path(given.deepspeed_config)), given.deepspeed_config
     if given.reset_heads is not None and fork is None:
-        raise ValueError("--reset-heads says what becomes of the heads of --from RUN: give a run there")
+        raise ValueError("--reset-heads needs --from RUN, whose heads it initialises anew")
     if whole is not None:
         others = ["model", "backbone", *([] if fork is None else ["deepspeed_config"])]
         if doubled := [f"--{name}" for name in others if getattr(given, name) is not None]:
@@ -147,7 +147,7 @@ def _with_data(given: argparse.Namespace, flags: Flags, whole: tuple[dict[str, A
 def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
 
-    A run that --out names, or that lies in RUN-fork, goes on without the run or adapter that it came from. Numbers of
+    A run that --out names, or that lies in RUN-fork, continues without the run or adapter that it came from. Numbers of
     classes are left out: they are those of the data. Raises ValueError: nothing there, or no readable record.
     """
     run, place = run_of(Path(source)), folder_of_run(Path(source))
@@ -156,10 +156,10 @@ def _fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
     record = (run or Path(out or f"{place}-fork")) / "run.json"
     with reading(record, "the record of a run"):
         content = json.loads(read_bytes(record, 1 << 26)) if run or record.is_file() else {}
-        if run is None:  # gone: only what began with it goes on
+        if run is None:  # gone: only what began with it continues
             parent = content.get("parent") or {}
             if folder_of_run(Path(parent.get("path", ""))) != Path(os.path.abspath(place)):
-                raise ValueError(f"{record} does not say so, and there is no such run, checkpoint or adapter: {source}")
+                raise ValueError(f"{source} is no run, checkpoint or adapter, and {record} did not start from it")
             if parent["step"] is None:  # an adapter
                 return None
         for task in content["config"]["visft"]["tasks"].values():

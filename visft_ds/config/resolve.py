@@ -91,12 +91,12 @@ def available(folder: str) -> list[str]:
 
 
 def load_json(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The object in a configuration file. Raises ValueError, also for a key that stands twice; OSError for no file."""
+    """The object in a configuration file. Raises ValueError, also for a key that occurs twice; OSError for no file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError(f"a key stands twice in one object: {', '.join(key for key, _ in pairs)}")
+            raise ValueError(f"a key occurs twice in one object: {', '.join(key for key, _ in pairs)}")
         return found
 
     with reading(name or path, "a configuration (a JSON object)"):
@@ -203,7 +203,7 @@ def resolve(
         named = {"engines": engine} if engine else {}
         tree.lay({key: value for key, value in whole[0].items() if not engine or key in OURS}, whole[1])
         if stage not in (None, stated := tree.value("visft.stage")):
-            raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated}, and goes on in it")
+            raise ValueError(f"--stage {stage}: {whole[1]} is of stage {stated} and stays in it")
     for folder, name in named.items():
         own = name.endswith(".json")
         if not own and name not in (known := available(folder)):

@@ -27,32 +27,32 @@ Root = Annotated[Text, AfterValidator(refuse_secrets)]  #: folder or URL of shar
 
 
 class OptimizerParams(StrictModel):
-    """AdamW's numbers; a parameter group may set its own lr and weight_decay."""
+    """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
-    lr: Above
+    lr: Above  #: highest learning rate, after the warm-up
     weight_decay: Rate
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: Above = 1e-8
 
 
 class OptimizerConfig(StrictModel):
-    """`optimizer`, written as DeepSpeed writes it; built with torch, so that nothing is compiled at start."""
+    """`optimizer`, in DeepSpeed's form; torch builds it, so that nothing is compiled at start."""
 
     type: Literal["AdamW"]
     params: OptimizerParams
 
 
 class SchedulerParams(StrictModel):
-    """Numbers of the schedule, in optimiser steps and in fractions of each group's own learning rate."""
+    """Lengths of the schedule, in optimiser steps."""
 
     warmup_num_steps: Count
-    total_num_steps: Positive | None = None  #: the length of the run; null: what the tasks' `updates` amount to
+    total_num_steps: Positive | None = None  #: length of the run; null: from the tasks' `updates`
 
 
 class SchedulerConfig(StrictModel):
-    """`scheduler`, under DeepSpeed's names; ours does not spend the first step at learning rate 0."""
+    """`scheduler`, with DeepSpeed's names; here the first step does not have learning rate 0."""
 
-    type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: cosine, linear, constant after the warm-up
+    type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: after warm-up: cosine, linear, constant
     params: SchedulerParams
 
 
@@ -64,29 +64,29 @@ class BackboneOverrides(StrictModel):
     num_heads: Positive | None = None
     mlp_ratio: Above | None = None
     patch_size: Positive | None = None
-    image_size: Positive | None = None  #: decides the grid of the stored positions; the one key that timm's models take
+    image_size: Positive | None = None  #: pixels, which set the grid of positions; the only key for models of timm
     post_norm: bool | None = None
 
 
 class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
-    name: Name  #: names run folders
+    name: Name  #: part of the names of run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
-    #: numbers of the blocks whose maps are read, such as [5] or [2, 5, 8, 11]; [] reads the last one (docs/training.md)
+    #: numbers of the blocks whose features are read, such as [5] or [2, 5, 8, 11]; []: the last one (docs/training.md)
     layers: tuple[Count, ...] = ()
-    #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, a function of weights_seed
+    #: file of base weights, or hf-hub:ORG/NAME[/FILE]; null: random weights, drawn by weights_seed
     weights: Text | None
     weights_seed: Count = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
-    #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 if the GPU has it, else fp16; fp32 on CPUs
+    #: activations that the backward pass recomputes (gradient checkpointing); auto: the fastest choice that fits
     recompute: Literal["auto", "none", "mlp", "block"] = "auto"
-    kernels: Literal["library", "triton"] = "library"  #: of adapted layers; triton: our own (docs/memory-and-speed.md)
-    packed: bool = False  #: the backbone takes images of different sizes without padding (docs/memory-and-speed.md)
-    #: float32 products and convolutions of GPUs in TF32; auto: in bf16 and fp16 runs (docs/memory-and-speed.md)
+    kernels: Literal["library", "triton"] = "library"  #: of LoRA; triton: a fused kernel (docs/memory-and-speed.md)
+    packed: bool = False  #: pack images of different sizes without padding (docs/memory-and-speed.md)
+    #: compute float32 matrix products and convolutions in TF32 on GPUs; auto: in bf16 and fp16 runs
     tf32: Literal["auto", True, False] = "auto"
-    compile: Literal["none", "blocks"] = "none"  #: by torch.compile
+    compile: Literal["none", "blocks"] = "none"  #: blocks: with torch.compile
 
     def backbone_options(self) -> dict[str, Any]:
         """Options of `build_empty` that differ from the preset."""
@@ -95,34 +95,34 @@ class ModelConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank. Keys as `inject_lora`'s."""
+    """`visft.lora`: low-rank adapters (LoRA) in every block; the update is scaled by alpha / rank."""
 
     rank: Positive
     alpha: Above
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: q, k, v, proj, fc1, fc2; timm: globs, too
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: layers: q, k, v, proj, fc1, fc2; in timm also globs
 
 
 class HeadsConfig(StrictModel):
-    """`visft.heads`: the heads that stage 2 learns from, and what heads compute in."""
+    """`visft.heads`: the heads of stage 2, and the precision of heads."""
 
-    start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
-    path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
+    start: Literal["trained", "random"] = "trained"  #: random: without stage 1; heads train together with the backbone
+    path: Text | None = None  #: folder of heads; null in stage 2: runs/stage1-<visft.model.name>/export
     precision: Literal["auto", "fp32"] = "auto"  #: auto: bf16 in bf16 runs, else fp32
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
 class AnchorConfig(StrictModel):
-    """`visft.anchor`: weights of losses that hold stage 2's features near the base's; 0: off (docs/training.md)."""
+    """`visft.anchor`: weights of losses that keep stage 2's features near the base's; 0: off (docs/training.md)."""
 
-    gram: Rate = 0.0  #: of the change of cosines among an image's patches
-    cosine: Rate = 0.0  #: of the turn of each patch, and of the whole image
+    gram: Rate = 0.0  #: penalises changes of the cosines between patches of an image
+    cosine: Rate = 0.0  #: penalises changes in direction of each patch, and of the whole image
 
 
 class StartConfig(StrictModel):
-    """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
+    """`visft.start`: source of a run's first weights; optimiser and schedule start anew."""
 
-    path: Text  #: a run, one of its checkpoints, or an adapter: a folder of ours, the published file
-    heads: Literal["keep", "reset"] = "keep"  #: of a run; reset: drawn anew
+    path: Text  #: a run, one of its checkpoints, an adapter folder, or the published LoRA file
+    heads: Literal["keep", "reset"] = "keep"  #: heads of that run; reset: initialise them anew
 
 
 class DataSetConfig(StrictModel):
@@ -131,23 +131,23 @@ class DataSetConfig(StrictModel):
     name: Name
     root: Root
     split: Text = "train"
-    weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
-    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
+    weight: Above = 1.0  #: share of a task's steps, relative to visft.data.weight
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None  #: null: all that it has labels for
 
 
 class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
-    root: Root = "data/coco"
-    train: Text = "train"
-    val: Text = "val"
-    weight: Above = 1.0  #: of ROOT/TRAIN beside the sets below
-    sets: tuple[DataSetConfig, ...] = ()
-    shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: for a URL only
-    num_workers: Count | None = None  #: processes of each training process that read; null: chosen for the machine
-    prefetch_steps: Count = 2
+    root: Root = "data/coco"  #: folder or URL of the shards
+    train: Text = "train"  #: name of the training split
+    val: Text = "val"  #: name of the validation split
+    weight: Above = 1.0  #: share of a task's steps from this split, relative to `sets`
+    sets: tuple[DataSetConfig, ...] = ()  #: further training sets
+    shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: only for a URL
+    num_workers: Count | None = None  #: loader processes per training process; null: chosen for the machine
+    prefetch_steps: Count = 2  #: steps that are loaded ahead
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
-    cache_bytes: Positive = 200_000_000_000  #: bound of that folder: the shards read least recently go first
+    cache_bytes: Positive = 200_000_000_000  #: size limit of that folder; the least recently read shards go first
 
     def places(self) -> list[tuple[str, str]]:
         """(folder or URL, split) of all training sets."""
@@ -157,12 +157,12 @@ class DataConfig(StrictModel):
 class FeaturesConfig(StrictModel):
     """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
 
-    views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
-    cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
+    views: Positive = 1  #: number of geometries of an image, used in turn, one per epoch
+    cache: Text | None = None  #: folder for features; null: compute them in every epoch
 
 
 class ParamGroup(StrictModel):
-    """Entry of `visft.param_groups`; null numbers are the optimizer's."""
+    """Entry of `visft.param_groups`; null takes the optimizer's value."""
 
     name: Text
     params: Text  #: globs over qualified parameter names, separated by commas
@@ -178,35 +178,35 @@ class RunConfig(StrictModel):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
-    save_every: Positive = 500
-    keep_last: Positive = 3  #: newest checkpoints kept
-    keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
-    patience: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
-    eval_every: Count = 5000  #: 0: only by visft evaluate
-    eval_limit: Positive | None = None  #: images; null: all
+    save_every: Positive = 500  #: steps between checkpoints
+    keep_last: Positive = 3  #: number of newest checkpoints to keep
+    keep_best: Text | None = None  #: also keep the best checkpoint by this metric, such as box/AP50; null: none
+    patience: Count = 0  #: early stopping after so many evaluations without a better keep_best; 0: off
+    eval_every: Count = 5000  #: steps between evaluations; 0: none during training
+    eval_limit: Positive | None = None  #: number of images to evaluate; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
-    log_every: Positive = 20
-    track: Literal["wandb"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
-    deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time (docs/memory-and-speed.md)
-    rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
-    skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    step_timeout: Rate = 1800.0  #: seconds for a step or an evaluated batch; then a rank ends with its stacks; 0: never
+    log_every: Positive = 20  #: steps between console lines
+    track: Literal["wandb"] | None = None  #: also send metrics and settings there (`--track`); null: no
+    deterministic: bool = False  #: on GPUs, refuse operators that are not deterministic (docs/memory-and-speed.md)
+    rehearsal: bool = True  #: run the largest step of each task first, so that running out of memory shows at once
+    skip_bad_steps: Count = 0  #: steps in a row with NaN or Inf that are skipped before the run stops
+    step_timeout: Rate = 1800.0  #: seconds without progress after which a rank prints its stacks and ends; 0: never
     requeue_code: Annotated[int, Field(ge=0, lt=126)] = 85  #: exit code after a stop by SIGUSR1, to queue the job again
 
 
 class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
-    stage: Literal[1, 2]
+    stage: Literal[1, 2]  #: 1: train heads; 2: train the backbone
     seed: Count = 0
     model: ModelConfig
-    lora: LoraConfig | None = None
-    mode: Literal["sampled", "shared"] = "sampled"  #: one task in each step, or all tasks from the same images
+    lora: LoraConfig | None = None  #: null: no adapters
+    mode: Literal["sampled", "shared"] = "sampled"  #: each step trains one task, or all tasks on the same images
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
     anchor: AnchorConfig = Field(AnchorConfig(), exclude_if=lambda anchor: anchor == AnchorConfig())
-    start: StartConfig | None = None  #: null: adapters without effect, heads drawn or those of visft.heads
+    start: StartConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
@@ -221,7 +221,7 @@ class VisftConfig(StrictModel):
         used = {"recompute": model.recompute == "mlp", "packed": model.packed, "compile": model.compile != "none"}
         of_timm = model.preset.startswith(TIMM)
         for key in [*shape, *(key for key, is_used in used.items() if is_used)] if of_timm else ():
-            yield f"model.{key}", f"is of towers of our own; {model.preset} does not take it"
+            yield f"model.{key}", f"is for EVA backbones; {model.preset} does not take it"
         if self.stage == 1 and self.lora is not None:
             yield "lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
         if self.heads.path is not None and (self.stage == 1 or self.heads.start == "random"):
@@ -252,7 +252,7 @@ class VisftConfig(StrictModel):
         if best is None and run.patience:
             yield "run.patience", "needs a metric: set visft.run.keep_best"
         if best is not None and best not in measured:
-            yield "run.keep_best", f"is no metric of this run's tasks{nearest(best, measured)}"
+            yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
     def filled(self) -> VisftConfig:
         """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
@@ -299,16 +299,16 @@ class ZeroOptimization(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     stage: Literal[0, 1, 2, 3]
-    reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained numbers
+    reduce_bucket_size: Positive  #: required: DeepSpeed's 5e8 allocates gigabytes for a few million trained values
     overlap_comm: bool | None = None
-    offload_param: Offload = Offload()  #: of stage 3
-    offload_optimizer: Offload = Offload()  #: of stages 1 to 3
+    offload_param: Offload = Offload()  #: for stage 3
+    offload_optimizer: Offload = Offload()  #: for stages 1 to 3
 
 
 class PipelineKeys(StrictModel):
-    """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
+    """`pipeline`: layers are divided over stages; the engine sets DeepSpeed's other keys of it."""
 
-    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
+    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model; must divide the number of processes
 
 
 class Recipe(StrictModel):
@@ -318,7 +318,7 @@ class Recipe(StrictModel):
     """
 
     zero_optimization: ZeroOptimization
-    pipeline: PipelineKeys | None = None  #: absent: every process has all layers
+    pipeline: PipelineKeys | None = None  #: null: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
     optimizer: OptimizerConfig

@@ -40,8 +40,8 @@ class Stream:
     name: str  #: of the task, or "shared"
     tasks: tuple[str, ...]  #: in the order of the table of tasks
     share: float  #: of the steps, relative to the other streams
-    batch_size: int  #: images of one optimiser step over all processes
-    micro_batch: int  #: most images one process sends through the model at once
+    batch_size: int  #: images per optimiser step over all processes
+    micro_batch: int  #: largest number of images that a process sends through the model together
     image: dict[str, Any]  #: options of geometry and targets
     #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Stream:
 class StreamConfig(StrictModel):
     """Batch and images of a kind of optimiser step."""
 
-    batch_size: Positive  #: images of one optimiser step over all processes
-    micro_batch: Positive  #: most images one process sends through the model at once
+    batch_size: Positive  #: images per optimiser step over all processes
+    micro_batch: Positive  #: largest number of images that a process sends through the model together
     image: BaseModel
 
     def stream(self, name: str, tasks: tuple[str, ...], share: float) -> Stream:
@@ -85,8 +85,8 @@ class TaskConfig(StreamConfig):
     learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
 
-    #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
-    #: sum, in mode "shared" the most of them.
+    #: Optimiser steps of this task; a share if the length of the run is set. Otherwise a run has the sum of all tasks'
+    #: `updates`, in mode "shared" the largest.
     updates: Positive | None = None
     head: StrictModel
     loss: BaseModel
@@ -125,14 +125,14 @@ class SharedImage(StrictModel):
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
-    flip: Fraction = 0.5  #: probability
+    flip: Fraction = 0.5  #: probability of a horizontal flip
     eval_short: Positive = 800
     eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-    zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
-    mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    caption_choice: CaptionChoice = "random"  #: caption to learn from: "random", drawn for each use, or the "first"
-    max_words: Positive = 50
+    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    zoom: tuple[Above, Above] | None = None  #: with fixed_size: sides of a random crop, in parts of the image's
+    mask_stride: Positive = 4  #: pixels per cell of a target mask
+    caption_choice: CaptionChoice = "random"  #: caption to train on: a new "random" one each time, or the "first"
+    max_words: Positive = 50  #: longer captions are cut
 
 
 class SharedConfig(StreamConfig):

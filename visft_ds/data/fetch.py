@@ -72,7 +72,7 @@ class RemoteFolder:
 
         Raises:
             ValueError: the file is not there, or not what the manifest says.
-            OSError: the server failed, again and again.
+            OSError: the server failed repeatedly.
         """
         folder = Path(self.cache.folder or "~/.cache/visft/shards").expanduser()
         path = folder / f"{sha256}{Path(name).suffix}"
@@ -136,11 +136,11 @@ class RemoteFolder:
                 if whole():
                     return
                 if attempt + 1 == _ATTEMPTS:
-                    raise ValueError(f"{where} is not what its manifest says: copy all files of the split there again")
+                    raise ValueError(f"{where} does not match its manifest: copy all files of the split there again")
             time.sleep(_PAUSE * 2**attempt)
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content, lower-case hexadecimal."""
+    """sha256 of a file's bytes, lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

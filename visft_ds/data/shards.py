@@ -96,7 +96,7 @@ class Manifest:
 
         Raises:
             ValueError: there is none of this name, it is of another version, or a file was cut or changed.
-            OSError: a server failed, again and again.
+            OSError: a server failed repeatedly.
         """
         remote, path = None, str(manifest_path(Path(root), split))
         if isinstance(root, str) and "://" in root:
@@ -134,7 +134,7 @@ class Manifest:
         for shard in manifest.shards if remote is None else ():
             file = Path(root, shard.name)
             if not file.is_file() or file.stat().st_size != shard.bytes:
-                raise ValueError(f"{file} is missing or cut: run the same `visft shards build` again")
+                raise ValueError(f"{file} is missing or truncated: run the same `visft shards build` again")
         of, numbers = manifest.index["shard"], np.arange(len(counts))
         same = len(of) == len(manifest) and np.array_equal(of, np.repeat(numbers, counts))
         if not same or (remote is None and sha256_of(Path(root, split + INDEX)) != manifest.index_sha256):
@@ -160,7 +160,7 @@ class Manifest:
                 raise ValueError("it is missing: run the same `visft shards build` again")
             rows = np.lib.format.open_memmap(path, mode="r")  # np.load's message advises to allow pickles
             if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
-                raise ValueError("it has other columns: build the split again, with --replace")
+                raise ValueError("it has different columns: build the split again, with --replace")
         return rows.view(np.ndarray)  # reading a row of a memmap costs several times as much
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 
 
 def verify(manifest: Manifest) -> list[str]:
-    """Read every byte; the names of the files that are not as they were made."""
+    """Read every byte. Returns the names of the files that are damaged."""
     digests = {shard.name: shard.sha256 for shard in manifest.shards}
     digests[manifest.split + INDEX] = manifest.index_sha256
     return [name for name, digest in digests.items() if sha256_of(Path(manifest.root, name)) != digest]

@@ -10,7 +10,7 @@ from visft_ds import program
 from visft_ds.config.cli import BACKBONE_HELP, DOWNLOAD_HELP
 from visft_ds.flags import Parser
 
-USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
+USAGE = """Measure box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
     visft evaluate --run runs/stage2 --num_gpus 8
     visft evaluate --run runs/stage2 --backbone merged.safetensors --out evaluation/merged
@@ -19,27 +19,27 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
 """
-REPORT = """A page about one run, or about several side by side: one HTML file that needs no network.
+REPORT = """Write a page about one run, or about several side by side: one HTML file that needs no network.
 
     visft report runs/stage2                                     writes runs/stage2/report.html
     visft report runs/stage1 runs/stage2 --out report.html       the others are compared with the first
 
-It shows results (of visft evaluate, otherwise of the evaluations during training), pictures of visft evaluate, losses
+It shows results (of visft evaluate, otherwise of evaluations during training), pictures of visft evaluate, losses
 by task, learning rates, speed and memory, settings and environment. A run may still be training. Exit status: 0 fine,
 2 wrong usage or unusable input.
 """
-JUDGE = """Compare models that were trained further with the one they began as, on data that neither was trained for.
+JUDGE = """Compare further-trained models with their base, on data that neither was trained on.
 
     visft judge base.pt RUN --on segmentation=coco --out OUT
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
 
-A list of runs is one recipe with several seeds. Models are read after their best blocks, by held-out training images;
-a gain is one over the best block of BASE, over noise that moves features as far, and over every control, which is
-scaled until it does: a run on permuted labels, for instance. Writes judge.html, judge.json and scores/ by models and
-data: another one costs only itself.
+Runs joined by commas are seeds of one recipe. Features are read after the best block of each model, chosen on held-out
+training images. A gain must exceed the best block of BASE, noise of equal feature shift, and every control (such as a
+run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached scores/: another model costs
+only its own evaluation.
 
 models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
-    behind one, #BLOCK reads it there, and @A takes so much of what training changed
+    after a model, #BLOCK names the block to read, and @A scales what training changed by A
 
 kinds of --on (and their keys):
     segmentation    by patches, and names of objects: COCO, shards, ADE20k, images/ labels/ (split, train, name)
@@ -49,7 +49,7 @@ kinds of --on (and their keys):
     retrieval       captions and images: COCO, Karpathy's JSON (split, name)
     objects         names of boxed objects: a COCO tree (split, train, name)
     ocr             words read by a small head: train/ and test/ with gt.txt or labels.txt (name)
-    kept            answers of BASE's own classifier that stay: any images (name)
+    kept            predictions of BASE's own classifier that stay: any images (name)
 
 Exit status: 0 judged, whatever the verdict; 2 wrong usage or unusable input.
 """
@@ -62,14 +62,14 @@ def main(arguments: Sequence[str]) -> int:
     add = model.add_argument
     add("--run", type=Path, metavar="RUN", help="folder of a finished run, or RUN/checkpoints/step_N")
     add_parts(model)
-    add("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
+    add("--beam-size", type=int, metavar="N", help="beams of captions (default: the run's, or 1: greedy)")
     add = parser.add_argument_group("data: by default the run's, and results").add_argument
     add("--data", metavar="DIR|URL", help="shards made by visft shards")
-    add("--split", metavar="NAME", help="default: the run's validation split, or val")
+    add("--split", metavar="NAME", help="split (default: the run's validation split, or val)")
     add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
+    add("--batch-size", type=int, metavar="N", help="images per batch of a process (default: the run's, or 8)")
     add("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
-    add("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
+    add("--pictures", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
     given = _parsed(parser, arguments)
     from visft_ds.evals.evaluate import evaluate
 
@@ -80,19 +80,19 @@ def judge(arguments: Sequence[str]) -> int:
     """Run `visft judge`; returns the exit status."""
     parser = _parser("judge", JUDGE)
     add = parser.add_argument
-    add("base", metavar="BASE", help="what the others are compared with")
-    add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or with commas one recipe's seeds")
+    add("base", metavar="BASE", help="model that the others are compared with")
+    add("tuned", nargs="+", metavar="TUNED", help="a model trained further, or seeds joined by commas")
     add("--on", action="append", required=True, metavar="KIND=SOURCE", help="data to judge on; repeatable")
-    add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, brought to its dose; repeatable")
-    add("--primary", metavar="NUMBER", help="the number that decides (default: the first of the first segmentation)")
-    add("--quick", action="store_true", help="features once, at the model's size; minutes, not hours")
-    add("--layers", choices=("all", "last"), default="all", help="read at the best or the last (default %(default)s)")
-    add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new or of an earlier start (default judge)")
-    add("--cache", type=Path, metavar="DIR", help="of scores, shared by several --out (default OUT/scores)")
+    add("--control", action="append", default=[], metavar="MODEL", help="as TUNED, for equal feature shift; repeatable")
+    add("--primary", metavar="NUMBER", help="metric that decides (default: the first of the first segmentation)")
+    add("--quick", action="store_true", help="compute features once, at the model's size: minutes, not hours")
+    add("--layers", choices=("all", "last"), default="all", help="read the best of all or the last (%(default)s)")
+    add("--out", type=Path, default=Path("judge"), metavar="DIR", help="new, or of an earlier start (%(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="scores, shared by several --out (default OUT/scores)")
     add("--device", choices=("auto", "cpu"), default="auto", help="default %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default %(default)s")
-    add("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
-    add("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images per batch of a process (%(default)s)")
+    add("--threads", type=int, default=4, metavar="N", help="decoding threads (%(default)s)")
     given = _parsed(parser, arguments)
     from visft_ds.evals.judge.command import run_judge
 
@@ -103,8 +103,8 @@ def report(arguments: Sequence[str]) -> int:
     """Run `visft report`; returns the exit status."""
     parser = _parser("report", REPORT)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of visft train")
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="what visft judge wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="name it .html (default, of one run: RUN/report.html)")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="folder that visft judge wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .html file (default for one run: RUN/report.html)")
     given = _parsed(parser, arguments)
     from visft_ds.evals.report import report_runs
 
@@ -118,7 +118,7 @@ def add_parts(group: argparse._ActionsContainer) -> None:
     add("--download", action="store_true", help=DOWNLOAD_HELP)
     add("--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files")
     add("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
-    add("--tasks", metavar="A,B", help="default: every task that has a head")
+    add("--tasks", metavar="A,B", help="tasks (default: all that have a head)")
     add("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
 
 

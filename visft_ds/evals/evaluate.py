@@ -58,7 +58,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | None = None,
     out: AnyPath | None = None,
-    images: int = 8,
+    pictures: int = 8,
     command: bool = False,
 ) -> EvaluationResult:
     """Measure a run, or any backbone with heads, as visft evaluate does.
@@ -69,26 +69,26 @@ def evaluate(
         run: folder of a run, or RUN/checkpoints/step_N; the rest replaces what it says. Without it give backbone,
             heads and data.
         backbone: file of base or merged weights, of any known layout; or a name, as `fit` takes it.
-        download: fetch named weights that are not here from the Hugging Face hub.
+        download: download missing weights from the Hugging Face hub.
         heads: folder of heads: RUN/export, or ViSFT's published files.
         adapter: folder of an adapter, or "none": leave the run's out.
         tasks: names, in a list or with commas; by default every task that has a head.
         vocabulary: word map of a published captioning head.
-        beam_size: of captions; by default the run's, or 1 (greedy).
+        beam_size: beams for captions; by default the run's, or 1 (greedy).
         data: folder or URL of shards.
         split: by default the run's validation split, or "val".
-        limit: only the first so many images.
-        batch_size: of one process; by default the run's, or 8.
+        limit: evaluate only the first images, this many.
+        batch_size: images per batch of a process; by default the run's, or 8.
         out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
-        images: pictures to draw into `out`.
+        pictures: number to draw into `out`.
         command: print what is evaluated and found; of a run, `out` is RUN/evaluation-SPLIT by default.
 
     Raises:
         ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be judged by
             (predictions are written all the same).
     """
-    counts = SimpleNamespace(limit=limit, batch_size=batch_size, beam_size=beam_size, images=images)
-    check_least(counts, limit=1, batch_size=1, beam_size=1, images=0)
+    counts = SimpleNamespace(limit=limit, batch_size=batch_size, beam_size=beam_size, pictures=pictures)
+    check_least(counts, limit=1, batch_size=1, beam_size=1, pictures=0)
     out, cache = None if out is None else Path(out), None
     if run is None and None in (backbone, heads, data, out if command else ""):
         raise ValueError(f"without --run give --backbone, --heads{', --data and --out' if command else ' and --data'}")
@@ -137,12 +137,12 @@ def evaluate(
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
             return EvaluationResult({}, {})
-        pictures, files = dict[str, Any](), {task: f"{task}_results.json" for task in collected}
+        drawn, files = dict[str, Any](), {task: f"{task}_results.json" for task in collected}
         if out is not None:  # first: hours of predictions must not be lost with a number
             out.mkdir(parents=True, exist_ok=True)
             for task, results in collected.items():
                 (out / files[task]).write_bytes(orjson.dumps(results))
-            pictures = _draw(collected, reader, images, limit, out)
+            drawn = _draw(collected, reader, pictures, limit, out)
         metrics, problems = measure(collected, reader, limit=limit, per_category=True)
     if out is not None:
         facts_of = {name: value for task in collected for name, value in TASKS[task].facts.items()}
@@ -159,7 +159,7 @@ def evaluate(
             **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
-            "pictures": pictures,
+            "pictures": drawn,
             "versions": versions(),
             "command": [redacted(word) for word in sys.argv],
         }
@@ -191,11 +191,11 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, count: int) -> None:
 
 
 def _draw(
-    collected: Mapping[str, Results], reader: ShardReader, images: int, limit: int | None, out: Path
+    collected: Mapping[str, Results], reader: ShardReader, pictures: int, limit: int | None, out: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write pictures of examples; returns what stands where, by task."""
+    """Write pictures of examples; returns {task: [{"image_id", "file"}, ...]}."""
     written: dict[str, list[dict[str, Any]]] = {}
-    for task, by_image in draw_examples(collected, reader, images, limit=limit).items():
+    for task, by_image in draw_examples(collected, reader, pictures, limit=limit).items():
         written[task] = []
         for image_id, picture in by_image.items():
             name = f"{PICTURES}/{task}-{image_id:012d}.png"

@@ -167,7 +167,7 @@ def source_of(
         streams = {task: one.stream(task, (task,), 1.0) for task, one in settings.items()}
     else:
         raise ValueError(
-            f"{place} is no export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
+            f"{place} is not an export of a run: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
         )
     streams = {} if alone else _chosen(streams, tasks, folder)
     if side is not None:
@@ -182,7 +182,7 @@ def source_of(
         if weights is None and place is not None and place.is_dir():
             inside = weights_among(path.name for path in place.iterdir())
             if inside is None:
-                raise ValueError(f"{place} has not one weight file to take: give backbone=FILE (--backbone FILE)")
+                raise ValueError(f"{place} does not have exactly one weight file: give backbone=FILE (--backbone FILE)")
             place = place / inside
         weights = weights or place
         assert weights is not None, "a place or a backbone"

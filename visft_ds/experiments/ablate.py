@@ -1,13 +1,13 @@
-"""The experiment to do before believing in stage 2: its gain out of domain beside controls, and what it costs.
+"""Test of stage 2: its gain out of domain compared with controls, and its cost.
 
     visft ablate --seeds 5 --jobs 2 --out gain        EfficientNet-Lite0 and drawings; hours on two cores
     visft ablate --arms "permuted labels" --arm "rank 4: visft.lora.rank=4" --arm "rank 64: visft.lora.rank=64"
     visft ablate --model eva_e --processes 8 --data SHARDS --on segmentation=SOURCE --on zero_shot=imagenet/val
 
-Every arm is trained with every seed and judged beside the untouched base, over items and seeds together; then the first
-arm is judged with it as a control, scaled until it moves features as far. The claim stands if the first arm is better
-than the base, and better than labels of other images at the same feature shift. The same command continues an
-interrupted experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
+Every arm (variant of training) is trained with every seed and compared with the untouched base, over items and seeds
+together. Then it is a control of the first arm, scaled to equal feature shift. The claim holds if the first arm beats
+the base, and labels of other images at equal feature shift. The same command continues an interrupted
+experiment. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from visft_ds.flags import EVAL, Parser, check_extra, check_least
 from visft_ds.resilience.errors import tell
 from visft_ds.steps import Steps
 
-BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal dose"
-MINUS_IT, MINUS_IT_KEPT = f"{FIRST} minus it", f"{FIRST} minus it, answers kept"
+BASE, FIRST, PERMUTED, EQUAL = "base", "two stages", "permuted labels", "at equal feature shift"
+MINUS_IT, MINUS_IT_KEPT = f"{FIRST} minus it", f"{FIRST} minus it, predictions kept"
 CLAIM_SEEDS = 5  #: that the claim asks for
 LOSS_ALLOWED = 0.005  #: of the gain, by an anchor
 HELD = "heart,arrow"  # shapes that no training image shows
@@ -55,7 +55,7 @@ _LATE = '["blocks.[456].*.conv_pw", "blocks.[456].*.conv_pwl", "conv_head"]'
 ARMS = {
     FIRST: Arm(),
     PERMUTED: Arm(permuted=True),
-    "heads along": Arm((_heads("$heads"),)),
+    "co-trained heads": Arm((_heads("$heads"),)),
     "one stage": Arm((*_RANDOM, _heads("$heads")), joint=True),
     "last layer": Arm((f"visft.lora.targets={_LATE}",), both=("visft.model.layers=[]",)),
     "boxes": Arm(("visft.tasks=detection",)),
@@ -95,19 +95,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("ablate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", nargs="?", choices=("gain",), default="gain", help="the only one, and the default")
-    add("--arms", metavar="A,B", help=f"beside {FIRST!r}; default: all of {', '.join(ARMS)}")
+    add("experiment", nargs="?", choices=("gain",), default="gain", help="the only experiment, and the default")
+    add("--arms", metavar="A,B", help=f"arms besides {FIRST!r} (default: all of {', '.join(ARMS)})")
     add("--arm", action="append", default=[], metavar='"NAME: KEY=VALUE ..."', help="another arm: settings of stage 2")
-    add("--seeds", type=int, default=3, metavar="N", help="of every arm (default %(default)s)")
-    add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="default %(default)s")
+    add("--seeds", type=int, default=3, metavar="N", help="seeds of every arm (default %(default)s)")
+    add("--out", type=Path, default=Path("ablation"), metavar="DIR", help="results folder (%(default)s)")
     add("--jobs", type=int, default=1, metavar="N", help="commands at a time (default %(default)s)")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--model", default=MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
-    add("--base", metavar="FILE", help=f"its weights (default: the configured ones; of {MODEL} those of the demo)")
-    add("--data", metavar="SHARDS", help="default: drawings, made on the way")
-    add("--on", action="append", default=[], metavar="KIND=SOURCE", help="the first segmentation decides")
-    add("--processes", type=int, default=1, metavar="N", help="of each training (default %(default)s)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training")
+    add("--base", metavar="FILE", help=f"base weights (default: the configured ones; for {MODEL} the demo's)")
+    add("--data", metavar="SHARDS", help="training data (default: drawings, made here)")
+    add(
+        "--on",
+        action="append",
+        default=[],
+        metavar="KIND=SOURCE",
+        help="as in visft judge; the first segmentation decides",
+    )
+    add("--processes", type=int, default=1, metavar="N", help="processes per training run (%(default)s)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of every training run")
     return parser
 
 
@@ -120,7 +126,7 @@ class Plan:
         self.given, self.steps = given, Steps(given.out)
         self.recipe = {stage: resolve(stage=stage, model=given.model, settings=given.set) for stage in (1, 2)}
         self.arms = _chosen_arms(given.arms, given.arm, whole=not self.recipe[2].visft.model.layers)
-        for arm in self.arms.values():  # a mistake in an arm is told now, not after hours
+        for arm in self.arms.values():  # a mistake in an arm is reported now, not after hours
             resolve(stage=2, model=given.model, settings=[*given.set, *arm.both, *self._filled(arm.settings)])
         self.judges: list[str] = list(given.on)
         self.data, self.base = given.data, given.base
@@ -192,7 +198,7 @@ class Plan:
         return f"{run}+{self.steps.add('soup', 'merge', '--format', 'peft', '--base', str(base), *words)}"
 
     def _tables(self, name: str, arm: Arm) -> list[Path]:
-        """Comparisons of an arm with the base, and of the first arm with it at equal dose."""
+        """Comparisons of an arm with the base, and of the first arm with it at equal feature shift."""
         models, base = self._models(name, arm), self._stage1(arm if arm.both else self.arms[FIRST], 0)
         tables = {"table": [f"{name}={models}"]}
         if name != FIRST and not arm.both:
@@ -218,13 +224,13 @@ class Plan:
             record = json.loads((table / "judge.json").read_text(encoding="utf-8"))
             kept = [of["name"] for of in record["rows"] if of["name"].startswith("kept/")]
             for label in [name for name in [*record["arms"]][1:] if name not in [row["arm"] for row in rows]]:
-                row = {"arm": label, "moved": round(record["doses"][label], 3)}
+                row = {"arm": label, "feature shift": round(record["shifts"][label], 3)}
                 row[f"minus {BASE}"] = difference(record["rows"], self.primary, label)
                 for of in record["rows"]:
                     if label in of["controls"].get(FIRST, ()):
                         row[MINUS_IT if of["name"] == self.primary else MINUS_IT_KEPT] = of["controls"][FIRST][label]
                 rows.append(row | {name: difference(record["rows"], name, label) for name in kept})
-        said = " ".join([verdict(rows, self.given.seeds), *anchors_pay(rows)])
+        said = " ".join([verdict(rows, self.given.seeds), *anchors_help(rows)])
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [[_cell(row.get(column)) for column in columns] for row in rows]
         title = "percentage points, over items and seeds together; * excludes zero"
@@ -261,7 +267,7 @@ def difference(rows: Sequence[Mapping[str, Any]], number: str, arm: str) -> dict
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
-    """Sentence on whether the claim stands."""
+    """Sentence on whether the claim holds."""
     of_arm = {row["arm"]: row for row in rows}
     gain = of_arm.get(FIRST, {}).get(f"minus {BASE}")
     more = of_arm.get(f"{PERMUTED} {EQUAL}", {}).get(f"{FIRST} minus it")
@@ -271,21 +277,21 @@ def verdict(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
     few = f" {seeds} seeds of the {CLAIM_SEEDS} that it asks for." if seeds < CLAIM_SEEDS else ""
     zero = f" Zero is not excluded over {' and '.join(lacks)}." if lacks else ""
     return (
-        f"The claim {'does not stand' if lacks else 'stands'}: {_cell(gain)} over the base, {_cell(more)} over labels "
+        f"The claim {'does not hold' if lacks else 'holds'}: {_cell(gain)} over the base, {_cell(more)} over labels "
         f"of other images {EQUAL}.{zero}{few}"
     )
 
 
-def anchors_pay(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on whether anchors pay, by a criterion that was named before they were measured: at the dose of the
-    first arm, more answers of the base's classifier are kept, and of the gain less than half a point is lost."""
+def anchors_help(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on whether anchors help, by a criterion that was named before they were measured: at equal feature
+    shift more predictions of the base's classifier are kept, and less than half a point of the gain is lost."""
     told = []
     for row in rows:
         gain, kept = row.get(MINUS_IT), row.get(MINUS_IT_KEPT)
         if gain and kept and row["arm"] in [f"{name} {EQUAL}" for name in ANCHORS]:
-            pays = kept["high"] < 0 and gain["high"] < LOSS_ALLOWED
-            beside = f"{FIRST!r} minus it is {_cell(gain)} of the gain and {_cell(kept)} of the answers kept"
-            told.append(f"The {row['arm']} {'pays' if pays else 'does not pay'}: {beside}.")
+            helps = kept["high"] < 0 and gain["high"] < LOSS_ALLOWED
+            beside = f"{FIRST!r} minus it is {_cell(gain)} of the gain and {_cell(kept)} of the predictions kept"
+            told.append(f"The {row['arm']} {'helps' if helps else 'does not help'}: {beside}.")
     return told
 
 

@@ -12,17 +12,17 @@ from visft_ds.flags import Parser
 from visft_ds.interop import FORMATS
 from visft_ds.resilience.errors import tell
 
-USAGE = """Merge LoRA adapters into base weights, or write an adapter in another form.
+USAGE = """Merge LoRA adapters into base weights, or write an adapter in another format.
 
 visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
-Base: .safetensors, .pt; any known layout; that of a run may be left out.
+Base: .safetensors, .pt; any known layout; for a run it may be left out.
 Adapter: a run, a checkpoint, an adapter folder, or a LoRA file as ViSFT published them; several are averaged; without
-any the base is written as it is, in another form. An --out without suffix is a folder: weights, the configuration of
+any, the base is converted to the format. An --out without suffix is a folder: weights, the configuration of
 the library that reads them, and a model card.
 
-Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
+Exit status: 0 written, 1 --verify found different outputs (nothing is kept), 2 wrong usage or input.
 """
 
 
@@ -40,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", metavar="NAME|FILE", help="weights the change comes on top of (a run knows its own)")
+    add("--base", metavar="NAME|FILE", help="base weights (default: those of the run)")
     add("--download", action="store_true", help=DOWNLOAD_HELP)
-    adapter = "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base in another form"
+    adapter = "run, checkpoint, adapter folder or ViSFT LoRA file; several: the mean; none: --base is converted"
     add("--adapter", type=Path, action="append", default=[], metavar="PATH", help=adapter)
-    add("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
+    add("--scale", type=float, default=1.0, help="factor of the adapter's effect (%(default)s)")
     add("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
-    form = "full weights as a library names them, a graph (onnx), or the adapter alone (peft) (%(default)s)"
+    form = "full weights for a library, a graph (onnx), or the adapter alone (peft); default %(default)s"
     add("--format", choices=FORMATS, default="timm", help=form)
-    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)")
-    verify = "the library of the format loads the result; exit 1 if its outputs are not those of base + adapter"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="dtype of the backbone written (%(default)s)")
+    verify = "load the result with its library; exit status 1 if outputs differ from base + adapter"
     add("--verify", action="store_true", help=verify)
     return parser

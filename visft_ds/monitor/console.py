@@ -58,8 +58,8 @@ class Progress(AbstractContextManager["Progress"]):
         start: steps that were done before (a resumed run).
         log_every: print a line that stays whenever the step is a multiple, and for the first and last step.
         enabled: False on every process but the main one: prints nothing.
-        stream: where to; stdout by default.
-        gone: called when nobody reads the stream any more.
+        stream: output, stdout by default.
+        gone: called when the stream is closed at its other end.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ def gauge(what: str, total: float, unit: str = "", items: Iterable[Any] | None =
         delay=5,
         mininterval=0.2 if live else 30,
         miniters=1,  # otherwise tqdm's watcher prints old numbers again
-        bar_format=None if live else "{desc}: {n:.0f}/{total:.0f}{unit}, left {remaining}\n",
+        bar_format=None if live else "{desc}: {n:.0f}/{total:.0f}{unit}, eta {remaining}\n",
         leave=False,
         dynamic_ncols=live,
     )

@@ -57,29 +57,29 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
+        """Record an optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
         self._numbers("step", step, values)
         for callback in self._callbacks:
             callback.on_step(step, values)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of the evaluation after `step`, e.g. {"box/AP": 0.3}; recorded with "val/" before their names."""
+        """Record the evaluation after `step`, e.g. {"box/AP": 0.3}, with "val/" before the names."""
         self._numbers("step", step, {f"val/{name}": value for name, value in metrics.items()})
         for callback in self._callbacks:
             callback.on_evaluation(step, metrics)
 
     def save(self, step: int, seconds: Mapping[str, float], folder: Path) -> None:
-        """Times of the checkpoint of `step`, which lies in `folder`."""
+        """Record times in seconds of the checkpoint of `step`, which is in `folder`."""
         self._numbers("save", step, seconds)
         for callback in self._callbacks:
             callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Something that happened in `step`, such as a "bad step"; details are JSON values."""
+        """Record something that happened in `step`, such as a "bad step"; details are JSON values."""
         self._append({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
-        """An image (H, W, 3) RGB for TensorBoard."""
+        """Show an image (H, W, 3) RGB in TensorBoard."""
         self._show("add_image", tag, image, step, dataformats="HWC")
 
     def __exit__(self, *_: object) -> None:
@@ -126,7 +126,7 @@ def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records up to and including `step`, reading back from the end no further than that.
 
     Returns the newest kept records, at least those since the last step that was trained: numbers of evaluations and
-    saves come late, and all that stands before the record of a trained step is older.
+    saves come late, and everything before the record of a trained step is older.
     """
     with path.open("r+b") as file:
         end, size, start = file.seek(0, 2), _BLOCK, -1

@@ -54,5 +54,5 @@ class Tracker(Callback):
             action()
         except (Error, OSError) as error:
             self._run = None
-            text = f"warning: wandb gets nothing any more: {redacted(error)}; training continues"
+            text = f"warning: wandb receives nothing more: {redacted(error)}; training continues"
             print(text, file=sys.stderr, flush=True)

@@ -44,8 +44,8 @@ class Partition:
         for number, ((start, stop), cost) in enumerate(zip(pairwise(self.bounds), self.stage_costs(), strict=True)):
             span = " to ".join(dict.fromkeys((names[start], names[stop - 1])))
             lines.append((f"stage {number}", f"{span} ({stop - start} layers), {cost / total:.1%} of the operations"))
-        idle = f"{self.bubble(micro_batches):.0%} of the time, as predicted for {micro_batches} micro-batches to a step"
-        return [*lines, ("waiting", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
+        idle = f"{self.bubble(micro_batches):.0%} of the time, predicted for {micro_batches} micro-batches per step"
+        return [*lines, ("bubble", f"{idle}; a smaller micro_batch gives more of them, which wait less")]
 
 
 def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:

@@ -34,12 +34,12 @@ def build_parser() -> Command:
     parser = Command("plan", "Predict memory and time of both stages, and find the fastest settings that fit.", _EPILOG)
     add = parser.add_argument
     add("--cluster", metavar="SPEC", required=True, help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090")
-    add("--network", type=float, metavar="GB/s", help="of a machine, one way (as machines with such GPUs are sold)")
+    add("--network", type=float, metavar="GB/s", help="bandwidth of a machine, one way (default: usual for the GPU)")
     add("--model", metavar="NAME|FILE", help="as in visft train (eva_e and eva_g)")
     add("--backbone", metavar="NAME|FILE", help="as in visft train; of its files only config.json is needed")
-    add("--download", action="store_true", help="fetch that from the hub")
-    add("--stage", type=int, choices=(1, 2), help="(both)")
-    add("--engine", metavar="NAME|FILE", help="plan this one as configured, search nothing")
+    add("--download", action="store_true", help="download config.json from the hub")
+    add("--stage", type=int, choices=(1, 2), help="stage to plan (both)")
+    add("--engine", metavar="NAME|FILE", help="plan this engine as configured, without a search")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
     return parser
 

@@ -171,7 +171,7 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, str]]:
         """Rows for the parts, and the sum."""
         parts = [(name, size) for name, size in asdict(self).items() if size]
-        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("whole", self.total)]]
+        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("total", self.total)]]
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:

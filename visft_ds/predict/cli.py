@@ -12,7 +12,7 @@ from visft_ds.evals.cli import add_parts
 from visft_ds.flags import Parser
 from visft_ds.resilience.errors import tell
 
-USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
+USAGE = """Find boxes, masks and captions in your own pictures; no annotations are needed.
 
     visft predict dog.jpg --model runs/stage2
     visft predict photos/ more/*.png --model runs/stage2 --threshold 0.7 --out found
@@ -42,15 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders with all below them; patterns with *, ?, [...] or **"
+    images = "JPEG, PNG, WebP, BMP, GIF or TIFF; folders and all below them; patterns with *, ?, [...] or **"
     add("images", nargs="+", metavar="IMAGE|FOLDER|PATTERN", help=images)
     model = "a run, RUN/checkpoints/step_N, RUN/export, or merged weights"
     add("--model", dest="source", type=Path, required=True, metavar="RUN", help=model)
     add_parts(parser)
     add("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
-    add("--batch-size", type=int, metavar="N", help="images at once (default: the run's, or 8)")
-    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default %(default)s")
-    add("--threshold", type=float, default=0.5, metavar="SCORE", help="least of boxes and masks (default %(default)s)")
+    add("--batch-size", type=int, metavar="N", help="images per batch (default: the run's, or 8)")
+    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="new or empty (%(default)s)")
+    add("--threshold", type=float, default=0.5, metavar="SCORE", help="least confidence shown (%(default)s)")
     return parser

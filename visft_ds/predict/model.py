@@ -1,4 +1,4 @@
-"""A trained model out of a run, an export or merged weights: pictures in, typed predictions or features out.
+"""Trained model from a run, an export or merged weights: pictures in, typed predictions or features out.
 
 Letters: B images, H W pixels, h w patch grid, D width.
 """
@@ -43,17 +43,17 @@ def load(
     """Load a trained model for predictions.
 
     Args:
-        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, wherever that lies now; or
+        source: folder of a finished run, or RUN/checkpoints/step_N; its export folder, which may have moved; or
             merged weights (a file, or the folder that merging wrote) together with `heads`.
         tasks: names, in a list or with commas; default: all that have a head.
-        device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
         precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
         backbone, heads, adapter: file or name, folder of heads and adapter folder that replace the source's; adapter
             "none" leaves it out.
-        download: fetch a named backbone that is not here from the Hugging Face hub.
+        download: download a missing backbone from the Hugging Face hub.
         vocabulary: word map of a published captioning head.
         image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in the
-            paper where there is no run.
+            paper without a run.
 
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
@@ -90,21 +90,21 @@ def load_backbone(
 
 
 class ImageFeatures(nn.Module):
-    """Backbone with its adapter in it, in evaluation mode; nothing in it requires a gradient until you say so."""
+    """Backbone with its adapter, in evaluation mode; no parameter requires a gradient until you set it."""
 
     def __init__(self, loaded: EvaluationModel) -> None:
         super().__init__()
         self.backbone = loaded.module.backbone  #: takes normalised pixels
         self.width = self.backbone.width  #: D
-        self.patch_size = self.backbone.patch_size  #: pixels of the image to a step of the grid
+        self.patch_size = self.backbone.patch_size  #: pixels per step of the grid
         self.precision = loaded.precision
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of whole images, the last map; pixels right and below of the last whole patch are not seen.
+        """Features of whole images, the last map; pixels to the right of and below the last whole patch are ignored.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
-                normalised in here.
+                normalised here.
 
         Returns:
             (B, D, h, w) float32.
@@ -150,17 +150,17 @@ class Model:
         """Predict boxes, masks and captions, in pixels of the original image.
 
         Photographs are turned upright by their EXIF orientation, and resized as in the evaluation of the run. A
-        prediction does not depend on the images beside it, but for rounding: only those of one size share a batch.
+        prediction does not depend on other images, except for rounding: only images of one size share a batch.
 
         Args:
             images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W),
                 both uint8; or several: a list of these, a folder, a pattern such as "photos/*.jpg".
-            threshold: least score of boxes and masks.
-            batch_size: most images that pass through the model at once; default: the run's.
+            threshold: least score of boxes and masks that are returned.
+            batch_size: largest number of images in a batch; default: the run's.
 
         Returns:
             One `Prediction` for one image; a list of them for a list, folder or pattern, with the pixels of every
-            image: give thousands in parts, or to `visft predict`. Raises ValueError for what is no picture.
+            image: give thousands in parts, or to `visft predict`. Raises ValueError for a file that is not an image.
         """
         check_options(threshold, batch_size=batch_size)
         every, single = opened(images)
@@ -170,7 +170,7 @@ class Model:
         return predictions[0] if single else predictions
 
     def predict_opened(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
-        """`predict` of decoded images, few enough to pass through the model at once."""
+        """Predictions for decoded images, few enough for one batch."""
         raws = [
             RawSample(place, image_id=place, size=one.pixels.shape[:2], image=one.pixels, annotations=(), captions=())
             for place, one in enumerate(images)
@@ -201,7 +201,7 @@ class Model:
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold that is no score, or numbers below 1."""
+    """Raise ValueError for a threshold outside of [0, 1], or numbers below 1."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():

@@ -27,7 +27,7 @@ _SHOWN = ("detection", "segmentation", "captioning")  #: tasks with an attribute
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """Objects found in an image, the surest first."""
+    """Objects found in an image, sorted by confidence."""
 
     scores: Floats  #: (n,) from 0 to 1
     ids: npt.NDArray[np.int64]  #: (n,) category ids
@@ -39,14 +39,14 @@ class Objects:
 
 @dataclass(frozen=True, eq=False)
 class Boxes(Objects):
-    """Boxes of an image, the surest first."""
+    """Boxes of an image, sorted by confidence."""
 
-    xyxy: Floats  #: (n, 4) left, top, right, bottom in pixels of the image; may reach beyond its borders
+    xyxy: Floats  #: (n, 4) left, top, right, bottom in pixels of the image; may extend past its border
 
 
 @dataclass(frozen=True, eq=False)
 class Masks(Objects):
-    """Masks of an image, the surest first; they may overlap."""
+    """Masks of an image, sorted by confidence; they may overlap."""
 
     masks: npt.NDArray[np.bool_]  #: (n, H, W)
 
@@ -58,11 +58,11 @@ class Prediction:
     image: npt.NDArray[np.uint8]  #: (H, W, 3) RGB, upright
     path: Path | None  #: of its file
     categories: Mapping[int, str]  #: names of all categories of the model by id
-    results: Mapping[str, Results]  #: task -> what was found in COCO's results format, the surest first
+    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, sorted by confidence
 
     @cached_property
     def boxes(self) -> Boxes | None:
-        """None: the model has no such task."""
+        """Boxes of the detection head; None if the model has none."""
         if (found := self.results.get("detection")) is None:
             return None
         corners = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in found)]
@@ -70,7 +70,7 @@ class Prediction:
 
     @cached_property
     def masks(self) -> Masks | None:
-        """None: the model has no such task."""
+        """Masks of the segmentation head; None if the model has none."""
         if (found := self.results.get("segmentation")) is None:
             return None
         masks = np.zeros((0, *self.image.shape[:2]), dtype=np.bool_)
@@ -80,13 +80,13 @@ class Prediction:
 
     @property
     def semantic(self) -> npt.NDArray[np.uint8] | None:
-        """(H, W) category ids, the numbers of the label maps; None: the model has no such task."""
+        """Category ids (H, W), the numbers of the label maps; None if the model has no semantic head."""
         found, ids = self.results.get("semantic"), {id_: id_ for id_ in self.categories}
         return None if found is None else place_map(found, self.image.shape[:2], ids)
 
     @property
     def caption(self) -> str | None:
-        """None: the model has no such task."""
+        """Text of the captioning head; None if the model has none."""
         return self.results["captioning"][0]["caption"] if "captioning" in self.results else None
 
     def _labels(self, results: Results) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
@@ -101,7 +101,7 @@ class Prediction:
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
     def draw(self, *, side: int = SIDE) -> Image.Image:
-        """The image above its caption, its boxes and its masks beside each other; `side`: pixels of a longer side."""
+        """The image, its boxes and its masks side by side, with the caption; `side`: pixels of the longer side."""
         objects = self._objects()
         colours = palette([*self.categories.values(), *(name for found, _ in objects.values() for name in found.names)])
         lines = [*([] if self.caption is None else [self.caption or "(no words)"]), *self._lines()]

@@ -1,4 +1,4 @@
-"""Data of a run: what it learns from and in which order, its words, and how samples become batches of each stream."""
+"""Data of a run: its data sets, their order, its vocabulary, and the pipelines that make batches of each stream."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunData:
     validation: Manifest | None  #: None: no evaluation during training
 
     def identity(self) -> dict[str, str]:
-        """Facts that must be the same on all ranks, and when a run goes on."""
+        """Facts that must be the same on all ranks, and when a run is resumed."""
         content = [[name, one.manifest.fingerprint] for name, one in self.sets.items()]
         several = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         found = {
@@ -92,7 +92,7 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             continue
         beyond = (objects - queries).clip(min=0)
         if beyond.any():
-            told = f"{task}: {beyond.sum()} of {objects.sum()} objects teach nothing in a step"
+            told = f"{task}: {beyond.sum()} of {objects.sum()} objects are ignored in a step"
             fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
             line = f"{told}, as {fuller} (visft.tasks.{task}.head.num_queries)"
             config = replace(config, adapted=(*config.adapted, line))
@@ -204,7 +204,7 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
     for manifest in manifests:
         if manifest.options.get("tokenizer") != TOKENIZER:
             raise ValueError(
-                f"{where}: captions cut into words by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
+                f"{where}: captions were tokenised by {manifest.options.get('tokenizer')}, not {TOKENIZER}"
             )
         words.update(manifest.vocabulary)
     kept = sorted((-count, word) for word, count in words.items() if count >= settings.min_count)

@@ -1,4 +1,4 @@
-"""The data sets a run trains on: which tasks each teaches, and the classes of the heads for their categories."""
+"""Data sets of a run: the tasks that each trains, and the classes of the heads for their categories."""
 
 from __future__ import annotations
 

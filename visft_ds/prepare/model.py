@@ -168,7 +168,7 @@ def plan_model(
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups, or set visft.lora=null for no adapters"
         )
     if module.anchor and (more := [name for name in names if not is_lora(name)]):
-        raise ValueError(f"visft.anchor: the anchor is the tower without adapters, and {more[0]} trains beside them")
+        raise ValueError(f"visft.anchor: the anchor is the backbone without adapters, but {more[0]} trains, too")
     if config.stage == 2 and not module.train_backbone:
         raise ValueError(
             f"stage {stage_name(config)!r} must train some of backbone.*, but no group of visft.param_groups holds any "
@@ -206,7 +206,7 @@ def apply_groups(
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision of a run and why. Raises ValueError for one that there is not, or that the hardware has not."""
+    """The precision of a run and why. Raises ValueError for an unknown one, or one that the hardware lacks."""
     if requested not in ("auto", *get_args(Precision)):
         raise ValueError(f"precision {requested!r} is not allowed: give auto, {', '.join(get_args(Precision))}")
     if device.type == "cpu":
@@ -215,7 +215,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     if requested == "auto":
         return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
     if requested == "bf16" and not has_bf16:
-        raise ValueError(f"visft.model.precision: bf16 asked for, {name} has none; use fp16 or auto")
+        raise ValueError(f"visft.model.precision = bf16: {name} does not support it; use fp16 or auto")
     return cast(Precision, requested), "as configured"
 
 
@@ -258,7 +258,7 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
             notes.append(f"warning: {problem}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
-            notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")
+            notes.append(f"the {task} head was trained in mode {mode}, this run is in mode {config.mode} (visft.mode)")
     return notes
 
 
@@ -278,4 +278,4 @@ def check_reached(module: nn.Module, inputs: torch.Tensor) -> None:
     for hook in hooks:
         hook.remove()
     if missed := [name for name, layer in layers.items() if layer not in reached]:
-        raise ValueError(f"visft.lora.targets: the forward of the model passes by {missed[0]} ({len(missed)} such)")
+        raise ValueError(f"visft.lora.targets: the forward pass bypasses {missed[0]} ({len(missed)} such)")

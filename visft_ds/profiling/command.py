@@ -33,11 +33,11 @@ def build_parser() -> Command:
     parser = Command("profile", "Measure N optimiser steps of each task, as training makes them.", _EPILOG)
     add = parser.add_argument
     add("--steps", type=int, default=10, metavar="N", help="steps of each task (%(default)s)")
-    add("--warmup", type=int, default=3, metavar="N", help="steps before these (%(default)s)")
-    add("--synthetic", action="store_true", help="generated pictures; random weights for missing files")
-    add("--loader", action="store_true", help="read batches only, without a model: samples a second")
-    add("--trace", type=Path, metavar="FOLDER", help="one more step of each for Perfetto, by operator")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    add("--warmup", type=int, default=3, metavar="N", help="unmeasured steps before these (%(default)s)")
+    add("--synthetic", action="store_true", help="generated images; random weights for missing files")
+    add("--loader", action="store_true", help="read batches without a model: samples per second")
+    add("--trace", type=Path, metavar="FOLDER", help="trace one more step of each for Perfetto, by operator")
+    add("--json", type=Path, metavar="FILE", help="file for the numbers")
     return parser
 
 

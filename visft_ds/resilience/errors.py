@@ -18,15 +18,15 @@ LOST_PEER = re.compile(
 
 
 class RankError(ValueError):
-    """Mistake that a user can mend and that one rank alone meets; a plain ValueError is met by all."""
+    """Mistake of the user that one rank alone meets; a plain ValueError is met by all ranks."""
 
 
 class LostRank(RuntimeError):
-    """Another rank died or ended with an error; this one cannot go on."""
+    """Death or error of another rank, after which this one cannot continue."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit code of a rank: 2 for what the user can mend, 3 after the loss of another rank, 4 when training diverged,
+    """Exit code of a rank: 2 for what the user can fix, 3 after the loss of another rank, 4 when training diverged,
     130 after a Ctrl-C, 141 when nobody reads the output, 1 for a bug."""
     codes: dict[type[BaseException], int] = {
         LostRank: LOST_CODE,

@@ -27,7 +27,7 @@ LEAST_SCALE = 1.0
 class LossGuard:
     """Judges every step of a run by its loss and gradient."""
 
-    allowed: int  #: steps in a row without an update that are passed over
+    allowed: int  #: steps in a row without an update that are skipped
     bad: int = 0  #: steps in a row without an update because loss or gradient was not finite
     collapsed: bool = False  #: no loss scale that is allowed keeps the gradient of the last step finite
 
@@ -37,13 +37,13 @@ class LossGuard:
         return self.bad > self.allowed or self.collapsed
 
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
-        """Take a finished step into account. Returns the message for the log, "" for none."""
+        """Judge a finished step. Returns the message for the log, "" for none."""
         where = f"step {step_plan.step + 1} ({step_plan.task})"
         self.bad = self.bad + 1 if report.refused and not is_finite(report) else 0
         scale = report.loss_scale or LEAST_SCALE
         if report.skipped and scale <= LEAST_SCALE:
             self.collapsed = True
-            return f"{where}: the gradient overflows in fp16 at a loss scale of {scale:g}, the least: use bf16 or fp32"
+            return f"{where}: the gradient overflows in fp16 at the smallest loss scale, {scale:g}: use bf16 or fp32"
         if not report.refused:
             return ""
         what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {report.losses['loss']}"
@@ -52,7 +52,7 @@ class LossGuard:
 
     def stop(self, message: str, saved: int) -> None:
         """End the run on every rank: raise FloatingPointError. `saved`: step of the newest checkpoint, 0 for none."""
-        after = f" after {self.allowed} others in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
+        after = f" after {self.allowed} skipped steps in a row (visft.run.skip_bad_steps)" if self.bad > 1 else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
         raise FloatingPointError(
             f"{message}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"
@@ -83,7 +83,7 @@ def first_non_finite(
     images = [one for one in found if ", images [" in one][:1]
     everyone: list[list[str]] = distributed.from_all_ranks(list(dict.fromkeys(found[:_SHOWN] + images)))
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
-    return "".join(lines[:_SHOWN]) or "\n  made again, everything is finite: faulty hardware?"
+    return "".join(lines[:_SHOWN]) or "\n  repeated, the step is finite: the hardware may be faulty"
 
 
 @contextlib.contextmanager

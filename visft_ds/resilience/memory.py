@@ -46,7 +46,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """Bytes that this process's machine has, or fewer where its control group (version 2) or one around it says so.
+    """Bytes of memory of this machine, or the limit of its control group (version 2) or one around it.
 
     In a container the own group is the root; a scheduler such as SLURM limits one in the middle of the path.
     """
@@ -62,9 +62,9 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
     """Turn the error of an allocator into a `RankError`: what was done, its shapes, what was counted, what to try.
 
     Args:
-        what: is done within.
-        stream: that it is done for.
-        batches: that it is done with.
+        what: name of the work inside, for the message.
+        stream: its stream.
+        batches: its micro-batches.
 
     Raises:
         RankError: an allocator failed, on a GPU or on the host.
@@ -102,7 +102,7 @@ def largest_shape(batches: Sequence[Batch]) -> str:
         if hasattr(target, "labels"):
             text += f", {len(target.labels)} objects"
         if hasattr(target, "tokens"):
-            text += f", {target.tokens.shape[1]} ids to a caption"
+            text += f", {target.tokens.shape[1]} tokens per caption"
     return text
 
 
@@ -136,7 +136,7 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
     """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
     Raises:
-        RankError: it does not fit.
+        RankError: a step does not fit into memory.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     device, rows = engine.device, []
@@ -154,4 +154,4 @@ def probe_memory(model: ModelConfig, engine: Engine, data: RunData, batches: Bat
         torch.cuda.reset_peak_memory_stats(device)
     if distributed.is_main():
         section = Section("steps", rows, ("stream", "largest micro-batch", "took", "peak"))
-        print_plan("rehearsal, of which nothing is kept", [section])
+        print_plan("rehearsal: the largest steps fit into memory; nothing is kept", [section])

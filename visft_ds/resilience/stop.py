@@ -43,7 +43,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher above this process is gone.
+    """Flag that SIGTERM, SIGINT or SIGUSR1 sets, or the end of the launcher above this process.
 
     The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans. So
     a rank watches its parent and, if that is DeepSpeed's launcher, its grandparent. The ranks agree on stopping in the
@@ -67,14 +67,14 @@ class StopFlag:
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
 
     def _end_at_start(self) -> None:
-        """Until `listen` there is nothing to save: end with the launcher at once."""
+        """End with the launcher at once: until `listen` there is nothing to save."""
         while not self._listening.wait(0.5):
             if self._alone():
                 print("stopped before the first step: the launcher is gone", file=sys.stderr, flush=True)
                 os._exit(LOST_CODE)
 
     def listen(self) -> None:
-        """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet.
+        """Let signals set the flag. Before, they end the process as usual: there is nothing to save yet.
 
         Python hands signals to the main thread only: called in another one, it does nothing.
         """
@@ -83,14 +83,14 @@ class StopFlag:
             self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def restore(self) -> None:
-        """Give the signals back to those who had them before `listen`."""
+        """Restore the signal handlers that were there before `listen`."""
         self._listening.set()
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
         self._replaced = {}
 
     def output_gone(self) -> None:
-        """Nobody reads what this process prints: throw it away, and stop after the step."""
+        """Discard further output, which nobody reads, and stop after the step."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
             os.dup2(nowhere, descriptor)

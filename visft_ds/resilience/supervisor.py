@@ -1,4 +1,4 @@
-"""Starting a run again after it was lost, on one machine: `visft supervise -- visft train --num_gpus 8 --stage 2`.
+"""Restarts of a lost run, on one machine: `visft supervise -- visft train --num_gpus 8 --stage 2`.
 
 A crash and a killed or hanging rank are worth another try from the newest checkpoint. A mistake of the user (exit code
 2), training that diverged (4: a restart would repeat it) and a request to stop are not.
@@ -21,7 +21,7 @@ from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.run.folder import named_steps
 
 GAVE_UP = 1
-#: Exit codes of a run that a restart would not change: done, a mistake to mend, diverged, stopped by SIGINT or SIGTERM.
+#: Exit codes of a run that a restart would not change: done, a mistake to fix, diverged, stopped by SIGINT or SIGTERM.
 FINAL_CODES = (0, 2, 4, 130, 143)
 #: Restarts in a row that may end before anything new is saved.
 FRUITLESS = 2
@@ -65,19 +65,21 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
         if Path(word).name in ("visft", "visft_ds") and command[place + 1 : place + 2] == ["train"]:
             return command[place + 2 :]
     given = " ".join(command) or "no command"
-    raise ValueError(f"{given}: give a training after --, for example visft train --num_gpus 8 --stage 2")
+    raise ValueError(f"{given}: give a training command after --, for example visft train --num_gpus 8 --stage 2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
+    """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can fix."""
     parser = Parser(
         prog=program("supervise"),
-        description="Run a training and restart it after it was lost: visft supervise -- visft train --num_gpus 8 ... "
-        "A signal is passed on to the run, which saves and ends; no restart follows.",
+        description="Run a training and restart it if it is lost: visft supervise -- visft train --num_gpus 8 ... "
+        "A signal is passed on to the run, which saves and ends without a restart.",
         allow_abbrev=False,
     )
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in all (3)")
-    parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="before the first restart (10)")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts at most (3)")
+    parser.add_argument(
+        "--backoff", type=float, default=10.0, metavar="SECONDS", help="delay of the first restart (10)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- visft train ...")
     options = parser.parse_args(arguments)
     try:

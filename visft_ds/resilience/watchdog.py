@@ -71,7 +71,7 @@ class Watchdog:
 
 
 def last_collective() -> str:
-    """Entry of torch's flight recorder for this process's last collective."""
+    """Text about this process's last collective, from torch's flight recorder."""
     dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)  # a private name, which another torch may lack
     entries: list[dict[str, Any]] = json.loads(dump(True, False)).get("entries", []) if dump else []
     if not entries:

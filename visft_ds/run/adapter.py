@@ -14,14 +14,14 @@ from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_
 def adapter_at(path: Path) -> Adapter | None:
     """The adapter that a path names: of a run its export, else its newest whole checkpoint; or of any other kind.
 
-    None for a run that trained its backbone itself, whose export is a base. Raises ValueError where there is none.
+    None for a run that trained its backbone itself, whose export is a base. Raises ValueError if there is none.
     """
     export = export_of(path)
     if (export / EXPORT_RECORD_FILE).is_file():
         if (export / ADAPTER_FOLDER).is_dir():
             return Adapter.load(export / ADAPTER_FOLDER)
         if not (export / TRAINED_BACKBONE_FILE).is_file():
-            raise ValueError(f"{path}: the run has trained nothing of its backbone")
+            raise ValueError(f"{path}: the run trained no part of its backbone")
         return None
     if (path / RECORD_FILE).is_file() or (path / "state.json").is_file():
         from visft_ds.checkpoint.export import adapter_of_checkpoint  # imports deepspeed: costs seconds
@@ -37,17 +37,17 @@ def run_around(path: Path) -> Path | None:
 
 
 def base_of(path: Path) -> Path:
-    """The weights under the adapter of a run, or of something inside its folder; those that trained are a base, too.
+    """The base weights of a run, by its folder or a path inside; a backbone that was trained itself is a base, too.
 
-    Raises ValueError for what belongs to no run, and if the weights are not where they were.
+    Raises ValueError for a path that belongs to no run, and if the weights have moved.
     """
     run = run_around(path)
     if run is None:
-        raise ValueError(f"--base FILE is needed: {path} is not inside a run, which knows its base weights")
+        raise ValueError(f"--base FILE is needed: {path} is not inside a run, which records its base weights")
     weights, export = recorded_config(run).visft.model.weights, export_of(run)
     if (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
     base = export / BACKBONE_FILE if weights is None else local(weights)
     if not base.is_file():
-        raise ValueError(f"{base}, the base weights of {run}, is not there: name them by --base FILE")
+        raise ValueError(f"{base}, the base weights of {run}, are missing: give --base FILE")
     return base

@@ -59,7 +59,7 @@ class Validation:
     def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag, watchdog: Watchdog) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`. Each batch is timed by the watchdog.
 
-        Returns False where a rank was asked to stop: launchers do not wait so long, and a resume evaluates anew.
+        Returns False if a rank was asked to stop: launchers do not wait so long, and a resumed run evaluates again.
         """
 
         def predict_unless_stopped(batch: Batch) -> Mapping[str, Any]:
@@ -69,7 +69,6 @@ class Validation:
             return predict(batch)
 
         given = (predict_unless_stopped, self._reader, self._streams, self._vocabulary)
-        watchdog.begin(f"evaluating after step {step}")
         try:
             collected = collect(*given, limit=self._config.run.eval_limit, num_workers=workers_of(self._config.data))
         except _StoppedError:
@@ -82,14 +81,14 @@ class Validation:
         return True
 
     def measure(self, step: int, collected: Mapping[str, Results]) -> None:
-        """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
+        """Queue the results of a step, {task: results}, for measuring."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=_start_measuring)
         future = self._pool.submit(measure, collected, self._reader, limit=self._config.run.eval_limit)
         self._waiting.append((step, future))
 
     def poll(self, log: RunLog, *, seconds: float | None = 0.0) -> None:
-        """Record the numbers of evaluations that are measured within some seconds; None: of all of them."""
+        """Record the metrics of evaluations that are measured within some seconds; None: wait for all of them."""
         wait([future for _, future in self._waiting], seconds)
         while self._waiting and self._waiting[0][1].done():
             step, future = self._waiting.popleft()
@@ -141,21 +140,21 @@ class Validation:
             other = last.get(f"val/{name}", math.nan)
             line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
             if value < 0.5:
-                line += ": not learnt yet, more steps help (--steps)"
+                line += ": not learnt yet, train for more steps (--steps)"
             elif other < value / 2:
-                line += ": learnt by heart; more images help, and more views of them (visft.features.views, image.zoom)"
+                line += ": memorised; use more images, or more views of them (visft.features.views, image.zoom)"
             lines.append(line)
         return lines
 
     def leave(self, log: RunLog) -> None:
-        """Wait for the numbers, but not for long."""
+        """Wait some seconds for the numbers of evaluations; report those that are left out."""
         self.poll(log, seconds=_PATIENCE)
         if self._waiting:
             steps = ", ".join(str(step) for step, _ in self._waiting)
-            log.message(f"not measured in {_PATIENCE:.0f} s and left out: the evaluation of step {steps}")
+            log.message(f"the evaluation of step {steps} took longer than {_PATIENCE:.0f} s and is left out")
 
     def close(self) -> None:
-        """End what is being measured."""
+        """Cancel the evaluations that are being measured."""
         self._waiting.clear()
         if self._pool is not None:
             processes = list((self._pool._processes or {}).values())  # `kill_workers` comes with Python 3.14

@@ -57,8 +57,8 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
 
     Raises:
-        ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
-            One that neither saved nor recorded a step is in nobody's way.
+        ValueError: a folder of other things, a run of other settings (twelve are named), or a run in the way.
+            A run that neither saved nor recorded a step is not in the way.
     """
     saved, metrics = saved_something(out), out / METRICS_FILE
     if resume == "must" and not saved:
@@ -73,8 +73,9 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
     there, here, absent = recorded_config(out).identity(), config.identity(), "(absent)"
     pairs = ((key, there.get(key, absent), here.get(key, absent)) for key in sorted({*there, *here}))
-    if listed := "".join(f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b):
-        told = f"{out} holds a run with other settings (there -> here):\n{listed}"
+    if listed := [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b]:
+        listed.sort(key=lambda line: absent in line)  # first what both have
+        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{''.join(listed[:12])}"
         raise ValueError(f"{told}choose another --out, or give the settings of that run")
 
 
@@ -92,13 +93,13 @@ def saved_something(out: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
-    """Keep `out` for this process, however it ends; one process of a run does it for all. Makes the folder.
+    """Lock `out` for this process, and make it if it is missing; one process of a run does it for all.
 
     Args:
         patience: seconds to wait for another process, such as a run that was asked to stop.
 
     Raises:
-        ValueError: a folder that cannot be written, or another process that does not let go in time.
+        ValueError: a folder that cannot be written, or one that another process keeps locked.
     """
     from filelock import FileLock, Timeout
 
@@ -109,9 +110,9 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"{out} is in use by another run: wait for it, stop it, or choose another --out") from error
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it") from error
+        raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or fix it") from error
     except NotImplementedError:
-        print(f"warning: {out} has no locks: nothing keeps a second run out", file=sys.stderr, flush=True)
+        print(f"warning: {out} has no locks: a second run could use it, too", file=sys.stderr, flush=True)
     try:
         yield
     finally:

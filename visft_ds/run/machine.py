@@ -26,7 +26,7 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware of this process, and what becomes of a run on it."""
+    """Hardware of this process, and what a run uses of it."""
 
     planned: PlannedRun  #: device, precision, batches and, in a pipeline, who has which layers
     why_precision: str
@@ -73,10 +73,10 @@ def settle_recompute(
     A resumed run keeps the policy it began with: memory changes, and so would results in their last bits.
 
     Args:
-        must_fit: False: where none fits, take that which needs least.
+        must_fit: False: if none fits, take the one that needs least.
 
     Raises:
-        ValueError: on every rank: no policy fits; says what helps.
+        ValueError: on every rank, if no policy fits; it says what helps.
     """
     from visft_ds.planner.search import choose_recompute, fitting_settings
 
@@ -87,7 +87,7 @@ def settle_recompute(
         if saved_something(out):
             return recorded_config(out).visft.model.recompute, "as the run began"
         if config.visft.stage == 1:
-            return "none", "a frozen backbone keeps nothing"
+            return "none", "a frozen backbone keeps no activations"
         room = min(rooms or ())
         chosen, needed = choose_recompute(run, room)
         policy = chosen.config.visft.model.recompute
@@ -95,8 +95,8 @@ def settle_recompute(
             raise ValueError(
                 f"visft.model.recompute = auto: even with {policy} a step needs {needed / 2**30:.2f} of "
                 f"{room / 2**30:.2f} GiB, as predicted. What helps: "
-                f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A stated policy "
-                "is tried whatever is predicted"
+                f"{'; '.join(fitting_settings(chosen, room)) or 'a smaller --model, or more memory'}. A policy "
+                "that you set is tried in any case"
             )
         return policy, f"chosen: needs {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
 

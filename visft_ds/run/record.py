@@ -29,7 +29,7 @@ def write_record(
 ) -> None:
     """Write RUN/run.json, with paths that hold from any folder. Main process only. Raises OSError: a full disk.
 
-    `start` is what the run begins with; None: drawn values, or it is resumed.
+    `start` is what the run begins with; None: random values, or it is resumed.
     """
     visft, run, parent = config.visft, Path(config.visft.run.out or ""), None
     inputs = {"model.weights": visft.model.weights, "heads.path": visft.heads.path, "data.root": visft.data.root}

@@ -20,7 +20,7 @@ from visft_ds.pretrained import local
 from visft_ds.run.machine import Machine, check_machine, memory_of, settle_recompute
 from visft_ds.tasks import TASKS
 
-#: Photographs at which a DETR learns places by heart.
+#: Photographs that a DETR memorises.
 FEW_FOR_DETR = 100
 
 
@@ -44,37 +44,37 @@ def print_start(config: ResolvedConfig, data: RunData, machine: Machine, prepare
     for task, classes in classes_of_run(config.visft, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in data.plan.tasks.items():
-        rows += [(f"epoch, {task}", f"steps of {name}: {data.plan.steps_per_epoch(task, name)}") for name in part.sets]
+        rows += [(f"epoch, {task}", f"{data.plan.steps_per_epoch(task, name)} step(s) of {name}") for name in part.sets]
     if (features := config.visft.features) is not None:
         kept = f"kept in {features.cache}" if features.cache else "not kept (visft.features.cache)"
-        rows.append(("features", f"views of each image: {data.plan.views}, {kept}"))
+        rows.append(("features", f"{data.plan.views} view(s) of each image, {kept}"))
     title, plan = _plan(config, machine.planned, prepared.groups, start=start)
     passed = [("-", note) for note in prepared.notes]
     print_plan(title, [Section("model", facts), *plan, Section("data", rows), Section("checks passed", passed)])
 
 
 def told(config: ResolvedConfig, images: int) -> list[str]:
-    """Lines about photographs of one's own: what was chosen for them and why, and what will not work."""
+    """Lines about a user's own photographs: what was chosen for them and why, and what will not work."""
     visft, run, lines = config.visft, config.visft.run, list[str]()
     detection = visft.tasks.enabled().get("detection")
     head = None if detection is None else detection.head.model_dump()["type"]
     if config.sources.get("visft.run.save_every", "").startswith(BY_RECIPE):
         stream = next(iter(visft.streams().values()))
-        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its end"
-        parts = [f"{images} photographs: {visft.model.preset}, frozen, to {end} at {stream.largest_side()} px"]
+        end = f"block {visft.model.layers[0]}" if visft.model.layers else "its last block"
+        parts = [f"{images} photographs: {visft.model.preset}, frozen, up to {end}, at {stream.largest_side()} px"]
         if head == "dense":
-            parts.append("boxes around the cells of its map (few photographs teach no DETR)")
+            parts.append("dense boxes (too few photographs for a DETR)")
         if visft.features is not None:
             kept = f", features kept in {visft.features.cache}" if visft.features.cache else ""
-            parts.append(f"{visft.features.views} views of each (mirrored, zoomed){kept}")
-        parts.append(f"{config.total_steps} steps of {stream.batch_size}, rate {config.optimizer.params.lr:g}")
+            parts.append(f"{visft.features.views} views of each (flipped, zoomed){kept}")
+        parts.append(f"{config.total_steps} steps of {stream.batch_size} images, lr {config.optimizer.params.lr:g}")
         if run.keep_best:
             count = math.ceil(config.total_steps / run.eval_every)
-            parts.append(f"{count} evaluations, the best {run.keep_best} stays")
-        lines.append(f"{'; '.join(parts)}. Change it by --backbone, --tasks, --steps, --batch-size, --lr, --set")
+            parts.append(f"{count} evaluations, the best {run.keep_best} is kept")
+        lines.append(f"{'; '.join(parts)}. Change this by --backbone, --tasks, --steps, --batch-size, --lr, --set")
     if head == "detr" and visft.stage == 1 and images <= FEW_FOR_DETR:
         lines.append(
-            f"warning: a DETR learns {images} photographs by heart and finds nothing on others: "
+            f"warning: a DETR memorises {images} photographs and finds nothing on others: give "
             "--set visft.tasks.detection.head.type=dense"
         )
     return lines
@@ -84,8 +84,8 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     """Print what would train, how batches divide, and whether it fits into memory.
 
     Raises:
-        ValueError: what keeps a start from running on this machine, such as a file that is there and cannot be read.
-            Whether it fits into memory is said, and changes nothing.
+        ValueError: what keeps a start from running on this machine, such as a file that cannot be read. A plan
+            that does not fit into memory is only reported.
     """
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     processes, vocabulary = max(world_size, config.pipeline_stages), None
@@ -107,9 +107,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int) -> None:
     guessed = vocabulary is None and any(TASKS[task].uses_vocabulary for task in module.heads)
     note = f", with a vocabulary of {PUBLISHED_VOCABULARY:,} ids (ASSUMED)" if guessed else ""
     title, sections = _plan(config, run, groups, note)
-    sections.append(Section("memory of a process at its fullest, predicted", memory))
+    sections.append(Section("predicted peak memory of a process", memory))
     print_plan(f"{title} (dry run: nothing is started)", sections)
-    # Of the files that are there, names and shapes are looked at.
+    # Names and shapes in the files that exist are checked.
     weights, heads = config.visft.model.weights, config.visft.heads.path
     if weights is not None and local(weights).is_file():
         open_backbone(module.backbone, local(weights))
@@ -130,23 +130,23 @@ def _plan(
     ]
     streams, batches = config.visft.streams().values(), run.batches
     zero = config.deepspeed["zero_optimization"]["stage"]
-    engine, parts = f"ZeRO-{zero}, processes: {batches.dp}", "processes"
+    engine, parts = f"ZeRO-{zero}, {batches.dp} process(es)", "process(es)"
     if batches.stages > 1:
-        engine, parts = f"pipelines of {batches.stages} stages: {batches.dp}, ZeRO-{zero} between them", "pipelines"
+        engine, parts = f"{batches.dp} pipeline(s) of {batches.stages} stages, ZeRO-{zero} between them", "pipeline(s)"
     learnt = [("engine", engine)]
     for name, images in batches.batch_size.items():
-        division = f"{batches.micro[name]} x accumulation {batches.accumulation} x {parts} {batches.dp}"
+        division = f"micro-batch {batches.micro[name]} x accumulation {batches.accumulation} x {batches.dp} {parts}"
         learnt.append(("batch", f"{name}: {images} images = {division}"))
     for stream in streams:
         share = 100 * stream.share / sum(other.share for other in streams)
-        learnt.append((stream.name, f"{share:.0f} % of the steps, learnt by {', '.join(stream.tasks)}"))
+        learnt.append((stream.name, f"{share:.0f} % of the steps train {', '.join(stream.tasks)}"))
     schedule, settings = config.scheduler, config.visft.run
     best = f" and the best by {settings.keep_best}" if settings.keep_best else ""
     kept = f"every {settings.save_every} steps in {settings.out}/checkpoints, kept: the last {settings.keep_last}{best}"
     rows = [
         *(("adapted", line) for line in config.adapted),
         ("steps", f"{config.total_steps}" + (f", from step {start}" if start else "")),
-        ("schedule", f"{schedule.type}, steps of warm-up: {schedule.params.warmup_num_steps}"),
+        ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
         ("saved", kept),
         ("evaluated", f"every {settings.eval_every} steps" if settings.eval_every else "not during training"),
     ]

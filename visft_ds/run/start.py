@@ -48,14 +48,14 @@ def open_start(config: VisftConfig, data: RunData) -> Start | None:
     checkpoint, skipped = (open_checkpoint(place), []) if run != place else newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         told = f"visft.start: {run} has no whole checkpoint to start from {examples(skipped)}"
-        raise ValueError(f"{told}; of an adapter alone give the folder {run}/export/adapter")
+        raise ValueError(f"{told}; for its adapter alone give {run}/export/adapter")
     return _of_run(config, data, run, checkpoint)
 
 
 def measure_heads(
     engine: Engine, prepared: PreparedModel, loader: StepLoader, streams: Mapping[str, Stream], start: Start | None
 ) -> None:
-    """Let heads that were drawn measure the channels that they read, on the first images of the plan. Collective."""
+    """Let new heads measure the channels that they read, on the first images of the plan. Collective."""
     begun = {name.split(".")[1] for name in (start.tensors if start else ()) if name.startswith("heads.")}
 
     def agree(value: Any) -> Any:
@@ -72,7 +72,7 @@ def _of_adapter(config: VisftConfig, place: Path) -> Start:
     adapter = read_adapter(place)
     backbone = build_empty(config.model.preset, torch.float32, config.model.backbone_options())
     if adapter.model != model_of(backbone):
-        raise ValueError(f"visft.start: the adapter in {place} is of {described(adapter.model)}, not of this model")
+        raise ValueError(f"visft.start: the adapter in {place} is for {described(adapter.model)}, not for this model")
     there = LoraConfig(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
     _check_lora(place, there, config.lora)
     return Start(
@@ -98,7 +98,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
     try:
         check_heads(infos, classes_of_run(config, data.categories), data.categories, data.vocabulary)
     except ValueError as error:
-        raise ValueError(f"visft.start: {error}; --reset-heads draws the heads of {run} anew") from error
+        raise ValueError(f"visft.start: {error}; --reset-heads initialises the heads of {run} anew") from error
     if any(name.startswith("backbone.") for name in file):
         _check_lora(run, there.lora, config.lora)
     beginnings = ("backbone.", *(f"heads.{task}." for task in kept))
@@ -113,7 +113,7 @@ def _of_run(config: VisftConfig, data: RunData, run: Path, checkpoint: Checkpoin
 
 
 def _check_lora(place: Path, there: LoraConfig | None, here: LoraConfig | None) -> None:
-    """Refuse other settings of adapters, in whose targets the order means nothing."""
+    """Refuse other settings of adapters; the order of targets does not matter."""
 
     def settings(lora: LoraConfig | None) -> dict[str, Any]:
         return {} if lora is None else {**lora.model_dump(), "targets": sorted(lora.targets)}

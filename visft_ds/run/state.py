@@ -53,7 +53,7 @@ class RunState:
     def resume(self) -> int:
         """Continue from the newest whole checkpoint, if any. Collective. Returns the steps done.
 
-        Raises ValueError: damaged checkpoints only, none although there is an export, one of another run.
+        Raises ValueError if all checkpoints are damaged, there is only an export, or one is of another run.
         """
         place, scores = distributed.by_main_process(self._newest)
         if place is None:
@@ -79,11 +79,11 @@ class RunState:
         return None, {}
 
     def save(self, step: int) -> None:
-        """Take a snapshot, written while training continues. Collective. Raises OSError: the one before failed."""
+        """Take a snapshot, written while training continues. Collective. Raises OSError if the one before failed."""
         self.saver.save(step, partial(gather_state, self._engine), described(self._heads(step)))
 
     def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
-        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError: one failed."""
+        """Record the saves that are on disk by now; with `wait`, all of them. Raises OSError if one failed."""
         for save in self.saver.finished(wait=wait):
             path, stall, write = checkpoint_path(self.saver.folder, save.step), save.stall_seconds, save.write_seconds
             took = f"training paused for {stall:.2f} s; written in {write:.2f} s"
@@ -93,7 +93,7 @@ class RunState:
     def ends_early(self, step: int, validation: Validation, log: RunLog) -> bool:
         """Return True if `visft.run.patience` evaluations in a row gave no better metric. Collective.
 
-        It waits for the numbers of all evaluations so far: a run that is resumed ends at the same step.
+        It waits for the metrics of all evaluations so far, so that a resumed run ends at the same step.
         """
         run = self._config.visft.run
         if not run.patience:
@@ -103,20 +103,20 @@ class RunState:
         if best is None or count < run.patience:
             return False
         since = f"without a better {run.keep_best} than that of step {best}"
-        log.message(f"ends after step {step}: {count} evaluations {since} (visft.run.patience)")
+        log.message(f"early stopping after step {step}: {count} evaluations {since} (visft.run.patience)")
         return True
 
     def take_best(self, step: int, log: RunLog) -> int:
-        """Let the engine have the values of the best checkpoint by `visft.run.keep_best`, to be exported. Collective.
+        """Load the best checkpoint by `visft.run.keep_best` into the engine, to be exported. Collective.
 
-        Returns the step whose values the engine has now: `step`, its own, where no metric was named or measured.
+        Returns the step whose values the engine has now: `step` itself if no metric was named or measured.
         """
         best = distributed.by_main_process(self.saver.best)
         if best is None:
             return step
         if best != step:
             restore_state(self._engine, open_checkpoint(checkpoint_path(self.saver.folder, best)).load(), best)
-        log.message(f"exports step {best}, the best by {self.saver.retention.best}")
+        log.message(f"exporting step {best}, the best by {self.saver.retention.best}")
         return best
 
     def _heads(self, step: int) -> dict[str, HeadInfo]:
@@ -128,7 +128,7 @@ class RunState:
         return describe_heads(self._engine.module.backbone, tasks, facts, self._data)
 
     def export(self, step: int, prepared: PreparedModel) -> None:
-        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError: a full disk."""
+        """Export the checkpoint of `step`, then the record. Main process only. Raises OSError for a full disk."""
         folder = self._out / "export"
         with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
             remove_unfinished(folder)

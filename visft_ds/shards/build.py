@@ -39,8 +39,8 @@ _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 _COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
-_TURNED = "picture stored upright, as its EXIF data says and its annotations fit"
-_ASSUMED = "picture stored upright by its EXIF data; its size cannot tell (--exif ignore: the labels fit it as stored)"
+_TURNED = "picture stored upright, as EXIF says and its annotations fit"
+_ASSUMED = "picture stored upright by EXIF; its size cannot tell (--exif ignore: store it without rotation)"
 _AS_STORED = "EXIF rotation not applied: the annotations fit the picture as stored"
 
 
@@ -67,7 +67,7 @@ class Options:
         if (self.limit is not None and self.limit < 1) or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"limit {self.limit}, seed {self.seed}: a limit from 1 and a seed from 0 are allowed")
         if self.instances is self.maps is self.captions is None:
-            raise ValueError("there is nothing to learn: give --instances, --captions or both")
+            raise ValueError("there are no labels: give --instances, --captions or both")
         if not self.images.is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 
@@ -174,7 +174,7 @@ def _claim(options: Options, work: Path, wanted: dict[str, Any], planned: int, r
     unfinished = (work / "options.json").exists() and not manifest_path(options.out, options.split).exists()
     if shards and not same and not unfinished and not replace:
         there = f"{options.out} holds a split {options.split!r} of other files or options"
-        raise ValueError(f"{there}: use another --out, or --replace to throw it away")
+        raise ValueError(f"{there}: use another --out, or --replace")
     manifest_path(options.out, options.split).unlink(missing_ok=True)  # before what it describes is half gone
     left_over = [path for path in shards if path.name >= tar_name(options.split, planned)]
     for path in (*left_over, *work.glob("*.tmp")) if same else (*shards, *work.glob("*")):
@@ -265,7 +265,7 @@ def _picture(image: SourceImage, options: Options) -> tuple[str, bytes, str | No
         odd = (_TURNED if told else _ASSUMED) if turn else _AS_STORED
     height, width = frame.upright if turn else stored
     if (height, width) != labelled:
-        raise ValueError(f"another size: {width} x {height}, the annotations are of {image.width} x {image.height}")
+        raise ValueError(f"another size: {width} x {height}, the annotations say {image.width} x {image.height}")
     if not turn:
         with reading("unreadable", "a picture"):
             decode_image(data)  # as training will

@@ -29,23 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
         prog=program("shards"),
-        description="COCO, YOLO, captioned images or label maps -> checked, reproducible shards",
+        description="Make checked, reproducible shards of COCO, YOLO, captioned images or label maps.",
         epilog="visft shards FOLDER is short for visft shards build FOLDER",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_build(commands.add_parser("build", help="make shards; goes on where it was interrupted"))
-    command = commands.add_parser("permute", help="a control: the same images with the labels of one another")
+    _add_build(commands.add_parser("build", help="make shards; continues after an interruption"))
+    command = commands.add_parser("permute", help="make a control: the same images with exchanged labels")
     command.add_argument("folder", type=Path, metavar="DIR", help="finished shards")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder: a COCO tree")
-    command.add_argument("--seed", type=int, default=0, help="of the permutation (default %(default)s)")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for a COCO tree")
+    command.add_argument("--seed", type=int, default=0, help="seed of the permutation (default %(default)s)")
     command.set_defaults(run=_permute)
     for name, run, summary in (
-        ("verify", _verify, "read every byte and name what is not as it was made"),
-        ("info", _info, "counts, sizes and categories"),
+        ("verify", _verify, "read every byte and name damaged shards"),
+        ("info", _info, "print counts, sizes and categories"),
     ):
         command = commands.add_parser(name, help=summary)
         command.add_argument("folder", metavar="DIR", help="finished shards")
-        command.add_argument("--split", metavar="NAME", help="one of them (default: all)")
+        command.add_argument("--split", metavar="NAME", help="only this split (default: all)")
         command.set_defaults(run=run)
     try:
         if words and words[0] not in commands.choices and not words[0].startswith("-"):
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return tell(error, "shards")
     except KeyboardInterrupt:
-        print("\nshards: interrupted; run the same command again to go on", file=sys.stderr)
+        print("\nshards: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
@@ -67,22 +67,22 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "export, YOLO (data.yaml), images with captions (jsonl), or with label maps (ADE20k, Cityscapes, your own)."
     )
     add = parser.add_argument
-    add("folder", nargs="?", type=Path, metavar="FOLDER", help="a data set, or its data.yaml; else the next three")
+    add("folder", nargs="?", type=Path, metavar="FOLDER", help="a data set, or its data.yaml; else give the files")
     add("--images", type=Path, metavar="DIR", help="folder of the image files")
     add("--instances", type=Path, metavar="FILE", help="instances_*.json of COCO")
-    add("--captions", type=Path, metavar="FILE", help="captions_*.json of COCO; at least one of the two")
-    add("--out", type=Path, metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
-    add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
-    add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name a line")
+    add("--captions", type=Path, metavar="FILE", help="captions_*.json of COCO; this, --instances or both")
+    add("--out", type=Path, metavar="DIR", help="folder for the shards (default of FOLDER: FOLDER-shards)")
+    add("--split", metavar="NAME", help="name of the split and of its files (of a FOLDER: only this split)")
+    add("--ids", type=Path, metavar="FILE", help="only these images: one image id or file name per line")
     add("--masks-from-boxes", action="store_true", help="draw an ellipse into the box of each object without a mask")
-    add("--void", type=int, metavar="N", help="number of places without a class in label maps (default: 255; ADE20k 0)")
-    add("--limit", type=int, metavar="N", help="only the first N images of the order")
-    add("--max-size", default="256MB", metavar="SIZE", help="of a shard (default %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of samples (default %(default)s)")
-    turning = "turn pictures as their EXIF data says, or not (default: turn, unless only the stored size fits)"
+    add("--void", type=int, metavar="N", help="number that means no class in label maps (default: 255; ADE20k 0)")
+    add("--limit", type=int, metavar="N", help="only the first N images of the random order")
+    add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (default %(default)s)")
+    turning = "rotate images as EXIF says, or not (default: rotate, unless only the stored size fits)"
     add("--exif", choices=("apply", "ignore"), help=turning)
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: cores)")
-    add("--replace", action="store_true", help="throw away a split of this name that was built otherwise")
+    add("--replace", action="store_true", help="replace a split of this name that was built with other settings")
     add("--dry-run", action="store_true", help="read the annotations and plan, write nothing")
     parser.set_defaults(run=_build)
 
@@ -92,11 +92,11 @@ def _build(given: argparse.Namespace) -> None:
     check_least(given, workers=1)
     if given.folder is None:
         if missing := [f"--{name}" for name in ("images", "out", "split") if getattr(given, name) is None]:
-            raise ValueError(f"{', '.join(missing)}: missing; give a FOLDER that is recognised, or these")
+            raise ValueError(f"{', '.join(missing)}: missing; give these, or a FOLDER that is recognised")
         split = FolderSplit(given.split, *(getattr(given, name) for name in _INPUTS))
         return _build_split(given, given.out, split)
     if doubled := [f"--{name}" for name in _INPUTS if getattr(given, name) is not None]:
-        raise ValueError(f"{given.folder} has its own files: leave out {', '.join(doubled)}, or the folder")
+        raise ValueError(f"{given.folder} is a data set: leave out {', '.join(doubled)}, or the folder")
     place = Path(os.path.abspath(given.folder))
     kind, splits, left = recognise(place, given.split, given.exif, given.void)
     out = given.out or Path(f"{place.parent if place.is_file() else place}-shards")
@@ -117,7 +117,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
     options = Options(split.images, split.instances, split.captions, out, split.name, **named)
     began = time.perf_counter()
     made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
-    verb = "would make" if given.dry_run else "made"
+    verb = "would build" if given.dry_run else "built"
     print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
         print(*lines_of(findings), sep="\n", end="\n" if findings else "")
@@ -128,7 +128,7 @@ def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> No
 def _size(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    return f"{size:.1f} MB (shards: {len(manifest.shards)}), {counts}"
+    return f"{len(manifest.shards)} shard(s), {size:.1f} MB, {counts.replace('trainable', 'usable objects')}"
 
 
 def _permute(given: argparse.Namespace) -> None:
@@ -140,14 +140,14 @@ def _permute(given: argparse.Namespace) -> None:
 
 def _loaded(given: argparse.Namespace) -> list[Manifest]:
     if not (splits := [given.split] if given.split else splits_in(Path(given.folder))):
-        raise ValueError(f"{given.folder} holds no finished split; of a URL, name one by --split")
+        raise ValueError(f"{given.folder} holds no finished split; for a URL, name one by --split")
     return [Manifest.load(given.folder, split) for split in splits]
 
 
 def _verify(given: argparse.Namespace) -> bool:
     damaged = {manifest.split: verify(manifest) for manifest in _loaded(given)}
     for split, files in damaged.items():
-        fine = f"{split}: every byte is as it was made"
+        fine = f"{split}: no file is damaged"
         print(f"{split}: damaged: {', '.join(files)}; run the same `visft shards build` again" if files else fine)
     return any(damaged.values())
 

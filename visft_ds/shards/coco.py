@@ -122,7 +122,7 @@ def read_coco(
             else:
                 for category in content["categories"]:
                     if type(category["id"]) is not int or type(category["name"]) is not str or category["id"] in table:
-                        raise ValueError(f"category {category!r:.100} needs an id of its own and a name")
+                        raise ValueError(f"category {category!r:.100} needs a unique id and a name")
                     table[category["id"]] = category["name"]
                 lost = _add_annotations(content["annotations"], images, table, findings, ellipses)
             lost.refuse_above_a_tenth(len(content["annotations"]), where, "annotations")
@@ -151,7 +151,7 @@ def _images(entries: list[dict[str, Any]], where: object, findings: Findings) ->
         if not type(number) is type(width) is type(height) is int or type(name) is not str:
             lost.add("image without id, size or file_name", f"{name} (id {number!r:.20})")
         elif not 0 <= number < 1 << 63 or min(width, height) < 1 or width * height > MAX_PIXELS:
-            lost.add("image of impossible id or size", f"{name} (id {number}, {width} x {height})")
+            lost.add("image with an impossible id or size", f"{name} (id {number}, {width} x {height})")
         elif number in images:
             if images[number].file_name != name:
                 raise ValueError(f"{name} and {images[number].file_name} both have the id {number}")
@@ -197,9 +197,9 @@ def _add_annotations(
         elif type(category) is not int or category not in categories:
             lost.add("annotation of unknown category", f"{where}: {category}")
         elif type(number) is not int or number in seen:
-            lost.add("annotation without an id of its own", where)
+            lost.add("annotation without a unique id", where)
         elif not _is_box(box) or crowd not in (None, 0, 1):
-            lost.add("box or crowd flag malformed", f"{where}: {box}")
+            lost.add("malformed box or crowd flag", f"{where}: {box}")
         elif image.wanted:
             seen.add(number)
             x, y, width, height = box

@@ -1,6 +1,6 @@
 """Layouts of data sets: what a folder is, and its splits as inputs of a build.
 
-A layout is recognised by the names of its files alone. A folder that is two things is refused: nobody knows which
+A layout is recognised by the names of its files alone. A folder of two layouts is refused: nobody knows which
 annotations are meant.
 """
 
@@ -47,11 +47,11 @@ def recognise(
     found = [("YOLO", [place])] if yaml else list(_layouts(place))
     if not found:
         content = sorted(f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir())
-        raise ValueError(f"{place} is no data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
+        raise ValueError(f"{place} is not a data set of a known layout; {_LOOKED_FOR}\nfound {_few(content)}")
     told = [f"{kind}: {_few([str(path.relative_to(place)) for path in files])}" for kind, files in found]
     if len(found) > 1:
         remedy = "name the data.yaml of one, or the files by --images, --instances, --captions, --out and --split"
-        raise ValueError(f"{place} is {len(found)} things, {'; '.join(told)}; {remedy}")
+        raise ValueError(f"{place} fits {len(found)} layouts, {'; '.join(told)}; {remedy}")
     kind, files = found[0]
     if kind == "COCO":
         splits = _coco(place, files, wanted)
@@ -140,7 +140,7 @@ def _coco(folder: Path, files: Sequence[Path], wanted: str | None) -> list[Folde
         if wanted not in (None, split):
             continue
         if not split or images is None:
-            raise ValueError(f"{path}: there is no folder of its images; --split NAME makes another split alone")
+            raise ValueError(f"{path}: there is no folder of its images; --split NAME makes only another split")
         parts = found.setdefault(split, {"images": images})
         if role in parts or parts["images"] != images:
             raise ValueError(f"{folder} has more than one {split!r}: {path.name}, {_few([*map(str, parts.values())])}")

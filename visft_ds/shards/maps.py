@@ -128,7 +128,7 @@ def _classes(kind: str, folder: Path, void: int | None) -> tuple[dict[int, str],
         return CITYSCAPES, frozenset(range(VOID + 1)) - CITYSCAPES.keys()
     void = void if void is not None else VOID if kind == OWN else 0
     path = folder / ("classes.txt" if kind == OWN else "objectInfo150.txt")
-    with reading(path, "a list of classes, a name of its own a line"):
+    with reading(path, "a list of classes, one name per line"):
         lines = [line.strip() for line in read_bytes(path).decode("utf-8-sig").strip().splitlines()]
         names = dict(enumerate(lines, int(void == 0)))
         if kind != OWN:  # a table: a line of titles, then the number first and the names last

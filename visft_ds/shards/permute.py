@@ -25,7 +25,7 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
     that they are of; yields each split of the shards with its counts.
     """
     if out.exists():
-        raise ValueError(f"{out} is there already and nothing is overwritten; name a new folder")
+        raise ValueError(f"{out} exists and is not overwritten: name a new folder")
     if not (splits := splits_in(folder)):
         raise ValueError(f"{folder} holds no finished shards")
     (out / "annotations").mkdir(parents=True)
@@ -53,6 +53,6 @@ def permute(folder: Path, out: Path, seed: int) -> Iterator[tuple[str, Mapping[s
 def others(count: int, seed: int) -> npt.NDArray[np.int64]:
     """(count,) places, each another one's: one random round through all, in which none is followed by itself."""
     if count < 2:
-        raise ValueError(f"{count} image has no other one's labels to take; permuting needs at least 2")
+        raise ValueError(f"{count} image with labels: permuting needs at least 2")
     order = np.random.default_rng(seed).permutation(count)
     return np.roll(order, 1)[np.argsort(order)]

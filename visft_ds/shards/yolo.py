@@ -40,7 +40,7 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         counts = Counter(str(key.value) for key, _ in node.value)
         if doubled := [key for key, times in counts.items() if times > 1]:
-            raise ValueError(f"the key {doubled[0]!r:.40} stands there twice")
+            raise ValueError(f"the key {doubled[0]!r:.40} occurs twice")
         return super().construct_mapping(node, deep)
 
 
@@ -62,7 +62,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
         for key, split in SPLITS.items():
             if values.get(key) and wanted in (None, split):
                 if split in found:
-                    raise ValueError(f"it names images of {split!r} twice, the second time as {key!r}")
+                    raise ValueError(f"it names images of {split!r} twice, again as {key!r}")
                 entries = values[key] if isinstance(values[key], list) else [values[key]]
                 found[split] = [_find(entry, roots, key) for entry in entries]
         if not any(map(values.get, SPLITS)):
@@ -81,7 +81,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
         used = {label for label in labels.values() if label.is_file()}
         if not used:
             looked = f" (looked for {labels[paths[0]]} and the like)" if paths else ""
-            told = f"none of its {len(paths)} images has a label{looked}; --split NAME makes another split alone"
+            told = f"none of its {len(paths)} images has a label{looked}; --split NAME makes only another split"
             raise ValueError(f"{where}: {told}")
         folder = Path(os.path.commonpath([file.parent for file in paths]))
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -122,7 +122,7 @@ def _find(entry: str, roots: Sequence[Path], key: str) -> Path:
     if found := [place for place in tried if place.exists()]:
         return found[0]
     shown = ", ".join(dict.fromkeys(map(str, tried)))
-    raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes one split alone)")
+    raise ValueError(f"{key}: {entry!r} does not exist; looked for {shown} (--split NAME makes only one split)")
 
 
 def listed_image(folder: Path, name: str, number: int, exif: Exif) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _image_files(place: Path, roots: Sequence[Path]) -> Iterator[Path]:
         for number, line in enumerate(map(str.strip, _text_of(place).splitlines()), 1):
             path = Path(os.path.normpath(place.parent / line))
             if not any(path.is_relative_to(root) for root in (*roots, place.parent)):
-                raise ValueError(f"{place} line {number}: {line!r:.200} leads out of the data set's folder")
+                raise ValueError(f"{place} line {number}: {line!r:.200} leaves the data set's folder")
             if line:
                 yield path
 
@@ -170,7 +170,7 @@ def _lines(path: Path, names: Mapping[int, str], keypoints: int) -> Iterator[tup
         try:
             number, *values = map(float, words)
             if number not in names:
-                raise ValueError(f"class {words[0]:.40}, but the names are of {min(names)} to {max(names)}")
+                raise ValueError(f"class {words[0]:.40}, but the names are those of {min(names)} to {max(names)}")
             if keypoints and len(words) == _BOX + keypoints:
                 values = values[:4]
             elif len(words) != _BOX and (keypoints or len(words) < _BOX or len(words) % 2 == 0):

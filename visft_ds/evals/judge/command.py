@@ -60,7 +60,7 @@ def run_judge(given: argparse.Namespace) -> None:
     base, members = judging.arms[0].name, {arm.name: [one.label for one in arm.models] for arm in judging.arms}
     rows = rows_of(results, members, judging.trials, primary, last if judging.best else None)
     verdicts = judged(rows, judging.trials, primary, base)
-    moved = {arm.name: arm for arm in judging.arms if arm.dose is not None}
+    moved = {arm.name: arm for arm in judging.arms if arm.shift is not None}
     record: dict[str, Any] = {
         "format": JUDGE,
         "models": {one.label: str(one) for arm in judging.arms for one in arm.models},
@@ -70,7 +70,7 @@ def run_judge(given: argparse.Namespace) -> None:
         "protocol": protocol.name,
         "best": judging.best,
         "layers": judging.layers,
-        "doses": {name: arm.dose for name, arm in moved.items()},
+        "shifts": {name: arm.shift for name, arm in moved.items()},
         "scales": {name: fmean(one.scale for one in arm.models) for name, arm in moved.items()},
         "notes": judging.notes,
         "rows": [asdict(row) for row in rows],
@@ -92,13 +92,13 @@ def run_judge(given: argparse.Namespace) -> None:
     page = judge_page(orjson.loads(content), sheets)
     write_atomically(given.out / PAGE, lambda file: file.write(page.encode()))
     read = [(name, *(f"{arm}: {of['chosen']}" for arm, of in each.items())) for name, each in judging.layers.items()]
-    doses = [(name, f"{dose:.3f}", f"A = {record['scales'][name]:.3g}") for name, dose in record["doses"].items()]
+    shifts = [(name, f"{shift:.3f}", f"A = {record['scales'][name]:.3g}") for name, shift in record["shifts"].items()]
     parts = [
         Section("verdict", [(one.arm, one.word, " ".join(one.sentences)) for one in verdicts]),
         Section("models", list(record["models"].items())),
         Section("best layer, by held-out training images", read),
         section(rows, list(members), primary),
-        Section("feature shift: |f - f0| / |f0 - mean of f0|", doses),
+        Section("feature shift: |f - f0| / |f0 - mean of f0|", shifts),
         Section("notes", [(note,) for note in judging.notes]),
         Section("written", [(str(given.out / PAGE),)]),
     ]

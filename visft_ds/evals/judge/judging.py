@@ -1,6 +1,6 @@
 """Comparison that `visft judge` makes: models at their best blocks, and controls that moved features as far.
 
-Of one architecture two arms come by themselves: `noise` in every parameter that training changed, at the dose of the
+Of one architecture two arms come by themselves: `noise` in every parameter that training changed, at the shift of the
 tuned model, and `half` of its change.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from visft_ds.evals.judge.dose import Dosimeter
 from visft_ds.evals.judge.encoders import Encoder
 from visft_ds.evals.judge.kept import load_classifier
 from visft_ds.evals.judge.layers import blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Score
 from visft_ds.evals.judge.scoring import Settings, forward, remembered, score, shared
+from visft_ds.evals.judge.shift import ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 
 CROPS = 640_000  #: that a published head learns from
@@ -37,7 +37,7 @@ class Arm:
     alike: bool  #: of BASE's architecture
     blocks: Mapping[str, int]  #: of which it is read after the best or the last; bytes of an image's map
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  #: number -> its block, and numbers of all
-    dose: float | None = None  #: how far it moved BASE's features
+    shift: float | None = None  #: how far it moved BASE's features
 
     def block(self, number: str) -> str:
         """The block that it is read after for a number."""
@@ -68,12 +68,12 @@ class Judging:
             best: models are read at their best blocks; otherwise at the last.
 
         Raises:
-            ValueError: controls of another architecture, a dose that no mixture reaches, and what is wrong with models
+            ValueError: controls of another architecture, a shift that no mixture reaches, and what is wrong with models
                 and data.
         """
         self.benchmarks, self.primary, self.settings, self.best = benchmarks, primary, settings, best
         self._loaded: tuple[ModelSpec, Encoder] | None = None
-        self._meters: dict[str, Dosimeter] = {}
+        self._meters: dict[str, ShiftMeter] = {}
         (self.origin,) = next(iter(given.values()))
         (self._deciding,) = (one for one in benchmarks if primary in one.names)
         self.notes: list[str] = []
@@ -140,22 +140,22 @@ class Judging:
 
         return remembered(what, self.settings, make, own)
 
-    # ----------------------------------------------------------------------------------------------------------- doses
+    # ---------------------------------------------------------------------------------------------------------- shifts
 
     def _add(self, arm: Arm, controls: Sequence[Arm]) -> None:
-        """Add a tuned arm and those that it is judged by, brought to its dose."""
+        """Add a tuned arm and those that it is judged by, brought to its shift."""
         if not arm.alike:
             self.arms.append(arm)
             self.trials.append(Trial(arm.name))
             return
-        doses = [self._measured(arm, one)[1] for one in arm.models]
-        dose, of = fmean(doses), "" if len(self.compared) == 2 else f" of {arm.name}"
-        self.arms.append(replace(arm, dose=dose))
+        shifts = [self._measured(arm, one)[1] for one in arm.models]
+        shift, of = fmean(shifts), "" if len(self.compared) == 2 else f" of {arm.name}"
+        self.arms.append(replace(arm, shift=shift))
         beside = {one.name: one.models for one in controls}
-        if moved := self.best and dose > 0:
+        if moved := self.best and shift > 0:
             beside = {f"{NOISE}{of}": [replace(one, noise=seed) for seed, one in enumerate(arm.models)], **beside}
         found = {
-            name: [self._measured(arm, models[seed % len(models)], wanted) for seed, wanted in enumerate(doses)]
+            name: [self._measured(arm, models[seed % len(models)], wanted) for seed, wanted in enumerate(shifts)]
             for name, models in beside.items()
         }
         if moved:
@@ -163,22 +163,22 @@ class Judging:
         for name, pairs in found.items():
             labels = [name] if len(pairs) == 1 else [f"{name} {number}" for number in range(1, len(pairs) + 1)]
             models = [replace(spec, label=label) for (spec, _), label in zip(pairs, labels, strict=True)]
-            self.arms.append(replace(arm, name=name, models=models, dose=fmean(dose for _, dose in pairs)))
-        self.trials.append(Trial(arm.name, tuple(beside), f"{HALF}{of}" if moved else None, dose))
+            self.arms.append(replace(arm, name=name, models=models, shift=fmean(shift for _, shift in pairs)))
+        self.trials.append(Trial(arm.name, tuple(beside), f"{HALF}{of}" if moved else None, shift))
 
     def _measured(self, arm: Arm, spec: ModelSpec, wanted: float | None = None) -> tuple[ModelSpec, float]:
-        """A model and its dose where an arm is read; with the wanted dose, if one is given."""
+        """A model and its shift where an arm is read; with the wanted shift, if one is given."""
         benchmark, block = self._deciding, arm.block(self.primary)
         images = {name: images.fingerprint for name, images in benchmark.sets.items()}
-        what = {"dose": spec.identity, "wanted": wanted, "base": self.origin.identity, "block": block, "images": images}
+        what = {"shift": spec.identity, "goal": wanted, "base": self.origin.identity, "block": block, "images": images}
 
         def make() -> tuple[float, float]:
             if block not in self._meters:
-                self._meters = {block: Dosimeter(self.origin, block, benchmark, self.settings)}
+                self._meters = {block: ShiftMeter(self.origin, block, benchmark, self.settings)}
             return self._meters[block].measure(spec, wanted)
 
-        scale, dose = remembered({**what, "kinds": list(benchmark.kinds)}, self.settings, make)
-        return replace(spec, scale=scale), dose
+        scale, shift = remembered({**what, "kinds": list(benchmark.kinds)}, self.settings, make)
+        return replace(spec, scale=scale), shift
 
     # ---------------------------------------------------------------------------------------------------------- scores
 
@@ -202,7 +202,7 @@ class Judging:
         results: dict[str, dict[str, Score]] = {}
         for (spec, *_), scores in zip(asked, found, strict=False):
             results.setdefault(spec.label, {}).update(scores)
-        for (name,) in [one.names for one in self.benchmarks if one.answers]:  # whose values are the answers themselves
+        for (name,) in [one.names for one in self.benchmarks if one.agrees]:  # whose values are the predictions
             first = results[self.origin.label][name].values
             for of in results.values():
                 of[name] = replace(of[name], values=(of[name].values == first).astype(float))
@@ -216,14 +216,14 @@ class Judging:
         self, spec: ModelSpec, block: str, benchmark: Benchmark, wanted: Sequence[str], own: bool
     ) -> dict[str, Score]:
         def read() -> Encoder:
-            if benchmark.answers:
+            if benchmark.agrees:
                 return load_classifier(spec, self.origin)
             encoder = self._load(spec)
             if benchmark.published is not None and (backbone := getattr(encoder.module, "backbone", None)):
                 encoder = replace(encoder, side=SIDE // backbone.patch_size * backbone.patch_size)
             return read_after(encoder, block)
 
-        key = {"of": spec.identity, **({"classifier": self.origin.identity} if benchmark.answers else {"block": block})}
+        key = {"of": spec.identity, **({"classifier": self.origin.identity} if benchmark.agrees else {"block": block})}
         scores = score(read, key, benchmark, wanted, self.settings, spec.label, own)
         return {f"{benchmark.label} {one.name}": one for one in scores}
 

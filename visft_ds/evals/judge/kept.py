@@ -1,4 +1,4 @@
-"""Share of a classifier's own answers that is kept when its backbone is trained.
+"""Share of a classifier's own predictions that is kept when its backbone is trained.
 
 The classifier is that of BASE, a whole model of timm; every other model lends it its own tensors, by name. What lies
 behind a tower that ends early stays as it was. Images are prepared as timm does it for BASE.
@@ -20,18 +20,18 @@ from visft_ds.files import reading
 from visft_ds.interop.layouts import built, model_in, open_model
 from visft_ds.pretrained import TIMM
 
-KIND = "answers"  #: (images,), the number of the class that a classifier says
-NUMBER = "answers"
+KIND = "classes"  #: (images,), the number of the class that a classifier predicts
+NUMBER = "predictions"
 MOST = 5000  #: images of a folder; a larger one gives every k-th
 
 
 def kept(label: str, images: ImageSet) -> Benchmark:
-    """Share of the first model's top-1 answers that a model gives, too. Scores are the answers themselves."""
+    """Share of the first model's top-1 predictions that a model makes, too. Scores are the predictions themselves."""
 
     def scores(features: Features, wanted: Collection[str]) -> Iterator[Score]:
         yield Score(NUMBER, features["test"][KIND].double().numpy())
 
-    return Benchmark(label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 2"}, scores, answers=True)
+    return Benchmark(label, {"test": images}, (KIND,), (NUMBER,), {"benchmark": "kept 3"}, scores, agrees=True)
 
 
 def read_images(source: str) -> ImageSet:
@@ -51,7 +51,7 @@ def read_images(source: str) -> ImageSet:
     return from_files(found[:: -(-len(found) // MOST)], root)
 
 
-class _Answers(nn.Module):
+class _Predictions(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -68,10 +68,10 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
     """
     import timm
 
-    asks = "kept= counts which answers of BASE's own classifier stay, and"
+    asks = "kept= counts which predictions of BASE's own classifier stay, and"
     described = {"preset": ""} if base.open_clip else base.model or model_in(open_model(base.name))
     if not described["preset"].startswith(TIMM):
-        raise ValueError(f"{asks} {base.label} is no model of timm")
+        raise ValueError(f"{asks} {base.label} is not a model of timm")
     file = open_model(base.name)
     backbone: Any = built({name: one for name, one in described.items() if name != "layers"}, "meta")
     classes = [file[name].shape[0] for one in backbone.classifier_names if (name := f"{one}.weight") in file]
@@ -82,12 +82,12 @@ def load_classifier(spec: ModelSpec, base: ModelSpec) -> Encoder:
         model.load_state_dict({name: one.read() for name, one in file.items()})
     own = weights_of(load_encoder(spec, "fp32"))
     if not alike(own, model.state_dict()):
-        raise ValueError(f"{asks} {spec.label} cannot feed it: it is no {backbone.name} of timm")
+        raise ValueError(f"{asks} {spec.label} cannot feed it: it is not a {backbone.name} of timm")
     model.load_state_dict({**model.state_dict(), **own})  # a tower may be cut, and has no classifier
     side = backbone.image_size
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, side, side)}
     return Encoder(
-        _Answers(model).requires_grad_(False).eval(),
+        _Predictions(model).requires_grad_(False).eval(),
         (KIND,),
         timm.data.create_transform(**config, is_training=False),
         (config["mean"], config["std"]),

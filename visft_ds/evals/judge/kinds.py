@@ -45,7 +45,7 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     allowed = FEWER.get(name, ("split", "train", "name"))
     options = dict(pair.partition("=")[::2] for pair in pairs)
     if unknown := [key for key, value in options.items() if key not in allowed or not value]:
-        raise ValueError(f"--on {text}: {unknown[0]!r} is no setting of {name}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"--on {text}: {unknown[0]!r} is not a setting of {name}; allowed: {', '.join(allowed)}")
     label = f"{name}/{options.get('name') or Path(source).name}"
     return KINDS[name](protocol, label, source, options.get("train"), options.get("split"))
 

@@ -72,7 +72,7 @@ class Benchmark:
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
-    answers: bool = False  #: it asks a classifier, and counts the answers that are the first model's, too
+    agrees: bool = False  #: it asks a classifier, and counts predictions that agree with the first model's
     #: (model -> its first score, number of images) -> what each model sees in them.
     sheet: Callable[[Mapping[str, Score], int], Picture] | None = None
     #: (features of "train", name of a number) -> the number on the fifth of the training images that is held out, by a

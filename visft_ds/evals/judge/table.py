@@ -29,9 +29,9 @@ class Trial:
     """A tuned arm, and the arms that it is judged by beside the base."""
 
     arm: str
-    controls: tuple[str, ...] = ()  #: at its dose: noise, and what `--control` named
+    controls: tuple[str, ...] = ()  #: at its shift: noise, and what `--control` named
     half: str | None = None  #: the arm of half its change
-    dose: float | None = None  #: how far it moved the base's features; None if it is of another architecture
+    shift: float | None = None  #: how far it moved the base's features; None if it is of another architecture
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from visft_ds.evals.judge.table import Row, Trial
 from visft_ds.evals.records import number_text
 
-KEPT = "kept/"  #: beginning of the numbers that count kept answers of the base's classifier
+KEPT = "kept/"  #: beginning of the numbers that count kept predictions of the base's classifier
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Verdict:
 
     arm: str
     word: str
-    sentences: tuple[str, ...]  #: the verdict, its price and what half the change gives
+    sentences: tuple[str, ...]  #: the verdict, its cost and what half the change gives
 
 
 def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str) -> list[Verdict]:
@@ -42,10 +42,10 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
         word = word_for(row, trial, same)
         sentences = [f"{_sentence(word, row, trial.arm, base)}."]
         if word != "the same":
-            sentences.append(f"Price: {_price(rows, row, trial.arm)}.")
+            sentences.append(f"Cost: {_cost(rows, row, trial.arm)}.")
             if trial.half:
                 change = row.differences[trial.half].text(not row.lower)
-                sentences.append(f"Half of the change gives {change}; price: {_price(rows, row, trial.half)}.")
+                sentences.append(f"Half of the change gives {change}; cost: {_cost(rows, row, trial.half)}.")
         found.append(Verdict(trial.arm, word, tuple(sentences)))
     return found
 
@@ -53,13 +53,13 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
 def word_for(row: Row, trial: Trial, same: bool) -> str:
     """The word of a verdict by the row of the primary number; `same`: every difference is zero."""
     gain, last = row.differences[trial.arm], row.last.get(trial.arm)
-    if same and trial.dose == 0:
+    if same and trial.shift == 0:
         return "the same"
     if gain.worse:
         return "lost"
     if not gain.better:
         return "better placed" if last and last.better else "not shown"
-    if trial.dose is None:
+    if trial.shift is None:
         return "better, without control"
     if not all(of.better for of in row.controls[trial.arm].values()):
         return "moved, not gained"
@@ -88,15 +88,15 @@ def _sentence(word: str, row: Row, arm: str, base: str) -> str:
     }[word]
 
 
-def _price(rows: Sequence[Row], primary: Row, arm: str) -> str:
-    """The numbers that are shown to be worse than the base's, and the answers of its classifier that are kept."""
+def _cost(rows: Sequence[Row], primary: Row, arm: str) -> str:
+    """The numbers that are shown to be worse than the base's, and the kept predictions of its classifier."""
     having = [row for row in rows if row is not primary and arm in row.differences]
     others = [row for row in having if not row.name.startswith(KEPT)]
     changes = [(row, row.differences[arm]) for row in others]
     worse = [f"{row.name} {of.text(not row.lower)}" for row, of in changes if of.shown and of.worse]
     nothing = f"no other number of {len(others)} is shown to be worse" if others else "no other number was judged"
     kept = [
-        f"{row.level(arm)} % of the classifier's answers are unchanged ({row.name})"
+        f"{row.level(arm)} % of the classifier's predictions are unchanged ({row.name})"
         for row in having
         if row not in others
     ]

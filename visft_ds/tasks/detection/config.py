@@ -16,20 +16,20 @@ class DetectionImage(StrictModel):
     max_long: Positive = 672
     crop_short_sides: Sides = (400, 500, 600)
     crop_range: Annotated[tuple[Positive, Positive], Ascending] = (384, 600)
-    flip: Fraction = 0.5  #: probability
+    flip: Fraction = 0.5  #: probability of a horizontal flip
     eval_short: Positive = 800
     eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-    zoom: tuple[Above, Above] | None = None  #: with fixed_size, sides of a random window, as shares of the image's
+    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    zoom: tuple[Above, Above] | None = None  #: with fixed_size: sides of a random crop, in parts of the image's
 
 
 class DetectionHeadConfig(StrictModel):
     """Options of the detection head."""
 
-    #: detr: the asymmetric DETR that was published; dense: boxes around the cells of the map, for few photographs
+    #: detr: the published asymmetric DETR; dense: a box from every cell of the feature map, for few photographs
     type: Literal["detr", "dense"] = "detr"
-    num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
-    width: Positive = 64  #: of the dense head; all that follows is the DETR's
+    num_classes: Positive = 91  #: default for ids that are not COCO's: the number of categories
+    width: Positive = 64  #: of the dense head; the keys below are the DETR's
     num_queries: Positive = 100
     encoder_dim: Positive = 128
     decoder_dim: Positive = 256
@@ -41,12 +41,12 @@ class DetectionHeadConfig(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.width % 32:
-            yield "width", f"{self.width} is no multiple of 32 (norm groups)"
+            yield "width", f"{self.width} is not a multiple of 32 (norm groups)"
         for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):
             if width % self.num_heads:
-                yield name, f"{width} is no multiple of num_heads = {self.num_heads}"
+                yield name, f"{width} is not a multiple of num_heads = {self.num_heads}"
         if self.encoder_dim % 4:
-            yield "encoder_dim", f"{self.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)"
+            yield "encoder_dim", f"{self.encoder_dim} is not a multiple of 4 (sine and cosine of two coordinates)"
 
 
 class DetectionLoss(StrictModel):

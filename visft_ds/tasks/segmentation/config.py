@@ -30,22 +30,22 @@ Labelling = Literal["contiguous", "published"]
 class SegmentationImage(StrictModel):
     """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
-    size: Positive = 1024  #: square that a training image is cut to
+    size: Positive = 1024  #: side of the square that a training image is cropped to
     scale: Annotated[tuple[Above, Above], Ascending] = (0.1, 2.0)
-    flip: Fraction = 0.5  #: probability
+    flip: Fraction = 0.5  #: probability of a horizontal flip
     pad_value: Annotated[Count, Field(le=255)] = 128
     eval_short: Positive = 800
     eval_max_long: Positive = 1333
     eval_multiple: Positive = 32
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-    mask_stride: Positive = 4  #: pixels to a cell of a target mask
+    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    mask_stride: Positive = 4  #: pixels per cell of a target mask
 
 
 class SegmentationHeadConfig(StrictModel):
     """Options of the segmentation head that was published (single-scale Mask2Former)."""
 
     type: Literal["mask2former"] = "mask2former"
-    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
+    num_classes: Positive = 80  #: default for ids that are not COCO's: the number of categories
     num_queries: Positive = 100
     hidden_dim: Positive = 256
     encoder_layers: Depth = 6
@@ -55,21 +55,24 @@ class SegmentationHeadConfig(StrictModel):
     encoder_ffn_dim: Positive = 512
     decoder_ffn_dim: Positive = 1024
     dropout: Probability = 0.0
-    labelling: Labelling = "contiguous"
+    labelling: Labelling = "contiguous"  #: classes are numbered from 0; published: from 1
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """A width that attention heads or norm groups do not divide, and fewer classes than COCO has."""
         if self.labelling == "published" and self.num_classes < 80:
             yield "num_classes", "must be at least 80: published labels are COCO's 80"
         if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
-            yield "hidden_dim", f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (groups)"
+            yield (
+                "hidden_dim",
+                f"{self.hidden_dim} is not a multiple of num_heads = {self.num_heads} and of 32 (groups)",
+            )
 
 
 class PlainHeadConfig(StrictModel):
     """Options of the plain head, which reads all maps of the backbone (`visft.model.layers`)."""
 
     type: Literal["plain"] = "plain"
-    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
+    num_classes: Positive = 80  #: default for ids that are not COCO's: the number of categories
     num_queries: Positive = 200
     blocks: Positive = 6
     hidden_dim: Positive | None = None  #: null: the width of the last map
@@ -100,7 +103,7 @@ def of_kind(kind: type[StrictModel], given: Any, what: str) -> StrictModel:
     known = kind.model_fields
     other = [name for name in given if name not in known] if isinstance(given, dict) else []
     if other:
-        raise refusal([(name, f"is no option of {what}{nearest(name, known)}") for name in other])
+        raise refusal([(name, f"is not an option of {what}{nearest(name, known)}") for name in other])
     return kind.model_validate(given)
 
 

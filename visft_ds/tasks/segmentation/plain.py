@@ -55,7 +55,7 @@ class PlainHead(nn.Module):
         width = options.hidden_dim or shapes[-1][0]
         num_heads = options.num_heads or max(1, width // 64)
         if width % (4 * num_heads):
-            raise ValueError(f"a plain head: hidden_dim {width} is no multiple of 4 * num_heads = {num_heads}")
+            raise ValueError(f"a plain head: hidden_dim {width} is not a multiple of 4 * num_heads = {num_heads}")
         self.num_queries, self.num_heads = options.num_queries, num_heads
         strides = [stride for _, stride in shapes]
         self.nearest = min(range(len(shapes)), key=lambda place: abs(math.log2(strides[place] / _STRIDE)))

@@ -17,15 +17,15 @@ from visft_ds.tasks.segmentation.config import MaskTask, PlainHeadConfig, Segmen
 class SemanticImage(StrictModel):
     """Geometry (large-scale jitter) and targets of semantic segmentation; sizes in pixels."""
 
-    size: Positive = 512  #: square that a training image is cut to
+    size: Positive = 512  #: side of the square that a training image is cropped to
     scale: Annotated[tuple[Above, Above], Ascending] = (0.5, 2.0)
-    flip: Fraction = 0.5  #: probability
+    flip: Fraction = 0.5  #: probability of a horizontal flip
     pad_value: Annotated[Count, Field(le=255)] = 0
     eval_short: Positive = 512
     eval_max_long: Positive = 2048
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-    mask_stride: Positive = 4  #: pixels to a cell of the labels
-    #: evaluation looks at squares of so many pixels along the longer side, which overlap; null: at whole images
+    fixed_size: Positive | None = None  #: side of a square for training and evaluation instead of the sizes above
+    mask_stride: Positive = 4  #: pixels per cell of the labels
+    #: side of the overlapping squares along the longer side that evaluation uses; null: whole images
     window: Positive | None = 512
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -38,14 +38,14 @@ class SemanticHeadConfig(StrictModel):
     """Options of the linear head."""
 
     type: Literal["linear"] = "linear"
-    num_classes: Positive = 150  #: as many as there are categories
-    dropout: Probability = 0.1  #: of whole channels
+    num_classes: Positive = 150  #: default: the number of categories
+    dropout: Probability = 0.1  #: probability, for whole channels
 
 
 class SemanticPlainConfig(PlainHeadConfig):
     """Options of the plain mask head, whose masks are summed by class."""
 
-    num_classes: Positive = 150  #: as many as there are categories
+    num_classes: Positive = 150  #: default: the number of categories
     num_queries: Positive = 100
 
 
@@ -75,7 +75,7 @@ class SemanticTask(MaskTask):
     micro_batch: Positive = 16
     image: SemanticImage = SemanticImage()
     head: SemanticHeadConfig | SemanticPlainConfig = SemanticHeadConfig()
-    #: that of the head; a plain one has the loss of `visft.tasks.segmentation`
+    #: loss of the head; a plain head has that of `visft.tasks.segmentation`
     loss: SemanticLoss | SegmentationLoss = Field(SemanticLoss(), validate_default=True)
 
     @field_validator("loss", mode="wrap")

@@ -1,7 +1,7 @@
-"""Equal dose: a control at the scale at which it moves features as far as the model that it is a control of.
+"""Equal feature shift: a control at the scale at which it moves features as far as the model that it is a control of.
 
 Arms that moved features by different amounts cannot be compared: the one that moved further gains and loses more. The
-dose is |f - f0| / |f0 - mean of f0|, f0 the features of BASE after the same block, on at most MOST images.
+shift is |f - f0| / |f0 - mean of f0|, f0 the features of BASE after the same block, on at most MOST images.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.scoring import Settings, forward, pictures
 
 MOST = 256  #: images
-WITHIN = 0.01  #: share of the wanted dose by which it may be missed
+WITHIN = 0.01  #: share of the wanted shift by which it may be missed
 FURTHEST = 8.0  #: scale
 _KINDS = ("patches", "pooled", "clip")  # the first that a data set and a model have
 
 
-class Dosimeter:
+class ShiftMeter:
     """Measures how far models move the features of BASE after a block, on the first training images of a data set."""
 
     def __init__(self, base: ModelSpec, block: str, benchmark: Benchmark, settings: Settings) -> None:
@@ -37,14 +37,14 @@ class Dosimeter:
         self._base = self._features(encoder)
 
     def measure(self, spec: ModelSpec, wanted: float | None) -> tuple[float, float]:
-        """(A, dose) of a model; of its mixture with BASE that has the wanted dose. Raises ValueError if none has."""
+        """(A, shift) of a model; of its mixture with BASE that has the wanted shift. Raises ValueError if none has."""
         precision = self._settings.precision
         if wanted is None:
-            return spec.scale, self._dose(load_encoder(spec, precision))
+            return spec.scale, self._shift(load_encoder(spec, precision))
         mixture = Mixture(spec, precision)
-        return scale_for(lambda scale: self._dose(mixture.at(scale)), wanted, spec.label)
+        return scale_for(lambda scale: self._shift(mixture.at(scale)), wanted, spec.label)
 
-    def _dose(self, encoder: Encoder) -> float:
+    def _shift(self, encoder: Encoder) -> float:
         """|f - f0| / |f0 - mean of f0|, the mean of each channel."""
         mean = self._base.mean(dim=[axis for axis in range(self._base.ndim) if axis != 1], keepdim=True)
         change = self._features(encoder) - self._base
@@ -57,8 +57,8 @@ class Dosimeter:
         return torch.cat(parts)
 
 
-def scale_for(dose: Callable[[float], float], wanted: float, label: str) -> tuple[float, float]:
-    """(A, its dose), the dose within WITHIN of what is wanted. Raises ValueError if no A up to FURTHEST reaches it."""
+def scale_for(shift: Callable[[float], float], wanted: float, label: str) -> tuple[float, float]:
+    """(A, its shift), within WITHIN of what is wanted. Raises ValueError if no A up to FURTHEST reaches it."""
     if not wanted:
         return 0.0, 0.0
     measured = {0.0: 0.0}
@@ -66,7 +66,7 @@ def scale_for(dose: Callable[[float], float], wanted: float, label: str) -> tupl
     def beyond(scale: float) -> float:
         """Zero within the tolerance, so that the search ends there."""
         if scale not in measured:
-            measured[scale] = dose(scale)
+            measured[scale] = shift(scale)
         by = measured[scale] - wanted
         return 0.0 if abs(by) <= WITHIN * wanted else by
 

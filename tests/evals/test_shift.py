@@ -13,32 +13,32 @@ import torch
 from tests.clip_case import SIDE
 from tests.evals.test_judge import _record, _run, world
 from tests.random_tower import relative, save_adapter
-from visft_ds.evals.judge.dose import WITHIN, scale_for
 from visft_ds.evals.judge.models import Mixture, load_encoder, parse_arms
+from visft_ds.evals.judge.shift import WITHIN, scale_for
 from visft_ds.interop.adapter import Adapter
 
 __all__ = ["world"]  # the fixture
 
 
 @pytest.mark.parametrize(
-    "dose",
+    "shift",
     [lambda scale: 0.4 * scale, lambda scale: 3 * scale**2, lambda scale: 0.9 * math.tanh(scale / 4), math.expm1],
     ids=["linear", "square", "saturating", "steep"],
 )
 @pytest.mark.parametrize("wanted", [0.02, 0.35, 0.8])
-def test_a_scale_is_found_for_any_dose(dose: Callable[[float], float], wanted: float) -> None:
+def test_a_scale_is_found_for_any_shift(shift: Callable[[float], float], wanted: float) -> None:
     calls = []
-    scale, found = scale_for(lambda scale: calls.append(scale) or dose(scale), wanted, "x")  # type: ignore[func-returns-value]
-    assert found == dose(scale) and abs(dose(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
+    scale, found = scale_for(lambda scale: calls.append(scale) or shift(scale), wanted, "x")  # type: ignore[func-returns-value]
+    assert found == shift(scale) and abs(shift(scale) - wanted) <= WITHIN * wanted and len(calls) <= 20
 
 
-def test_a_dose_that_no_scale_reaches_is_told() -> None:
+def test_a_shift_that_no_scale_reaches_is_told() -> None:
     with pytest.raises(ValueError, match="no A up to 8"):
         scale_for(lambda scale: min(scale, 0.1), 0.3, "x")
 
 
-def test_controls_are_brought_to_the_dose_of_what_they_control(world: Path, tmp_path: Path) -> None:
-    """A control that is named, noise that comes by itself, and half, which keeps its own dose."""
+def test_controls_are_brought_to_the_shift_of_what_they_control(world: Path, tmp_path: Path) -> None:
+    """A control that is named, noise that comes by itself, and half, which keeps its own shift."""
     base, adapter = world / "clip.safetensors", Adapter.load(world / "adapter")
     generator = torch.Generator().manual_seed(0)
     other = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.tensors.items()}
@@ -48,10 +48,10 @@ def test_controls_are_brought_to_the_dose_of_what_they_control(world: Path, tmp_
     status, _, errors = _run(*words)
     assert (status, errors) == (0, "")
     record = _record(tmp_path / "out")
-    doses, (trial,) = record["doses"], record["trials"]
-    assert trial == {"arm": "tuned", "controls": ["noise", "equal"], "half": "half", "dose": doses["tuned"]}
-    assert [doses["noise"], doses["equal"]] == pytest.approx([doses["tuned"]] * 2, rel=WITHIN)
-    assert doses["half"] < 0.9 * doses["tuned"] and record["scales"]["half"] == 0.5
+    shifts, (trial,) = record["shifts"], record["trials"]
+    assert trial == {"arm": "tuned", "controls": ["noise", "equal"], "half": "half", "shift": shifts["tuned"]}
+    assert [shifts["noise"], shifts["equal"]] == pytest.approx([shifts["tuned"]] * 2, rel=WITHIN)
+    assert shifts["half"] < 0.9 * shifts["tuned"] and record["scales"]["half"] == 0.5
     assert record["rows"][0]["controls"]["tuned"].keys() == {"noise", "equal"}
 
 
