@@ -27,14 +27,12 @@ _GRACE = 15.0
 def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
 
-    Raises:
-        ValueError: not the number of processes, or what launchers set in the environment is not of a launcher.
+    Raises ValueError for another number, and for variables of the environment as no launcher sets them.
     """
-    usual = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
-    launched = {name: os.environ.get(name, value) for name, value in usual.items()}
-    if not all(text.isdecimal() for text in launched.values()) or int(launched["RANK"]) >= int(launched["WORLD_SIZE"]):
-        given = ", ".join(f"{name}={text}" for name, text in launched.items())
-        raise RankError(f"{given}: numbers, and a rank below the size, are allowed: unset what no launcher has set")
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    port = os.environ.get("MASTER_PORT", "0")
+    if not (rank.isdecimal() and size.isdecimal() and port.isdecimal() and int(rank) < int(size)):
+        raise RankError(f"RANK={rank}, WORLD_SIZE={size}, MASTER_PORT={port}: no launcher sets these; unset them")
     for place, word in enumerate(words):
         flag, equals, number = word.partition("=")
         if flag == "--num_gpus":
