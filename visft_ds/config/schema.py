@@ -255,7 +255,7 @@ class VisftConfig(StrictModel):
             yield "run.keep_best", f"is not a metric of this run's tasks{nearest(best, measured)}"
 
     def filled(self) -> VisftConfig:
-        """With the run's folder, the heads of stage 2, and the parameter groups of the tasks that take part only."""
+        """Settings with the run's folder, the heads of stage 2, and parameter groups of enabled tasks only."""
         off = tuple(f"heads.{task}." for task in entries() if task not in self.tasks.enabled())
         kept = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in self.param_groups]
         groups = tuple(group.model_copy(update={"params": ",".join(globs)}) for group, globs in kept if globs)
@@ -327,7 +327,7 @@ class Recipe(StrictModel):
     visft: VisftConfig
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Those of the engine, of the engine with the model, and of the length of the run."""
+        """Contradictions in the engine, between engine and model, and in the length of the run."""
         visft, model, zero, piped = self.visft, self.visft.model, self.zero_optimization, self.pipeline is not None
         if zero.offload_param.device != "none" and zero.stage != 3:
             yield "zero_optimization.offload_param", "needs zero_optimization.stage = 3"

@@ -62,19 +62,19 @@ class Adapter:
         return [f"{layer}.weight" for layer in self.layers]
 
     def delta(self, weight: str) -> Tensor:
-        """Its change of a base weight, (rows, fan in), fp32; zero in rows that are not adapted."""
+        """Change of a base weight by the adapter, (rows, fan in), fp32; zero in rows that are not adapted."""
         layer = weight.removesuffix(".weight")
         rows, slices = self.layers[layer]
         a, b = (self.tensors[f"{layer}.{kind}"] for kind in KINDS)
         return dense_update(rows, a, b, slices, self.alpha / self.rank)
 
     def scaled(self, scale: float) -> Adapter:
-        """With so many times its effect, any number."""
+        """Adapter with `scale` times the effect."""
         scaled = {name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()}
         return replace(self, tensors=scaled)
 
     def install(self, backbone: Backbone) -> None:
-        """Put it into a backbone without adapters. Raises ValueError where it does not fit."""
+        """Put it into a backbone without adapters. Raises ValueError if it does not fit."""
         if tuple(self.model.get("layers", ())) != backbone.layers_read:
             ours = ", ".join(map(str, backbone.layers_read)) or "the last"
             raise ValueError(f"the adapter is of {described(self.model)}, and this model is read after block {ours}")

@@ -58,7 +58,7 @@ class HeadFile:
     tensors: Weights
 
     def check(self, head: nn.Module) -> HeadFile:
-        """Itself. Raises ValueError where names or shapes are not those of a head, which may be on the meta device."""
+        """The file itself. Raises ValueError if names or shapes differ from the head (on any device, meta too)."""
         fitted(self.tensors, head.state_dict(), behind=(), what=f"the {self.info.task} head")
         return self
 

@@ -251,7 +251,7 @@ class EvaViT(nn.Module):
         return rows[0] if grids is None else torch.cat(rows, dim=1)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """From now on the blocks run through torch.compile; numbers of images and tokens are symbols in it."""
+        """Run the blocks through torch.compile from here on; numbers of images and tokens are symbols in it."""
         for block in self.blocks:
             block.compile(dynamic=True, backend=backend)
 
