@@ -122,6 +122,7 @@ TIMM = "visft.model.preset=timm:resnet18"
         (2, ["visft.mode=shared", "visft.shared=null"], 'missing: mode "shared" needs'),
         (2, ["visft.tasks=detektion"], "did you mean detection"),
         (2, ["visft.tasks=[]"], "no task is on"),
+        (2, ["visft.tasks="], "no settings of a task ''; known: semantic"),
         # The first list has thrown the settings of captioning away; the second must not end in an empty run.
         (2, ["visft.tasks=detection", "visft.tasks=detection,captioning"], "no settings of a task 'captioning'"),
         (1, ["visft.model.overrides.depth=2147483648"], "depth"),
@@ -204,7 +205,12 @@ def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
     assert config.visft.tasks.segmentation is None
     assert [group.name for group in config.visft.param_groups] == ["detection", "captioning"]
     assert config.total_steps == 250_000
-    assert config.sources["visft.tasks.segmentation"].startswith("--set visft.tasks=")
+    assert config.sources["visft.tasks.segmentation"].startswith("--tasks ")
+
+
+def test_a_setting_does_not_turn_a_task_on_that_was_not_named() -> None:
+    config = recipe("visft.tasks=detection", "visft.tasks.captioning.batch_size=4")
+    assert list(config.visft.tasks.enabled()) == ["detection"]
 
 
 def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:

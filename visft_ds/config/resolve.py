@@ -221,7 +221,9 @@ def resolve(
             tree.assign(key, value, f"{source} (override)")
     for key, (value, flag) in (flags or {}).items():
         tree.assign(key, value, flag)
-    for key, value in map(parse_assignment, settings):
+    for key, value in sorted(  # names of tasks last: a setting of another task does not turn it on again
+        map(parse_assignment, settings), key=lambda one: one[0] == "visft.tasks" and not isinstance(one[1], dict)
+    ):
         if key == "visft.tasks" and isinstance(value, str | list):
             _keep_tasks(tree, value)
         elif key == "visft.param_groups" and isinstance(value, str):
@@ -260,12 +262,11 @@ def resolve(
 def _keep_tasks(tree: Tree, given: str | list[Any]) -> None:
     """`--tasks detection,captioning`, or a list behind `--set visft.tasks=`: turn every other task off."""
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
-    source = f"--set visft.tasks={given if isinstance(given, str) else json.dumps(given)}"
+    source = f"--tasks {','.join(map(str, names))}"
     tasks = {"semantic": {}, **(tree.value("visft.tasks") or {})}  # which is in no recipe, and has defaults for all
-    for name in names:
-        if not isinstance(name, str) or tasks.get(name) is None:
-            near = nearest(str(name).lower(), [task for task, values in tasks.items() if values is not None])
-            raise ValueError(f"{source}: what comes before has no settings of a task {name!r}{near}")
+    known = [task for task, values in tasks.items() if values is not None]
+    if unknown := [str(name) for name in names if name not in known]:
+        raise ValueError(f"{source}: no settings of a task {unknown[0]!r}{nearest(unknown[0].lower(), known)}")
     for name in entries():
         if name not in names or not tasks[name]:
             tree.assign(f"visft.tasks.{name}", {} if name in names else None, source)

@@ -209,7 +209,7 @@ def _chosen(streams: Mapping[str, Stream], names: str | Sequence[str] | None, he
     listed = names.split(",") if isinstance(names, str) else names
     wanted = [name.strip() for name in listed] if listed else found
     if unknown := [name for name in wanted if name not in found]:
-        raise ValueError(f"--tasks: no head for {', '.join(unknown)}; allowed are {', '.join(found)}")
+        raise ValueError(f"--tasks: no head for {', '.join(map(repr, unknown))}; allowed are {', '.join(found)}")
     kept = {
         name: replace(one, tasks=tuple(task for task in one.tasks if task in wanted)) for name, one in streams.items()
     }
