@@ -321,6 +321,7 @@ def _spoiled(folder: Path, base: Path, adapter: Adapter) -> dict[str, Path]:
         ({"--format": "open_clip"}, "text tower"),
         ({"--format": "transformers"}, "transformers has no class"),
         ({"--dtype": "fp16", "--scale": "1e7"}, "float16"),
+        ({"--scale": "nan"}, "--scale"),
         ({"--out": "base"}, "not overwritten"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

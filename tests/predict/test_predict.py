@@ -236,7 +236,9 @@ def test_what_is_no_model_is_refused(place: Path) -> None:
         ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"device": "meta"}, "cpu"),
+        ("runs/stage2", {"device": "cuda:x"}, "GPUs"),
         ("runs/stage2", {"image_size": 0}, "image size"),
+        ("runs/stage2", {"image_size": 10**6}, "image size"),
     ]
     for source, options, word in cases:
         with pytest.raises(ValueError, match=word):

@@ -119,6 +119,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.out} exists and is not overwritten: choose another --out")
     if not given.adapter and (given.base is None or given.scale != 1 or given.format == "peft"):
         raise ValueError("--adapter PATH is needed, or --base FILE to write in another --format or --dtype")
+    if not abs(given.scale) <= 1e9:
+        raise ValueError(f"--scale {given.scale:g} is not allowed: give a number from -1e9 to 1e9")
     if given.out.suffix not in ("", Path(FORMATS[given.format]).suffix):
         raise ValueError(f"{given.out}: not a suffix of --format {given.format}; a name without a dot is a folder")
     if given.format in ("peft", "onnx") and given.dtype != "fp32":

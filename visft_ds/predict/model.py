@@ -201,20 +201,20 @@ class Model:
 
 
 def check_options(threshold: float = 0.5, **numbers: int | None) -> None:
-    """Raise ValueError for a threshold outside of [0, 1], or numbers below 1."""
+    """Raise ValueError for a threshold outside of [0, 1], or numbers outside of [1, 8192]."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give at least 1")
+        if number is not None and not 1 <= number <= 8192:
+            raise ValueError(f"{name.replace('_', ' ')} {number} is not allowed: give 1 to 8192")
 
 
 def _build(parts: ModelSource, device: str | torch.device | None) -> tuple[EvaluationModel, dict[str, Stream]]:
     place = distributed.local_device()
     if device is not None:
-        kind, _, number = str(device).partition(":")
+        kind, number = f"{device}:0".split(":")[:2]
         here = torch.cuda.device_count()
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and int(number or 0) >= here):
+        if kind not in ("cpu", "cuda") or not number.isdecimal() or (kind == "cuda" and int(number) >= here):
             raise ValueError(f"device {device} is not allowed: give cpu, or cuda:N of the {here} GPUs of this machine")
         place = torch.device(device)
     return parts.build(choose_precision(parts.precision, place)[0], place)
