@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result.stopped.status(config.visft.run.requeue_code)
     except KeyboardInterrupt as error:
         return exit_code(error)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return tell(error)
 
 

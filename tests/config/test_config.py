@@ -121,6 +121,7 @@ TIMM = "visft.model.preset=timm:resnet18"
         (2, ["visft.tasks.captioning.updates=null"], "captioning.updates = null (--set): missing"),
         (2, ["visft.mode=shared", "visft.shared=null"], 'missing: mode "shared" needs'),
         (2, ["visft.tasks=detektion"], "did you mean detection"),
+        (2, ["visft.data.num_workers=100000"], "num_workers"),
         (2, ["visft.tasks=[]"], "no task is on"),
         (2, ["visft.tasks="], "no settings of a task ''; known: semantic"),
         # The first list has thrown the settings of captioning away; the second must not end in an empty run.

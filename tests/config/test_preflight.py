@@ -38,6 +38,10 @@ def test_nothing_is_missing_if_everything_is_there(tmp_path: Path) -> None:
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=1")
     (missing,) = missing_inputs(config)
     assert missing.path == str(tmp_path / "val.manifest.json") and "visft.run.eval_every=0" in missing.what
+    (missing,) = missing_inputs(
+        debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.data.train=a")
+    )
+    assert missing.path == str(tmp_path / "a.manifest.json") and "holds none" not in missing.what  # it holds train
 
 
 def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:

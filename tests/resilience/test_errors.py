@@ -31,3 +31,8 @@ def test_an_error_is_printed_by_whoever_alone_meets_it_or_once_a_machine(
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         tell(RuntimeError("shapes do not fit"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+def test_too_little_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tell(error) == 2 and "smaller" in capsys.readouterr().err

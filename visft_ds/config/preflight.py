@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from visft_ds.config.resolve import CONFIG_ROOT, Flags, ResolvedConfig
 from visft_ds.data.fetch import is_url
-from visft_ds.data.shards import Manifest, manifest_path
+from visft_ds.data.shards import Manifest, manifest_path, splits_in
 from visft_ds.files import reading
 from visft_ds.pretrained import HubFile, local, on_hub
 from visft_ds.tasks import config_class
@@ -42,10 +42,10 @@ def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     for root, split in places:
         if is_url(root) or manifest_path(Path(root), split).is_file():
             continue
-        what, command = "shards (or name their folder with --data)", f"visft shards FOLDER --out {quote(root)}"
+        what, command = f"shards of {split} (or give their --data)", f"visft shards FOLDER --out {quote(root)}"
         if (root, split) == (data.root, data.val):
             what = "shards for evaluation (or train without: --set visft.run.eval_every=0)"
-        elif Path(root).is_dir():
+        elif Path(root).is_dir() and not splits_in(Path(root)):
             folder = root.rstrip("/")
             what = f"shards: {folder} holds none; make them of the annotations in it, then give --data {folder}-shards"
             command = f"visft shards {quote(folder)}"

@@ -144,7 +144,7 @@ class DataConfig(StrictModel):
     weight: Above = 1.0  #: share of a task's steps from this split, relative to `sets`
     sets: tuple[DataSetConfig, ...] = ()  #: further training sets
     shuffle: Literal["full", "windowed"] | None = None  #: windowed: a few shards at a time; null: only for a URL
-    num_workers: Count | None = None  #: loader processes per training process; null: chosen for the machine
+    num_workers: Annotated[Count, Field(le=256)] | None = None  #: loader processes per rank; null: by the machine
     prefetch_steps: Count = 2  #: steps that are loaded ahead
     cache: Text | None = None  #: folder for copies of remote shards; null: ~/.cache/visft/shards
     cache_bytes: Positive = 200_000_000_000  #: size limit of that folder; the least recently read shards go first

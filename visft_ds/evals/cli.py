@@ -137,6 +137,6 @@ def _done(name: str, work: Callable[[], object]) -> int:
 
     try:
         work()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, name)
     return 0

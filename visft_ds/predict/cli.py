@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         predict(**vars(given))
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error, "predict")
     except KeyboardInterrupt:
         print("\npredict: interrupted", file=sys.stderr)

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text, flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return tell(error)
     return 0
 

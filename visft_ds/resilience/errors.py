@@ -15,6 +15,8 @@ LOST_CODE = 3
 LOST_PEER = re.compile(
     r"Connection (closed by|reset by|was likely closed)|remote process exited|Broken pipe|recvValue failed"
 )
+#: What allocators say that raise a plain RuntimeError or OSError: torch's for the CPU and the GPU, C++, cuBLAS, Linux.
+NO_MEMORY = re.compile(r"(can't|Cannot) allocate memory|out of memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class RankError(ValueError):
@@ -54,6 +56,8 @@ def tell(error: Exception, name: str = "error") -> int:
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         # The rank that failed reports why; the traceback of one that only waited for it would bury that.
         error = LostRank("another rank ended first")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        error = RankError(f"out of memory: give smaller images or batches; {' '.join(str(error).split())[:200]}")
     code = exit_code(error)
     if code == 1:
         raise error

@@ -6,7 +6,6 @@ days. In the rehearsal it comes first, and its result is discarded. Only pixels 
 
 from __future__ import annotations
 
-import errno
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +28,10 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import unchanged
 from visft_ds.prepare.data import RunData
-from visft_ds.resilience.errors import RankError
+from visft_ds.resilience.errors import NO_MEMORY, RankError
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks.spec import counts_of, loss_denominators_of
 
-#: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
-_SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -72,8 +69,7 @@ def memory_explained(what: str, stream: str, batches: Sequence[Batch], device: t
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _SAID)
-        if not known and getattr(error, "errno", None) != errno.ENOMEM:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
             raise
         key = "visft.shared" if stream == "shared" else f"visft.tasks.{stream}"
         counted = {"at the peak": peak_memory(device)}
