@@ -135,8 +135,24 @@ class Plan:
         segmentations = [text for text in self.judges if text.startswith("segmentation=")]
         if not segmentations:
             raise ValueError("the gain is judged by patches and objects: give --on segmentation=SOURCE")
+        self._check_inputs()
         self.primary = f"{label_of(segmentations[0])} in-context mIoU"
         self.tables = {name: self._tables(name, arm) for name, arm in self.arms.items()}
+
+    def _check_inputs(self) -> None:
+        """Raise ValueError for data and weights that are not there: the last are read after hours."""
+        from visft_ds.data.fetch import is_url
+        from visft_ds.data.shards import Manifest
+        from visft_ds.evals.judge.kinds import parse_benchmark
+        from visft_ds.evals.judge.protocols import QUICK
+        from visft_ds.pretrained import local
+
+        if self.given.base is not None and not local(self.given.base).is_file():
+            raise ValueError(f"--base {self.given.base}: no such weight file")
+        if self.given.data is not None and not is_url(self.given.data):
+            Manifest.load(self.given.data, "train")
+        for text in self.given.on:
+            parse_benchmark(text, QUICK)
 
     def _draw(self) -> None:
         """Drawings to learn from and to judge, and ImageNet weights."""
@@ -249,7 +265,7 @@ def _chosen_arms(names: str | None, more: Sequence[str], *, whole: bool) -> dict
         whole: the network is read at its end by all arms, so that `last layer` would be none of its own.
     """
     known = {name: arm for name, arm in ARMS.items() if not (whole and arm.both)}
-    chosen = [name.strip() for name in names.split(",")] if names else list(known)
+    chosen = [name.strip() for name in names.split(",")] if names is not None else list(known)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--arms {unknown[0]}: no such arm; there are {', '.join(known)}")
     arms = {FIRST: ARMS[FIRST], **{name: known[name] for name in chosen}}
