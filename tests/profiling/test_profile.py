@@ -57,7 +57,13 @@ def test_the_loader_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--stage", "1", "--steps", "0"], "--steps"), (["--stage", "1", "--synthetik"], "--synthetik"), ([], "--stage")],
+    [
+        (["--stage", "1", "--steps", "0"], "--steps"),
+        (["--stage", "1", "--synthetik"], "--synthetik"),
+        (["--stage", "1", *FLAGS, "--json", "tests"], "--json tests"),
+        (["--stage", "1", *FLAGS, "--trace", "setup.py"], "--trace setup.py"),
+        ([], "--stage"),
+    ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

@@ -47,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = build_parser().parse_known_args(arguments)
         if options.steps < 1 or options.warmup < 1:
             raise ValueError("--steps and --warmup: give at least 1 (the first step is never a typical one)")
-        if options.json is not None and not options.json.resolve().parent.is_dir():
-            raise ValueError(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
+        if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+            raise ValueError(f"--json {options.json}: give a file in a folder that exists")
+        if options.trace is not None and options.trace.exists() and not options.trace.is_dir():
+            raise ValueError(f"--trace {options.trace}: give a folder")
         _, config = resolve_arguments(rest)
         missing = [] if options.synthetic else missing_inputs(config)
         if missing:
