@@ -27,7 +27,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import python
+from tests import finished
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # of one input
@@ -43,12 +44,11 @@ class Reader:
     read: Callable[[Path], object]
 
 
-def readers() -> list[Reader]:
-    """Readers of everything that comes from outside."""
+def readers(runs: Path, shards: Path) -> list[Reader]:
+    """Readers of everything that comes from outside, which read copies of these finished runs and shards."""
     import numpy as np
     from PIL import Image
 
-    from tests import finished
     from tests.map_folder import bands, write_own, write_pair
     from tests.yolo_folder import write_yolo
     from visft_ds.checkpoint.format import open_checkpoint
@@ -65,8 +65,6 @@ def readers() -> list[Reader]:
     from visft_ds.run.folder import recorded_config
     from visft_ds.shards.build import Options, build
     from visft_ds.shards.layouts import recognise
-
-    runs, shards = finished.runs(), finished.shards()
 
     def copied(*files: Path) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
@@ -191,9 +189,9 @@ def _changed(text: bytes, rng: random.Random) -> bytes:
     return json.dumps(content).replace('"DEEP"', "[" * 3000 + "]" * 3000).encode()
 
 
-def run(inputs: int, seed: int, only: str | None = None) -> list[str]:
+def run(inputs: int, seed: int, made: Sequence[Path], only: str | None = None) -> list[str]:
     """Surprises, each with reader, number of the input and what happened."""
-    chosen = [reader for reader in readers() if only in (None, reader.name)]
+    chosen = [reader for reader in readers(*made) if only in (None, reader.name)]
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.signal(signal.SIGALRM, _too_long)
@@ -238,7 +236,8 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def test_damaged_files_are_read_correctly_or_refused() -> None:
-    python("-m", "tests.test_fuzz", "--inputs", "250")
+    made = (str(finished.runs()), str(finished.shards()))
+    run_ranks(["tests/test_fuzz.py", "--inputs", "250", "--made", *made], world=1)
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -259,8 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one reader")
+    parser.add_argument("--made", nargs=2, type=Path, metavar=("RUNS", "SHARDS"), help="what `tests.finished` made")
     given = parser.parse_args(arguments)
-    surprises = run(given.inputs, given.seed, given.only)
+    made = given.made or (finished.runs(), finished.shards())
+    surprises = run(given.inputs, given.seed, made, given.only)
     print("\n".join(surprises[:50]), f"{len(surprises)} surprises", sep="\n")
     return 1 if surprises else 0
 

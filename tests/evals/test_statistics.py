@@ -209,7 +209,7 @@ def _pair(seed: int, noise: float) -> Iterator[Score]:
         yield Score("n", own, retrained=mean_ratio(np.stack([of.sum(axis=0) for of in others])))
 
 
-@pytest.mark.parametrize(("pairs", "found", "false"), [(40, 37, 5), pytest.param(200, 190, 14, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("pairs", "found", "false"), [(16, 15, 0), pytest.param(200, 190, 14, marks=pytest.mark.slow)])
 def test_planted_gains_are_found_and_nulls_are_not(pairs: int, found: int, false: int) -> None:
     """Pairs of towers of which the second has less noise, 1.4, and pairs that differ by nothing but their noise."""
     planted = [_row(*_pair(seed, 1.4)).differences["new"] for seed in range(pairs)]
