@@ -147,6 +147,7 @@ def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsy
         (["build"], "--images, --out, --split"),
         (["build", "{mine}", "--instances", "x"], "--instances"),
         (["{mine}", "--split", "test"], "'test'"),
+        (["{mine}", "--void", "0"], "--void"),
         (["verify", "{mine}"], "no finished split"),
     ],
 )

@@ -110,6 +110,7 @@ def test_another_number_without_a_class(tmp_path: Path) -> None:
         numbers[numbers == 255] = 0
         Image.fromarray(numbers).save(path)
     (tmp_path / "classes.txt").write_text("meadow\nhouse\n")
+    assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--void", "0", "--masks-from-boxes"]) == 2
     assert main([str(tmp_path), "--out", str(tmp_path / "shards"), "--void", "0"]) == 0
     manifest = Manifest.load(tmp_path / "shards", "val")
     assert [(one.coco_id, one.name) for one in manifest.categories] == [(1, "meadow"), (2, "house")]

@@ -9,7 +9,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,8 +78,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N images of the random order")
     add("--max-size", default="256MB", metavar="SIZE", help="largest size of a shard (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the order of samples (default %(default)s)")
-    turning = "rotate images as EXIF says, or not (default: rotate, unless only the stored size fits)"
-    add("--exif", choices=("apply", "ignore"), help=turning)
+    add("--exif", choices=("apply", "ignore"), help="rotate images or not (default: unless only the stored size fits)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads (default: cores)")
     add("--replace", action="store_true", help="replace a split of this name that was built with other settings")
     add("--dry-run", action="store_true", help="read the annotations and plan, write nothing")
@@ -112,13 +110,15 @@ def _build(given: argparse.Namespace) -> None:
 
 
 def _build_split(given: argparse.Namespace, out: Path, split: FolderSplit) -> None:
+    if split.maps is None and given.void is not None:
+        raise ValueError("--void: this data set has no label maps")
+    if split.maps is not None and given.masks_from_boxes:
+        raise ValueError("--masks-from-boxes: this data set has label maps, no boxes")
     named = {name: getattr(given, name) for name in ("ids", "limit", "seed", "exif", "masks_from_boxes")}
     named |= {"max_size": parse_size(given.max_size), "maps": split.maps}
     options = Options(split.images, split.instances, split.captions, out, split.name, **named)
-    began = time.perf_counter()
     made = build(options, workers=given.workers, dry_run=given.dry_run, replace=given.replace)
-    verb = "would build" if given.dry_run else "built"
-    print(f"{split.name}: {verb} {_size(made)}, in {out}, {time.perf_counter() - began:.1f} s")
+    print(f"{split.name}: {'would build' if given.dry_run else 'built'} {_size(made)}, in {out}")
     for findings in (split.odd, made.findings, reasons(made.left_out)):
         print(*lines_of(findings), sep="\n", end="\n" if findings else "")
     if not given.dry_run:
