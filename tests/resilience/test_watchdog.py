@@ -26,14 +26,15 @@ def test_no_progress_ends_the_process_with_its_stacks() -> None:
     assert "most recent call first" in said and 'File "<string>", line 8' in said
 
 
-def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", ["Connection closed by peer [127.0.0.1]:4242", "Timed out waiting 1800000ms for recv"])
+def test_a_lost_peer_is_told_with_the_phase(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.setattr(watchdog, "_AFTER_YOU", 0.0)
     dog = Watchdog(0, 0.0)
 
     def lose() -> None:
         with dog.watching():
             dog.begin("step 3: saving")
-            raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+            raise RuntimeError(said)
 
     with pytest.raises(LostRank, match="step 3: saving"):
         lose()

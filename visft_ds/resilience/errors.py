@@ -11,9 +11,9 @@ from visft_ds.redaction import redacted
 
 #: Exit code of a rank that stops because another one, or its launcher, was killed or hangs.
 LOST_CODE = 3
-#: What gloo and NCCL say to a rank whose peer is gone.
+#: What gloo and NCCL say to a rank whose peer is gone or hangs.
 LOST_PEER = re.compile(
-    r"Connection (closed by|reset by|was likely closed)|remote process exited|Broken pipe|recvValue failed"
+    r"Connection (closed|reset|was likely closed)|remote process exited|Broken pipe|recvValue failed|Timed out waiting"
 )
 #: What allocators say that raise a plain RuntimeError or OSError: torch's for the CPU and the GPU, C++, cuBLAS, Linux.
 NO_MEMORY = re.compile(r"(can't|Cannot) allocate memory|out of memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED")
