@@ -113,7 +113,8 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_fork_begins_where_the_run_is_and_goes_on_without_it(work: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(work / name, tmp_path / "parent")
-    words = ["--from", tmp_path / "parent", *FROZEN, "--set", "visft.run.save_every=1"]
+    settings = {"visft.run.save_every": 1, "visft.run.eval_every": 0}
+    words = ["--from", tmp_path / "parent", *FROZEN, *words_of(settings)]
     said = " ".join(done(*words).split())  # long lines are broken
     assert f"started from step {STEPS} of {tmp_path / 'parent'}" in said
     fork, step = tmp_path / "parent-fork", tmp_path / f"parent/checkpoints/step_{STEPS:08d}"
