@@ -105,13 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=MODEL, metavar="NAME", help="file of ds_configs/models (default %(default)s)")
     add("--base", metavar="FILE", help=f"base weights (default: the configured ones; for {MODEL} the demo's)")
     add("--data", metavar="SHARDS", help="training data (default: drawings, made here)")
-    add(
-        "--on",
-        action="append",
-        default=[],
-        metavar="KIND=SOURCE",
-        help="as in visft judge; the first segmentation decides",
-    )
+    decides = "as in visft judge; the first segmentation decides"
+    add("--on", action="append", default=[], metavar="KIND=SOURCE", help=decides)
     add("--processes", type=int, default=1, metavar="N", help="processes per training run (%(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of every training run")
     return parser
