@@ -7,10 +7,11 @@ from pathlib import Path
 
 from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
+from visft_ds.evals.judge.classification import classification
 from visft_ds.evals.judge.depth import depth
 from visft_ds.evals.judge.kept import kept, read_images
+from visft_ds.evals.judge.objects import grounding
 from visft_ds.evals.judge.ocr import ocr, read_words
-from visft_ds.evals.judge.probes import classification, grounding
 from visft_ds.evals.judge.protocol import Benchmark
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
@@ -21,7 +22,7 @@ SEGMENTATION = "segmentation"
 KINDS: dict[str, Callable[[Protocol, str, str, str | None, str | None], Benchmark]] = {
     SEGMENTATION: lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
     "depth": lambda how, label, *at: depth(label, *dense_sets.read_depth(how.images, *at), how),
-    "classification": lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
+    "classification": lambda how, label, *at: classification(label, *classes.read_train_and_test(*at), how),
     "zero_shot": lambda _, label, at, __, part: classes.zero_shot(label, classes.read_classes(at, part)),
     "retrieval": lambda _, label, at, __, part: retrieval(label, *read_captions(at, part)),
     "objects": lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
