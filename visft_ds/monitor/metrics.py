@@ -21,6 +21,8 @@ from visft_ds.monitor.callbacks import Callback
 
 METRICS_FILE = "metrics.jsonl"
 _BLOCK = 1 << 20  #: bytes of it that are read at once, from its end
+#: Packages whose versions decide results: what computes, decodes pictures, and measures AP.
+_PACKAGES = ("torch", "deepspeed", "numpy", "torchvision", "timm", "safetensors", "simplejpeg", "faster-coco-eval")
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
@@ -161,5 +163,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that decide results."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "visft_ds": __version__}
-    packages = ("torch", "deepspeed", "numpy", "torchvision", "safetensors")
-    return found | {name: importlib.metadata.version(name) for name in packages}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
