@@ -183,6 +183,13 @@ class Here(ThreadPoolExecutor):
         super().__init__(1)
 
 
+class Deadly:
+    """Ends the process that unpickles it, as a lack of memory does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
 def test_predictions_that_are_not_finite(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,20 +251,33 @@ def test_an_evaluation_that_hangs_is_noticed(
     assert begun[0] < begun[1] and "evaluating after step 2" in capsys.readouterr().err
 
 
-def test_a_killed_process_costs_its_numbers_only(
-    parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_process_is_started_anew_once(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """While it measures (step 2), while it has nothing to do (4), and again and again (6), which costs its numbers."""
+
+    def kill() -> None:
+        assert validation._pool is not None and validation._pool._processes is not None
+        (process,) = validation._pool._processes.values()
+        process.kill()
+        process.join()
+
     validation, printed = parts.validation(), io.StringIO()
+    results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
     with MetricsWriter(tmp_path) as writer, closing(validation):
         log = RunLog(writer, Progress(6, stream=printed))
-        results = [{"image_id": int(one), "caption": "a cat"} for one in parts.manifest.index["image_id"]]
-        for step in (2, 4):
-            validation.measure(step, {"captioning": results})
-            if step == 2:
-                assert validation._pool is not None and validation._pool._processes is not None
-                (process,) = validation._pool._processes.values()
-                process.kill()
-            validation.poll(log, seconds=None)
-        validation.measure(6, {"captioning": []})
-    assert capsys.readouterr().err.count("warning: the evaluation of step 2 failed") == 1
-    assert "step 4 validation" in printed.getvalue() and validation._waiting == deque()
+        validation.measure(2, {"captioning": results})
+        kill()
+        validation.poll(log, seconds=None)
+        kill()
+        validation.measure(4, {"captioning": results})
+        validation.poll(log, seconds=None)
+        assert not capsys.readouterr().err
+        # Its results end whoever measures them.
+        validation.measure(6, {"captioning": [{"image_id": Deadly()}]})
+        validation.poll(log, seconds=None)
+        validation.measure(8, {"captioning": []})
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "the evaluation of step 6 failed" in warning and "killed twice" in warning
+    assert [line.split()[1] for line in printed.getvalue().splitlines() if "validation" in line] == ["2", "4"]
+    assert validation._waiting == deque()
