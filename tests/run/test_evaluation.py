@@ -229,6 +229,23 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
     assert len(seen) == 1 and not validation._waiting
 
 
+def test_a_request_to_stop_ends_the_wait_for_numbers(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation, stop, numbers = parts.validation(), StopFlag(launched=False), {"box/AP": 0.5}
+    monkeypatch.setattr("visft_ds.run.evaluation.ProcessPoolExecutor", Here)
+    released = threading.Event()
+    monkeypatch.setattr("visft_ds.run.evaluation.measure", lambda *_, **__: released.wait(PROMPT) and (numbers, []))
+    with MetricsWriter(tmp_path) as writer:
+        log = RunLog(writer, Progress(4, stream=io.StringIO()))
+        validation.measure(2, {})
+        threading.Timer(0.3, lambda: setattr(stop, "reason", Stop.SIGTERM)).start()
+        assert not validation.wait_for_all(log, stop) and not (tmp_path / "metrics.jsonl").exists()
+        released.set()
+        assert validation.wait_for_all(log, StopFlag(launched=False))
+    assert _judged(tmp_path) == {2: {"val/box/AP": 0.5}}
+
+
 def test_an_evaluation_that_hangs_is_noticed(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

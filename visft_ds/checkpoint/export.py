@@ -66,7 +66,7 @@ def export_weights(
 def begin_export(folder: Path, prepared: PreparedModel, vocabulary: Vocabulary | None) -> None:
     """Write what a run does not train and no other folder is sure to have: drawn base weights, heads of stage 1.
 
-    Without its record, which is written last, the folder is no export yet; one that is there stays as it is. Heads that work with words, and whose file
+    Without its record, which is written last, the folder is no export yet. Heads that work with words, and whose file
     (a published one) has none, get those of `vocabulary`. Main process only. Raises OSError: a full disk.
     """
     with explained("what the run does not train", folder, "The same command continues"):
