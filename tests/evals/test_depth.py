@@ -77,7 +77,7 @@ def test_measures_are_numpys_over_the_part_that_counts(tmp_path: Path) -> None:
 def test_quick_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head learns depth that stands in the features; less is better for RMSE, so held-out images give minus it."""
     train, test = read_depth(QUICK.images, str(_folder(tmp_path / "data", (48, 64), 8)))
-    few = replace(QUICK, depth=replace(QUICK.depth, steps=120, warm_up=10, rate=0.1))
+    few = replace(QUICK, depth=replace(QUICK.depth, steps=60, warm_up=6, rate=0.1))
     monkeypatch.setattr(protocols, "BRIEF", few)
     monkeypatch.setattr(module, "_PLAIN_STEPS", 10)
     monkeypatch.setattr(protocols, "SIDE", 48)

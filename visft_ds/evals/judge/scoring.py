@@ -84,19 +84,6 @@ def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T
 
 
 def score(
-    load: Callable[[], Encoder],
-    key: Mapping[str, Any],
-    benchmark: Benchmark,
-    wanted: Collection[str],
-    settings: Settings,
-    label: str,
-    own: bool,
-) -> list[Score]:
-    """The wanted numbers of a model that `load` gives, read where it is to be: `score_blocks` of one."""
-    return score_blocks(lambda *_: load(), key, benchmark, {"": wanted}, {}, settings, label, own)[""]
-
-
-def score_blocks(
     load: Callable[..., Encoder],
     key: Mapping[str, Any],
     benchmark: Benchmark,
