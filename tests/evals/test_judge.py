@@ -104,7 +104,7 @@ def _all(world: Path) -> list[str]:
     return [
         *models,
         *(word for kind in kinds for word in ("--on", kind)),
-        *("--primary", "zero_shot/shapes top1", "--layers", "last"),
+        *("--primary", "zero_shot/shapes top1", "--layers", "last", "--quick"),
     ]
 
 

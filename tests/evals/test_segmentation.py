@@ -70,6 +70,12 @@ def test_voc_and_wrong_maps(tmp_path: Path) -> None:
         (tmp_path / f"ImageSets/Segmentation/{part}.txt").write_text(f"{part}\n")
     train, test = read_train_and_test(ALL, str(tmp_path))
     assert train.images.names == ["JPEGImages/train.jpg"] and np.array_equal(test.label(0), numbers)
+    (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_text("train\n")
+    assert np.array_equal(read_train_and_test(ALL, str(tmp_path))[0].label(0), numbers)  # its maps are not there
+    (tmp_path / "SegmentationClassAug").mkdir()
+    Image.fromarray(numbers + (numbers == 3)).save(tmp_path / "SegmentationClassAug/train.png")
+    train, test = read_train_and_test(ALL, str(tmp_path))
+    assert (train.label(0)[:5] == 4).all() and (test.label(0)[:5] == 3).all()
     for wrong, word in ((numbers[1:], "pixels"), (np.full_like(numbers, VOID), "one class")):
         Image.fromarray(wrong).save(tmp_path / "SegmentationClass/val.png")
         with pytest.raises(ValueError, match=word):
