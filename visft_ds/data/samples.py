@@ -94,7 +94,6 @@ class Batch:
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
         return replace(self, images=to_device(self.images, device), targets=targets, views=views)
 
-
     def of_images(self, places: Tensor) -> Batch:
         """Some of its images, which may repeat, by their places (N,) int64 in it; without labels."""
         names = ("images", "sizes", "original_sizes", "indices", "image_ids", "random_keys", "real")
