@@ -27,7 +27,7 @@ def compilations() -> tuple[int, int]:
 
 def test_packing_is_part_of_what_a_run_is_and_compiling_is_not() -> None:
     plain, packed, compiled = (
-        resolve(stage=2, model="eva_e", settings=settings).fingerprint()
+        resolve(stage=2, model="eva_e", settings=settings).identity()
         for settings in ([], ["visft.model.packed=true"], ["visft.model.compile=blocks"])
     )
     assert packed != plain == compiled
