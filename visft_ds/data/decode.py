@@ -14,8 +14,8 @@ _JPEG = b"\xff\xd8\xff"
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """Decode a picture: JPEG by simplejpeg, any other of `files.FORMATS` by Pillow.
 
-    Grey, palette, 16-bit and CMYK pictures become RGB, as `open_image` says; transparency is dropped. EXIF orientation is not applied: shards
-    hold the pixels that the labels fit. Cut files are errors, never half-grey images.
+    Pictures of every kind become RGB as `open_image` says. EXIF orientation is not applied: shards hold the pixels that
+    the labels fit. Cut files are errors, never half-grey images.
 
     Returns:
         (H, W, 3) uint8.
