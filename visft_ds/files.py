@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from pydantic import ValidationError
 
 #: More than a photograph of 50 megapixels, and below what Pillow warns of.
 MAX_PIXELS = 80_000_000
@@ -62,7 +63,23 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
             raise
         known = isinstance(error, ValueError | Warning) or (isinstance(error, OSError | SyntaxError) and str(error))
         found = str(error) if known else f"{type(error).__name__} {error}"
+        if isinstance(error, ValidationError):
+            found = _refused(error)
         raise ValueError(f"{path}: cannot be read as {what}: {' '.join(found.split())[:400]}") from error
+
+
+def _refused(error: ValidationError) -> str:
+    """The first problems that a schema has with a value, as `key: problem`, with short values."""
+    clauses: list[str] = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        given = repr(problem["input"])
+        if problem["type"] in ("contradictions", "json_invalid", "missing", "extra_forbidden") or len(given) > 40:
+            clause = problem["msg"]
+        else:
+            clause = f"{problem['msg']}, not {given}"
+        clauses.append(f"{key}: {clause}" if key else clause)
+    return "; ".join(clauses[:3])
 
 
 @contextmanager

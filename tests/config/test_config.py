@@ -106,6 +106,8 @@ TIMM = "visft.model.preset=timm:resnet18"
         (1, ["visft.heads.path=x"], "which train new heads"),
         (2, ["visft.seed"], "KEY=VALUE"),
         (2, ["optimizer.params.lr.x=1"], "which has no x"),
+        (2, ["optimizer.params.lr=1e9"], "optimizer.params.lr = 1000000000.0 (--set): must be at most 1: AdamW"),
+        (1, ['visft.param_groups.0={"name": "h", "params": "heads.*", "lr": 2}'], "param_groups.0.lr = 2 "),
         (2, ["visft.param_groups.2=1"], "has no 2"),
         (2, [TIMM], "model.overrides.width"),
         (2, ["visft.model.packed=true", "pipeline.stages=2"], "must be false with a pipeline"),

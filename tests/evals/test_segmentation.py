@@ -23,7 +23,7 @@ from visft_ds.evals.judge.models import load_encoder, parse_model
 from visft_ds.evals.judge.protocol import ImageSet, Label
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
 from visft_ds.evals.judge.scoring import Settings
-from visft_ds.evals.judge.segmentation import overlapping, pooled, segmentation
+from visft_ds.evals.judge.segmentation import overlapping, pooled, segmentation, typical
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.classes import VOID
 
@@ -144,6 +144,13 @@ def test_overlaps_are_scikit_learns() -> None:
         )
         expected = jaccard_score(truth, answers, average="macro")
         assert (score.value if draw == 0 else score.retrained[draw - 1]) == pytest.approx(expected)  # type: ignore[index]
+
+
+def test_pictures_of_a_page_are_typical_ones() -> None:
+    """Nine changes in disorder: three pictures are the second, the median and the eighth, not the largest."""
+    changes = np.array([0.9, -0.5, 0.1, 0.0, 0.3, -0.1, 0.2, 0.05, -0.9])
+    assert [changes[place] for place in typical(changes, 3)] == [-0.5, 0.05, 0.3]
+    assert typical(changes[:2], 6) == [1, 0]
 
 
 def _set(labels: list[Label], names: str, things: tuple[Thing, ...] = ()) -> DenseSet:

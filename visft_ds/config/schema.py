@@ -26,6 +26,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Root = Annotated[Text, AfterValidator(refuse_secrets)]  #: folder or URL of shards
 
 
+#: AdamW moves every weight by about the learning rate in each step, and weights are hardly ever above 1.
+_MOST_LR = 1.0
+_TOO_FAST = "must be at most 1: AdamW moves every weight by about the learning rate in each step"
+
+
 class OptimizerParams(StrictModel):
     """Settings of AdamW; a parameter group may set its own lr and weight_decay."""
 
@@ -33,6 +38,11 @@ class OptimizerParams(StrictModel):
     weight_decay: Rate
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: Above = 1e-8
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A learning rate with which nothing can be learnt."""
+        if self.lr > _MOST_LR:
+            yield "lr", _TOO_FAST
 
 
 class OptimizerConfig(StrictModel):
@@ -168,6 +178,11 @@ class ParamGroup(StrictModel):
     params: Text  #: globs over qualified parameter names, separated by commas
     lr: Rate | None = None
     weight_decay: Rate | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """As of the optimizer."""
+        if self.lr is not None and self.lr > _MOST_LR:
+            yield "lr", _TOO_FAST
 
     def globs(self) -> tuple[str, ...]:
         """The globs, one by one."""

@@ -27,7 +27,7 @@ from torchvision.transforms import v2 as transforms
 from visft_ds.evals.judge.dense_sets import DenseSet, Thing
 from visft_ds.evals.judge.heads import cross_entropy
 from visft_ds.evals.judge.probes import RESAMPLES, Rows, by_neighbours, recall, rows_of
-from visft_ds.evals.judge.protocol import Benchmark, Score, mean_ratio
+from visft_ds.evals.judge.protocol import Benchmark, FloatArray, Score, mean_ratio
 from visft_ds.evals.judge.protocols import SIDE, Protocol, Source, at_labels, probe, trained
 from visft_ds.tasks.classes import VOID
 from visft_ds.tasks.pictures import Picture, draw_objects, grid, palette, side_by_side
@@ -105,8 +105,8 @@ def pooled(maps: Iterable[Tensor], things: Sequence[Thing]) -> Rows:
 
 
 def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) -> Picture:
-    """Images whose segmentation the last of several models changes most against the first, whichever way, each beside
-    what is there and what each model sees.
+    """Images beside what is there and what each model sees: `typical` ones by the change from the first of several
+    models to the last.
 
     The number above is the overlap in percent, over all classes (of objects, those) together: a few stray pixels of
     another class would halve a mean over the classes of one image.
@@ -118,7 +118,7 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
     sums = {label: score.values[..., empty:].sum(axis=2) for label, score in scores.items()}
     each = {label: both[:, 0] / np.maximum(both[:, 1], 1) for label, both in sums.items()}
     first, *_, last = each.values()
-    for place in np.argsort(-abs(last - first), kind="stable")[:count].tolist():
+    for place in typical(last - first, count):
         image, label = np.asarray(test.images.read(place)), test.label(place)
         seen, pale = {"what is there": label}, (0.35 * image + 165).astype(np.uint8)
         for model, score in scores.items():
@@ -131,3 +131,14 @@ def segmentation_sheet(test: DenseSet, scores: Mapping[str, Score], count: int) 
             panels.append((draw_objects(pale, names, [""] * len(names), colours, masks=masks, side=SIDE), title))
         rows.append(side_by_side(*panels))
     return grid(rows)
+
+
+def typical(changes: FloatArray, count: int) -> list[int]:
+    """Places of at most so many items, from the worst change to the best, whose ranks are evenly spaced.
+
+    Half of all changes lie on either side of the middle one. The items that change most would show more than the mean.
+    """
+    order = np.argsort(changes, kind="stable")
+    count = min(count, len(order))
+    ranks = (np.arange(count) + 0.5) * len(order) / count
+    return [int(order[int(rank)]) for rank in ranks]
