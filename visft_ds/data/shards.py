@@ -122,7 +122,7 @@ class Manifest:
             values["findings"] = {kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()}
             for name in ("counts", "having_category"):
                 values[name] = {key: int(count) for key, count in values[name].items()}
-            values["categories"] = tuple(Category(**each) for each in values["categories"])
+            values["categories"] = _categories(values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)
             if [shard.name for shard in manifest.shards] != [tar_name(split, n) for n in range(len(manifest.shards))]:
@@ -257,6 +257,19 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _categories(listed: Sequence[Mapping[str, Any]]) -> tuple[Category, ...]:
+    """Categories as a manifest lists them. Raises ValueError unless they are numbered from 0, each id there once."""
+    categories = tuple(Category(**each) for each in listed)
+    for number, category in enumerate(categories):
+        if type(category.id) is not int or category.id != number:
+            raise ValueError(f"its categories are not numbered from 0: {category.id!r:.20}")
+        if type(category.coco_id) is not int or type(category.name) is not str:
+            raise ValueError(f"category {number} needs a whole number as coco_id, and a name")
+    if len({category.coco_id for category in categories}) < len(categories):
+        raise ValueError("two of its categories have the same coco_id")
+    return categories
 
 
 def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
