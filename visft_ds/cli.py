@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from visft_ds import __version__
-from visft_ds.resilience.errors import tell
+from visft_ds.resilience.errors import exit_code, tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 
 
@@ -55,12 +56,15 @@ _USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for an unknown command, 141 for a closed output pipe."""
+    """Run a command; returns its exit status: 2 for an unknown command, 130 after a Ctrl-C, 141 for a closed pipe."""
     try:
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `start_ranks`
             return _run(list(sys.argv[1:] if arguments is None else arguments))
         finally:
             sys.stdout.flush()  # at its end Python only complains
+    except KeyboardInterrupt as error:
+        return exit_code(error)
     except BrokenPipeError as error:
         return tell(error)
 

@@ -107,18 +107,22 @@ def test_a_record_is_that_of_the_newest_start_and_says_its_schema(tmp_path: Path
         recorded_config(tmp_path)
 
 
-def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "kept\n"
         with pytest.raises(ValueError, match="in use by another run"), locked(out, patience=0.3):
             raise AssertionError("two runs in one folder")
+        assert f"waiting for {out}/run.lock: another run uses" in capsys.readouterr().err
     finally:
         holder.kill()
         holder.communicate()
     with locked(out, patience=0):
         pass
+    assert not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

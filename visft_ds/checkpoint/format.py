@@ -19,8 +19,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from visft_ds.data.fetch import sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
+from visft_ds.resilience.errors import does_not_answer, retold
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
@@ -81,7 +83,7 @@ def save_checkpoint(
     try:
         with explained(f"the checkpoint of step {step}", folder, kept):
             folder.mkdir(parents=True, exist_ok=True)
-            _tidy(folder)
+            _tidy(folder, temporary)
             os.mkdir(temporary)
             for name, tensors, metadata in ((_PARAMETERS, state.parameters, header or {}), (_MOMENTS, moments, {})):
                 pieces = safetensors_pieces({key: Lazy.of(one) for key, one in tensors.items()}, metadata)
@@ -104,9 +106,23 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts."""
-    os.replace(path, path.with_suffix(".tmp"))
-    shutil.rmtree(path.with_suffix(".tmp"))
+    """Delete a checkpoint: renamed to step_N.tmp first, so that half of it never counts.
+
+    One that cannot be deleted, such as one that another process reads on NFS, costs no run: a warning is printed, and
+    the next save tries again.
+    """
+    with _warning(path):
+        os.replace(path, path.with_suffix(".tmp"))
+        shutil.rmtree(path.with_suffix(".tmp"))
+
+
+@contextmanager
+def _warning(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"warning: {path} cannot be deleted ({error}); the next save tries again"
+        print(text, file=sys.stderr, flush=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -164,7 +180,8 @@ def explained(what: str, folder: Path, then: str) -> Iterator[None]:
         yield
     except OSError as error:
         free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder.is_dir() else "no such folder"
-        raise OSError(f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}") from error
+        text = f"{what} cannot be written to {folder} ({free}): {error.strerror or error}. {then}"
+        raise retold(text, away=does_not_answer(error)) from error
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
@@ -201,10 +218,11 @@ def _publish(temporary: Path, final: Path) -> None:
         delete_checkpoint(replaced)
 
 
-def _tidy(folder: Path) -> None:
-    """Remove or put back what a process left that was killed while it saved."""
+def _tidy(folder: Path, needed: Path) -> None:
+    """Remove or put back what a process left that was killed while it saved. Raises OSError if `needed` stays."""
     for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
+        with nullcontext() if path == needed else _warning(path):
+            shutil.rmtree(path)
     for path in folder.glob("step_*.old"):
         if path.with_suffix("").exists():
             delete_checkpoint(path)

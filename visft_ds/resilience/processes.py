@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from types import FrameType
 
 from visft_ds import CHECKOUT
-from visft_ds.resilience.errors import LOST_CODE, RankError
+from visft_ds.resilience.errors import LOST_CODE, NO_ANSWER_CODE, RankError
 from visft_ds.resilience.stop import SIGNALS
 
 #: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
-_FAILED = frozenset(range(-64, 5)) - {0}
+_FAILED = frozenset(range(-64, NO_ANSWER_CODE + 1)) - {0}
 #: Seconds that ranks have to end by themselves after one has failed.
 _GRACE = 15.0
 
@@ -53,6 +53,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = os.environ.get("MASTER_PORT") or str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "visft_ds", *words]
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -60,11 +61,29 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    for rank in range(count):
-        environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "visft_ds", *words]
-        ranks.append(subprocess.Popen(command, env=environment, process_group=0))
-    failed, ended = None, list[subprocess.Popen[bytes]]()  # by us
+    # A Ctrl-C waits until a rank handles it (`visft_ds.cli.main`): an interpreter that starts would print a traceback.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for rank in range(count):
+            environment = {**same_code(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=environment, process_group=0))
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        ended = _wait_for(ranks)
+    finally:
+        for process in ranks:  # none is left behind where a later one could not start
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return _status_of([process.returncode for process in ranks if process not in ended])
+
+
+def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Wait for the end of all ranks; returns those that were ended here, some seconds after another one had failed."""
+    failed: float | None = None
+    ended: list[subprocess.Popen[bytes]] = []
     while None in [process.poll() for process in ranks]:  # each of them, or a later rank's end is never seen
         if failed is None and any(process.returncode in _FAILED for process in ranks):
             failed = time.monotonic()
@@ -73,9 +92,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
             for process in ended:
                 process.kill()
         time.sleep(0.1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return _status_of([process.returncode for process in ranks if process not in ended])
+    return ended
 
 
 def _status_of(codes: Sequence[int]) -> int:

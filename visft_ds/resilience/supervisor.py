@@ -1,7 +1,8 @@
 """Restarts of a lost run, on one machine: `visft supervise -- visft train --num_gpus 8 --stage 2`.
 
-A crash and a killed or hanging rank are worth another try from the newest checkpoint. A mistake of the user (exit code
-2), training that diverged (4: a restart would repeat it) and a request to stop are not.
+A crash, a killed or hanging rank and a server or disk that does not answer (5) are worth another try from the newest
+checkpoint. A mistake of the user (2), training that diverged (4: a restart would repeat it) and a request to stop are
+not.
 """
 
 from __future__ import annotations

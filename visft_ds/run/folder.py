@@ -26,6 +26,7 @@ RUN_SCHEMA = 3  #: version of the record
 #: What a start leaves that ended before its record was written.
 _OF_A_START = {"export", "features", METRICS_FILE, LOCK_FILE, "tensorboard"}
 _MOST_BYTES = 1 << 26  #: of a run.json that is read
+_SILENCE = 1.0  #: seconds of waiting for the lock that need no word
 
 
 class Parent(StrictModel):
@@ -103,10 +104,15 @@ def locked(out: Path, patience: float = 30.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / LOCK_FILE, timeout=patience)
+    lock = FileLock(out / LOCK_FILE)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=min(patience, _SILENCE))
+        except Timeout:
+            text = f"waiting for {out / LOCK_FILE}: another run uses {out}; given up in {patience:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+            lock.acquire(timeout=patience)
     except Timeout as error:
         raise ValueError(f"{out} is in use by another run: wait for it, stop it, or choose another --out") from error
     except OSError as error:
