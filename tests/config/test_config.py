@@ -97,6 +97,7 @@ def test_all_errors_at_once_with_value_source_and_nearest_key() -> None:
 
 
 TIMM = "visft.model.preset=timm:resnet18"
+FREE = ["visft.tasks.detection.image.fixed_size=null", "visft.shared.image.fixed_size=null"]
 
 
 @pytest.mark.parametrize(
@@ -110,10 +111,12 @@ TIMM = "visft.model.preset=timm:resnet18"
         (1, ['visft.param_groups.0={"name": "h", "params": "heads.*", "lr": 2}'], "param_groups.0.lr = 2 "),
         (2, ["visft.param_groups.2=1"], "has no 2"),
         (2, [TIMM], "model.overrides.width"),
-        (2, ["visft.model.packed=true", "pipeline.stages=2"], "must be false with a pipeline"),
         (2, ["visft.anchor.gram=1", "visft.lora=null"], "is for stage 2 with visft.lora"),
-        (2, ["visft.anchor.gram=1", "visft.model.packed=true"], "is for stage 2 with visft.lora"),
         (2, ["visft.anchor.gram=1", "pipeline.stages=2"], "is for stage 2 with visft.lora"),
+        (1, ["pipeline.stages=2", "visft.tasks=semantic"], "before the first step, is not for a pipeline: use"),
+        (2, ["visft.tasks.detection.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
+        (2, ["visft.shared.image.zoom=[0.5, 1]", *FREE], "is for squares: set fixed_size"),
+        (1, ["visft.tasks.detection.image.zoom=[1.4, 0.5]"], "must be [smallest, largest]"),
         (2, ["visft.model.compile=blocks", "zero_optimization.stage=3"], "must be none with ZeRO-3"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a multiple of save_every"),
         (2, ["visft.run.keep_best=box/Ap", "visft.run.eval_every=500"], "did you mean box/AP?"),
