@@ -55,7 +55,7 @@ def test_classes_with_few_images_are_counted() -> None:
     config, data = opened()
     having = {**{str(number): 4 for number in range(60)}, **{str(number): 40 for number in range(60, 80)}}
     (found,) = told(config, with_manifest(data, having_category=having, object_sides=LARGE)).items()
-    assert found[0].startswith("60 of 80 classes are in fewer than 10 training images each (half of all classes in 4")
+    assert found[0].startswith("60 of 80 classes are in fewer than 10 training images each (half of all in 4")
     assert found[1] == "detection, segmentation"
 
 
@@ -108,8 +108,8 @@ def test_a_run_without_validation_hears_which_splits_there_are(tmp_path: Path) -
     assert "all" not in told(*opened("visft.run.eval_every=0")).values(), "who wants none knows"
 
 
-RARE = Finding("detection", "60 of 80 classes are in fewer than 10 training images each")
-IGNORED = Finding("segmentation", "185 of 731 objects are ignored in a step")
+RARE = Finding("detection", "60 of 80 classes are in fewer than 10 training images each", ": expect little")
+IGNORED = Finding("segmentation", "185 of 731 objects are ignored in a step", ", as some")
 MORE_STEPS = "train for more steps"
 
 
@@ -118,18 +118,18 @@ MORE_STEPS = "train for more steps"
     [
         # Flat: more steps alone change nothing.
         ("semantic/mIoU", 0.29, [0.293, 0.292, 0.291], ["no longer rises (0.293, 0.292, 0.291)", "larger images"]),
-        ("mask/AP50", 0.21, [0.016, 0.029, 0.028], ["no longer rises", IGNORED.text]),
-        ("box/AP50", 0.30, [0.1, 0.103, 0.104], ["no longer rises", RARE.text]),
+        ("mask/AP50", 0.21, [0.016, 0.029, 0.028], ["no longer rises", IGNORED.fact]),
+        ("box/AP50", 0.30, [0.1, 0.103, 0.104], ["no longer rises", RARE.fact]),
         # Rising.
         ("semantic/mIoU", 0.35, [0.10, 0.20, 0.31], ["still rises (0.100, 0.200, 0.310)", MORE_STEPS]),
-        ("box/AP50", 0.35, [0.10, 0.31], ["still rises", MORE_STEPS, RARE.text]),
+        ("box/AP50", 0.35, [0.10, 0.31], ["still rises", MORE_STEPS, RARE.fact]),
         # Too early to tell.
         ("semantic/mIoU", 0.3, [0.3], ["fewer than two evaluations cannot tell"]),
         ("semantic/mIoU", 0.3, [], ["not known on validation", "cannot tell"]),
         ("semantic/mIoU", 0.3, [0.30, 0.30], ["does not rise"]),
-        ("mask/AP50", 0.02, [0.0, 0.0, 0.0], ["nothing is learnt yet", MORE_STEPS, IGNORED.text]),
+        ("mask/AP50", 0.02, [0.0, 0.0, 0.0], ["nothing is learnt yet", MORE_STEPS, IGNORED.fact]),
         # Learnt.
-        ("box/AP50", 0.9, [0.1], ["memorised", RARE.text]),
+        ("box/AP50", 0.9, [0.1], ["memorised", RARE.fact]),
         ("semantic/mIoU", 1.0, [0.72], ["partly memorised"]),
         ("box/AP50", 0.9, [0.8], []),
         ("box/AP50", 0.9, [], []),

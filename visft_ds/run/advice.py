@@ -41,7 +41,8 @@ class Finding:
     """Property of the data that stands in the way of a task; `task` None: of all."""
 
     task: str | None
-    text: str
+    fact: str  #: which is repeated at the end of a run
+    advice: str  #: goes on behind the fact
 
 
 def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
@@ -51,20 +52,21 @@ def findings_of(config: VisftConfig, data: RunData, cell: int) -> list[Finding]:
         cell: side in pixels of what one feature of the backbone stands for.
     """
     findings = list[Finding]()
-    if (lacking := _without_validation(config, data)) is not None:
-        findings.append(Finding(None, lacking))
+    lacking = _without_validation(config, data)
+    if lacking is not None:
+        findings.append(Finding(None, *lacking))
     for stream in data.streams.values():
         for task in stream.tasks:
             sets = [one for one in data.sets.values() if task in one.tasks]
             settings = config.tasks.enabled()[task]
             if settings.labels == "captions":
                 continue
-            texts = (
+            about_task = (
                 _beyond_queries(task, settings, sets),
                 _rare_classes(sets),
                 _small_objects(stream, sets, cell),
             )
-            findings += [Finding(task, text) for text in texts if text is not None]
+            findings += [Finding(task, *texts) for texts in about_task if texts is not None]
     return findings
 
 
@@ -72,23 +74,23 @@ def lines_of(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
     """(whom it concerns, text) of each finding, once for tasks that share it."""
     tasks = dict[str, list[str]]()
     for finding in findings:
-        tasks.setdefault(finding.text, []).append(finding.task or "all")
+        tasks.setdefault(finding.fact + finding.advice, []).append(finding.task or "all")
     for text, names in tasks.items():
         yield ", ".join(names), text
 
 
-def _without_validation(config: VisftConfig, data: RunData) -> str | None:
+def _without_validation(config: VisftConfig, data: RunData) -> tuple[str, str] | None:
     root, split = config.data.root, config.data.val
     if data.validation is not None or is_url(root) or manifest_path(Path(root), split).is_file():
         return None
     others = ", ".join(splits_in(Path(root)))
     return (
-        f"no validation split {root}/{split} (there: {others}; visft.data.val names it), so nothing will show whether "
-        "the run memorises: set a fifth of the images aside"
+        f"no validation split {root}/{split} (there: {others}; visft.data.val names it)",
+        ", so nothing will show whether the run memorises: set a fifth of the images aside",
     )
 
 
-def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]) -> str | None:
+def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
     queries = getattr(settings.head, "num_queries", None)
     if queries is None or getattr(settings.head, "type", "") == "dense":  # which has none
         return None
@@ -98,10 +100,10 @@ def _beyond_queries(task: str, settings: TaskConfig, sets: Sequence[TrainingSet]
         return None
     fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
     key = f"visft.tasks.{task}.head.num_queries"
-    return f"{beyond.sum()} of {objects.sum()} objects are ignored in a step, as {fuller} ({key})"
+    return f"{beyond.sum()} of {objects.sum()} objects are ignored in a step", f", as {fuller} ({key})"
 
 
-def _rare_classes(sets: Sequence[TrainingSet]) -> str | None:
+def _rare_classes(sets: Sequence[TrainingSet]) -> tuple[str, str] | None:
     images = Counter[str]()
     for one in sets:
         images.update(one.manifest.having_category)
@@ -110,12 +112,12 @@ def _rare_classes(sets: Sequence[TrainingSet]) -> str | None:
         return None
     median = f"{np.median(list(images.values())):g}"
     return (
-        f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each (half of all classes in "
-        f"{median} or fewer): expect little of those; more images of them help, or fewer classes"
+        f"{rare} of {len(images)} classes are in fewer than {FEW_IMAGES} training images each",
+        f" (half of all in {median} or fewer): expect little of those; more images of them help, or fewer classes",
     )
 
 
-def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> str | None:
+def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> tuple[str, str] | None:
     """Of objects below half a cell hardly one is found, of those of a cell and more nearly all (docs/own-data.md)."""
     small = next((one.manifest for one in sets if one.manifest.object_sides), None)
     if small is None:
@@ -125,8 +127,9 @@ def _small_objects(stream: Stream, sets: Sequence[TrainingSet], cell: int) -> st
         share = max((int(part) for part, side in small.object_sides.items() if side * seen < limit), default=0)
         if share >= _SHARE_OF_SMALL:
             return (
-                f"{share} % of the objects are below {limit:.0f} px where the network sees them, {in_cells} of its "
-                f"grid of features; such objects are {chance} found: {_remedy(small, stream, seen, cell)}"
+                f"{share} % of the objects are below {limit:.0f} px where the network sees them",
+                f", {in_cells} of its grid of features; such objects are {chance} found: "
+                + _remedy(small, stream, seen, cell),
             )
     return None
 
@@ -170,7 +173,7 @@ def verdicts(
     for name, value in training.items():
         scores = [metrics[f"val/{name}"] for metrics in evaluations if f"val/{name}" in metrics]
         of_task = [task for task, settings in tasks.items() if name in settings.metrics]
-        reasons = [finding.text for finding in findings if finding.task in of_task]
+        reasons = [finding.fact for finding in findings if finding.task in of_task]
         beside = f"{scores[-1]:.2f}" if scores else "not known"
         meaning = _meaning(value, scores, reasons)
         lines.append(f"{name} is {value:.2f} on training images and {beside} on validation" + meaning)
@@ -179,7 +182,7 @@ def verdicts(
 
 def _meaning(value: float, scores: Sequence[float], reasons: Sequence[str]) -> str:
     """End of a line of `verdicts`, "" where all is well."""
-    because = "".join(f"; {reason}" for reason in reasons)
+    because = f"; in the way: {', '.join(reasons)}" if reasons else ""
     if value >= _LEARNT:
         if not scores or scores[-1] >= value - 0.2:
             return ""
