@@ -19,6 +19,7 @@ USAGE = """Find boxes, masks and captions in your own pictures; no annotations a
 
 Writes into DIR, a new or empty folder: pictures/NAME.png and predictions.json (names and sizes of the images,
 categories, and for each task what was found, in COCO's results format). A file that is no image is named and skipped.
+Until the end, predictions.jsonl has a line for each finished picture, and the same command continues after it.
 Exit status: 0 something was predicted, 2 nothing was, wrong usage or unusable input, 130 interrupted.
 """
 
