@@ -22,10 +22,11 @@ from tests.evals.conftest import SETTINGS
 from tests.random_tower import adapter_of, build_backbone, merge, save_adapter, save_backbone
 from visft_ds.config import resolve
 from visft_ds.evals.cli import judge
-from visft_ds.evals.judge import judging
+from visft_ds.evals.judge import comparison
 from visft_ds.evals.judge.classes import read_classes
 from visft_ds.evals.judge.encoders import Encoder, square_preprocess
-from visft_ds.evals.judge.models import load_encoder, parse_model
+from visft_ds.evals.judge.layers import blocks_of
+from visft_ds.evals.judge.models import ModelSpec, load_encoder, parse_arms, parse_model
 from visft_ds.evals.judge.protocol import ImageSet
 from visft_ds.evals.judge.scoring import Settings, encode_images, remembered, shared
 from visft_ds.interop.layouts import fingerprint_of
@@ -158,7 +159,7 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(judging, "load_encoder", refuse)
+        patched.setattr(comparison, "load_encoder", refuse)
         patched.setattr("visft_ds.interop.layouts.fingerprint", refuse)  # a base of 10 GB is known without being read
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
@@ -232,6 +233,27 @@ def test_a_run_is_a_model(tmp_path: Path) -> None:
     spec = parse_model(f"before={run}")
     assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0)
     assert load_encoder(spec, "fp32").kinds == ("pooled", "patches")
+
+
+def test_a_base_goes_on_behind_the_block_that_its_training_read(tmp_path: Path) -> None:
+    """As BASE a stage-1 run is the network that its user has; where the file ends, or #BLOCK says so, it ends."""
+    settings = [*SETTINGS, "visft.model.layers=[0]"]
+    config = resolve(stage=1, model="debug", settings=settings, flags={"visft.data.root": ("shards", "--data")})
+    options = config.visft.model.backbone_options()
+    for name, layers in (("run", []), ("cut", [0])):
+        write_run(tmp_path / name, config.to_dict(), 1, ["train.py"])
+        backbone = build_backbone("debug", **{**options, "layers": layers})
+        save_backbone(backbone, tmp_path / name / "export" / BACKBONE_FILE)
+        (tmp_path / name / "export/export.json").write_text((tmp_path / name / "run.json").read_text())
+    arms = parse_arms([f"base={tmp_path}/run", f"tuned={tmp_path}/run"])
+    settings_of = Settings(torch.device("cpu"), "fp32", tmp_path, 1, 1)
+
+    def ends(spec: ModelSpec) -> list[str]:
+        return list(blocks_of(load_encoder(spec, "fp32"), settings_of))
+
+    assert ends(arms["base"][0]) == ["blocks.0", "blocks.1"] and ends(arms["tuned"][0]) == ["blocks.0"]
+    for text in (f"{tmp_path}/cut", f"{tmp_path}/run#0"):
+        assert ends(parse_arms([f"base={text}"])["base"][0]) == ["blocks.0"]
 
 
 def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ JUDGE = """Compare further-trained models with their base, on data that neither 
     visft judge base.pt RUN1,RUN2,RUN3 --control P1,P2,P3 --on segmentation=coco --on zero_shot=imagenet/val
 
 Runs joined by commas are seeds of one recipe. Features are read after the best block of each model, chosen on held-out
-training images. A gain must exceed the best block of BASE, noise of equal feature shift, and every control (such as a
-run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached scores/: another model costs
-only its own evaluation.
+training images. A gain must exceed the best block of the whole of BASE and its last one, noise of equal feature shift,
+and every control (such as a run on permuted labels), scaled to that shift. Writes judge.html, judge.json and cached
+scores/: another model costs only its own evaluation.
 
 models: [LABEL=]FILE[+ADAPTER], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE];
     after a model, #BLOCK names the block to read, and @A scales what training changed by A

@@ -216,7 +216,6 @@ class Plan:
             words = ["judge", f"{BASE}={base}", *compared, "--primary", self.primary]
             words += [part for judge in self.judges for part in ("--on", judge)]
             words += ["--cache", f"{self.given.out}/scores", "--quick"]
-            words += [] if name == FIRST else ["--layers", "last"]
             found.append(self.steps.add(f"{_slug(name)}-{title}", *words, resumes=True))
         return found
 

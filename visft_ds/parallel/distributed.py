@@ -163,7 +163,7 @@ def by_main_process(action: Callable[[], T]) -> T:
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
-    """Raise ValueError on every rank for what must agree and does not, e.g. {"configuration": its fingerprint}."""
+    """Raise ValueError on every rank for what must agree and does not, e.g. {"data set": its fingerprint}."""
     everyone = from_all_ranks(dict(named))
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:

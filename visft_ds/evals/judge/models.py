@@ -28,7 +28,19 @@ from visft_ds.evals.judge.encoders import CLIP, BackboneEncoder, Encoder, open_c
 from visft_ds.evals.judge.images import stamp
 from visft_ds.evals.judge.text import projection_of, text_tower_in
 from visft_ds.evals.model import adapter_for, files_of_run
-from visft_ds.interop.layouts import MODEL, bases_of, load_backbone, model_in, open_model, other_base, whole
+from visft_ds.interop.layouts import (
+    MODEL,
+    base_parameters,
+    bases_of,
+    built,
+    load_backbone,
+    model_in,
+    open_model,
+    other_base,
+    tower_in,
+    whole,
+)
+from visft_ds.interop.weights import Weights
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import KINDS, dense_update, lora_layers
 from visft_ds.ops import DTYPES
@@ -53,6 +65,7 @@ class ModelSpec:
     origin: ModelSpec | None = None  #: BASE of the comparison
     model: Mapping[str, Any] | None = None  #: preset and options of its backbone, if a run or a name tells them
     block: int | None = None  #: that it is read after
+    whole: bool = False  #: it goes on behind the block that a training read, as far as its file does
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,6 +113,7 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     (first, (base, *more)), *others = arms
     if more or base.mixed:
         raise ValueError(f"BASE is one model as it is, and {first} is {len(more) + 1} x {base.scale:g}")
+    base = replace(base, whole=base.block is None and base.adapter is None)  # what its user has, whatever training read
     return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
@@ -180,6 +194,8 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
         model["layers"] = adapter.model.get("layers", ())
     elif spec.block is not None and spec.block > max(model.get("layers", ()), default=0):
         model["layers"] = ()  # merged weights go on behind the block that training read
+    elif spec.whole and model.get("layers"):
+        model = _as_far_as(file, model)
     backbone: Any = load_backbone(path, whole(model, file), DTYPES[precision])
     if adapter is not None:
         if problem := other_base(f"the adapter of {spec.label}", adapter.base, bases_of(backbone, path)):
@@ -194,6 +210,14 @@ def _load_backbone(spec: ModelSpec, precision: Precision) -> Encoder:
     text = text_tower_in(path) if "clip" in module.kinds else None
     preprocess, side = square_preprocess(backbone.image_size, *normalisation), backbone.image_size
     return Encoder(module, module.kinds, preprocess, normalisation, side, text)
+
+
+def _as_far_as(file: Weights, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole model instead of one that ends after the block that training read, if the file has all of it."""
+    entire = {name: value for name, value in model.items() if name != "layers"}
+    tower = tower_in(file, entire)
+    has_all = all(name in tower for name in base_parameters(built(entire, "meta")))
+    return entire if has_all else dict(model)
 
 
 class Mixture:

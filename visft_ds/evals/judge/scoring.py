@@ -32,7 +32,7 @@ from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.resilience.errors import RankError
 
-VERSION = 4  #: changes when the same model and data would give other scores
+VERSION = 5  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
 COLUMN_ROWS = 2
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
