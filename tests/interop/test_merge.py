@@ -28,11 +28,11 @@ from tests.random_tower import (
     save_adapter,
     save_backbone,
 )
-from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
