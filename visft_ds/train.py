@@ -125,7 +125,7 @@ def train(
         )
         if config.visft.features is not None:
             keep_features(config.visft, data.sets, loader, prepared, precision)
-        identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
+        identity = {"precision": precision, **data.identity()}
         identity |= prepared.identity()
         distributed.assert_same_on_all_ranks(identity)
 
