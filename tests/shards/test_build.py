@@ -221,7 +221,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
         (["--workers", "0"], "--workers"),
-        (["--out", "s3://bucket/shards"], "copy its files to the address"),
+        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are made in a folder"),
         (["--out", __file__], "is a file"),
     ],
 )
