@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from tests.ranks import python
-from tools.make_shards import main
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import Manifest, ShardReader, verify
 from visft_ds.shards.build import Options, build
+from visft_ds.shards.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 20_480  # bytes of a shard: a few samples
@@ -221,7 +221,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
         (["--workers", "0"], "--workers"),
-        (["--out", "s3://bucket/shards"], "copy its files to the address"),
+        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are made in a folder"),
         (["--out", __file__], "is a file"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from faster_coco_eval import mask as coco_mask
 
 from tests.coco_tree import Tree, write_tree
-from tools.make_shards import main
+from visft_ds.shards.cli import main
 from visft_ds.shards.coco import CocoSource, read_coco
 from visft_ds.toy.coco import write_toy_coco
 

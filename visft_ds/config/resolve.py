@@ -36,6 +36,8 @@ NOT_IDENTITY = (
     *("visft.model.compile", "visft.shared.micro_batch", "visft.tasks.*.micro_batch", "visft.tasks.*.decoding.*"),
     "visft.tasks.*.vocabulary.file",
 )
+#: How the problem of a key begins that no schema has.
+_UNKNOWN = "unknown key"
 #: Dotted key -> (value, the flag or other reason that sets it).
 Flags = dict[str, tuple[Any, str]]
 
@@ -353,7 +355,7 @@ def problems(error: ValidationError, schema: type[BaseModel]) -> Iterator[tuple[
         elif one["type"] == "extra_forbidden":
             for part in location[:-1]:
                 section = section if part.isdigit() else next(models_in(section.model_fields[part].annotation))
-            yield key, f"unknown key{nearest(location[-1], section.model_fields)}"
+            yield key, f"{_UNKNOWN}{nearest(location[-1], section.model_fields)}"
         elif one["type"] == "missing":
             yield key, f"missing; state it in a file or with --set {key}=VALUE"
         else:
@@ -364,6 +366,8 @@ def _line(tree: Tree, key: str, problem: str) -> str:
     """`key = value (source): problem`."""
     if (source := tree.source(key)) is None or problem.startswith("missing;"):
         return f"{key}: {problem}"
+    if problem.startswith(_UNKNOWN):  # whose value may be a secret, whatever it is called
+        return f"{key} ({source}): {problem}"
     given = "***" if SECRET.fullmatch(key.rpartition(".")[2]) else tree.value(key)
     return f"{key} = {shorten(given)} ({source}): {problem}"
 

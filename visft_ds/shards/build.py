@@ -52,7 +52,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
-_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
 _LOCK = "lock"  #: file in the folder of a build's state
 _NOWHERE = "class that no image has"
 _COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
@@ -81,7 +81,8 @@ class Options:
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
             told = "shards are made in a folder of this machine; copy its files to the address afterwards"
-            raise ValueError(f"--out {self.out}: {told}")
+            address = str(self.out).replace(":/", "://", 1)
+            raise ValueError(f"--out {address}: {told}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):

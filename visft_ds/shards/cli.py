@@ -59,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options) or 0)
     except (ValueError, OSError) as error:
         return tell(error, "shards")
-    except KeyboardInterrupt:
-        print("\nshards: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
