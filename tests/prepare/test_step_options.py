@@ -27,7 +27,7 @@ def compilations() -> tuple[int, int]:
 
 def test_compiling_is_no_part_of_what_a_run_is() -> None:
     plain, compiled = (
-        resolve(stage=2, model="eva_e", settings=settings).fingerprint()
+        resolve(stage=2, model="eva_e", settings=settings).identity()
         for settings in ([], ["visft.model.compile=blocks"])
     )
     assert plain == compiled

@@ -219,7 +219,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
-    anchor: AnchorConfig = Field(AnchorConfig(), exclude_if=lambda anchor: anchor == AnchorConfig())
+    anchor: AnchorConfig = AnchorConfig()
     start: StartConfig | None = None  #: null: new adapters, and new heads or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
