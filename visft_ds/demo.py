@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = steps.run()
     except (ValueError, OSError) as error:
         return tell(error, "demo")
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command continues", file=sys.stderr)
-        return 130
     if failed:
         return 1
     print(steps.log("judge"))

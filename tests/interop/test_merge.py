@@ -28,11 +28,11 @@ from tests.random_tower import (
     save_adapter,
     save_backbone,
 )
-from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import export
 from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.cli import main
 from visft_ds.interop.layouts import MODEL, bases_of, fingerprint_of, model_of, other_base
 from visft_ds.interop.published import read_adapter
 from visft_ds.interop.weights import Lazy, Weights, open_weights, write_safetensors
@@ -144,6 +144,8 @@ def test_scale_and_mean(tmp_path: Path) -> None:
         assert torch.allclose(after[name] - before[f"visual.{name}"], wanted, atol=1e-5), name
     with pytest.raises(ValueError, match="averaged"):
         average([adapter, replace(second, model={**second.model, "layers": [0]})])
+    with pytest.raises(ValueError, match="two bases"):
+        average([adapter, replace(second, base="another")])
 
 
 def test_one_fingerprint_whatever_the_layout_and_precision(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
     <run>/checkpoints/step_00000500/parameters.safetensors   fp32 values, by qualified name
                                     moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
-                                    state.json               step, fingerprints, sha256 of the files and of itself
+                                    state.json               step, settings, fingerprints, sha256 of files and itself
 
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
 does: it is half written or half deleted, and the next save removes it. Each change goes through one function of `os`: a
 test ends the process, fills the disk or cuts the power at every one.
 Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
-(seed, step, rank), and the seed is in the fingerprint of the configuration. The step is also the position in the data.
+(seed, step, rank), and the seed is among the settings. The step is also the position in the data.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.resolve import differences
 from visft_ds.data.fetch import sha256_of
 from visft_ds.files import read_bytes, reading, sync_folder
 from visft_ds.interop.weights import Lazy, Weights, open_weights, safetensors_pieces
@@ -35,6 +37,8 @@ from visft_ds.parallel.state import MOMENTS, EngineState
 from visft_ds.resilience.errors import does_not_answer, retold
 
 _PARAMETERS, _MOMENTS, _STATE = "parameters.safetensors", "moments.safetensors", "state.json"
+#: Name in an identity: the settings, by dotted key, that must be equal for a resume.
+SETTINGS = "settings"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _CHANGED = "content does not match its sha256; the file was changed or damaged"
 
@@ -63,13 +67,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: EngineState, identity: Mapping[str, str], header: Mapping[str, str] | None = None
+    folder: Path, step: int, state: EngineState, identity: Mapping[str, Any], header: Mapping[str, str] | None = None
 ) -> Path:
     """Write one checkpoint; returns its folder when it is on disk. Main process only.
 
     Args:
         folder: <run>/checkpoints.
-        identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base weights": ...}.
+        identity: what must be equal for a resume, e.g. {"data": ..., "base weights": ..., SETTINGS: ...}.
         header: metadata of the file of values, which describe the heads in it.
 
     Raises:
@@ -158,18 +162,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, record["step"], record)
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise ValueError, naming each difference, for a checkpoint of another configuration, data set or base model."""
-    recorded = checkpoint.record["identity"]
-    other = [
-        f"  {name}: this run {identity.get(name)}, the checkpoint {recorded.get(name)}\n"
-        for name in sorted(recorded.keys() | identity.keys())
-        if recorded.get(name) != identity.get(name)
-    ]
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str], config: ResolvedConfig) -> None:
+    """Raise ValueError, naming each difference, for a checkpoint of other settings, another data set or base model.
+
+    Args:
+        identity: what it must have been made with, beside the settings.
+        config: of the run that wants to continue from it.
+    """
+    recorded = dict(checkpoint.record["identity"])
+    with reading(checkpoint.path / _STATE, "the state of a checkpoint of this release"):
+        other = differences(recorded.pop(SETTINGS), config)
+    for name in sorted(recorded.keys() | identity.keys()):
+        if recorded.get(name) != identity.get(name):
+            other.append(f"{name}: {recorded.get(name)} -> {identity.get(name)}")
     if other:
+        lines = "".join(f"  {line}\n" for line in other)
         raise ValueError(
-            f"{checkpoint.path} belongs to another run:\n{''.join(other)}choose another --out, or give the settings of "
-            "that run (its resolved configuration is in run.json)"
+            f"{checkpoint.path} belongs to another run (the checkpoint -> this run):\n{lines}choose another --out, or "
+            "give the settings of that run (its resolved configuration is in run.json)"
         )
 
 

@@ -25,7 +25,7 @@ from visft_ds.files import reading, sync_folder
 from visft_ds.ops import to_device
 
 #: Changes when the same image, geometry and weights would give other features, or a file has another form.
-VERSION = "3"
+VERSION = "4"
 
 
 @dataclass(frozen=True)

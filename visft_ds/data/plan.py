@@ -1,8 +1,9 @@
 """Task, samples and random keys of a step: a pure function of (seed, step), the same on every rank.
 
-How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed. A step
-belongs to one task and takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic
-is on integers or on raw Philox words, which numpy keeps over its versions (NEP 19).
+How a global batch is split over ranks, micro-batches and workers changes who computes, never what is computed, in fp32
+and without dropout (masks of dropout, and kernels of 16 bits, follow the division). A step belongs to one task and
+takes its samples from one data set; each pair of the two counts its own epochs. All arithmetic is on integers or on raw
+Philox words, which numpy keeps over its versions (NEP 19).
 
 Shape letters: N samples of a data set, G samples of a global batch.
 """

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan.write(failed)
     except (ValueError, OSError) as error:
         return tell(error, "ablate")
-    except KeyboardInterrupt:
-        print("\nablate: interrupted; the same command continues", file=sys.stderr)
-        return 130
     return 1 if failed else 0
 
 

@@ -47,8 +47,15 @@ def is_main() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    """The device of this process, which is DeepSpeed's: its GPU by `LOCAL_RANK`, else the CPU.
+
+    Raises ValueError if DS_ACCELERATOR asks for another one.
+    """
+    sees = torch.cuda.is_available()
+    wanted = os.environ.get("DS_ACCELERATOR", "cuda" if sees else "cpu")
+    if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not sees):
+        raise ValueError(f"DS_ACCELERATOR={wanted}: torch sees no such device here; unset it, or set it to cpu")
+    if wanted == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -156,7 +163,7 @@ def by_main_process(action: Callable[[], T]) -> T:
 
 
 def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
-    """Raise ValueError on every rank for what must agree and does not, e.g. {"configuration": its fingerprint}."""
+    """Raise ValueError on every rank for what must agree and does not, e.g. {"data set": its fingerprint}."""
     everyone = from_all_ranks(dict(named))
     for name in named:
         if len({other.get(name) for other in everyone}) > 1:

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 
-from visft_ds.redaction import redacted
+from visft_ds.redaction import redacted, visible
 
 #: Exit code of a rank that stops because another one, or its launcher, was killed or hangs.
 LOST_CODE = 3
@@ -106,5 +106,5 @@ def tell(error: Exception, name: str = "error") -> int:
     if not by_all or "0" in (rank, os.environ.get("LOCAL_RANK", rank)):
         tag = f"[rank {rank}] " if rank != "0" or isinstance(error, LostRank) else ""
         what = "stopped" if isinstance(error, LostRank) else name
-        print(f"{tag}{what}: {redacted(error)}", file=sys.stderr, flush=True)
+        print(f"{tag}{what}: {visible(redacted(error))}", file=sys.stderr, flush=True)
     return code

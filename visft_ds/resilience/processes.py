@@ -20,24 +20,42 @@ from visft_ds.resilience.stop import SIGNALS
 
 #: Exit codes of a rank that the others need not wait for; those above are of a stop, after which ranks still save.
 _FAILED = frozenset(range(-64, NO_ANSWER_CODE + 1)) - {0}
+#: What a launcher tells each of its ranks -> what holds without one.
+_LAUNCHERS = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"},
+    **{"LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},  # of DeepSpeed, of torchrun
+}
 #: Seconds that ranks have to end by themselves after one has failed.
 _GRACE = 15.0
+
+
+def check_environment() -> None:
+    """Raise ValueError for variables of the environment as no launcher sets them, by their names."""
+    given = {name: os.environ.get(name, default) for name, default in _LAUNCHERS.items()}
+    wrong = {name: text for name, text in given.items() if not _is_count(text)}
+    if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        wrong = {name: given[name] for name in ("RANK", "WORLD_SIZE")}
+    if wrong:
+        told = ", ".join(f"{name}={text}" for name, text in wrong.items())
+        raise RankError(f"{told}: no launcher sets this; unset {' and '.join(wrong)}")
+
+
+def _is_count(text: str) -> bool:
+    """Return True for 0, 1, 2, ... in the digits that C reads, too."""
+    return text.isascii() and text.isdecimal()
 
 
 def without_num_gpus(words: Sequence[str]) -> tuple[list[str], int | None]:
     """Words of a command without `--num_gpus N` or `--num_gpus=N`, and N; None without it.
 
-    Raises ValueError for another number, and for variables of the environment as no launcher sets them.
+    Raises ValueError for another number, and as `check_environment`.
     """
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    port = os.environ.get("MASTER_PORT", "0")
-    if not (rank.isdecimal() and size.isdecimal() and port.isdecimal() and int(rank) < int(size)):
-        raise RankError(f"RANK={rank}, WORLD_SIZE={size}, MASTER_PORT={port}: no launcher sets these; unset them")
+    check_environment()
     for place, word in enumerate(words):
         flag, equals, number = word.partition("=")
         if flag == "--num_gpus":
             number = number if equals else "".join(words[place + 1 : place + 2])
-            if not number.isdecimal() or int(number) == 0:
+            if not _is_count(number) or int(number) == 0:
                 raise ValueError(f"--num_gpus {number}: give the number of processes, one for each GPU")
             return [*words[:place], *words[place + (1 if equals else 2) :]], int(number)
     return list(words), None

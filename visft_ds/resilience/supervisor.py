@@ -17,7 +17,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.cli import resolve_arguments
 from visft_ds.flags import Parser, check_least
-from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.resilience.errors import tell
 from visft_ds.resilience.processes import start_ranks, without_num_gpus
 from visft_ds.run.folder import named_steps
 
@@ -92,7 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = config.visft.run
         final, limits = {*FINAL_CODES, run.requeue_code}, (options.max_restarts, options.backoff)
         return supervise(["train", *words], count or 1, Path(run.out or ""), final, *limits)
-    except KeyboardInterrupt as error:  # between two attempts
-        return exit_code(error)
     except (ValueError, OSError) as error:
         return tell(error)

@@ -14,6 +14,7 @@ from pydantic import Field
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.fields import Count, Positive, StrictModel
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
+from visft_ds.config.resolve import differences, identity_of
 from visft_ds.files import read_bytes, reading
 from visft_ds.monitor.metrics import METRICS_FILE
 
@@ -72,11 +73,11 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
         return
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to continue it")
-    there, here, absent = recorded_config(out).identity(), config.identity(), "(absent)"
-    pairs = ((key, there.get(key, absent), here.get(key, absent)) for key in sorted({*there, *here}))
-    if listed := [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}\n" for key, a, b in pairs if a != b]:
-        listed.sort(key=lambda line: absent in line)  # first what both have
-        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{''.join(listed[:12])}"
+    with reading(out / RECORD_FILE, "the record of a run"):
+        there = identity_of(read_run(out).config)
+    if listed := differences(there, config):
+        lines = "".join(f"  {line}\n" for line in listed[:12])
+        told = f"{out} holds a run with other settings, {len(listed)} in all (there -> here):\n{lines}"
         raise ValueError(f"{told}choose another --out, or give the settings of that run")
 
 

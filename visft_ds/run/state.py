@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from visft_ds.checkpoint.export import describe_heads, export_weights
-from visft_ds.checkpoint.format import check_identity, checkpoint_path, explained, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import (
+    SETTINGS,
+    check_identity,
+    checkpoint_path,
+    explained,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import EXPORT_RECORD_FILE, RECORD_FILE
@@ -30,7 +37,7 @@ class RunState:
     Args:
         config: `visft.run` says what is kept.
         engine: whose state is saved and restored.
-        identity: what a checkpoint of this run must have been made with.
+        identity: what a checkpoint of this run must have been made with, beside the settings.
         data: categories and words that heads are saved with.
     """
 
@@ -39,7 +46,8 @@ class RunState:
         self._out, self._engine, self._config, self._data = Path(run.out or ""), engine, config, data
         #: Its context waits for a save that is on its way.
         retention = Retention(run.keep_last, run.keep_best)
-        self.saver = Saver(self._out / "checkpoints", self._identity, retention, self.is_evaluated)
+        saved_with = {**identity, SETTINGS: config.identity()}
+        self.saver = Saver(self._out / "checkpoints", saved_with, retention, self.is_evaluated)
 
     def is_evaluated(self, step: int) -> bool:
         """Return True if this step of a run with a validation split is followed by an evaluation."""
@@ -55,7 +63,7 @@ class RunState:
         if place is None:
             return 0
         checkpoint = open_checkpoint(place)
-        check_identity(checkpoint, self._identity)
+        check_identity(checkpoint, self._identity, self._config)
         restore_state(self._engine, checkpoint.load(), checkpoint.step)
         self.saver.resume(checkpoint.step, scores)
         return checkpoint.step

@@ -252,7 +252,7 @@ def probe(
 
     def held_out(features: Mapping[str, Tensor], number: str) -> float:
         maps = features["patches"]
-        rest, held = fifth(len(few.images))
+        rest, held = fifth(len(few.images), few.images.groups)
         (result,) = score(CachedFeatures(BRIEF, few.part(rest), maps[rest], few.part(held), maps[held]), [number])
         return -result.value if result.lower else result.value
 
