@@ -98,11 +98,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _judged(data: Path, tuned: str, *words: str, base: str = "middle") -> dict[str, Any]:
+def _judged(
+    data: Path, tuned: str, *words: str, base: str = "middle", numbers: str = "in-context mIoU"
+) -> dict[str, Any]:
     """The record of a comparison; names of further models are separated by spaces."""
     first, *others = tuned.split()
     names = [f"base={data}/{base}.pt", f"tuned={data}/{first}.pt", *(f"{name}={data}/{name}.pt" for name in others)]
-    status, _, errors = _run(*names, "--quick", "--on", f"segmentation={data}/two", "--out", data / "out", *words)
+    words = ("--quick", "--on", f"segmentation={data}/two", "--out", f"{data}/out", "--numbers", numbers, *words)
+    status, _, errors = _run(*names, *words)
     assert status == 0, errors
     return _record(data / "out")
 
@@ -145,7 +148,8 @@ def test_at_last_layers_nothing_is_called_a_gain(data: Path) -> None:
 
 def test_a_model_beside_itself_is_the_same(data: Path) -> None:
     """Every difference and every bound is 0, exactly."""
-    record = _judged(data, "middle")
+    record = _judged(data, "middle", numbers="in-context mIoU,linear mIoU")
+    assert len(record["rows"]) == 2
     assert record["verdicts"][0]["word"] == "the same" and record["shifts"] == {"tuned": 0.0}
     for row in record["rows"]:
         for of in (*row["differences"].values(), *row["last"].values()):

@@ -144,6 +144,8 @@ def test_scale_and_mean(tmp_path: Path) -> None:
         assert torch.allclose(after[name] - before[f"visual.{name}"], wanted, atol=1e-5), name
     with pytest.raises(ValueError, match="averaged"):
         average([adapter, replace(second, model={**second.model, "layers": [0]})])
+    with pytest.raises(ValueError, match="two bases"):
+        average([adapter, replace(second, base="another")])
 
 
 def test_one_fingerprint_whatever_the_layout_and_precision(tmp_path: Path) -> None:

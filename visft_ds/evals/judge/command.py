@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
 import torch
 
-from visft_ds.evals.judge.comparison import Comparison, hours_of
+from visft_ds.evals.judge.comparison import Comparison
 from visft_ds.evals.judge.kinds import parse_benchmarks
 from visft_ds.evals.judge.models import parse_arms
 from visft_ds.evals.judge.protocols import PUBLISHED, QUICK
+from visft_ds.evals.judge.rehearsal import hours_of, rehearsal
 from visft_ds.evals.judge.scoring import Settings
 from visft_ds.evals.judge.table import rows_of, section
 from visft_ds.evals.judge.verdict import judged
@@ -42,19 +44,27 @@ def run_judge(given: argparse.Namespace) -> None:
         ValueError: wrong usage, or whatever is wrong with models and data.
     """
     began, settings = time.perf_counter(), _settings(given)
-    arms = parse_arms([given.base, *given.tuned, *given.control])
+    arms = parse_arms([given.base, *given.tuned, *given.control], download=given.download)
     protocol = QUICK if given.quick else PUBLISHED
-    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol)
+    wanted = [name.strip() for name in given.numbers.split(",")] if given.numbers else []
+    benchmarks, primary = parse_benchmarks(given.on, given.primary, protocol, wanted)
     _check_folder(given.out, primary)
-    published = sum(one.published is not None for one in benchmarks)
+    best = given.layers == "all"
+    if given.dry_run:
+        with TemporaryDirectory() as scratch:
+            nowhere = replace(settings, cache=Path(scratch))
+            comparison = Comparison(arms, len(given.tuned), benchmarks, primary, nowhere)
+            if distributed.is_main():
+                print_plan("visft judge --dry-run", rehearsal(comparison, best=best))
+        return
+    published = sum(benchmark.published is not None for benchmark in benchmarks)
     if published and settings.device.type == "cpu" and given.device == "auto":
-        models = sum(map(len, arms.values())) * (3 if given.layers == "all" else 1)  # with noise and half
+        models = sum(map(len, arms.values())) * (3 if best else 1)  # with noise and half
         hours = hours_of(arms[next(iter(arms))][0], published * models, settings)
         raise ValueError(
             f"published protocols take some {hours:,.0f} hours without a GPU: add --quick, or --device cpu"
         )
     comparison = Comparison(arms, len(given.tuned), benchmarks, primary, settings)
-    best = given.layers == "all"
     if best:
         comparison.choose_layers()
     comparison.match_shifts(noise=best)

@@ -10,25 +10,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from visft_ds.evals.judge.encoders import Encoder
-from visft_ds.evals.judge.kept import load_classifier
+from visft_ds.evals.judge.in_domain import trained_on
+from visft_ds.evals.judge.kept import check_classifier, load_classifier
 from visft_ds.evals.judge.layers import DIRECT, HEADS, best_first, blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
 from visft_ds.evals.judge.protocol import Benchmark, Score
-from visft_ds.evals.judge.scoring import Settings, forward, remembered, score, shared
+from visft_ds.evals.judge.scoring import Settings, kinds_of, remembered, score, shared
 from visft_ds.evals.judge.shift import ShiftMeter
 from visft_ds.evals.judge.table import Results, Trial
 
-CROPS = 640_000  #: that a published head learns from
 SIDE = 512  #: pixels of images in published protocols, as many as are whole patches
 
 
@@ -40,6 +37,8 @@ class Arm:
     models: Sequence[ModelSpec]
     alike: bool  #: of BASE's architecture
     blocks: Mapping[str, int]  #: that it may be read after; bytes of an image's map after each
+    kinds: tuple[str, ...]  #: of features that its models have
+    has_text: bool  #: a side that encodes texts
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  #: number -> its block, and numbers of all
     shift: float | None = None  #: how far it moved BASE's features
 
@@ -99,7 +98,7 @@ class Comparison:
         self.benchmarks = benchmarks
         self.primary = primary
         self.settings = settings
-        self.notes: list[str] = []
+        self.notes = [note for benchmark in benchmarks for note in benchmark.notes]
         self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
         self.trials: list[Trial] = []
         self._loaded: tuple[ModelSpec, Encoder] | None = None
@@ -111,31 +110,56 @@ class Comparison:
         opened = [self._arm(name, models) for name, models in arms.items()]
         self.base = opened[0]
         self.tuned = opened[1 : 1 + tuned]
-        self._named = opened[1 + tuned :]
+        self.named = opened[1 + tuned :]
         self._controls: list[Arm] = []  # and halves
         self._check_controls()
+        self._check_needs(opened)
         #: Tuned arm -> the blocks of BASE up to its end, for those that end before BASE does.
         self._cuts = {arm.name: self._cut(arm) for arm in self.tuned if self._ends_early(arm)}
 
     def _arm(self, name: str, models: Sequence[ModelSpec]) -> Arm:
-        def facts(spec: ModelSpec) -> tuple[bool, dict[str, int]]:
+        def facts(spec: ModelSpec) -> dict[str, Any]:
             own = self._load(spec)
             base = own if spec is self.origin else load_encoder(self.origin, self._precise(spec).precision)
-            return alike(weights_of(own), weights_of(base)), blocks_of(own, self._precise(spec))
+            return {
+                "alike": alike(weights_of(own), weights_of(base)),
+                "blocks": blocks_of(own, self._precise(spec)),
+                "kinds": list(own.kinds),
+                "text": own.text is not None,
+            }
 
         known = []
         for spec in models:
             what = {"facts": [spec.identity, self.origin.identity]}
             known.append(remembered(what, self.settings, partial(facts, spec)))
-        return Arm(name, models, all(same for same, _ in known), known[0][1])
+        first = known[0]
+        same = all(of_model["alike"] for of_model in known)
+        return Arm(name, models, same, first["blocks"], tuple(first["kinds"]), first["text"])
+
+    def _check_needs(self, arms: Sequence[Arm]) -> None:
+        """Raise ValueError if a model lacks what a benchmark reads, before hours are spent on the others."""
+        for benchmark in self.benchmarks:
+            if benchmark.agrees:
+                check_classifier(self.origin)
+            for arm in arms:
+                if benchmark.agrees:
+                    if not arm.alike:
+                        raise ValueError(f"{benchmark.label}: {arm.name} cannot feed the classifier of {arms[0].name}")
+                    continue
+                if not kinds_of(arm, benchmark):
+                    needed = " or ".join(benchmark.kinds)
+                    raise ValueError(f"{benchmark.label} needs {needed}, which {arm.name} does not have")
+                if benchmark.needs_text and not arm.has_text:
+                    needed = f"which {benchmark.label} needs: give a whole CLIP file"
+                    raise ValueError(f"{arm.name} has no text side, {needed}")
 
     def _check_controls(self) -> None:
         """Raise ValueError for controls that cannot be mixed with BASE, or not be read where a tuned arm is."""
         judged = [arm for arm in self.tuned if arm.alike]
-        if self._named and not (judged and all(arm.alike for arm in self._named)):
-            names = ", ".join(arm.name for arm in [self.base, *self.tuned, *self._named])
+        if self.named and not (judged and all(arm.alike for arm in self.named)):
+            names = ", ".join(arm.name for arm in [self.base, *self.tuned, *self.named])
             raise ValueError(f"--control: {names} are not of one architecture")
-        for control in self._named:
+        for control in self.named:
             for arm in judged:
                 if not arm.blocks.keys() <= control.blocks.keys():
                     raise ValueError(
@@ -150,7 +174,7 @@ class Comparison:
     def _cut(self, arm: Arm) -> Arm:
         """BASE without the blocks behind the last one of a tuned arm."""
         blocks = {name: self.base.blocks[name] for name in arm.blocks}
-        return Arm(f"{self.base.name} up to {arm.last}", self.base.models, True, blocks)
+        return replace(self.base, name=f"{self.base.name} up to {arm.last}", blocks=blocks, layers={})
 
     @property
     def arms(self) -> list[Arm]:
@@ -168,8 +192,7 @@ class Comparison:
         asked = [arm for arm in [self.base, *self.tuned] if arm.asked]
         for benchmark in self.benchmarks:
             if benchmark.held_out:
-                numbers = [number for number in benchmark.numbers if number in (*DIRECT, *HEADS)]
-                self._choose(asked, benchmark, numbers, benchmark.names)
+                self._choose(asked, benchmark, _choosing(benchmark), benchmark.names)
         for cut in self._cuts.values():
             if self.primary in self.base.layers:
                 self._choose_cut(cut)
@@ -186,7 +209,7 @@ class Comparison:
         for arm in arms:
             ranked = self._ranked.get(arm.name, ())
             calls += [partial(self._levels, spec, benchmark, arm.blocks, ranked, numbers) for spec in arm.models]
-        levels = iter(shared(calls))
+        levels = iter(shared(calls, f"layers: {benchmark.label}"))
         for arm in arms:
             choices = chosen([next(levels) for _ in arm.models])
             first = next(iter(choices.values()))
@@ -201,7 +224,7 @@ class Comparison:
     @property
     def _measured(self) -> list[str]:
         """Numbers that choose the block of the primary one: itself or the first of its data set, and what ranks it."""
-        numbers = [number for number in self._deciding.numbers if number in (*DIRECT, *HEADS)]
+        numbers = _choosing(self._deciding)
         choosing = self._number if self._number in numbers else numbers[0]
         return [number for number in numbers if number in DIRECT or number == choosing]
 
@@ -256,7 +279,10 @@ class Comparison:
                 self._match(arm, noise)
             else:
                 self.trials.append(Trial(arm.name, compared=self._compared(arm), named=self._fixed(arm)))
-        self.tuned = [replace(arm, shift=trial.shift) for arm, trial in zip(self.tuned, self.trials, strict=True)]
+        for number, arm in enumerate(self.tuned):
+            seen = tuple(trained_on(arm.models, self.benchmarks))
+            self.trials[number] = replace(self.trials[number], trained_on=seen)
+            self.tuned[number] = replace(arm, shift=self.trials[number].shift)
 
     def _compared(self, arm: Arm) -> bool:
         """Return True if BASE's best block for the primary number was looked for, and the arm is read at its best."""
@@ -276,7 +302,7 @@ class Comparison:
         if moved:
             noises = [replace(spec, noise=seed) for seed, spec in enumerate(arm.models)]
             beside[f"{NOISE}{of_arm}"] = replace(arm, models=noises)
-        beside |= {f"{control.name}{of_arm}": control for control in self._named}
+        beside |= {f"{control.name}{of_arm}": control for control in self.named}
         reached: list[Arm] = []
         missed: dict[str, float] = {}
         for name, control in beside.items():
@@ -287,7 +313,7 @@ class Comparison:
             if all(near for _, _, near in pairs):
                 models = _labelled(name, [spec for spec, _, _ in pairs])
                 layers = {number: choice for number, choice in arm.layers.items() if number != self.primary}
-                reached.append(Arm(name, models, True, control.blocks, layers, shift_of_control))
+                reached.append(replace(control, name=name, models=models, layers=layers, shift=shift_of_control))
             else:
                 missed[name] = shift_of_control
         self._choose_primary(reached)
@@ -350,7 +376,7 @@ class Comparison:
             if cut.block(self.primary) != self.base.block(self.primary):
                 cuts[name] = self._primary_at(self.origin, cut.block(self.primary))
         every = [*requests, *elsewhere, *cuts.values()]
-        scores = iter(shared([partial(self._scores, request) for request in every]))
+        scores = iter(shared([partial(self._scores, request) for request in every], "scores"))
         results: dict[str, dict[str, Score]] = {}
         for request in requests:
             results.setdefault(request.spec.label, {}).update(next(scores))
@@ -395,7 +421,7 @@ class Comparison:
         place = {"classifier": self.origin.identity} if benchmark.agrees else {"block": request.block}
         key = {"of": spec.identity, **place}
         scores = score(read, key, benchmark, request.numbers, self._precise(spec), spec.label, own)
-        return {f"{benchmark.label} {found.name}": found for found in scores}
+        return {f"{benchmark.label} {found.name}": _in_groups(found, benchmark) for found in scores}
 
     def _precise(self, spec: ModelSpec) -> Settings:
         """Settings of a model: fp32 for weights that are mixed, since 16 bits would round a small change away."""
@@ -409,16 +435,22 @@ class Comparison:
         return self._loaded[1]
 
 
+def _in_groups(found: Score, benchmark: Benchmark) -> Score:
+    """A score whose items belong to the groups of their images."""
+    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
+    if images.groups is None:
+        return found
+    return replace(found, groups=images.groups if found.groups is None else images.groups[found.groups])
+
+
+def _choosing(benchmark: Benchmark) -> list[str]:
+    """The numbers that choose layers: those that are asked for, or else the first one that was left out."""
+    asked = [number for number in benchmark.numbers if number in (*DIRECT, *HEADS)]
+    return asked or [number for number in benchmark.left_out if number in (*DIRECT, *HEADS)][:1]
+
+
 def _labelled(name: str, models: Sequence[ModelSpec]) -> list[ModelSpec]:
     """The models of an arm with labels by its name."""
     if len(models) == 1:
         return [replace(models[0], label=name)]
     return [replace(spec, label=f"{name} {number}") for number, spec in enumerate(models, 1)]
-
-
-def hours_of(spec: ModelSpec, heads: int, settings: Settings) -> float:
-    """Hours that so many heads of published protocols take, by the time of one image."""
-    encoder = load_encoder(spec, settings.precision)
-    began = time.perf_counter()
-    forward(encoder, torch.zeros(1, 3, encoder.side, encoder.side), ("patches",), settings)
-    return (time.perf_counter() - began) * (SIDE / encoder.side) ** 2 * CROPS * heads / 3600

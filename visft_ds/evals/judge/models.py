@@ -47,6 +47,7 @@ from visft_ds.ops import DTYPES
 from visft_ds.pretrained import TIMM
 from visft_ds.run.folder import recorded_config
 
+_LOCAL = "local-dir:"  # beginning of the name of a model in a folder
 NOISE, HALF = "noise", "half"  #: arms that come by themselves
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
 _END = re.compile(r"(.+?)(#\d+)?(@[-+]?[0-9.]+(?:e[-+]?[0-9]+)?)?")
@@ -70,11 +71,19 @@ class ModelSpec:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that its features depend on, in JSON's types; files by name, size and time."""
-        paths = [Path(one) for one in (self.name, self.adapter) if one]
-        files = [each for path in paths for each in ([path] if path.is_file() else sorted(path.glob("*")))]
+        files = []
+        for path in (self.open_clip_folder, Path(self.name) if self.name else None, self.adapter):
+            if path is not None:
+                files += [path] if path.is_file() else sorted(path.glob("*"))
         own = asdict(replace(self, origin=None)) | {"label": "", "adapter": ""}
         origin = self.origin.identity if self.origin is not None and self.mixed else None
         return own | {"origin": origin, "files": [f"{file.name} {stamp(file)}" for file in files]}
+
+    @property
+    def open_clip_folder(self) -> Path | None:
+        """The folder of a model of open_clip that brings its weights along."""
+        name = self.open_clip or ""
+        return Path(name.removeprefix(_LOCAL)) if name.startswith(_LOCAL) else None
 
     @property
     def mixed(self) -> bool:
@@ -93,14 +102,17 @@ class ModelSpec:
         return " ".join(filter(None, parts))
 
 
-def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
+def parse_arms(texts: Sequence[str], *, download: bool = False) -> dict[str, tuple[ModelSpec, ...]]:
     """Label -> models of each arm of a command line, BASE first; files are looked for, not opened.
+
+    Args:
+        download: weights of timm that are not on this machine are fetched.
 
     Raises:
         ValueError: as `parse_model`; also for two arms or models of one name, and numbers of seeds that cannot be
             paired with those of another arm.
     """
-    arms = [_arm(text) for text in texts]
+    arms = [_arm(text, download) for text in texts]
     labels = [name for label, models in arms for name in {label, *(model.label for model in models)}]
     if taken := {NOISE, HALF} & {*labels}:
         raise ValueError(f"{taken.pop()} is an arm that comes by itself: give yours another label")
@@ -117,29 +129,29 @@ def parse_arms(texts: Sequence[str]) -> dict[str, tuple[ModelSpec, ...]]:
     return {first: (base,), **{label: tuple(replace(one, origin=base) for one in of) for label, of in others}}
 
 
-def _arm(text: str) -> tuple[str, list[ModelSpec]]:
+def _arm(text: str, download: bool) -> tuple[str, list[ModelSpec]]:
     """(label, models) of an arm. A name that exists as a whole is never cut."""
     match = _LABEL.fullmatch(text)
     is_one = Path(match[2] if match else text).exists()
-    models = [parse_model(part) for part in ([text] if is_one else text.split(","))]
+    models = [parse_model(part, download=download) for part in ([text] if is_one else text.split(","))]
     label = models[0].label
     if len(models) == 1:
         return label, models
     return label, [replace(model, label=f"{label} {number}") for number, model in enumerate(models, 1)]
 
 
-def parse_model(text: str) -> ModelSpec:
-    """Read one model of a command line; files are looked for, not opened. Weights of timm may be downloaded.
+def parse_model(text: str, *, download: bool = False) -> ModelSpec:
+    """Read one model of a command line; files are looked for, not opened.
 
     Raises:
-        ValueError: a file that is not there, or an unknown name.
+        ValueError: a file that is not there, an unknown name, or weights of timm that must not be fetched.
     """
     match = _LABEL.fullmatch(text)
     label, given = (match[1].strip(), match[2]) if match else ("", text)
     parts = None if Path(given).exists() else _END.fullmatch(given)  # a name that exists as a whole is never cut
     rest, end, factor = parts.groups("") if parts else (given, "", "")
     inner = rest.partition(":")[2]
-    is_address = inner.startswith(("hf-hub:", "local-dir:"))
+    is_address = inner.startswith(("hf-hub:", _LOCAL))
     name, _, weights = (inner, "", "") if is_address else inner.partition(":")
     if rest.startswith("open_clip:"):
         if end:
@@ -148,8 +160,8 @@ def parse_model(text: str) -> ModelSpec:
     elif rest.startswith(TIMM) and weights:
         spec = ModelSpec(name, weights, model={"preset": f"{TIMM}{name}"})
     elif rest.startswith(TIMM):
-        found = named(name.removeprefix("local-dir:") if is_address else rest, download=True)
-        spec = ModelSpec(Path(name).name, str(found.file(download=True)), model=found.description)
+        found = named(name.removeprefix(_LOCAL) if is_address else rest, download=download)
+        spec = ModelSpec(Path(name).name, str(found.file(download=download)), model=found.description)
     else:
         spec = _of_files(rest)
     block, scale = int(end[1:]) if end else None, float(factor[1:]) if factor else 1.0
