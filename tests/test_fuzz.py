@@ -49,6 +49,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
     import numpy as np
     from PIL import Image
 
+    from tests.labels import use_labels, write_labels
     from tests.map_folder import bands, write_own, write_pair
     from tests.yolo_folder import write_yolo
     from visft_ds.checkpoint.format import open_checkpoint
@@ -122,6 +123,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
 
     return [
         Reader("split", copied(*shards.glob("val*")), read_split),
+        Reader("labels", write_labels, use_labels),
         Reader("COCO tree", tree(shards.parent / "toy"), read_tree),
         Reader("YOLO folder", write_yolo, read_tree),
         Reader("label maps", write_own, read_tree),
@@ -137,6 +139,7 @@ def readers(runs: Path, shards: Path) -> list[Reader]:
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**31, 2**63, 2**70, 1e308, float("nan"), float("inf"), 0.5),
     *("", "../../x", "/etc/passwd", "\ud800", "a" * 100_000, "x\0y", [], {}, [[[[]]]], {"a": {}}, [0] * 1000),
+    *([1, 1, 9, 1, 1e8, -1e8], [[1, 1, 9, 1, 1e300, 9]], {"size": [9, 9], "counts": "P"}, "0" * 1000, "o" * 30),
 )
 
 

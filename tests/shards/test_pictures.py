@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 
 from tests.coco_tree import Tree, write_tree
 from tests.yolo_folder import write_yolo
-from tools.make_shards import main
 from visft_ds.data.dataset import read_raw
 from visft_ds.data.shards import Manifest, ShardReader
+from visft_ds.shards.cli import main
 
 BOX = (30, 4, 24, 8)  # of a white rectangle in a black picture, as it is shown
 

@@ -87,7 +87,7 @@ def test_more_ranks_than_images(
 def test_a_diverged_run_stops_all_ranks_and_names_where_it_begins(shards: Path, tmp_path: Path) -> None:
     """No rank updates; step, task and checkpoint are named, and what is not finite first."""
     out = tmp_path / "run"
-    extra = {"optimizer.params.lr": 1e30, "visft.run.save_every": 1}
+    extra = {"optimizer.params.weight_decay": 1e38, "visft.run.save_every": 1}
     codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=extra)]))
     assert codes == [4, 4], outputs
     assert "Traceback" not in "".join(outputs) and "error" not in outputs[1]

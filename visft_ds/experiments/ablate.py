@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan.write(failed)
     except (ValueError, OSError) as error:
         return tell(error, "ablate")
-    except KeyboardInterrupt:
-        print("\nablate: interrupted; the same command continues", file=sys.stderr)
-        return 130
     return 1 if failed else 0
 
 
@@ -228,7 +224,6 @@ class Plan:
             words = ["judge", f"{BASE}={base}", *compared, "--primary", self.primary]
             words += [part for judge in self.judges for part in ("--on", judge)]
             words += ["--cache", f"{self.given.out}/scores", "--quick"]
-            words += [] if name == FIRST else ["--layers", "last"]
             found.append(self.steps.add(f"{_slug(name)}-{title}", *words, resumes=True))
         return found
 

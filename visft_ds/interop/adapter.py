@@ -202,7 +202,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
 
     The factors are not averaged: the product of two means is not the mean of two products.
 
-    Raises ValueError for adapters of other models or layers.
+    Raises ValueError for adapters of other models or layers, or of other base weights.
     """
     first, *others = adapters
     if not others:
@@ -210,6 +210,8 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
     for other in others:
         if (other.model, other.layers) != (first.model, first.layers):
             raise ValueError(f"adapters of {described(first.model)} and {described(other.model)} cannot be averaged")
+        if other.base != first.base:
+            raise ValueError("adapters of two bases cannot be averaged: give those that began with the same weights")
     tensors: dict[str, Tensor] = {}
     for layer, (_, slices) in first.layers.items():
         a, b = (f"{layer}.{kind}" for kind in KINDS)

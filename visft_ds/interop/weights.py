@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from visft_ds import __version__
-from visft_ds.files import reading, sync_folder
+from visft_ds.files import reading, shown_name, sync_folder
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 #: Names under which training scripts keep the weights beside an optimizer's state and counters.
@@ -79,7 +79,7 @@ def finite(value: Tensor, what: str) -> Tensor:
 
 def examples(names: Iterable[str], limit: int = 4) -> str:
     """`a, b, c, ... (840 in all)`: a sample of many names for messages."""
-    listed = list(names)
+    listed = [shown_name(name) for name in names]
     more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more if listed else "nothing"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from visft_ds.prepare.datasets import (
     workers_of,
 )
 from visft_ds.prepare.model import PreparedModel
+from visft_ds.pretrained import TIMM
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import COCO_NAMES
 from visft_ds.tasks.transform import pipeline_of
@@ -162,6 +164,8 @@ def keep_features(
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
+    if config.model.preset.startswith(TIMM):  # another release may compute otherwise
+        identity["timm"] = importlib.metadata.version("timm")
     folder = None if config.features.cache is None else Path(config.features.cache)
     prepared.module.feature_cache = loader.features = FeatureCache(folder, identity)
 

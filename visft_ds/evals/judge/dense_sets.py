@@ -30,6 +30,7 @@ import orjson
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 from PIL import Image
 
+from visft_ds.data.dataset import labels_of_split
 from visft_ds.data.shards import Category, Manifest, ShardReader, splits_in
 from visft_ds.evals.judge.images import SUFFIXES, chosen, digest, from_files, image_files, read_lines
 from visft_ds.evals.judge.protocol import ImageSet, Label
@@ -189,7 +190,7 @@ def _of_coco(path: Path, most: int) -> DenseSet:
     kept = [source.images[place] for place in every(len(source.images), most)]
     folder = path.parents[1] / path.stem.removeprefix("instances_")
     images = from_files([folder / image.file_name for image in kept], folder)
-    return _of_outlines(images, [image.label() for image in kept], source.categories)
+    return _of_outlines(images, [orjson.loads(image.label()) for image in kept], source.categories)
 
 
 def _of_shards(root: Path, split: str, most: int) -> DenseSet:
@@ -202,12 +203,12 @@ def _of_shards(root: Path, split: str, most: int) -> DenseSet:
         return open_image(data or b"", reader.describe(places[number]), upright=False)
 
     images = ImageSet([f"{split} {manifest.index[place]['image_id']}" for place in places], read, manifest.fingerprint)
-    labels = [reader.read(place, "labels")[1] or b"" for place in places]
+    labels = list(labels_of_split(reader, places))
     return _of_outlines(images, labels, manifest.categories, [] if "maps" in manifest.labels else [""])
 
 
 def _of_outlines(
-    images: ImageSet, labels: Sequence[bytes], categories: Sequence[Category], empty: Sequence[str] = ("",)
+    images: ImageSet, labels: Sequence[Mapping[str, Any]], categories: Sequence[Category], empty: Sequence[str] = ("",)
 ) -> DenseSet:
     """Images with their labels as shards have them; `empty` is the name of what no object covers, if any."""
     if len(categories) + len(empty) > VOID:
@@ -217,7 +218,7 @@ def _of_outlines(
     sizes: list[tuple[int, int]] = []
     things: list[list[Thing]] = []  # of each image, the largest first
     large: list[Thing] = []
-    for owner, image in enumerate(map(orjson.loads, labels)):
+    for owner, image in enumerate(labels):
         sizes.append((image["height"], image["width"]))
         own: list[Thing] = []
         for one in image["annotations"]:
@@ -234,5 +235,5 @@ def _of_outlines(
             drawn[coco_mask.decode(thing.code) == 1] = thing.label
         return drawn
 
-    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *labels)))
+    stamped = replace(images, stretched=True, fingerprint=digest((images.fingerprint, *map(orjson.dumps, labels))))
     return DenseSet(stamped, label, (*empty, *(category.name for category in ordered)), tuple(large))

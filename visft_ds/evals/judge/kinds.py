@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from visft_ds.config.fields import nearest
@@ -50,16 +51,23 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     return KINDS[name](protocol, label, source, options.get("train"), options.get("split"))
 
 
-def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protocol) -> tuple[list[Benchmark], str]:
+def parse_benchmarks(
+    texts: Sequence[str], primary: str | None, protocol: Protocol, wanted: Sequence[str] = ()
+) -> tuple[list[Benchmark], str]:
     """(all benchmarks of a command line, the number that decides: by default the first of the first segmentation).
 
+    Args:
+        wanted: names of numbers, whole or without their data set; none: all.
+
     Raises:
-        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary number.
+        ValueError: as `parse_benchmark`; also if two have the same name, or none has the primary or a wanted number.
     """
     found = [parse_benchmark(text, protocol) for text in texts]
     labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two of --on are called {twice[0]}: give one of them another name, as in ...,name=NAME")
+    if wanted:
+        found = _with_numbers(found, wanted)
     numbers = [name for benchmark in found for name in benchmark.names]
     primary = primary or next((number for number in numbers if number.startswith(f"{SEGMENTATION}/")), None)
     if primary is None:
@@ -67,3 +75,20 @@ def parse_benchmarks(texts: Sequence[str], primary: str | None, protocol: Protoc
     if primary not in numbers:
         raise ValueError(f"--primary {primary}: no such number{nearest(primary, numbers)}")
     return found, primary
+
+
+def _with_numbers(benchmarks: Sequence[Benchmark], wanted: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks with the wanted numbers alone, without those that have none of them."""
+    short = {number for benchmark in benchmarks for number in benchmark.numbers}
+    known = short | {name for benchmark in benchmarks for name in benchmark.names}
+    if unknown := [name for name in wanted if name not in known]:
+        like = nearest(unknown[0], sorted(known))
+        raise ValueError(f"--numbers {unknown[0]}: no such number{like}; there are {', '.join(sorted(short))}")
+    found = []
+    for benchmark in benchmarks:
+        pairs = zip(benchmark.numbers, benchmark.names, strict=True)
+        asked = [number for number, name in pairs if number in wanted or name in wanted]
+        left_out = [number for number in benchmark.numbers if number not in asked]
+        if asked:
+            found.append(replace(benchmark, numbers=asked, left_out=left_out))
+    return found

@@ -70,6 +70,7 @@ class Benchmark:
     settings: Mapping[str, Any]  #: all that scores depend on beside the features, in JSON's types
     #: The numbers of one model, of those that are wanted (where that saves time).
     scores: Callable[[Features, Collection[str]], Iterator[Score]]
+    left_out: Sequence[str] = ()  #: numbers that it could give, and that nobody asks for
     texts: Sequence[str] = ()  #: to be encoded
     needs_text: bool = False  #: it gives no score without a text side
     agrees: bool = False  #: it asks a classifier, and counts predictions that agree with the first model's

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from visft_ds.ops import DTYPES
 from visft_ds.parallel import distributed
 from visft_ds.resilience.errors import RankError
 
-VERSION = 4  #: changes when the same model and data would give other scores
+VERSION = 5  #: changes when the same model and data would give other scores
 #: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
 COLUMN_ROWS = 2
 _DERIVED: dict[str, Callable[[Tensor], Tensor]] = {  # of patches (images, D, h, w)
@@ -55,18 +55,27 @@ class Settings:
     threads: int
 
 
-def shared(calls: Sequence[Callable[[bool], T]]) -> list[T]:
+def shared(calls: Sequence[Callable[[bool], T]], what: str) -> list[T]:
     """Results of calls that keep them on disk; each is made by one of the processes.
 
     Args:
         calls: given True, to make what is not there; given False, to wait until another process has made it.
+        what: is made, for the line that shows how many are there.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    try:
-        own = {number: call(True) for number, call in enumerate(calls) if number % world == rank}
-    except ValueError as error:
-        raise RankError(str(error)) from error  # the others, which wait, do not meet it
-    return [own[number] if number in own else call(False) for number, call in enumerate(calls)]
+    made: dict[int, T] = {}
+    with gauge(what, len(calls)) as bar:
+        try:
+            for number in range(rank, len(calls), world):
+                made[number] = calls[number](True)
+                bar.update()
+        except ValueError as error:
+            raise RankError(str(error)) from error  # the others, which wait, do not meet it
+        for number, call in enumerate(calls):
+            if number not in made:
+                made[number] = call(False)
+                bar.update()
+    return [made[number] for number in range(len(calls))]
 
 
 def remembered(what: Mapping[str, Any], settings: Settings, make: Callable[[], T], own: bool | None = None) -> T:
@@ -126,11 +135,17 @@ def _present(path: Path) -> Path:
     return path
 
 
-def kinds_of(encoder: Encoder, benchmark: Benchmark) -> list[str]:
+class HasKinds(Protocol):
+    """A model, or what is known of it."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of features that it can compute."""
+
+
+def kinds_of(model: HasKinds, benchmark: Benchmark) -> list[str]:
     """The kinds of features that a benchmark reads of a model, with those that come out of its patches."""
-    return [
-        kind for kind in benchmark.kinds if kind in encoder.kinds or ("patches" in encoder.kinds and kind in _DERIVED)
-    ]
+    return [kind for kind in benchmark.kinds if kind in model.kinds or ("patches" in model.kinds and kind in _DERIVED)]
 
 
 def encode(encoder: Encoder, benchmark: Benchmark, settings: Settings, what: str) -> Features:

@@ -18,6 +18,7 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns un
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
+from visft_ds.ops import to_device
 from visft_ds.tasks import Results
 from visft_ds.tasks.classes import COCO_CATEGORY_IDS
 from visft_ds.tasks.matching import Matches, at_least_float32, class_losses, solve
@@ -71,7 +72,7 @@ class SegmentationCriterion:
     ) -> dict[str, Tensor]:
         head = self.head
         if output.extents is not None:
-            targets = replace(targets, extents=output.extents)
+            targets = replace(targets, extents=to_device(output.extents, output.masks.device))
         logits, masks = at_least_float32(output.logits), at_least_float32(output.masks)
         given, suffixes = (logits.shape[2], logits.shape[3] - 1, output.labelling), self._suffixes[-len(logits) :]
         assert given == (head.num_queries, head.num_classes, head.labelling) and len(suffixes) == len(logits), given
