@@ -32,7 +32,17 @@ from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
-from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
+from visft_ds.data.shards import (
+    INDEX_DTYPE,
+    SIDE_QUANTILES,
+    VERSION,
+    Manifest,
+    ShardFile,
+    fingerprint,
+    manifest_path,
+    store,
+    tar_name,
+)
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
 from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
@@ -133,6 +143,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
                 "left_out": len(left_out),
             },
             having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
+            object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
             shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
             vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
             left_out=left_out,
@@ -145,6 +156,12 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         if not dry_run:
             manifest.save(file.getvalue())
         return manifest
+
+
+def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`Manifest.object_sides` of the sides of each image's objects."""
+    every = np.concatenate([np.empty(0, np.float32), *sides])
+    return {str(part): round(float(np.quantile(every, part / 100)), 5) for part in SIDE_QUANTILES if len(every)}
 
 
 def _plan(
