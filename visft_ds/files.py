@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from pydantic import ValidationError
 
 #: More than a photograph of 50 megapixels, and below what Pillow warns of.
@@ -212,7 +212,7 @@ def image_frame(source: Path | str | bytes, name: str | None = None) -> Frame:
 
 
 @contextmanager
-def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, source: Path | str | bytes, name: str | None) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it here or later is one ValueError."""
     name = name or ("a picture" if isinstance(source, bytes) else str(source))
     with reading(name, "a picture (JPEG, PNG, WebP, BMP, GIF or TIFF)"), warnings.catch_warnings():
@@ -263,7 +263,7 @@ def _raw_mode(tile: Any) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _notes(image: Image.Image) -> tuple[str, ...]:
+def _notes(image: ImageFile.ImageFile) -> tuple[str, ...]:
     """What decoding to RGB does to a picture whose header has been read."""
     notes = list[str]()
     modes = {_raw_mode(tile) for tile in image.tile}
@@ -280,7 +280,7 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _other_bytes(image: Image.Image) -> list[Any]:
+def _other_bytes(image: ImageFile.ImageFile) -> list[Any]:
     """How to read the other byte of each value of a colour picture of 16 bits, of which Pillow reads the upper one.
 
     Empty for any other picture.
@@ -295,7 +295,8 @@ def _other_bytes(image: Image.Image) -> list[Any]:
         if order == "N":  # that of this machine
             order = "L" if sys.byteorder == "little" else "B"
         mode = f"{match[1]};16{'B' if order == 'L' else 'L'}"
-        changed.append(tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:])))
+        arguments: Any = tile.args
+        changed.append(tile._replace(args=mode if isinstance(arguments, str) else (mode, *arguments[1:])))
     return changed
 
 

@@ -24,6 +24,7 @@ from visft_ds.resilience.guard import LossGuard, first_non_finite
 from visft_ds.resilience.memory import memory_explained, probe_memory
 from visft_ds.resilience.stop import Stop, StopFlag
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.run.advice import findings_of, verdicts
 from visft_ds.run.folder import locked, open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import Machine, check_machine, rank_facts, settle_recompute
@@ -206,7 +207,8 @@ def _train_and_export(run: Run, prepared: PreparedModel, start: int, log: RunLog
     # After closing: the other ranks need not wait for the last numbers.
     if validation and training is not None and validation.wait_for_all(log, run.stop):
         log.writer.event(step, CONCLUSION, **training)
-        for line in validation.compare(training, log.writer.last):
+        findings = findings_of(run.config.visft, run.data, prepared.module.backbone.patch_size)
+        for line in verdicts(training, log.writer.evaluations(), run.config.visft.tasks.enabled(), findings):
             log.message(line)
     elif validation and not concluded:
         stopped = stopped or run.stop.reason

@@ -333,3 +333,14 @@ def test_a_folder_of_open_clip_is_known_by_its_files(tmp_path: Path) -> None:
     before = parse_model(f"open_clip:local-dir:{tmp_path}").identity
     (tmp_path / "open_clip_model.safetensors").write_text("other")
     assert parse_model(f"open_clip:local-dir:{tmp_path}").identity != before
+
+
+def test_images_of_a_group_are_one_piece_of_evidence(world: Path, tmp_path: Path) -> None:
+    """Twelve images of two patients: fewer than six units can show nothing."""
+    models = [f"base={world}/clip.safetensors", f"tuned={world}/merged.safetensors", "--layers", "last"]
+    words = ["--primary", "zero_shot/shapes top1", "--out", tmp_path / "out"]
+    status, _, errors = _run(*models, "--on", f"zero_shot={world}/shapes,groups=-([0-4])", *words)
+    assert status == 2 and "gives no group for circle/0-5.png" in errors
+    status, said, _ = _run(*models, "--on", rf"zero_shot={world}/shapes,groups=^\w+", *words)
+    assert status == 0 and "fewer than six items can show nothing" in " ".join(said.split())
+    assert _record(tmp_path / "out")["rows"][0]["differences"]["tuned"]["detectable"] is None

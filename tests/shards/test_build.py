@@ -221,7 +221,7 @@ def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--instances", __file__], "test_build.py"),
         (["--split", "a/b"], "a/b"),
         (["--workers", "0"], "--workers"),
-        (["--out", "s3://bucket/shards"], "copy its files to the address"),
+        (["--out", "s3://bucket/shards"], "s3://bucket/shards: shards are made in a folder"),
         (["--out", __file__], "is a file"),
     ],
 )
@@ -265,3 +265,21 @@ def test_real_photographs_come_back_as_they_were(tmp_path: Path, split: str) -> 
     for place in range(len(reader)):
         image = (PHOTOS / split / stored[place]["file_name"]).read_bytes()
         assert reader.read(place, "images")[0] == image
+
+
+def test_sides_of_objects_are_those_of_what_is_seen_in_parts_of_the_picture(tree: Tree, tmp_path: Path) -> None:
+    """Crowds do not count, and of a box beyond the border only the part inside does."""
+
+    def change(content: dict[str, Any]) -> None:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for number, entry in enumerate(content["annotations"]):
+            width, height = sizes[entry["image_id"]]
+            entry["bbox"] = [width / 2, 0, width / 2 + 1, height / 4 if number % 2 else height / 2]
+
+    tree.edit(change)
+    made = build(options_of(tree, tmp_path / "out"))
+    assert made.counts["crowds"] == 1
+    # Half of the width, and a half or a quarter of the height: roots of 1/4 and 1/8.
+    assert made.object_sides["5"] == made.object_sides["25"] == pytest.approx(0.125**0.5, abs=1e-5)
+    assert made.object_sides["75"] == made.object_sides["95"] == pytest.approx(0.5, abs=1e-5)
+    assert Manifest.load(tmp_path / "out", "toy").object_sides == made.object_sides

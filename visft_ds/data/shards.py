@@ -45,6 +45,8 @@ INDEX_DTYPE = np.dtype(
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
 _CONTENT = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
+#: Percentages in `Manifest.object_sides`.
+SIDE_QUANTILES = (5, 10, 25, 50, 75, 90, 95)
 _MOST_MANIFEST = 1 << 30  # bytes
 _MOST_OPEN = 32  # shards; one that was removed from the cache takes its place on the disk while it is open
 Role = Literal["both", "images", "labels"]
@@ -78,6 +80,9 @@ class Manifest:
     categories: tuple[Category, ...]
     counts: Mapping[str, int]
     having_category: Mapping[str, int]  #: id of a category in the source, as text -> images with a usable object of it
+    #: Side of the objects (root of what their box covers of the picture, which has 1): percentage of the objects, as
+    #: text -> largest side among that many of the smallest; empty without boxes.
+    object_sides: Mapping[str, float]
     shards: tuple[ShardFile, ...]
     vocabulary: Mapping[str, int]  #: word -> how often it occurs in the captions
     left_out: Sequence[Sequence[str]]  #: (file name, reason) of each image that is not among the samples
@@ -115,13 +120,14 @@ class Manifest:
                 raise ValueError(f"it is not of version {VERSION}: build the split again, with --replace")
             if values["split"] != split:
                 raise ValueError(f"it is of the split {values['split']}")
-            for name in ("having_category", "vocabulary", "findings", "options", "sources"):
+            for name in ("having_category", "object_sides", "vocabulary", "findings", "options", "sources"):
                 if not isinstance(values[name], dict):
                     raise ValueError(f"its {name} must be an object")
             values["vocabulary"] = {word: int(count) for word, count in values["vocabulary"].items()}
             values["findings"] = {kind: (int(count), shown) for kind, (count, shown) in values["findings"].items()}
             for name in ("counts", "having_category"):
                 values[name] = {key: int(count) for key, count in values[name].items()}
+            values["object_sides"] = {key: float(side) for key, side in values["object_sides"].items()}
             values["categories"] = _categories(values["categories"])
             values["shards"] = tuple(ShardFile(**each) for each in values["shards"])
             manifest = cls(root=root, remote=remote, **values)

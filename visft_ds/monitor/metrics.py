@@ -87,6 +87,12 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         """Show an image (H, W, 3) RGB in TensorBoard."""
         self._show("add_image", tag, image, step, dataformats="HWC")
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Records of all evaluations of the run, those of earlier starts included, in order."""
+        if not self.path.is_file():
+            return []
+        return [record for record in read_metrics(self.path, "val/") if is_evaluation(record)]
+
     def __exit__(self, *_: object) -> None:
         self._show("close")
 

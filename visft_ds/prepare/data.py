@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from visft_ds.config import Batches, ResolvedConfig, changed
@@ -87,17 +86,6 @@ def open_data(config: ResolvedConfig, processes: int) -> tuple[ResolvedConfig, R
             entry = f"{key}: {stream.batch_size} -> {smaller}, because of the number of images"
             visft = changed(config, [f"{key}={smaller}"]).visft
             config = replace(config, visft=visft, adapted=(*config.adapted, entry))
-    for task, given in config.visft.tasks.enabled().items():
-        objects = np.concatenate([one.manifest.index["num_annotations"] for one in sets.values() if task in one.tasks])
-        queries = getattr(given.head, "num_queries", None)
-        if queries is None or getattr(given.head, "type", "") == "dense":  # which has none
-            continue
-        beyond = (objects - queries).clip(min=0)
-        if beyond.any():
-            told = f"{task}: {beyond.sum()} of {objects.sum()} objects are ignored in a step"
-            fuller = f"{np.count_nonzero(beyond)} of {len(objects)} images have more than {queries}"
-            line = f"{told}, as {fuller} (visft.tasks.{task}.head.num_queries)"
-            config = replace(config, adapted=(*config.adapted, line))
     settings, validation = config.visft, None
     classes, vocabulary = classes_of_run(settings, first.categories), vocabulary_of(settings, sets)
     if settings.run.eval_every:

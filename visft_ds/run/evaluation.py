@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import deque
@@ -167,20 +166,6 @@ class Validation:
             return None
         metrics, _ = measure(collected or {}, reader, limit=TRAINING_IMAGES)
         return {name: value for name, value in metrics.items() if name.endswith(("/AP50", "/mIoU"))}
-
-    @staticmethod
-    def compare(training: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
-        """Lines that compare AP50 on training images with the last validation, whose names begin with `val/`."""
-        lines = []
-        for name, value in training.items():
-            other = last.get(f"val/{name}", math.nan)
-            line = f"{name} is {value:.2f} on training images and {other:.2f} on validation"
-            if value < 0.5:
-                line += ": not learnt yet, train for more steps (--steps)"
-            elif other < value / 2:
-                line += ": memorised; use more images, or more views of them (visft.features.views, image.zoom)"
-            lines.append(line)
-        return lines
 
     def leave(self, log: RunLog) -> None:
         """Wait some seconds for the numbers of evaluations; report those that are left out."""

@@ -32,7 +32,17 @@ from tqdm import tqdm
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.fetch import sha256_of
-from visft_ds.data.shards import INDEX_DTYPE, VERSION, Manifest, ShardFile, fingerprint, manifest_path, store, tar_name
+from visft_ds.data.shards import (
+    INDEX_DTYPE,
+    SIDE_QUANTILES,
+    VERSION,
+    Manifest,
+    ShardFile,
+    fingerprint,
+    manifest_path,
+    store,
+    tar_name,
+)
 from visft_ds.files import image_frame, open_image, read_bytes, reading, sync_folder, wrong_name
 from visft_ds.shards.coco import CocoFile, CocoSource, Findings, SourceImage, read_coco
 from visft_ds.shards.yolo import Exif
@@ -42,7 +52,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_OF_A_PICTURE = 1 << 30  # bytes
 #: Pillow's formats -> suffixes in a shard; of others the name is the suffix.
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
-_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # pathlib makes one slash of two
 _LOCK = "lock"  #: file in the folder of a build's state
 _NOWHERE = "class that no image has"
 _COUNTED = {"annotations": "objects", "crowds": "crowds", "trainable": "trainable"}
@@ -71,7 +81,8 @@ class Options:
     def __post_init__(self) -> None:
         if _ADDRESS.match(str(self.out)):
             told = "shards are made in a folder of this machine; copy its files to the address afterwards"
-            raise ValueError(f"--out {self.out}: {told}")
+            address = str(self.out).replace(":/", "://", 1)
+            raise ValueError(f"--out {address}: {told}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file: name a folder")
         if not self.split or not all(sign.isalnum() or sign in "-_" for sign in self.split):
@@ -132,6 +143,7 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
                 "left_out": len(left_out),
             },
             having_category={str(category.coco_id): having[category.coco_id] for category in source.categories},
+            object_sides={} if options.maps is not None else _quantiles([image.sides for image in images]),
             shards=tuple(shards or [ShardFile("", len(part), sum(image.size for image in part), "") for part in plan]),
             vocabulary=Counter(word for image in images for text in image.captions for word in caption_words(text)),
             left_out=left_out,
@@ -144,6 +156,12 @@ def build(options: Options, *, workers: int = 1, dry_run: bool = False, replace:
         if not dry_run:
             manifest.save(file.getvalue())
         return manifest
+
+
+def _quantiles(sides: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`Manifest.object_sides` of the sides of each image's objects."""
+    every = np.concatenate([np.empty(0, np.float32), *sides])
+    return {str(part): round(float(np.quantile(every, part / 100)), 5) for part in SIDE_QUANTILES if len(every)}
 
 
 def _plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,7 @@ class SourceImage:
     crowds: int = 0
     trainable: int = 0  #: annotations that are neither crowd nor without area inside the image
     classes: set[int] = field(default_factory=set)  #: categories of those
+    sides: array[float] = field(default_factory=lambda: array("f"))  #: of those, see `Manifest.object_sides`
     wanted: bool = True  #: it was asked for
     size: int = 0  #: bytes of its file
     stamp: int = -1  #: when that was changed; -1: there is none
@@ -213,7 +215,9 @@ def _add_annotations(
             seen.add(number)
             x, y, width, height = box
             right, bottom, area = x + width, y + height, entry.get("area")
-            useful = min(right, image.width) > max(x, 0) and min(bottom, image.height) > max(y, 0)
+            seen_width = min(right, image.width) - max(x, 0)
+            seen_height = min(bottom, image.height) - max(y, 0)
+            useful = seen_width > 0 and seen_height > 0
             area = area if type(area) in (int, float) else width * height
             stored = {"id": number, "bbox": box, "category_id": category, "iscrowd": int(bool(crowd)), "area": area}
             segmentation, odd = stored_segmentation(entry.get("segmentation"), image.height, image.width)
@@ -229,6 +233,7 @@ def _add_annotations(
             image.trainable += useful and not crowd
             if useful and not crowd:
                 image.classes.add(category)
+                image.sides.append(math.sqrt(seen_width * seen_height / (image.width * image.height)))
             for kind in odd:
                 if kind != _NO_MASK:
                     findings.add(kind, where)

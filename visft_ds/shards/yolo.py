@@ -57,7 +57,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
             raise ValueError("it must hold keys with values, such as `names: [cat, dog]`")
         here = Path(os.path.abspath(path.parent))
         root = Path(os.path.normpath(here / values.get("path", "")))
-        roots = (here,)
+        roots: tuple[Path, ...] = (here,)
         if root.is_dir() and root != here:
             _check_inside(root, here, "path")
             roots = (root, here)
@@ -84,7 +84,7 @@ def read_yolo(path: Path, wanted: str | None = None, exif: Exif = None) -> list[
     if [names[number] for number in sorted(ids)] == list(COCO_NAMES.values()):
         ids = dict(zip(sorted(ids), COCO_NAMES, strict=True))  # heads know COCO's classes by COCO's own
     categories = [{"id": ids[number], "name": name} for number, name in names.items()]
-    made = []
+    made = list[FolderSplit]()
     for split, places in found.items():
         where, odd = f"{path}: {split}", Findings()
         paths = sorted({file for place in places for file in _image_files(place, roots)})

@@ -49,11 +49,15 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
     """Transform and collate of a stream, with the sizes of its configuration."""
     classes = stream.classes
     made = {task: TASKS[task].targets(train, stream.image, vocabulary, classes.get(task)) for task in stream.tasks}
-    # What several tasks share cuts nothing out, as a caption describes the whole image.
-    shared = of_options(ShortSides, stream.image) if stream.name == SHARED else None
-    geometry = shared or TASKS[stream.name].geometry(stream.image)
     collate = partial(collate_joint, mixed=not stream.alike(train=train))
-    return SamplePipeline(ImageTransform(train, geometry, made), collate)
+    return SamplePipeline(ImageTransform(train, geometry_of(stream), made), collate)
+
+
+def geometry_of(stream: Stream) -> Geometry:
+    """The geometry of the images of a stream."""
+    if stream.name == SHARED:  # which cuts nothing out, as a caption describes the whole image
+        return of_options(ShortSides, stream.image)
+    return TASKS[stream.name].geometry(stream.image)
 
 
 def collate_joint(samples: Sequence[Sample], *, mixed: bool = True) -> Batch:

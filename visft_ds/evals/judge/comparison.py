@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from visft_ds.evals.judge.encoders import Encoder
+from visft_ds.evals.judge.in_domain import trained_on
 from visft_ds.evals.judge.kept import check_classifier, load_classifier
 from visft_ds.evals.judge.layers import DIRECT, HEADS, best_first, blocks_of, chosen, levels_of, read_after
 from visft_ds.evals.judge.models import HALF, NOISE, ModelSpec, alike, load_encoder, weights_of
@@ -97,7 +98,7 @@ class Comparison:
         self.benchmarks = benchmarks
         self.primary = primary
         self.settings = settings
-        self.notes: list[str] = []
+        self.notes = [note for benchmark in benchmarks for note in benchmark.notes]
         self.layers: dict[str, dict[str, Any]] = {}  #: number -> arm -> how its block was chosen
         self.trials: list[Trial] = []
         self._loaded: tuple[ModelSpec, Encoder] | None = None
@@ -278,7 +279,10 @@ class Comparison:
                 self._match(arm, noise)
             else:
                 self.trials.append(Trial(arm.name, compared=self._compared(arm), named=self._fixed(arm)))
-        self.tuned = [replace(arm, shift=trial.shift) for arm, trial in zip(self.tuned, self.trials, strict=True)]
+        for number, arm in enumerate(self.tuned):
+            seen = tuple(trained_on(arm.models, self.benchmarks))
+            self.trials[number] = replace(self.trials[number], trained_on=seen)
+            self.tuned[number] = replace(arm, shift=self.trials[number].shift)
 
     def _compared(self, arm: Arm) -> bool:
         """Return True if BASE's best block for the primary number was looked for, and the arm is read at its best."""
@@ -417,7 +421,7 @@ class Comparison:
         place = {"classifier": self.origin.identity} if benchmark.agrees else {"block": request.block}
         key = {"of": spec.identity, **place}
         scores = score(read, key, benchmark, request.numbers, self._precise(spec), spec.label, own)
-        return {f"{benchmark.label} {found.name}": found for found in scores}
+        return {f"{benchmark.label} {found.name}": _in_groups(found, benchmark) for found in scores}
 
     def _precise(self, spec: ModelSpec) -> Settings:
         """Settings of a model: fp32 for weights that are mixed, since 16 bits would round a small change away."""
@@ -429,6 +433,14 @@ class Comparison:
             self._loaded = None
             self._loaded = spec, load_encoder(spec, self._precise(spec).precision)
         return self._loaded[1]
+
+
+def _in_groups(found: Score, benchmark: Benchmark) -> Score:
+    """A score whose items belong to the groups of their images."""
+    images = benchmark.sets.get("test") or next(iter(benchmark.sets.values()))
+    if images.groups is None:
+        return found
+    return replace(found, groups=images.groups if found.groups is None else images.groups[found.groups])
 
 
 def _choosing(benchmark: Benchmark) -> list[str]:

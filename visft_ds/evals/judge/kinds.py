@@ -3,34 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visft_ds.config.fields import nearest
 from visft_ds.evals.judge import classes, dense_sets
 from visft_ds.evals.judge.depth import depth
+from visft_ds.evals.judge.images import grouped
 from visft_ds.evals.judge.kept import kept, read_images
 from visft_ds.evals.judge.ocr import ocr, read_words
 from visft_ds.evals.judge.probes import classification, grounding
-from visft_ds.evals.judge.protocol import Benchmark
+from visft_ds.evals.judge.protocol import Benchmark, ImageSet
 from visft_ds.evals.judge.protocols import Protocol
 from visft_ds.evals.judge.retrieval import read_captions, retrieval
 from visft_ds.evals.judge.segmentation import segmentation
 
 SEGMENTATION = "segmentation"
-#: Kind -> what makes it of protocol, label, source, part to train on and part to judge. `evals.cli` describes them.
-KINDS: dict[str, Callable[[Protocol, str, str, str | None, str | None], Benchmark]] = {
-    SEGMENTATION: lambda how, label, *at: segmentation(label, *dense_sets.read_train_and_test(how.images, *at), how),
-    "depth": lambda how, label, *at: depth(label, *dense_sets.read_depth(how.images, *at), how),
-    "classification": lambda _, label, *at: classification(label, *classes.read_train_and_test(*at)),
-    "zero_shot": lambda _, label, at, __, part: classes.zero_shot(label, classes.read_classes(at, part)),
-    "retrieval": lambda _, label, at, __, part: retrieval(label, *read_captions(at, part)),
-    "objects": lambda how, label, *at: grounding(label, *dense_sets.read_train_and_test(how.images, *at)),
-    "ocr": lambda _, label, at, *__: ocr(label, read_words(Path(at, "train")), read_words(Path(at, "test"))),
-    "kept": lambda _, label, at, *__: kept(label, read_images(at)),
+
+
+@dataclass(frozen=True)
+class Request:
+    """Data set that a command line names."""
+
+    protocol: Protocol
+    label: str
+    source: str
+    train: str | None  #: part to learn from
+    test: str | None  #: part that is judged
+    groups: str | None  #: of images, see `images.grouped`
+
+    @property
+    def parts(self) -> tuple[str, str | None, str | None]:
+        """Source and both parts."""
+        return self.source, self.train, self.test
+
+    def grouped(self, images: ImageSet) -> ImageSet:
+        """The images with their groups, if there are such."""
+        return images if self.groups is None else grouped(images, self.groups)
+
+
+def _segmentation(request: Request) -> Benchmark:
+    learnt, held = dense_sets.read_train_and_test(request.protocol.images, *request.parts)
+    train = replace(learnt, images=request.grouped(learnt.images))
+    test = replace(held, images=request.grouped(held.images))
+    benchmark = segmentation(request.label, train, test, request.protocol)
+    return replace(benchmark, notes=[*learnt.notes, *held.notes])
+
+
+def _depth(request: Request) -> Benchmark:
+    learnt, held = dense_sets.read_depth(request.protocol.images, *request.parts)
+    train = replace(learnt, images=request.grouped(learnt.images))
+    test = replace(held, images=request.grouped(held.images))
+    return depth(request.label, train, test, request.protocol)
+
+
+def _classification(request: Request) -> Benchmark:
+    learnt, held = classes.read_train_and_test(*request.parts)
+    train = replace(learnt, images=request.grouped(learnt.images))
+    test = replace(held, images=request.grouped(held.images))
+    return classification(request.label, train, test)
+
+
+def _zero_shot(request: Request) -> Benchmark:
+    data = classes.read_classes(request.source, request.test)
+    return classes.zero_shot(request.label, replace(data, images=request.grouped(data.images)))
+
+
+def _retrieval(request: Request) -> Benchmark:
+    return retrieval(request.label, *read_captions(request.source, request.test))
+
+
+def _objects(request: Request) -> Benchmark:
+    return grounding(request.label, *dense_sets.read_objects(request.protocol.images, *request.parts))
+
+
+def _ocr(request: Request) -> Benchmark:
+    folder = Path(request.source)
+    return ocr(request.label, read_words(folder / "train"), read_words(folder / "test"))
+
+
+def _kept(request: Request) -> Benchmark:
+    return kept(request.label, request.grouped(read_images(request.source)))
+
+
+_ALL = ("split", "train", "groups", "name")
+#: Kind -> (what makes it, keys of its options). `evals.cli` describes them.
+KINDS: dict[str, tuple[Callable[[Request], Benchmark], tuple[str, ...]]] = {
+    SEGMENTATION: (_segmentation, _ALL),
+    "depth": (_depth, _ALL),
+    "classification": (_classification, _ALL),
+    "zero_shot": (_zero_shot, ("split", "groups", "name")),
+    "retrieval": (_retrieval, ("split", "name")),
+    "objects": (_objects, ("split", "train", "name")),
+    "ocr": (_ocr, ("name",)),
+    "kept": (_kept, ("groups", "name")),
 }
-#: Kind -> keys of its options, where they are not `split`, `train` and `name`.
-FEWER = {"zero_shot": ("split", "name"), "retrieval": ("split", "name"), "ocr": ("name",), "kept": ("name",)}
 
 
 def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
@@ -42,13 +109,16 @@ def parse_benchmark(text: str, protocol: Protocol) -> Benchmark:
     name, _, rest = (f"classification={text}" if text == classes.DIGITS else text).partition("=")
     if name not in KINDS or not rest:
         raise ValueError(f"--on {text}: give KIND=SOURCE[,key=value] with a kind of {', '.join(KINDS)}")
+    make, allowed = KINDS[name]
     source, *pairs = rest.split(",")
-    allowed = FEWER.get(name, ("split", "train", "name"))
-    options = dict(pair.partition("=")[::2] for pair in pairs)
-    if unknown := [key for key, value in options.items() if key not in allowed or not value]:
-        raise ValueError(f"--on {text}: {unknown[0]!r} is not a setting of {name}; allowed: {', '.join(allowed)}")
+    options = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in allowed or not value:
+            raise ValueError(f"--on {text}: {key!r} is not a setting of {name}; allowed: {', '.join(allowed)}")
+        options[key] = value
     label = f"{name}/{options.get('name') or Path(source).name}"
-    return KINDS[name](protocol, label, source, options.get("train"), options.get("split"))
+    return make(Request(protocol, label, source, options.get("train"), options.get("split"), options.get("groups")))
 
 
 def parse_benchmarks(

@@ -36,6 +36,7 @@ class Trial:
     compared: bool = False  #: the best layers were looked for, by the primary number
     cut: str | None = None  #: the block that it ends after, if the base goes on
     named: str | None = None  #: the block that it is read after, if nobody could choose it
+    trained_on: tuple[str, ...] = ()  #: data sets with images that it was trained on, in words
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def judged(rows: Sequence[Row], trials: Sequence[Trial], primary: str, base: str
         if trial.half:
             change = row.differences[trial.half].text(not row.lower)
             sentences.append(f"Half of the change gives {change}; cost: {_cost(rows, row, trial.half)}.")
+        if trial.trained_on:
+            sentences.append(f"In domain: {trial.arm} was trained on images of {'; '.join(trial.trained_on)}.")
         verdicts.append(Verdict(trial.arm, word, tuple(sentences)))
     return verdicts
 
